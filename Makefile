@@ -1,0 +1,45 @@
+# `make demo` and `make test` set everything up by themselves in $(VENV); they need python3 and nothing else.
+VENV ?= .venv
+PYTHON ?= python3
+JOBS ?= 2
+OUTPUT ?= results/compare
+
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format clean
+
+help: ## Show this list.
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.natgrad-cli ## Train one network with every method on real data; writes $(OUTPUT)/report.html.
+	$(BIN)/natgrad compare --output $(OUTPUT)
+
+test: lint ## Run lint, type check and the whole test suite.
+	$(BIN)/python -m pytest -n $(JOBS)
+
+lint: $(VENV)/.natgrad-dev ## Run ruff and mypy only.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.natgrad-dev ## Format the code and fix what ruff can fix.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove the environment and every cache.
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.natgrad-cli: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing natgrad into $(VENV) (a few minutes the first time) ..."
+	$(PIP_INSTALL) -e '.[cli]'
+	@touch $@
+
+$(VENV)/.natgrad-dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing natgrad's development environment into $(VENV) (a few minutes the first time) ..."
+	$(PIP_INSTALL) -e '.[dev]'
+	@touch $@ $(VENV)/.natgrad-cli
