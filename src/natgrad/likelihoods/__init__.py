@@ -1,0 +1,13 @@
+"""Output likelihoods: what a model's output means, and the curvature that follows from it.
+
+One file per likelihood; :mod:`natgrad.likelihoods.base` holds the interface a new one implements.
+"""
+
+from natgrad.likelihoods.base import Likelihood
+from natgrad.likelihoods.bernoulli import Bernoulli
+from natgrad.likelihoods.categorical import Categorical
+from natgrad.likelihoods.conversion import as_likelihood
+from natgrad.likelihoods.gaussian import Gaussian
+from natgrad.likelihoods.poisson import Poisson
+
+__all__ = ["Bernoulli", "Categorical", "Gaussian", "Likelihood", "Poisson", "as_likelihood"]

@@ -1,0 +1,335 @@
+"""The interface of a likelihood, with everything that follows from its four basic functions."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+Reduction = Literal["mean", "sum"]
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+_L = TypeVar("_L", bound="Likelihood")
+
+
+def full_precision(
+    method: Callable[Concatenate[_L, Tensor, _P], _T],
+) -> Callable[Concatenate[_L, Tensor, _P], _T]:
+    """Run a method on the output in float32 or better, with autocast switched off.
+
+    Args:
+        method: A likelihood method whose first argument is the model's output.
+
+    Returns:
+        The same method; float16 and bfloat16 outputs reach it as float32.
+    """
+
+    @functools.wraps(method)
+    def wrapped(self: _L, output: Tensor, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            kind = output.dtype if isinstance(output, Tensor) else type(output).__name__
+            raise TypeError(
+                f"{type(self).__name__} needs the model's output as a floating-point tensor "
+                f"but got {kind}."
+            )
+        if output.dim() < 2:
+            raise ValueError(
+                f"{type(self).__name__} needs an output of shape (samples, outputs, ...) but got "
+                f"{tuple(output.shape)}; give a scalar output a last dimension of size 1."
+            )
+        if output.dtype in (torch.float16, torch.bfloat16):
+            output = output.float()
+        device = output.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return method(self, output, *args, **kwargs)
+        return method(self, output, *args, **kwargs)
+
+    return wrapped
+
+
+class Likelihood(ABC):
+    """The distribution p(y | z) of a target y given a model output z.
+
+    An output of shape (N, ...) is split into N samples of E *events*, each predicted by C numbers:
+    one event per sample for Gaussian, Bernoulli and Poisson, one per token or pixel for
+    Categorical. The Fisher matrix is ``F = (1/count) Σ_n Σ_e w_ne J_neᵀ Λ_ne J_ne`` with the output
+    Hessian ``Λ = ∇²_z nll`` and the event weights ``w``.
+
+    A new likelihood implements :meth:`nll`, :meth:`gradient`, :meth:`output_hessian_root` and
+    :meth:`sample`, decorated with :func:`full_precision`; the rest follows and may be overridden
+    where something faster or safer exists.
+
+    Attributes:
+        reduction: How the user's loss reduces over samples, "mean" (default) or "sum". The Fisher
+            matrix never depends on it; it only scales gradients observed in a backward pass.
+    """
+
+    reduction: Reduction = "mean"
+
+    @staticmethod
+    def from_loss(criterion: nn.Module) -> Likelihood:
+        """Return the likelihood whose negative logarithm is the given torch loss.
+
+        Args:
+            criterion: ``nn.CrossEntropyLoss``, ``nn.MSELoss``, ``nn.BCEWithLogitsLoss`` or
+                ``nn.PoissonNLLLoss(log_input=True)``, with reduction "mean" or "sum".
+
+        Returns:
+            A likelihood with ``loss(output, target)`` equal to the mean-reduced criterion (up to
+            PoissonNLLLoss's constants) and the criterion's ``reduction``. With reduction "mean",
+            losses that also average over the outputs of a sample keep that factor: MSELoss gives
+            Λ = (2/C) I.
+
+        Raises:
+            TypeError: If the criterion is of another type.
+            ValueError: If it has reduction "none" or options with no likelihood behind them.
+        """
+        from natgrad.likelihoods.conversion import from_loss
+
+        return from_loss(criterion)
+
+    # -- what a likelihood defines ---------------------------------------------------------------
+
+    @abstractmethod
+    def nll(self, output: Tensor, target: Tensor) -> Tensor:
+        """Return the negative log-likelihood of each event, unweighted, in nats.
+
+        Args:
+            output: Model output z, (N, ...).
+            target: Target y.
+
+        Returns:
+            Tensor of shape (N,) or, with several events per sample, (N, ...). Additive constants
+            that do not depend on z are left out.
+        """
+
+    @abstractmethod
+    def gradient(self, output: Tensor, target: Tensor) -> Tensor:
+        """Return ``w ∂nll/∂z``, the gradient of each sample's un-averaged weighted loss.
+
+        Args:
+            output: Model output z, (N, ...).
+            target: Target y.
+
+        Returns:
+            Tensor of the shape of ``output``, float32 or better.
+        """
+
+    @abstractmethod
+    def output_hessian_root(self, output: Tensor, target: Tensor | None = None) -> Tensor:
+        """Return S with ``S Sᵀ = w Λ`` for every event.
+
+        Args:
+            output: Model output z, (N, ...).
+            target: Target y, used only for the event weights; None (default) sets them to 1.
+
+        Returns:
+            Tensor of shape (N, E, C, R), with R = C columns for the built-in likelihoods.
+        """
+
+    @abstractmethod
+    def sample(self, output: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draw one target for every event from the model's own distribution.
+
+        Args:
+            output: Model output z, (N, ...).
+            generator: Source of randomness, on any device; None (default) is torch's global one.
+
+        Returns:
+            A target as :meth:`nll` takes it.
+        """
+
+    def event_weights(self, output: Tensor, target: Tensor | None = None) -> Tensor:
+        """Return the event weights w, (N, E); all 1 without a target (default)."""
+        return torch.ones(self.split_events(output).shape[:2], dtype=_working(output),
+                          device=output.device)  # fmt: skip
+
+    def count(self, output: Tensor, target: Tensor | None = None) -> Tensor:
+        """Return what a mean-reduced loss divides by, the sum of the event weights: a scalar."""
+        return self.event_weights(output, target).sum()
+
+    # -- what follows ------------------------------------------------------------------------------
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """Return ``Σ w nll / count``, a scalar differentiable in the output."""
+        weights = self.event_weights(output, target)
+        nll = self.nll(output, target).reshape(weights.shape)
+        return (weights * nll).sum() / self.count(output, target)
+
+    @full_precision
+    def output_hessian(self, output: Tensor, target: Tensor | None = None) -> Tensor:
+        """Return w Λ for every event, (N, E, C, C).
+
+        Args:
+            output: Model output z, (N, ...).
+            target: Target y, used only for the event weights; None (default) sets them to 1.
+        """
+        root = self.output_hessian_root(output, target)
+        return root @ root.mT
+
+    @full_precision
+    def root_vectors(self, output: Tensor, target: Tensor | None = None) -> Tensor:
+        """Return the columns of the square root of w Λ as vectors of the output's shape.
+
+        Args:
+            output: Model output z, (N, ...).
+            target: Target y, used only for the event weights; None (default) sets them to 1.
+
+        Returns:
+            Tensor of shape (K, *output.shape), K = E·R. Vector k = e·R + r holds column r of event
+            e and is zero at every other event, so that
+            ``Σ_k v_kn v_knᵀ = blockdiag_e(w_ne Λ_ne)`` for every sample n.
+        """
+        root = self.output_hessian_root(output, target)
+        samples, events, size, columns = root.shape
+        vectors = root.new_zeros(events, columns, samples, events, size)
+        vectors.diagonal(dim1=0, dim2=3).copy_(root.permute(3, 0, 2, 1))
+        return self.merge_events(vectors.flatten(0, 1), output)
+
+    @full_precision
+    def root_inverse_apply(
+        self, output: Tensor, cotangent: Tensor, target: Tensor | None = None
+    ) -> Tensor:
+        """Return coordinates of an output cotangent in the vectors of :meth:`root_vectors`.
+
+        Args:
+            output: Model output z, (N, ...).
+            cotangent: Tensor of the shape of ``output`` in the range of w Λ (for Categorical: each
+                event's entries sum to 0).
+            target: Target y, used only for the event weights; None (default) sets them to 1.
+
+        Returns:
+            u of shape (N, K) with ``Σ_k root_vectors_kn u_nk = cotangent_n``; zero where w = 0.
+        """
+        root = self.output_hessian_root(output, target)
+        events = self.split_events(cotangent.to(root.dtype))
+        return (torch.linalg.pinv(root) @ events.unsqueeze(-1)).flatten(1)
+
+    @full_precision
+    def sampled_vectors(
+        self,
+        output: Tensor,
+        generator: torch.Generator | None = None,
+        samples: int = 1,
+        target: Tensor | None = None,
+    ) -> Tensor:
+        """Return random output vectors v with ``E[Σ_k v_kn v_knᵀ] = blockdiag_e(w_ne Λ_ne)``.
+
+        These are the pseudo-gradients of the Monte-Carlo Fisher. They are not always
+        ``gradient(output, sample(output))``: a weight w enters by its square root, and label
+        smoothing and averaging over outputs must not bias them.
+
+        Args:
+            output: Model output z, (N, ...).
+            generator: Source of randomness, on any device; None (default) is torch's global one.
+            samples: Number of independent draws K, default 1; each is scaled by 1/√K.
+            target: Target y, used only for the event weights; None (default) sets them to 1.
+
+        Returns:
+            Tensor of shape (samples, *output.shape).
+        """
+        root = self.event_weights(output, target).sqrt().unsqueeze(-1) / samples**0.5
+        draws = [
+            self.merge_events(
+                root * self.split_events(self.gradient(output, self.sample(output, generator))),
+                output,
+            )
+            for _ in range(samples)
+        ]
+        return torch.stack(draws)
+
+    @full_precision
+    def infer_event_weights(
+        self, output: Tensor, cotangent: Tensor, target: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the event weights and the loss scale behind an observed output gradient.
+
+        Args:
+            output: Model output z, (N, ...).
+            cotangent: Gradient of the user's loss with respect to the output, same shape.
+            target: Target y if it is known; None (default) infers what can be inferred.
+
+        Returns:
+            ``(weights, scale)``: the event weights (N, E) and a scalar c such that the cotangent is
+            ``c · gradient(output, y)`` for the true target y. Where c cannot be read off the
+            cotangent it follows :attr:`reduction`: 1/count for "mean", 1 for "sum".
+
+        Raises:
+            ValueError: If the shapes differ, or the cotangent shows that classes lie along another
+                dimension than the likelihood assumes.
+        """
+        self._check_cotangent(output, cotangent)
+        weights = self.event_weights(output, target)
+        usual = self._usual_scale(self.count(output, target))
+        if target is None:
+            return weights, usual
+        gradient = self.gradient(output, target)
+        cotangent = cotangent.to(gradient.dtype)
+        return weights, _ratio((cotangent * gradient).sum(), gradient.square().sum(), usual)
+
+    # -- layout ------------------------------------------------------------------------------------
+
+    def split_events(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of the output's shape as (N, E, C)."""
+        return tensor.flatten(1).unsqueeze(1)
+
+    def merge_events(self, events: Tensor, output: Tensor) -> Tensor:
+        """Undo :meth:`split_events`: (..., N, E, C) becomes (..., *output.shape)."""
+        return events.reshape(*events.shape[:-3], *output.shape)
+
+    # -- helpers -----------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        if not dataclasses.is_dataclass(self):
+            return super().__repr__()
+        shown = []
+        for field in dataclasses.fields(cast(Any, self)):
+            value = getattr(self, field.name)
+            if value == field.default:
+                continue
+            if isinstance(value, tuple) and len(value) > 6:
+                shown.append(f"{field.name}=<{len(value)} values>")
+            else:
+                shown.append(f"{field.name}={value!r}")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def _check_cotangent(self, output: Tensor, cotangent: Tensor) -> None:
+        if cotangent.shape != output.shape:
+            raise ValueError(
+                f"The cotangent must have the output's shape {tuple(output.shape)} but has "
+                f"{tuple(cotangent.shape)}."
+            )
+
+    def _check_reduction(self) -> None:
+        if self.reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction must be 'mean' or 'sum' but is {self.reduction!r}.")
+
+    def _usual_scale(self, count: Tensor) -> Tensor:
+        """Return the loss scale that :attr:`reduction` promises."""
+        return count.reciprocal() if self.reduction == "mean" else torch.ones_like(count)
+
+
+def _working(output: Tensor) -> torch.dtype:
+    """Return the dtype that :func:`full_precision` gives to an output."""
+    return torch.float32 if output.dtype in (torch.float16, torch.bfloat16) else output.dtype
+
+
+def _ratio(numerator: Tensor, denominator: Tensor, otherwise: Tensor) -> Tensor:
+    """Return numerator/denominator, or ``otherwise`` where that is not a positive finite number."""
+    ratio = numerator / denominator
+    return torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, otherwise)
+
+
+def root_floor(dtype: torch.dtype) -> float:
+    """Return the floor under the curvature of one output in square roots: the dtype's eps².
+
+    It keeps the root invertible for saturated outputs and moves Λ by less than rounding does.
+    """
+    return torch.finfo(dtype).eps ** 2

@@ -1,0 +1,66 @@
+"""Bernoulli likelihood: binary cross-entropy with logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from natgrad.likelihoods.base import Reduction, _ratio, full_precision
+from natgrad.likelihoods.elementwise import Elementwise, ReduceOutputs, random_like
+
+
+@dataclass(frozen=True, repr=False)
+class Bernoulli(Elementwise):
+    """y ~ Bernoulli(σ(z)) for every output: nll = softplus(z) − y z, Λ = diag(σ(z) σ(−z)).
+
+    Targets may be soft, in [0, 1].
+
+    Args:
+        reduce_outputs: "sum" (default) or "mean" over the C outputs of a sample;
+            ``nn.BCEWithLogitsLoss()`` is ``Bernoulli("mean")``.
+        reduction: How the user's loss reduces over samples, "mean" (default) or "sum".
+
+    Raises:
+        ValueError: If an option is unknown.
+
+    Source: Martens, New insights and perspectives on the natural gradient method (2020), §9.
+    """
+
+    reduce_outputs: ReduceOutputs = "sum"
+    reduction: Reduction = "mean"
+
+    @full_precision
+    def infer_event_weights(
+        self, output: Tensor, cotangent: Tensor, target: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Infer the loss scale from hard labels, which the cotangent's signs show; see the base."""
+        weights, usual = super().infer_event_weights(output, cotangent, target)
+        if target is not None:
+            return weights, usual
+        cotangent = cotangent.to(output.dtype)
+        gradient = self.gradient(output, (cotangent < 0).to(output.dtype))
+        gradient = torch.where(cotangent == 0, 0, gradient)
+        scale = _ratio(cotangent.abs().sum(), gradient.abs().sum(), usual)
+        hard = (cotangent - scale * gradient).abs().sum() <= 0.05 * cotangent.abs().sum()
+        return weights, torch.where(hard, scale, usual)
+
+    def _nll(self, output: Tensor, target: Tensor) -> Tensor:
+        return functional.binary_cross_entropy_with_logits(output, target, reduction="none")
+
+    def _gradient(self, output: Tensor, target: Tensor) -> Tensor:
+        return (1 - target) * torch.sigmoid(output) - target * torch.sigmoid(-output)
+
+    def _hessian(self, output: Tensor) -> Tensor:
+        return torch.sigmoid(output) * torch.sigmoid(-output)
+
+    def _sample(self, output: Tensor, generator: torch.Generator | None) -> Tensor:
+        return (random_like(output, generator, "uniform") < torch.sigmoid(output)).to(output.dtype)
+
+    def _checked(self, output: Tensor, target: Tensor) -> Tensor:
+        target = super()._checked(output, target)
+        if target.device.type == "cpu" and not bool(((target >= 0) & (target <= 1)).all()):
+            raise ValueError("Bernoulli needs targets between 0 and 1.")
+        return target

@@ -1,0 +1,336 @@
+"""Categorical likelihood: softmax cross-entropy, with masks, class weights and label smoothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from natgrad.likelihoods.base import Likelihood, Reduction, _ratio, full_precision, root_floor
+
+
+@dataclass(frozen=True, repr=False)
+class Categorical(Likelihood):
+    """y ~ softmax(z): nll = −log p_y, Λ = diag(p) − p pᵀ, as in ``F.cross_entropy``.
+
+    An event is one prediction: one sample of an output (N, C), one token of (N, T, C), one pixel of
+    (N, C, H, W). Targets are class indices of the output's shape without the class dimension, or
+    class probabilities of the output's shape. The weight of an event with label y is
+    ``(1 − s) ω_y + s · mean(ω)`` for class weights ω and label smoothing s, and 0 where y is
+    ignored; :meth:`count` is the divisor of the mean-reduced cross-entropy, Σ ω_y over the events
+    that are not ignored (the number of events for class probabilities).
+
+    Args:
+        ignore_index: Label of the events to leave out, default -100.
+        class_weights: C non-negative numbers, or None (default) for ones; kept as a tuple.
+        label_smoothing: s in [0, 1], default 0.
+        class_dim: Dimension of the output that holds the C classes. None (default) means 1 for
+            outputs of rank 2, the last for rank 3 (sequences), and 1 for rank 4 and more (images).
+        reduction: How the user's loss reduces over events, "mean" (default) or "sum".
+
+    Raises:
+        ValueError: If an option is out of range.
+
+    Source: Martens, New insights and perspectives on the natural gradient method (2020), §9; the
+    square root Λ = S Sᵀ with S = diag(√p) − p √pᵀ.
+    """
+
+    ignore_index: int = -100
+    class_weights: Sequence[float] | Tensor | None = None
+    label_smoothing: float = 0.0
+    class_dim: int | None = None
+    reduction: Reduction = "mean"
+
+    def __post_init__(self) -> None:
+        self._check_reduction()
+        if not 0 <= self.label_smoothing <= 1:
+            raise ValueError(f"label_smoothing must be in [0, 1] but is {self.label_smoothing}.")
+        if self.class_dim == 0:
+            raise ValueError("class_dim must not be 0, the dimension of the samples.")
+        if self.class_weights is not None:
+            weights = torch.as_tensor(self.class_weights, dtype=torch.float64, device="cpu")
+            if weights.dim() != 1 or not bool((weights.isfinite() & (weights >= 0)).all()):
+                raise ValueError("class_weights must be a list of finite non-negative numbers.")
+            object.__setattr__(self, "class_weights", tuple(weights.tolist()))
+
+    # -- what the likelihood defines -------------------------------------------------------------
+
+    @full_precision
+    def nll(self, output: Tensor, target: Tensor) -> Tensor:
+        """Return −log p_y (its weighted mean over the smoothed labels), of the target's shape.
+
+        Events of weight 0, ignored ones among them, get 0.
+        """
+        log_p = self.split_events(output).log_softmax(-1)
+        if self.label_smoothing == 0 and not target.is_floating_point():
+            labels, _ = self._labels(output, target)
+            values = -log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+        else:
+            mixture = self._mixture(output, target)
+            mass = mixture.sum(-1)
+            values = -(mixture * log_p).sum(-1) / torch.where(mass > 0, mass, 1)
+        values = torch.where(self.event_weights(output, target) > 0, values, 0)
+        return values.reshape(self._target_shape(output))
+
+    @full_precision
+    def gradient(self, output: Tensor, target: Tensor) -> Tensor:
+        """Return ``w p − q`` with the weighted, smoothed labels q; see the base class."""
+        mixture = self._mixture(output, target)
+        p, others = self._probabilities(output)
+        weights = mixture.sum(-1, keepdim=True)
+        if target.is_floating_point() or self.label_smoothing > 0:
+            rest = weights - mixture
+        else:
+            rest = weights * (mixture == 0)
+        return self.merge_events(p * rest - mixture * others, output)
+
+    @full_precision
+    def output_hessian(self, output: Tensor, target: Tensor | None = None) -> Tensor:
+        """Return ``w (diag(p) − p pᵀ)``, (N, E, C, C); rows sum to 0 also for saturated p."""
+        p, _ = self._probabilities(output)
+        hessian = -p.unsqueeze(-1) * p.unsqueeze(-2)
+        diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+        diagonal.zero_()
+        diagonal.copy_(-hessian.sum(-1))
+        if target is None:
+            return hessian
+        return self.event_weights(output, target)[..., None, None] * hessian
+
+    @full_precision
+    def output_hessian_root(self, output: Tensor, target: Tensor | None = None) -> Tensor:
+        """Return S with column c equal to √(w p_c) (e_c − p), (N, E, C, C).
+
+        Probabilities below the dtype's eps² are raised to it under the square root, so that S stays
+        invertible on vectors that sum to 0.
+        """
+        p, others = self._probabilities(output)
+        root = (-p).unsqueeze(-1).repeat(1, 1, 1, p.shape[-1])
+        root.diagonal(dim1=-2, dim2=-1).copy_(others)
+        return root * self._column_scale(p, output, target).unsqueeze(-2)
+
+    @full_precision
+    def sample(self, output: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draw class indices of the output's shape without the class dimension; see the base."""
+        p, _ = self._probabilities(output.detach())
+        return _draw(p, generator).reshape(self._target_shape(output))
+
+    @full_precision
+    def event_weights(self, output: Tensor, target: Tensor | None = None) -> Tensor:
+        """Return the event weights, (N, E): 0 where ignored; all 1 without a target (default)."""
+        if target is None:
+            return super().event_weights(output)
+        if target.is_floating_point():
+            return self._mixture(output, target).sum(-1)
+        labels, kept = self._labels(output, target)
+        return self._label_weights(output, labels) * kept
+
+    @full_precision
+    def count(self, output: Tensor, target: Tensor | None = None) -> Tensor:
+        """Return what ``F.cross_entropy(reduction="mean")`` divides by, a scalar tensor."""
+        if target is None or target.is_floating_point():
+            return super().event_weights(output).sum()
+        labels, kept = self._labels(output, target)
+        omega = self._omega(output)
+        return (kept if omega is None else omega[labels] * kept).sum().to(output.dtype)
+
+    # -- faster or safer than the base class -------------------------------------------------------
+
+    @full_precision
+    def root_inverse_apply(
+        self, output: Tensor, cotangent: Tensor, target: Tensor | None = None
+    ) -> Tensor:
+        """Return ``r_c / √(w p_c)``, (N, E·C), which solves S u = r as Σ r = 0; see the base."""
+        self._check_cotangent(output, cotangent)
+        p, _ = self._probabilities(output)
+        scale = self._column_scale(p, output, target)
+        events = self.split_events(cotangent.to(output.dtype))
+        return torch.where(scale > 0, events / scale, 0).flatten(1)
+
+    @full_precision
+    def sampled_vectors(
+        self,
+        output: Tensor,
+        generator: torch.Generator | None = None,
+        samples: int = 1,
+        target: Tensor | None = None,
+    ) -> Tensor:
+        """Return √w (p − e_ŷ) with ŷ ~ p, (samples, *output.shape); see the base class."""
+        p, others = (tensor.expand(samples, *tensor.shape) for tensor in
+                     self._probabilities(output.detach()))  # fmt: skip
+        labels = _draw(p, generator).unsqueeze(-1)
+        vectors = p.scatter(-1, labels, -others.gather(-1, labels))
+        weights = self.event_weights(output, target).unsqueeze(-1) / samples
+        return self.merge_events(vectors * weights.sqrt(), output)
+
+    @full_precision
+    def infer_event_weights(
+        self, output: Tensor, cotangent: Tensor, target: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Read labels, ignored events and the loss scale off the cotangent; see the base class.
+
+        An event whose cotangent is exactly zero, though its probabilities are not saturated, was
+        ignored. The label is the most negative entry. With label smoothing, or if the cotangent is
+        not that of hard labels, the scale follows ``reduction``.
+        """
+        self._check_cotangent(output, cotangent)
+        self._check_class_dim(output, cotangent)
+        if target is not None:
+            return super().infer_event_weights(output, cotangent, target)
+        smallest = min(torch.finfo(cotangent.dtype).tiny, 1.2e-7)
+        residual = self.split_events(cotangent.to(output.dtype))
+        p, others = self._probabilities(output)
+        active = (residual != 0).any(-1)
+        labels = torch.where(active, residual.argmin(-1), p.argmax(-1)).unsqueeze(-1)
+        weights = self._label_weights(output, labels.squeeze(-1))
+        omega = self._omega(output)
+        count_weights = torch.ones_like(weights) if omega is None else omega[labels.squeeze(-1)]
+        other = others.gather(-1, labels).squeeze(-1)
+
+        usual = self._usual_scale((count_weights * active).sum())
+        at_label = -residual.gather(-1, labels).squeeze(-1)
+        scale = _ratio(at_label.sum(), (weights * other * active).sum(), usual)
+        error = (scale * weights * active).unsqueeze(-1) * p
+        error = error.scatter(-1, labels, -(scale * weights * other * active).unsqueeze(-1))
+        error = (error - residual).abs().sum()
+        hard = (error <= 0.05 * residual.abs().sum()) & (self.label_smoothing == 0)
+        expected = torch.where(hard, scale, usual).nan_to_num(posinf=1.0)
+        kept = active | (expected * other <= smallest)
+        usual = self._usual_scale((count_weights * kept).sum())
+        return weights * kept, torch.where(hard & active.any(), scale, usual)
+
+    # -- layout ------------------------------------------------------------------------------------
+
+    def split_events(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of the output's shape as (N, E, C), classes last."""
+        moved = tensor.movedim(self._class_dim(tensor), -1)
+        return moved.reshape(len(moved), -1, moved.shape[-1])
+
+    def merge_events(self, events: Tensor, output: Tensor) -> Tensor:
+        """Undo :meth:`split_events`: (..., N, E, C) becomes (..., *output.shape)."""
+        lead, dim = events.shape[:-3], self._class_dim(output)
+        shape = self._target_shape(output)
+        return events.reshape(*lead, *shape, events.shape[-1]).movedim(-1, len(lead) + dim)
+
+    def _class_dim(self, output: Tensor) -> int:
+        if self.class_dim is None:
+            return 2 if output.dim() == 3 else 1
+        dim = self.class_dim + (output.dim() if self.class_dim < 0 else 0)
+        if not 0 < dim < output.dim():
+            raise ValueError(
+                f"class_dim={self.class_dim} is not a class dimension of an output of shape "
+                f"{tuple(output.shape)}."
+            )
+        return dim
+
+    def _target_shape(self, output: Tensor) -> tuple[int, ...]:
+        dim = self._class_dim(output)
+        return (*output.shape[:dim], *output.shape[dim + 1 :])
+
+    # -- helpers -----------------------------------------------------------------------------------
+
+    def _omega(self, output: Tensor) -> Tensor | None:
+        """Return the class weights as a tensor, (C,), or None if there are none."""
+        if self.class_weights is None:
+            return None
+        classes = output.shape[self._class_dim(output)]
+        if len(self.class_weights) != classes:
+            raise ValueError(
+                f"There are {len(self.class_weights)} class_weights but {classes} classes along "
+                f"dimension {self._class_dim(output)} of the output."
+            )
+        return output.new_tensor(cast("tuple[float, ...]", self.class_weights))
+
+    def _label_weights(self, output: Tensor, labels: Tensor) -> Tensor:
+        """Return (1 − s) ω_y + s mean(ω) for labels of any shape."""
+        omega = self._omega(output)
+        if omega is None:
+            return torch.ones_like(labels, dtype=output.dtype)
+        return torch.lerp(omega, omega.mean(), self.label_smoothing)[labels]
+
+    def _labels(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the labels with 0 for ignored ones, and a mask of those kept, both (N, E)."""
+        shape = self._target_shape(output)
+        if target.dtype == torch.bool or target.is_complex():
+            raise TypeError(f"Categorical needs integer class labels, not {target.dtype}.")
+        if tuple(target.shape) != shape:
+            raise ValueError(
+                f"Categorical needs class labels of shape {shape} for an output of shape "
+                f"{tuple(output.shape)} with classes along dimension {self._class_dim(output)}, "
+                f"but got {tuple(target.shape)}."
+            )
+        labels = target.reshape(len(output), -1).long()
+        kept = labels != self.ignore_index
+        labels = torch.where(kept, labels, 0)
+        classes = output.shape[self._class_dim(output)]
+        if labels.device.type == "cpu" and not bool(((labels >= 0) & (labels < classes)).all()):
+            raise ValueError(
+                f"Class labels must be in 0..{classes - 1} or ignore_index={self.ignore_index}, "
+                f"but range from {int(labels.min())} to {int(labels.max())}."
+            )
+        return labels, kept
+
+    def _mixture(self, output: Tensor, target: Tensor) -> Tensor:
+        """Return q with ``w · nll = −Σ_c q_c log p_c``, (N, E, C)."""
+        classes = output.shape[self._class_dim(output)]
+        if target.is_floating_point():
+            if target.shape != output.shape:
+                raise ValueError(
+                    "Categorical needs class probabilities of the output's shape "
+                    f"{tuple(output.shape)} but got {tuple(target.shape)}."
+                )
+            mixture, kept = self.split_events(target.to(output.dtype)), None
+        else:
+            labels, kept = self._labels(output, target)
+            mixture = output.new_zeros(*labels.shape, classes)
+            mixture.scatter_(-1, labels.unsqueeze(-1), 1)
+        if self.label_smoothing > 0:
+            mixture = (1 - self.label_smoothing) * mixture + self.label_smoothing / classes
+        omega = self._omega(output)
+        mixture = mixture if omega is None else mixture * omega
+        return mixture if kept is None else mixture * kept.unsqueeze(-1)
+
+    def _probabilities(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        """Return p and 1 − p, (N, E, C), both to full relative accuracy."""
+        p = self.split_events(output).softmax(-1)
+        largest = p.argmax(-1, keepdim=True)
+        others = p.scatter(-1, largest, 0).sum(-1, keepdim=True)
+        return p, (1 - p).scatter(-1, largest, others)
+
+    def _column_scale(self, p: Tensor, output: Tensor, target: Tensor | None) -> Tensor:
+        """Return √(w p_c), (N, E, C), with p kept above the floor."""
+        p = p.clamp_min(root_floor(p.dtype))
+        if target is not None:
+            p = p * self.event_weights(output, target).unsqueeze(-1)
+        return p.sqrt()
+
+    def _check_class_dim(self, output: Tensor, cotangent: Tensor) -> None:
+        """Raise if the cotangent sums to 0 over another dimension than that of the classes.
+
+        Softmax gradients sum to 0 over the classes. The check synchronises with the device, so it
+        is made only where the class dimension is in doubt, for outputs of rank 3 and more.
+        """
+        if output.dim() < 3:
+            return
+        cotangent = cotangent.to(output.dtype)
+        allowed = 0.02 * cotangent.abs().sum()
+        dims = range(1, output.dim())
+        sums = torch.stack([cotangent.sum(dim).abs().sum() for dim in dims])
+        vanishing = [
+            dim for dim, small in zip(dims, (sums <= allowed).tolist(), strict=True) if small
+        ]
+        if vanishing and self._class_dim(output) not in vanishing:
+            raise ValueError(
+                f"The loss gradient sums to zero over dimension {vanishing[0]} of the output of "
+                f"shape {tuple(output.shape)}, not over dimension {self._class_dim(output)}: pass "
+                f"likelihood=Categorical(class_dim={vanishing[0]})."
+            )
+
+
+def _draw(p: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draw an index from probabilities along the last dimension (by exponential races)."""
+    device = p.device if generator is None else generator.device
+    race = torch.empty(p.shape, dtype=p.dtype, device=device).exponential_(generator=generator)
+    return (p / race.to(p.device).clamp_min(torch.finfo(p.dtype).tiny)).argmax(-1)

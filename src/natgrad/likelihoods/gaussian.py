@@ -1,0 +1,63 @@
+"""Gaussian likelihood: squared error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from natgrad.likelihoods.base import Reduction, full_precision
+from natgrad.likelihoods.elementwise import Elementwise, ReduceOutputs, random_like
+
+
+@dataclass(frozen=True, repr=False)
+class Gaussian(Elementwise):
+    """y ~ N(z, σ² I): nll = ‖z − y‖² / (2σ²), Λ = I/σ².
+
+    Args:
+        variance: σ² in squared units of the output, default 1.
+        reduce_outputs: "sum" (default) or "mean" over the C outputs of a sample; with "mean" the
+            variance is in effect C σ². ``nn.MSELoss()`` is ``Gaussian(0.5, "mean")``.
+        reduction: How the user's loss reduces over samples, "mean" (default) or "sum".
+
+    Raises:
+        ValueError: If the variance is not a positive finite number or an option is unknown.
+
+    Source: Martens, New insights and perspectives on the natural gradient method (2020), §9.
+    """
+
+    variance: float = 1.0
+    reduce_outputs: ReduceOutputs = "sum"
+    reduction: Reduction = "mean"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.variance < float("inf"):
+            raise ValueError(f"variance must be positive and finite but is {self.variance}.")
+        super().__post_init__()
+
+    @full_precision
+    def root_vectors(self, output: Tensor, target: Tensor | None = None) -> Tensor:
+        """Return the scaled unit vectors, a view without a copy per sample; see the base."""
+        shape, size = output.shape, output[0].numel()
+        scale = (self._scale(output) / self.variance) ** 0.5
+        eye = torch.eye(size, dtype=output.dtype, device=output.device) * scale
+        return eye.reshape(size, 1, *shape[1:]).expand(size, *shape)
+
+    @full_precision
+    def sample(self, output: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draw a target of the output's shape; see the base class."""
+        deviation = (self.variance / self._scale(output)) ** 0.5
+        return output.detach() + deviation * random_like(output, generator, "normal")
+
+    def _nll(self, output: Tensor, target: Tensor) -> Tensor:
+        return (output - target).square() / (2 * self.variance)
+
+    def _gradient(self, output: Tensor, target: Tensor) -> Tensor:
+        return (output - target) / self.variance
+
+    def _hessian(self, output: Tensor) -> Tensor:
+        return torch.full_like(output, 1 / self.variance)
+
+    def _sample(self, output: Tensor, generator: torch.Generator | None) -> Tensor:
+        return output + self.variance**0.5 * random_like(output, generator, "normal")

@@ -1,0 +1,49 @@
+"""Poisson likelihood of counts, with the logarithm of the rate as output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from natgrad.likelihoods.base import Reduction
+from natgrad.likelihoods.elementwise import Elementwise, ReduceOutputs
+
+
+@dataclass(frozen=True, repr=False)
+class Poisson(Elementwise):
+    """y ~ Poisson(exp z) for every output: nll = exp(z) − y z, Λ = diag(exp z).
+
+    Args:
+        reduce_outputs: "sum" (default) or "mean" over the C outputs of a sample;
+            ``nn.PoissonNLLLoss()`` is ``Poisson("mean")``.
+        reduction: How the user's loss reduces over samples, "mean" (default) or "sum".
+
+    Raises:
+        ValueError: If an option is unknown.
+
+    Source: McCullagh and Nelder, Generalized Linear Models (1989), ch. 6.
+    """
+
+    reduce_outputs: ReduceOutputs = "sum"
+    reduction: Reduction = "mean"
+
+    def _nll(self, output: Tensor, target: Tensor) -> Tensor:
+        return output.exp() - target * output
+
+    def _gradient(self, output: Tensor, target: Tensor) -> Tensor:
+        return output.exp() - target
+
+    def _hessian(self, output: Tensor) -> Tensor:
+        return output.exp()
+
+    def _sample(self, output: Tensor, generator: torch.Generator | None) -> Tensor:
+        device = output.device if generator is None else generator.device
+        return torch.poisson(output.exp().to(device), generator).to(output.device)
+
+    def _checked(self, output: Tensor, target: Tensor) -> Tensor:
+        target = super()._checked(output, target)
+        if target.device.type == "cpu" and not bool((target >= 0).all()):
+            raise ValueError("Poisson needs targets that are counts, not negative numbers.")
+        return target
