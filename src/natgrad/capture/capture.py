@@ -1,0 +1,638 @@
+"""The hook manager: which layers are covered, what a forward pass records, how it is pulled back."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from natgrad.capture.attention import RecordProjections
+from natgrad.capture.generic import GenericKind
+from natgrad.capture.hooks import ModelHook, inside_backward, outside_graphs
+from natgrad.capture.kinds import LayerCall, LayerKind, find_kind
+from natgrad.capture.normalization import batch_norms, fix_statistics
+from natgrad.jacobians import Jacobians, LayerJacobian, SumJacobian
+from natgrad.layouts import BlockLayout, ParameterLayout
+
+__all__ = ["Block", "Capture", "ForwardPass", "select_output", "unwrap"]
+
+#: Forward passes kept while waiting for their backward pass.
+MAX_WAITING_PASSES = 4
+
+
+@dataclass(frozen=True)
+class Use:
+    """One layer's use of a block's parameters.
+
+    Attributes:
+        module: The layer.
+        kind: How it is recorded.
+        names: The block's parameters, by their names within the layer.
+        keys: Which of the layer's recorded calls concern the block.
+        layout: The block's layout as this layer stores it.
+    """
+
+    module: nn.Module
+    kind: LayerKind
+    names: tuple[str, ...]
+    keys: tuple[str, ...]
+    layout: BlockLayout
+
+
+@dataclass(frozen=True)
+class Block:
+    """The trainable parameters of one layer, or one tied parameter.
+
+    Attributes:
+        name: Qualified layer name; a qualified parameter name where layers share a parameter.
+        kind: Layer class name, or the names joined by ``+`` for tied layers.
+        layout: Names, shapes and matrix form.
+        uses: The layers that use it.
+    """
+
+    name: str
+    kind: str
+    layout: BlockLayout
+    uses: tuple[Use, ...]
+
+
+@dataclass(eq=False)
+class RecordedCall:
+    """A layer call together with the places its output gradients can be had from."""
+
+    call: LayerCall
+    edges: list[GradientEdge]
+    user_gradients: list[Tensor | None] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class ForwardPass:
+    """What one forward pass of the model recorded.
+
+    Attributes:
+        calls: Recorded layer calls in order.
+        output: The model output the likelihood looks at.
+        cotangent: Gradient of the user's loss with respect to it, once backpropagated.
+        elements: Total number of entries of all recorded layer outputs.
+    """
+
+    calls: list[RecordedCall] = field(default_factory=list)
+    output: Tensor | None = None
+    cotangent: Tensor | None = None
+    elements: int = 0
+
+    @property
+    def samples(self) -> int:
+        """Number of samples ``N``: the output's first dimension."""
+        assert self.output is not None
+        return int(self.output.shape[0])
+
+
+class Capture:
+    """Records layer inputs and output gradients of a model through hooks.
+
+    Hooks are installed once, cost next to nothing while ``recording`` is off, never change what
+    the model computes, and disappear with :meth:`remove`. Copies and pickles of the model carry
+    inert hooks. Recomputations by non-reentrant gradient checkpointing are not recorded twice.
+    Under ``torch.compile`` every captured layer is a graph break.
+
+    Args:
+        model: The model; wrappers of DistributedDataParallel and ``torch.compile`` are looked
+            through.
+        output: Function that picks the tensor the likelihood looks at out of the model's output,
+            e.g. ``lambda out: out.logits``. By default the output itself, its ``logits``, or its
+            first tensor.
+
+    Attributes:
+        blocks: Block name → :class:`Block`, in the order of ``model.named_modules()``.
+        uncovered: Parameter name → why no block covers it.
+        layout: Order of all trainable parameters.
+        recording: Whether forward passes are recorded.
+
+    Example:
+        >>> with Capture(model) as capture:
+        ...     out = model(x)
+        ...     jacobians = capture.pull_back(out, torch.eye(10).unsqueeze(1).expand(10, len(x), 10))
+    """
+
+    def __init__(self, model: nn.Module, output: Callable[[Any], Tensor] | None = None) -> None:
+        self.model = unwrap(model)
+        self.select = output
+        self.layout = ParameterLayout.of(self.model)
+        self.recording = True
+        self.passes: list[ForwardPass] = []
+        #: Called at the start of every forward pass of the root module.
+        self.on_forward: Callable[[], None] | None = None
+        #: Called when the user's backward pass reaches the output of a recorded pass.
+        self.on_backward: Callable[[ForwardPass], None] | None = None
+        #: Whether the user's own output gradients are recorded, and for which blocks.
+        self.watching: frozenset[nn.Module] | bool = False
+        self._open: ForwardPass | None = None
+        self._pulling = False
+        self._suspended = False
+        self._modes: list[RecordProjections] = []
+        self._warned: set[str] = set()
+        self.blocks, self.uncovered = _find_blocks(self.model)
+        self._handles: list[Any] = []
+        self._install()
+
+    # Life cycle.
+
+    def _install(self) -> None:
+        modules: dict[nn.Module, LayerKind] = {}
+        for block in self.blocks.values():
+            for use in block.uses:
+                modules[use.module] = use.kind
+        for module, kind in modules.items():
+            if isinstance(module, nn.MultiheadAttention):
+                before = ModelHook(self, Capture._before_attention)
+                after = ModelHook(self, Capture._after_attention)
+                self._handles.append(module.register_forward_pre_hook(before))
+                self._handles.append(module.register_forward_hook(after, always_call=True))
+            else:
+                hook = ModelHook(self, functools.partial(_after_layer, kind))
+                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        for module in self.model.modules():
+            if module not in modules and isinstance(module, nn.modules.batchnorm._BatchNorm):
+                hook = ModelHook(self, Capture._after_plain_batch_norm)
+                self._handles.append(module.register_forward_hook(hook))
+        first = ModelHook(self, Capture._before_model)
+        last = ModelHook(self, Capture._after_model)
+        self._handles.append(self.model.register_forward_pre_hook(first, prepend=True))
+        self._handles.append(self.model.register_forward_hook(last))
+
+    def remove(self) -> None:
+        """Remove all hooks and forget everything recorded."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget recorded passes."""
+        self.passes.clear()
+        self._open = None
+
+    def __enter__(self) -> Capture:
+        """Return the capture itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Remove the hooks."""
+        self.remove()
+
+    # Forward hooks.
+
+    def _active(self) -> bool:
+        return (
+            (self.recording or self.watching is not False)
+            and not self._suspended
+            and torch.is_grad_enabled()
+            and not inside_backward()
+        )
+
+    def _before_model(self, module: nn.Module, args: Any) -> None:
+        _before_model(self)
+
+    def _after_model(self, module: nn.Module, args: Any, output: Any) -> None:
+        _after_model(self, output)
+
+    def _before_attention(self, module: nn.Module, args: Any) -> None:
+        _before_attention(self, module)
+
+    def _after_attention(self, module: nn.Module, args: Any, output: Any) -> None:
+        _after_attention(self, module)
+
+    def _after_plain_batch_norm(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._active() and batch_norms(module):
+            fix_statistics(module, args[0], output, lambda: self._pulling)
+
+    def _record(self, call: LayerCall) -> None:
+        """Keep a layer call and the autograd edges of its outputs."""
+        outputs = call.outputs
+        call.outputs = ()
+        live = [o if o.requires_grad else None for o in outputs]
+        if not any(o is not None for o in live):
+            return
+        recorded = RecordedCall(call, [])
+        if self.recording:
+            recorded.edges = [cast(Any, None if o is None else get_gradient_edge(o)) for o in live]
+        watching = self.watching
+        if watching is True or (watching and call.module in watching):
+            recorded.user_gradients = [None] * len(outputs)
+            for index, output in enumerate(live):
+                if output is not None:
+                    output.register_hook(self._user_hook(recorded, index))
+        if self._open is None:
+            self._open_pass()
+        assert self._open is not None
+        self._open.calls.append(recorded)
+        self._open.elements += sum(o.numel() for o in live if o is not None)
+
+    def _user_hook(self, recorded: RecordedCall, index: int) -> Callable[[Tensor], None]:
+        reference = weakref.ref(self)
+
+        def keep(gradient: Tensor) -> None:
+            capture = reference()
+            if capture is not None and not capture._pulling:
+                recorded.user_gradients[index] = gradient.detach()
+
+        return keep
+
+    def _open_pass(self) -> None:
+        self._open = ForwardPass()
+        self.passes.append(self._open)
+        del self.passes[:-MAX_WAITING_PASSES]
+
+    # Pulling back.
+
+    def find_pass(self, output: Tensor) -> ForwardPass:
+        """Return the recorded pass that made ``output``.
+
+        Raises:
+            RuntimeError: If nothing was recorded.
+        """
+        for candidate in reversed(self.passes):
+            if candidate.output is output:
+                return candidate
+        if not self.passes:
+            raise RuntimeError(
+                "no forward pass was recorded: call the model with gradients enabled while the "
+                "capture is recording, then pull back"
+            )
+        last = self.passes[-1]
+        last.output = output
+        return last
+
+    def pull_back(
+        self,
+        output: Tensor,
+        vectors: Tensor,
+        *,
+        retain_graph: bool = True,
+        skip_silent: bool = False,
+    ) -> Jacobians:
+        """Pull ``K`` output vectors per sample back to every layer's output.
+
+        Args:
+            output: The model output, ``(N, ...)``, with its autograd graph.
+            vectors: ``(K, *output.shape)``.
+            retain_graph: Keep the graph for a later backward pass.
+            skip_silent: Leave positions no vector reaches (ignored or padded tokens) out of the
+                Kronecker input factors.
+
+        Returns:
+            The Jacobian rows of every block that ``output`` depends on. Parameters' ``.grad``
+            is not touched.
+
+        Raises:
+            RuntimeError: If no forward pass was recorded.
+            ValueError: If ``vectors`` does not have the shape ``(K, *output.shape)``.
+        """
+        if vectors.shape[1:] != output.shape:
+            raise ValueError(
+                f"vectors must have shape (K, {', '.join(map(str, output.shape))}), "
+                f"got {tuple(vectors.shape)}"
+            )
+        found = self.find_pass(output)
+        edges = [edge for call in found.calls for edge in call.edges if edge is not None]
+        if not edges or not output.requires_grad:
+            return Jacobians(self.layout, {}, int(output.shape[0]), int(vectors.shape[0]))
+        self._pulling = True
+        try:
+            gradients = _batched_gradients(output, edges, vectors.to(output.dtype), retain_graph)
+        finally:
+            self._pulling = False
+        remaining = iter(gradients)
+        calls = [
+            (call.call, [None if edge is None else next(remaining) for edge in call.edges])
+            for call in found.calls
+        ]
+        return self._jacobians(calls, int(output.shape[0]), int(vectors.shape[0]), skip_silent)
+
+    def user_jacobians(
+        self, recorded: ForwardPass, scale: float | Tensor = 1.0, skip_silent: bool = False
+    ) -> Jacobians:
+        """Form rows (``K = 1``) from the gradients the user's own backward pass left.
+
+        Args:
+            recorded: A pass recorded with ``watching`` on, after the user's backward pass.
+            scale: Factor that turns the user's gradients into per-sample ones.
+            skip_silent: As in :meth:`pull_back`.
+        """
+        calls = [
+            (
+                call.call,
+                [None if g is None else (g * scale).unsqueeze(0) for g in call.user_gradients],
+            )
+            for call in recorded.calls
+        ]
+        return self._jacobians(calls, recorded.samples, 1, skip_silent)
+
+    def _jacobians(
+        self,
+        calls: list[tuple[LayerCall, list[Tensor | None]]],
+        samples: int,
+        directions: int,
+        skip_silent: bool,
+    ) -> Jacobians:
+        by_module: dict[nn.Module, list[tuple[LayerCall, list[Tensor | None]]]] = {}
+        order: dict[nn.Module, int] = {}
+        for call, gradients in calls:
+            order.setdefault(call.module, len(order))
+            if any(g is not None for g in gradients):
+                by_module.setdefault(call.module, []).append((call, gradients))
+        result: dict[str, LayerJacobian] = {}
+        self._suspended = True
+        try:
+            with torch.no_grad(), torch.autocast(_device_type(calls), enabled=False):
+                for name in self._call_order(order):
+                    jacobian = _block_jacobian(
+                        self.blocks[name], by_module, samples, skip_silent
+                    )
+                    if jacobian is not None:
+                        result[name] = jacobian
+        finally:
+            self._suspended = False
+        return Jacobians(self.layout, result, samples, directions)
+
+    def _call_order(self, order: dict[nn.Module, int]) -> list[str]:
+        """Return block names in order of their layers' first call."""
+
+        def first_call(name: str) -> int:
+            return min(order.get(use.module, len(order)) for use in self.blocks[name].uses)
+
+        return sorted(self.blocks, key=first_call)
+
+
+def _block_jacobian(
+    block: Block,
+    by_module: Mapping[nn.Module, list[tuple[LayerCall, list[Tensor | None]]]],
+    samples: int,
+    skip_silent: bool,
+) -> LayerJacobian | None:
+    parts: list[LayerJacobian] = []
+    groups: dict[tuple[LayerKind, BlockLayout], list[tuple[LayerCall, list[Tensor | None]]]] = {}
+    names: dict[tuple[LayerKind, BlockLayout], tuple[str, ...]] = {}
+    for use in block.uses:
+        calls = [c for c in by_module.get(use.module, []) if c[0].key in use.keys]
+        if calls:
+            # Layers of one kind that share a parameter are calls of one layer.
+            groups.setdefault((use.kind, use.layout), []).extend(calls)
+            names[(use.kind, use.layout)] = use.names
+    for (kind, layout), calls in groups.items():
+        parts.append(
+            kind.jacobian(layout, names[(kind, layout)], calls, samples, skip_silent)
+        )
+    if not parts:
+        return None
+    return parts[0] if len(parts) == 1 else SumJacobian(parts)
+
+
+# Hook bodies run outside compiled graphs: autograd edges are only there in eager code.
+
+
+@outside_graphs
+def _after_layer(
+    kind: LayerKind,
+    capture: Capture,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Any,
+) -> None:
+    if not capture._active():
+        return
+    reason = kind.refuse(module)
+    if reason is not None:
+        name = type(module).__name__
+        if name not in capture._warned:
+            capture._warned.add(name)
+            warnings.warn(
+                f"natgrad does not record a {name} layer in this mode: {reason}", stacklevel=3
+            )
+        return
+    if batch_norms(module):
+        fix_statistics(module, args[0], output, lambda: capture._pulling)
+    for call in kind.observe(module, args, kwargs, output):
+        capture._record(call)
+
+
+@outside_graphs
+def _before_model(capture: Capture) -> None:
+    if capture._suspended or not torch.is_grad_enabled() or inside_backward():
+        return
+    if capture.on_forward is not None:
+        capture.on_forward()
+    capture._open = None
+    if capture._active():
+        capture._open_pass()
+
+
+@outside_graphs
+def _after_model(capture: Capture, output: Any) -> None:
+    current = capture._open
+    if current is None or not capture._active():
+        return
+    capture._open = None
+    selected = select_output(output, capture.select)
+    if selected is None or not selected.requires_grad:
+        if current in capture.passes:
+            capture.passes.remove(current)
+        return
+    current.output = selected
+    if capture.on_backward is None:
+        return
+    owner, waiting = weakref.ref(capture), weakref.ref(current)
+
+    def reached(cotangent: Tensor) -> None:
+        found, recorded = owner(), waiting()
+        # create_graph=True means the user differentiates the output itself (as in a
+        # physics-informed loss), not that training backpropagates.
+        if found is None or recorded is None or found._pulling or torch.is_grad_enabled():
+            return
+        recorded.cotangent = cotangent.detach()
+        if found.on_backward is not None:
+            found.on_backward(recorded)
+
+    selected.register_hook(reached)
+
+
+@outside_graphs
+def _before_attention(capture: Capture, module: nn.Module) -> None:
+    if capture._active():
+        mode = RecordProjections(cast(nn.MultiheadAttention, module), capture._record)
+        mode.__enter__()
+        capture._modes.append(mode)
+
+
+@outside_graphs
+def _after_attention(capture: Capture, module: nn.Module) -> None:
+    if capture._modes and capture._modes[-1].module is module:
+        capture._modes.pop().__exit__(None, None, None)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside DistributedDataParallel, DataParallel or ``torch.compile``."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(
+            model, (nn.parallel.DistributedDataParallel, nn.DataParallel)
+        ):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def select_output(output: Any, select: Callable[[Any], Tensor] | None) -> Tensor | None:
+    """Pick the tensor the likelihood looks at out of a model's output.
+
+    Raises:
+        TypeError: If ``select`` returns something else than a tensor.
+    """
+    if select is not None:
+        chosen = select(output)
+        if not isinstance(chosen, Tensor):
+            raise TypeError(f"output=... must return a tensor, got {type(chosen).__name__}")
+        return chosen
+    if isinstance(output, Tensor):
+        return output
+    logits = getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    if isinstance(output, Mapping):
+        if isinstance(output.get("logits"), Tensor):
+            return cast(Tensor, output["logits"])
+        output = tuple(output.values())
+    if isinstance(output, (tuple, list)):
+        return next((item for item in output if isinstance(item, Tensor)), None)
+    return None
+
+
+def _batched_gradients(
+    output: Tensor, edges: list[GradientEdge], vectors: Tensor, retain_graph: bool
+) -> list[Tensor | None]:
+    """Return the gradient at every edge for every vector, stacked over vectors."""
+
+    def backward(cotangent: Tensor, batched: bool, keep: bool) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(
+            [output],
+            edges,
+            [cotangent],
+            retain_graph=keep,
+            allow_unused=True,
+            is_grads_batched=batched,
+        )
+
+    if vectors.shape[0] == 1:
+        single = backward(vectors[0], False, retain_graph)
+        return [None if g is None else g.unsqueeze(0) for g in single]
+    try:
+        return list(backward(vectors, True, retain_graph))
+    except RuntimeError as error:
+        if "vmap" not in str(error) and "batching rule" not in str(error):
+            raise
+    # Some backward functions cannot be batched: one vector at a time.
+    last = vectors.shape[0] - 1
+    each = [backward(v, False, retain_graph or i < last) for i, v in enumerate(vectors)]
+    return [
+        None if column[0] is None else torch.stack(cast("list[Tensor]", list(column)))
+        for column in zip(*each, strict=True)
+    ]
+
+
+def _device_type(calls: list[tuple[LayerCall, list[Tensor | None]]]) -> str:
+    for _, gradients in calls:
+        for gradient in gradients:
+            if gradient is not None:
+                return gradient.device.type
+    return "cpu"
+
+
+def _find_blocks(model: nn.Module) -> tuple[dict[str, Block], dict[str, str]]:
+    """Group a model's trainable parameters into blocks."""
+    names = {p: n for n, p in model.named_parameters() if p.requires_grad}
+    uses: dict[nn.Parameter, list[tuple[str, nn.Module, LayerKind, str]]] = {}
+    groups: list[tuple[str, nn.Module, LayerKind, tuple[str, ...]]] = []
+    uncovered: dict[str, str] = {}
+    owned: set[nn.Module] = set()
+    generic = GenericKind()
+    for module_name, module in model.named_modules():
+        if module in owned:
+            continue
+        kind = find_kind(module) or generic
+        owned.update(module.get_submodule(child) for child in kind.owned_children)
+        covered: set[nn.Parameter] = set()
+        reason = kind.refuse(module)
+        for group in kind.parameter_groups(module):
+            trainable = tuple(n for n in group if module.get_parameter(n) in names)
+            if not trainable:
+                continue
+            if reason is None:
+                groups.append((module_name, module, kind, trainable))
+            for local in trainable:
+                parameter = module.get_parameter(local)
+                covered.add(parameter)
+                if reason is None:
+                    uses.setdefault(parameter, []).append((module_name, module, kind, local))
+                else:
+                    uncovered[names[parameter]] = f"{type(module).__name__}: {reason}"
+        for local, parameter in module.named_parameters(recurse=False):
+            if parameter in names and parameter not in covered:
+                uncovered[names[parameter]] = (
+                    f"{type(module).__name__} has no formula for its parameter {local!r}"
+                )
+    for parameter in list(uses):
+        if names[parameter] in uncovered:
+            del uses[parameter]  # A tied parameter is covered by all its layers or not at all.
+
+    blocks: dict[str, Block] = {}
+    for module_name, module, kind, group in groups:
+        alive = tuple(n for n in group if module.get_parameter(n) in uses)
+        if not alive:
+            continue
+        if all(len(uses[module.get_parameter(n)]) == 1 for n in alive):
+            several = len([g for g in groups if g[1] is module]) > 1
+            name = _block_name(module_name, module, alive if several else ())
+            use = _use(module, kind, alive, names)
+            blocks[name] = Block(name, type(module).__name__, use.layout, (use,))
+            continue
+        for local in alive:
+            parameter = module.get_parameter(local)
+            name = names[parameter]
+            if name in blocks:
+                continue
+            shared = tuple(_use(m, k, (n,), names) for _, m, k, n in uses[parameter])
+            kinds = "+".join(dict.fromkeys(type(u.module).__name__ for u in shared))
+            layout = min((u.layout for u in shared), key=lambda item: item.transposed)
+            blocks[name] = Block(name, kinds, layout, shared)
+    return blocks, uncovered
+
+
+def _use(
+    module: nn.Module, kind: LayerKind, local: tuple[str, ...], names: dict[nn.Parameter, str]
+) -> Use:
+    qualified = tuple(names[module.get_parameter(n)] for n in local)
+    return Use(module, kind, local, kind.key_of(local), kind.layout(module, local, qualified))
+
+
+def _block_name(module_name: str, module: nn.Module, distinguishing: tuple[str, ...]) -> str:
+    base = module_name or type(module).__name__
+    if not distinguishing:
+        return base
+    part = distinguishing[0].removesuffix(".weight").removesuffix("_weight").removesuffix("_bias")
+    return f"{base}.{part}"

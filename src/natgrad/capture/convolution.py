@@ -1,0 +1,197 @@
+"""Convolutions and transposed convolutions of any dimension, with groups."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.capture.kinds import (
+    LayerCall,
+    LayerKind,
+    concatenate_positions,
+    fold_gradients,
+    register_kind,
+)
+from natgrad.jacobians import LayerJacobian, LinearJacobian
+from natgrad.layouts import BlockLayout
+
+__all__ = ["ConvolutionKind", "TransposedConvolutionKind", "patches"]
+
+
+def patches(
+    images: Tensor,
+    kernel_size: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    positions: tuple[int, ...] | None = None,
+) -> Tensor:
+    """Return a view of all windows, ``(N, C, *positions, *kernel_size)``, without a copy.
+
+    Args:
+        images: Already padded images, ``(N, C, *spatial)``.
+        kernel_size: Window size per dimension.
+        stride: Step between windows.
+        dilation: Step within a window.
+        positions: How many windows per dimension; as many as fit by default.
+    """
+    images = images.contiguous()
+    spatial = images.shape[2:]
+    if positions is None:
+        positions = tuple(
+            (size - d * (k - 1) - 1) // s + 1
+            for size, k, s, d in zip(spatial, kernel_size, stride, dilation, strict=True)
+        )
+    steps = images.stride()
+    return images.as_strided(
+        (*images.shape[:2], *positions, *kernel_size),
+        (
+            *steps[:2],
+            *(step * s for step, s in zip(steps[2:], stride, strict=True)),
+            *(step * d for step, d in zip(steps[2:], dilation, strict=True)),
+        ),
+    )
+
+
+def _window_rows(windows: Tensor, samples: int, groups: int) -> Tensor:
+    """Rearrange ``(N·r, C, *positions, *kernel)`` to ``(N, T, G, C/G · kernel)``."""
+    dims = (windows.dim() - 2) // 2
+    moved = windows.movedim(1, 1 + dims)  # (N·r, *positions, C, *kernel)
+    features = moved.shape[1 + dims :].numel()
+    return moved.reshape(samples, -1, groups, features // groups)
+
+
+class ConvolutionKind(LayerKind):
+    """Conv1d, Conv2d and Conv3d: linear maps of patches, shared over output positions."""
+
+    def layout(
+        self, module: nn.Module, names: tuple[str, ...], qualified: tuple[str, ...]
+    ) -> BlockLayout:
+        """Return one matrix per convolution group, ``C_out/G × C_in/G·kernel``."""
+        convolution = cast(nn.Conv2d, module)
+        shapes = tuple(tuple(module.get_parameter(name).shape) for name in names)
+        has_weight = "weight" in names
+        groups = convolution.groups
+        d_in = convolution.weight[0].numel() if has_weight else 0
+        return BlockLayout(
+            qualified,
+            shapes,
+            groups,
+            convolution.out_channels // groups,
+            d_in,
+            has_weight,
+            "bias" in names,
+        )
+
+    def jacobian(
+        self,
+        layout: BlockLayout,
+        names: tuple[str, ...],
+        calls: list[tuple[LayerCall, list[Tensor | None]]],
+        samples: int,
+        skip_silent: bool,
+    ) -> LayerJacobian:
+        """Form rows; patches are built only when first needed."""
+        deltas = [
+            _channels_last(cast(Tensor, gradients[0]), samples, layout.groups)
+            for _, gradients in calls
+        ]
+        make = partial(_convolution_inputs, [call for call, _ in calls], layout, samples)
+        delta = deltas[0] if len(deltas) == 1 else torch.cat(deltas, dim=2)
+        return LinearJacobian(layout, make, delta, skip_silent=skip_silent)
+
+
+def _convolution_inputs(calls: list[LayerCall], layout: BlockLayout, samples: int) -> Tensor:
+    rows = []
+    for call in calls:
+        module = cast(nn.Conv2d, call.module)
+        images = call.inputs[0]
+        padding = module._reversed_padding_repeated_twice
+        if any(padding):
+            mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+            images = nn.functional.pad(images, padding, mode=mode)
+        windows = patches(images, module.kernel_size, module.stride, module.dilation)
+        row = _window_rows(windows, samples, layout.groups)
+        rows.append(row if layout.has_weight else row[..., :0])
+    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+
+
+def _channels_last(gradients: Tensor, samples: int, groups: int) -> Tensor:
+    """Rearrange ``(K, N·r, C, *spatial)`` to ``(N, K, T, G, C/G)``."""
+    channels = gradients.shape[2]
+    moved = fold_gradients(gradients.movedim(2, -1), samples, channels)
+    return moved.unflatten(-1, (groups, channels // groups))
+
+
+class TransposedConvolutionKind(LayerKind):
+    """ConvTranspose1d/2d/3d: each input position meets a window of output gradients.
+
+    The weight's positions are those of the input, the bias's those of the output, so they form
+    two blocks.
+    """
+
+    def parameter_groups(self, module: nn.Module) -> list[tuple[str, ...]]:
+        """Return weight and bias as separate blocks."""
+        return [("weight",)] + ([("bias",)] if module.bias is not None else [])
+
+    def layout(
+        self, module: nn.Module, names: tuple[str, ...], qualified: tuple[str, ...]
+    ) -> BlockLayout:
+        """Return ``C_out/G·kernel × C_in/G`` per group for the weight, stored transposed."""
+        shapes = tuple(tuple(module.get_parameter(name).shape) for name in names)
+        if names == ("bias",):
+            return BlockLayout(qualified, shapes, 1, shapes[0][0], 0, False, True)
+        convolution = cast(nn.ConvTranspose2d, module)
+        groups = convolution.groups
+        return BlockLayout(
+            qualified,
+            shapes,
+            groups,
+            convolution.weight[0].numel(),
+            convolution.in_channels // groups,
+            True,
+            False,
+            transposed=True,
+        )
+
+    def jacobian(
+        self,
+        layout: BlockLayout,
+        names: tuple[str, ...],
+        calls: list[tuple[LayerCall, list[Tensor | None]]],
+        samples: int,
+        skip_silent: bool,
+    ) -> LayerJacobian:
+        """Form rows from inputs and windows of output gradients."""
+        rows: list[tuple[Tensor, Tensor]] = []
+        for call, gradients in calls:
+            (delta,) = gradients
+            assert delta is not None
+            images = call.inputs[0]
+            if not layout.has_weight:
+                d = _channels_last(delta, samples, 1)
+                rows.append((images.new_zeros(samples, d.shape[2], 1, 0), d))
+                continue
+            module = cast(nn.ConvTranspose2d, call.module)
+            padding: list[int] = []
+            for amount in reversed(cast("tuple[int, ...]", module.padding)):
+                padding += [amount, amount]
+            directions = delta.shape[0]
+            padded = nn.functional.pad(delta.flatten(0, 1), padding)
+            windows = patches(
+                padded, module.kernel_size, module.stride, module.dilation, images.shape[2:]
+            )
+            d = _window_rows(windows, directions * samples, layout.groups)
+            d = d.unflatten(0, (directions, samples)).transpose(0, 1)
+            a = images.movedim(1, -1).reshape(samples, -1, layout.groups, layout.d_in)
+            rows.append((a, d))
+        inputs, deltas = concatenate_positions(rows)
+        return LinearJacobian(layout, inputs, deltas, skip_silent=skip_silent)
+
+
+_CONVOLUTIONS: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED: tuple[Any, ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+register_kind(ConvolutionKind(), *_CONVOLUTIONS)
+register_kind(TransposedConvolutionKind(), *_TRANSPOSED)

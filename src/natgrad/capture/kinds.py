@@ -1,0 +1,240 @@
+"""What natgrad must know of a layer kind to turn its hooks' recordings into Jacobian rows."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.jacobians import DenseJacobian, LayerJacobian, LinearJacobian
+from natgrad.layouts import BlockLayout
+
+__all__ = ["LayerCall", "LayerKind", "find_kind", "register_kind", "register_layer"]
+
+
+@dataclass(eq=False)
+class LayerCall:
+    """One recorded call of a layer.
+
+    Attributes:
+        module: The layer.
+        key: Which part of the layer was called (attention has several; otherwise ``""``).
+        inputs: Detached positional inputs, and whatever else the kind needs later.
+        outputs: Output tensors; dropped by the capture once their gradient edges are taken.
+        options: Keyword inputs or other facts about the call.
+    """
+
+    module: nn.Module
+    key: str
+    inputs: tuple[Any, ...]
+    outputs: tuple[Tensor, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+class LayerKind(ABC):
+    """How one kind of layer is recorded and how its rows are formed."""
+
+    #: Names of child modules whose parameters this kind handles itself.
+    owned_children: tuple[str, ...] = ()
+
+    def parameter_groups(self, module: nn.Module) -> list[tuple[str, ...]]:
+        """Return the layer's parameter names, one tuple per block."""
+        present = tuple(
+            name for name in ("weight", "bias") if getattr(module, name, None) is not None
+        )
+        return [present] if present else []
+
+    def refuse(self, module: nn.Module) -> str | None:
+        """Return why the layer cannot be covered in its present mode, or None."""
+        return None
+
+    def observe(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> list[LayerCall]:
+        """Turn one forward call into recordings; the default takes the first input."""
+        first = args[0] if args else kwargs["input"]
+        return [LayerCall(module, "", (first.detach(),), (output,))]
+
+    def key_of(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the call keys that concern a block with these parameters."""
+        return ("",)
+
+    @abstractmethod
+    def layout(
+        self, module: nn.Module, names: tuple[str, ...], qualified: tuple[str, ...]
+    ) -> BlockLayout:
+        """Return the layout of the block that holds the parameters ``names`` of ``module``."""
+
+    @abstractmethod
+    def jacobian(
+        self,
+        layout: BlockLayout,
+        names: tuple[str, ...],
+        calls: list[tuple[LayerCall, list[Tensor | None]]],
+        samples: int,
+        skip_silent: bool,
+    ) -> LayerJacobian:
+        """Form the rows of one block.
+
+        Args:
+            layout: The block's layout.
+            names: The block's parameter names within the module.
+            calls: Recorded calls, each with the gradients of its outputs, ``(K, *output.shape)``.
+            samples: ``N``.
+            skip_silent: Leave positions with zero gradient out of the input factors.
+        """
+
+
+_KINDS: dict[type[nn.Module], LayerKind] = {}
+
+
+def register_kind(kind: LayerKind, *module_types: type[nn.Module]) -> None:
+    """Let ``kind`` handle modules of the given types."""
+    for module_type in module_types:
+        _KINDS[module_type] = kind
+
+
+def find_kind(module: nn.Module) -> LayerKind | None:
+    """Return the kind that handles a module, or None.
+
+    A subclass inherits its parent's kind only if it keeps the parent's ``forward``: an overridden
+    one may compute anything.
+    """
+    for parent in type(module).__mro__:
+        kind = _KINDS.get(parent)
+        if kind is not None:
+            keeps_forward = type(module).forward is parent.forward
+            return kind if keeps_forward and "forward" not in vars(module) else None
+    return None
+
+
+def fold_inputs(inputs: Tensor, samples: int, features: int) -> Tensor:
+    """Reshape ``(N·r, ..., d)`` to ``(N, T, d)``, folding everything between into positions.
+
+    Raises:
+        ValueError: If the leading dimension is not a multiple of the number of samples.
+    """
+    _check_fold(inputs.shape[0], samples)
+    return inputs.reshape(samples, -1, features)
+
+
+def fold_gradients(gradients: Tensor, samples: int, features: int) -> Tensor:
+    """Reshape ``(K, N·r, ..., d)`` to ``(N, K, T, d)``."""
+    _check_fold(gradients.shape[1], samples)
+    return gradients.reshape(gradients.shape[0], samples, -1, features).transpose(0, 1)
+
+
+def _check_fold(size: int, samples: int) -> None:
+    if size % samples:
+        raise ValueError(
+            f"a layer saw a batch of {size}, which is no multiple of the {samples} samples in the "
+            "model's output; natgrad needs the batch in the first dimension of every layer input"
+        )
+
+
+def concatenate_positions(
+    rows: list[tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor]:
+    """Join the calls of a reused layer along the position dimension."""
+    if len(rows) == 1:
+        return rows[0]
+    inputs, gradients = zip(*rows, strict=True)
+    return torch.cat(inputs, dim=1), torch.cat(gradients, dim=2)
+
+
+RowsFunction = Callable[
+    [Any, tuple[Any, ...], Tensor], "tuple[Tensor, Tensor] | dict[str, Tensor]"
+]
+
+
+class _RegisteredKind(LayerKind):
+    """A layer kind made from one user function."""
+
+    def __init__(self, function: RowsFunction, parameters: tuple[str, ...] | None) -> None:
+        self.function = function
+        self.parameters = parameters
+
+    def parameter_groups(self, module: nn.Module) -> list[tuple[str, ...]]:
+        names = self.parameters or tuple(n for n, _ in module.named_parameters(recurse=False))
+        return [names]
+
+    def observe(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> list[LayerCall]:
+        values = (*args, *kwargs.values())
+        detached = tuple(v.detach() if isinstance(v, Tensor) else v for v in values)
+        return [LayerCall(module, "", detached, (output,))]
+
+    def layout(
+        self, module: nn.Module, names: tuple[str, ...], qualified: tuple[str, ...]
+    ) -> BlockLayout:
+        shapes = tuple(tuple(module.get_parameter(name).shape) for name in names)
+        if len(shapes[0]) == 2 and shapes[1:] in ((), ((shapes[0][0],),)):
+            return BlockLayout(
+                qualified, shapes, 1, shapes[0][0], shapes[0][1], True, len(shapes) == 2
+            )
+        size = sum(int(torch.Size(shape).numel()) for shape in shapes)
+        return BlockLayout(qualified, shapes, 1, 1, size, True, False)
+
+    def jacobian(
+        self,
+        layout: BlockLayout,
+        names: tuple[str, ...],
+        calls: list[tuple[LayerCall, list[Tensor | None]]],
+        samples: int,
+        skip_silent: bool,
+    ) -> LayerJacobian:
+        pairs: list[tuple[Tensor, Tensor]] = []
+        dense: Tensor | None = None
+        for call, gradients in calls:
+            assert gradients[0] is not None
+            result = self.function(call.module, call.inputs, gradients[0])
+            if isinstance(result, dict):
+                rows = torch.cat([result[name].flatten(2) for name in names], dim=2)
+                dense = rows if dense is None else dense + rows
+            else:
+                a, delta = result
+                pairs.append((a.unsqueeze(2), delta.unsqueeze(3)))
+        if dense is not None:
+            size = layout.numel
+            flat = BlockLayout(layout.names, layout.shapes, 1, 1, size, True, False)
+            return DenseJacobian(flat, dense)
+        inputs, deltas = concatenate_positions(pairs)
+        return LinearJacobian(layout, inputs, deltas, skip_silent=skip_silent)
+
+
+def register_layer(
+    module_type: type[nn.Module],
+    jacobian: RowsFunction,
+    parameters: tuple[str, ...] | None = None,
+) -> None:
+    """Teach natgrad a layer kind of your own with one function.
+
+    Args:
+        module_type: The layer class. Subclasses that keep its ``forward`` are covered too.
+        jacobian: ``jacobian(module, inputs, output_gradients)`` where ``inputs`` are the detached
+            inputs of one call and ``output_gradients`` has shape ``(K, *output.shape)``. It
+            returns either a pair ``(a, delta)`` of shapes ``(N, T, d_in)`` and ``(N, K, T,
+            d_out)``, meaning the weight's rows are ``Σ_t delta aᵀ`` and the bias's ``Σ_t delta``
+            (only for one weight ``(d_out, d_in)`` and an optional bias ``(d_out,)``), or a dict
+            parameter name → per-sample gradients ``(N, K, *parameter.shape)``.
+        parameters: The layer's parameter names, weight first; all its own parameters by default.
+
+    Raises:
+        TypeError: If ``module_type`` is not a subclass of :class:`torch.nn.Module`.
+
+    Example:
+        >>> class Scaled(torch.nn.Linear):
+        ...     def forward(self, x):
+        ...         return 2 * super().forward(x)
+        >>> def rows(module, inputs, output_gradients):
+        ...     return inputs[0].unsqueeze(1), 2 * output_gradients.transpose(0, 1).unsqueeze(2)
+        >>> natgrad.register_layer(Scaled, rows)
+    """
+    if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
+        raise TypeError(f"module_type must be a subclass of torch.nn.Module, got {module_type!r}")
+    register_kind(_RegisteredKind(jacobian, parameters), module_type)

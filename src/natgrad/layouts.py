@@ -1,0 +1,200 @@
+"""How a layer's parameters are laid out: as flat vectors outside, as matrices inside.
+
+Every structure works on *blocks*. A block is the trainable part of one layer, usually its weight
+and bias, seen as ``groups`` matrices of shape ``(d_out, d_in + 1)``: the weight of each output
+unit, with its bias in the last column. Norm layers are ``d`` groups of one unit with one input;
+a depthwise convolution has one group per channel; a lone bias has ``d_in = 0``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import torch
+from torch import Tensor
+
+__all__ = ["BlockLayout", "ParameterLayout"]
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """The correspondence between a block's flat vector and its matrices.
+
+    The flat vector is the concatenation of the flattened parameters in the order of ``names``
+    (weight before bias). The matrix form is ``(groups, d_out, d_in + has_bias)``.
+
+    Attributes:
+        names: Qualified parameter names, weight first.
+        shapes: Their shapes.
+        groups: Number of independent matrices ``G``.
+        d_out: Rows of each matrix (output units per group).
+        d_in: Columns of each matrix without the bias column.
+        has_weight: Whether the block holds a weight.
+        has_bias: Whether the block holds a bias.
+        transposed: The weight is stored as ``(G, d_in, d_out)`` (embeddings, transposed
+            convolutions).
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    groups: int
+    d_out: int
+    d_in: int
+    has_weight: bool = True
+    has_bias: bool = True
+    transposed: bool = False
+
+    @cached_property
+    def numel(self) -> int:
+        """Number of parameters in the block, ``P_l``."""
+        return sum(prod(shape) for shape in self.shapes)
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of entries of each parameter, in the order of ``names``."""
+        return tuple(prod(shape) for shape in self.shapes)
+
+    @property
+    def d_augmented(self) -> int:
+        """Columns of each matrix, the bias column included."""
+        return self.d_in + int(self.has_bias)
+
+    def matrix(self, flat: Tensor) -> Tensor:
+        """Turn flat vectors ``(..., P_l)`` into matrices ``(..., G, d_out, d_in + bias)``."""
+        lead = flat.shape[:-1]
+        parts: list[Tensor] = []
+        weight_size = self.groups * self.d_out * self.d_in
+        if self.has_weight:
+            weight = flat[..., :weight_size]
+            if self.transposed:
+                parts.append(weight.reshape(*lead, self.groups, self.d_in, self.d_out).mT)
+            else:
+                parts.append(weight.reshape(*lead, self.groups, self.d_out, self.d_in))
+        if self.has_bias:
+            bias = flat[..., weight_size:] if self.has_weight else flat
+            parts.append(bias.reshape(*lead, self.groups, self.d_out, 1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def flat(self, matrix: Tensor) -> Tensor:
+        """Turn matrices ``(..., G, d_out, d_in + bias)`` into flat vectors ``(..., P_l)``."""
+        lead = matrix.shape[:-3]
+        if not self.has_bias:
+            weight = matrix.mT if self.transposed else matrix
+            return weight.reshape(*lead, -1)
+        if not self.has_weight:
+            return matrix.reshape(*lead, -1)
+        weight = matrix[..., : self.d_in]
+        weight = weight.mT if self.transposed else weight
+        return torch.cat(
+            [weight.reshape(*lead, -1), matrix[..., self.d_in].reshape(*lead, -1)], dim=-1
+        )
+
+    def gather(self, tensors: list[Tensor]) -> Tensor:
+        """Concatenate one tensor per parameter into the block's flat vector ``(P_l,)``."""
+        return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+    def scatter(self, flat: Tensor) -> list[Tensor]:
+        """Split a flat vector ``(P_l,)`` into one tensor per parameter, each in its shape."""
+        pieces = flat.split(list(self.sizes))
+        return [piece.reshape(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
+
+
+class ParameterLayout:
+    """The order of all trainable parameters in one flat vector.
+
+    It is the order of :func:`torch.nn.utils.parameters_to_vector` over the trainable entries of
+    ``model.named_parameters()``; parameters that occur under several names occur once.
+
+    Attributes:
+        names: Qualified parameter names in order.
+        shapes: Their shapes, by name.
+        offsets: Where each starts in the flat vector, by name.
+        numel: Length ``P`` of the flat vector.
+        dtype: Dtype curvature is computed in: the parameters' own, at least float32.
+        device: Device of the first parameter.
+    """
+
+    def __init__(
+        self,
+        parameters: dict[str, tuple[int, ...]],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
+        self.dtype = dtype
+        self.device = device or torch.device("cpu")
+        self.names: tuple[str, ...] = tuple(parameters)
+        self.shapes: dict[str, tuple[int, ...]] = dict(parameters)
+        self.offsets: dict[str, int] = {}
+        offset = 0
+        for name, shape in parameters.items():
+            self.offsets[name] = offset
+            offset += prod(shape)
+        self.numel = offset
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> ParameterLayout:
+        """Return the layout of a model's trainable parameters."""
+        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        dtype = torch.float32
+        for parameter in parameters.values():
+            dtype = torch.promote_types(dtype, parameter.dtype)
+        device = next((p.device for p in parameters.values()), None)
+        return cls({n: tuple(p.shape) for n, p in parameters.items()}, dtype, device)
+
+    def subset(self, names: Iterable[str]) -> ParameterLayout:
+        """Return the layout of some of the parameters, in the same order."""
+        wanted = set(names)
+        shapes = {n: self.shapes[n] for n in self.names if n in wanted}
+        return ParameterLayout(shapes, self.dtype, self.device)
+
+    def zeros(self, *shape: int) -> Tensor:
+        """Return zeros in the layout's dtype and device."""
+        return torch.zeros(*shape, dtype=self.dtype, device=self.device)
+
+    def slices(self, block: BlockLayout) -> list[slice]:
+        """Return where a block's parameters lie in the flat vector."""
+        return [
+            slice(self.offsets[name], self.offsets[name] + size)
+            for name, size in zip(block.names, block.sizes, strict=True)
+        ]
+
+    def gather(self, block: BlockLayout, columns: Tensor) -> Tensor:
+        """Take a block's rows ``(P_l, k)`` out of ``(P, k)``."""
+        pieces = [columns[s] for s in self.slices(block)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def scatter(self, block: BlockLayout, values: Tensor, columns: Tensor) -> None:
+        """Write a block's rows ``(P_l, k)`` into ``(P, k)`` in place."""
+        for s, piece in zip(self.slices(block), values.split(list(block.sizes)), strict=True):
+            columns[s] = piece
+
+    def to_flat(self, tensors: dict[str, Tensor]) -> Tensor:
+        """Concatenate a dict name → tensor into one flat vector ``(P,)``.
+
+        Raises:
+            ValueError: If a name is missing, unknown, or has the wrong shape.
+        """
+        unknown = set(tensors) - set(self.names)
+        missing = [name for name in self.names if name not in tensors]
+        if unknown or missing:
+            raise ValueError(
+                f"the dict must have exactly the trainable parameters as keys; "
+                f"missing: {missing or 'none'}, unknown: {sorted(unknown) or 'none'}"
+            )
+        for name in self.names:
+            if tuple(tensors[name].shape) != self.shapes[name]:
+                raise ValueError(
+                    f"entry {name!r} has shape {tuple(tensors[name].shape)}, but the parameter "
+                    f"has shape {self.shapes[name]}"
+                )
+        return torch.cat([tensors[name].reshape(-1) for name in self.names])
+
+    def to_dict(self, flat: Tensor) -> dict[str, Tensor]:
+        """Split a flat vector ``(P,)`` into a dict name → tensor."""
+        return {
+            name: flat[self.offsets[name] : self.offsets[name] + prod(shape)].reshape(shape)
+            for name, shape in self.shapes.items()
+        }
