@@ -1,0 +1,22 @@
+"""Structures of the Fisher matrix, one file each."""
+
+from natgrad.curvature import (  # noqa: F401
+    block_diagonal,
+    block_tridiagonal,
+    diagonal,
+    full,
+    kfac,
+    unit_wise,
+)
+from natgrad.curvature.base import CurvaturePart, FisherMatrix, GradientSource, PartitionedFisher
+from natgrad.curvature.registry import STRUCTURES, make_structure, register_structure
+
+__all__ = [
+    "STRUCTURES",
+    "CurvaturePart",
+    "FisherMatrix",
+    "GradientSource",
+    "PartitionedFisher",
+    "make_structure",
+    "register_structure",
+]

@@ -1,0 +1,494 @@
+"""What every structure of the Fisher matrix is and does.
+
+A structure is a *partition* of the parameters into independent parts (:class:`PartitionedFisher`,
+one :class:`CurvaturePart` per layer or one for all) or, where layers are coupled in a special way,
+a :class:`FisherMatrix` of its own. Either way the life of a structure has three stages: ``update``
+adds Jacobian rows, ``refresh`` factorises, ``precondition`` applies the last factorisation.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from natgrad import linalg
+from natgrad.jacobians import Jacobians, LayerJacobian
+from natgrad.layouts import BlockLayout, ParameterLayout
+from natgrad.linalg import FactorizationError
+
+if TYPE_CHECKING:
+    from natgrad.capture import Block
+
+__all__ = [
+    "Cost",
+    "CurvaturePart",
+    "FisherMatrix",
+    "GradientSource",
+    "PartitionedFisher",
+    "Workload",
+]
+
+Vector = TypeVar("Vector", Tensor, dict[str, Tensor])
+
+
+@dataclass
+class GradientSource:
+    """A loss gradient together with how it came about.
+
+    Attributes:
+        gradients: Parameter name → gradient.
+        rows: Block name → Jacobian whose rows sum to the block's gradient. Present only while the
+            gradients are exactly what the last backward pass left.
+        coordinates: ``u`` (N, K) with ``∇L = Jᵀu`` for the rows of the structure's last update.
+    """
+
+    gradients: dict[str, Tensor]
+    rows: Mapping[str, LayerJacobian] | None = None
+    coordinates: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a part of a structure costs.
+
+    Attributes:
+        factors: What is factorised, e.g. ``"785 x 785, 1024 x 1024"``.
+        memory: Bytes of state between steps, factorisation included.
+        refresh: Multiplications of one update and factorisation.
+        step: Multiplications of preconditioning one gradient.
+    """
+
+    factors: str
+    memory: int
+    refresh: float
+    step: float
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The batch that costs are stated for.
+
+    Attributes:
+        samples: ``N``.
+        directions: Pulled-back vectors per sample ``K``.
+        positions: Block name → shared positions ``T``; 1 where absent.
+    """
+
+    samples: int
+    directions: int
+    positions: Mapping[str, int] = field(default_factory=dict)
+
+
+class FisherMatrix(ABC):
+    """A structured approximation of the Fisher information matrix, ``P × P``.
+
+    Args:
+        blocks: Block name → block, as :class:`natgrad.Capture` finds them.
+        layout: Order of all trainable parameters.
+
+    Attributes:
+        layout: Order of all trainable parameters.
+        blocks: Block name → its layout.
+    """
+
+    #: Name under which the structure is registered.
+    structure: ClassVar[str]
+    #: Whether rows are summed as they come (then they may come in chunks, and averages over steps
+    #: are possible) or kept.
+    additive: ClassVar[bool] = True
+
+    def __init__(self, blocks: Mapping[str, Block], layout: ParameterLayout) -> None:
+        self.layout = layout
+        self.blocks: dict[str, BlockLayout] = {n: b.layout for n, b in blocks.items()}
+
+    # What a structure implements.
+
+    @abstractmethod
+    def update(self, jacobians: Jacobians, count: Tensor | float) -> None:
+        """Add rows to the running sum.
+
+        Args:
+            jacobians: Rows with ``F = (1/count) Σ rows rowsᵀ``.
+            count: How much they weigh: the sum of event weights. 0 for a further chunk of rows of
+                samples already counted.
+        """
+
+    @abstractmethod
+    def discount(self, factor: float) -> None:
+        """Multiply everything summed so far, counts included, by ``factor``.
+
+        Called with the decay before each update, it makes the structure a bias-corrected
+        exponential moving average over steps; with 0 it starts afresh.
+        """
+
+    @abstractmethod
+    def _matvec(self, columns: Tensor) -> Tensor:
+        """Return ``F V`` for ``(P, k)``."""
+
+    @abstractmethod
+    def _solve(self, columns: Tensor, damping: float) -> Tensor:
+        """Return ``(F + damping I)⁻¹ V`` for ``(P, k)``."""
+
+    @abstractmethod
+    def trace(self) -> Tensor:
+        """Return ``tr F``."""
+
+    @abstractmethod
+    def logdet(self, damping: float = 0.0) -> Tensor:
+        """Return ``log det(F + damping I)``; −inf where that is singular."""
+
+    @abstractmethod
+    def diagonal(self) -> Tensor:
+        """Return the diagonal, flat ``(P,)``."""
+
+    @abstractmethod
+    def eigenvalues(self) -> Tensor:
+        """Return all ``P`` eigenvalues, largest first."""
+
+    @abstractmethod
+    def to_dense(self) -> Tensor:
+        """Return the matrix, ``(P, P)``."""
+
+    @abstractmethod
+    def refresh(self, damping: float | Mapping[str, float]) -> None:
+        """Factorise ``F + damping I`` for :meth:`precondition`.
+
+        Args:
+            damping: One value, or one per block name.
+        """
+
+    @abstractmethod
+    def precondition(self, source: GradientSource) -> dict[str, Tensor]:
+        """Return the natural gradient by the last :meth:`refresh`, parameter name → tensor."""
+
+    @abstractmethod
+    def costs(self, workload: Workload) -> dict[str, Cost]:
+        """Return what each part costs, by block name or, for joint parts, ``"all layers"``."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Return sums and factorisations: nested dicts of tensors and plain scalars."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Restore what :meth:`state_dict` returned."""
+
+    # What follows from it.
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return the present state by reference, for :meth:`rollback`.
+
+        It costs no copy: sums are replaced, never changed in place.
+        """
+        return dict(self.__dict__)
+
+    def rollback(self, saved: dict[str, Any]) -> None:
+        """Return to a snapshot."""
+        self.__dict__.clear()
+        self.__dict__.update(saved)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(P, P)``."""
+        return self.layout.numel, self.layout.numel
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Parameter names in the order of rows and columns."""
+        return self.layout.names
+
+    def solve(self, vector: Vector, damping: float = 0.0) -> Vector:
+        """Return ``(F + damping I)⁻¹ v``; the pseudo-inverse for zero damping.
+
+        Args:
+            vector: A flat vector ``(P,)``, columns ``(P, k)``, or a dict name → tensor.
+            damping: λ ≥ 0, in the units of F.
+
+        Returns:
+            The same kind of object.
+
+        Raises:
+            ValueError: If the vector has a wrong shape, or the damping is negative or not finite.
+        """
+        check_damping(damping)
+        return self._on_columns(vector, lambda columns: self._solve(columns, damping))
+
+    def __matmul__(self, vector: Vector) -> Vector:
+        """Return ``F v`` for a flat vector, columns ``(P, k)``, or a dict name → tensor."""
+        return self._on_columns(vector, self._matvec)
+
+    def to_scipy(self) -> Any:
+        """Return a :class:`scipy.sparse.linalg.LinearOperator` on float64 NumPy vectors.
+
+        Raises:
+            ImportError: If SciPy is not installed.
+        """
+        try:
+            from scipy.sparse.linalg import LinearOperator
+        except ImportError as error:
+            raise ImportError("to_scipy() needs SciPy: pip install scipy") from error
+
+        sample = self.diagonal()
+
+        def matmat(columns: Any) -> Any:
+            tensor = torch.as_tensor(columns, dtype=sample.dtype, device=sample.device)
+            flat = tensor.reshape(self.layout.numel, -1)
+            return self._matvec(flat).reshape(tensor.shape).double().cpu().numpy()
+
+        return LinearOperator(
+            self.shape, matvec=matmat, rmatvec=matmat, matmat=matmat, rmatmat=matmat, dtype="f8"
+        )
+
+    def __repr__(self) -> str:
+        """Show structure, size and number of blocks."""
+        size = self.layout.numel
+        return f"FisherMatrix({self.structure}, {size} x {size}, {len(self.blocks)} blocks)"
+
+    def _on_columns(self, vector: Any, function: Any) -> Any:
+        if isinstance(vector, Mapping):
+            flat = self.layout.to_flat(dict(vector))
+            return self.layout.to_dict(function(flat.unsqueeze(1))[:, 0])
+        if not isinstance(vector, Tensor):
+            raise TypeError(
+                f"expected a tensor or a dict of tensors, got {type(vector).__name__}"
+            )
+        if vector.dim() not in (1, 2) or vector.shape[0] != self.layout.numel:
+            raise ValueError(
+                f"expected a vector of length {self.layout.numel} or columns "
+                f"({self.layout.numel}, k), got shape {tuple(vector.shape)}"
+            )
+        if vector.dim() == 1:
+            return function(vector.unsqueeze(1))[:, 0]
+        return function(vector)
+
+
+class CurvaturePart(ABC):
+    """One diagonal block of a partitioned Fisher matrix, in its own flat coordinates.
+
+    Attributes:
+        names: Qualified names of the part's parameters.
+        sizes: Their numbers of entries.
+        numel: Their sum ``P_l``.
+    """
+
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+    numel: int
+
+    @abstractmethod
+    def update(self, jacobians: Jacobians, count: Tensor | float) -> None:
+        """Add rows (see :meth:`FisherMatrix.update`); the part picks its own blocks."""
+
+    @abstractmethod
+    def discount(self, factor: float) -> None:
+        """Multiply sums and counts by ``factor``."""
+
+    @abstractmethod
+    def matvec(self, columns: Tensor) -> Tensor:
+        """Return ``F_l V`` for ``(P_l, k)``."""
+
+    @abstractmethod
+    def solve(self, columns: Tensor, damping: float) -> Tensor:
+        """Return ``(F_l + damping I)⁻¹ V`` for ``(P_l, k)``, pseudo-inverse for 0."""
+
+    @abstractmethod
+    def trace(self) -> Tensor:
+        """Return the trace."""
+
+    @abstractmethod
+    def diagonal(self) -> Tensor:
+        """Return the diagonal ``(P_l,)``."""
+
+    @abstractmethod
+    def eigenvalues(self) -> Tensor:
+        """Return all ``P_l`` eigenvalues in any order."""
+
+    @abstractmethod
+    def to_dense(self) -> Tensor:
+        """Return ``(P_l, P_l)``."""
+
+    @abstractmethod
+    def refresh(self, damping: float) -> None:
+        """Factorise for :meth:`precondition`.
+
+        Raises:
+            FactorizationError: If that is impossible; the last factorisation must then be intact.
+        """
+
+    @abstractmethod
+    def precondition(self, source: GradientSource) -> dict[str, Tensor]:
+        """Return the natural gradient of the part's parameters by the last factorisation."""
+
+    @abstractmethod
+    def cost(self, workload: Workload) -> Cost:
+        """Return what the part costs."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Return sums and factorisation."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Restore them."""
+
+    def logdet(self, damping: float) -> Tensor:
+        """Return ``log det(F_l + damping I)``."""
+        values = self.eigenvalues().clamp(min=0.0)
+        return (values + damping).log().sum()
+
+
+class PartitionedFisher(FisherMatrix):
+    """A Fisher matrix made of independent diagonal parts.
+
+    A subclass says in :meth:`make_parts` what the parts are.
+    """
+
+    def __init__(
+        self, blocks: Mapping[str, Block], layout: ParameterLayout, **options: Any
+    ) -> None:
+        super().__init__(blocks, layout)
+        self.parts: dict[str, CurvaturePart] = self.make_parts(**options)
+
+    @abstractmethod
+    def make_parts(self, **options: Any) -> dict[str, CurvaturePart]:
+        """Return part name → part, covering every block once."""
+
+    def _segments(self) -> Iterator[tuple[CurvaturePart, list[slice]]]:
+        for part in self.parts.values():
+            yield part, [
+                slice(self.layout.offsets[n], self.layout.offsets[n] + size)
+                for n, size in zip(part.names, part.sizes, strict=True)
+            ]
+
+    def update(self, jacobians: Jacobians, count: Tensor | float) -> None:
+        """Add rows to every part."""
+        for part in self.parts.values():
+            part.update(jacobians, count)
+
+    def discount(self, factor: float) -> None:
+        """Discount every part."""
+        for part in self.parts.values():
+            part.discount(factor)
+
+    def _map_columns(self, columns: Tensor, name: str, *args: Any) -> Tensor:
+        result = torch.zeros_like(columns)
+        for part, segments in self._segments():
+            pieces = torch.cat([columns[s] for s in segments])
+            values = getattr(part, name)(pieces, *args)
+            for segment, value in zip(segments, values.split(list(part.sizes)), strict=True):
+                result[segment] = value
+        return result
+
+    def _matvec(self, columns: Tensor) -> Tensor:
+        return self._map_columns(columns, "matvec")
+
+    def _solve(self, columns: Tensor, damping: float) -> Tensor:
+        return self._map_columns(columns, "solve", damping)
+
+    def trace(self) -> Tensor:
+        """Return the sum of the parts' traces."""
+        return torch.stack([part.trace() for part in self.parts.values()]).sum()
+
+    def logdet(self, damping: float = 0.0) -> Tensor:
+        """Return the sum of the parts' log-determinants.
+
+        Raises:
+            ValueError: If the damping is negative or not finite.
+        """
+        check_damping(damping)
+        return torch.stack([part.logdet(damping) for part in self.parts.values()]).sum()
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal in parameter order."""
+        pieces = {}
+        for part in self.parts.values():
+            diagonal = part.diagonal()
+            pieces.update(zip(part.names, diagonal.split(list(part.sizes)), strict=True))
+        return torch.cat([pieces[name] for name in self.layout.names])
+
+    def eigenvalues(self) -> Tensor:
+        """Return the eigenvalues of all parts, largest first."""
+        values = torch.cat([part.eigenvalues() for part in self.parts.values()])
+        return values.sort(descending=True).values
+
+    def to_dense(self) -> Tensor:
+        """Return the parts placed into ``(P, P)``."""
+        result: Tensor | None = None
+        for part, segments in self._segments():
+            dense = part.to_dense()
+            if result is None:
+                result = dense.new_zeros(self.shape)
+            rows = dense.split(list(part.sizes))
+            for i, row in zip(segments, rows, strict=True):
+                for j, piece in zip(segments, row.split(list(part.sizes), dim=1), strict=True):
+                    result[i, j] = piece
+        assert result is not None
+        return result
+
+    def refresh(self, damping: float | Mapping[str, float]) -> None:
+        """Factorise every part; a part that cannot be keeps its last factorisation.
+
+        It warns once for each part, by name.
+        """
+        for name, part in self.parts.items():
+            value = damping_of(name, damping)
+            try:
+                part.refresh(value)
+            except FactorizationError as error:
+                linalg.warn_kept(self, name, error)
+
+    def precondition(self, source: GradientSource) -> dict[str, Tensor]:
+        """Precondition every part."""
+        result: dict[str, Tensor] = {}
+        for part in self.parts.values():
+            result.update(part.precondition(source))
+        return result
+
+    def costs(self, workload: Workload) -> dict[str, Cost]:
+        """Return every part's cost."""
+        return {name: part.cost(workload) for name, part in self.parts.items()}
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return every part's state by reference."""
+        return {name: dict(part.__dict__) for name, part in self.parts.items()}
+
+    def rollback(self, saved: dict[str, Any]) -> None:
+        """Return every part to a snapshot."""
+        for name, part in self.parts.items():
+            part.__dict__.clear()
+            part.__dict__.update(saved[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return part name → state."""
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Restore every part.
+
+        Raises:
+            ValueError: If the state has other parts than this structure.
+        """
+        if set(state) != set(self.parts):
+            differing = sorted(set(state) ^ set(self.parts))
+            raise ValueError(
+                f"the checkpoint's curvature has other layers than the model: {differing}"
+            )
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name], device)
+
+
+def damping_of(name: str, damping: float | Mapping[str, float]) -> float:
+    """Return a part's damping; parts that join several blocks take the largest of theirs."""
+    if isinstance(damping, Mapping):
+        return damping[name] if name in damping else max(damping.values())
+    return float(damping)
+
+
+def check_damping(damping: float) -> None:
+    if not damping >= 0 or damping == float("inf"):
+        raise ValueError(f"damping must be a finite number >= 0, got {damping}")

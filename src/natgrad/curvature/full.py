@@ -1,0 +1,29 @@
+"""The exact Fisher matrix."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from natgrad.curvature.base import CurvaturePart, PartitionedFisher
+from natgrad.curvature.exact_rows import ExactRows
+from natgrad.curvature.registry import register_structure
+
+__all__ = ["FullFisher"]
+
+
+@register_structure
+class FullFisher(PartitionedFisher):
+    """Every entry kept; solved in sample or parameter space, whichever is smaller.
+
+    Cost per factorisation ``O(R² P_mean + R³)`` for ``R = N·K`` rows, or ``O(R P² + P³)`` when
+    there are fewer parameters than rows. Memory ``R²`` (or ``P²``) beside the factored rows.
+    """
+
+    structure: ClassVar[str] = "full"
+    additive: ClassVar[bool] = False
+
+    def make_parts(self, **options: Any) -> dict[str, CurvaturePart]:
+        """Return one part with every block."""
+        if options:
+            raise TypeError(f"structure 'full' has no option {next(iter(options))!r}")
+        return {"all layers": ExactRows(self.blocks, self.layout)}

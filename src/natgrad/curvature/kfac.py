@@ -1,0 +1,383 @@
+r"""K-FAC: every layer's block as one Kronecker product.
+
+.. math:: F_l \approx B \otimes A, \qquad A = \frac{1}{NT} \sum_{nt} a_{nt} a_{nt}^\top, \quad
+          B = \frac{1}{count} \sum_{nkt} \delta_{nkt} \delta_{nkt}^\top
+
+acting on the row-major matrix ``[W | b]`` (Martens & Grosse 2015; for shared weights the *expand*
+and *reduce* settings of Eschenhagen et al. 2023). Grouped layers have one pair per group.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from torch import Tensor
+
+from natgrad import linalg
+from natgrad.curvature.base import (
+    Cost,
+    CurvaturePart,
+    GradientSource,
+    PartitionedFisher,
+    Workload,
+)
+from natgrad.curvature.registry import register_structure
+from natgrad.jacobians import Jacobians, LinearJacobian, WeightSharing
+from natgrad.layouts import BlockLayout, ParameterLayout
+
+__all__ = ["DampingRule", "KFACFisher", "KroneckerPart"]
+
+DampingRule = Literal["tikhonov", "pi"]
+
+
+class KroneckerPart(CurvaturePart):
+    """One layer's Kronecker factors and their inverses.
+
+    A factor is ``(G, d, d)``, or ``(G, d)`` where only its diagonal is kept.
+
+    Args:
+        name: Block name.
+        layout: Its layout.
+        parameters: Order, dtype and device of all parameters.
+        weight_sharing: ``"expand"`` or ``"reduce"``.
+        damping_rule: ``"tikhonov"`` inverts ``B ⊗ A + λI`` exactly through the eigenbases;
+            ``"pi"`` inverts ``(B + √λ/π I) ⊗ (A + π√λ I)`` with
+            ``π² = (tr A / d_a) / (tr B / d_g)``, which is cheaper and damps somewhat more.
+        max_factor_size: Larger factors are kept as their diagonal.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        layout: BlockLayout,
+        parameters: ParameterLayout,
+        weight_sharing: WeightSharing = "expand",
+        damping_rule: DampingRule = "tikhonov",
+        max_factor_size: int | None = 8192,
+    ) -> None:
+        self.name = name
+        self.layout = layout
+        self.parameters = parameters
+        self.names, self.sizes, self.numel = layout.names, layout.sizes, layout.numel
+        self.weight_sharing: WeightSharing = weight_sharing
+        self.damping_rule: DampingRule = damping_rule
+        self.max_factor_size = max_factor_size
+        self.count = 0.0
+        self.inputs: Tensor | None = None
+        self.positions: Tensor | None = None
+        self.outputs: Tensor | None = None
+        self._inverse: tuple[Tensor, ...] | None = None
+
+    # Accumulation.
+
+    def update(self, jacobians: Jacobians, count: Tensor | float) -> None:
+        """Add second moments; batches with NaN or infinite entries are left out."""
+        if self.name not in jacobians:
+            self.count += float(count)
+            return
+        sums = jacobians[self.name].kronecker_factors(self.weight_sharing, self.max_factor_size)
+        finite = torch.isfinite(sums.inputs).all() & torch.isfinite(sums.outputs).all()
+        if not bool(finite):
+            return
+        self.count += float(count)
+        if self.inputs is None or self.outputs is None or self.positions is None:
+            self.inputs, self.positions, self.outputs = sums.inputs, sums.positions, sums.outputs
+        else:
+            self.inputs = self.inputs + sums.inputs
+            self.positions = self.positions + sums.positions
+            self.outputs = self.outputs + sums.outputs
+
+    def discount(self, factor: float) -> None:
+        """Discount sums and counts; with 0 forget them."""
+        self.count *= factor
+        if factor == 0.0:
+            self.inputs = self.positions = self.outputs = None
+        elif self.inputs is not None and self.outputs is not None and self.positions is not None:
+            self.inputs = self.inputs * factor
+            self.positions = self.positions * factor
+            self.outputs = self.outputs * factor
+
+    def kronecker_factors(self) -> tuple[Tensor, Tensor]:
+        """Return ``(A, B)``, zero where nothing was seen yet."""
+        if self.inputs is None or self.positions is None or self.outputs is None:
+            d_in, d_out = self.layout.d_augmented, self.layout.d_out
+            groups, zeros = self.layout.groups, self.parameters.zeros
+            return zeros(groups, d_in, d_in), zeros(groups, d_out, d_out)
+        if self.count == 0:
+            return torch.zeros_like(self.inputs), torch.zeros_like(self.outputs)
+        return self.inputs / self.positions.clamp(min=1e-30), self.outputs / self.count
+
+    # The matrix.
+
+    def _matrices(self, columns: Tensor) -> Tensor:
+        return self.layout.matrix(columns.T)
+
+    def _columns(self, matrices: Tensor) -> Tensor:
+        return self.layout.flat(matrices).T
+
+    def matvec(self, columns: Tensor) -> Tensor:
+        """Return ``(B ⊗ A) V``, that is ``B V A``."""
+        a, b = self.kronecker_factors()
+        return self._columns(_right(_left(b, self._matrices(columns)), a))
+
+    def solve(self, columns: Tensor, damping: float) -> Tensor:
+        """Solve by the damping rule; zero damping is the pseudo-inverse in both."""
+        a, b = self.kronecker_factors()
+        matrices = self._matrices(columns)
+        if damping > 0 and self.damping_rule == "pi":
+            inverse = self._pi_inverse(a, b, damping)
+            return self._columns(_right(_left(inverse[1], matrices), inverse[0]))
+        basis_a, values_a = _eigenbasis(a)
+        basis_b, values_b = _eigenbasis(b)
+        rotated = _rotate(basis_b, matrices, basis_a)
+        if damping > 0:
+            rotated = rotated / (values_b.unsqueeze(-1) * values_a.unsqueeze(-2) + damping)
+        else:
+            rotated = rotated * linalg.inverse_on_range(values_b).unsqueeze(-1)
+            rotated = rotated * linalg.inverse_on_range(values_a).unsqueeze(-2)
+        return self._columns(_rotate_back(basis_b, rotated, basis_a))
+
+    def trace(self) -> Tensor:
+        """Return ``Σ_g tr A_g tr B_g``."""
+        a, b = self.kronecker_factors()
+        return (_diagonal(a).sum(-1) * _diagonal(b).sum(-1)).sum()
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal."""
+        a, b = self.kronecker_factors()
+        return self.layout.flat(_diagonal(b).unsqueeze(-1) * _diagonal(a).unsqueeze(-2))
+
+    def eigenvalues(self) -> Tensor:
+        """Return all products of the factors' eigenvalues."""
+        a, b = self.kronecker_factors()
+        (_, values_a), (_, values_b) = _eigenbasis(a), _eigenbasis(b)
+        return (values_b.unsqueeze(-1) * values_a.unsqueeze(-2)).flatten()
+
+    def to_dense(self) -> Tensor:
+        """Return the block in flat parameter order."""
+        a, _ = self.kronecker_factors()
+        return self.matvec(torch.eye(self.numel, dtype=a.dtype, device=a.device))
+
+    # Training.
+
+    def _pi_inverse(self, a: Tensor, b: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+        mean_a, mean_b = _diagonal(a).mean(-1), _diagonal(b).mean(-1)
+        both = (mean_a > 0) & (mean_b > 0)
+        one = torch.ones_like(mean_a)
+        pi = torch.where(both, (mean_a / torch.where(both, mean_b, one)).sqrt(), one)
+        root = damping**0.5
+        return _damped_inverse(a, root * pi), _damped_inverse(b, root / pi)
+
+    def refresh(self, damping: float) -> None:
+        """Invert the damped factors (π rule) or eigendecompose them (Tikhonov)."""
+        if self.inputs is None or self.count == 0:
+            return
+        a, b = self.kronecker_factors()
+        if self.damping_rule == "pi":
+            if damping == 0:
+                basis_a, values_a = _eigenbasis(a)
+                basis_b, values_b = _eigenbasis(b)
+                self._inverse = (_pseudo_inverse(basis_a, values_a, a),
+                                 _pseudo_inverse(basis_b, values_b, b))  # fmt: skip
+            else:
+                self._inverse = self._pi_inverse(a, b, damping)
+            return
+        basis_a, values_a = _eigenbasis(a)
+        basis_b, values_b = _eigenbasis(b)
+        product = values_b.unsqueeze(-1) * values_a.unsqueeze(-2)
+        if damping > 0:
+            scale = 1.0 / (product + damping)
+        else:
+            scale = linalg.inverse_on_range(values_b).unsqueeze(
+                -1
+            ) * linalg.inverse_on_range(values_a).unsqueeze(-2)
+        empty = a.new_zeros(0)
+        self._inverse = (
+            empty if basis_a is None else basis_a,
+            empty if basis_b is None else basis_b,
+            scale,
+        )
+
+    def precondition(self, source: GradientSource) -> dict[str, Tensor]:
+        """Return ``B̂⁻¹ G Â⁻¹``, multiplying whichever is cheaper, the gradient or its rows.
+
+        The gradient of a layer is ``G = δᵀa`` with ``R = N·T`` rows. Inverses of sizes ``d_g`` and
+        ``d_a`` cost ``d_g d_a (d_g + d_a)`` multiplications on ``G`` but ``R (d_g² + d_a² +
+        d_g d_a)`` when applied to δ and a before the weight-gradient product; with fewer rows than
+        units the second is cheaper. It needs the rows of the present gradient, so it is taken only
+        while ``.grad`` is exactly what the backward pass left.
+        """
+        if self._inverse is None:
+            return {name: source.gradients[name] for name in self.names}
+        rows = None if source.rows is None else source.rows.get(self.name)
+        if (
+            rows is not None
+            and isinstance(rows, LinearJacobian)
+            and self.rows_are_cheaper(rows.samples * rows.positions)
+        ):
+            return self._precondition_rows(rows)
+        gradients = [source.gradients[name] for name in self.names]
+        dtype = self._inverse[0].dtype
+        matrix = self.layout.matrix(self.layout.gather(gradients).to(dtype))
+        if self.damping_rule == "pi":
+            matrix = _right(_left(self._inverse[1], matrix), self._inverse[0])
+        else:
+            basis_a, basis_b, scale = self._inverse
+            a = basis_a if basis_a.numel() else None
+            b = basis_b if basis_b.numel() else None
+            matrix = _rotate_back(b, _rotate(b, matrix, a) * scale, a)
+        return dict(zip(self.names, self.layout.scatter(self.layout.flat(matrix)), strict=True))
+
+    def rows_are_cheaper(self, rows: int) -> bool:
+        """Return whether applying the inverses to ``rows`` rows beats applying them to ``G``."""
+        layout = self.layout
+        if self.damping_rule != "pi" or layout.groups != 1 or not layout.has_weight:
+            return False
+        if layout.transposed or self._too_large(layout.d_augmented) or self._too_large(
+            layout.d_out
+        ):
+            return False
+        d_in, d_out = layout.d_augmented, layout.d_out
+        return rows * (d_in**2 + d_out**2 + d_in * d_out) < d_in * d_out * (d_in + d_out)
+
+    def _too_large(self, size: int) -> bool:
+        return self.max_factor_size is not None and size > self.max_factor_size
+
+    def _precondition_rows(self, rows: LinearJacobian) -> dict[str, Tensor]:
+        assert self._inverse is not None
+        inverse_a, inverse_b = self._inverse[0][0], self._inverse[1][0]
+        layout = self.layout
+        a = rows.inputs.flatten(0, 2)  # (N·T, d_in)
+        delta = rows.output_gradients.flatten(0, 3)  # (N·T, d_out), as K = G = 1
+        delta = delta @ inverse_b
+        d = layout.d_in
+        if layout.has_bias:
+            a = torch.addmm(inverse_a[d], a, inverse_a[:d], beta=rows.bias_value)
+        else:
+            a = a @ inverse_a
+        weight = (delta.T @ a[:, :d]).reshape(layout.shapes[0])
+        result = {self.names[0]: weight}
+        if layout.has_bias:
+            result[self.names[1]] = (delta.T @ a[:, d]).reshape(layout.shapes[1])
+        return result
+
+    def cost(self, workload: Workload) -> Cost:
+        """Return the cost of two factors per group, and of the cheaper way to apply them."""
+        layout = self.layout
+        d_in, d_out, groups = layout.d_augmented, layout.d_out, layout.groups
+        rows = workload.samples * workload.positions.get(self.name, 1)
+        shapes, memory, refresh = [], 0, 0.0
+        for size, times in ((d_in, 1), (d_out, workload.directions)):
+            diagonal = self._too_large(size) or (layout.transposed and size == layout.d_in)
+            entries = groups * (size if diagonal else size**2)
+            shapes.append(f"diag({size})" if diagonal else f"{size} x {size}")
+            memory += 2 * self.parameters.dtype.itemsize * entries
+            refresh += float(rows) * times * entries + (0 if diagonal else groups * size**3)
+        on_rows = float(rows) * (d_in**2 + d_out**2 + d_in * d_out)
+        on_gradient = float(groups) * d_in * d_out * (d_in + d_out)
+        step = on_rows if self.rows_are_cheaper(rows) else on_gradient
+        prefix = "" if groups == 1 else f"{groups} of "
+        return Cost(prefix + ", ".join(shapes), memory, refresh, step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return sums, counts and inverses."""
+        return {
+            "count": self.count,
+            "inputs": self.inputs,
+            "positions": self.positions,
+            "outputs": self.outputs,
+            "inverse": None if self._inverse is None else list(self._inverse),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Restore them."""
+        self.count = state["count"]
+        for key in ("inputs", "positions", "outputs"):
+            value = state[key]
+            setattr(self, key, None if value is None else value.to(device))
+        inverse = state["inverse"]
+        self._inverse = None if inverse is None else tuple(t.to(device) for t in inverse)
+
+
+@register_structure
+class KFACFisher(PartitionedFisher):
+    """One Kronecker product per layer; memory ``d_a² + d_g²`` instead of ``(d_a d_g)²``.
+
+    Options: ``weight_sharing``, ``damping_rule`` and ``max_factor_size`` of
+    :class:`KroneckerPart`.
+    """
+
+    structure: ClassVar[str] = "kfac"
+
+    def make_parts(
+        self,
+        weight_sharing: WeightSharing = "expand",
+        damping_rule: DampingRule = "tikhonov",
+        max_factor_size: int | None = 8192,
+        **options: Any,
+    ) -> dict[str, CurvaturePart]:
+        """Return one Kronecker part per block.
+
+        Raises:
+            ValueError: If an option has an unknown value.
+            TypeError: If an option is unknown.
+        """
+        if options:
+            raise TypeError(f"structure 'kfac' has no option {next(iter(options))!r}")
+        if weight_sharing not in ("expand", "reduce"):
+            raise ValueError(f"weight_sharing must be 'expand' or 'reduce', got {weight_sharing!r}")
+        if damping_rule not in ("tikhonov", "pi"):
+            raise ValueError(f"damping_rule must be 'tikhonov' or 'pi', got {damping_rule!r}")
+        return {
+            n: KroneckerPart(
+                n, block, self.layout, weight_sharing, damping_rule, max_factor_size
+            )
+            for n, block in self.blocks.items()
+        }
+
+
+# Factors are batches of matrices (G, d, d) or of diagonals (G, d).
+
+
+def _left(factor: Tensor, matrices: Tensor) -> Tensor:
+    return factor @ matrices if factor.dim() == 3 else factor.unsqueeze(-1) * matrices
+
+
+def _right(matrices: Tensor, factor: Tensor) -> Tensor:
+    return matrices @ factor if factor.dim() == 3 else matrices * factor.unsqueeze(-2)
+
+
+def _diagonal(factor: Tensor) -> Tensor:
+    return factor.diagonal(dim1=-2, dim2=-1) if factor.dim() == 3 else factor
+
+
+def _damped_inverse(factor: Tensor, damping: Tensor) -> Tensor:
+    if factor.dim() == 2:
+        return 1.0 / (factor + damping.unsqueeze(-1))
+    return linalg.inverse(linalg.add_to_diagonal(factor, damping))
+
+
+def _eigenbasis(factor: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Return eigenvectors (None for a diagonal factor) and eigenvalues, negatives cut to 0."""
+    if factor.dim() == 2:
+        return None, factor
+    values, vectors = linalg.eigh(factor)
+    return vectors, values.clamp(min=0.0)
+
+
+def _rotate(left: Tensor | None, matrices: Tensor, right: Tensor | None) -> Tensor:
+    rotated = matrices if left is None else left.mT @ matrices
+    return rotated if right is None else rotated @ right
+
+
+def _rotate_back(left: Tensor | None, matrices: Tensor, right: Tensor | None) -> Tensor:
+    rotated = matrices if left is None else left @ matrices
+    return rotated if right is None else rotated @ right.mT
+
+
+def _pseudo_inverse(basis: Tensor | None, values: Tensor, factor: Tensor) -> Tensor:
+    inverse = linalg.inverse_on_range(values)
+    if basis is None:
+        return inverse
+    return cast(Tensor, (basis * inverse.unsqueeze(-2)) @ basis.mT)

@@ -1,0 +1,358 @@
+r"""Fisher types: which output vectors are pulled back, and the function that builds a Fisher.
+
+Every type gives vectors :math:`v_{nk}` such that
+:math:`F = \frac{1}{count} \sum_{nk} J_n^\top v_{nk} v_{nk}^\top J_n`: columns of the square root
+of the output Hessian (``exact``), pseudo-gradients of sampled labels (``mc``), or gradients at the
+true labels (``empirical``).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.capture import Capture
+from natgrad.curvature import FisherMatrix, make_structure
+from natgrad.likelihoods import Likelihood, as_likelihood
+
+__all__ = [
+    "FISHER_TYPES",
+    "EmpiricalFisher",
+    "ExactFisher",
+    "FisherType",
+    "MonteCarloFisher",
+    "as_fisher_type",
+    "fisher_matrix",
+]
+
+#: Vectors are pulled back in chunks whose gradients at all layers' outputs have at most this many
+#: entries together (2^26 float32 = 256 MiB).
+CHUNK_ELEMENTS = 2**26
+
+
+class FisherType(ABC):
+    """Which output vectors define the Fisher matrix."""
+
+    #: Whether the user's own backward pass already carries the rows.
+    from_user_gradients = False
+    #: Whether the true targets are needed to make vectors.
+    needs_target = False
+
+    @abstractmethod
+    def vectors(
+        self,
+        likelihood: Likelihood,
+        output: Tensor,
+        weights: Tensor,
+        generator: torch.Generator | None = None,
+        target: Tensor | None = None,
+    ) -> Tensor:
+        """Return the vectors to pull back, ``(K, *output.shape)``.
+
+        Args:
+            likelihood: The likelihood.
+            output: Model output, ``(N, ...)``, detached.
+            weights: Event weights ``(N, E)``.
+            generator: Source of randomness.
+            target: True target, where it is known.
+        """
+
+    def coordinates(
+        self, likelihood: Likelihood, output: Tensor, cotangent: Tensor, weights: Tensor
+    ) -> Tensor | None:
+        """Return ``u`` (N, K) with ``Σ_k vectors_kn u_nk = cotangent_n``, or None.
+
+        With it a natural gradient in sample space needs no division by the damping: if
+        ``∇L = Jᵀu`` then ``(F + λI)⁻¹∇L = Jᵀ (JJᵀ/count + λI)⁻¹ u`` (push-through identity).
+        """
+        return None
+
+
+@dataclass(frozen=True)
+class ExactFisher(FisherType):
+    """The Fisher matrix itself: expectation over the model's labels, in closed form."""
+
+    def vectors(
+        self,
+        likelihood: Likelihood,
+        output: Tensor,
+        weights: Tensor,
+        generator: torch.Generator | None = None,
+        target: Tensor | None = None,
+    ) -> Tensor:
+        """Return the columns of the square root of the output Hessian."""
+        return likelihood.root_vectors(output) * _like_output(likelihood, output, weights.sqrt())
+
+    def coordinates(
+        self, likelihood: Likelihood, output: Tensor, cotangent: Tensor, weights: Tensor
+    ) -> Tensor | None:
+        """Return ``S⁺ r``."""
+        plain = likelihood.root_inverse_apply(output, cotangent)
+        columns = plain.shape[1] // weights.shape[1]
+        scale = weights.sqrt().repeat_interleave(columns, dim=1)
+        return torch.where(scale > 0, plain / scale, torch.zeros_like(plain))
+
+
+@dataclass(frozen=True)
+class MonteCarloFisher(FisherType):
+    """Labels sampled from the model.
+
+    Attributes:
+        samples: Draws per input; the error falls as one over its square root.
+    """
+
+    samples: int = 1
+
+    def vectors(
+        self,
+        likelihood: Likelihood,
+        output: Tensor,
+        weights: Tensor,
+        generator: torch.Generator | None = None,
+        target: Tensor | None = None,
+    ) -> Tensor:
+        """Return one pseudo-gradient per draw, scaled by ``1/√samples``."""
+        drawn = likelihood.sampled_vectors(output, generator, self.samples)
+        return drawn * _like_output(likelihood, output, weights.sqrt())
+
+
+@dataclass(frozen=True)
+class EmpiricalFisher(FisherType):
+    """Gradients at the true labels. Cheap, but not the Fisher matrix (Kunstner et al. 2019)."""
+
+    from_user_gradients = True
+    needs_target = True
+
+    def vectors(
+        self,
+        likelihood: Likelihood,
+        output: Tensor,
+        weights: Tensor,
+        generator: torch.Generator | None = None,
+        target: Tensor | None = None,
+    ) -> Tensor:
+        """Return the gradient of each sample's weighted loss."""
+        if target is None:
+            raise ValueError("the empirical Fisher matrix needs the true targets")
+        return likelihood.gradient(output, target).unsqueeze(0)
+
+
+#: Name → function of ``mc_samples`` that makes the Fisher type.
+FISHER_TYPES: dict[str, Callable[[int], FisherType]] = {
+    "exact": lambda mc_samples: ExactFisher(),
+    "mc": MonteCarloFisher,
+    "empirical": lambda mc_samples: EmpiricalFisher(),
+}
+
+
+def as_fisher_type(fisher: str | FisherType, mc_samples: int = 1) -> FisherType:
+    """Return the Fisher type of a name.
+
+    Raises:
+        ValueError: If the name is unknown or ``mc_samples`` is not positive.
+    """
+    if isinstance(fisher, FisherType):
+        return fisher
+    if fisher not in FISHER_TYPES:
+        raise ValueError(
+            f"fisher must be one of {', '.join(sorted(FISHER_TYPES))}, got {fisher!r}"
+        )
+    if mc_samples < 1:
+        raise ValueError(f"mc_samples must be at least 1, got {mc_samples}")
+    return FISHER_TYPES[fisher](mc_samples)
+
+
+def _like_output(likelihood: Likelihood, output: Tensor, per_event: Tensor) -> Tensor:
+    """Spread event values ``(N, E)`` over the output's shape."""
+    events = likelihood.split_events(output)
+    spread = per_event.to(output.device).unsqueeze(-1).expand(events.shape)
+    return likelihood.merge_events(spread, output)
+
+
+def update_from_output(
+    structure: FisherMatrix,
+    capture: Capture,
+    likelihood: Likelihood,
+    fisher: FisherType,
+    output: Tensor,
+    weights: Tensor,
+    count: Tensor,
+    *,
+    generator: torch.Generator | None = None,
+    target: Tensor | None = None,
+    retain_graph: bool = True,
+) -> None:
+    """Pull the Fisher's vectors back through a recorded pass and add the rows to a structure.
+
+    Structures that are sums over rows take the vectors in chunks, so that memory stays bounded for
+    many classes or tokens.
+    """
+    with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+        detached = output.detach()
+        vectors = fisher.vectors(likelihood, detached, weights, generator, target)
+    skip_silent = bool((weights == 0).any())
+    total = vectors.shape[0]
+    step = total
+    if structure.additive:
+        step = max(1, min(total, CHUNK_ELEMENTS // max(1, capture.find_pass(output).elements)))
+    for start in range(0, total, step):
+        stop = min(start + step, total)
+        jacobians = capture.pull_back(
+            output,
+            vectors[start:stop],
+            retain_graph=retain_graph or stop < total,
+            skip_silent=skip_silent,
+        )
+        structure.update(jacobians, count if start == 0 else torch.zeros_like(count))
+
+
+Batch = tuple[Any, Tensor]
+
+
+def fisher_matrix(
+    model: nn.Module,
+    data: Batch | Iterable[Batch],
+    likelihood: str | Likelihood | nn.Module = "categorical",
+    structure: str = "kfac",
+    fisher: str | FisherType = "exact",
+    *,
+    mc_samples: int = 1,
+    seed: int = 0,
+    output: Callable[[Any], Tensor] | None = None,
+    **structure_options: Any,
+) -> FisherMatrix:
+    r"""Return the Fisher matrix of a model on some data, in a chosen structure.
+
+    .. math:: F = \frac{1}{count} \sum_n J_n^\top \Lambda_n J_n
+
+    Args:
+        model: Any module; it runs in its present train or eval mode. Gradients, the random state
+            and the hooks of the model are left as they were.
+        data: A pair ``(inputs, targets)`` or an iterable of such pairs. Inputs may be a tensor, a
+            tuple of positional arguments or a dict of keyword arguments. Targets give ignored
+            events and weights, and the labels of the empirical Fisher; they may be None for
+            ``exact`` and ``mc``.
+        likelihood: A name, a :class:`natgrad.Likelihood`, or a torch loss module.
+        structure: ``"full"``, ``"block_diagonal"``, ``"block_tridiagonal"``, ``"unit_wise"``,
+            ``"diagonal"`` or ``"kfac"``.
+        fisher: ``"exact"``, ``"mc"`` or ``"empirical"``.
+        mc_samples: Draws per input for ``"mc"``.
+        seed: Seed of those draws.
+        output: Picks the tensor the likelihood looks at out of the model's output.
+        **structure_options: Options of the structure, e.g. ``weight_sharing="reduce"`` for kfac.
+
+    Returns:
+        The Fisher matrix, ``P × P`` with ``P`` the number of trainable parameters, in the order of
+        :func:`torch.nn.utils.parameters_to_vector`.
+
+    Raises:
+        ValueError: If a name is unknown, the data is empty, or a parameter cannot be covered.
+
+    Example:
+        >>> F = natgrad.fisher_matrix(model, (x, y), structure="kfac")
+        >>> step = F.solve(gradient, damping=1e-3)
+    """
+    likelihood = as_likelihood(likelihood)
+    fisher = as_fisher_type(fisher, mc_samples)
+    with Capture(model, output) as capture:
+        if capture.uncovered:
+            reasons = "; ".join(f"{n} ({why})" for n, why in capture.uncovered.items())
+            raise ValueError(
+                "some parameters have no Jacobian rows, so the Fisher matrix would miss them: "
+                f"{reasons}. Freeze them with requires_grad_(False), put the model in eval mode, "
+                "or describe the layer with natgrad.register_layer"
+            )
+        matrix = make_structure(structure, capture.blocks, capture.layout, **structure_options)
+        generators: dict[torch.device, torch.Generator] = {}
+        outputs: list[Tensor] = []
+        batches = 0
+        capture.select = _remember(capture.select, outputs)
+        for inputs, target in _batches(data):
+            batches += 1
+            capture.clear()
+            outputs.clear()
+            with _undisturbed(model), torch.enable_grad():
+                _call(model, inputs)
+            if not outputs or not outputs[0].requires_grad:
+                raise ValueError(
+                    "the model's output does not depend on any trainable parameter; pass "
+                    "output=lambda out: ... to pick the right tensor"
+                )
+            found = outputs[0]
+            generator = generators.setdefault(
+                found.device, torch.Generator(found.device).manual_seed(seed)
+            )
+            detached = found.detach()
+            weights = likelihood.event_weights(detached, target)
+            update_from_output(
+                matrix,
+                capture,
+                likelihood,
+                fisher,
+                found,
+                weights,
+                likelihood.count(detached, target),
+                generator=generator,
+                target=target,
+                retain_graph=False,
+            )
+    if batches == 0:
+        raise ValueError("data has no batches, so there is nothing to estimate a Fisher from")
+    return matrix
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Restore the random state and buffers (running statistics) a forward pass may change."""
+    devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
+    buffers = [(b, b.clone()) for b in model.buffers()] if model.training else []
+    with torch.random.fork_rng(devices=sorted(devices)):
+        yield
+    with torch.no_grad():
+        for buffer, saved in buffers:
+            buffer.copy_(saved)
+
+
+def _remember(
+    select: Callable[[Any], Tensor] | None, outputs: list[Tensor]
+) -> Callable[[Any], Tensor]:
+    from natgrad.capture.capture import select_output
+
+    def choose(output: Any) -> Tensor:
+        chosen = select_output(output, select)
+        if chosen is None:
+            raise ValueError(
+                "no tensor was found in the model's output; pass output=lambda out: ... to pick it"
+            )
+        outputs.append(chosen)
+        return chosen
+
+    return choose
+
+
+def _batches(data: Any) -> Iterator[Batch]:
+    pair = isinstance(data, (tuple, list)) and len(data) == 2
+    if pair and (data[1] is None or isinstance(data[1], Tensor)):
+        yield data[0], data[1]
+        return
+    for batch in data:
+        if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+            raise ValueError(
+                "data must be a pair (inputs, targets) or an iterable of such pairs, got a batch "
+                f"of type {type(batch).__name__}"
+            )
+        yield batch[0], batch[1]
+
+
+def _call(model: nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, tuple):
+        return model(*inputs)
+    return model(inputs)
