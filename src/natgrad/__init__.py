@@ -1,0 +1,44 @@
+"""Natural gradient descent for PyTorch."""
+
+from natgrad import ntk
+from natgrad.capture import Capture, register_layer
+from natgrad.curvature import FisherMatrix, register_structure
+from natgrad.fisher import fisher_matrix
+from natgrad.jacobians import Jacobians, LayerJacobian
+from natgrad.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
+from natgrad.optim import (
+    KFAC,
+    BlockDiagonalNGD,
+    BlockTridiagonalNGD,
+    DiagonalNGD,
+    ExactNGD,
+    NaturalGradient,
+    Preconditioner,
+    UnitWiseNGD,
+)
+from natgrad.version import __version__
+
+__all__ = [
+    "KFAC",
+    "Bernoulli",
+    "BlockDiagonalNGD",
+    "BlockTridiagonalNGD",
+    "Capture",
+    "Categorical",
+    "DiagonalNGD",
+    "ExactNGD",
+    "FisherMatrix",
+    "Gaussian",
+    "Jacobians",
+    "LayerJacobian",
+    "Likelihood",
+    "NaturalGradient",
+    "Poisson",
+    "Preconditioner",
+    "UnitWiseNGD",
+    "__version__",
+    "fisher_matrix",
+    "ntk",
+    "register_layer",
+    "register_structure",
+]

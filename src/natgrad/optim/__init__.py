@@ -1,0 +1,23 @@
+"""Optimizers, one file each."""
+
+from natgrad.optim.block_diagonal import BlockDiagonalNGD
+from natgrad.optim.block_tridiagonal import BlockTridiagonalNGD
+from natgrad.optim.diagonal import DiagonalNGD
+from natgrad.optim.exact import ExactNGD
+from natgrad.optim.kfac import KFAC
+from natgrad.optim.natural_gradient import NaturalGradient
+from natgrad.optim.preconditioner import Preconditioner
+from natgrad.optim.summary import Summary
+from natgrad.optim.unit_wise import UnitWiseNGD
+
+__all__ = [
+    "BlockDiagonalNGD",
+    "BlockTridiagonalNGD",
+    "DiagonalNGD",
+    "ExactNGD",
+    "KFAC",
+    "NaturalGradient",
+    "Preconditioner",
+    "Summary",
+    "UnitWiseNGD",
+]

@@ -1,0 +1,61 @@
+"""Layer-wise block tri-diagonal natural gradient descent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from natgrad.fisher import FisherType
+from natgrad.likelihoods import Likelihood
+from natgrad.optim.natural_gradient import NaturalGradient
+
+__all__ = ["BlockTridiagonalNGD"]
+
+
+class BlockTridiagonalNGD(NaturalGradient):
+    """Natural gradient descent with every layer's block and its neighbours'.
+
+    The matrix is indefinite from three layers on; see
+    :class:`~natgrad.curvature.block_tridiagonal.BlockTridiagonalFisher`.
+
+    Args:
+        model: The model to train.
+        likelihood: A name, a :class:`natgrad.Likelihood`, or a torch loss module.
+        lr: Learning rate.
+        damping: λ, in the units of F.
+        momentum: Momentum of the natural gradient.
+        weight_decay: Decoupled weight decay.
+        fisher: ``"exact"``, ``"mc"`` or ``"empirical"``.
+        mc_samples: Draws per input for ``"mc"``.
+        kl_clip: Bound on the predicted change of the output distribution per step.
+        **options: Further arguments of :class:`~natgrad.optim.NaturalGradient`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str | Likelihood | nn.Module = "categorical",
+        *,
+        lr: float = 0.5,
+        damping: float = 1e-2,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        fisher: str | FisherType = "exact",
+        mc_samples: int = 1,
+        kl_clip: float | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            model,
+            "block_tridiagonal",
+            likelihood,
+            lr=lr,
+            damping=damping,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            fisher=fisher,
+            mc_samples=mc_samples,
+            kl_clip=kl_clip,
+            **options,
+        )

@@ -1,0 +1,69 @@
+"""Diagonal natural gradient descent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from natgrad.fisher import FisherType
+from natgrad.likelihoods import Likelihood
+from natgrad.optim.natural_gradient import NaturalGradient
+
+__all__ = ["DiagonalNGD"]
+
+
+class DiagonalNGD(NaturalGradient):
+    """Natural gradient descent with the diagonal of the Fisher matrix.
+
+    Cheap, but not isotropic in function space at any width: expect it to need more steps.
+
+    Args:
+        model: The model to train.
+        likelihood: A name, a :class:`natgrad.Likelihood`, or a torch loss module.
+        lr: Learning rate.
+        damping: λ, in the units of F.
+        momentum: Momentum of the natural gradient.
+        weight_decay: Decoupled weight decay.
+        fisher: ``"exact"``, ``"mc"`` or ``"empirical"``.
+        mc_samples: Draws per input for ``"mc"``.
+        factor_interval: Steps between updates of the curvature.
+        inverse_interval: Steps between factorisations.
+        ema_decay: Decay of the moving average of the curvature.
+        kl_clip: Bound on the predicted change of the output distribution per step.
+        **options: Further arguments of :class:`~natgrad.optim.NaturalGradient`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str | Likelihood | nn.Module = "categorical",
+        *,
+        lr: float = 0.05,
+        damping: float = 1e-2,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        fisher: str | FisherType = "exact",
+        mc_samples: int = 1,
+        factor_interval: int = 1,
+        inverse_interval: int = 1,
+        ema_decay: float = 0.95,
+        kl_clip: float | None = 1e-2,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            model,
+            "diagonal",
+            likelihood,
+            lr=lr,
+            damping=damping,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            fisher=fisher,
+            mc_samples=mc_samples,
+            factor_interval=factor_interval,
+            inverse_interval=inverse_interval,
+            ema_decay=ema_decay,
+            kl_clip=kl_clip,
+            **options,
+        )

@@ -1,0 +1,408 @@
+"""From backward passes to natural gradients: when curvature is updated, refreshed and applied."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.capture import Capture, ForwardPass
+from natgrad.curvature import GradientSource, make_structure
+from natgrad.curvature.kfac import KroneckerPart
+from natgrad.fisher import FisherType, as_fisher_type, update_from_output
+from natgrad.jacobians import LayerJacobian, LinearJacobian
+from natgrad.likelihoods import Likelihood, as_likelihood
+
+__all__ = ["Preconditioner"]
+
+
+class Preconditioner:
+    """Keeps a structure of the Fisher matrix up to date and turns gradients into natural ones.
+
+    It watches the model through hooks. When the user's backward pass reaches the model's output
+    and an update is due, the Fisher's vectors are pulled back through the same graph to the
+    layers' outputs: no second forward pass, no parameter ``.grad`` touched. Ignored tokens and
+    class weights are read off the gradient that arrives at the output.
+
+    Args:
+        model: The model to watch.
+        structure: ``"full"``, ``"block_diagonal"``, ``"block_tridiagonal"``, ``"unit_wise"``,
+            ``"diagonal"`` or ``"kfac"``.
+        likelihood: A name, a :class:`natgrad.Likelihood`, or a torch loss module.
+        fisher: ``"exact"``, ``"mc"`` or ``"empirical"``.
+        mc_samples: Draws per input for ``"mc"``.
+        damping: λ, in the units of F.
+        factor_interval: Steps between updates of the curvature.
+        inverse_interval: Steps between factorisations.
+        ema_decay: Decay of the exponential moving average over updates; 0 keeps the last batch
+            alone. Structures that keep the rows of one batch (full, block_diagonal,
+            block_tridiagonal) take 0 only, and intervals of 1.
+        output: Picks the tensor the likelihood looks at out of the model's output.
+        seed: Seed of the sampled labels.
+        **structure_options: Options of the structure.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> preconditioner = natgrad.Preconditioner(model, structure="kfac", damping=1e-2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> loss.backward(); preconditioner.step(); optimizer.step()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        structure: str = "kfac",
+        likelihood: str | Likelihood | nn.Module = "categorical",
+        *,
+        fisher: str | FisherType = "mc",
+        mc_samples: int = 1,
+        damping: float = 1e-3,
+        factor_interval: int = 1,
+        inverse_interval: int = 1,
+        ema_decay: float = 0.0,
+        output: Callable[[Any], Tensor] | None = None,
+        seed: int = 0,
+        **structure_options: Any,
+    ) -> None:
+        if not 0 <= damping < float("inf"):
+            raise ValueError(f"damping must be a finite number >= 0, got {damping}")
+        if factor_interval < 1 or inverse_interval < 1:
+            raise ValueError(
+                "factor_interval and inverse_interval must be at least 1, got "
+                f"{factor_interval} and {inverse_interval}"
+            )
+        if not 0 <= ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}")
+        self.capture = Capture(model, output)
+        self.model = self.capture.model
+        self.likelihood = as_likelihood(likelihood)
+        self.fisher = as_fisher_type(fisher, mc_samples)
+        self.damping: float | Mapping[str, float] = damping
+        self.factor_interval = factor_interval
+        self.inverse_interval = inverse_interval
+        self.ema_decay = ema_decay
+        if structure.replace("-", "_") == "kfac":
+            structure_options.setdefault("damping_rule", "pi")
+        self.structure = make_structure(
+            structure, self.capture.blocks, self.capture.layout, **structure_options
+        )
+        if not self.structure.additive and (
+            ema_decay > 0 or factor_interval > 1 or inverse_interval > 1
+        ):
+            raise ValueError(
+                f"structure {structure!r} keeps the rows of the present batch only, so it needs "
+                "ema_decay=0, factor_interval=1 and inverse_interval=1; 'kfac', 'unit_wise' and "
+                "'diagonal' can average over steps"
+            )
+        device = self.capture.layout.device
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.parameters = dict(self.model.named_parameters())
+        self.steps = 0
+        self.capture.on_forward = self._on_forward
+        self.capture.on_backward = self._on_backward
+        self._saved: tuple[dict[str, Any], Tensor] | None = None
+        self._updated = False
+        self._finished: list[ForwardPass] = []
+        self._row_candidates = self._find_row_candidates()
+        self._warned = False
+
+    # Observing.
+
+    def _update_due(self) -> bool:
+        return self.steps % self.factor_interval == 0
+
+    def _on_forward(self) -> None:
+        due = self._update_due()
+        own = self.fisher.from_user_gradients
+        self.capture.recording = due and not own
+        if due and own:
+            self.capture.watching = True
+        else:
+            self.capture.watching = frozenset(self._row_candidates.values()) or False
+
+    def _on_backward(self, recorded: ForwardPass) -> None:
+        """Update curvature at the start of the user's backward pass."""
+        if recorded not in self._finished:
+            self._finished.append(recorded)
+            if self._update_due() and any(call.edges for call in recorded.calls):
+                assert recorded.output is not None and recorded.cotangent is not None
+                self._pull_back(recorded.output, recorded.cotangent, None)
+
+    def _begin_update(self) -> None:
+        """Open a transaction for the first update of a step."""
+        if not self._updated:
+            self._saved = self.structure.snapshot(), self.generator.get_state()
+            self.structure.discount(self.ema_decay)
+            self._updated = True
+
+    def _pull_back(
+        self, output: Tensor, cotangent: Tensor | None, target: Tensor | None
+    ) -> None:
+        detached = output.detach()
+        with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+            if cotangent is not None:
+                weights, _ = self.likelihood.infer_event_weights(detached, cotangent, target)
+                count = weights.sum() * (self.likelihood.count(detached) / weights.numel())
+            else:
+                weights = self.likelihood.event_weights(detached, target)
+                count = self.likelihood.count(detached, target)
+        if float(count) == 0:
+            return
+        self._begin_update()
+        update_from_output(
+            self.structure,
+            self.capture,
+            self.likelihood,
+            self.fisher,
+            output,
+            weights,
+            count,
+            generator=self.generator,
+            target=target,
+        )
+
+    def update_fisher(self, output: Tensor, target: Tensor | None = None) -> None:
+        """Update curvature from a model output, before ``loss.backward()``.
+
+        Needed only where the hooks cannot find the output, or where targets must be known (label
+        smoothing together with class weights). Does nothing on steps without an update.
+
+        Args:
+            output: What the likelihood looks at, with its graph.
+            target: The true target; gives ignored events and class weights.
+        """
+        if not self._update_due():
+            return
+        found = self.capture.find_pass(output)
+        found.output = output
+        if found not in self._finished:
+            self._finished.append(found)
+        if self.fisher.from_user_gradients:
+            output.register_hook(_keep_cotangent(found))
+        else:
+            self._pull_back(output, None, target)
+
+    def loss(
+        self, criterion: Callable[[Tensor, Tensor], Tensor], output: Tensor, target: Tensor
+    ) -> Tensor:
+        """Return ``criterion(output, target)`` and update curvature with the true target."""
+        self.update_fisher(output, target)
+        return criterion(output, target)
+
+    # Applying.
+
+    def step(self) -> None:
+        """Replace every covered ``.grad`` by its natural gradient.
+
+        With a gradient that is not finite nothing is changed, curvature included.
+        """
+        gradients = {
+            name: p.grad
+            for name, p in self.parameters.items()
+            if p.grad is not None and name not in self.capture.uncovered
+        }
+        if not gradients_are_finite(gradients.values()):
+            self.skip()
+            return
+        for name, value in self.natural_gradient(gradients).items():
+            gradient = gradients.get(name)
+            if gradient is not None:
+                gradient.copy_(value)
+
+    def natural_gradient(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Finish the step: refresh curvature if due and precondition gradients.
+
+        Args:
+            gradients: Parameter name → finite gradient. Missing ones count as zero.
+
+        Returns:
+            Parameter name → natural gradient, for every covered parameter.
+        """
+        with torch.no_grad():
+            if self._update_due():
+                self._update_from_user_gradients()
+                if not self._updated:
+                    self._warn_unseen()
+            if self.steps % self.inverse_interval == 0:
+                self.structure.refresh(self.damping)
+            complete = {
+                name: gradients[name] if name in gradients else torch.zeros_like(p)
+                for name, p in self.parameters.items()
+                if p.requires_grad
+            }
+            source = GradientSource(complete, self._rows(complete), self._coordinates())
+            result = self.structure.precondition(source)
+        self.steps += 1
+        self._close()
+        return result
+
+    def skip(self) -> None:
+        """Abandon the step: take back this step's updates of curvature."""
+        if self._saved is not None:
+            self.structure.rollback(self._saved[0])
+            self.generator.set_state(self._saved[1])
+        self._close()
+
+    def _close(self) -> None:
+        self._saved = None
+        self._updated = False
+        self._finished = []
+        self.capture.clear()
+
+    def _update_from_user_gradients(self) -> None:
+        if not self.fisher.from_user_gradients:
+            return
+        for recorded in self._finished:
+            if recorded.cotangent is None or recorded.output is None:
+                continue
+            output = recorded.output.detach()
+            weights, scale = self.likelihood.infer_event_weights(output, recorded.cotangent)
+            count = weights.sum() * (self.likelihood.count(output) / weights.numel())
+            if float(count) == 0:
+                continue
+            self._begin_update()
+            silent = bool((weights == 0).any())
+            jacobians = self.capture.user_jacobians(recorded, 1.0 / scale, silent)
+            self.structure.update(jacobians, count)
+
+    def _coordinates(self) -> Tensor | None:
+        """Return ``u`` with ``∇L = Jᵀu`` where one pass made both the rows and the gradient."""
+        if not self._updated or len(self._finished) != 1 or self.structure.additive:
+            return None
+        recorded = self._finished[0]
+        if recorded.output is None or recorded.cotangent is None:
+            return None
+        output = recorded.output.detach()
+        weights, scale = self.likelihood.infer_event_weights(output, recorded.cotangent)
+        if self.fisher.from_user_gradients:
+            return scale.expand(output.shape[0], 1)
+        return self.fisher.coordinates(self.likelihood, output, recorded.cotangent, weights)
+
+    def _find_row_candidates(self) -> dict[str, nn.Module]:
+        """Return the layers whose rows may be cheaper to precondition than their gradient."""
+        result: dict[str, nn.Module] = {}
+        parts = getattr(self.structure, "parts", {})
+        for name, part in parts.items():
+            uses = self.capture.blocks[name].uses if name in self.capture.blocks else ()
+            if isinstance(part, KroneckerPart) and part.rows_are_cheaper(8) and len(uses) == 1:
+                result[name] = uses[0].module
+        return result
+
+    def _rows(self, gradients: dict[str, Tensor]) -> Mapping[str, LayerJacobian] | None:
+        """Return rows of the present gradient where they reproduce it and are cheaper.
+
+        Whether ``.grad`` is (a multiple of) ``δᵀa`` is checked with a random vector, so penalties
+        in the loss, gradient hooks, accumulation over batches or averaging over replicas are never
+        lost: such layers take the route through the gradient.
+        """
+        if not self._row_candidates or len(self._finished) != 1:
+            return None
+        recorded = self._finished[0]
+        jacobians = self.capture.user_jacobians(recorded)
+        checked: list[tuple[str, LinearJacobian, Tensor]] = []
+        for name in list(self._row_candidates):
+            part = getattr(self.structure, "parts", {})[name]
+            rows = jacobians.get(name)
+            if not isinstance(rows, LinearJacobian):
+                continue
+            if not part.rows_are_cheaper(rows.samples * rows.positions):
+                del self._row_candidates[name]  # Batches are larger than the layer.
+                continue
+            checked.append((name, rows, _compare(rows, gradients)))
+        if not checked:
+            return None
+        shares = torch.stack([result for *_, result in checked]).tolist()
+        kept: dict[str, LayerJacobian] = {}
+        for (name, rows, _), (share, error) in zip(checked, shares, strict=True):
+            if error <= ROW_TOLERANCE:
+                if share != 1.0:
+                    rows.output_gradients = rows.output_gradients * share
+                kept[name] = rows
+        return kept
+
+    def _warn_unseen(self) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "natgrad saw no backward pass through the model's output, so its curvature was "
+                "not updated: call the model itself (not its parts), pass output=lambda out: ... "
+                "if the output is not the first tensor, or call update_fisher(output) before "
+                "loss.backward()",
+                stacklevel=4,
+            )
+
+    # State.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return curvature, step counter and the state of the generator."""
+        return {
+            "version": 1,
+            "structure": self.structure.structure,
+            "steps": self.steps,
+            "generator": self.generator.get_state(),
+            "curvature": self.structure.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: If it belongs to another structure or other layers.
+        """
+        if state.get("version") != 1:
+            raise ValueError(f"unknown version {state.get('version')!r} of a natgrad checkpoint")
+        if state["structure"] != self.structure.structure:
+            raise ValueError(
+                f"the checkpoint holds structure {state['structure']!r}, but this one is "
+                f"{self.structure.structure!r}"
+            )
+        self.steps = state["steps"]
+        self.generator.set_state(state["generator"].cpu())
+        self.structure.load_state_dict(state["curvature"], self.capture.layout.device)
+        self._close()
+
+
+#: Largest relative difference between ``.grad`` and ``δᵀa`` that counts as rounding.
+ROW_TOLERANCE = 2e-5
+
+
+def _compare(rows: LinearJacobian, gradients: dict[str, Tensor]) -> Tensor:
+    """Return ``(c, e)``: the best scalar with ``.grad ≈ c·δᵀa`` and the relative error left."""
+    layout = rows.layout
+    weight = gradients[layout.names[0]].reshape(layout.d_out, layout.d_in)
+    inputs = rows.inputs.flatten(0, 2)
+    delta = rows.output_gradients.flatten(0, 3)
+    generator = torch.Generator(weight.device).manual_seed(layout.numel)
+    probe = torch.randn(
+        layout.d_in, generator=generator, device=weight.device, dtype=inputs.dtype
+    )
+    expected = delta.T @ (inputs @ probe)
+    found = weight.to(inputs.dtype) @ probe
+    if layout.has_bias:
+        expected = expected + rows.bias_value * delta.sum(0)
+        found = found + gradients[layout.names[1]]
+    norm = expected.square().sum()
+    share = (found * expected).sum() / norm
+    error = (found - share * expected).norm() / found.norm()
+    return torch.stack([share, error])
+
+
+def _keep_cotangent(recorded: ForwardPass) -> Callable[[Tensor], None]:
+    def keep(cotangent: Tensor) -> None:
+        recorded.cotangent = cotangent.detach()
+
+    return keep
+
+
+def gradients_are_finite(gradients: Any) -> bool:
+    """Return whether every gradient is finite; synchronises with the device once."""
+    values = list(gradients)
+    if not values:
+        return True
+    norms = torch._foreach_norm(values, float("inf"))
+    return bool(torch.isfinite(torch.stack([n.float().to(norms[0].device) for n in norms])).all())
