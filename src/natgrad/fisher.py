@@ -160,9 +160,7 @@ def as_fisher_type(fisher: str | FisherType, mc_samples: int = 1) -> FisherType:
     if isinstance(fisher, FisherType):
         return fisher
     if fisher not in FISHER_TYPES:
-        raise ValueError(
-            f"fisher must be one of {', '.join(sorted(FISHER_TYPES))}, got {fisher!r}"
-        )
+        raise ValueError(f"fisher must be one of {', '.join(sorted(FISHER_TYPES))}, got {fisher!r}")
     if mc_samples < 1:
         raise ValueError(f"mc_samples must be at least 1, got {mc_samples}")
     return FISHER_TYPES[fisher](mc_samples)
@@ -212,7 +210,7 @@ def update_from_output(
         structure.update(jacobians, count if start == 0 else torch.zeros_like(count))
 
 
-Batch = tuple[Any, Tensor]
+Batch = tuple[Any, "Tensor | None"]
 
 
 def fisher_matrix(

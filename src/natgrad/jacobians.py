@@ -3,7 +3,8 @@ r"""Layer Jacobians: the rows every curvature structure and every kernel is made
 For one layer with inputs ``a`` of shape ``(N, T, G, d_in)`` and output gradients ``δ`` of shape
 ``(N, K, T, G, d_out)`` the Jacobian row of sample ``n`` and pulled-back vector ``k`` is
 
-.. math:: M_{nk} = \sum_t \delta_{nkt} \, a_{nt}^\top \in \mathbb{R}^{G \times d_{out} \times d_{in}}
+.. math:: M_{nk} = \sum_t \delta_{nkt} \, a_{nt}^\top
+          \in \mathbb{R}^{G \times d_{out} \times d_{in}}
 
 with ``T`` shared positions (pixels of a convolution, tokens of a sequence, calls of a reused
 layer) and ``G`` groups. Rows are indexed by ``n * K + k``. They stay factored: nothing of size
@@ -242,7 +243,7 @@ class LinearJacobian(LayerJacobian):
     # The four primitives that depend on how inputs are stored; embeddings replace them.
 
     def _input_products(self, other: LinearJacobian, start: int, stop: int, first: int) -> Tensor:
-        """Return ``a_nt · a'_mt'`` per group, ``(G, n·T, m·T')``, for n in start:stop, m ≥ first."""
+        """Return ``a_nt · a'_mt'`` as ``(G, n·T, m·T')`` for n in start:stop, m ≥ first."""
         left = self.inputs[start:stop].permute(2, 0, 1, 3).flatten(1, 2)
         right = other.inputs[first:].permute(2, 0, 1, 3).flatten(1, 2)
         if self.layout.groups == 1:
@@ -268,9 +269,7 @@ class LinearJacobian(LayerJacobian):
         weight = gradients.mT @ a
         if not self.layout.has_bias:
             return weight
-        return torch.cat(
-            [weight, self.bias_value * gradients.sum(-2).unsqueeze(-1)], dim=-1
-        )
+        return torch.cat([weight, self.bias_value * gradients.sum(-2).unsqueeze(-1)], dim=-1)
 
     def _sample_gradients(self, start: int, stop: int) -> Tensor:
         """Return ``M_nk`` for n in start:stop as ``(n, K, G, d_out, d_in+)``."""
@@ -291,9 +290,7 @@ class LinearJacobian(LayerJacobian):
         layout = self.layout
         a = inputs.permute(2, 0, 1, 3).flatten(1, 2)  # (G, N·T, d_in)
         scaled = a if weights is None else a * weights.reshape(1, -1, 1)
-        count = (
-            a.new_tensor(float(a.shape[1])) if weights is None else weights.sum().to(a.dtype)
-        )
+        count = a.new_tensor(float(a.shape[1])) if weights is None else weights.sum().to(a.dtype)
         if size_limit is not None and layout.d_augmented > size_limit:
             moment = (scaled * a).sum(1)
             if not layout.has_bias:
@@ -509,8 +506,8 @@ class EmbeddingJacobian(LinearJacobian):
         return result.scatter_add_(2, index, delta).mT.unsqueeze(2)
 
     def _input_second_moment(self, weights: Tensor | None, size_limit: int | None) -> Tensor:
-        ones = weights if weights is not None else self.output_gradients.new_ones(
-            self.indices.shape
+        ones = (
+            weights if weights is not None else self.output_gradients.new_ones(self.indices.shape)
         )
         counts = ones.new_zeros(self.layout.d_in)
         return counts.index_add_(0, self.indices.reshape(-1), ones.reshape(-1)).unsqueeze(0)
@@ -519,8 +516,8 @@ class EmbeddingJacobian(LinearJacobian):
         self, active: Tensor | None, size_limit: int | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         # The mean one-hot vector of a sample is dense in V; its second moment is kept diagonal.
-        weights = active if active is not None else self.output_gradients.new_ones(
-            self.indices.shape
+        weights = (
+            active if active is not None else self.output_gradients.new_ones(self.indices.shape)
         )
         counts = weights.sum(1)
         shares = weights / counts.clamp(min=1.0).unsqueeze(1)

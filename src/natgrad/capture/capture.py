@@ -1,4 +1,4 @@
-"""The hook manager: which layers are covered, what a forward pass records, how it is pulled back."""
+"""The hook manager: which layers are covered, what a pass records, how it is pulled back."""
 
 from __future__ import annotations
 
@@ -120,7 +120,8 @@ class Capture:
     Example:
         >>> with Capture(model) as capture:
         ...     out = model(x)
-        ...     jacobians = capture.pull_back(out, torch.eye(10).unsqueeze(1).expand(10, len(x), 10))
+        ...     vectors = torch.eye(10).unsqueeze(1).expand(10, len(x), 10)
+        ...     jacobians = capture.pull_back(out, vectors)
     """
 
     def __init__(self, model: nn.Module, output: Callable[[Any], Tensor] | None = None) -> None:
@@ -336,7 +337,10 @@ class Capture:
         calls = [
             (
                 call.call,
-                [None if g is None else (g * scale).unsqueeze(0) for g in call.user_gradients],
+                [
+                    None if g is None else _scaled(g, scale).unsqueeze(0)
+                    for g in call.user_gradients
+                ],
             )
             for call in recorded.calls
         ]
@@ -360,9 +364,7 @@ class Capture:
         try:
             with torch.no_grad(), torch.autocast(_device_type(calls), enabled=False):
                 for name in self._call_order(order):
-                    jacobian = _block_jacobian(
-                        self.blocks[name], by_module, samples, skip_silent
-                    )
+                    jacobian = _block_jacobian(self.blocks[name], by_module, samples, skip_silent)
                     if jacobian is not None:
                         result[name] = jacobian
         finally:
@@ -394,9 +396,7 @@ def _block_jacobian(
             groups.setdefault((use.kind, use.layout), []).extend(calls)
             names[(use.kind, use.layout)] = use.names
     for (kind, layout), calls in groups.items():
-        parts.append(
-            kind.jacobian(layout, names[(kind, layout)], calls, samples, skip_silent)
-        )
+        parts.append(kind.jacobian(layout, names[(kind, layout)], calls, samples, skip_silent))
     if not parts:
         return None
     return parts[0] if len(parts) == 1 else SumJacobian(parts)
@@ -553,6 +553,10 @@ def _batched_gradients(
         None if column[0] is None else torch.stack(cast("list[Tensor]", list(column)))
         for column in zip(*each, strict=True)
     ]
+
+
+def _scaled(gradient: Tensor, scale: float | Tensor) -> Tensor:
+    return gradient if isinstance(scale, float) and scale == 1.0 else gradient * scale
 
 
 def _device_type(calls: list[tuple[LayerCall, list[Tensor | None]]]) -> str:

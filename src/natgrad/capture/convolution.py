@@ -134,7 +134,8 @@ class TransposedConvolutionKind(LayerKind):
 
     def parameter_groups(self, module: nn.Module) -> list[tuple[str, ...]]:
         """Return weight and bias as separate blocks."""
-        return [("weight",)] + ([("bias",)] if module.bias is not None else [])
+        groups: list[tuple[str, ...]] = [("weight",)]
+        return groups if module.bias is None else [*groups, ("bias",)]
 
     def layout(
         self, module: nn.Module, names: tuple[str, ...], qualified: tuple[str, ...]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -137,8 +137,8 @@ def _pull_back_per_sample(
         return tuple(tensors[i].squeeze(d) for i, d in zip(which, out_dims, strict=True))
 
     def rows(inputs: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]) -> Tensor:
-        _, pull = vjp(lambda p: outputs(p, inputs), parameters)
-        (result,) = vmap(pull)(cotangents)
+        pull = vjp(lambda p: outputs(p, inputs), parameters)[1]
+        result = vmap(pull)(cotangents)[0]
         return torch.cat([result[name].flatten(1) for name in names], dim=1)
 
     inputs = tuple(batched_inputs)
@@ -154,9 +154,7 @@ def _pull_back_per_sample(
                     outputs,
                     parameters,
                     tuple(v.select(d, n) for v, d in zip(inputs, batched_dims, strict=True)),
-                    tuple(
-                        g.select(d, n) for g, d in zip(cotangents, cotangent_dims, strict=True)
-                    ),
+                    tuple(g.select(d, n) for g, d in zip(cotangents, cotangent_dims, strict=True)),
                 )
                 for n in range(samples)
             ]
@@ -183,5 +181,5 @@ def _rows_of_one(
                 allow_unused=True,
                 materialize_grads=True,
             )
-            rows.append(torch.cat([cast(Tensor, g).flatten() for g in grads]))
+            rows.append(torch.cat([g.flatten() for g in grads]))
     return torch.stack(rows)

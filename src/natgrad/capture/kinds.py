@@ -107,7 +107,7 @@ def find_kind(module: nn.Module) -> LayerKind | None:
     for parent in type(module).__mro__:
         kind = _KINDS.get(parent)
         if kind is not None:
-            keeps_forward = type(module).forward is parent.forward
+            keeps_forward = getattr(type(module), "forward") is getattr(parent, "forward")  # noqa: B009
             return kind if keeps_forward and "forward" not in vars(module) else None
     return None
 
@@ -146,9 +146,7 @@ def concatenate_positions(
     return torch.cat(inputs, dim=1), torch.cat(gradients, dim=2)
 
 
-RowsFunction = Callable[
-    [Any, tuple[Any, ...], Tensor], "tuple[Tensor, Tensor] | dict[str, Tensor]"
-]
+RowsFunction = Callable[[Any, tuple[Any, ...], Tensor], "tuple[Tensor, Tensor] | dict[str, Tensor]"]
 
 
 class _RegisteredKind(LayerKind):

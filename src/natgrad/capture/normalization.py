@@ -37,9 +37,7 @@ class NormalizationKind(LayerKind):
         channels_first: Channels are dimension 1 (batch and group norm), else the last ones.
     """
 
-    def __init__(
-        self, normalize: Callable[[Any, Tensor], Tensor], channels_first: bool
-    ) -> None:
+    def __init__(self, normalize: Callable[[Any, Tensor], Tensor], channels_first: bool) -> None:
         self.normalize = normalize
         self.channels_first = channels_first
 
@@ -142,7 +140,11 @@ def _normalize_group(module: nn.GroupNorm, inputs: Tensor) -> Tensor:
 def _normalize_instance(module: nn.InstanceNorm2d, inputs: Tensor) -> Tensor:
     own = module.training or not module.track_running_stats
     return functional.instance_norm(
-        inputs, module.running_mean, module.running_var, use_input_stats=own, momentum=0.0,
+        inputs,
+        module.running_mean,
+        module.running_var,
+        use_input_stats=own,
+        momentum=0.0,
         eps=module.eps,
     )
 

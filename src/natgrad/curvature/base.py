@@ -180,6 +180,18 @@ class FisherMatrix(ABC):
 
     # What follows from it.
 
+    def quadratic(self, direction: dict[str, Tensor], inner: Tensor) -> Tensor:
+        """Return ``ΔᵀFΔ`` of a natural gradient, as nearly as the structure can tell.
+
+        The default is ``⟨Δ, ∇L⟩ = Δᵀ(F̂ + λI)Δ``, which is known already. Structures that hold the
+        rows of the batch return the exact form ``‖JΔ‖²/count``.
+
+        Args:
+            direction: ``Δ = (F̂ + λI)⁻¹∇L``, parameter name → tensor.
+            inner: ``⟨Δ, ∇L⟩``.
+        """
+        return inner.abs()
+
     def snapshot(self) -> dict[str, Any]:
         """Return the present state by reference, for :meth:`rollback`.
 
@@ -254,9 +266,7 @@ class FisherMatrix(ABC):
             flat = self.layout.to_flat(dict(vector))
             return self.layout.to_dict(function(flat.unsqueeze(1))[:, 0])
         if not isinstance(vector, Tensor):
-            raise TypeError(
-                f"expected a tensor or a dict of tensors, got {type(vector).__name__}"
-            )
+            raise TypeError(f"expected a tensor or a dict of tensors, got {type(vector).__name__}")
         if vector.dim() not in (1, 2) or vector.shape[0] != self.layout.numel:
             raise ValueError(
                 f"expected a vector of length {self.layout.numel} or columns "
@@ -360,10 +370,13 @@ class PartitionedFisher(FisherMatrix):
 
     def _segments(self) -> Iterator[tuple[CurvaturePart, list[slice]]]:
         for part in self.parts.values():
-            yield part, [
-                slice(self.layout.offsets[n], self.layout.offsets[n] + size)
-                for n, size in zip(part.names, part.sizes, strict=True)
-            ]
+            yield (
+                part,
+                [
+                    slice(self.layout.offsets[n], self.layout.offsets[n] + size)
+                    for n, size in zip(part.names, part.sizes, strict=True)
+                ],
+            )
 
     def update(self, jacobians: Jacobians, count: Tensor | float) -> None:
         """Add rows to every part."""
@@ -405,7 +418,7 @@ class PartitionedFisher(FisherMatrix):
 
     def diagonal(self) -> Tensor:
         """Return the diagonal in parameter order."""
-        pieces = {}
+        pieces: dict[str, Tensor] = {}
         for part in self.parts.values():
             diagonal = part.diagonal()
             pieces.update(zip(part.names, diagonal.split(list(part.sizes)), strict=True))
@@ -480,6 +493,16 @@ class PartitionedFisher(FisherMatrix):
             )
         for name, part in self.parts.items():
             part.load_state_dict(state[name], device)
+
+
+def inner_product(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Tensor:
+    """Return ``Σ ⟨left, right⟩`` over the names of ``left``; NaN or infinite if any entry is."""
+    return torch.stack(
+        [
+            torch.dot(value.reshape(-1), right[name].reshape(-1).to(value.dtype))
+            for name, value in left.items()
+        ]
+    ).sum()
 
 
 def damping_of(name: str, damping: float | Mapping[str, float]) -> float:

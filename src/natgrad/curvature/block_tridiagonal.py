@@ -153,9 +153,9 @@ class BlockTridiagonalFisher(FisherMatrix):
                 for w, right in rows:
                     if name in left and name in right:
                         other = None if left is right else right[name]
-                        gram[row : row + left.rows, column : column + right.rows] = (
-                            left[name].gram(other) * ((v * w) ** 0.5 / self._exact.count)
-                        )
+                        gram[row : row + left.rows, column : column + right.rows] = left[name].gram(
+                            other
+                        ) * ((v * w) ** 0.5 / self._exact.count)
                     column += right.rows
                 row += left.rows
             grams.append(gram)
@@ -358,11 +358,31 @@ class BlockTridiagonalFisher(FisherMatrix):
             share = tridiagonal_coefficients(self.depth).tolist()
             weights = torch.stack(
                 [
-                    c * linalg.symmetric_pseudo_solve(*gram, u) if c else torch.zeros_like(u)
-                    for c, gram in zip(share, self._factor[1], strict=True)
+                    c * linalg.symmetric_pseudo_solve(values, vectors, u)
+                    if c
+                    else torch.zeros_like(u)
+                    for c, (values, vectors) in zip(share, self._factor[1], strict=True)
                 ]
             )
         return self._transposed(weights, rows)
+
+    def quadratic(self, direction: dict[str, Tensor], inner: Tensor) -> Tensor:
+        """Return ``ΔᵀFΔ`` with the exact Fisher matrix where rows are at hand.
+
+        The indefinite matrix itself would not bound the step.
+        """
+        if self._factor is None or self._factor[0] not in ("decoupled", "elimination"):
+            return super().quadratic(direction, inner)
+        columns = torch.cat(
+            [
+                direction[n].reshape(-1).to(self.layout.dtype)
+                if n in direction
+                else self.layout.zeros(torch.Size(self.layout.shapes[n]).numel())
+                for n in self.layout.names
+            ]
+        )
+        products = self._rows_times(columns.unsqueeze(1)).sum(0)
+        return products.square().sum() / self._exact.count
 
     def costs(self, workload: Workload) -> dict[str, Cost]:
         """Return the cost of the joint system."""

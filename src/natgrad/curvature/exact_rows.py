@@ -13,7 +13,7 @@ and for a gradient ``∇L = Jᵀu`` with known ``u`` the push-through form
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -90,9 +90,7 @@ class ExactRows(CurvaturePart):
             for block in rows.values():
                 flat = block.layout.flat(block.per_sample_gradients(start, stop)).flatten(0, 1)
                 pieces = flat.split(list(block.layout.sizes), dim=1)
-                for segment, piece in zip(
-                    self.layout.slices(block.layout), pieces, strict=True
-                ):
+                for segment, piece in zip(self.layout.slices(block.layout), pieces, strict=True):
                     dense[:, segment] = piece
             self.moment = torch.addmm(self.moment, dense.T, dense, alpha=weight)
 
@@ -244,6 +242,14 @@ class ExactRows(CurvaturePart):
         dense = torch.cat([rows.to_dense() * weight**0.5 for weight, rows in self.rows])
         return dense.T @ dense / self.count
 
+    def row_products(self, direction: dict[str, Tensor]) -> Tensor | None:
+        """Return ``JΔ``, ``(R,)``, for the rows of the last refresh; None in parameter space."""
+        if self._applied_rows is None or self._factor is None or self._factor[0] != "sample":
+            return None
+        tensors = {name: direction[name] for name in self.names}
+        columns = self.layout.to_flat(tensors).to(self.layout.dtype).unsqueeze(1)
+        return self._times(self._applied_rows[0], columns)[:, 0]
+
     # Training.
 
     def refresh(self, damping: float) -> None:
@@ -324,6 +330,20 @@ class ExactRows(CurvaturePart):
         moment = state["moment"]
         self.moment = None if moment is None else moment.to(device)
         self._gram = None
+
+
+def exact_quadratic(parts: Iterable[CurvaturePart], direction: dict[str, Tensor]) -> Tensor | None:
+    """Return ``‖Σ_l J_l Δ_l‖²/count`` over parts with rows of the same batch, or None."""
+    total: Tensor | None = None
+    count = 0.0
+    for part in parts:
+        assert isinstance(part, ExactRows)
+        products = part.row_products(direction)
+        if products is None or (total is not None and products.shape != total.shape):
+            return None
+        total = products if total is None else total + products
+        count = part.count
+    return None if total is None else total.square().sum() / count
 
 
 def matching_coordinates(

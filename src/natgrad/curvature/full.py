@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from natgrad.curvature.base import CurvaturePart, PartitionedFisher
-from natgrad.curvature.exact_rows import ExactRows
+from natgrad.curvature.exact_rows import ExactRows, exact_quadratic
 from natgrad.curvature.registry import register_structure
 
 __all__ = ["FullFisher"]
@@ -27,3 +29,8 @@ class FullFisher(PartitionedFisher):
         if options:
             raise TypeError(f"structure 'full' has no option {next(iter(options))!r}")
         return {"all layers": ExactRows(self.blocks, self.layout)}
+
+    def quadratic(self, direction: dict[str, Tensor], inner: Tensor) -> Tensor:
+        """Return ``ΔᵀFΔ`` with the exact Fisher matrix where rows are at hand."""
+        exact = exact_quadratic(self.parts.values(), direction)
+        return super().quadratic(direction, inner) if exact is None else exact

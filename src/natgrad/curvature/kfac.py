@@ -9,7 +9,7 @@ and *reduce* settings of Eschenhagen et al. 2023). Grouped layers have one pair 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -189,9 +189,9 @@ class KroneckerPart(CurvaturePart):
         if damping > 0:
             scale = 1.0 / (product + damping)
         else:
-            scale = linalg.inverse_on_range(values_b).unsqueeze(
-                -1
-            ) * linalg.inverse_on_range(values_a).unsqueeze(-2)
+            scale = linalg.inverse_on_range(values_b).unsqueeze(-1) * linalg.inverse_on_range(
+                values_a
+            ).unsqueeze(-2)
         empty = a.new_zeros(0)
         self._inverse = (
             empty if basis_a is None else basis_a,
@@ -234,8 +234,10 @@ class KroneckerPart(CurvaturePart):
         layout = self.layout
         if self.damping_rule != "pi" or layout.groups != 1 or not layout.has_weight:
             return False
-        if layout.transposed or self._too_large(layout.d_augmented) or self._too_large(
-            layout.d_out
+        if (
+            layout.transposed
+            or self._too_large(layout.d_augmented)
+            or self._too_large(layout.d_out)
         ):
             return False
         d_in, d_out = layout.d_augmented, layout.d_out
@@ -330,9 +332,7 @@ class KFACFisher(PartitionedFisher):
         if damping_rule not in ("tikhonov", "pi"):
             raise ValueError(f"damping_rule must be 'tikhonov' or 'pi', got {damping_rule!r}")
         return {
-            n: KroneckerPart(
-                n, block, self.layout, weight_sharing, damping_rule, max_factor_size
-            )
+            n: KroneckerPart(n, block, self.layout, weight_sharing, damping_rule, max_factor_size)
             for n, block in self.blocks.items()
         }
 
@@ -380,4 +380,4 @@ def _pseudo_inverse(basis: Tensor | None, values: Tensor, factor: Tensor) -> Ten
     inverse = linalg.inverse_on_range(values)
     if basis is None:
         return inverse
-    return cast(Tensor, (basis * inverse.unsqueeze(-2)) @ basis.mT)
+    return (basis * inverse.unsqueeze(-2)) @ basis.mT

@@ -181,9 +181,7 @@ class UnitWisePart(CurvaturePart):
         pieces: list[Any] = []
         for _, _, _, gram in self._grams():
             if damping > 0:
-                pieces.append(
-                    linalg.cholesky(linalg.add_to_diagonal(gram, self.count * damping))
-                )
+                pieces.append(linalg.cholesky(linalg.add_to_diagonal(gram, self.count * damping)))
             else:
                 pieces.append(linalg.eigh(gram))
         return factor | {"pieces": pieces}
@@ -198,18 +196,15 @@ class UnitWisePart(CurvaturePart):
         kept, self.factors = self.factors, (factor["inputs"], factor["weights"])
         try:
             result = torch.zeros_like(values)
-            for (units, a, root), piece in zip(
-                self._unit_chunks(), factor["pieces"], strict=True
-            ):
+            for (units, a, root), piece in zip(self._unit_chunks(), factor["pieces"], strict=True):
                 v, r = values[units], root.unsqueeze(-1)
                 if damping == 0:
-                    inner = linalg.symmetric_pseudo_solve(*piece, a @ v * r, power=2)
+                    spectrum, basis = piece
+                    inner = linalg.symmetric_pseudo_solve(spectrum, basis, a @ v * r, power=2)
                     result[units] = a.T @ (inner * r) * count
                     continue
 
-                def once(
-                    v: Tensor, a: Tensor = a, r: Tensor = r, piece: Tensor = piece
-                ) -> Tensor:
+                def once(v: Tensor, a: Tensor = a, r: Tensor = r, piece: Tensor = piece) -> Tensor:
                     inner = torch.cholesky_solve(a @ v * r, piece)
                     return (v - a.T @ (inner * r)) / damping
 

@@ -38,12 +38,12 @@ class BlockTridiagonalNGD(NaturalGradient):
         likelihood: str | Likelihood | nn.Module = "categorical",
         *,
         lr: float = 0.5,
-        damping: float = 1e-2,
+        damping: float = 0.1,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         fisher: str | FisherType = "exact",
         mc_samples: int = 1,
-        kl_clip: float | None = None,
+        kl_clip: float | None = 1e-2,
         **options: Any,
     ) -> None:
         super().__init__(

@@ -48,7 +48,7 @@ class DiagonalNGD(NaturalGradient):
         factor_interval: int = 1,
         inverse_interval: int = 1,
         ema_decay: float = 0.95,
-        kl_clip: float | None = 1e-2,
+        kl_clip: float | None = 1e-3,
         **options: Any,
     ) -> None:
         super().__init__(

@@ -39,12 +39,12 @@ class ExactNGD(NaturalGradient):
         likelihood: str | Likelihood | nn.Module = "categorical",
         *,
         lr: float = 1.0,
-        damping: float = 1e-3,
+        damping: float = 1e-2,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         fisher: str | FisherType = "exact",
         mc_samples: int = 1,
-        kl_clip: float | None = None,
+        kl_clip: float | None = 0.1,
         **options: Any,
     ) -> None:
         super().__init__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, overload
@@ -10,6 +11,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from natgrad.curvature.base import inner_product
 from natgrad.fisher import FisherType
 from natgrad.likelihoods import Likelihood
 from natgrad.optim.preconditioner import Preconditioner, gradients_are_finite
@@ -45,8 +47,9 @@ class NaturalGradient(torch.optim.Optimizer):
         factor_interval: Steps between updates of the curvature.
         inverse_interval: Steps between factorisations.
         ema_decay: Decay of the moving average of the curvature.
-        kl_clip: Bound on ``η² ΔᵀF̂Δ``, the change of the output distribution per step as the
-            curvature predicts it; larger steps are scaled down to it. None for no bound.
+        kl_clip: Bound on ``η² ΔᵀFΔ``, twice the change (Kullback-Leibler divergence) of the
+            output distribution that the curvature predicts for a step; larger steps are scaled
+            down to it, before momentum. None for no bound.
         fallback: Optimizer of uncovered parameters, ``"adamw"`` or ``"sgd"`` (momentum 0.9).
         fallback_lr: Its learning rate; 1e-3 for AdamW and 1e-2 for SGD by default.
         params: Parameter groups with options of their own, as a list of dicts. A group says what
@@ -186,26 +189,48 @@ class NaturalGradient(torch.optim.Optimizer):
             for p in group["params"]
             if p.grad is not None
         }
-        if not gradients_are_finite(present.values()) or not _is_finite(loss):
-            self._skip()
-            return loss
         self._set_damping()
-        covered = {n: g for n, g in present.items() if self._is_preconditioned(n)}
+        covered = {n: g for n, g in present.items() if n not in self._first_order_names}
+        rest = [g for n, g in present.items() if n in self._first_order_names]
         natural = self.preconditioner.natural_gradient(covered)
         natural = {n: natural[n] for n in covered}
         _average_over_replicas(natural)
-        if not gradients_are_finite(natural.values()):
+        quadratic = self._check(natural, covered, rest, loss)
+        if quadratic is None:
             self._skip()
             return loss
+        self.preconditioner.finish()
         for group in self.param_groups:
             if group["preconditioned"]:
-                self._update_group(group, natural, covered)
+                self._update_group(group, natural, quadratic)
         if self._fallback is not None:
             self._fallback.step()
         return loss
 
+    def _check(
+        self,
+        natural: dict[str, Tensor],
+        gradients: dict[str, Tensor],
+        rest: list[Tensor],
+        loss: float | Tensor | None,
+    ) -> float | None:
+        """Return ``ΔᵀFΔ``, or None if anything about the step is not finite.
+
+        One inner product passes over gradients and natural gradients alike; it is the only place
+        where a step waits for the device.
+        """
+        values = [torch.as_tensor(0.0)] if not natural else [inner_product(natural, gradients)]
+        if any(g["preconditioned"] and g["kl_clip"] is not None for g in self.param_groups):
+            if natural:
+                values.append(self.preconditioner.structure.quadratic(natural, values[0]))
+        numbers = torch.stack([v.double() for v in values]).tolist()
+        finite = all(math.isfinite(v) for v in numbers) and gradients_are_finite(rest)
+        if not finite or (loss is not None and not math.isfinite(float(loss))):
+            return None
+        return abs(numbers[-1])
+
     def _update_group(
-        self, group: dict[str, Any], natural: dict[str, Tensor], gradients: dict[str, Tensor]
+        self, group: dict[str, Any], natural: dict[str, Tensor], quadratic: float
     ) -> None:
         parameters = [p for p in group["params"] if p.grad is not None]
         if not parameters:
@@ -213,27 +238,22 @@ class NaturalGradient(torch.optim.Optimizer):
         names = [self._names[p] for p in parameters]
         directions = [natural[n].to(p.dtype) for n, p in zip(names, parameters, strict=True)]
         lr, momentum = group["lr"], group["momentum"]
-        if group["kl_clip"] is not None:
-            products = torch._foreach_mul(directions, [gradients[n] for n in names])
-            change = torch.stack([p.float().sum() for p in products]).sum().abs() * lr**2
-            scale = (group["kl_clip"] / change).sqrt().clamp(max=1.0)
-            directions = torch._foreach_mul(directions, [scale.to(d.dtype) for d in directions])
+        scale = 1.0
+        if group["kl_clip"] is not None and quadratic > 0:
+            scale = min(1.0, (group["kl_clip"] / (quadratic * lr**2)) ** 0.5) if lr else 1.0
         if momentum > 0:
             buffers = []
-            for p, direction in zip(parameters, directions, strict=True):
+            for p in parameters:
                 state = self.state[p]
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(p)
                 buffers.append(state["momentum_buffer"])
             torch._foreach_mul_(buffers, momentum)
-            torch._foreach_add_(buffers, directions)
-            directions = buffers
+            torch._foreach_add_(buffers, directions, alpha=scale)
+            directions, scale = buffers, 1.0
         if group["weight_decay"] > 0:
             torch._foreach_mul_(parameters, 1.0 - lr * group["weight_decay"])
-        torch._foreach_add_(parameters, directions, alpha=-lr)
-
-    def _is_preconditioned(self, name: str) -> bool:
-        return name not in self._first_order_names
+        torch._foreach_add_(parameters, directions, alpha=-lr * scale)
 
     def _skip(self) -> None:
         self.preconditioner.skip()
@@ -308,12 +328,6 @@ def _check_range(name: str, value: float, below: float = float("inf")) -> None:
         raise ValueError(f"{name} must be {bound}, got {value}")
 
 
-def _is_finite(loss: float | Tensor | None) -> bool:
-    if loss is None:
-        return True
-    return bool(torch.isfinite(torch.as_tensor(loss)).all())
-
-
 def _average_over_replicas(values: dict[str, Tensor]) -> None:
     """Average natural gradients over data-parallel processes, so that replicas stay equal."""
     distributed = torch.distributed
@@ -371,9 +385,7 @@ def _split_groups(
     return groups, first_order
 
 
-def _members(
-    model: nn.Module, names: dict[str, nn.Parameter], group: dict[str, Any]
-) -> list[str]:
+def _members(model: nn.Module, names: dict[str, nn.Parameter], group: dict[str, Any]) -> list[str]:
     if ("params" in group) == ("modules" in group):
         raise ValueError("a parameter group needs either 'params' or 'modules'")
     wanted: set[int] = set()

@@ -133,16 +133,18 @@ class Preconditioner:
                 assert recorded.output is not None and recorded.cotangent is not None
                 self._pull_back(recorded.output, recorded.cotangent, None)
 
-    def _begin_update(self) -> None:
-        """Open a transaction for the first update of a step."""
-        if not self._updated:
+    def _open_transaction(self) -> None:
+        if self._saved is None:
             self._saved = self.structure.snapshot(), self.generator.get_state()
+
+    def _begin_update(self) -> None:
+        """Discount older curvature before the first update of a step."""
+        if not self._updated:
+            self._open_transaction()
             self.structure.discount(self.ema_decay)
             self._updated = True
 
-    def _pull_back(
-        self, output: Tensor, cotangent: Tensor | None, target: Tensor | None
-    ) -> None:
+    def _pull_back(self, output: Tensor, cotangent: Tensor | None, target: Tensor | None) -> None:
         detached = output.detach()
         with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
             if cotangent is not None:
@@ -209,21 +211,27 @@ class Preconditioner:
         if not gradients_are_finite(gradients.values()):
             self.skip()
             return
-        for name, value in self.natural_gradient(gradients).items():
-            gradient = gradients.get(name)
-            if gradient is not None:
-                gradient.copy_(value)
+        natural = self.natural_gradient(gradients)
+        if not gradients_are_finite(natural.values()):
+            self.skip()
+            return
+        for name, gradient in gradients.items():
+            gradient.copy_(natural[name])
+        self.finish()
 
     def natural_gradient(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Finish the step: refresh curvature if due and precondition gradients.
+        """Refresh curvature if due and precondition gradients.
+
+        :meth:`finish` or :meth:`skip` must follow, depending on whether the result is used.
 
         Args:
-            gradients: Parameter name → finite gradient. Missing ones count as zero.
+            gradients: Parameter name → gradient. Missing ones count as zero.
 
         Returns:
             Parameter name → natural gradient, for every covered parameter.
         """
         with torch.no_grad():
+            self._open_transaction()
             if self._update_due():
                 self._update_from_user_gradients()
                 if not self._updated:
@@ -236,10 +244,12 @@ class Preconditioner:
                 if p.requires_grad
             }
             source = GradientSource(complete, self._rows(complete), self._coordinates())
-            result = self.structure.precondition(source)
+            return self.structure.precondition(source)
+
+    def finish(self) -> None:
+        """End the step: keep the updates of curvature and count it."""
         self.steps += 1
         self._close()
-        return result
 
     def skip(self) -> None:
         """Abandon the step: take back this step's updates of curvature."""
@@ -320,7 +330,7 @@ class Preconditioner:
         kept: dict[str, LayerJacobian] = {}
         for (name, rows, _), (share, error) in zip(checked, shares, strict=True):
             if error <= ROW_TOLERANCE:
-                if share != 1.0:
+                if abs(share - 1.0) > ROW_TOLERANCE:
                     rows.output_gradients = rows.output_gradients * share
                 kept[name] = rows
         return kept
@@ -378,9 +388,7 @@ def _compare(rows: LinearJacobian, gradients: dict[str, Tensor]) -> Tensor:
     inputs = rows.inputs.flatten(0, 2)
     delta = rows.output_gradients.flatten(0, 3)
     generator = torch.Generator(weight.device).manual_seed(layout.numel)
-    probe = torch.randn(
-        layout.d_in, generator=generator, device=weight.device, dtype=inputs.dtype
-    )
+    probe = torch.randn(layout.d_in, generator=generator, device=weight.device, dtype=inputs.dtype)
     expected = delta.T @ (inputs @ probe)
     found = weight.to(inputs.dtype) @ probe
     if layout.has_bias:
@@ -404,5 +412,6 @@ def gradients_are_finite(gradients: Any) -> bool:
     values = list(gradients)
     if not values:
         return True
-    norms = torch._foreach_norm(values, float("inf"))
-    return bool(torch.isfinite(torch.stack([n.float().to(norms[0].device) for n in norms])).all())
+    # A sum is finite only if every entry is, but for overflow, and costs one pass.
+    sums = torch.stack([v.sum(dtype=torch.float32).to(values[0].device) for v in values])
+    return bool(torch.isfinite(sums).all())

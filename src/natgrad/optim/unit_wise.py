@@ -45,8 +45,8 @@ class UnitWiseNGD(NaturalGradient):
         mc_samples: int = 1,
         factor_interval: int = 1,
         inverse_interval: int = 1,
-        ema_decay: float = 0.0,
-        kl_clip: float | None = None,
+        ema_decay: float = 0.9,
+        kl_clip: float | None = 1e-2,
         **options: Any,
     ) -> None:
         super().__init__(
