@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from natgrad.capture import Capture
 from natgrad.curvature import FisherMatrix, make_structure
+from natgrad.jacobians import Jacobians, LinearJacobian
 from natgrad.likelihoods import Likelihood, as_likelihood
 
 __all__ = [
@@ -199,6 +200,14 @@ def update_from_output(
     step = total
     if structure.additive:
         step = max(1, min(total, CHUNK_ELEMENTS // max(1, capture.find_pass(output).elements)))
+    active: dict[str, Tensor | None] = {}
+    if skip_silent and step < total:
+        # Which positions any of the vectors reaches: those a random combination of them reaches.
+        probe = torch.Generator(vectors.device).manual_seed(0)
+        mix = torch.randn(total, generator=probe, device=vectors.device, dtype=vectors.dtype)
+        combined = torch.tensordot(mix, vectors, dims=1).unsqueeze(0)
+        found = capture.pull_back(output, combined, skip_silent=True)
+        active = _active_positions(found)
     for start in range(0, total, step):
         stop = min(start + step, total)
         jacobians = capture.pull_back(
@@ -207,7 +216,19 @@ def update_from_output(
             retain_graph=retain_graph or stop < total,
             skip_silent=skip_silent,
         )
+        for name, positions in active.items():
+            block = jacobians.get(name)
+            if isinstance(block, LinearJacobian):
+                block.active_positions = positions
         structure.update(jacobians, count if start == 0 else torch.zeros_like(count))
+
+
+def _active_positions(jacobians: Jacobians) -> dict[str, Tensor | None]:
+    return {
+        name: block.active_positions
+        for name, block in jacobians.items()
+        if isinstance(block, LinearJacobian)
+    }
 
 
 Batch = tuple[Any, "Tensor | None"]
@@ -275,31 +296,31 @@ def fisher_matrix(
             batches += 1
             capture.clear()
             outputs.clear()
-            with _undisturbed(model), torch.enable_grad():
-                _call(model, inputs)
-            if not outputs or not outputs[0].requires_grad:
-                raise ValueError(
-                    "the model's output does not depend on any trainable parameter; pass "
-                    "output=lambda out: ... to pick the right tensor"
+            with _undisturbed(model):
+                with torch.enable_grad():
+                    _call(model, inputs)
+                if not outputs or not outputs[0].requires_grad:
+                    raise ValueError(
+                        "the model's output does not depend on any trainable parameter; pass "
+                        "output=lambda out: ... to pick the right tensor"
+                    )
+                found = outputs[0]
+                generator = generators.setdefault(
+                    found.device, torch.Generator(found.device).manual_seed(seed)
                 )
-            found = outputs[0]
-            generator = generators.setdefault(
-                found.device, torch.Generator(found.device).manual_seed(seed)
-            )
-            detached = found.detach()
-            weights = likelihood.event_weights(detached, target)
-            update_from_output(
-                matrix,
-                capture,
-                likelihood,
-                fisher,
-                found,
-                weights,
-                likelihood.count(detached, target),
-                generator=generator,
-                target=target,
-                retain_graph=False,
-            )
+                detached = found.detach()
+                update_from_output(
+                    matrix,
+                    capture,
+                    likelihood,
+                    fisher,
+                    found,
+                    likelihood.event_weights(detached, target),
+                    likelihood.count(detached, target),
+                    generator=generator,
+                    target=target,
+                    retain_graph=False,
+                )
     if batches == 0:
         raise ValueError("data has no batches, so there is nothing to estimate a Fisher from")
     return matrix

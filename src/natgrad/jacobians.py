@@ -46,12 +46,13 @@ class KroneckerSums:
     """Un-normalised second moments of one layer.
 
     Attributes:
-        inputs: ``Σ a aᵀ``, ``(G, d_in + bias, d_in + bias)``, or its diagonal ``(G, d_in + bias)``.
+        inputs: ``Σ a aᵀ``, ``(G, d_in + bias, d_in + bias)``, or its diagonal ``(G, d_in + bias)``;
+            None where an earlier chunk of the same samples has brought it already.
         positions: How many terms ``inputs`` sums, as a tensor.
         outputs: ``Σ δ δᵀ``, ``(G, d_out, d_out)``, or its diagonal ``(G, d_out)``.
     """
 
-    inputs: Tensor
+    inputs: Tensor | None
     positions: Tensor
     outputs: Tensor
 
@@ -102,7 +103,10 @@ class LayerJacobian(ABC):
 
     @abstractmethod
     def kronecker_factors(
-        self, weight_sharing: WeightSharing = "expand", max_factor_size: int | None = None
+        self,
+        weight_sharing: WeightSharing = "expand",
+        max_factor_size: int | None = None,
+        continued: bool = False,
     ) -> KroneckerSums:
         """Return the un-normalised Kronecker factors.
 
@@ -111,6 +115,7 @@ class LayerJacobian(ABC):
                 ``"reduce"`` averages inputs and sums output gradients over positions first
                 (Eschenhagen et al. 2023).
             max_factor_size: Factors larger than this are kept as their diagonal.
+            continued: The rows are a further chunk of directions of samples counted already.
         """
 
     @abstractmethod
@@ -211,6 +216,22 @@ class LinearJacobian(LayerJacobian):
         self.samples, self.directions, self.positions = self.output_gradients.shape[:3]
         self.bias_value = bias_value
         self.skip_silent = skip_silent
+        self._active: Tensor | None = None
+
+    @property
+    def active_positions(self) -> Tensor | None:
+        """Which positions ``(N, T)`` count in the input factor, as 0 or 1; None for all.
+
+        It may be set, where these rows are one chunk of several over ``K``.
+        """
+        if self._active is None and self.skip_silent:
+            silent = (self.output_gradients == 0).all(-1).all(3).all(1)
+            self._active = (~silent).to(self.dtype)
+        return self._active
+
+    @active_positions.setter
+    def active_positions(self, active: Tensor | None) -> None:
+        self._active = active
 
     @property
     def inputs(self) -> Tensor:
@@ -402,15 +423,21 @@ class LinearJacobian(LayerJacobian):
         return self.augmented_inputs()[:, 0], self.output_gradients[:, :, 0].square().sum(1)
 
     def kronecker_factors(
-        self, weight_sharing: WeightSharing = "expand", max_factor_size: int | None = None
+        self,
+        weight_sharing: WeightSharing = "expand",
+        max_factor_size: int | None = None,
+        continued: bool = False,
     ) -> KroneckerSums:
         """Return ``Σ a aᵀ`` and ``Σ δ δᵀ`` over samples and positions (or samples, reduced)."""
         delta = self.output_gradients
-        active: Tensor | None = None
-        if self.skip_silent:
-            active = (delta != 0).any(-1).any(3).any(1).to(delta.dtype)  # (N, T)
-        if weight_sharing == "reduce" and self.positions > 1:
-            inputs, moment, positions = self._reduced_second_moment(active, max_factor_size)
+        active = self.active_positions
+        moment: Tensor | None = None
+        positions = delta.new_zeros(())
+        if continued:
+            if weight_sharing == "reduce":
+                delta = delta.sum(2, keepdim=True)
+        elif weight_sharing == "reduce" and self.positions > 1:
+            _, moment, positions = self._reduced_second_moment(active, max_factor_size)
             delta = delta.sum(2, keepdim=True)
         else:
             moment = self._input_second_moment(active, max_factor_size)
@@ -573,7 +600,10 @@ class DenseJacobian(LayerJacobian):
         return self._rows[start:stop, :, None, None, :]
 
     def kronecker_factors(
-        self, weight_sharing: WeightSharing = "expand", max_factor_size: int | None = None
+        self,
+        weight_sharing: WeightSharing = "expand",
+        max_factor_size: int | None = None,
+        continued: bool = False,
     ) -> KroneckerSums:
         """Return the whole block as input factor, with a 1 × 1 output factor.
 
@@ -584,7 +614,7 @@ class DenseJacobian(LayerJacobian):
             inputs = rows.square().sum(0)
         else:
             inputs = rows.T @ rows
-        count = rows.new_tensor(float(self.samples))
+        count = rows.new_tensor(0.0 if continued else float(self.samples))
         return KroneckerSums(inputs.unsqueeze(0), count, count.reshape(1, 1, 1))
 
 
@@ -646,7 +676,10 @@ class SumJacobian(LayerJacobian):
         return total
 
     def kronecker_factors(
-        self, weight_sharing: WeightSharing = "expand", max_factor_size: int | None = None
+        self,
+        weight_sharing: WeightSharing = "expand",
+        max_factor_size: int | None = None,
+        continued: bool = False,
     ) -> KroneckerSums:
         """Merge the uses' Kronecker products ``B_i ⊗ A_i`` into one that keeps their trace.
 
@@ -659,6 +692,7 @@ class SumJacobian(LayerJacobian):
         total = torch.zeros((), dtype=self.dtype, device=self.device)
         for part in self.parts:
             sums = part.kronecker_factors(weight_sharing, max_factor_size)
+            assert sums.inputs is not None
             a = sums.inputs / sums.positions.clamp(min=1.0)
             b = sums.outputs
             if part.layout.transposed != self.layout.transposed:

@@ -16,7 +16,13 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from natgrad.capture.attention import RecordProjections
 from natgrad.capture.generic import GenericKind
-from natgrad.capture.hooks import ModelHook, inside_backward, outside_graphs
+from natgrad.capture.hooks import (
+    ModelHook,
+    inside_backward,
+    is_pulling_back,
+    outside_graphs,
+    pulling_back,
+)
 from natgrad.capture.kinds import LayerCall, LayerKind, find_kind
 from natgrad.capture.normalization import batch_norms, fix_statistics
 from natgrad.jacobians import Jacobians, LayerJacobian, SumJacobian
@@ -81,12 +87,14 @@ class ForwardPass:
         calls: Recorded layer calls in order.
         output: The model output the likelihood looks at.
         cotangent: Gradient of the user's loss with respect to it, once backpropagated.
+        target: The true target, where the user told it.
         elements: Total number of entries of all recorded layer outputs.
     """
 
     calls: list[RecordedCall] = field(default_factory=list)
     output: Tensor | None = None
     cotangent: Tensor | None = None
+    target: Tensor | None = None
     elements: int = 0
 
     @property
@@ -137,7 +145,6 @@ class Capture:
         #: Whether the user's own output gradients are recorded, and for which blocks.
         self.watching: frozenset[nn.Module] | bool = False
         self._open: ForwardPass | None = None
-        self._pulling = False
         self._suspended = False
         self._modes: list[RecordProjections] = []
         self._warned: set[str] = set()
@@ -219,7 +226,7 @@ class Capture:
 
     def _after_plain_batch_norm(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._active() and batch_norms(module):
-            fix_statistics(module, args[0], output, lambda: self._pulling)
+            fix_statistics(module, args[0], output)
 
     def _record(self, call: LayerCall) -> None:
         """Keep a layer call and the autograd edges of its outputs."""
@@ -244,11 +251,8 @@ class Capture:
         self._open.elements += sum(o.numel() for o in live if o is not None)
 
     def _user_hook(self, recorded: RecordedCall, index: int) -> Callable[[Tensor], None]:
-        reference = weakref.ref(self)
-
         def keep(gradient: Tensor) -> None:
-            capture = reference()
-            if capture is not None and not capture._pulling:
+            if not is_pulling_back(gradient):
                 recorded.user_gradients[index] = gradient.detach()
 
         return keep
@@ -312,11 +316,8 @@ class Capture:
         edges = [edge for call in found.calls for edge in call.edges if edge is not None]
         if not edges or not output.requires_grad:
             return Jacobians(self.layout, {}, int(output.shape[0]), int(vectors.shape[0]))
-        self._pulling = True
-        try:
+        with pulling_back():
             gradients = _batched_gradients(output, edges, vectors.to(output.dtype), retain_graph)
-        finally:
-            self._pulling = False
         remaining = iter(gradients)
         calls = [
             (call.call, [None if edge is None else next(remaining) for edge in call.edges])
@@ -426,7 +427,7 @@ def _after_layer(
             )
         return
     if batch_norms(module):
-        fix_statistics(module, args[0], output, lambda: capture._pulling)
+        fix_statistics(module, args[0], output)
     for call in kind.observe(module, args, kwargs, output):
         capture._record(call)
 
@@ -462,7 +463,9 @@ def _after_model(capture: Capture, output: Any) -> None:
         found, recorded = owner(), waiting()
         # create_graph=True means the user differentiates the output itself (as in a
         # physics-informed loss), not that training backpropagates.
-        if found is None or recorded is None or found._pulling or torch.is_grad_enabled():
+        if found is None or recorded is None or torch.is_grad_enabled():
+            return
+        if is_pulling_back(cotangent):
             return
         recorded.cotangent = cotangent.detach()
         if found.on_backward is not None:

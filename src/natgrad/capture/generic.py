@@ -139,7 +139,7 @@ def _pull_back_per_sample(
     def rows(inputs: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]) -> Tensor:
         pull = vjp(lambda p: outputs(p, inputs), parameters)[1]
         result = vmap(pull)(cotangents)[0]
-        return torch.cat([result[name].flatten(1) for name in names], dim=1)
+        return torch.cat([result[name].reshape(result[name].shape[0], -1) for name in names], dim=1)
 
     inputs = tuple(batched_inputs)
     cotangents = tuple(deltas)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
-__all__ = ["ModelHook", "inside_backward", "outside_graphs"]
+__all__ = ["ModelHook", "inside_backward", "is_pulling_back", "outside_graphs", "pulling_back"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -27,6 +29,31 @@ def inside_backward() -> bool:
     return False
 
 
+# Process-wide, not per thread: on a GPU, autograd runs hooks on a thread of its own.
+_pulling = 0
+
+
+@contextmanager
+def pulling_back() -> Iterator[None]:
+    """Mark a backward pass as natgrad's own, so that no capture takes it for the user's."""
+    global _pulling
+    _pulling += 1
+    try:
+        yield
+    finally:
+        _pulling -= 1
+
+
+def is_pulling_back(gradient: Tensor | None = None) -> bool:
+    """Return whether a backward pass is not the user's training pass.
+
+    It is not if natgrad itself pulls vectors back, or if ``gradient`` is batched by ``vmap``.
+    """
+    if _pulling:
+        return True
+    return gradient is not None and torch._C._functorch.is_batchedtensor(gradient)
+
+
 def outside_graphs(function: _Function) -> _Function:
     """Keep a function out of graphs that ``torch.compile`` traces.
 
@@ -40,6 +67,9 @@ def outside_graphs(function: _Function) -> _Function:
         if "torch._dynamo" not in sys.modules:
             return function(*args, **kwargs)
         if not disabled:
+            # Buffers a compiled backward pass gives away cannot be used by a second one, and
+            # natgrad's pull-back comes before the user's.
+            torch._functorch.config.donated_buffer = False
             disabled.append(torch.compiler.disable(function))
         return disabled[0](*args, **kwargs)
 

@@ -192,7 +192,9 @@ class _RegisteredKind(LayerKind):
             assert gradients[0] is not None
             result = self.function(call.module, call.inputs, gradients[0])
             if isinstance(result, dict):
-                rows = torch.cat([result[name].flatten(2) for name in names], dim=2)
+                rows = torch.cat(
+                    [result[n].reshape(*result[n].shape[:2], -1) for n in names], dim=2
+                )
                 dense = rows if dense is None else dense + rows
             else:
                 a, delta = result

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from natgrad.capture.hooks import is_pulling_back
 from natgrad.capture.kinds import (
     LayerCall,
     LayerKind,
@@ -84,15 +85,15 @@ def batch_norms(module: nn.Module) -> bool:
     )
 
 
-def fix_statistics(module: nn.Module, inputs: Tensor, output: Tensor, active: Any) -> None:
-    """Make the pull-back through a batch norm treat the batch statistics as constants.
+def fix_statistics(module: nn.Module, inputs: Tensor, output: Tensor) -> None:
+    """Make natgrad's pull-back through a batch norm treat the batch statistics as constants.
+
+    The user's own backward pass is left as it is.
 
     Args:
         module: A batch norm in training mode.
         inputs: Its input.
         output: Its output, just computed.
-        active: ``active()`` tells whether natgrad is pulling back now; the user's own backward
-            pass is left as it is.
     """
     node = output.grad_fn
     if node is None or "BatchNorm" not in type(node).__name__:
@@ -111,7 +112,7 @@ def fix_statistics(module: nn.Module, inputs: Tensor, output: Tensor, active: An
     def replace(
         grad_inputs: tuple[Tensor | None, ...], grad_outputs: tuple[Tensor | None, ...]
     ) -> tuple[Tensor | None, ...] | None:
-        if not active() or grad_inputs[0] is None or grad_outputs[0] is None:
+        if not is_pulling_back() or grad_inputs[0] is None or grad_outputs[0] is None:
             return None
         return (grad_outputs[0] * scale, *grad_inputs[1:])
 

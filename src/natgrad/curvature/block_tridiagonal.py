@@ -116,13 +116,15 @@ class BlockTridiagonalFisher(FisherMatrix):
 
     # Sample space: S V and Sᵀ W for stacked per-layer weights (L, R, k).
 
-    def _rows_times(self, columns: Tensor) -> Tensor:
-        return torch.stack([self._layer_times(name, columns) for name in self.order])
+    def _rows_times(self, columns: Tensor, rows: list[tuple[float, Jacobians]]) -> Tensor:
+        return torch.stack([self._layer_times(name, columns, rows) for name in self.order])
 
-    def _layer_times(self, name: str, columns: Tensor) -> Tensor:
+    def _layer_times(
+        self, name: str, columns: Tensor, kept: list[tuple[float, Jacobians]]
+    ) -> Tensor:
         local = self.layout.gather(self.blocks[name], columns)
         parts = []
-        for weight, rows in self._exact.rows:
+        for weight, rows in kept:
             if name in rows:
                 parts.append(rows[name].matvec(local) * weight**0.5)
             else:
@@ -176,7 +178,7 @@ class BlockTridiagonalFisher(FisherMatrix):
             return self._dense() @ columns
         if not self._exact.rows:
             return torch.zeros_like(columns)
-        coupled = self._couple(self._rows_times(columns))
+        coupled = self._couple(self._rows_times(columns, self._exact.rows))
         return self._transposed(coupled, self._exact.rows) / self._exact.count
 
     def _solve(self, columns: Tensor, damping: float) -> Tensor:
@@ -215,11 +217,11 @@ class BlockTridiagonalFisher(FisherMatrix):
         _, elimination, damping, rows, count = factor
 
         def once(v: Tensor) -> Tensor:
-            weights = elimination.solve(self._couple(self._rows_times(v)))
+            weights = elimination.solve(self._couple(self._rows_times(v, rows)))
             return (v - self._transposed(weights, rows) / count) / damping
 
         solution = once(columns)
-        product = self._transposed(self._couple(self._rows_times(solution)), rows) / count
+        product = self._transposed(self._couple(self._rows_times(solution, rows)), rows) / count
         return solution + once(columns - product - damping * solution)
 
     def _pseudo_inverse(self, factor: tuple[Any, ...], columns: Tensor) -> Tensor:
@@ -231,7 +233,7 @@ class BlockTridiagonalFisher(FisherMatrix):
         _, grams, rows, count = factor
         core, roots, vectors = self._core(grams)
         values, basis = linalg.eigh(core)
-        weights = self._rows_times(columns) / count**0.5
+        weights = self._rows_times(columns, rows) / count**0.5
         local = torch.cat(
             [(u.T @ w) / r.unsqueeze(1) for u, r, w in zip(vectors, roots, weights, strict=True)]
         )
@@ -381,8 +383,9 @@ class BlockTridiagonalFisher(FisherMatrix):
                 for n in self.layout.names
             ]
         )
-        products = self._rows_times(columns.unsqueeze(1)).sum(0)
-        return products.square().sum() / self._exact.count
+        rows, count = self._factor[-2:]
+        products = self._rows_times(columns.unsqueeze(1), rows).sum(0)
+        return products.square().sum() / count
 
     def costs(self, workload: Workload) -> dict[str, Cost]:
         """Return the cost of the joint system."""

@@ -342,7 +342,8 @@ def exact_quadratic(parts: Iterable[CurvaturePart], direction: dict[str, Tensor]
         if products is None or (total is not None and products.shape != total.shape):
             return None
         total = products if total is None else total + products
-        count = part.count
+        assert part._applied_rows is not None
+        count = part._applied_rows[1]
     return None if total is None else total.square().sum() / count
 
 

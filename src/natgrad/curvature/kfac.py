@@ -76,17 +76,18 @@ class KroneckerPart(CurvaturePart):
         if self.name not in jacobians:
             self.count += float(count)
             return
-        sums = jacobians[self.name].kronecker_factors(self.weight_sharing, self.max_factor_size)
-        finite = torch.isfinite(sums.inputs).all() & torch.isfinite(sums.outputs).all()
-        if not bool(finite):
+        sums = jacobians[self.name].kronecker_factors(
+            self.weight_sharing, self.max_factor_size, continued=float(count) == 0
+        )
+        finite = torch.isfinite(sums.outputs).all()
+        if sums.inputs is not None:
+            finite = finite & torch.isfinite(sums.inputs).all()
+        if not bool(finite) or (sums.inputs is None and self.inputs is None):
             return
         self.count += float(count)
-        if self.inputs is None or self.outputs is None or self.positions is None:
-            self.inputs, self.positions, self.outputs = sums.inputs, sums.positions, sums.outputs
-        else:
-            self.inputs = self.inputs + sums.inputs
-            self.positions = self.positions + sums.positions
-            self.outputs = self.outputs + sums.outputs
+        self.inputs = _plus(self.inputs, sums.inputs)
+        self.positions = _plus(self.positions, sums.positions)
+        self.outputs = _plus(self.outputs, sums.outputs)
 
     def discount(self, factor: float) -> None:
         """Discount sums and counts; with 0 forget them."""
@@ -338,6 +339,12 @@ class KFACFisher(PartitionedFisher):
 
 
 # Factors are batches of matrices (G, d, d) or of diagonals (G, d).
+
+
+def _plus(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    if total is None or part is None:
+        return part if total is None else total
+    return total + part
 
 
 def _left(factor: Tensor, matrices: Tensor) -> Tensor:

@@ -130,8 +130,7 @@ class Preconditioner:
         if recorded not in self._finished:
             self._finished.append(recorded)
             if self._update_due() and any(call.edges for call in recorded.calls):
-                assert recorded.output is not None and recorded.cotangent is not None
-                self._pull_back(recorded.output, recorded.cotangent, None)
+                self._pull_back(recorded)
 
     def _open_transaction(self) -> None:
         if self._saved is None:
@@ -144,28 +143,41 @@ class Preconditioner:
             self.structure.discount(self.ema_decay)
             self._updated = True
 
-    def _pull_back(self, output: Tensor, cotangent: Tensor | None, target: Tensor | None) -> None:
-        detached = output.detach()
+    def _weigh(self, recorded: ForwardPass) -> tuple[Tensor, Tensor, Tensor]:
+        """Return event weights, their count and the scale of the user's loss."""
+        assert recorded.output is not None
+        output, cotangent, target = recorded.output.detach(), recorded.cotangent, recorded.target
         with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
-            if cotangent is not None:
-                weights, _ = self.likelihood.infer_event_weights(detached, cotangent, target)
-                count = weights.sum() * (self.likelihood.count(detached) / weights.numel())
-            else:
-                weights = self.likelihood.event_weights(detached, target)
-                count = self.likelihood.count(detached, target)
+            if cotangent is None:
+                weights = self.likelihood.event_weights(output, target)
+                return (
+                    weights,
+                    self.likelihood.count(output, target),
+                    torch.ones_like(weights[0, 0]),
+                )
+            weights, scale = self.likelihood.infer_event_weights(output, cotangent, target)
+            if target is not None:
+                return weights, self.likelihood.count(output, target), scale
+            # Without a target the count of all events, less those that are ignored.
+            share = weights.sum() / weights.numel()
+            return weights, self.likelihood.count(output) * share, scale
+
+    def _pull_back(self, recorded: ForwardPass) -> None:
+        weights, count, _ = self._weigh(recorded)
         if float(count) == 0:
             return
         self._begin_update()
+        assert recorded.output is not None
         update_from_output(
             self.structure,
             self.capture,
             self.likelihood,
             self.fisher,
-            output,
+            recorded.output,
             weights,
             count,
             generator=self.generator,
-            target=target,
+            target=recorded.target,
         )
 
     def update_fisher(self, output: Tensor, target: Tensor | None = None) -> None:
@@ -181,13 +193,13 @@ class Preconditioner:
         if not self._update_due():
             return
         found = self.capture.find_pass(output)
-        found.output = output
+        found.output, found.target = output, target
         if found not in self._finished:
             self._finished.append(found)
         if self.fisher.from_user_gradients:
             output.register_hook(_keep_cotangent(found))
         else:
-            self._pull_back(output, None, target)
+            self._pull_back(found)
 
     def loss(
         self, criterion: Callable[[Tensor, Tensor], Tensor], output: Tensor, target: Tensor
@@ -241,7 +253,7 @@ class Preconditioner:
             complete = {
                 name: gradients[name] if name in gradients else torch.zeros_like(p)
                 for name, p in self.parameters.items()
-                if p.requires_grad
+                if name in self.capture.layout.offsets
             }
             source = GradientSource(complete, self._rows(complete), self._coordinates())
             return self.structure.precondition(source)
@@ -270,9 +282,7 @@ class Preconditioner:
         for recorded in self._finished:
             if recorded.cotangent is None or recorded.output is None:
                 continue
-            output = recorded.output.detach()
-            weights, scale = self.likelihood.infer_event_weights(output, recorded.cotangent)
-            count = weights.sum() * (self.likelihood.count(output) / weights.numel())
+            weights, count, scale = self._weigh(recorded)
             if float(count) == 0:
                 continue
             self._begin_update()
@@ -288,7 +298,7 @@ class Preconditioner:
         if recorded.output is None or recorded.cotangent is None:
             return None
         output = recorded.output.detach()
-        weights, scale = self.likelihood.infer_event_weights(output, recorded.cotangent)
+        weights, _, scale = self._weigh(recorded)
         if self.fisher.from_user_gradients:
             return scale.expand(output.shape[0], 1)
         return self.fisher.coordinates(self.likelihood, output, recorded.cotangent, weights)
