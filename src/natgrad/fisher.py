@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ CHUNK_ELEMENTS = 2**26
 class FisherType(ABC):
     """Which output vectors define the Fisher matrix."""
 
+    #: Name under which it is known.
+    name: ClassVar[str]
     #: Whether the user's own backward pass already carries the rows.
     from_user_gradients = False
     #: Whether the true targets are needed to make vectors.
@@ -79,6 +81,8 @@ class FisherType(ABC):
 class ExactFisher(FisherType):
     """The Fisher matrix itself: expectation over the model's labels, in closed form."""
 
+    name: ClassVar[str] = "exact"
+
     def vectors(
         self,
         likelihood: Likelihood,
@@ -108,6 +112,7 @@ class MonteCarloFisher(FisherType):
         samples: Draws per input; the error falls as one over its square root.
     """
 
+    name: ClassVar[str] = "mc"
     samples: int = 1
 
     def vectors(
@@ -127,6 +132,7 @@ class MonteCarloFisher(FisherType):
 class EmpiricalFisher(FisherType):
     """Gradients at the true labels. Cheap, but not the Fisher matrix (Kunstner et al. 2019)."""
 
+    name: ClassVar[str] = "empirical"
     from_user_gradients = True
     needs_target = True
 

@@ -179,6 +179,12 @@ class Categorical(Likelihood):
         self._check_class_dim(output, cotangent)
         if target is not None:
             return super().infer_event_weights(output, cotangent, target)
+        if self.class_weights is not None and self.label_smoothing > 0:
+            raise ValueError(
+                "Class weights together with label smoothing cannot be read off the gradient of "
+                "the loss: call loss = optimizer.loss(criterion, output, target), which tells the "
+                "target."
+            )
         smallest = min(torch.finfo(cotangent.dtype).tiny, 1.2e-7)
         residual = self.split_events(cotangent.to(output.dtype))
         p, others = self._probabilities(output)

@@ -161,6 +161,11 @@ class NaturalGradient(torch.optim.Optimizer):
         """
         self.preconditioner.update_fisher(output, target)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset all gradients; a backward pass that no step followed leaves curvature too."""
+        super().zero_grad(set_to_none)
+        self.preconditioner.discard()
+
     # The step.
 
     @overload
@@ -222,7 +227,9 @@ class NaturalGradient(torch.optim.Optimizer):
         values = [torch.as_tensor(0.0)] if not natural else [inner_product(natural, gradients)]
         if any(g["preconditioned"] and g["kl_clip"] is not None for g in self.param_groups):
             if natural:
-                values.append(self.preconditioner.structure.quadratic(natural, values[0]))
+                quadratic = self.preconditioner.structure.quadratic(natural, values[0])
+                _average_over_replicas({"quadratic": quadratic})
+                values.append(quadratic)
         numbers = torch.stack([v.double() for v in values]).tolist()
         finite = all(math.isfinite(v) for v in numbers) and gradients_are_finite(rest)
         if not finite or (loss is not None and not math.isfinite(float(loss))):

@@ -270,6 +270,14 @@ class Preconditioner:
             self.generator.set_state(self._saved[1])
         self._close()
 
+    def discard(self) -> None:
+        """Forget backward passes that no step followed; forward passes still waiting stay."""
+        if not self._finished or any(p.cotangent is None for p in self._finished):
+            return
+        waiting = [p for p in self.capture.passes if p not in self._finished]
+        self.skip()
+        self.capture.passes.extend(waiting)
+
     def _close(self) -> None:
         self._saved = None
         self._updated = False

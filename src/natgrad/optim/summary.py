@@ -162,7 +162,7 @@ def summarize(
             "all layers", "-", 0, structure.structure, joint.factors, joint.memory,
             joint.refresh, joint.step,
         )  # fmt: skip
-    name = type(preconditioner.fisher).__name__.removesuffix("Fisher").lower()
+    name = preconditioner.fisher.name
     return Summary(structure.structure, name, samples, tuple(layers), together, backward)
 
 

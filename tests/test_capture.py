@@ -1,0 +1,792 @@
+"""What Capture records, on random layers and in every way a model may be run."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import types
+import warnings
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional
+
+from natgrad.capture import Capture, kinds, register_layer
+from natgrad.fisher import fisher_matrix
+from tests import dense
+from tests.cases import CASES, Case, generator, normal, rows
+
+
+def check(model: nn.Module, x, output=None, directions: int = 2) -> None:
+    """Compare a model's captured Jacobian with the dense one, as rows and as a Gram matrix."""
+    z, jac = dense.jacobian(model, x, output)
+    vectors = normal(directions, *z.shape, seed=5)
+    with Capture(model, output) as capture:
+        result = capture.pull_back(dense.call(model, x, output), vectors)
+        assert not capture.uncovered
+    expected = dense.rows(jac, vectors).flatten(0, 1)
+    torch.testing.assert_close(result.to_dense(), expected, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(result.gram(), expected @ expected.T, rtol=1e-9, atol=1e-10)
+
+
+def check_kfac(model: nn.Module, x, specs, output=None) -> None:
+    """Compare K-FAC in both settings with explicit sums."""
+    z, _ = dense.jacobian(model, x, output)
+    y = normal(*z.shape, seed=6)
+    for sharing in ("expand", "reduce"):
+        f = fisher_matrix(
+            model, (x, y), "gaussian", "kfac", "empirical", output=output, weight_sharing=sharing
+        )
+        expected = dense.kfac(
+            model, x, y, dense.gaussian(), specs, "empirical", sharing=sharing, output=output
+        )
+        torch.testing.assert_close(f.to_dense(), expected, rtol=1e-9, atol=1e-12)
+
+
+# -- random layers ---------------------------------------------------------------------------------
+
+PADDING_MODES = ["zeros", "reflect", "replicate", "circular"]
+
+
+class Mixed(nn.Module):
+    """A layer between an elementwise square and a fixed mixing of its outputs."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.layer(x).flatten(1)
+        weights = torch.linspace(-1, 2, 2 * out.shape[1], dtype=out.dtype).view(out.shape[1], 2)
+        return torch.tanh(out) @ weights.cos()
+
+
+def seeded(make, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return Mixed(make()).double()
+
+
+@st.composite
+def convolutions(draw):
+    dims = draw(st.integers(1, 3))
+    limit = 3 if dims < 3 else 2
+
+    def per_dim(strategy):
+        return tuple(draw(strategy) for _ in range(dims))
+
+    groups = draw(st.integers(1, 3))
+    kernel, stride = per_dim(st.integers(1, limit)), per_dim(st.integers(1, 2))
+    dilation = per_dim(st.integers(1, 2))
+    mode = draw(st.sampled_from(PADDING_MODES))
+    padding = draw(st.sampled_from(["same", "valid", "numbers"]))
+    if padding == "same":
+        stride = (1,) * dims
+    elif padding == "numbers":
+        padding = per_dim(st.integers(0, 1 if dims < 3 else 1))
+    spans = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
+    size = [max(span, 2) + draw(st.integers(0, 2 if dims < 3 else 1)) for span in spans]
+    if mode in ("reflect", "circular", "replicate") and padding == "same":
+        assume(all(span - 1 < s for span, s in zip(spans, size, strict=True)))
+    channels_in = groups * draw(st.integers(1, 2))
+    channels_out = groups * draw(st.integers(1, 2))
+    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+    bias = draw(st.booleans())
+
+    def make() -> nn.Module:
+        return kind(
+            channels_in, channels_out, kernel, stride, padding, dilation, groups, bias, mode
+        )
+
+    model = seeded(make, draw(st.integers(0, 99)))
+    names = ["weight", "bias"] if bias else ["weight"]
+    return model, normal(draw(st.integers(1, 3)), channels_in, *size), (rows("layer", *names),)
+
+
+@given(convolutions())
+def test_convolutions(case):
+    model, x, specs = case
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch on padding="same"
+        check(model, x)
+        check_kfac(model, x, specs)
+
+
+@st.composite
+def transposed_convolutions(draw):
+    dims = draw(st.integers(1, 3))
+
+    def per_dim(strategy):
+        return tuple(draw(strategy) for _ in range(dims))
+
+    groups = draw(st.integers(1, 2))
+    kernel, stride = per_dim(st.integers(1, 3 if dims < 3 else 2)), per_dim(st.integers(1, 2))
+    dilation, padding = per_dim(st.integers(1, 2)), per_dim(st.integers(0, 1))
+    extra = tuple(
+        draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True)
+    )
+    size = per_dim(st.integers(1, 3))
+    for k, d, p, s, n, e in zip(kernel, dilation, padding, stride, size, extra, strict=True):
+        assume((n - 1) * s - 2 * p + d * (k - 1) + e + 1 > 0)
+    channels_in = groups * draw(st.integers(1, 2))
+    channels_out = groups * draw(st.integers(1, 2))
+    kind = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dims - 1]
+    bias = draw(st.booleans())
+
+    def make() -> nn.Module:
+        return kind(
+            channels_in, channels_out, kernel, stride, padding, extra, groups, bias, dilation
+        )
+
+    model = seeded(make, draw(st.integers(0, 99)))
+    specs = [dense.BlockSpec(("layer.weight",), "layer", "transposed")]
+    specs += [rows("layer", "bias")] if bias else []
+    return model, normal(draw(st.integers(1, 3)), channels_in, *size), specs
+
+
+@given(transposed_convolutions())
+def test_transposed_convolutions(case):
+    model, x, specs = case
+    check(model, x)
+    check_kfac(model, x, specs)
+
+
+def test_transposed_convolution_with_a_given_output_size():
+    class Sized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.ConvTranspose1d(2, 2, 3, stride=2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x, output_size=[8]).flatten(1)
+
+    torch.manual_seed(0)
+    check(Sized().double(), normal(2, 2, 3))
+
+
+@given(
+    st.integers(1, 4), st.integers(1, 4), st.booleans(),
+    st.sampled_from([(), (1,), (3,), (2, 2), (1, 2, 2)]), st.integers(1, 4), st.integers(0, 99),
+)  # fmt: skip
+def test_linear_of_any_rank(d_in, d_out, bias, lead, samples, seed):
+    model = seeded(lambda: nn.Linear(d_in, d_out, bias), seed)
+    x = normal(samples, *lead, d_in, seed=seed)
+    check(model, x)
+    check_kfac(model, x, (rows("layer", *(["weight", "bias"] if bias else ["weight"])),))
+
+
+@st.composite
+def norms(draw):
+    samples, channels = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    spatial = tuple(draw(st.integers(1, 3)) for _ in range(draw(st.integers(0, 3))))
+    kind = draw(
+        st.sampled_from(["layer", "layer2", "rms", "group", "batch", "batch eval", "instance"])
+    )
+    bias = True
+    if kind == "layer":
+        shape, make = (samples, *spatial, channels), lambda: nn.LayerNorm(channels)
+    elif kind == "layer2":
+        bias = draw(st.booleans())
+        shape = (samples, *spatial, channels, 2)
+        make = lambda: nn.LayerNorm((channels, 2), bias=bias)  # noqa: E731
+    elif kind == "rms":
+        bias = False
+        shape, make = (samples, *spatial, channels), lambda: nn.RMSNorm(channels, eps=1e-2)
+    elif kind == "group":
+        groups = draw(st.integers(1, 3))
+        assume(samples * channels * int(torch.Size(spatial).numel()) > 1)  # torch insists
+        shape = (samples, groups * channels, *spatial)
+        make = lambda: nn.GroupNorm(groups, groups * channels)  # noqa: E731
+    elif kind.startswith("batch"):
+        shape = (samples, channels, *spatial)
+        layer = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+        track = draw(st.booleans())
+        make = lambda: layer[len(spatial)](channels, track_running_stats=track)  # noqa: E731
+        assume(samples * int(torch.Size(spatial).numel()) > 1)
+    else:
+        assume(spatial and torch.Size(spatial).numel() > 1)
+        shape = (samples, channels, *spatial)
+        layer = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+        track = draw(st.booleans())
+        make = lambda: layer[len(spatial)](  # noqa: E731
+            channels, affine=True, track_running_stats=track
+        )
+    model = seeded(make, 0)
+    model.train(kind != "batch eval" and draw(st.booleans()) or kind == "batch")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.5 * normal(*parameter.shape, seed=1))
+    unit = "entries" if kind == "layer2" else "rows"
+    names = tuple(f"layer.{name}" for name in (["weight", "bias"] if bias else ["weight"]))
+    specs = (dense.BlockSpec(names, "layer", unit),)
+    return model, normal(*shape, seed=draw(st.integers(0, 99))), specs
+
+
+@given(norms())
+def test_norms(case):
+    model, x, specs = case
+    check(model, x)
+    check_kfac(model, x, specs)
+
+
+@given(
+    st.integers(1, 5), st.integers(1, 3), st.sampled_from([(), (1,), (4,), (2, 3)]),
+    st.booleans(), st.integers(1, 3), st.integers(0, 99),
+)  # fmt: skip
+def test_embeddings(vocabulary, width, lead, padded, samples, seed):
+    padding = seed % vocabulary if padded else None
+    model = seeded(lambda: nn.Embedding(vocabulary, width, padding_idx=padding), seed)
+    tokens = torch.randint(0, vocabulary, (samples, *lead), generator=generator(seed))
+    check(model, tokens)
+    z, _ = dense.jacobian(model, tokens)
+    y = normal(*z.shape, seed=6)
+    specs = (dense.BlockSpec(("layer.weight",), "layer", "columns"),)
+    f = fisher_matrix(model, (tokens, y), "gaussian", "kfac", "empirical")
+    expected = dense.kfac(model, tokens, y, dense.gaussian(), specs, "empirical")
+    torch.testing.assert_close(f.to_dense(), expected, rtol=1e-9, atol=1e-12)
+
+
+@st.composite
+def attentions(draw):
+    heads = draw(st.integers(1, 2))
+    width = heads * draw(st.integers(1, 2))
+    batch_first, bias = draw(st.booleans()), draw(st.booleans())
+    samples, queries = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    kind = draw(st.sampled_from(["self", "memory", "key and value", "other sizes"]))
+    keys = queries if kind == "self" else draw(st.integers(1, 3))
+    sizes = (draw(st.integers(1, 3)), draw(st.integers(1, 3)))
+    kdim, vdim = sizes if kind == "other sizes" else (None, None)
+    torch.manual_seed(draw(st.integers(0, 99)))
+    layer = nn.MultiheadAttention(
+        width, heads, bias=bias, kdim=kdim, vdim=vdim, batch_first=batch_first
+    )
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    x = normal(samples, queries, width)
+    memory = normal(samples, keys, kdim or width, seed=1)
+    value = normal(samples, keys, vdim or width, seed=2)
+    options = {
+        "need_weights": draw(st.booleans()),
+        "average_attn_weights": draw(st.booleans()),
+    }
+    if draw(st.booleans()):
+        mask = torch.rand(samples, keys, generator=generator(3)) < 0.4
+        mask[:, 0] = False
+        options["key_padding_mask"] = mask
+    if draw(st.booleans()):
+        options["attn_mask"] = normal(queries, keys, seed=4)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = layer
+
+        def forward(self, x: Tensor, memory: Tensor, value: Tensor) -> Tensor:
+            x = torch.sin(x)
+            key = x if kind == "self" else memory
+            val = {"self": x, "memory": memory}.get(kind, value)
+            inputs = [x, key, val]
+            if not batch_first:
+                flipped = {id(t): t.transpose(0, 1) for t in inputs}
+                inputs = [flipped[id(t)] for t in inputs]
+            out, _ = self.attention(*inputs, **options)
+            return torch.tanh(out if batch_first else out.transpose(0, 1))
+
+    return Model().double(), (x, memory, value)
+
+
+@given(attentions())
+def test_attention(case):
+    model, x = case
+    check(model, x)
+
+
+def test_attention_called_twice_and_nested():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(2, 1, batch_first=True)
+            self.decoder = nn.TransformerDecoderLayer(2, 1, 3, dropout=0.0, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x, _ = self.attention(x, x, x)
+            x, _ = self.attention(x, torch.sin(x), x)
+            return self.decoder(x, torch.cos(x)).mean(1)
+
+    torch.manual_seed(0)
+    check(Twice().double(), normal(2, 3, 2))
+
+
+def test_attention_with_bias_tokens_is_reported():
+    layer = nn.MultiheadAttention(2, 1, add_bias_kv=True)
+    with Capture(layer) as capture:
+        assert set(capture.uncovered) == {"bias_k", "bias_v"}
+        assert "MultiheadAttention" in capture.uncovered["bias_k"]
+
+
+@given(
+    st.sampled_from([nn.LSTM, nn.GRU, nn.RNN]), st.booleans(), st.booleans(), st.integers(1, 2),
+    st.integers(1, 3),
+)  # fmt: skip
+def test_recurrent_layers(kind, batch_first, bidirectional, depth, samples):
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = kind(2, 2, depth, batch_first=batch_first, bidirectional=bidirectional)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out, state = self.layer(x if batch_first else x.transpose(0, 1))
+            state = state[0] if isinstance(state, tuple) else state
+            out = out if batch_first else out.transpose(0, 1)
+            return torch.cat([out.flatten(1), state.transpose(0, 1).flatten(1)], 1)
+
+    torch.manual_seed(0)
+    check(Last().double().eval(), normal(samples, 3, 2))
+
+
+def test_recurrent_layers_with_an_initial_state():
+    class Stateful(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.GRU(2, 2, batch_first=True)
+
+        def forward(self, x: Tensor, h: Tensor) -> Tensor:
+            return self.layer(x, h)[0].flatten(1)
+
+    torch.manual_seed(0)
+    check(Stateful().double(), (normal(3, 2, 2), normal(1, 3, 2, seed=1)))
+
+
+# -- modules natgrad does not know -----------------------------------------------------------------
+
+
+def test_an_overridden_forward_is_not_taken_for_its_parents():
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x) ** 2
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), Doubled(3, 2), nn.Tanh()).double()
+    check(model, normal(4, 3))
+    patched = nn.Sequential(nn.Linear(3, 2)).double()
+    layer = patched[0]
+    layer.forward = types.MethodType(
+        lambda self, x: functional.linear(x, self.weight.square(), self.bias), layer
+    )
+    check(patched, normal(4, 3))
+
+
+def test_a_subclass_that_keeps_forward_is_its_parent():
+    class Named(nn.Linear):
+        pass
+
+    model = nn.Sequential(Named(3, 2)).double()
+    check(model, normal(4, 3))
+    check_kfac(model, normal(4, 3), (rows("0"),))
+
+
+def test_parameters_of_the_root_module():
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(1.5))
+            self.layer = nn.Linear(3, 2)
+            self.power = nn.Parameter(torch.tensor([0.5, 2.0]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(self.layer(x)) * self.power + self.scale * x[:, :2]
+
+    check(Root().double(), normal(4, 3))
+
+
+def test_generic_modules_with_masks_and_options():
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 3))
+
+        def forward(self, x: Tensor, mask: Tensor, *, scale: float = 1.0) -> Tensor:
+            return scale * torch.sin(x @ self.weight) * mask
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Masked()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x, torch.tensor([1.0, 0.0, 2.0], dtype=x.dtype), scale=3.0)
+
+    torch.manual_seed(0)
+    check(Model().double(), normal(4, 3))
+
+
+def test_generic_refusals_are_explained():
+    class Coupled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift = nn.Parameter(torch.zeros(3))
+            self.norm = nn.BatchNorm1d(3)
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.drop(self.norm(x + self.shift))
+
+    model = Coupled()
+    with Capture(model) as capture:
+        assert set(capture.uncovered) == {"shift"}
+        assert "batch statistics" in capture.uncovered["shift"]
+    model.norm.eval()
+    with Capture(model) as capture:
+        assert "dropout" in capture.uncovered["shift"]
+    model.drop.eval()
+    with Capture(model) as capture:
+        assert not capture.uncovered
+    with Capture(nn.Embedding(3, 2, scale_grad_by_freq=True)) as capture:
+        assert "frequency" in capture.uncovered["weight"]
+    with Capture(nn.LSTM(2, 2, 2, dropout=0.1)) as capture:
+        assert len(capture.uncovered) == 8
+
+
+@pytest.fixture
+def registry():
+    """Forget layers registered in a test."""
+    before = dict(kinds._KINDS)
+    yield
+    kinds._KINDS.clear()
+    kinds._KINDS.update(before)
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class PerChannel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(3))
+        self.shift = nn.Parameter(torch.randn(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.shift
+
+
+def test_layers_of_ones_own(registry):
+    calls = []
+
+    def scaled_rows(module, inputs, gradients):
+        calls.append("scaled")
+        return inputs[0].unsqueeze(1), 2 * gradients.transpose(0, 1).unsqueeze(2)
+
+    def channel_rows(module, inputs, gradients):
+        calls.append("channel")
+        gradients = gradients.transpose(0, 1)
+        return {"scale": gradients * inputs[0].unsqueeze(1), "shift": gradients}
+
+    register_layer(Scaled, scaled_rows)
+    register_layer(PerChannel, channel_rows, parameters=("scale", "shift"))
+    torch.manual_seed(0)
+    model = nn.Sequential(Scaled(2, 3), nn.Tanh(), PerChannel(), nn.Tanh(), Scaled(3, 2)).double()
+    check(model, normal(4, 2))
+    assert set(calls) == {"scaled", "channel"}
+    with pytest.raises(TypeError, match="subclass"):
+        register_layer(PerChannel(), channel_rows)
+
+
+# -- ways to run a model ---------------------------------------------------------------------------
+
+MODELS = [
+    "mlp", "conv2d", "batch_norm_train", "self_attention", "lstm", "checkpointed", "tied_embedding",
+]  # fmt: skip
+
+
+def hook_count(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_hooks_do_not_change_what_a_model_computes(name):
+    case = CASES[name]()
+    model, plain = copy.deepcopy(case.model), copy.deepcopy(case.model)
+    expected = dense.call(plain, case.x, case.output)
+    expected.square().sum().backward()
+    with Capture(model, case.output) as capture:
+        assert hook_count(model) > 0
+        out = dense.call(model, case.x, case.output)
+        assert torch.equal(out, expected)
+        capture.pull_back(out, normal(2, *out.shape))
+        assert all(p.grad is None for p in model.parameters())
+        out.square().sum().backward()
+    assert hook_count(model) == 0
+    for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        if theirs.grad is None:
+            assert mine.grad is None
+        else:
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-12, atol=1e-14)
+    for mine, theirs in zip(model.buffers(), plain.buffers(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def pulled(capture: Capture, model: nn.Module, case: Case) -> Tensor:
+    out = dense.call(model, case.x, case.output)
+    return capture.pull_back(out, normal(2, *out.shape, seed=5)).to_dense()
+
+
+def expected_rows(case: Case) -> Tensor:
+    z, jac = case.jacobian
+    return dense.rows(jac, normal(2, *z.shape, seed=5)).flatten(0, 1)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_recording_again_and_after_the_users_backward(name):
+    case = CASES[name]()
+    model = copy.deepcopy(case.model)
+    with Capture(model, case.output) as capture:
+        for _ in range(3):
+            dense.assert_same(pulled(capture, model, case), expected_rows(case))
+            out = dense.call(model, case.x, case.output)
+            vectors = normal(2, *out.shape, seed=5)
+            first = capture.pull_back(out, vectors).to_dense()
+            out.sum().backward(retain_graph=True)
+            second = capture.pull_back(out, vectors).to_dense()
+            dense.assert_same(first, expected_rows(case))
+            dense.assert_same(second, first)
+            capture.clear()
+
+
+def test_two_forward_passes_are_kept_apart():
+    case = CASES["mlp"]()
+    x2 = normal(2, 3, seed=8)
+    with Capture(case.model) as capture:
+        first, second = case.model(case.x), case.model(x2)
+        rows_of_first = capture.pull_back(first, normal(2, *first.shape, seed=5)).to_dense()
+        rows_of_second = capture.pull_back(second, normal(2, *second.shape, seed=5)).to_dense()
+    dense.assert_same(rows_of_first, expected_rows(case))
+    z, jac = dense.jacobian(case.model, x2)
+    expected = dense.rows(jac, normal(2, *z.shape, seed=5)).flatten(0, 1)
+    dense.assert_same(rows_of_second, expected)
+
+
+def test_nothing_is_recorded_without_gradients_or_when_idle():
+    case = CASES["mlp"]()
+    with Capture(case.model) as capture:
+        with torch.no_grad():
+            out = case.model(case.x)
+        with torch.inference_mode():
+            case.model(case.x)
+        assert not capture.passes
+        capture.recording = False
+        idle = case.model(case.x)
+        assert not capture.passes
+        with pytest.raises(RuntimeError, match="recorded"):
+            capture.pull_back(idle, normal(1, *idle.shape))
+        assert not out.requires_grad
+        capture.recording = True
+        dense.assert_same(pulled(capture, case.model, case), expected_rows(case))
+        capture.remove()
+        case.model(case.x)
+        assert not capture.passes
+
+
+def test_passes_that_are_never_pulled_back_do_not_pile_up():
+    case = CASES["mlp"]()
+    with Capture(case.model) as capture:
+        for _ in range(50):
+            case.model(case.x)
+        assert len(capture.passes) < 10
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_copies_of_a_captured_model(name, way):
+    case = CASES[name]()
+    with Capture(case.model, case.output) as capture:
+        if way == "deepcopy":
+            twin = copy.deepcopy(case.model)
+        else:
+            twin = pickle.loads(pickle.dumps(case.model))
+        out = dense.call(twin, case.x, case.output)
+        torch.testing.assert_close(out, dense.call(case.model, case.x, case.output))
+        capture.clear()
+        dense.call(twin, case.x, case.output)
+        assert not capture.passes, "a copy must not be recorded"
+        with Capture(twin, case.output) as second:
+            dense.assert_same(pulled(second, twin, case), expected_rows(case))
+        dense.assert_same(pulled(capture, case.model, case), expected_rows(case))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, backend", [("repeated", "eager"), ("mlp", "aot_eager"), ("conv2d", "aot_eager")]
+)
+def test_compiled_models(name, backend):
+    case = CASES[name]()
+    model = copy.deepcopy(case.model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend)
+    with Capture(compiled, case.output) as capture:
+        assert set(capture.layout.names) == set(dense.parameters(model))
+        for _ in range(2):
+            dense.assert_same(pulled(capture, compiled, case), expected_rows(case))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv2d", "layer_norm", "embedding", "rms_norm"])
+def test_autocast(name):
+    case = CASES[name]()
+    model = copy.deepcopy(case.model).float()
+    x = case.x.float() if case.x.is_floating_point() else case.x
+    with Capture(model) as capture:
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(x)
+            with torch.autocast("cpu", enabled=False):
+                pass
+        result = capture.pull_back(out, normal(2, *out.shape, seed=5).to(out.dtype))
+    actual = result.to_dense()
+    assert actual.dtype == torch.float32
+    error = (actual.double() - expected_rows(case)).norm() / expected_rows(case).norm()
+    assert error < 0.05
+
+
+def test_in_place_operations_after_a_layer():
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Conv1d(1, 2, 2)
+            self.norm, self.c = nn.BatchNorm1d(2), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x).relu_().unsqueeze(1)
+            h = self.norm(functional.silu(self.b(h), inplace=True)).sigmoid_()
+            return self.c(h.flatten(1)).tanh_()
+
+    torch.manual_seed(0)
+    check(InPlace().double(), normal(4, 3))
+
+
+def test_inputs_modified_in_place_after_the_layer():
+    """A residual stream written to in place must not change a layer's recorded input."""
+
+    class Stream(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.clone()
+            h = self.a(x)
+            x += 1.0
+            return self.b(torch.tanh(h))
+
+    torch.manual_seed(0)
+    model, x = Stream().double(), normal(4, 3)
+    with Capture(model) as capture:
+        out = model(x)
+        try:
+            capture.pull_back(out, normal(1, *out.shape))
+        except RuntimeError as error:
+            # Autograd refuses this model's own backward pass too, so refusing is right.
+            assert "inplace" in str(error)
+        with pytest.raises(RuntimeError, match="inplace"):
+            model(x).sum().backward()
+
+
+@pytest.mark.parametrize(
+    "wrap, output",
+    [
+        (lambda z: z, None),
+        (lambda z: (z, z.detach()), None),
+        (lambda z: [z], None),
+        (lambda z: {"loss": z.sum(), "logits": z}, None),
+        (lambda z: types.SimpleNamespace(logits=z, hidden=2 * z), None),
+        (lambda z: {"hidden": 2 * z, "answer": z}, lambda out: out["answer"]),
+        (lambda z: (2 * z, {"deep": [z]}), lambda out: out[1]["deep"][0]),
+    ],
+)
+def test_outputs_in_containers(wrap, output):
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = copy.deepcopy(CASES["mlp"]().model)
+
+        def forward(self, x: Tensor):
+            return wrap(self.model(x))
+
+    case = CASES["mlp"]()
+    f = fisher_matrix(
+        Wrapped(), (case.x, case.target("categorical")), structure="full", output=output
+    )
+    dense.assert_same(f.to_dense(), case.fisher("categorical", "exact")[1])
+
+
+def test_dropout_in_training_mode_uses_the_masks_of_the_pass():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, 2)).double()
+    x = normal(4, 3)
+    with Capture(model) as capture:
+        out = model(x)
+        result = capture.pull_back(out, normal(2, *out.shape, seed=5))
+    leaves = list(model.parameters())
+    dense_rows = []
+    for n in range(4):
+        for vector in normal(2, *out.shape, seed=5):
+            mask = torch.zeros_like(vector)
+            mask[n] = vector[n]
+            grads = torch.autograd.grad(out, leaves, mask, retain_graph=True)
+            dense_rows.append(torch.cat([g.flatten() for g in grads]))
+    dense.assert_same(result.to_dense(), torch.stack(dense_rows))
+
+
+def test_frozen_layers_below_and_above():
+    torch.manual_seed(0)
+    for frozen in range(3):
+        model = nn.Sequential(
+            nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)
+        ).double()
+        model[2 * frozen].requires_grad_(False)
+        check(model, normal(4, 3))
+
+
+def test_errors():
+    case = CASES["mlp"]()
+    with Capture(case.model) as capture:
+        out = case.model(case.x)
+        for shape in ((2, 4, 2), out.shape, (2, 5, 3)):
+            with pytest.raises(ValueError, match="shape"):
+                capture.pull_back(out, normal(*shape))
+    with pytest.raises(TypeError, match="tensor"):
+        with Capture(case.model, output=lambda out: [out]) as capture:
+            case.model(case.x)
+
+    class Transposed(nn.Module):
+        """The batch is not the first dimension of the layer's input."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x.transpose(0, 1)).sum(0)
+
+    model = Transposed().double()
+    with Capture(model) as capture:
+        out = model(normal(4, 3, 2))
+        with pytest.raises(ValueError, match="batch"):
+            capture.pull_back(out, normal(1, *out.shape))
+
+
+def test_blocks_and_uncovered():
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Conv1d(1, 1, 1, bias=False))
+    with Capture(model) as capture:
+        assert list(capture.blocks) == ["0", "1", "2"]
+        assert [b.layout.names for b in capture.blocks.values()] == [
+            ("0.weight", "0.bias"), ("1.weight", "1.bias"), ("2.weight",),
+        ]  # fmt: skip
+        assert capture.uncovered == {}
+    with Capture(CASES["tied_embedding"]().model) as capture:
+        assert set(capture.blocks) == {"embedding.weight", "hidden", "head.bias"}
+        assert capture.blocks["embedding.weight"].kind == "Embedding+Linear"
+    with Capture(nn.Linear(2, 2)) as capture:
+        assert len(capture.blocks) == 1

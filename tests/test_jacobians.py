@@ -1,0 +1,152 @@
+"""Layer Jacobians of every layer kind against the dense reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from natgrad import jacobians as jacobians_module
+from natgrad.capture import Capture
+from natgrad.jacobians import LinearJacobian
+from tests import dense
+from tests.cases import CASES, Case, normal
+
+
+def pulled_back(case: Case, directions: int = 3, seed: int = 5):
+    """Return a case's Jacobians for random vectors, and the dense rows (N, K, P)."""
+    z, jac = case.jacobian
+    vectors = normal(directions, *z.shape, seed=seed)
+    with Capture(case.model, case.output) as capture:
+        out = dense.call(case.model, case.x, case.output)
+        result = capture.pull_back(out, vectors)
+        assert not capture.uncovered
+        blocks = dict(capture.blocks)
+    return result, dense.rows(jac, vectors), blocks
+
+
+@pytest.fixture(params=list(CASES))
+def case(request) -> Case:
+    return CASES[request.param]()
+
+
+def test_blocks_partition_the_parameters_as_expected(case):
+    result, _, blocks = pulled_back(case)
+    found = {name: block.layout.names for name, block in blocks.items()}
+    assert sorted(found.values()) == sorted(spec.names for spec in case.blocks)
+    reached = [spec.names for spec in case.blocks if spec.names in {found[n] for n in result}]
+    assert [found[name] for name in result] == reached, "blocks must come in order of first call"
+    unreached = {spec.names for spec in case.blocks} - {found[n] for n in result}
+    where = dense.indices(case.model)
+    for names in unreached:
+        for name in names:
+            assert not case.jacobian[1][..., where[name].flatten()].any()
+
+
+def test_rows_are_exact(case):
+    result, expected, _ = pulled_back(case)
+    n, k, p = expected.shape
+    assert (result.samples, result.directions, result.rows) == (n, k, n * k)
+    dense.assert_same(result.to_dense(), expected.reshape(n * k, p))
+
+
+def test_products_with_vectors(case):
+    result, expected, _ = pulled_back(case)
+    n, k, p = expected.shape
+    vector, weights = normal(p, seed=1), normal(n, k, seed=2)
+    dense.assert_same(result.matvec(vector), expected @ vector)
+    dense.assert_same(result.rmatvec(weights), torch.einsum("nkp,nk->p", expected, weights))
+    where = dense.indices(case.model)
+    for block in result.values():
+        index = torch.cat([where[name].flatten() for name in block.layout.names])
+        rows = expected.reshape(n * k, p)[:, index]
+        columns, row_weights = normal(len(index), 2, seed=3), normal(n * k, 2, seed=4)
+        close(block.matvec(columns), rows @ columns)
+        close(block.rmatvec(row_weights), rows.T @ row_weights)
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    """As ``assert_same``, but two tensors of zeros agree too."""
+    assert actual.dtype == torch.float64
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 40], ids=["whole", "one sample", "chunks"])
+def test_grams_are_exact_in_any_chunks(case, chunk, monkeypatch):
+    if chunk is not None:
+        monkeypatch.setattr(jacobians_module, "CHUNK_ELEMENTS", chunk)
+    result, expected, _ = pulled_back(case)
+    flat = expected.flatten(0, 1)
+    dense.assert_same(result.gram(), flat @ flat.T)
+    other, other_rows, _ = pulled_back(case, directions=2, seed=9)
+    dense.assert_same(result.gram(other), flat @ other_rows.flatten(0, 1).T)
+    where = dense.indices(case.model)
+    for name, block in result.items():
+        index = torch.cat([where[n].flatten() for n in block.layout.names])
+        mine, theirs = flat[:, index], other_rows.flatten(0, 1)[:, index]
+        close(block.gram(), mine @ mine.T)
+        close(block.gram(other[name]), mine @ theirs.T)
+        if isinstance(block, LinearJacobian):
+            for symmetric, right, columns in ((True, block, mine), (False, other[name], theirs)):
+                close(block._gram_by_positions(right, symmetric), mine @ columns.T)
+                by_gradients = jacobians_module._gram_by_gradients(block, right, symmetric)
+                close(by_gradients, mine @ columns.T)
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 40], ids=["whole", "one sample", "chunks"])
+def test_diagonals_units_and_gradients(case, chunk, monkeypatch):
+    if chunk is not None:
+        monkeypatch.setattr(jacobians_module, "CHUNK_ELEMENTS", chunk)
+    result, expected, _ = pulled_back(case)
+    n, k, p = expected.shape
+    flat = expected.reshape(n * k, p)
+    where = dense.indices(case.model)
+    specs = {spec.names: spec for spec in case.blocks}
+    for block in result.values():
+        spec, layout = specs[block.layout.names], block.layout
+        index = torch.cat([where[name].flatten() for name in layout.names])
+        close(block.to_dense(), flat[:, index])
+        close(block.diagonal(), flat[:, index].square().sum(0))
+        close(block.squared_norm(), flat[:, index].square().sum())
+        gradients = block.per_sample_gradients()
+        assert gradients.shape == (n, k, layout.groups, layout.d_out, layout.d_augmented)
+        close(layout.flat(gradients), expected[..., index])
+        close(layout.matrix(expected[..., index]), gradients)
+        close(layout.flat(block.per_sample_gradients(n - 1, n)), expected[n - 1 :][..., index])
+        units = dense.unit_indices(case.model, [spec])
+        blocks = block.unit_blocks()
+        assert len(blocks) == len(units)
+        for unit, moment in zip(units, blocks, strict=True):
+            close(moment, flat[:, unit].T @ flat[:, unit])
+        factors = block.unit_factors()
+        if factors is not None:
+            a, s = factors
+            moments = torch.einsum("ngo,ngi,ngj->goij", s, a, a).flatten(0, 1)
+            close(moments, blocks)
+
+
+def test_one_layer_jacobians_do_not_form_dense_rows():
+    """A Gram of many rows over a wide layer holds nothing of size N·K × P."""
+    layer = torch.nn.Linear(2000, 1000)
+    x = torch.randn(20, 2000)
+    with Capture(layer) as capture:
+        out = layer(x)
+        result = capture.pull_back(out, torch.randn(2, *out.shape))
+    largest = Largest()
+    with largest:
+        gram = result.gram()
+    assert gram.shape == (40, 40)
+    assert largest.elements <= 20 * 2000 * 2
+
+
+class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    """Remembers the largest tensor that any operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
