@@ -68,6 +68,7 @@ class KroneckerPart(CurvaturePart):
         self.positions: Tensor | None = None
         self.outputs: Tensor | None = None
         self._inverse: tuple[Tensor, ...] | None = None
+        self._split: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     # Accumulation.
 
@@ -79,9 +80,10 @@ class KroneckerPart(CurvaturePart):
         sums = jacobians[self.name].kronecker_factors(
             self.weight_sharing, self.max_factor_size, continued=float(count) == 0
         )
-        finite = torch.isfinite(sums.outputs).all()
+        # Σ x xᵀ is finite exactly if its diagonal is.
+        finite = torch.isfinite(_diagonal(sums.outputs)).all()
         if sums.inputs is not None:
-            finite = finite & torch.isfinite(sums.inputs).all()
+            finite = finite & torch.isfinite(_diagonal(sums.inputs)).all()
         if not bool(finite) or (sums.inputs is None and self.inputs is None):
             return
         self.count += float(count)
@@ -174,6 +176,7 @@ class KroneckerPart(CurvaturePart):
         """Invert the damped factors (π rule) or eigendecompose them (Tikhonov)."""
         if self.inputs is None or self.count == 0:
             return
+        self._split = None
         a, b = self.kronecker_factors()
         if self.damping_rule == "pi":
             if damping == 0:
@@ -248,22 +251,36 @@ class KroneckerPart(CurvaturePart):
         return self.max_factor_size is not None and size > self.max_factor_size
 
     def _precondition_rows(self, rows: LinearJacobian) -> dict[str, Tensor]:
-        assert self._inverse is not None
-        inverse_a, inverse_b = self._inverse[0][0], self._inverse[1][0]
         layout = self.layout
+        core, border, corner, inverse_b = self._split_inverse()
         a = rows.inputs.flatten(0, 2)  # (N·T, d_in)
-        delta = rows.output_gradients.flatten(0, 3)  # (N·T, d_out), as K = G = 1
-        delta = delta @ inverse_b
-        d = layout.d_in
-        if layout.has_bias:
-            a = torch.addmm(inverse_a[d], a, inverse_a[:d], beta=rows.bias_value)
-        else:
-            a = a @ inverse_a
-        weight = (delta.T @ a[:, :d]).reshape(layout.shapes[0])
-        result = {self.names[0]: weight}
-        if layout.has_bias:
-            result[self.names[1]] = (delta.T @ a[:, d]).reshape(layout.shapes[1])
-        return result
+        delta = rows.output_gradients.flatten(0, 3) @ inverse_b  # (N·T, d_out), as K = G = 1
+        if not layout.has_bias:
+            return {self.names[0]: (delta.T @ (a @ core)).reshape(layout.shapes[0])}
+        value = rows.bias_value
+        weight = delta.T @ torch.addmm(border, a, core, beta=value)
+        bias = delta.T @ torch.addmv(value * corner, a, border)
+        return {
+            self.names[0]: weight.reshape(layout.shapes[0]),
+            self.names[1]: bias.reshape(layout.shapes[1]),
+        }
+
+    def _split_inverse(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return ``Â⁻¹`` as ``[[core, border], [borderᵀ, corner]]``, and ``B̂⁻¹``.
+
+        The bias row and column lie apart, as products with an odd leading dimension are slower.
+        """
+        assert self._inverse is not None
+        if self._split is None:
+            inverse_a, inverse_b = self._inverse[0][0], self._inverse[1][0]
+            d = self.layout.d_in
+            self._split = (
+                inverse_a[:d, :d].contiguous(),
+                inverse_a[:d, -1].contiguous(),
+                inverse_a[-1:, -1],
+                inverse_b,
+            )
+        return self._split
 
     def cost(self, workload: Workload) -> Cost:
         """Return the cost of two factors per group, and of the cheaper way to apply them."""
@@ -301,6 +318,7 @@ class KroneckerPart(CurvaturePart):
             setattr(self, key, None if value is None else value.to(device))
         inverse = state["inverse"]
         self._inverse = None if inverse is None else tuple(t.to(device) for t in inverse)
+        self._split = None
 
 
 @register_structure
