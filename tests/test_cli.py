@@ -111,3 +111,33 @@ def test_ctrl_c_writes_what_is_there(tmp_path, monkeypatch):
     check(stored)
     assert stored["interrupted"] is True
     assert stored["methods"][0]["status"] == "interrupted"
+
+
+def test_inspect_shows_layers_and_costs(capsys):
+    shape = "--input-shape=1,8,8"
+    assert run(["inspect", "tests.test_cli:small_network", shape, "--samples=16"]) == 0
+    printed = capsys.readouterr().out
+    for text in ("Conv2d", "Linear", "36", "10 x 10", "kfac", "16 samples"):
+        assert text in printed
+
+
+def small_network():
+    from torch import nn
+
+    layers = nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return nn.Sequential(*layers, nn.Linear(4, 10))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tests.test_cli"], "package.module:factory"),
+        (["absent_package.module:factory"], "cannot be imported"),
+        (["tests.test_cli:small_network", "--structure=cubic"], "cubic"),
+        (["tests.test_cli:small_network", "--samples=0"], "at least 1"),
+        (["tests.test_cli:small_network", "--input-shape=3"], "fails on the example"),
+        ([], "Missing argument"),
+    ],
+)
+def test_inspect_refuses_wrong_input(capsys, arguments, message):
+    assert message in refused(capsys, run(["inspect", *arguments]))

@@ -67,6 +67,7 @@ class KroneckerPart(CurvaturePart):
         self.inputs: Tensor | None = None
         self.positions: Tensor | None = None
         self.outputs: Tensor | None = None
+        self._discount = 1.0  # Still to be applied to the three sums.
         self._inverse: tuple[Tensor, ...] | None = None
         self._split: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
@@ -87,19 +88,18 @@ class KroneckerPart(CurvaturePart):
         if not bool(finite) or (sums.inputs is None and self.inputs is None):
             return
         self.count += float(count)
-        self.inputs = _plus(self.inputs, sums.inputs)
-        self.positions = _plus(self.positions, sums.positions)
-        self.outputs = _plus(self.outputs, sums.outputs)
+        self.inputs = _plus(self.inputs, sums.inputs, self._discount)
+        self.positions = _plus(self.positions, sums.positions, self._discount)
+        self.outputs = _plus(self.outputs, sums.outputs, self._discount)
+        self._discount = 1.0
 
     def discount(self, factor: float) -> None:
-        """Discount sums and counts; with 0 forget them."""
+        """Discount counts at once, sums together with the next update; with 0 forget them."""
         self.count *= factor
+        self._discount *= factor
         if factor == 0.0:
             self.inputs = self.positions = self.outputs = None
-        elif self.inputs is not None and self.outputs is not None and self.positions is not None:
-            self.inputs = self.inputs * factor
-            self.positions = self.positions * factor
-            self.outputs = self.outputs * factor
+            self._discount = 1.0
 
     def kronecker_factors(self) -> tuple[Tensor, Tensor]:
         """Return ``(A, B)``, zero where nothing was seen yet."""
@@ -109,7 +109,8 @@ class KroneckerPart(CurvaturePart):
             return zeros(groups, d_in, d_in), zeros(groups, d_out, d_out)
         if self.count == 0:
             return torch.zeros_like(self.inputs), torch.zeros_like(self.outputs)
-        return self.inputs / self.positions.clamp(min=1e-30), self.outputs / self.count
+        outputs = self.outputs * (self._discount / self.count)
+        return self.inputs / self.positions.clamp(min=1e-30), outputs
 
     # The matrix.
 
@@ -304,6 +305,7 @@ class KroneckerPart(CurvaturePart):
         """Return sums, counts and inverses."""
         return {
             "count": self.count,
+            "discount": self._discount,
             "inputs": self.inputs,
             "positions": self.positions,
             "outputs": self.outputs,
@@ -312,7 +314,7 @@ class KroneckerPart(CurvaturePart):
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Restore them."""
-        self.count = state["count"]
+        self.count, self._discount = state["count"], state["discount"]
         for key in ("inputs", "positions", "outputs"):
             value = state[key]
             setattr(self, key, None if value is None else value.to(device))
@@ -359,10 +361,11 @@ class KFACFisher(PartitionedFisher):
 # Factors are batches of matrices (G, d, d) or of diagonals (G, d).
 
 
-def _plus(total: Tensor | None, part: Tensor | None) -> Tensor | None:
-    if total is None or part is None:
-        return part if total is None else total
-    return total + part
+def _plus(total: Tensor | None, part: Tensor | None, discount: float) -> Tensor | None:
+    """Return ``discount · total + part``, either of which may be missing."""
+    if total is None:
+        return part
+    return total * discount if part is None else torch.add(part, total, alpha=discount)
 
 
 def _left(factor: Tensor, matrices: Tensor) -> Tensor:

@@ -1,0 +1,265 @@
+"""The command line: ``natgrad compare`` and ``natgrad inspect``.
+
+Wrong input ends with exit code 2 and one sentence on standard error; Ctrl-C with 130, after writing
+what is there.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from natgrad.curvature.registry import STRUCTURES
+from natgrad.experiments.compare import compare as run_comparison
+from natgrad.experiments.config import CompareConfig, ConfigError
+from natgrad.experiments.console import ProgressBars, print_results, print_summary
+from natgrad.experiments.data import DATASETS, DataError
+from natgrad.experiments.inspection import (
+    InspectionError,
+    example_input,
+    inspect_model,
+    load_model,
+    shared_positions,
+)
+from natgrad.experiments.methods import DEFAULT_METHODS, METHODS
+from natgrad.experiments.models import MODELS
+from natgrad.experiments.objectives import OBJECTIVES
+from natgrad.experiments.report import check_output, write_report
+from natgrad.version import __version__
+
+__all__ = ["app", "run"]
+
+app = typer.Typer(
+    name="natgrad",
+    help="Natural gradient descent for PyTorch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+# Typer's usage errors derive from a class that it does not export under a name of its own.
+_UsageError: Any = typer.BadParameter.__mro__[1]
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: The arguments after the program's name; those of the process by default.
+
+    Returns:
+        The exit code: 0 on success, 2 for wrong input, 130 after Ctrl-C.
+    """
+    try:
+        status = app(args=arguments, standalone_mode=False)
+    except typer.Exit as leaving:
+        return leaving.exit_code
+    except (typer.Abort, KeyboardInterrupt):
+        return 130
+    except _UsageError as error:
+        return _refuse(error.format_message())
+    except (ConfigError, DataError, InspectionError) as error:
+        return _refuse(str(error))
+    return status if isinstance(status, int) else 0
+
+
+def _refuse(sentence: str) -> int:
+    print("natgrad: " + " ".join(sentence.split()), file=sys.stderr)
+    return 2
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"natgrad {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Natural gradient descent for PyTorch."""
+
+
+_defaults = CompareConfig()
+
+
+@app.command()
+def compare(
+    data: Annotated[str, typer.Option(help=f"Data set: {', '.join(DATASETS)}.")] = _defaults.data,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder with the original files, or train.npz and test.npz."),
+    ] = None,
+    train_samples: Annotated[
+        int | None,
+        typer.Option(help="Training samples to use [default: 200 with full batches, else all]."),
+    ] = None,
+    test_samples: Annotated[
+        int | None, typer.Option(help="Test samples to use [default: all].")
+    ] = None,
+    model: Annotated[str, typer.Option(help=f"Network: {', '.join(MODELS)}.")] = _defaults.model,
+    width: Annotated[
+        int | None,
+        typer.Option(help="Units or channels of the hidden layers [default: 512 (mlp), 32 (cnn)]."),
+    ] = None,
+    depth: Annotated[int, typer.Option(help="Number of weight layers.")] = _defaults.depth,
+    loss: Annotated[str, typer.Option(help=f"Loss: {', '.join(OBJECTIVES)}.")] = _defaults.loss,
+    methods: Annotated[
+        str, typer.Option(help=f"Methods, separated by commas, of {', '.join(METHODS)}.")
+    ] = ",".join(DEFAULT_METHODS),
+    steps: Annotated[
+        int, typer.Option(help="Training steps of every natural method.")
+    ] = _defaults.steps,
+    first_order_steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Training steps of every first-order method "
+            "[default: 10 x --steps with full batches, else --steps]."
+        ),
+    ] = None,
+    batch_size: Annotated[str, typer.Option(help="Samples per step: a number, or full.")] = "full",
+    damping: Annotated[
+        float | None,
+        typer.Option(help="Damping of every natural method [default: each method's own]."),
+    ] = None,
+    learning_rate: Annotated[
+        list[str] | None,
+        typer.Option(help="METHOD=RATE, instead of the searched or theoretical one; repeatable."),
+    ] = None,
+    fisher: Annotated[
+        str | None,
+        typer.Option(
+            help="Fisher type of the natural methods: exact, mc, empirical "
+            "[default: exact for the mlp with full batches, else each method's own]."
+        ),
+    ] = None,
+    search_steps: Annotated[
+        int | None,
+        typer.Option(help="Steps of each trial of the learning-rate search [default: all steps]."),
+    ] = None,
+    target_loss: Annotated[
+        float | None,
+        typer.Option(help="Training loss to reach [default: the best of the first-order methods]."),
+    ] = None,
+    eval_every: Annotated[
+        int | None, typer.Option(help="Steps between evaluations [default: 20 evaluations].")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of weights, subset and batches.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = _defaults.device,
+    dtype: Annotated[str, typer.Option(help="float32 or float64.")] = _defaults.dtype,
+    output: Annotated[
+        Path, typer.Option(help="Folder for results.json, plots and report.html.")
+    ] = Path("results/compare"),
+) -> int:
+    """Train one network with every method on real data, and report what each gains."""
+    config = CompareConfig(
+        data=data,
+        data_dir=data_dir,
+        train_samples=train_samples,
+        test_samples=test_samples,
+        model=model,
+        width=width,
+        depth=depth,
+        loss=loss,
+        methods=tuple(name.strip() for name in methods.split(",") if name.strip()),
+        steps=steps,
+        first_order_steps=first_order_steps,
+        batch_size=_batch_size(batch_size),
+        damping=damping,
+        learning_rates=_learning_rates(learning_rate or []),
+        fisher=fisher,
+        search_steps=search_steps,
+        target_loss=target_loss,
+        eval_every=eval_every,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+    )
+    try:
+        check_output(output)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    console = _console()
+    with ProgressBars(console) as bars:
+        results = run_comparison(config, bars, command=_command())
+    files = write_report(results, output)
+    print_results(console, results)
+    console.print(f"Report: {files[0]}", highlight=False)
+    return 130 if results.interrupted else 0
+
+
+@app.command("inspect")
+def inspect_command(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="PACKAGE.MODULE:FACTORY",
+            help="A function that returns a model, or a model and an example input.",
+        ),
+    ],
+    structure: Annotated[
+        str, typer.Option(help=f"Structure of the Fisher matrix: {', '.join(STRUCTURES)}.")
+    ] = "kfac",
+    likelihood: Annotated[
+        str, typer.Option(help="categorical, gaussian, bernoulli or poisson.")
+    ] = "categorical",
+    fisher: Annotated[str, typer.Option(help="Fisher type: exact, mc, empirical.")] = "mc",
+    samples: Annotated[int, typer.Option(help="Batch size that costs are stated for.")] = 128,
+    input_shape: Annotated[
+        str | None,
+        typer.Option(
+            help="Shape of one input, such as 3,32,32: needed, unless the factory returns an "
+            "example, to count the positions that share weights."
+        ),
+    ] = None,
+) -> int:
+    """Show what would be preconditioned in a model, with what factors, memory and cost."""
+    if samples < 1:
+        raise InspectionError(f"The number of samples must be at least 1, not {samples}.")
+    network, example = load_model(model)
+    if input_shape is not None:
+        example = example_input(input_shape)
+    positions = None if example is None else shared_positions(network, example)
+    summary = inspect_model(network, structure, likelihood, fisher, samples, positions)
+    print_summary(_console(), summary, positions)
+    return 0
+
+
+def _console() -> Console:
+    """Return a console, wide enough for tables where no terminal sets the width."""
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def _batch_size(text: str) -> int | None:
+    if text == "full":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"The batch size must be a number or full, not {text!r}.") from None
+
+
+def _learning_rates(pairs: list[str]) -> dict[str, float]:
+    rates = {}
+    for pair in pairs:
+        method, _, rate = pair.partition("=")
+        try:
+            rates[method] = float(rate)
+        except ValueError:
+            raise ConfigError(
+                f"A learning rate is given as METHOD=RATE, for example kfac=0.1, not {pair!r}."
+            ) from None
+    return rates
+
+
+def _command() -> str:
+    return shlex.join(["natgrad", *sys.argv[1:]])

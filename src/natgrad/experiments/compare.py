@@ -1,0 +1,370 @@
+"""The main job: train one network with every method from the same initial weights, and compare."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import platform
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from natgrad.experiments.calibration import measured_learning_rate
+from natgrad.experiments.config import CompareConfig
+from natgrad.experiments.data import DATASETS, Dataset, load_dataset
+from natgrad.experiments.memory import PeakMemory
+from natgrad.experiments.methods import METHODS, Method, Setting
+from natgrad.experiments.models import build_model
+from natgrad.experiments.objectives import OBJECTIVES
+from natgrad.experiments.results import MethodResult, Results, Target
+from natgrad.experiments.search import BUDGET, best_learning_rate, search_learning_rate
+from natgrad.experiments.training import Run, Schedule, train
+from natgrad.version import __version__
+
+__all__ = ["Observer", "compare"]
+
+
+class Observer(Protocol):
+    """Told of the progress of a comparison."""
+
+    def begin(self, method: str, steps: int, searching: bool) -> None:
+        """A method begins its learning-rate search or its training, of so many steps."""
+
+    def step(self, taken: int, loss: float, accuracy: float) -> None:
+        """So many steps are taken; loss and training accuracy of the last one."""
+
+    def end(self, result: MethodResult) -> None:
+        """A method has ended, well or not."""
+
+
+class SilentObserver:
+    """An observer that says nothing."""
+
+    def begin(self, method: str, steps: int, searching: bool) -> None:
+        """Ignore the event."""
+
+    def step(self, taken: int, loss: float, accuracy: float) -> None:
+        """Ignore the event."""
+
+    def end(self, result: MethodResult) -> None:
+        """Ignore the event."""
+
+
+def compare(config: CompareConfig, observer: Observer | None = None, command: str = "") -> Results:
+    """Train one network with every method from the same initial weights on the same data.
+
+    Args:
+        config: What to compare.
+        observer: Told of progress; silent by default.
+        command: The command line to record as the one that repeats the comparison.
+
+    Returns:
+        The results. After Ctrl-C they hold what was measured until then, `interrupted` is true, and
+        methods that had not begun have the status "not run".
+
+    Raises:
+        DataError: If the data cannot be used.
+    """
+    created, began = datetime.now(timezone.utc), time.perf_counter()
+    comparison = _Comparison(config, observer or SilentObserver())
+    methods = [comparison.blank(name) for name in config.methods]
+    interrupted = False
+    try:
+        comparison.warm_up()
+        for index, name in enumerate(config.methods):
+            methods[index] = comparison.run(name)
+            comparison.observer.end(methods[index])
+            if methods[index].status == "interrupted":
+                interrupted = True
+                break
+    except KeyboardInterrupt:
+        interrupted = True
+    target = _target(config, methods)
+    for result in methods:
+        _count_to(target, result)
+    return Results(
+        created=created.isoformat(timespec="seconds"),
+        seconds=time.perf_counter() - began,
+        interrupted=interrupted,
+        command=command,
+        config=config.as_dict(),
+        data=_describe_data(comparison.data),
+        model=_describe_model(config, comparison.model),
+        environment=_describe_environment(config.torch_device()),
+        target=target,
+        methods=methods,
+    )
+
+
+class _Comparison:
+    """The network, the data and the options that all methods share."""
+
+    def __init__(self, config: CompareConfig, observer: Observer) -> None:
+        self.config = config
+        self.observer = observer
+        self.objective = OBJECTIVES[config.loss]
+        self.device, dtype = config.torch_device(), config.torch_dtype()
+        data = load_dataset(
+            config.data,
+            config.data_dir,
+            train_samples=config.effective_train_samples,
+            test_samples=config.test_samples,
+            seed=config.seed,
+        )
+        self.data = data.to(self.device, dtype)
+        self.model = build_model(
+            config.model,
+            data.input_shape,
+            data.classes,
+            width=config.effective_width,
+            depth=config.depth,
+            seed=config.seed,
+        ).to(self.device, dtype)
+        samples = len(data.train_labels)
+        batch = samples if config.batch_size is None else min(config.batch_size, samples)
+        self.setting = Setting(
+            model=config.model,
+            loss=config.loss,
+            depth=config.depth,
+            width=config.effective_width,
+            input_dim=data.train_inputs[0].numel(),
+            samples=batch,
+            full_batch=config.batch_size is None,
+            damping=config.damping,
+            fisher=config.fisher,
+            seed=config.seed,
+        )
+        self.epoch = math.ceil(samples / batch)
+
+    def schedule(self, method: Method) -> Schedule:
+        """Return how long a method trains, and when it is evaluated."""
+        config = self.config
+        steps = config.steps if method.is_natural else config.effective_first_order_steps
+        if config.eval_every is not None:
+            evaluations = set(range(0, steps, config.eval_every))
+        elif config.batch_size is not None:
+            evaluations = set(range(0, steps, min(max(1, steps // 20), self.epoch)))
+        else:  # also dense at the start, where most happens
+            evaluations = {round(steps * part / 20) for part in range(20)}
+            evaluations |= {round(steps ** (part / 20)) for part in range(20)}
+        return Schedule(steps, config.batch_size, frozenset(evaluations), config.seed)
+
+    def blank(self, name: str) -> MethodResult:
+        """Return the result of a method that has not run."""
+        method = METHODS[name]
+        return MethodResult(
+            name,
+            method.title,
+            "natural" if method.is_natural else "first-order",
+            method.description,
+            steps=self.schedule(method).steps,
+            damping=method.damping(self.setting),
+        )
+
+    def warm_up(self) -> None:
+        """Take two steps, so that the first method does not pay for what PyTorch does only once."""
+        model = copy.deepcopy(self.model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        schedule = Schedule(2, self.config.batch_size, frozenset({0}))
+        train(model, optimizer, self.objective, self.data, schedule)
+        square = torch.eye(256, device=self.device, dtype=self.config.torch_dtype())
+        torch.linalg.cholesky(square)
+        torch.linalg.eigh(square)
+
+    def run(self, name: str) -> MethodResult:
+        """Choose the learning rate of a method, train with it, and return the result."""
+        method, result = METHODS[name], self.blank(name)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default")
+            try:
+                self._choose_learning_rate(name, method, result)
+                if result.learning_rate is None:
+                    result.status = "diverged"
+                    result.message = "Every learning rate of the search diverged."
+                else:
+                    self._train_for(name, method, result.learning_rate, result)
+            except KeyboardInterrupt:
+                result.status = "interrupted"
+            except (RuntimeError, ValueError, ArithmeticError) as error:
+                result.status, result.message = "failed", f"{type(error).__name__}: {error}"
+        said = [str(warning.message) for warning in caught if warning.category is UserWarning]
+        result.message = " ".join(filter(None, [result.message, *dict.fromkeys(said)]))
+        return result
+
+    def _train_for(self, name: str, method: Method, rate: float, result: MethodResult) -> None:
+        """Train with a method and fill in its result."""
+        schedule = self.schedule(method)
+        self.observer.begin(name, schedule.steps, False)
+        with PeakMemory(self.device) as peak:
+            run = self._train(method, rate, schedule, self.observer.step)
+        result.status, result.message = run.status, run.message
+        result.train, result.test, result.batch = run.train, run.test, run.batch
+        result.seconds = run.seconds
+        result.milliseconds_per_step = run.milliseconds_per_step
+        result.peak_memory_bytes = peak.bytes
+
+    def _choose_learning_rate(self, name: str, method: Method, result: MethodResult) -> None:
+        """Fill in the learning rate of a result; None if every rate of a search diverged."""
+        began = time.perf_counter()
+        try:
+            self._set_learning_rate(name, method, result)
+        finally:
+            result.learning_rate_seconds = time.perf_counter() - began
+
+    def _set_learning_rate(self, name: str, method: Method, result: MethodResult) -> None:
+        given = self.config.learning_rates.get(name)
+        rule = method.learning_rate_rule(self.setting)
+        if method.is_natural:
+            result.theory_learning_rate = method.theoretical_rate(self.setting)
+            if self.setting.is_wide:
+                result.measured_learning_rate = self._measure(method)
+        if given is not None:
+            result.learning_rate, result.learning_rate_source = given, "given"
+            return
+        result.learning_rate_source = rule
+        if rule == "search":
+            schedule = self.schedule(method)
+            steps = self.config.search_steps or schedule.steps
+            schedule = replace(schedule, steps=steps, evaluations=frozenset())
+            self.observer.begin(name, BUDGET * schedule.steps, True)
+            trials = 0
+
+            def final_loss(rate: float) -> float:
+                nonlocal trials
+                before = trials * schedule.steps
+                trials += 1
+                run = self._train(
+                    method,
+                    rate,
+                    schedule,
+                    lambda taken, loss, correct: self.observer.step(before + taken, loss, correct),
+                )
+                if run.status == "interrupted":
+                    raise KeyboardInterrupt
+                return run.final_loss
+
+            result.search = search_learning_rate(final_loss, method.grid, schedule.steps)
+            result.learning_rate = best_learning_rate(result.search)
+            return
+        if rule == "default":
+            result.learning_rate = method.default_rate()
+            return
+        if rule == "theory":
+            result.learning_rate = result.theory_learning_rate
+            return
+        measured = result.measured_learning_rate
+        if measured is None or not math.isfinite(measured):
+            raise ValueError("no learning rate follows from its first direction.")
+        result.learning_rate = method.scale * measured
+
+    def _measure(self, method: Method) -> float:
+        data = self.data
+        return measured_learning_rate(
+            self.model,
+            lambda model: self._build(method, model, 1.0, clip=False),
+            self.objective,
+            data.train_inputs,
+            self.objective.encode(data.train_labels, data.classes),
+        )
+
+    def _build(
+        self, method: Method, model: nn.Module, rate: float, clip: bool = True
+    ) -> torch.optim.Optimizer:
+        optimizer = method.build(model, rate, self.objective.likelihood, self.setting)
+        if not clip:
+            for group in optimizer.param_groups:
+                group["kl_clip"] = None
+        return optimizer
+
+    def _train(
+        self,
+        method: Method,
+        rate: float,
+        schedule: Schedule,
+        report: Callable[[int, float, float], None],
+    ) -> Run:
+        model = copy.deepcopy(self.model)
+        optimizer = self._build(method, model, rate)
+        return train(model, optimizer, self.objective, self.data, schedule, report)
+
+
+def _target(config: CompareConfig, methods: list[MethodResult]) -> Target:
+    if config.target_loss is not None:
+        return Target(config.target_loss, "as given")
+    best = {
+        result.title: min(filter(math.isfinite, result.train.loss))
+        for result in methods
+        if result.family == "first-order" and any(map(math.isfinite, result.train.loss))
+    }
+    if best:
+        title = min(best, key=best.__getitem__)
+        return Target(
+            best[title], f"the lowest training loss of {title}, the best first-order method"
+        )
+    lowest = [
+        min(filter(math.isfinite, result.train.loss))
+        for result in methods
+        if result.status == "completed"
+    ]
+    if lowest:
+        return Target(max(lowest), "the loss that every completed method reached")
+    return Target(None, "none, since no method completed")
+
+
+def _count_to(target: Target, result: MethodResult) -> None:
+    index = None if target.loss is None else result.train.first_below(target.loss)
+    if index is not None:
+        result.steps_to_target = result.train.step[index]
+        result.seconds_to_target = result.train.seconds[index]
+
+
+def _describe_data(data: Dataset) -> dict[str, object]:
+    return {
+        "name": data.name,
+        "title": DATASETS[data.name].title,
+        "train_samples": len(data.train_labels),
+        "test_samples": len(data.test_labels),
+        "input_shape": list(data.input_shape),
+        "classes": data.classes,
+    }
+
+
+def _describe_model(config: CompareConfig, model: nn.Module) -> dict[str, object]:
+    return {
+        "name": config.model,
+        "width": config.effective_width,
+        "depth": config.depth,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "text": str(model),
+    }
+
+
+def _describe_environment(device: torch.device) -> dict[str, object]:
+    return {
+        "natgrad": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device_type": device.type,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

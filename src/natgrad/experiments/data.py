@@ -1,0 +1,396 @@
+"""Real image data sets, read from their original files, cut to size and normalised.
+
+`load_dataset` is the one entry: it finds the files, checks them, draws a class-balanced subset with
+a seed, and normalises the inputs so that every image has ‖x‖² = d. With that scale the
+pre-activations of a network in NTK parameterisation have variance σ_w² in every layer, which is
+what the theory of the learning rates assumes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from natgrad.experiments.formats import (
+    Arrays,
+    DataError,
+    folder_members,
+    member_bytes,
+    read_cifar_binary,
+    read_cifar_pickle,
+    read_idx,
+    read_npz,
+    tar_members,
+)
+
+__all__ = ["DATASETS", "DataError", "Dataset", "balanced_subset", "load_dataset", "normalise"]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A classification data set in memory.
+
+    Attributes:
+        name: Its name, a key of `DATASETS`.
+        train_inputs: (N, channels, height, width) float32, normalised.
+        train_labels: (N,) int64, in [0, classes).
+        test_inputs: (M, channels, height, width) float32, normalised with the statistics of the
+            training inputs.
+        test_labels: (M,) int64.
+        classes: The number of classes.
+    """
+
+    name: str
+    train_inputs: Tensor
+    train_labels: Tensor
+    test_inputs: Tensor
+    test_labels: Tensor
+    classes: int
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of one image."""
+        channels, height, width = self.train_inputs.shape[1:]
+        return channels, height, width
+
+    def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Dataset:
+        """Return the data set on another device, the inputs in another floating-point type."""
+        return Dataset(
+            self.name,
+            self.train_inputs.to(device, dtype),
+            self.train_labels.to(device),
+            self.test_inputs.to(device, dtype),
+            self.test_labels.to(device),
+            self.classes,
+        )
+
+
+@dataclass(frozen=True)
+class DatasetKind:
+    """What is known of a data set before its files are opened.
+
+    Attributes:
+        title: The name to print.
+        image_shape: Height, width and channels.
+        classes: The number of classes.
+        folders: Sub-folders of the data folder in which its files are looked for, beside the folder
+            itself.
+        cifar: For the CIFAR sets, how their files are named.
+    """
+
+    title: str
+    image_shape: tuple[int, int, int]
+    classes: int
+    folders: tuple[str, ...] = ()
+    cifar: CifarFiles | None = None
+
+
+@dataclass(frozen=True)
+class CifarFiles:
+    """Names of the files of a CIFAR set.
+
+    Attributes:
+        train: The training batches of the python version, in order.
+        test: The test batch.
+        archives: The names of the original archives.
+        label_bytes: Bytes before each image in the binary version.
+        binary_suffix: What the binary version appends to the names of the batches.
+        binary_suffix: What the binary version appends to the names of the batches.
+    """
+
+    train: tuple[str, ...]
+    test: str
+    archives: tuple[str, ...]
+    label_bytes: int
+    binary_suffix: str = ".bin"
+
+
+DATASETS: dict[str, DatasetKind] = {
+    "digits": DatasetKind("scikit-learn digits", (8, 8, 1), 10),
+    "mnist": DatasetKind("MNIST", (28, 28, 1), 10, ("mnist", "MNIST")),
+    "fashion_mnist": DatasetKind(
+        "Fashion-MNIST", (28, 28, 1), 10, ("fashion_mnist", "FashionMNIST")
+    ),
+    "cifar10": DatasetKind(
+        "CIFAR-10",
+        (32, 32, 3),
+        10,
+        ("cifar10", "cifar-10-batches-py", "cifar-10-batches-bin"),
+        CifarFiles(
+            tuple(f"data_batch_{i}" for i in range(1, 6)),
+            "test_batch",
+            ("cifar-10-python.tar.gz", "cifar-10-binary.tar.gz"),
+            label_bytes=1,
+        ),
+    ),
+    "cifar100": DatasetKind(
+        "CIFAR-100",
+        (32, 32, 3),
+        100,
+        ("cifar100", "cifar-100-python", "cifar-100-binary"),
+        CifarFiles(
+            ("train",),
+            "test",
+            ("cifar-100-python.tar.gz", "cifar-100-binary.tar.gz"),
+            label_bytes=2,
+        ),
+    ),
+}
+"""The data sets that `load_dataset` knows, by name."""
+
+_DIGITS_TEST_SAMPLES = 597
+_IDX_FILES = {
+    "train images": "train-images-idx3-ubyte",
+    "train labels": "train-labels-idx1-ubyte",
+    "test images": "t10k-images-idx3-ubyte",
+    "test labels": "t10k-labels-idx1-ubyte",
+}
+
+
+def load_dataset(
+    name: str,
+    data_dir: Path | str | None = None,
+    *,
+    train_samples: int | None = None,
+    test_samples: int | None = None,
+    seed: int = 0,
+) -> Dataset:
+    """Load a data set, draws a class-balanced part of it, and normalises the inputs.
+
+    Args:
+        name: A key of `DATASETS`. "digits" is embedded in scikit-learn; the others are read from
+            files.
+        data_dir: The folder with the files, or one with a sub-folder `raw` or named after the data
+            set; for the CIFAR sets also an original archive. In this order of preference:
+            ``train.npz`` and ``test.npz`` with arrays `images` and `labels`; the original IDX
+            files, gzipped or not; the original CIFAR files of the python or binary version, inside
+            their archive or unpacked. Not used for "digits".
+        train_samples: How many training samples to keep; all by default.
+        test_samples: How many test samples to keep; all by default.
+        seed: Seed of the subset, and of the split of "digits" into 1200 training and 597 test
+            samples.
+
+    Returns:
+        The data set, inputs normalised by `normalise`.
+
+    Raises:
+        DataError: If the name is unknown, or files are missing, truncated, inconsistent or not
+            finite, or hold fewer samples than asked for.
+    """
+    if name not in DATASETS:
+        raise DataError(f"Unknown data set {name!r}: choose one of {', '.join(DATASETS)}.")
+    rng = np.random.default_rng(seed)
+    train, test = _digits(rng) if name == "digits" else _read_files(name, data_dir)
+    kind = DATASETS[name]
+    train = _subset(_checked(train, kind, "training"), train_samples, rng, "training")
+    test = _subset(_checked(test, kind, "test"), test_samples, rng, "test")
+    train_inputs, test_inputs = normalise(_to_tensor(train[0]), _to_tensor(test[0]))
+    return Dataset(
+        name,
+        train_inputs,
+        torch.from_numpy(train[1]),
+        test_inputs,
+        torch.from_numpy(test[1]),
+        kind.classes,
+    )
+
+
+def normalise(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
+    """Standardise each channel with the training set's statistics, then scale images to ‖x‖² = d.
+
+    Args:
+        train: (N, channels, height, width), floating point.
+        test: (M, channels, height, width), floating point.
+
+    Returns:
+        Both, normalised; d = channels·height·width. An image that is constant after standardisation
+        at the channels' means stays zero.
+    """
+    mean = train.mean((0, 2, 3), keepdim=True)
+    std = train.std((0, 2, 3), keepdim=True, correction=0).clamp_min(1e-12)
+
+    def scale(inputs: Tensor) -> Tensor:
+        standard = (inputs - mean) / std
+        rms = standard.square().mean((1, 2, 3), keepdim=True).sqrt()
+        return standard / torch.where(rms > 0, rms, 1.0)
+
+    return scale(train), scale(test)
+
+
+def balanced_subset(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw indices so that every class is present as equally as possible.
+
+    Args:
+        labels: (N,) integers.
+        count: How many indices to draw, at most N.
+        rng: The source of randomness.
+
+    Returns:
+        (count,) distinct indices in random order; the numbers per class differ by at most one
+        unless a class has too few samples.
+    """
+    order = rng.permutation(len(labels))
+    rank = np.empty(len(labels), dtype=np.int64)
+    for label in np.unique(labels):
+        members = order[labels[order] == label]
+        rank[members] = np.arange(len(members))
+    chosen = order[np.argsort(rank[order], kind="stable")][:count]
+    return rng.permutation(chosen)
+
+
+def _digits(rng: np.random.Generator) -> tuple[Arrays, Arrays]:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images, labels = bunch.images / 16.0, bunch.target.astype(np.int64)
+    test = balanced_subset(labels, _DIGITS_TEST_SAMPLES, rng)
+    train = np.setdiff1d(np.arange(len(labels)), test)
+    return (images[train], labels[train]), (images[test], labels[test])
+
+
+def _read_files(name: str, data_dir: Path | str | None) -> tuple[Arrays, Arrays]:
+    kind = DATASETS[name]
+    if data_dir is None:
+        raise DataError(
+            f"{kind.title} is read from files: give --data-dir, the folder that holds them."
+        )
+    base = Path(data_dir).expanduser()
+    if not base.exists():
+        raise DataError(f"The data folder {base} does not exist.")
+    if base.is_file():
+        if kind.cifar is None:
+            raise DataError(
+                f"{base} is a file: --data-dir must name the folder with the files of {kind.title}."
+            )
+        return _read_cifar(base, kind.cifar)
+    for folder in _candidates(base, kind.folders):
+        if (folder / "train.npz").exists() or (folder / "test.npz").exists():
+            return read_npz(folder / "train.npz"), read_npz(folder / "test.npz")
+        if kind.cifar is not None:
+            for source in (folder, *(folder / archive for archive in kind.cifar.archives)):
+                if _holds_cifar(source, kind.cifar):
+                    return _read_cifar(source, kind.cifar)
+        elif any(_idx_path(folder, stem) is not None for stem in _IDX_FILES.values()):
+            return _read_idx_files(folder)
+    expected = (
+        "their original IDX files" if kind.cifar is None else f"{' or '.join(kind.cifar.archives)}"
+    )
+    raise DataError(
+        f"No files of {kind.title} in {base}: expected train.npz and test.npz, or {expected}."
+    )
+
+
+def _candidates(base: Path, folders: Sequence[str]) -> list[Path]:
+    roots = [base, *(base / folder for folder in folders)]
+    every = [
+        path
+        for root in roots
+        for path in (root, root / "raw", *(root / folder for folder in folders))
+    ]
+    return [path for path in dict.fromkeys(every) if path.is_dir()]
+
+
+def _idx_path(folder: Path, stem: str) -> Path | None:
+    for spelling in (stem, stem.replace("-idx", ".idx")):
+        for suffix in ("", ".gz"):
+            path = folder / (spelling + suffix)
+            if path.exists():
+                return path
+    return None
+
+
+def _read_idx_files(folder: Path) -> tuple[Arrays, Arrays]:
+    parts = {}
+    for part, stem in _IDX_FILES.items():
+        path = _idx_path(folder, stem)
+        if path is None:
+            raise DataError(f"{folder} is incomplete: it has no file {stem} or {stem}.gz.")
+        parts[part] = read_idx(path)
+    return (parts["train images"], parts["train labels"]), (
+        parts["test images"],
+        parts["test labels"],
+    )
+
+
+def _holds_cifar(source: Path, files: CifarFiles) -> bool:
+    if source.is_dir():
+        names = (*files.train, files.test)
+        return any(
+            (source / name).is_file() or (source / (name + files.binary_suffix)).is_file()
+            for name in names
+        )
+    return source.is_file()
+
+
+def _read_cifar(source: Path, files: CifarFiles) -> tuple[Arrays, Arrays]:
+    members = folder_members(source) if source.is_dir() else tar_members(source)
+    names = (*files.train, files.test)
+    binary = not any(name in members for name in names)
+
+    def batch(name: str) -> Arrays:
+        name = name + files.binary_suffix if binary else name
+        content = member_bytes(members, name, source)
+        where = f"{source}/{name}"
+        return (
+            read_cifar_binary(content, where, files.label_bytes)
+            if binary
+            else read_cifar_pickle(content, where)
+        )
+
+    images, labels = zip(*(batch(name) for name in files.train), strict=True)
+    return (np.concatenate(images), np.concatenate(labels)), batch(files.test)
+
+
+def _checked(arrays: Arrays, kind: DatasetKind, part: str) -> Arrays:
+    """Return images (N, H, W, C) as they are stored and labels as int64, once they make sense."""
+    images, labels = arrays
+    height, width, channels = kind.image_shape
+    if images.ndim == 3 and channels == 1:
+        images = images[..., None]
+    if images.ndim != 4 or images.shape[1:] != kind.image_shape:
+        raise DataError(
+            f"The {part} images have shape {images.shape}, but those of {kind.title} are "
+            f"(N, {height}, {width}{f', {channels}' if channels > 1 else ''})."
+        )
+    if not (np.issubdtype(images.dtype, np.floating) or np.issubdtype(images.dtype, np.integer)):
+        raise DataError(f"The {part} images have type {images.dtype}, but must be numbers.")
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(
+            f"The {part} labels have shape {labels.shape} and type {labels.dtype}, "
+            "but must be (N,) integers."
+        )
+    if len(images) != len(labels):
+        raise DataError(f"There are {len(images)} {part} images but {len(labels)} {part} labels.")
+    if len(images) == 0:
+        raise DataError(f"There are no {part} images.")
+    if labels.min() < 0 or labels.max() >= kind.classes:
+        raise DataError(
+            f"The {part} labels reach from {labels.min()} to {labels.max()}, "
+            f"but {kind.title} has classes 0 to {kind.classes - 1}."
+        )
+    if np.issubdtype(images.dtype, np.floating) and not np.isfinite(images).all():
+        bad = int((~np.isfinite(images).all(axis=(1, 2, 3))).sum())
+        raise DataError(f"{bad} of the {len(images)} {part} images hold NaN or infinite values.")
+    return images, labels.astype(np.int64)
+
+
+def _subset(arrays: Arrays, count: int | None, rng: np.random.Generator, part: str) -> Arrays:
+    images, labels = arrays
+    if count is None:
+        return arrays
+    if count < 1:
+        raise DataError(f"The number of {part} samples must be at least 1, not {count}.")
+    if count > len(labels):
+        raise DataError(f"{count} {part} samples are asked for, but there are only {len(labels)}.")
+    chosen = balanced_subset(labels, count, rng)
+    return images[chosen], labels[chosen]
+
+
+def _to_tensor(images: np.ndarray) -> Tensor:
+    """Return (N, C, H, W) float32."""
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2), dtype=np.float32))

@@ -1,0 +1,236 @@
+"""The methods that can be compared: one registry, one entry per method.
+
+To add a method, add one entry to `METHODS`. The entry holds all that distinguishes the method in a
+comparison: its optimizer, where its learning rate comes from, its options, and how it is described.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+import natgrad
+from natgrad.ntk import isotropic_constant
+
+__all__ = ["DEFAULT_METHODS", "METHODS", "Method", "Setting"]
+
+LearningRateRule = Literal["search", "theory", "measured", "default"]
+
+WIDE_OPTIONS: dict[str, dict[str, Any]] = {
+    "mse": {"damping": 1e-6, "momentum": 0.0, "kl_clip": None},
+    "cross_entropy": {"damping": 1e-5, "momentum": 0.0, "kl_clip": 0.1},
+}
+"""Options of every natural method on the MLP with full batches, by loss. In wide networks the
+squared error is nearly quadratic, so that plain steps converge; cross-entropy is not, and its steps
+are bounded."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What learning rates and options depend on.
+
+    Attributes:
+        model: Name of the network.
+        loss: Name of the loss.
+        depth: The number of weight layers L.
+        width: Units of the hidden layers.
+        input_dim: Numbers per input.
+        samples: Samples N per step.
+        full_batch: Whether every step sees the whole training set.
+        damping: Damping asked for; None for each method's own.
+        fisher: Fisher type asked for; None for "exact" where `is_wide`, else each method's own.
+        seed: Seed of sampled labels.
+    """
+
+    model: str
+    loss: str
+    depth: int
+    width: int
+    input_dim: int
+    samples: int
+    full_batch: bool
+    damping: float | None = None
+    fisher: str | None = None
+    seed: int = 0
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the theory of wide networks applies: the MLP with full batches."""
+        return self.model == "mlp" and self.full_batch
+
+
+@dataclass(frozen=True)
+class Method:
+    """One entry of the comparison.
+
+    On the MLP with full batches, where the theory of wide networks holds, a natural method runs
+    with `WIDE_OPTIONS` and its own `options`, and its learning rate follows `rule`. Otherwise it
+    runs with the defaults of its optimizer.
+
+    Attributes:
+        title: The name to print.
+        description: What it does, in one sentence.
+        optimizer: For a natural method its class; else a function (parameters, lr) → optimizer.
+        rule: Where the learning rate comes from: "search" tries a grid; "theory" takes 1/α;
+            "measured" takes the step that minimises the quadratic model of the loss along the
+            first direction.
+        structure: For a natural method, the structure of its Fisher matrix; None for a first-order
+            method.
+        options: Options of the optimizer on top of `WIDE_OPTIONS`.
+        cross_entropy_options: Further ones for the cross-entropy loss.
+        scale: Factor on the measured learning rate.
+        grid: For "search", the exponents of ten between which the search begins.
+    """
+
+    title: str
+    description: str
+    optimizer: Callable[..., torch.optim.Optimizer]
+    rule: LearningRateRule
+    structure: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    cross_entropy_options: Mapping[str, Any] = field(default_factory=dict)
+    scale: float = 1.0
+    grid: tuple[int, int] = (-3, 1)
+
+    @property
+    def is_natural(self) -> bool:
+        """Whether the method preconditions with a Fisher matrix."""
+        return self.structure is not None
+
+    def build(
+        self, model: nn.Module, learning_rate: float, likelihood: str, setting: Setting
+    ) -> torch.optim.Optimizer:
+        """Build the optimizer of a model.
+
+        Args:
+            model: The network to train.
+            learning_rate: Step size.
+            likelihood: Name of the likelihood behind the loss.
+            setting: What the options depend on.
+        """
+        if not self.is_natural:
+            return self.optimizer(model.parameters(), learning_rate)
+        options = {"seed": setting.seed, **self._options(setting)}
+        if setting.damping is not None:
+            options["damping"] = setting.damping
+        if setting.fisher is not None:
+            options["fisher"] = setting.fisher
+        return self.optimizer(model, likelihood, lr=learning_rate, **options)
+
+    def damping(self, setting: Setting) -> float | None:
+        """Return the damping that the method runs with; None for a first-order method."""
+        if not self.is_natural:
+            return None
+        if setting.damping is not None:
+            return setting.damping
+        return self._options(setting).get("damping", self._default("damping"))
+
+    def learning_rate_rule(self, setting: Setting) -> LearningRateRule:
+        """Return where the learning rate comes from in a setting."""
+        return self.rule if self.rule == "search" or setting.is_wide else "default"
+
+    def default_rate(self) -> float:
+        """Return the learning rate that the optimizer of a natural method has by default."""
+        return self._default("lr")
+
+    def theoretical_rate(self, setting: Setting) -> float | None:
+        """Return 1/α of the isotropic condition without damping; None where there is none."""
+        if not setting.is_wide or self.structure in (None, "diagonal"):
+            return None
+        assert self.structure is not None
+        return 1 / isotropic_constant(
+            self.structure,
+            setting.depth,
+            setting.samples,
+            input_dim=setting.input_dim,
+            width=setting.width,
+        )
+
+    def _options(self, setting: Setting) -> dict[str, Any]:
+        if not setting.is_wide:
+            return {}
+        options = {**WIDE_OPTIONS[setting.loss], **self.options, "fisher": "exact"}
+        return options if setting.loss == "mse" else {**options, **self.cross_entropy_options}
+
+    def _default(self, option: str) -> float:
+        return inspect.signature(self.optimizer).parameters[option].default
+
+
+def _sgd(parameters: Any, learning_rate: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=learning_rate, momentum=0.9)
+
+
+def _adamw(parameters: Any, learning_rate: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+
+
+# Curvature is that of the step's own batch.
+_EVERY_STEP = {"factor_interval": 1, "inverse_interval": 1, "ema_decay": 0.0}
+
+METHODS: dict[str, Method] = {
+    "sgd": Method("SGD", "Gradient descent with momentum 0.9.", _sgd, "search", grid=(-3, 1)),
+    "adamw": Method(
+        "AdamW",
+        "Adam with its default moments and no weight decay.",
+        _adamw,
+        "search",
+        grid=(-4, 0),
+    ),
+    "exact": Method(
+        "Exact NGD",
+        "The full Fisher matrix, inverted in sample space.",
+        natgrad.ExactNGD,
+        "theory",
+        structure="full",
+    ),
+    "block-diagonal": Method(
+        "Block-diagonal NGD",
+        "One exact Fisher block per layer; no coupling between layers.",
+        natgrad.BlockDiagonalNGD,
+        "theory",
+        structure="block_diagonal",
+    ),
+    "block-tridiagonal": Method(
+        "Block-tridiagonal NGD",
+        "Exact Fisher blocks of each layer and of neighbouring layers.",
+        natgrad.BlockTridiagonalNGD,
+        "theory",
+        structure="block_tridiagonal",
+        cross_entropy_options={"damping": 1e-2},  # less is singular: the matrix is indefinite
+    ),
+    "kfac": Method(
+        "K-FAC",
+        "One Kronecker product per layer: covariance of inputs times that of output gradients.",
+        natgrad.KFAC,
+        "measured",
+        structure="kfac",
+        options={**_EVERY_STEP, "momentum": 0.5},
+    ),
+    "unit-wise": Method(
+        "Unit-wise NGD",
+        "One exact Fisher block per output unit of each layer.",
+        natgrad.UnitWiseNGD,
+        "measured",
+        structure="unit_wise",
+        options={**_EVERY_STEP, "momentum": 0.5},
+        cross_entropy_options={"damping": 1e-4, "kl_clip": 1e-2},
+    ),
+    "diagonal": Method(
+        "Diagonal NGD",
+        "Only the diagonal of the Fisher matrix.",
+        natgrad.DiagonalNGD,
+        "measured",
+        structure="diagonal",
+        options={**_EVERY_STEP, "damping": 1e-3, "momentum": 0.9},
+        scale=0.5,
+    ),
+}
+"""Every method by name. Learning rates and options of natural methods are tuned here."""
+
+DEFAULT_METHODS = tuple(name for name in METHODS if name != "diagonal")
+"""The methods of a comparison that names none."""

@@ -1,0 +1,125 @@
+"""The networks of the comparison: an MLP in NTK parameterisation and a small CNN."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.ntk import NTKLinear
+
+__all__ = ["DEFAULT_WIDTHS", "MLP", "MODELS", "SmallCNN", "build_model"]
+
+OUTPUT_VARIANCE = 0.1
+"""σ_w² of the last layer of the MLP."""
+
+
+class MLP(nn.Sequential):
+    """A ReLU network in NTK parameterisation.
+
+    Every layer is f = (σ_w/√fan_in) W h with W ~ N(0, 1), without bias. With inputs of ‖x‖² = d and
+    σ_w² = 2 the mean square of the activations is 1 in every hidden layer. The last layer has
+    σ_w² = 0.1, so that the outputs begin small beside one-hot targets; that scales the tangent
+    kernel and leaves the learning rates of natural gradient descent as they are.
+
+    Args:
+        input_shape: Shape of one input, without the batch; flattened.
+        classes: The number of outputs.
+        width: Units in each hidden layer.
+        depth: The number of weight layers L, at least 1; there are L − 1 hidden layers.
+    """
+
+    def __init__(
+        self, input_shape: tuple[int, ...], classes: int, width: int = 512, depth: int = 3
+    ) -> None:
+        sizes = [torch.Size(input_shape).numel(), *[width] * (depth - 1), classes]
+        layers: list[nn.Module] = [nn.Flatten()]
+        for index, (fan_in, fan_out) in enumerate(pairwise(sizes)):
+            if index:
+                layers.append(nn.ReLU())
+            variance = OUTPUT_VARIANCE if index == depth - 1 else 2.0
+            layers.append(NTKLinear(fan_in, fan_out, bias=False, weight_variance=variance))
+        super().__init__(*layers)
+
+
+class SmallCNN(nn.Module):
+    """A convolutional network: 3×3 convolutions, global mean, one linear layer.
+
+    Every second convolution halves the resolution as long as it is at least 4 pixels. Weights start
+    with He's normal initialisation, biases at zero.
+
+    Args:
+        input_shape: Channels, height and width of one input.
+        classes: The number of outputs.
+        width: Channels of every convolution.
+        depth: The number of weight layers L, at least 2: L − 1 convolutions and one linear layer.
+    """
+
+    def __init__(
+        self, input_shape: tuple[int, int, int], classes: int, width: int = 32, depth: int = 4
+    ) -> None:
+        super().__init__()
+        channels, side = input_shape[0], min(input_shape[1:])
+        layers: list[nn.Module] = []
+        for index in range(depth - 1):
+            stride = 2 if index % 2 and side >= 4 else 1
+            side = (side + stride - 1) // stride
+            layers += [nn.Conv2d(channels, width, 3, stride=stride, padding=1), nn.ReLU()]
+            channels = width
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(width, classes)
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                gain = 2.0 if isinstance(module, nn.Conv2d) else 1.0
+                nn.init.normal_(module.weight, std=math.sqrt(gain / module.weight[0].numel()))
+                assert module.bias is not None
+                nn.init.zeros_(module.bias)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Maps (N, channels, height, width) to logits (N, classes)."""
+        return self.classifier(self.features(inputs).mean((2, 3)))
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {"mlp": MLP, "cnn": SmallCNN}
+"""The networks by name; each takes (input_shape, classes, width, depth)."""
+
+DEFAULT_WIDTHS = {"mlp": 512, "cnn": 32}
+"""Width of each network where none is given."""
+
+
+def build_model(
+    name: str, input_shape: tuple[int, int, int], classes: int, *, width: int, depth: int, seed: int
+) -> nn.Module:
+    """Build a network; the same arguments give the same weights.
+
+    The global random state is left alone.
+
+    Args:
+        name: A key of `MODELS`.
+        input_shape: Channels, height and width of one input.
+        classes: The number of outputs.
+        width: Units or channels of the hidden layers.
+        depth: The number of weight layers.
+        seed: Seed of the initial weights.
+
+    Returns:
+        The network, in float32 on the CPU.
+
+    Raises:
+        ValueError: If the name is unknown, or width or depth too small for that network.
+    """
+    if name not in MODELS:
+        raise ValueError(f"Unknown model {name!r}: choose one of {', '.join(MODELS)}.")
+    if width < 1:
+        raise ValueError(f"The width must be at least 1, not {width}.")
+    least = 2 if name == "cnn" else 1
+    if depth < least:
+        raise ValueError(
+            f"The depth of a {name} must be at least {least} weight layers, not {depth}."
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MODELS[name](input_shape, classes, width=width, depth=depth)

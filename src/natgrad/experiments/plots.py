@@ -1,0 +1,159 @@
+"""Plots of a comparison: legible in black and white, by line style and marker as well as colour."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
+
+from natgrad.experiments.methods import METHODS
+from natgrad.experiments.results import Curve, MethodResult, Results
+
+__all__ = ["PLOTS", "Plot", "render"]
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; with the dashes and markers no
+# two of the first eight methods look alike without colour either.
+_COLOURS = ("#000000", "#7f7f7f", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_DASHES = ("--", ":", "-", "-", "-", "-.", "-.", (0, (5, 1, 1, 1, 1, 1)))
+_MARKERS = ("s", "x", "o", "^", "D", "v", "P", "*")
+
+_STYLE: Any = {
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.size": 10,
+    "grid.alpha": 0.3,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "natgrad",
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One plot of the report.
+
+    Attributes:
+        name: File name without its ending.
+        title: Heading.
+        curve: "train" or "test", the curve drawn.
+        quantity: "loss" or "accuracy".
+        against: "step" or "seconds".
+    """
+
+    name: str
+    title: str
+    curve: str
+    quantity: str
+    against: str
+
+
+PLOTS = (
+    Plot("loss-steps", "Training loss against steps", "train", "loss", "step"),
+    Plot("loss-seconds", "Training loss against seconds of training", "train", "loss", "seconds"),
+    Plot("test-loss-steps", "Test loss against steps", "test", "loss", "step"),
+    Plot("test-accuracy-steps", "Test accuracy against steps", "test", "accuracy", "step"),
+)
+"""The plots of every comparison."""
+
+
+def render(results: Results, plot: Plot, file_format: str) -> bytes:
+    """Draw one plot.
+
+    Args:
+        results: What to draw.
+        plot: Which plot.
+        file_format: "png" or "svg".
+
+    Returns:
+        The content of the file.
+    """
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(7.6, 4.2), layout="constrained")
+        axes = figure.add_subplot()
+        for result in results.methods:
+            _draw(axes, plot, result)
+        _decorate(axes, plot, results)
+        buffer = io.BytesIO()
+        metadata = {"Date": None, "Creator": None} if file_format == "svg" else {"Software": None}
+        figure.savefig(buffer, format=file_format, dpi=160, metadata=metadata)
+    return buffer.getvalue()
+
+
+def _draw(axes: Axes, plot: Plot, result: MethodResult) -> None:
+    points = list(_points(getattr(result, plot.curve), plot))
+    if not points:
+        return
+    x, y = zip(*points, strict=True)
+    index = list(METHODS).index(result.name)  # a method looks the same in every comparison
+    label = result.title if result.status == "completed" else f"{result.title} ({result.status})"
+    axes.plot(
+        x,
+        y,
+        label=label,
+        color=_COLOURS[index % len(_COLOURS)],
+        linestyle=_DASHES[index % len(_DASHES)],
+        marker=_MARKERS[index % len(_MARKERS)],
+        markevery=(0.0, 0.12),  # by distance along the line
+        markerfacecolor="white",
+    )
+
+
+def _points(curve: Curve, plot: Plot) -> Iterator[tuple[float, float]]:
+    for x, y in zip(getattr(curve, plot.against), getattr(curve, plot.quantity), strict=True):
+        drawable = math.isfinite(y) and (y > 0 or plot.quantity == "accuracy")
+        if drawable and (x > 0 or plot.against == "step"):
+            yield x, y
+
+
+def _decorate(axes: Axes, plot: Plot, results: Results) -> None:
+    axes.set_xlabel(_x_label(plot, results))
+    where = "training" if plot.curve == "train" else "test"
+    if plot.quantity == "loss":
+        axes.set_ylabel(f"{where} loss (log scale)")
+        axes.set_yscale("log")
+    else:
+        axes.set_ylabel(f"{where} accuracy")
+    if plot.against == "seconds":
+        axes.set_xscale("log")
+    elif _steps_differ(results):
+        axes.set_xscale("symlog", linthresh=1.0, linscale=0.3)
+        axes.set_xlim(left=0.0)
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+    target = results.target.loss
+    if target is not None and target > 0 and plot.curve == "train" and plot.quantity == "loss":
+        axes.axhline(target, color="#555555", linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
+        axes.annotate(
+            "target",
+            (0.0, target),
+            xycoords=("axes fraction", "data"),
+            xytext=(3, 3),
+            textcoords="offset points",
+            ha="left",
+            fontsize=8.5,
+            color="#555555",
+        )
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=3.4)
+
+
+def _steps_differ(results: Results) -> bool:
+    """Whether some methods took many more steps than others, so that steps need a log scale."""
+    taken = [result.train.step[-1] for result in results.methods if len(result.train.step) > 1]
+    return bool(taken) and max(taken) > 3 * min(taken)
+
+
+def _x_label(plot: Plot, results: Results) -> str:
+    if plot.against == "seconds":
+        return "seconds of training (log scale)"
+    return "step (log scale)" if _steps_differ(results) else "step"

@@ -1,0 +1,69 @@
+"""The learning-rate search of the first-order methods: a fixed budget of short runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from natgrad.experiments.results import Search, Trial
+
+__all__ = ["BUDGET", "best_learning_rate", "search_learning_rate"]
+
+BUDGET = 9
+"""Runs per method, the same for all."""
+
+_PER_DECADE = 4  # the finest spacing: a factor of 10^(1/4)
+
+
+def search_learning_rate(
+    run: Callable[[float], float], grid: tuple[int, int], steps: int, budget: int = BUDGET
+) -> Search:
+    """Look for the learning rate with the lowest final training loss.
+
+    The search begins with one trial per decade of the grid, then moves to the untested neighbours
+    of the best so far, half a decade away and then a quarter, beyond the ends of the grid if the
+    best is there, until the budget is spent or all neighbours are tested.
+
+    Args:
+        run: learning rate → final training loss; NaN for a run that diverged.
+        grid: Exponents of ten of the lowest and highest first trials.
+        steps: Training steps of each run, for the record.
+        budget: The number of runs.
+
+    Returns:
+        The trials.
+    """
+    losses: dict[int, float] = {}
+
+    low, high = grid
+    for key in range(low * _PER_DECADE, high * _PER_DECADE + 1, _PER_DECADE):
+        if len(losses) < budget:
+            losses[key] = run(10 ** (key / _PER_DECADE))
+    while len(losses) < budget:
+        following = _next_key(losses)
+        if following is None:
+            break
+        losses[following] = run(10 ** (following / _PER_DECADE))
+    trials = [Trial(10 ** (key / _PER_DECADE), losses[key]) for key in sorted(losses)]
+    return Search(steps, trials)
+
+
+def best_learning_rate(search: Search) -> float | None:
+    """Return the learning rate of the trial with the lowest loss; None if every trial diverged."""
+    finite = [trial for trial in search.trials if math.isfinite(trial.loss)]
+    return min(finite, key=lambda trial: trial.loss).learning_rate if finite else None
+
+
+def _next_key(losses: dict[int, float]) -> int | None:
+    finite = [key for key in losses if math.isfinite(losses[key])]
+    if not finite:  # every rate so far is too large
+        return min(losses) - _PER_DECADE
+    best = min(finite, key=losses.__getitem__)
+    for distance in (_PER_DECADE // 2, _PER_DECADE // 4):
+        for key in (best + distance, best - distance):
+            beyond = key > max(losses) or key < min(losses)
+            if beyond and best in (max(losses), min(losses)):
+                key = best + (_PER_DECADE if key > best else -_PER_DECADE)
+            if key not in losses:
+                return key
+    return None

@@ -1,0 +1,131 @@
+import pytest
+import torch
+from torch import nn
+
+from natgrad.experiments.inspection import (
+    InspectionError,
+    example_input,
+    inspect_model,
+    load_model,
+    shared_positions,
+)
+
+FACTORIES = """
+import torch
+from torch import nn
+
+def plain():
+    return nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3, bias=False))
+
+def convolutional():
+    layers = nn.Conv2d(3, 6, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return nn.Sequential(*layers, nn.Linear(6, 10)), torch.randn(2, 3, 9, 11)
+
+class Box:
+    inner = staticmethod(plain)
+
+ready = plain()
+number = 3
+
+def fails():
+    raise RuntimeError("there are no\\nweights here.")
+
+def returns_number():
+    return 3
+"""
+
+
+@pytest.fixture
+def factories(tmp_path, monkeypatch):
+    name = f"factories_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(FACTORIES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*__import__("sys").path])
+    return name
+
+
+@pytest.mark.parametrize("attribute", ["plain", "Box.inner", "ready"])
+def test_models_are_found(factories, attribute):
+    model, example = load_model(f"{factories}:{attribute}")
+    assert isinstance(model[0], nn.Linear)
+    assert example is None
+
+
+@pytest.mark.parametrize(
+    ("attribute", "message"),
+    [
+        (":absent", "no attribute 'absent'"),
+        (":number", "neither a model nor a function"),
+        (":fails", "fails: there are no weights here.$"),
+        (":returns_number", "returns int, but must return"),
+        ("", "package.module:factory"),
+        (":", "package.module:factory"),
+    ],
+)
+def test_what_is_no_model_is_refused(factories, attribute, message):
+    with pytest.raises(InspectionError, match=message):
+        load_model(factories + attribute)
+
+
+def test_a_module_that_does_not_import_is_refused(factories, tmp_path):
+    (tmp_path / "broken_module.py").write_text("1 / 0")
+    with pytest.raises(InspectionError, match="broken_module cannot be imported: division by"):
+        load_model("broken_module:model")
+    with pytest.raises(InspectionError, match="No module named 'absent_module'"):
+        load_model("absent_module:model")
+
+
+def test_positions_are_the_pixels_of_the_output(factories):
+    model, example = load_model(f"{factories}:convolutional")
+    assert shared_positions(model, example) == {"0": 4 * 5, "4": 1}
+    assert model.training
+    with pytest.raises(InspectionError, match="fails on the example"):
+        shared_positions(model, (torch.randn(2, 3),))
+
+
+def test_a_shared_layer_counts_every_use():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, inputs):
+            return self.layer(self.layer(inputs))
+
+    assert shared_positions(Twice(), (torch.randn(3, 7, 4),)) == {"layer": 14}
+
+
+def test_sizes_are_those_of_the_factors(factories):
+    model, _ = load_model(f"{factories}:plain")
+    summary = inspect_model(model, "kfac", "categorical", "mc", samples=10)
+    assert [layer.parameters for layer in summary.layers] == [24, 12]
+    assert summary.covered == summary.parameters == 36
+    assert "6 x 6" in summary.layers[0].factors and "4 x 4" in summary.layers[0].factors
+    assert "4 x 4" in summary.layers[1].factors and "3 x 3" in summary.layers[1].factors
+
+
+def test_more_positions_cost_more(factories):
+    model, example = load_model(f"{factories}:convolutional")
+    positions = shared_positions(model, example)
+    alone = inspect_model(model, "kfac", "categorical", "mc", samples=10)
+    model, _ = load_model(f"{factories}:convolutional")
+    shared = inspect_model(model, "kfac", "categorical", "mc", 10, positions)
+    assert shared.refresh > alone.refresh
+    assert shared.backward > alone.backward
+
+
+@pytest.mark.parametrize(
+    ("structure", "likelihood", "fisher"),
+    [("cubic", "gaussian", "mc"), ("kfac", "cauchy", "mc"), ("kfac", "gaussian", "true")],
+)
+def test_unknown_options_are_refused(structure, likelihood, fisher):
+    with pytest.raises(InspectionError):
+        inspect_model(nn.Linear(2, 2), structure, likelihood, fisher, samples=1)
+
+
+def test_example_inputs():
+    (example,) = example_input("3,32,16")
+    assert example.shape == (2, 3, 32, 16)
+    for text in ("", "3,x", "3,,4", "-1", "0"):
+        with pytest.raises(InspectionError, match="such as 3,32,32"):
+            example_input(text)
