@@ -54,7 +54,8 @@ def cholesky(matrix: Tensor, retries: int = 3) -> Tensor:
         FactorizationError: If the matrix is not finite or every attempt failed.
     """
     factor, info = torch.linalg.cholesky_ex(matrix)
-    if not bool((info != 0).any()) and bool(torch.isfinite(factor).all()):
+    # An entry that is not finite spoils the pivots of its row, so their check suffices.
+    if not bool((info != 0).any() | ~torch.isfinite(factor.diagonal(dim1=-2, dim2=-1)).all()):
         return factor
     if not bool(torch.isfinite(matrix).all()):
         raise FactorizationError("the matrix has NaN or infinite entries")

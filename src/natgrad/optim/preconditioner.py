@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -399,14 +400,20 @@ class Preconditioner:
 ROW_TOLERANCE = 2e-5
 
 
+@functools.lru_cache(maxsize=64)
+def _probe(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a fixed random vector."""
+    generator = torch.Generator().manual_seed(size)
+    return torch.randn(size, generator=generator, dtype=dtype).to(device)
+
+
 def _compare(rows: LinearJacobian, gradients: dict[str, Tensor]) -> Tensor:
     """Return ``(c, e)``: the best scalar with ``.grad ≈ c·δᵀa`` and the relative error left."""
     layout = rows.layout
     weight = gradients[layout.names[0]].reshape(layout.d_out, layout.d_in)
     inputs = rows.inputs.flatten(0, 2)
     delta = rows.output_gradients.flatten(0, 3)
-    generator = torch.Generator(weight.device).manual_seed(layout.numel)
-    probe = torch.randn(layout.d_in, generator=generator, device=weight.device, dtype=inputs.dtype)
+    probe = _probe(layout.d_in, inputs.dtype, inputs.device)
     expected = delta.T @ (inputs @ probe)
     found = weight.to(inputs.dtype) @ probe
     if layout.has_bias:
