@@ -46,13 +46,23 @@ def test_reported_options_are_those_of_the_optimizer(name, setting):
 
 
 @pytest.mark.parametrize("name", NATURAL)
-def test_mini_batches_run_with_the_defaults_of_the_optimizer(name):
+def test_mini_batches_run_with_the_learning_rate_of_the_optimizer(name):
     method = METHODS[name]
     assert method.learning_rate_rule(BATCHES) == "default"
     default = inspect.signature(method.optimizer).parameters["lr"].default
     assert method.default_rate() == default
     assert build(name, BATCHES).defaults["momentum"] == method._default("momentum")
     assert method.theoretical_rate(BATCHES) is None
+
+
+@pytest.mark.parametrize("name", NATURAL)
+@pytest.mark.parametrize("full_batch", [True, False])
+def test_other_networks_run_with_the_defaults_of_the_optimizer(name, full_batch):
+    setting = Setting(**{**WIDE.__dict__, "model": "cnn", "full_batch": full_batch})
+    method, optimizer = METHODS[name], build(name, setting)
+    assert method.learning_rate_rule(setting) == "default"
+    for option in ("damping", "momentum", "kl_clip"):
+        assert optimizer.defaults[option] == method._default(option)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,10 @@ WIDE_OPTIONS: dict[str, dict[str, Any]] = {
 squared error is nearly quadratic, so that plain steps converge; cross-entropy is not, and its steps
 are bounded."""
 
+BATCH_OPTIONS: dict[str, Any] = {"damping": 1e-3}
+"""Options of every natural method on the MLP with mini-batches: its outputs are small, and so is
+its Fisher matrix, which wants less damping than the optimizers' defaults."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -69,8 +73,9 @@ class Method:
     """One entry of the comparison.
 
     On the MLP with full batches, where the theory of wide networks holds, a natural method runs
-    with `WIDE_OPTIONS` and its own `options`, and its learning rate follows `rule`. Otherwise it
-    runs with the defaults of its optimizer.
+    with `WIDE_OPTIONS` and its own `options`, and its learning rate follows `rule`. On the MLP with
+    mini-batches it runs with `BATCH_OPTIONS` and its own `batch_options`, and otherwise, as on
+    other networks, with the defaults of its optimizer.
 
     Attributes:
         title: The name to print.
@@ -83,6 +88,7 @@ class Method:
             method.
         options: Options of the optimizer on top of `WIDE_OPTIONS`.
         cross_entropy_options: Further ones for the cross-entropy loss.
+        batch_options: Options of the optimizer with mini-batches, on top of `BATCH_OPTIONS`.
         scale: Factor on the measured learning rate.
         grid: For "search", the exponents of ten between which the search begins.
     """
@@ -94,6 +100,7 @@ class Method:
     structure: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     cross_entropy_options: Mapping[str, Any] = field(default_factory=dict)
+    batch_options: Mapping[str, Any] = field(default_factory=dict)
     scale: float = 1.0
     grid: tuple[int, int] = (-3, 1)
 
@@ -152,8 +159,10 @@ class Method:
         )
 
     def _options(self, setting: Setting) -> dict[str, Any]:
-        if not setting.is_wide:
+        if setting.model != "mlp":
             return {}
+        if not setting.full_batch:
+            return {**BATCH_OPTIONS, **self.batch_options}
         options = {**WIDE_OPTIONS[setting.loss], **self.options, "fisher": "exact"}
         return options if setting.loss == "mse" else {**options, **self.cross_entropy_options}
 
@@ -210,6 +219,7 @@ METHODS: dict[str, Method] = {
         "measured",
         structure="kfac",
         options={**_EVERY_STEP, "momentum": 0.5},
+        batch_options={"kl_clip": 1e-2},
     ),
     "unit-wise": Method(
         "Unit-wise NGD",
