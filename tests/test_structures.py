@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from natgrad import fisher as fisher_module
+from natgrad import linalg
 from natgrad.fisher import fisher_matrix
 from natgrad.likelihoods import Categorical, Gaussian, Likelihood
 from tests import dense
@@ -737,3 +738,21 @@ def test_unknown_module_blocks_match_attention_in_eval_mode():
     case = Case(model, normal(3, 3, 4), specs)
     f = build(case, "categorical", "block_diagonal")
     dense.assert_same(f.to_dense(), expected_matrix(case, "categorical", "block_diagonal", "exact"))
+
+
+def test_matrices_that_cannot_fit_memory_are_refused_before_they_are_tried():
+    cpu = torch.device("cpu")
+    linalg.check_memory(1000, 2, torch.float32, cpu)
+    with pytest.raises(ValueError, match="smaller batch, fisher='mc', or structure 'kfac'"):
+        linalg.check_memory(10**7, 2, torch.float32, cpu)
+
+
+def test_singular_tridiagonal_systems_are_an_error_with_a_remedy():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(60, 60), nn.Linear(60, 60), nn.Linear(60, 2)).double()
+    inputs = torch.ones(4, 60, dtype=torch.float64)  # Four times the same sample.
+    f = fisher_matrix(
+        model, (inputs, torch.zeros(4, dtype=torch.long)), structure="block_tridiagonal"
+    )
+    with pytest.raises(ValueError, match="change the damping, or use structure 'block_diagonal'"):
+        f.solve(torch.ones(f.shape[0], dtype=torch.float64), damping=1e-300)

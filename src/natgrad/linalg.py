@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 __all__ = [
     "FactorizationError",
     "add_to_diagonal",
+    "check_memory",
     "cholesky",
     "eigh",
     "inverse",
@@ -21,6 +23,29 @@ __all__ = [
 
 class FactorizationError(RuntimeError):
     """A matrix could not be factorised, even in float64 and with more damping."""
+
+
+def check_memory(side: int, count: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Make sure that ``count`` matrices of ``side × side`` fit the device's memory.
+
+    Raises:
+        ValueError: If they need more than all of it.
+    """
+    needed = count * side**2 * dtype.itemsize
+    if needed < 2**30:
+        return
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+    elif device.type == "cpu" and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        return
+    if needed > total:
+        raise ValueError(
+            f"the exact curvature of this batch needs {count} matrices of size {side} x {side} "
+            f"({needed / 2**30:.0f} GiB), but the device has {total / 2**30:.0f} GiB: use a "
+            "smaller batch, fisher='mc', or structure 'kfac'"
+        )
 
 
 def warn_kept(owner: object, name: str, error: FactorizationError) -> None:

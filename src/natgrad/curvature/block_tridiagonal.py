@@ -452,7 +452,7 @@ class _Elimination:
 
 
 def _checked_lu(matrix: Tensor, damping: float, depth: int) -> tuple[Tensor, Tensor]:
-    factor, pivots = torch.linalg.lu_factor(matrix)
+    factor, pivots, _ = torch.linalg.lu_factor_ex(matrix)
     diagonal = factor.diagonal().abs()
     limit = torch.finfo(matrix.dtype).eps * diagonal.max()
     if not bool(torch.isfinite(diagonal).all()) or bool(diagonal.min() <= limit):

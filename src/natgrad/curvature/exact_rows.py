@@ -68,6 +68,8 @@ class ExactRows(CurvaturePart):
         if not mine:
             return
         rows = Jacobians(self.layout, mine, jacobians.samples, jacobians.directions)
+        size = min(self._row_count() + rows.rows, self.numel)
+        linalg.check_memory(size, 2, self.layout.dtype, self.layout.device)
         if self.moment is None and self._row_count() + rows.rows <= self.row_limit:
             self.rows = [*self.rows, (1.0, rows)]
             return
