@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from natgrad import jacobians as jacobians_module
 from natgrad.capture import Capture
 from natgrad.jacobians import LinearJacobian
+from natgrad.jacobians import layer as layer_module
 from tests import dense
 from tests.cases import CASES, Case, normal
 
@@ -74,7 +74,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("chunk", [None, 1, 40], ids=["whole", "one sample", "chunks"])
 def test_grams_are_exact_in_any_chunks(case, chunk, monkeypatch):
     if chunk is not None:
-        monkeypatch.setattr(jacobians_module, "CHUNK_ELEMENTS", chunk)
+        monkeypatch.setattr(layer_module, "CHUNK_ELEMENTS", chunk)
     result, expected, _ = pulled_back(case)
     flat = expected.flatten(0, 1)
     dense.assert_same(result.gram(), flat @ flat.T)
@@ -89,14 +89,14 @@ def test_grams_are_exact_in_any_chunks(case, chunk, monkeypatch):
         if isinstance(block, LinearJacobian):
             for symmetric, right, columns in ((True, block, mine), (False, other[name], theirs)):
                 close(block._gram_by_positions(right, symmetric), mine @ columns.T)
-                by_gradients = jacobians_module._gram_by_gradients(block, right, symmetric)
+                by_gradients = layer_module.gram_by_gradients(block, right, symmetric)
                 close(by_gradients, mine @ columns.T)
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 40], ids=["whole", "one sample", "chunks"])
 def test_diagonals_units_and_gradients(case, chunk, monkeypatch):
     if chunk is not None:
-        monkeypatch.setattr(jacobians_module, "CHUNK_ELEMENTS", chunk)
+        monkeypatch.setattr(layer_module, "CHUNK_ELEMENTS", chunk)
     result, expected, _ = pulled_back(case)
     n, k, p = expected.shape
     flat = expected.reshape(n * k, p)

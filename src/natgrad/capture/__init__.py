@@ -1,7 +1,8 @@
 """Watching a model: hooks that record what layer Jacobians are made of."""
 
 from natgrad.capture import attention, convolution, embedding, linear, normalization  # noqa: F401
-from natgrad.capture.capture import Block, Capture, ForwardPass
+from natgrad.capture.blocks import Block
+from natgrad.capture.capture import Capture, ForwardPass
 from natgrad.capture.kinds import LayerCall, LayerKind, register_kind, register_layer
 
 __all__ = [

@@ -1,0 +1,128 @@
+"""Which parameters form a block: a layer's own, or one that layers share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from natgrad.capture.generic import GenericKind
+from natgrad.capture.kinds import LayerKind, find_kind
+from natgrad.layouts import BlockLayout
+
+__all__ = ["Block", "Use", "find_blocks"]
+
+
+@dataclass(frozen=True)
+class Use:
+    """One layer's use of a block's parameters.
+
+    Attributes:
+        module: The layer.
+        kind: How it is recorded.
+        names: The block's parameters, by their names within the layer.
+        keys: Which of the layer's recorded calls concern the block.
+        layout: The block's layout as this layer stores it.
+    """
+
+    module: nn.Module
+    kind: LayerKind
+    names: tuple[str, ...]
+    keys: tuple[str, ...]
+    layout: BlockLayout
+
+
+@dataclass(frozen=True)
+class Block:
+    """The trainable parameters of one layer, or one tied parameter.
+
+    Attributes:
+        name: Qualified layer name; a qualified parameter name where layers share a parameter.
+        kind: Layer class name, or the names joined by ``+`` for tied layers.
+        layout: Names, shapes and matrix form.
+        uses: The layers that use it.
+    """
+
+    name: str
+    kind: str
+    layout: BlockLayout
+    uses: tuple[Use, ...]
+
+
+def find_blocks(model: nn.Module) -> tuple[dict[str, Block], dict[str, str]]:
+    """Group a model's trainable parameters into blocks.
+
+    Returns:
+        Block name → block, and parameter name → why no block covers it.
+    """
+    names = {p: n for n, p in model.named_parameters() if p.requires_grad}
+    uses: dict[nn.Parameter, list[tuple[str, nn.Module, LayerKind, str]]] = {}
+    groups: list[tuple[str, nn.Module, LayerKind, tuple[str, ...]]] = []
+    uncovered: dict[str, str] = {}
+    owned: set[nn.Module] = set()
+    generic = GenericKind()
+    for module_name, module in model.named_modules():
+        if module in owned:
+            continue
+        kind = find_kind(module) or generic
+        owned.update(module.get_submodule(child) for child in kind.owned_children)
+        covered: set[nn.Parameter] = set()
+        reason = kind.refuse(module)
+        for group in kind.parameter_groups(module):
+            trainable = tuple(n for n in group if module.get_parameter(n) in names)
+            if not trainable:
+                continue
+            if reason is None:
+                groups.append((module_name, module, kind, trainable))
+            for local in trainable:
+                parameter = module.get_parameter(local)
+                covered.add(parameter)
+                if reason is None:
+                    uses.setdefault(parameter, []).append((module_name, module, kind, local))
+                else:
+                    uncovered[names[parameter]] = f"{type(module).__name__}: {reason}"
+        for local, parameter in module.named_parameters(recurse=False):
+            if parameter in names and parameter not in covered:
+                uncovered[names[parameter]] = (
+                    f"{type(module).__name__} has no formula for its parameter {local!r}"
+                )
+    for parameter in list(uses):
+        if names[parameter] in uncovered:
+            del uses[parameter]  # A tied parameter is covered by all its layers or not at all.
+
+    blocks: dict[str, Block] = {}
+    for module_name, module, kind, group in groups:
+        alive = tuple(n for n in group if module.get_parameter(n) in uses)
+        if not alive:
+            continue
+        if all(len(uses[module.get_parameter(n)]) == 1 for n in alive):
+            several = len([g for g in groups if g[1] is module]) > 1
+            name = _block_name(module_name, module, alive if several else ())
+            use = _use(module, kind, alive, names)
+            blocks[name] = Block(name, type(module).__name__, use.layout, (use,))
+            continue
+        for local in alive:
+            parameter = module.get_parameter(local)
+            name = names[parameter]
+            if name in blocks:
+                continue
+            shared = tuple(_use(m, k, (n,), names) for _, m, k, n in uses[parameter])
+            kinds = "+".join(dict.fromkeys(type(u.module).__name__ for u in shared))
+            layout = min((u.layout for u in shared), key=lambda item: item.transposed)
+            blocks[name] = Block(name, kinds, layout, shared)
+    return blocks, uncovered
+
+
+def _use(
+    module: nn.Module, kind: LayerKind, local: tuple[str, ...], names: dict[nn.Parameter, str]
+) -> Use:
+    qualified = tuple(names[module.get_parameter(n)] for n in local)
+    return Use(module, kind, local, kind.key_of(local), kind.layout(module, local, qualified))
+
+
+def _block_name(module_name: str, module: nn.Module, distinguishing: tuple[str, ...]) -> str:
+    base = module_name or type(module).__name__
+    if not distinguishing:
+        return base
+    part = distinguishing[0].removesuffix(".weight").removesuffix("_weight").removesuffix("_bias")
+    return f"{base}.{part}"

@@ -1,0 +1,92 @@
+"""The rows of all layers for one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from natgrad.jacobians.layer import LayerJacobian
+from natgrad.layouts import ParameterLayout
+
+__all__ = ["Jacobians"]
+
+
+class Jacobians(Mapping[str, LayerJacobian]):
+    """All blocks' Jacobian rows for one batch of pulled-back vectors, in call order.
+
+    Args:
+        layout: Order of all trainable parameters.
+        blocks: Block name → layer Jacobian. Blocks the output does not depend on are absent.
+        samples: ``N``.
+        directions: ``K``.
+    """
+
+    def __init__(
+        self,
+        layout: ParameterLayout,
+        blocks: dict[str, LayerJacobian],
+        samples: int,
+        directions: int,
+    ) -> None:
+        self.layout = layout
+        self._blocks = blocks
+        self.samples = samples
+        self.directions = directions
+
+    def __getitem__(self, name: str) -> LayerJacobian:
+        """Return one block's Jacobian."""
+        return self._blocks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over block names in call order."""
+        return iter(self._blocks)
+
+    def __len__(self) -> int:
+        """Return the number of blocks."""
+        return len(self._blocks)
+
+    @property
+    def rows(self) -> int:
+        """Number of rows, ``N·K``."""
+        return self.samples * self.directions
+
+    def gram(self, other: Jacobians | None = None) -> Tensor:
+        """Return ``J J'ᵀ = Σ_l J_l J'_lᵀ``, ``(N·K, N'·K')``.
+
+        Raises:
+            ValueError: If no block was reached.
+        """
+        total: Tensor | None = None
+        for name, block in self.items():
+            if other is not None and name not in other:
+                continue
+            part = block.gram(None if other is None else other[name])
+            total = part if total is None else total.add_(part)
+        if total is None:
+            raise ValueError("the output depends on no captured parameter, so there is no Gram")
+        return total
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        """Return ``J v`` as ``(N, K)`` for a flat vector ``(P,)``."""
+        total = vector.new_zeros(self.rows, 1)
+        for block in self.values():
+            total = total + block.matvec(self.layout.gather(block.layout, vector.unsqueeze(1)))
+        return total.view(self.samples, self.directions)
+
+    def rmatvec(self, weights: Tensor) -> Tensor:
+        """Return ``Jᵀ w`` as a flat vector ``(P,)`` for ``(N, K)`` row weights."""
+        flat = weights.reshape(-1, 1)
+        result = flat.new_zeros(self.layout.numel, 1)
+        for block in self.values():
+            self.layout.scatter(block.layout, block.rmatvec(flat), result)
+        return result[:, 0]
+
+    def to_dense(self) -> Tensor:
+        """Return the whole Jacobian ``(N·K, P)``, columns in parameter order."""
+        first = next(iter(self.values()))
+        result = torch.zeros(self.layout.numel, self.rows, dtype=first.dtype, device=first.device)
+        for block in self.values():
+            self.layout.scatter(block.layout, block.to_dense().T, result)
+        return result.T

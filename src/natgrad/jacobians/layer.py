@@ -1,0 +1,199 @@
+"""What every layer Jacobian can do, and what follows from per-sample gradients alone."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from natgrad.layouts import BlockLayout
+
+__all__ = [
+    "CHUNK_ELEMENTS",
+    "KroneckerSums",
+    "LayerJacobian",
+    "WeightSharing",
+    "at_least_float32",
+    "gram_by_gradients",
+]
+
+WeightSharing = Literal["expand", "reduce"]
+
+# Largest temporary, in elements, that a chunked product may allocate (2^25 float32 = 128 MiB).
+CHUNK_ELEMENTS = 2**25
+
+
+@dataclass
+class KroneckerSums:
+    """Un-normalised second moments of one layer.
+
+    Attributes:
+        inputs: ``Σ a aᵀ``, ``(G, d_in + bias, d_in + bias)``, or its diagonal ``(G, d_in + bias)``;
+            None where an earlier chunk of the same samples has brought it already.
+        positions: How many terms ``inputs`` sums, as a tensor.
+        outputs: ``Σ δ δᵀ``, ``(G, d_out, d_out)``, or its diagonal ``(G, d_out)``.
+    """
+
+    inputs: Tensor | None
+    positions: Tensor
+    outputs: Tensor
+
+
+class LayerJacobian(ABC):
+    """The Jacobian rows of one block, ``(N·K, P_l)``, never formed unless asked for.
+
+    Attributes:
+        layout: The block's layout.
+        samples: Number of samples ``N``.
+        directions: Pulled-back vectors per sample ``K``.
+    """
+
+    layout: BlockLayout
+    samples: int
+    directions: int
+
+    @property
+    def rows(self) -> int:
+        """Number of rows, ``N·K``."""
+        return self.samples * self.directions
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """The dtype rows are computed in."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """The device the rows live on."""
+
+    @abstractmethod
+    def gram(self, other: LayerJacobian | None = None) -> Tensor:
+        """Return ``J J'ᵀ`` of shape ``(N·K, N'·K')``; ``other=None`` means ``J' = J``."""
+
+    @abstractmethod
+    def matvec(self, vectors: Tensor) -> Tensor:
+        """Return ``J v`` of shape ``(N·K, c)`` for flat block vectors ``(P_l, c)``."""
+
+    @abstractmethod
+    def rmatvec(self, weights: Tensor) -> Tensor:
+        """Return ``Jᵀ w`` of shape ``(P_l, c)`` for row weights ``(N·K, c)``."""
+
+    @abstractmethod
+    def per_sample_gradients(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Return rows of samples ``start:stop`` as matrices ``(n, K, G, d_out, d_in + bias)``."""
+
+    @abstractmethod
+    def kronecker_factors(
+        self,
+        weight_sharing: WeightSharing = "expand",
+        max_factor_size: int | None = None,
+        continued: bool = False,
+    ) -> KroneckerSums:
+        """Return the un-normalised Kronecker factors.
+
+        Args:
+            weight_sharing: ``"expand"`` treats every position as a sample of its own;
+                ``"reduce"`` averages inputs and sums output gradients over positions first
+                (Eschenhagen et al. 2023).
+            max_factor_size: Factors larger than this are kept as their diagonal.
+            continued: The rows are a further chunk of directions of samples counted already.
+        """
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """Return the tensors that hold the rows, for checkpoints."""
+
+    def is_finite(self) -> bool:
+        """Return whether no entry of the rows is NaN or infinite."""
+        return all(bool(torch.isfinite(tensor).all()) for tensor in self.state().values())
+
+    def chunks(self) -> Iterator[tuple[int, int]]:
+        """Yield sample ranges whose per-sample gradients fit the chunk budget."""
+        step = max(1, CHUNK_ELEMENTS // max(1, self.directions * self.layout.numel))
+        for start in range(0, self.samples, step):
+            yield start, min(start + step, self.samples)
+
+    def diagonal(self) -> Tensor:
+        """Return ``Σ_nk M_nk²`` entry by entry, flat ``(P_l,)``."""
+        total: Tensor | None = None
+        for start, stop in self.chunks():
+            part = self.per_sample_gradients(start, stop).square().sum((0, 1))
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        return self.layout.flat(total)
+
+    def squared_norm(self) -> Tensor:
+        """Return ``Σ_nk ‖M_nk‖²``, the trace of ``JᵀJ``."""
+        return self.diagonal().sum()
+
+    def unit_factors(self) -> tuple[Tensor, Tensor] | None:
+        """Return ``(a, s)`` with ``Σ_r s_rgo a_rg a_rgᵀ`` the second moment of unit ``(g, o)``.
+
+        Shapes are ``(R, G, d_in + bias)`` and ``(R, G, d_out)``, with ``R = N`` when positions
+        are not shared and ``R = N·K`` when each group has one unit. Otherwise ``None``: the rows
+        of different units then have no common factor.
+        """
+        if self.layout.d_out != 1:
+            return None
+        rows = self.per_sample_gradients().flatten(0, 1)[:, :, 0]
+        return rows, rows.new_ones(*rows.shape[:2], 1)
+
+    def unit_blocks(self) -> Tensor:
+        """Return every unit's second moment, ``(G·d_out, d_in + bias, d_in + bias)``."""
+        layout = self.layout
+        units = layout.groups * layout.d_out
+        total = torch.zeros(
+            units, layout.d_augmented, layout.d_augmented, dtype=self.dtype, device=self.device
+        )
+        factors = self.unit_factors()
+        if factors is not None:
+            inputs, weights = factors
+            for group in range(layout.groups):
+                a = inputs[:, group]
+                s = weights[:, group]
+                step = max(1, CHUNK_ELEMENTS // max(1, a.numel()))
+                for first in range(0, layout.d_out, step):
+                    scaled = a.unsqueeze(0) * s[:, first : first + step].T.unsqueeze(2)
+                    base = group * layout.d_out + first
+                    torch.matmul(scaled.mT, a, out=total[base : base + scaled.shape[0]])
+            return total
+        for start, stop in self.chunks():
+            rows = self.per_sample_gradients(start, stop)
+            n, k, groups, d_out, d_in = rows.shape
+            rows = rows.permute(2, 3, 0, 1, 4).reshape(groups * d_out, n * k, d_in)
+            total.baddbmm_(rows.mT, rows)
+        return total
+
+    def to_dense(self) -> Tensor:
+        """Return all rows, ``(N·K, P_l)``."""
+        return self.layout.flat(self.per_sample_gradients()).reshape(self.rows, -1)
+
+
+def gram_by_gradients(left: LayerJacobian, right: LayerJacobian, symmetric: bool) -> Tensor:
+    """Multiply per-sample gradients chunk by chunk, in each block's flat order."""
+    result = torch.empty(left.rows, right.rows, dtype=left.dtype, device=left.device)
+    k, k2 = left.directions, right.directions
+    for start, stop in left.chunks():
+        rows = left.layout.flat(left.per_sample_gradients(start, stop)).flatten(0, 1)
+        for first, last in right.chunks():
+            if symmetric and last <= start:
+                continue
+            if symmetric and first == start and last == stop:
+                columns = rows
+            else:
+                columns = right.layout.flat(right.per_sample_gradients(first, last)).flatten(0, 1)
+            block = rows @ columns.T
+            result[start * k : stop * k, first * k2 : last * k2] = block
+            if symmetric and first > start:
+                result[first * k2 : last * k2, start * k : stop * k] = block.T
+    return result
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Return half-precision tensors as float32, others as they are."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

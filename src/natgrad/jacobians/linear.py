@@ -1,0 +1,305 @@
+"""Rows of linear maps with shared positions and groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from natgrad.jacobians import layer
+from natgrad.jacobians.layer import (
+    KroneckerSums,
+    LayerJacobian,
+    WeightSharing,
+    at_least_float32,
+    gram_by_gradients,
+)
+from natgrad.layouts import BlockLayout
+
+__all__ = ["LinearJacobian"]
+
+
+class LinearJacobian(LayerJacobian):
+    """Rows ``M_nk = Σ_t δ_nkt a_ntᵀ`` of linear maps with shared positions and groups.
+
+    Args:
+        layout: The block's layout.
+        inputs: Layer inputs, ``(N, T, G, d_in)``, or a function that makes them when first needed
+            (convolutions build their patches only then).
+        output_gradients: ``δ``, ``(N, K, T, G, d_out)``.
+        bias_value: The input a bias sees: 1 for ordinary layers.
+        skip_silent: Leave positions whose ``δ`` is exactly zero (ignored or padded tokens) out of
+            the input factor and its count.
+    """
+
+    def __init__(
+        self,
+        layout: BlockLayout,
+        inputs: Tensor | Callable[[], Tensor],
+        output_gradients: Tensor,
+        *,
+        bias_value: float = 1.0,
+        skip_silent: bool = False,
+    ) -> None:
+        self.layout = layout
+        self._inputs = inputs if callable(inputs) else at_least_float32(inputs)
+        self.output_gradients = at_least_float32(output_gradients)
+        self.samples, self.directions, self.positions = self.output_gradients.shape[:3]
+        self.bias_value = bias_value
+        self.skip_silent = skip_silent
+        self._active: Tensor | None = None
+
+    @property
+    def active_positions(self) -> Tensor | None:
+        """Which positions ``(N, T)`` count in the input factor, as 0 or 1; None for all.
+
+        It may be set, where these rows are one chunk of several over ``K``.
+        """
+        if self._active is None and self.skip_silent:
+            silent = (self.output_gradients == 0).all(-1).all(3).all(1)
+            self._active = (~silent).to(self.dtype)
+        return self._active
+
+    @active_positions.setter
+    def active_positions(self, active: Tensor | None) -> None:
+        self._active = active
+
+    @property
+    def inputs(self) -> Tensor:
+        """Layer inputs ``a``, ``(N, T, G, d_in)``, without the bias coordinate."""
+        if callable(self._inputs):
+            self._inputs = at_least_float32(self._inputs())
+        return self._inputs
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of ``δ``."""
+        return self.output_gradients.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of ``δ``."""
+        return self.output_gradients.device
+
+    def state(self) -> dict[str, Tensor]:
+        """Return ``a`` and ``δ``."""
+        return {"inputs": self.inputs, "output_gradients": self.output_gradients}
+
+    def augmented_inputs(self) -> Tensor:
+        """Return inputs with the bias coordinate appended, ``(N, T, G, d_in + bias)``."""
+        a = self.inputs
+        if not self.layout.has_bias:
+            return a
+        return torch.cat([a, a.new_full((*a.shape[:-1], 1), self.bias_value)], dim=-1)
+
+    # The four primitives that depend on how inputs are stored; embeddings replace them.
+
+    def _input_products(self, other: LinearJacobian, start: int, stop: int, first: int) -> Tensor:
+        """Return ``a_nt · a'_mt'`` as ``(G, n·T, m·T')`` for n in start:stop, m ≥ first."""
+        left = self.inputs[start:stop].permute(2, 0, 1, 3).flatten(1, 2)
+        right = other.inputs[first:].permute(2, 0, 1, 3).flatten(1, 2)
+        if self.layout.groups == 1:
+            products = (left[0] @ right[0].T).unsqueeze(0)
+        else:
+            products = left @ right.mT
+        if self.layout.has_bias:
+            products = products + self.bias_value * other.bias_value
+        return products
+
+    def _apply(self, matrices: Tensor) -> Tensor:
+        """Return ``V a`` of shape ``(c, G, N·T, d_out)`` for matrices ``(c, G, d_out, d_in+)``."""
+        d_in = self.layout.d_in
+        a = self.inputs.permute(2, 0, 1, 3).flatten(1, 2)
+        result = a @ matrices[..., :d_in].mT
+        if self.layout.has_bias:
+            result = result + self.bias_value * matrices[..., d_in].unsqueeze(-2)
+        return result
+
+    def _contract(self, gradients: Tensor) -> Tensor:
+        """Return ``Σ_nt g_nt a_ntᵀ`` as ``(c, G, d_out, d_in+)`` for ``g`` (c, G, N·T, d_out)."""
+        a = self.inputs.permute(2, 0, 1, 3).flatten(1, 2)
+        weight = gradients.mT @ a
+        if not self.layout.has_bias:
+            return weight
+        return torch.cat([weight, self.bias_value * gradients.sum(-2).unsqueeze(-1)], dim=-1)
+
+    def _sample_gradients(self, start: int, stop: int) -> Tensor:
+        """Return ``M_nk`` for n in start:stop as ``(n, K, G, d_out, d_in+)``."""
+        delta = self.output_gradients[start:stop].permute(0, 1, 3, 4, 2)
+        a = self.inputs[start:stop].permute(0, 2, 1, 3).unsqueeze(1)
+        weight = delta @ a
+        if not self.layout.has_bias:
+            return weight
+        return torch.cat([weight, self.bias_value * delta.sum(-1, keepdim=True)], dim=-1)
+
+    def _input_second_moment(self, weights: Tensor | None, size_limit: int | None) -> Tensor:
+        """Return ``Σ w a aᵀ`` per group, with ``w`` of shape ``(N, T)`` or all ones."""
+        return self._second_moment_of(self.inputs, weights, size_limit)
+
+    def _second_moment_of(
+        self, inputs: Tensor, weights: Tensor | None, size_limit: int | None
+    ) -> Tensor:
+        layout = self.layout
+        a = inputs.permute(2, 0, 1, 3).flatten(1, 2)  # (G, N·T, d_in)
+        scaled = a if weights is None else a * weights.reshape(1, -1, 1)
+        count = a.new_tensor(float(a.shape[1])) if weights is None else weights.sum().to(a.dtype)
+        if size_limit is not None and layout.d_augmented > size_limit:
+            moment = (scaled * a).sum(1)
+            if not layout.has_bias:
+                return moment
+            corner = (count * self.bias_value**2).expand(layout.groups, 1)
+            return torch.cat([moment, corner], dim=1)
+        if layout.groups == 1:
+            moment = (scaled[0].T @ a[0]).unsqueeze(0)
+        else:
+            moment = scaled.mT @ a
+        if not layout.has_bias:
+            return moment
+        # [aᵀa, aᵀ1; 1ᵀa, n] without copying the activations beside a column of ones.
+        d = layout.d_in
+        full = moment.new_empty(layout.groups, d + 1, d + 1)
+        full[:, :d, :d] = moment
+        border = scaled.sum(1) * self.bias_value
+        full[:, :d, d] = border
+        full[:, d, :d] = border
+        full[:, d, d] = count * self.bias_value**2
+        return full
+
+    def gram(self, other: LayerJacobian | None = None) -> Tensor:
+        """Return ``J J'ᵀ``, by the route that takes fewer operations.
+
+        *Positions* multiplies inner products, ``Σ_tt' (a_nt·a'_mt')(δ_nkt·δ'_mk't')``;
+        *gradients* forms per-sample gradients in chunks. With one position (``T = 1``) the first
+        is the Hadamard product ``(a a'ᵀ) ∘ (δ δ'ᵀ)``.
+        """
+        symmetric = other is None or other is self
+        right = self if other is None else other
+        if not isinstance(right, LinearJacobian) or type(right) is not type(self):
+            return gram_by_gradients(self, right, symmetric)
+        if self._gram_operations(right, "positions") <= self._gram_operations(right, "gradients"):
+            return self._gram_by_positions(right, symmetric)
+        return gram_by_gradients(self, right, symmetric)
+
+    def _gram_operations(
+        self, other: LinearJacobian, route: Literal["positions", "gradients"]
+    ) -> float:
+        layout = self.layout
+        entries = float(self.rows) * other.rows
+        if route == "positions":
+            pairs = float(self.positions) * other.positions
+            inner = float(self.samples) * other.samples * layout.d_in
+            return layout.groups * pairs * (inner + entries * (layout.d_out + 1))
+        forming = float(self.rows) * self.positions + float(other.rows) * other.positions
+        return layout.numel * (forming + entries)
+
+    def _gram_by_positions(self, other: LinearJacobian, symmetric: bool) -> Tensor:
+        n, k, t = self.samples, self.directions, self.positions
+        m, k2, t2 = other.samples, other.directions, other.positions
+        result = torch.empty(n, k, m, k2, dtype=self.dtype, device=self.device)
+        # One row chunk allocates n·K·T × M·K'·T'. A symmetric Gram also goes by chunks so that
+        # only the upper part is multiplied and the rest is mirrored.
+        step = max(1, layer.CHUNK_ELEMENTS // max(1, k * t * m * k2 * t2))
+        if symmetric:
+            step = min(step, max(1, -(-n // 8)))
+        delta2 = other.output_gradients.permute(3, 0, 1, 2, 4)  # (G, M, K', T', d_out)
+        for start in range(0, n, step):
+            stop = min(start + step, n)
+            first = start if symmetric else 0
+            delta = self.output_gradients[start:stop].permute(3, 0, 1, 2, 4)
+            inner = self._input_products(other, start, stop, first)
+            for group in range(self.layout.groups):
+                products = delta[group].flatten(0, 2) @ delta2[group, first:].flatten(0, 2).T
+                products = products.view(stop - start, k, t, m - first, k2, t2)
+                weights = inner[group].view(stop - start, 1, t, m - first, 1, t2)
+                part = products.mul_(weights)
+                part = part.sum((2, 5)) if t * t2 > 1 else part[:, :, 0, :, :, 0]
+                block = result[start:stop, :, first:]
+                if group == 0:
+                    block.copy_(part)
+                else:
+                    block.add_(part)
+            if symmetric and stop < n:
+                mirrored = result[start:stop, :, stop:].permute(2, 3, 0, 1)
+                result[stop:, :, start:stop] = mirrored
+        return result.view(n * k, m * k2)
+
+    def matvec(self, vectors: Tensor) -> Tensor:
+        """Return ``J v``: one product with the inputs, one reduction with ``δ``."""
+        matrices = self.layout.matrix(vectors.T)
+        applied = self._apply(matrices)  # (c, G, N·T, d_out)
+        applied = applied.unflatten(2, (self.samples, self.positions))
+        return torch.einsum("nktgo,cgnto->nkc", self.output_gradients, applied).flatten(0, 1)
+
+    def rmatvec(self, weights: Tensor) -> Tensor:
+        """Return ``Jᵀ w``: combine ``δ`` over ``K`` first, then one weight-gradient product."""
+        w = weights.view(self.samples, self.directions, -1)
+        combined = torch.einsum("nkc,nktgo->cgnto", w, self.output_gradients)
+        return self.layout.flat(self._contract(combined.flatten(2, 3))).T
+
+    def per_sample_gradients(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Return ``M_nk`` of samples ``start:stop``, ``(n, K, G, d_out, d_in + bias)``."""
+        return self._sample_gradients(start, self.samples if stop is None else stop)
+
+    def diagonal(self) -> Tensor:
+        """Return ``Σ_nk M_nk²``; one product of squares when positions are not shared."""
+        if self.positions != 1:
+            return super().diagonal()
+        inputs, weights = cast("tuple[Tensor, Tensor]", self.unit_factors())
+        return self.layout.flat(torch.einsum("ngo,ngi->goi", weights, inputs.square()))
+
+    def unit_factors(self) -> tuple[Tensor, Tensor] | None:
+        """Return ``a`` with its bias coordinate and ``s = Σ_k δ²`` when ``T = 1``."""
+        if self.positions != 1:
+            return super().unit_factors()
+        return self.augmented_inputs()[:, 0], self.output_gradients[:, :, 0].square().sum(1)
+
+    def kronecker_factors(
+        self,
+        weight_sharing: WeightSharing = "expand",
+        max_factor_size: int | None = None,
+        continued: bool = False,
+    ) -> KroneckerSums:
+        """Return ``Σ a aᵀ`` and ``Σ δ δᵀ`` over samples and positions (or samples, reduced)."""
+        delta = self.output_gradients
+        active = self.active_positions
+        moment: Tensor | None = None
+        positions = delta.new_zeros(())
+        if continued:
+            if weight_sharing == "reduce":
+                delta = delta.sum(2, keepdim=True)
+        elif weight_sharing == "reduce" and self.positions > 1:
+            _, moment, positions = self._reduced_second_moment(active, max_factor_size)
+            delta = delta.sum(2, keepdim=True)
+        else:
+            moment = self._input_second_moment(active, max_factor_size)
+            positions = (
+                delta.new_tensor(float(self.samples * self.positions))
+                if active is None
+                else active.sum()
+            )
+        flat = delta.permute(3, 0, 1, 2, 4).flatten(1, 3)  # (G, N·K·T, d_out)
+        if max_factor_size is not None and self.layout.d_out > max_factor_size:
+            outputs = flat.square().sum(1)
+        elif self.layout.groups == 1:
+            outputs = (flat[0].T @ flat[0]).unsqueeze(0)
+        else:
+            outputs = flat.mT @ flat
+        return KroneckerSums(moment, positions, outputs)
+
+    def _reduced_second_moment(
+        self, active: Tensor | None, size_limit: int | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        inputs = self.inputs
+        if active is None:
+            mean = inputs.mean(1, keepdim=True)
+            weights = None
+            positions = inputs.new_tensor(float(self.samples))
+        else:
+            counts = active.sum(1)
+            mean = (inputs * active[:, :, None, None]).sum(1, keepdim=True)
+            mean = mean / counts.clamp(min=1.0)[:, None, None, None]
+            weights = (counts > 0).to(inputs.dtype).unsqueeze(1)
+            positions = weights.sum()
+        return mean, self._second_moment_of(mean, weights, size_limit), positions

@@ -1,0 +1,116 @@
+"""Rows of a parameter that unlike layers share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from natgrad.jacobians.layer import (
+    KroneckerSums,
+    LayerJacobian,
+    WeightSharing,
+    gram_by_gradients,
+)
+
+__all__ = ["SumJacobian"]
+
+
+class SumJacobian(LayerJacobian):
+    """Sum of several uses of one parameter that have no common factored form.
+
+    An embedding tied to the output layer is the usual case: its weight acts once on one-hot
+    inputs and once, transposed, on hidden states.
+
+    Args:
+        parts: Jacobians of the same parameter with the same ``N`` and ``K``.
+    """
+
+    def __init__(self, parts: list[LayerJacobian]) -> None:
+        # The first part stored the ordinary way round gives the layout.
+        self.parts = sorted(parts, key=lambda part: part.layout.transposed)
+        self.layout = self.parts[0].layout
+        self.samples = parts[0].samples
+        self.directions = parts[0].directions
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the first part."""
+        return self.parts[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first part."""
+        return self.parts[0].device
+
+    def state(self) -> dict[str, Tensor]:
+        """Return every part's tensors under its number."""
+        return {f"{i}.{k}": v for i, part in enumerate(self.parts) for k, v in part.state().items()}
+
+    def gram(self, other: LayerJacobian | None = None) -> Tensor:
+        """Return ``J J'ᵀ`` with the cross terms between uses."""
+        return gram_by_gradients(self, self if other is None else other, other is None)
+
+    def matvec(self, vectors: Tensor) -> Tensor:
+        """Return ``J v``."""
+        result = self.parts[0].matvec(vectors)
+        for part in self.parts[1:]:
+            result = result + part.matvec(vectors)
+        return result
+
+    def rmatvec(self, weights: Tensor) -> Tensor:
+        """Return ``Jᵀ w``."""
+        result = self.parts[0].rmatvec(weights)
+        for part in self.parts[1:]:
+            result = result + part.rmatvec(weights)
+        return result
+
+    def per_sample_gradients(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Return the summed rows as matrices of the first part's layout."""
+        total = self.parts[0].per_sample_gradients(start, stop)
+        for part in self.parts[1:]:
+            rows = part.layout.flat(part.per_sample_gradients(start, stop))
+            total = total + self.layout.matrix(rows)
+        return total
+
+    def kronecker_factors(
+        self,
+        weight_sharing: WeightSharing = "expand",
+        max_factor_size: int | None = None,
+        continued: bool = False,
+    ) -> KroneckerSums:
+        """Merge the uses' Kronecker products ``B_i ⊗ A_i`` into one that keeps their trace.
+
+        ``A = Σ tr(B_i) A_i``, ``B = Σ tr(A_i) B_i``, divided by ``Σ tr(A_i) tr(B_i)``: the
+        partial traces of the sum. It is exact when all uses are proportional, and invariant to
+        how each product's scale is split between its factors.
+        """
+        merged_a: Tensor | None = None
+        merged_b: Tensor | None = None
+        total = torch.zeros((), dtype=self.dtype, device=self.device)
+        for part in self.parts:
+            sums = part.kronecker_factors(weight_sharing, max_factor_size)
+            assert sums.inputs is not None
+            a = sums.inputs / sums.positions.clamp(min=1.0)
+            b = sums.outputs
+            if part.layout.transposed != self.layout.transposed:
+                a, b = b, a
+            trace_a, trace_b = _factor_trace(a), _factor_trace(b)
+            merged_a = _add_factors(merged_a, a * trace_b)
+            merged_b = _add_factors(merged_b, b * trace_a)
+            total = total + trace_a * trace_b
+        assert merged_a is not None and merged_b is not None
+        scale = torch.where(total > 0, total, torch.ones_like(total))
+        count = total.new_tensor(float(self.samples))
+        return KroneckerSums(merged_a / scale * count, count, merged_b)
+
+
+def _factor_trace(factor: Tensor) -> Tensor:
+    diagonal = factor if factor.dim() == 2 else factor.diagonal(dim1=-2, dim2=-1)
+    return diagonal.sum()
+
+
+def _add_factors(left: Tensor | None, right: Tensor) -> Tensor:
+    if left is None or left.dim() == right.dim():
+        return right if left is None else left + right
+    dense, diagonal = (left, right) if left.dim() == 3 else (right, left)
+    return dense + torch.diag_embed(diagonal)
