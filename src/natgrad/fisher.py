@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.capture import Capture
+from natgrad.capture.capture import select_output
 from natgrad.curvature import FisherMatrix, make_structure
 from natgrad.jacobians import Jacobians, LinearJacobian
 from natgrad.likelihoods import Likelihood, as_likelihood
@@ -44,8 +45,6 @@ class FisherType(ABC):
     name: ClassVar[str]
     #: Whether the user's own backward pass already carries the rows.
     from_user_gradients = False
-    #: Whether the true targets are needed to make vectors.
-    needs_target = False
 
     @abstractmethod
     def vectors(
@@ -134,7 +133,6 @@ class EmpiricalFisher(FisherType):
 
     name: ClassVar[str] = "empirical"
     from_user_gradients = True
-    needs_target = True
 
     def vectors(
         self,
@@ -347,8 +345,6 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 def _remember(
     select: Callable[[Any], Tensor] | None, outputs: list[Tensor]
 ) -> Callable[[Any], Tensor]:
-    from natgrad.capture.capture import select_output
-
     def choose(output: Any) -> Tensor:
         chosen = select_output(output, select)
         if chosen is None:

@@ -8,10 +8,11 @@ a depthwise convolution has one group per channel; a lone bias has ``d_in = 0``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -102,6 +103,18 @@ class BlockLayout:
         return [piece.reshape(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
 
 
+class HasParameters(Protocol):
+    """Anything that holds some of the parameters, each as a whole: a block or a part."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Qualified parameter names."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Their numbers of entries."""
+
+
 class ParameterLayout:
     """The order of all trainable parameters in one flat vector.
 
@@ -154,22 +167,35 @@ class ParameterLayout:
         """Return zeros in the layout's dtype and device."""
         return torch.zeros(*shape, dtype=self.dtype, device=self.device)
 
-    def slices(self, block: BlockLayout) -> list[slice]:
+    def slices(self, block: HasParameters) -> list[slice]:
         """Return where a block's parameters lie in the flat vector."""
         return [
             slice(self.offsets[name], self.offsets[name] + size)
             for name, size in zip(block.names, block.sizes, strict=True)
         ]
 
-    def gather(self, block: BlockLayout, columns: Tensor) -> Tensor:
+    def gather(self, block: HasParameters, columns: Tensor) -> Tensor:
         """Take a block's rows ``(P_l, k)`` out of ``(P, k)``."""
         pieces = [columns[s] for s in self.slices(block)]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    def scatter(self, block: BlockLayout, values: Tensor, columns: Tensor) -> None:
+    def scatter(self, block: HasParameters, values: Tensor, columns: Tensor) -> None:
         """Write a block's rows ``(P_l, k)`` into ``(P, k)`` in place."""
         for s, piece in zip(self.slices(block), values.split(list(block.sizes)), strict=True):
             columns[s] = piece
+
+    def add(self, block: HasParameters, values: Tensor, columns: Tensor) -> None:
+        """Add a block's rows ``(P_l, ...)`` to those of ``(P, ...)`` in place."""
+        for s, piece in zip(self.slices(block), values.split(list(block.sizes)), strict=True):
+            columns[s] += piece
+
+    def to_column(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Concatenate a mapping name → tensor into ``(P, 1)``, zero where a name is missing."""
+        pieces = [
+            tensors[name].reshape(-1).to(self.dtype) if name in tensors else self.zeros(prod(shape))
+            for name, shape in self.shapes.items()
+        ]
+        return torch.cat(pieces).unsqueeze(1)
 
     def to_flat(self, tensors: dict[str, Tensor]) -> Tensor:
         """Concatenate a dict name → tensor into one flat vector ``(P,)``.

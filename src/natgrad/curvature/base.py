@@ -9,7 +9,7 @@ adds Jacobian rows, ``refresh`` factorises, ``precondition`` applies the last fa
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -368,16 +368,6 @@ class PartitionedFisher(FisherMatrix):
     def make_parts(self, **options: Any) -> dict[str, CurvaturePart]:
         """Return part name → part, covering every block once."""
 
-    def _segments(self) -> Iterator[tuple[CurvaturePart, list[slice]]]:
-        for part in self.parts.values():
-            yield (
-                part,
-                [
-                    slice(self.layout.offsets[n], self.layout.offsets[n] + size)
-                    for n, size in zip(part.names, part.sizes, strict=True)
-                ],
-            )
-
     def update(self, jacobians: Jacobians, count: Tensor | float) -> None:
         """Add rows to every part."""
         for part in self.parts.values():
@@ -390,11 +380,9 @@ class PartitionedFisher(FisherMatrix):
 
     def _map_columns(self, columns: Tensor, name: str, *args: Any) -> Tensor:
         result = torch.zeros_like(columns)
-        for part, segments in self._segments():
-            pieces = torch.cat([columns[s] for s in segments])
-            values = getattr(part, name)(pieces, *args)
-            for segment, value in zip(segments, values.split(list(part.sizes)), strict=True):
-                result[segment] = value
+        for part in self.parts.values():
+            values = getattr(part, name)(self.layout.gather(part, columns), *args)
+            self.layout.scatter(part, values, result)
         return result
 
     def _matvec(self, columns: Tensor) -> Tensor:
@@ -432,8 +420,8 @@ class PartitionedFisher(FisherMatrix):
     def to_dense(self) -> Tensor:
         """Return the parts placed into ``(P, P)``."""
         result: Tensor | None = None
-        for part, segments in self._segments():
-            dense = part.to_dense()
+        for part in self.parts.values():
+            dense, segments = part.to_dense(), self.layout.slices(part)
             if result is None:
                 result = dense.new_zeros(self.shape)
             rows = dense.split(list(part.sizes))

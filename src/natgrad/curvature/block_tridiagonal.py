@@ -329,14 +329,7 @@ class BlockTridiagonalFisher(FisherMatrix):
         gradients = {name: source.gradients[name] for name in covered}
         if self._factor is None:
             return gradients
-        columns = torch.cat(
-            [
-                gradients[name].reshape(-1).to(self.layout.dtype)
-                if name in gradients
-                else self.layout.zeros(torch.Size(self.layout.shapes[name]).numel())
-                for name in self.layout.names
-            ]
-        ).unsqueeze(1)
+        columns = self.layout.to_column(gradients)
         solution = torch.zeros_like(columns)
         if self._factor[0] in ("decoupled", "elimination"):
             rows = self._factor[-2]
@@ -375,16 +368,8 @@ class BlockTridiagonalFisher(FisherMatrix):
         """
         if self._factor is None or self._factor[0] not in ("decoupled", "elimination"):
             return super().quadratic(direction, inner)
-        columns = torch.cat(
-            [
-                direction[n].reshape(-1).to(self.layout.dtype)
-                if n in direction
-                else self.layout.zeros(torch.Size(self.layout.shapes[n]).numel())
-                for n in self.layout.names
-            ]
-        )
         rows, count = self._factor[-2:]
-        products = self._rows_times(columns.unsqueeze(1), rows).sum(0)
+        products = self._rows_times(self.layout.to_column(direction), rows).sum(0)
         return products.square().sum() / count
 
     def costs(self, workload: Workload) -> dict[str, Cost]:

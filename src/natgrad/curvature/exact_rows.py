@@ -132,9 +132,7 @@ class ExactRows(CurvaturePart):
         for (weight, jacobians), piece in zip(rows, pieces, strict=True):
             for block in jacobians.values():
                 value = block.rmatvec(piece * weight**0.5)
-                split = value.split(list(block.layout.sizes))
-                for segment, part in zip(layout.slices(block.layout), split, strict=True):
-                    result[segment] += part
+                layout.add(block.layout, value, result)
         return result
 
     def gram(self) -> Tensor:
@@ -221,9 +219,7 @@ class ExactRows(CurvaturePart):
                 value = block.diagonal() * (weight / self.count)
                 if result is None:
                     result = value.new_zeros(self.numel)
-                split = value.split(list(block.layout.sizes))
-                for segment, part in zip(self.layout.slices(block.layout), split, strict=True):
-                    result[segment] += part
+                self.layout.add(block.layout, value, result)
         return self.layout.zeros(self.numel) if result is None else result
 
     def eigenvalues(self) -> Tensor:

@@ -82,7 +82,7 @@ class UnitWisePart(CurvaturePart):
             return
         self.count += float(count)
         if self.factors is not None:
-            for units, a, root in self._unit_chunks():
+            for units, a, root in self._unit_chunks(self.factors):
                 rows = a * root.unsqueeze(-1)
                 moment[units] += rows.mT @ rows
             self.factors = None
@@ -113,18 +113,19 @@ class UnitWisePart(CurvaturePart):
 
     # Products with unit rows. A unit's rows are √s_ro a_r.
 
-    def _unit_chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def _unit_chunks(
+        self, factors: tuple[Tensor, Tensor]
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield (units, inputs ``(R, d)``, roots ``(units, R)``) in chunks of one group."""
-        assert self.factors is not None
-        inputs, weights = self.factors
+        inputs, weights = factors
         rows, d_out = inputs.shape[0], self.layout.d_out
         step = max(1, CHUNK_ELEMENTS // max(1, rows * max(rows, inputs.shape[2])))
         for group in range(self.layout.groups):
-            roots = weights[:, group].T.sqrt()
+            a, roots = inputs[:, group], weights[:, group].T.sqrt()
             for first in range(0, d_out, step):
                 last = min(first + step, d_out)
                 base = group * d_out
-                yield slice(base + first, base + last), inputs[:, group], roots[first:last]
+                yield slice(base + first, base + last), a, roots[first:last]
 
     def _units_of(self, columns: Tensor) -> Tensor:
         """Turn flat columns ``(P_l, k)`` into ``(units, d, k)``."""
@@ -135,12 +136,13 @@ class UnitWisePart(CurvaturePart):
         matrices = units.permute(2, 0, 1).unflatten(1, (self.layout.groups, self.layout.d_out))
         return self.layout.flat(matrices).T
 
-    def _grams(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    def _grams(self, factors: tuple[Tensor, Tensor]) -> Iterator[Tensor]:
+        """Yield ``(units, R, R)``; the units of a group share the product ``a aᵀ``."""
         shared: tuple[Tensor, Tensor] | None = None
-        for units, a, root in self._unit_chunks():
+        for _, a, root in self._unit_chunks(factors):
             if shared is None or shared[0] is not a:
                 shared = (a, a @ a.T)
-            yield units, a, root, shared[1] * root.unsqueeze(1) * root.unsqueeze(2)
+            yield shared[1] * root.unsqueeze(1) * root.unsqueeze(2)
 
     # The matrix.
 
@@ -151,7 +153,7 @@ class UnitWisePart(CurvaturePart):
             return self._columns_of(self.moment @ values / self.count)
         result = torch.zeros_like(values)
         if self.factors is not None:
-            for units, a, root in self._unit_chunks():
+            for units, a, root in self._unit_chunks(self.factors):
                 weights = a @ values[units] * root.square().unsqueeze(-1)
                 result[units] = a.T @ weights / self.count
         return self._columns_of(result)
@@ -179,7 +181,7 @@ class UnitWisePart(CurvaturePart):
         self._check_size(rows)
         factor |= {"inputs": self.factors[0], "weights": self.factors[1]}
         pieces: list[Any] = []
-        for _, _, _, gram in self._grams():
+        for gram in self._grams(self.factors):
             if damping > 0:
                 pieces.append(linalg.cholesky(linalg.add_to_diagonal(gram, self.count * damping)))
             else:
@@ -193,28 +195,25 @@ class UnitWisePart(CurvaturePart):
             return torch.cholesky_solve(values, factor["cholesky"])
         if "vectors" in factor:
             return linalg.symmetric_pseudo_solve(factor["values"], factor["vectors"], values)
-        kept, self.factors = self.factors, (factor["inputs"], factor["weights"])
-        try:
-            result = torch.zeros_like(values)
-            for (units, a, root), piece in zip(self._unit_chunks(), factor["pieces"], strict=True):
-                v, r = values[units], root.unsqueeze(-1)
-                if damping == 0:
-                    spectrum, basis = piece
-                    inner = linalg.symmetric_pseudo_solve(spectrum, basis, a @ v * r, power=2)
-                    result[units] = a.T @ (inner * r) * count
-                    continue
+        result = torch.zeros_like(values)
+        chunks = self._unit_chunks((factor["inputs"], factor["weights"]))
+        for (units, a, root), piece in zip(chunks, factor["pieces"], strict=True):
+            v, r = values[units], root.unsqueeze(-1)
+            if damping == 0:
+                spectrum, basis = piece
+                inner = linalg.symmetric_pseudo_solve(spectrum, basis, a @ v * r, power=2)
+                result[units] = a.T @ (inner * r) * count
+                continue
 
-                def once(v: Tensor, a: Tensor = a, r: Tensor = r, piece: Tensor = piece) -> Tensor:
-                    inner = torch.cholesky_solve(a @ v * r, piece)
-                    return (v - a.T @ (inner * r)) / damping
+            def once(v: Tensor, a: Tensor = a, r: Tensor = r, piece: Tensor = piece) -> Tensor:
+                inner = torch.cholesky_solve(a @ v * r, piece)
+                return (v - a.T @ (inner * r)) / damping
 
-                solution = once(v)
-                # One step of refinement: the difference loses digits when λ is small beside F.
-                product = a.T @ (a @ solution * r.square()) / count
-                result[units] = solution + once(v - product - damping * solution)
-            return result
-        finally:
-            self.factors = kept
+            solution = once(v)
+            # One step of refinement: the difference loses digits when λ is small beside F.
+            product = a.T @ (a @ solution * r.square()) / count
+            result[units] = solution + once(v - product - damping * solution)
+        return result
 
     def trace(self) -> Tensor:
         """Return the trace."""
@@ -237,7 +236,10 @@ class UnitWisePart(CurvaturePart):
         if self.factors is None:
             return self.parameters.zeros(self.numel)
         values = torch.cat(
-            [torch.linalg.eigvalsh(gram / self.count).flatten() for *_, gram in self._grams()]
+            [
+                torch.linalg.eigvalsh(gram / self.count).flatten()
+                for gram in self._grams(self.factors)
+            ]
         ).clamp(min=0)
         return torch.cat([values, values.new_zeros(self.numel - values.numel())])
 
