@@ -9,7 +9,7 @@ adds Jacobian rows, ``refresh`` factorises, ``precondition`` applies the last fa
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -167,6 +167,12 @@ class FisherMatrix(ABC):
         """Return the natural gradient by the last :meth:`refresh`, parameter name → tensor."""
 
     @abstractmethod
+    def _function_space_map(
+        self, rows: Jacobians, other: Jacobians, damping: float
+    ) -> dict[str, Tensor]:
+        """Return block name → ``J'_l [(F + damping I)⁻¹ Jᵀ]_l``, ``(R', R)``."""
+
+    @abstractmethod
     def costs(self, workload: Workload) -> dict[str, Cost]:
         """Return what each part costs, by block name or, for joint parts, ``"all layers"``."""
 
@@ -191,6 +197,33 @@ class FisherMatrix(ABC):
             inner: ``⟨Δ, ∇L⟩``.
         """
         return inner.abs()
+
+    def function_space_map(
+        self, rows: Jacobians, other: Jacobians | None = None, damping: float = 0.0
+    ) -> dict[str, Tensor]:
+        r"""Return how a natural-gradient step moves the outputs, layer by layer.
+
+        A gradient ``∇L = Jᵀu`` turns into the step ``(F + λI)⁻¹Jᵀu``, which moves the outputs whose
+        rows are ``J'`` by ``J'(F + λI)⁻¹Jᵀu``, the sum of what its layers contribute. Where the
+        sum is a multiple of the identity the structure is *isotropic* (Karakida & Osawa 2020).
+
+        Args:
+            rows: ``J``, R rows. For the structures that keep rows it costs least if they are those
+                of the one update so far.
+            other: ``J'``, R' rows of the same blocks; ``J`` by default.
+            damping: λ ≥ 0, in the units of F; 0 is the pseudo-inverse.
+
+        Returns:
+            Block name → contribution ``(R', R)``. No ``R × P`` matrix is built.
+
+        Raises:
+            ValueError: If the damping is negative or not finite, or R × R' does not fit memory.
+        """
+        check_damping(damping)
+        other = rows if other is None else other
+        side = int((rows.rows * other.rows) ** 0.5) + 1
+        linalg.check_memory(side, len(rows) + 1, self.layout.dtype, self.layout.device)
+        return self._function_space_map(rows, other, damping)
 
     def snapshot(self) -> dict[str, Any]:
         """Return the present state by reference, for :meth:`rollback`.
@@ -303,8 +336,11 @@ class CurvaturePart(ABC):
         """Return ``F_l V`` for ``(P_l, k)``."""
 
     @abstractmethod
-    def solve(self, columns: Tensor, damping: float) -> Tensor:
-        """Return ``(F_l + damping I)⁻¹ V`` for ``(P_l, k)``, pseudo-inverse for 0."""
+    def solver(self, damping: float) -> Callable[[Tensor], Tensor]:
+        """Factorise once; return ``V ↦ (F_l + damping I)⁻¹ V`` for ``(P_l, k)``.
+
+        Zero damping is the pseudo-inverse.
+        """
 
     @abstractmethod
     def trace(self) -> Tensor:
@@ -345,6 +381,16 @@ class CurvaturePart(ABC):
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Restore them."""
+
+    def solve(self, columns: Tensor, damping: float) -> Tensor:
+        """Return ``(F_l + damping I)⁻¹ V`` for ``(P_l, k)``, pseudo-inverse for 0."""
+        return self.solver(damping)(columns)
+
+    @abstractmethod
+    def function_space_map(
+        self, rows: Jacobians, other: Jacobians, damping: float
+    ) -> dict[str, Tensor]:
+        """Return the part's blocks of :meth:`FisherMatrix.function_space_map`."""
 
     def logdet(self, damping: float) -> Tensor:
         """Return ``log det(F_l + damping I)``."""
@@ -390,6 +436,14 @@ class PartitionedFisher(FisherMatrix):
 
     def _solve(self, columns: Tensor, damping: float) -> Tensor:
         return self._map_columns(columns, "solve", damping)
+
+    def _function_space_map(
+        self, rows: Jacobians, other: Jacobians, damping: float
+    ) -> dict[str, Tensor]:
+        result: dict[str, Tensor] = {}
+        for part in self.parts.values():
+            result.update(part.function_space_map(rows, other, damping))
+        return result
 
     def trace(self) -> Tensor:
         """Return the sum of the parts' traces."""

@@ -26,7 +26,12 @@ from natgrad.curvature.base import (
     check_damping,
     damping_of,
 )
-from natgrad.curvature.exact_rows import ExactRows, matching_coordinates, split_gradient
+from natgrad.curvature.exact_rows import (
+    ExactRows,
+    cross_gram,
+    matching_coordinates,
+    split_gradient,
+)
 from natgrad.curvature.registry import register_structure
 from natgrad.jacobians import Jacobians
 from natgrad.layouts import ParameterLayout
@@ -307,6 +312,44 @@ class BlockTridiagonalFisher(FisherMatrix):
     def to_dense(self) -> Tensor:
         """Return the matrix, ``(P, P)``."""
         return self._dense()
+
+    def _function_space_map(
+        self, rows: Jacobians, other: Jacobians, damping: float
+    ) -> dict[str, Tensor]:
+        names = [name for name in self.order if name in rows and name in other]
+        kept = self._exact.rows
+        if len(kept) == 1 and all(rows.get(name) is kept[0][1][name] for name in kept[0][1]):
+            return self._map_in_sample_space(rows, other, names, damping)
+        columns = self.layout.zeros(self.layout.numel, rows.rows)
+        for name in names:
+            self.layout.scatter(rows[name].layout, rows[name].to_dense().T, columns)
+        solution = self._solve(columns, damping)
+        return {
+            name: other[name].matvec(self.layout.gather(self.blocks[name], solution))
+            for name in names
+        }
+
+    def _map_in_sample_space(
+        self, rows: Jacobians, other: Jacobians, names: list[str], damping: float
+    ) -> dict[str, Tensor]:
+        """Return ``J'_l J_lᵀ Z_l`` with ``Z = ((Σ ⊗ I)Θ + λI)⁻¹(1 ⊗ I)``."""
+        grams = self._layer_grams()
+        if damping > 0:
+            try:
+                elimination = _Elimination(grams, damping)
+            except linalg.FactorizationError as error:
+                raise ValueError(str(error)) from error
+            eye = torch.eye(rows.rows, dtype=grams[0].dtype, device=grams[0].device)
+            weights = elimination.solve(eye.expand(self.depth, *eye.shape))
+            return {n: cross_gram(other[n], rows[n]) @ weights[self.order.index(n)] for n in names}
+        shares = dict(zip(self.order, tridiagonal_coefficients(self.depth).tolist(), strict=True))
+        result = {}
+        for name in names:
+            values, vectors = linalg.eigh(grams[self.order.index(name)])
+            cross = cross_gram(other[name], rows[name])
+            inverse = linalg.symmetric_pseudo_solve(values, vectors, cross.mT).mT
+            result[name] = shares[name] * inverse
+        return result
 
     # Training.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +16,7 @@ from natgrad.curvature.base import (
     PartitionedFisher,
     Workload,
 )
+from natgrad.curvature.function_space import map_by_columns
 from natgrad.curvature.registry import register_structure
 from natgrad.jacobians import Jacobians
 from natgrad.layouts import BlockLayout, ParameterLayout
@@ -65,12 +67,16 @@ class DiagonalPart(CurvaturePart):
         """Return ``F_l V``."""
         return self.diagonal().unsqueeze(1) * columns
 
-    def solve(self, columns: Tensor, damping: float) -> Tensor:
+    def solver(self, damping: float) -> Callable[[Tensor], Tensor]:
         """Divide entry by entry; zero damping leaves out zero entries."""
-        diagonal = self.diagonal().unsqueeze(1)
-        if damping > 0:
-            return columns / (diagonal + damping)
-        return torch.where(diagonal > 0, columns / diagonal, torch.zeros_like(columns))
+        diagonal = self.diagonal().unsqueeze(1) + damping
+        return lambda columns: torch.where(diagonal > 0, columns / diagonal, 0.0)
+
+    def function_space_map(
+        self, rows: Jacobians, other: Jacobians, damping: float
+    ) -> dict[str, Tensor]:
+        """Return ``J' diag(F + λ)⁻¹ Jᵀ``, by columns."""
+        return map_by_columns(self.name, rows, other, self.solver(damping))
 
     def trace(self) -> Tensor:
         """Return the trace."""

@@ -13,15 +13,15 @@ and for a gradient ``∇L = Jᵀu`` with known ``u`` the push-through form
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from natgrad import linalg
 from natgrad.curvature.base import Cost, CurvaturePart, GradientSource, Workload
-from natgrad.jacobians import CHUNK_ELEMENTS, Jacobians
+from natgrad.jacobians import CHUNK_ELEMENTS, Jacobians, LayerJacobian
 from natgrad.layouts import BlockLayout, ParameterLayout
 
 __all__ = ["ExactRows"]
@@ -145,7 +145,7 @@ class ExactRows(CurvaturePart):
             else:
                 self._gram = torch.cat(
                     [
-                        torch.cat([_cross_gram(a, b) * (v * w) ** 0.5 for w, b in self.rows], 1)
+                        torch.cat([cross_gram(a, b) * (v * w) ** 0.5 for w, b in self.rows], 1)
                         for v, a in self.rows
                     ]
                 )
@@ -165,23 +165,65 @@ class ExactRows(CurvaturePart):
             return torch.zeros_like(columns)
         return self._transposed_times(self.rows, self._times(self.rows, columns)) / self.count
 
-    def solve(self, columns: Tensor, damping: float) -> Tensor:
-        """Return ``(F_l + damping I)⁻¹ V``; the pseudo-inverse at 0."""
+    def solver(self, damping: float) -> Callable[[Tensor], Tensor]:
+        """Factorise in the smaller space; the pseudo-inverse at 0."""
+        if self.moment is None and not self.rows:
+            return lambda v: v / damping if damping else torch.zeros_like(v)
+        matrix = self._mean_moment() if self.moment is not None else self.gram()
+        if damping == 0:
+            values, vectors = linalg.eigh(matrix)
+        else:
+            shift = damping if self.moment is not None else self.count * damping
+            factor = linalg.cholesky(linalg.add_to_diagonal(matrix, shift))
         if self.moment is not None:
             if damping == 0:
-                return linalg.symmetric_pseudo_solve(*linalg.eigh(self._mean_moment()), columns)
-            factor = linalg.cholesky(linalg.add_to_diagonal(self._mean_moment(), damping))
-            return torch.cholesky_solve(columns, factor)
-        if not self.rows:
-            return columns / damping if damping else torch.zeros_like(columns)
-        if damping == 0:
-            values, vectors = linalg.eigh(self.gram())
-            weights = self._times(self.rows, columns)
+                return lambda v: linalg.symmetric_pseudo_solve(values, vectors, v)
+            return lambda v: torch.cholesky_solve(v, factor)
+        rows, count = self.rows, self.count
+        if damping > 0:
+            return lambda v: self._woodbury(rows, factor, v, damping, count)
+
+        def pseudo_inverse(columns: Tensor) -> Tensor:
+            weights = self._times(rows, columns)
             weights = linalg.symmetric_pseudo_solve(values, vectors, weights, power=2)
-            return self._transposed_times(self.rows, weights) * self.count
-        shifted = linalg.add_to_diagonal(self.gram(), self.count * damping)
-        factor = linalg.cholesky(shifted)
-        return self._woodbury(self.rows, factor, columns, damping, self.count)
+            return self._transposed_times(rows, weights) * count
+
+        return pseudo_inverse
+
+    def function_space_map(
+        self, rows: Jacobians, other: Jacobians, damping: float
+    ) -> dict[str, Tensor]:
+        """Return ``J'_l Jᵀ_l (JJᵀ/count + λI)⁻¹``, by push-through, if ``J`` are the rows kept."""
+        mine = [name for name in self.block_names if name in rows and name in other]
+        kept = self.rows[0][1] if len(self.rows) == 1 else None
+        if kept is not None and all(rows.get(name) is kept[name] for name in kept):
+            apply = self._sample_space_inverse(damping)
+            return {name: apply(cross_gram(other[name], rows[name])) for name in mine}
+        solver, layout = self.solver(damping), self.layout
+        pieces: dict[str, list[Tensor]] = {name: [] for name in mine}
+        step = max(1, CHUNK_ELEMENTS // max(1, self.numel * rows.directions))
+        for start in range(0, rows.samples if mine else 0, step):
+            stop = min(start + step, rows.samples)
+            columns = layout.zeros(self.numel, (stop - start) * rows.directions)
+            for name in mine:
+                block = rows[name]
+                flat = block.layout.flat(block.per_sample_gradients(start, stop)).flatten(0, 1)
+                layout.scatter(block.layout, flat.T, columns)
+            solution = solver(columns)
+            for name in mine:
+                block = other[name]
+                pieces[name].append(block.matvec(layout.gather(block.layout, solution)))
+        return {name: torch.cat(columns, dim=1) for name, columns in pieces.items()}
+
+    def _sample_space_inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
+        """Return ``M ↦ M (JJᵀ/count + λI)⁻¹``."""
+        gram = self.gram() / self.count
+        if damping == 0:
+            values, vectors = linalg.eigh(gram)
+            scale = linalg.inverse_on_range(values)
+            return lambda m: ((m @ vectors) * scale) @ vectors.mT
+        factor = linalg.cholesky(linalg.add_to_diagonal(gram, damping))
+        return lambda m: torch.cholesky_solve(m.mT, factor).mT
 
     def _woodbury(
         self,
@@ -373,5 +415,9 @@ def split_gradient(gradient: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(remainder.norm() <= limit, torch.zeros_like(remainder), remainder), share
 
 
-def _cross_gram(left: Jacobians, right: Jacobians) -> Tensor:
+_Rows = TypeVar("_Rows", Jacobians, LayerJacobian)
+
+
+def cross_gram(left: _Rows, right: _Rows) -> Tensor:
+    """Return ``J J'ᵀ``, by the symmetric route where both are the same."""
     return left.gram() if left is right else left.gram(right)

@@ -9,6 +9,7 @@ and *reduce* settings of Eschenhagen et al. 2023). Grouped layers have one pair 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,6 +23,7 @@ from natgrad.curvature.base import (
     PartitionedFisher,
     Workload,
 )
+from natgrad.curvature.function_space import map_by_columns
 from natgrad.curvature.registry import register_structure
 from natgrad.jacobians import Jacobians, LinearJacobian, WeightSharing
 from natgrad.layouts import BlockLayout, ParameterLayout
@@ -125,22 +127,38 @@ class KroneckerPart(CurvaturePart):
         a, b = self.kronecker_factors()
         return self._columns(_right(_left(b, self._matrices(columns)), a))
 
-    def solve(self, columns: Tensor, damping: float) -> Tensor:
-        """Solve by the damping rule; zero damping is the pseudo-inverse in both."""
+    def solver(self, damping: float) -> Callable[[Tensor], Tensor]:
+        """Invert by the damping rule; zero damping is the pseudo-inverse in both."""
+        inverse = self._factorwise_inverse(damping)
+        if inverse is not None:
+            return lambda v: self._columns(_right(_left(inverse[1], self._matrices(v)), inverse[0]))
         a, b = self.kronecker_factors()
-        matrices = self._matrices(columns)
-        if damping > 0 and self.damping_rule == "pi":
-            inverse = self._pi_inverse(a, b, damping)
-            return self._columns(_right(_left(inverse[1], matrices), inverse[0]))
         basis_a, values_a = _eigenbasis(a)
         basis_b, values_b = _eigenbasis(b)
-        rotated = _rotate(basis_b, matrices, basis_a)
-        if damping > 0:
-            rotated = rotated / (values_b.unsqueeze(-1) * values_a.unsqueeze(-2) + damping)
-        else:
-            rotated = rotated * linalg.inverse_on_range(values_b).unsqueeze(-1)
-            rotated = rotated * linalg.inverse_on_range(values_a).unsqueeze(-2)
-        return self._columns(_rotate_back(basis_b, rotated, basis_a))
+        damped = values_b.unsqueeze(-1) * values_a.unsqueeze(-2) + damping
+
+        def apply(columns: Tensor) -> Tensor:
+            rotated = _rotate(basis_b, self._matrices(columns), basis_a) / damped
+            return self._columns(_rotate_back(basis_b, rotated, basis_a))
+
+        return apply
+
+    def _factorwise_inverse(self, damping: float) -> tuple[Tensor, Tensor] | None:
+        """Return ``(Â⁻¹, B̂⁻¹)``, or None under the Tikhonov rule, whose inverse is no product."""
+        a, b = self.kronecker_factors()
+        if damping == 0:
+            return _pseudo_inverse(a), _pseudo_inverse(b)
+        return self._pi_inverse(a, b, damping) if self.damping_rule == "pi" else None
+
+    def function_space_map(
+        self, rows: Jacobians, other: Jacobians, damping: float
+    ) -> dict[str, Tensor]:
+        """Return ``J'(B̂⁻¹ ⊗ Â⁻¹)Jᵀ``: the Gram matrix of ``J'`` and the preconditioned rows."""
+        inverse = self._factorwise_inverse(damping)
+        left, right = other.get(self.name), rows.get(self.name)
+        if inverse is None or type(left) is not LinearJacobian or type(right) is not LinearJacobian:
+            return map_by_columns(self.name, rows, other, self.solver(damping))
+        return {self.name: left.augmented().gram(right.augmented().mapped(*inverse))}
 
     def trace(self) -> Tensor:
         """Return ``Σ_g tr A_g tr B_g``."""
@@ -180,13 +198,7 @@ class KroneckerPart(CurvaturePart):
         self._split = None
         a, b = self.kronecker_factors()
         if self.damping_rule == "pi":
-            if damping == 0:
-                basis_a, values_a = _eigenbasis(a)
-                basis_b, values_b = _eigenbasis(b)
-                self._inverse = (_pseudo_inverse(basis_a, values_a, a),
-                                 _pseudo_inverse(basis_b, values_b, b))  # fmt: skip
-            else:
-                self._inverse = self._pi_inverse(a, b, damping)
+            self._inverse = self._factorwise_inverse(damping)
             return
         basis_a, values_a = _eigenbasis(a)
         basis_b, values_b = _eigenbasis(b)
@@ -404,7 +416,8 @@ def _rotate_back(left: Tensor | None, matrices: Tensor, right: Tensor | None) ->
     return rotated if right is None else rotated @ right.mT
 
 
-def _pseudo_inverse(basis: Tensor | None, values: Tensor, factor: Tensor) -> Tensor:
+def _pseudo_inverse(factor: Tensor) -> Tensor:
+    basis, values = _eigenbasis(factor)
     inverse = linalg.inverse_on_range(values)
     if basis is None:
         return inverse

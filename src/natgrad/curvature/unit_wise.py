@@ -8,7 +8,7 @@ product ``a aᵀ`` is shared by all units.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -22,8 +22,9 @@ from natgrad.curvature.base import (
     PartitionedFisher,
     Workload,
 )
+from natgrad.curvature.function_space import map_by_columns
 from natgrad.curvature.registry import register_structure
-from natgrad.jacobians import CHUNK_ELEMENTS, Jacobians
+from natgrad.jacobians import CHUNK_ELEMENTS, Jacobians, LinearJacobian
 from natgrad.layouts import BlockLayout, ParameterLayout
 
 __all__ = ["UnitWiseFisher"]
@@ -158,13 +159,82 @@ class UnitWisePart(CurvaturePart):
                 result[units] = a.T @ weights / self.count
         return self._columns_of(result)
 
-    def solve(self, columns: Tensor, damping: float) -> Tensor:
-        """Solve unit by unit, batched."""
-        values = self._units_of(columns)
+    def solver(self, damping: float) -> Callable[[Tensor], Tensor]:
+        """Factorise unit by unit, batched."""
         if self.moment is None and self.factors is None:
-            return columns / damping if damping else torch.zeros_like(columns)
+            return lambda v: v / damping if damping else torch.zeros_like(v)
         factor = self._factorize(damping)
-        return self._columns_of(self._apply(factor, values))
+        return lambda v: self._columns_of(self._apply(factor, self._units_of(v)))
+
+    def function_space_map(
+        self, rows: Jacobians, other: Jacobians, damping: float
+    ) -> dict[str, Tensor]:
+        """Return ``Σ_o (δ'_o δ_oᵀ) ∘ a'(F_o + λI)⁻¹aᵀ``, in sample space where that is possible."""
+        left, right = other.get(self.name), rows.get(self.name)
+        if (
+            type(left) is LinearJacobian
+            and type(right) is LinearJacobian
+            and left.positions == right.positions == 1
+            and self._keeps_inputs_of(right)
+        ):
+            result = self._map_in_sample_space(right, left, damping)
+            if result is not None:
+                return {self.name: result}
+        return map_by_columns(self.name, rows, other, self.solver(damping))
+
+    def _keeps_inputs_of(self, rows: LinearJacobian) -> bool:
+        """Return whether the kept rows are exactly those of ``rows``."""
+        if self.factors is None:
+            return False
+        found = rows.unit_factors()
+        return (
+            found is not None
+            and found[1].shape == self.factors[1].shape
+            and bool(torch.equal(found[0], self.factors[0]))
+            and bool(torch.equal(found[1], self.factors[1]))
+        )
+
+    def _map_in_sample_space(
+        self, rows: LinearJacobian, other: LinearJacobian, damping: float
+    ) -> Tensor | None:
+        """Return the map through ``N × N`` matrices per unit, or None if they are singular.
+
+        With ``D = diag(√s_o)``, ``(aᵀD²a/count + λI)⁻¹aᵀD = aᵀD (D aaᵀ D/count + λI)⁻¹``, and
+        samples that leave the unit silent (``s = 0``) take no part. At λ = 0 the scale of D cancels
+        and ``aaᵀ`` of the active samples is all there is to invert.
+        """
+        assert self.factors is not None
+        result = rows.output_gradients.new_zeros(other.samples, other.directions, rows.samples,
+                                                 rows.directions)  # fmt: skip
+        a_other = other.augmented_inputs()[:, 0]
+        step = max(1, CHUNK_ELEMENTS // (max(rows.samples, other.samples) * rows.samples))
+        for group in range(self.layout.groups):
+            a, weights = self.factors[0][:, group], self.factors[1][:, group].T
+            gram, cross = a @ a.T, a_other[:, group] @ a.T
+            for first in range(0, self.layout.d_out, step):
+                units = slice(first, first + step)
+                active = weights[units] > 0
+                s = torch.where(active, weights[units], 1.0).unsqueeze(1)
+                both = active.unsqueeze(1) & active.unsqueeze(2)
+                matrix = torch.where(both, gram, 0.0)
+                scale = (s.mT * s).sqrt()
+                if damping > 0:
+                    matrix = linalg.add_to_diagonal(matrix * scale / self.count, damping)
+                else:
+                    matrix = matrix / self.count
+                matrix.diagonal(dim1=1, dim2=2).add_((~active).to(matrix.dtype))
+                factor, info = torch.linalg.cholesky_ex(matrix)
+                if bool((info != 0).any()):
+                    return None
+                # a'(F_o + λI)⁻¹aᵀ, up to columns of silent samples.
+                roots = s.sqrt() if damping > 0 else s
+                right = cross * (s.sqrt() if damping > 0 else 1.0)
+                solved = torch.cholesky_solve(right.mT, factor).mT / roots
+                solved = torch.where(active.unsqueeze(1), solved, 0.0)
+                delta = rows.output_gradients[:, :, 0, group, units]
+                moved = other.output_gradients[:, :, 0, group, units]
+                result += torch.einsum("aku,uab,blu->akbl", moved, solved, delta)
+        return result.flatten(2, 3).flatten(0, 1)
 
     def _factorize(self, damping: float) -> dict[str, Any]:
         """Return what :meth:`_apply` needs, with its own references to the rows."""

@@ -68,6 +68,11 @@ class Jacobians(Mapping[str, LayerJacobian]):
             raise ValueError("the output depends on no captured parameter, so there is no Gram")
         return total
 
+    def combined(self, weights: Tensor) -> Jacobians:
+        """Return rows ``Σ_k w_nkj J_nk`` for ``w`` of shape ``(N, K, J)``."""
+        blocks = {name: block.combined(weights) for name, block in self.items()}
+        return Jacobians(self.layout, blocks, self.samples, weights.shape[2])
+
     def matvec(self, vector: Tensor) -> Tensor:
         """Return ``J v`` as ``(N, K)`` for a flat vector ``(P,)``."""
         total = vector.new_zeros(self.rows, 1)

@@ -60,6 +60,10 @@ class DenseJacobian(LayerJacobian):
         """Return rows ``(n, K, 1, 1, P_l)``."""
         return self._rows[start:stop, :, None, None, :]
 
+    def combined(self, weights: Tensor) -> DenseJacobian:
+        """Combine rows of the same sample."""
+        return DenseJacobian(self.layout, torch.einsum("nkj,nkp->njp", weights, self._rows))
+
     def kronecker_factors(
         self,
         weight_sharing: WeightSharing = "expand",

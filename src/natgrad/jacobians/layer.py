@@ -88,6 +88,14 @@ class LayerJacobian(ABC):
         """Return rows of samples ``start:stop`` as matrices ``(n, K, G, d_out, d_in + bias)``."""
 
     @abstractmethod
+    def combined(self, weights: Tensor) -> LayerJacobian:
+        """Return rows ``Σ_k w_nkj M_nk`` for ``w`` of shape ``(N, K, J)``, J per sample.
+
+        Rows pulled back from unit vectors become those of any other output vectors so, without
+        another backward pass.
+        """
+
+    @abstractmethod
     def kronecker_factors(
         self,
         weight_sharing: WeightSharing = "expand",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal, cast
 
 import torch
@@ -93,6 +95,41 @@ class LinearJacobian(LayerJacobian):
         if not self.layout.has_bias:
             return a
         return torch.cat([a, a.new_full((*a.shape[:-1], 1), self.bias_value)], dim=-1)
+
+    def augmented(self) -> LinearJacobian:
+        """Return the same rows with the bias coordinate as one more input of a plain weight."""
+        layout = replace(
+            self.layout,
+            d_in=self.layout.d_augmented,
+            has_weight=True,
+            has_bias=False,
+            transposed=False,
+        )
+        return LinearJacobian(layout, self.augmented_inputs(), self.output_gradients)
+
+    def mapped(self, input_map: Tensor, gradient_map: Tensor) -> LinearJacobian:
+        """Return the rows ``B M_nk A``: inputs times ``A``, output gradients times ``B``.
+
+        Only for rows without a separate bias coordinate, see :meth:`augmented`.
+
+        Args:
+            input_map: Symmetric ``A``, ``(G, d_in, d_in)``, or its diagonal ``(G, d_in)``.
+            gradient_map: Symmetric ``B``, ``(G, d_out, d_out)``, or its diagonal ``(G, d_out)``.
+        """
+        assert not self.layout.has_bias
+        return LinearJacobian(
+            self.layout,
+            _map_features(self.inputs, input_map),
+            _map_features(self.output_gradients, gradient_map),
+        )
+
+    def combined(self, weights: Tensor) -> LinearJacobian:
+        """Return rows ``Σ_k w_nkj M_nk``; see :meth:`LayerJacobian.combined`."""
+        delta = torch.einsum("nkj,nktgo->njtgo", weights, self.output_gradients)
+        result = copy.copy(self)
+        result.output_gradients, result.directions = delta, weights.shape[2]
+        result._active = None
+        return result
 
     # The four primitives that depend on how inputs are stored; embeddings replace them.
 
@@ -303,3 +340,11 @@ class LinearJacobian(LayerJacobian):
             weights = (counts > 0).to(inputs.dtype).unsqueeze(1)
             positions = weights.sum()
         return mean, self._second_moment_of(mean, weights, size_limit), positions
+
+
+def _map_features(values: Tensor, maps: Tensor) -> Tensor:
+    """Multiply ``(..., G, d)`` by a matrix ``(G, d, d)`` or a diagonal ``(G, d)`` per group."""
+    if maps.dim() == 2:
+        return values * maps
+    grouped = values.movedim(-2, 0)
+    return (grouped.flatten(1, -2) @ maps).view(grouped.shape).movedim(0, -2)

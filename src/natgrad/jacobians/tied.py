@@ -72,6 +72,10 @@ class SumJacobian(LayerJacobian):
             total = total + self.layout.matrix(rows)
         return total
 
+    def combined(self, weights: Tensor) -> SumJacobian:
+        """Combine the rows of every use."""
+        return SumJacobian([part.combined(weights) for part in self.parts])
+
     def kronecker_factors(
         self,
         weight_sharing: WeightSharing = "expand",
