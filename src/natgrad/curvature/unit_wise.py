@@ -207,6 +207,7 @@ class UnitWisePart(CurvaturePart):
         result = rows.output_gradients.new_zeros(other.samples, other.directions, rows.samples,
                                                  rows.directions)  # fmt: skip
         a_other = other.augmented_inputs()[:, 0]
+        epsilon = rows.samples * torch.finfo(rows.dtype).eps
         step = max(1, CHUNK_ELEMENTS // (max(rows.samples, other.samples) * rows.samples))
         for group in range(self.layout.groups):
             a, weights = self.factors[0][:, group], self.factors[1][:, group].T
@@ -224,7 +225,9 @@ class UnitWisePart(CurvaturePart):
                     matrix = matrix / self.count
                 matrix.diagonal(dim1=1, dim2=2).add_((~active).to(matrix.dtype))
                 factor, info = torch.linalg.cholesky_ex(matrix)
-                if bool((info != 0).any()):
+                pivots = factor.diagonal(dim1=1, dim2=2).square().amin(1)
+                limit = matrix.diagonal(dim1=1, dim2=2).amax(1) * epsilon
+                if bool((info != 0).any() | (pivots <= limit).any()):
                     return None
                 # a'(F_o + λI)⁻¹aᵀ, up to columns of silent samples.
                 roots = s.sqrt() if damping > 0 else s
