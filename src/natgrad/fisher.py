@@ -9,8 +9,7 @@ true labels (``empirical``).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.capture import Capture
-from natgrad.capture.capture import select_output
+from natgrad.capture.evaluation import evaluated
 from natgrad.curvature import FisherMatrix, make_structure
 from natgrad.jacobians import Jacobians, LinearJacobian
 from natgrad.likelihoods import Likelihood, as_likelihood
@@ -284,31 +283,13 @@ def fisher_matrix(
     likelihood = as_likelihood(likelihood)
     fisher = as_fisher_type(fisher, mc_samples)
     with Capture(model, output) as capture:
-        if capture.uncovered:
-            reasons = "; ".join(f"{n} ({why})" for n, why in capture.uncovered.items())
-            raise ValueError(
-                "some parameters have no Jacobian rows, so the Fisher matrix would miss them: "
-                f"{reasons}. Freeze them with requires_grad_(False), put the model in eval mode, "
-                "or describe the layer with natgrad.register_layer"
-            )
+        capture.check_covered()
         matrix = make_structure(structure, capture.blocks, capture.layout, **structure_options)
         generators: dict[torch.device, torch.Generator] = {}
-        outputs: list[Tensor] = []
         batches = 0
-        capture.select = _remember(capture.select, outputs)
         for inputs, target in _batches(data):
             batches += 1
-            capture.clear()
-            outputs.clear()
-            with _undisturbed(model):
-                with torch.enable_grad():
-                    _call(model, inputs)
-                if not outputs or not outputs[0].requires_grad:
-                    raise ValueError(
-                        "the model's output does not depend on any trainable parameter; pass "
-                        "output=lambda out: ... to pick the right tensor"
-                    )
-                found = outputs[0]
+            with evaluated(capture, inputs) as found:
                 generator = generators.setdefault(
                     found.device, torch.Generator(found.device).manual_seed(seed)
                 )
@@ -330,33 +311,6 @@ def fisher_matrix(
     return matrix
 
 
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Restore the random state and buffers (running statistics) a forward pass may change."""
-    devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
-    buffers = [(b, b.clone()) for b in model.buffers()] if model.training else []
-    with torch.random.fork_rng(devices=sorted(devices)):
-        yield
-    with torch.no_grad():
-        for buffer, saved in buffers:
-            buffer.copy_(saved)
-
-
-def _remember(
-    select: Callable[[Any], Tensor] | None, outputs: list[Tensor]
-) -> Callable[[Any], Tensor]:
-    def choose(output: Any) -> Tensor:
-        chosen = select_output(output, select)
-        if chosen is None:
-            raise ValueError(
-                "no tensor was found in the model's output; pass output=lambda out: ... to pick it"
-            )
-        outputs.append(chosen)
-        return chosen
-
-    return choose
-
-
 def _batches(data: Any) -> Iterator[Batch]:
     pair = isinstance(data, (tuple, list)) and len(data) == 2
     if pair and (data[1] is None or isinstance(data[1], Tensor)):
@@ -369,11 +323,3 @@ def _batches(data: Any) -> Iterator[Batch]:
                 f"of type {type(batch).__name__}"
             )
         yield batch[0], batch[1]
-
-
-def _call(model: nn.Module, inputs: Any) -> Any:
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, tuple):
-        return model(*inputs)
-    return model(inputs)

@@ -148,6 +148,20 @@ class Capture:
         self._handles.clear()
         self.clear()
 
+    def check_covered(self) -> None:
+        """Make sure that every trainable parameter has Jacobian rows.
+
+        Raises:
+            ValueError: If one has none; the message names it and says why.
+        """
+        if self.uncovered:
+            reasons = "; ".join(f"{name} ({why})" for name, why in self.uncovered.items())
+            raise ValueError(
+                "some parameters have no Jacobian rows, so the result would miss them: "
+                f"{reasons}. Freeze them with requires_grad_(False), put the model in eval mode, "
+                "or describe the layer with natgrad.register_layer"
+            )
+
     def clear(self) -> None:
         """Forget recorded passes."""
         self.passes.clear()

@@ -101,6 +101,8 @@ class FisherMatrix(ABC):
     #: Whether rows are summed as they come (then they may come in chunks, and averages over steps
     #: are possible) or kept.
     additive: ClassVar[bool] = True
+    #: Options whose defaults differ when the structure preconditions gradients.
+    training_options: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, blocks: Mapping[str, Block], layout: ParameterLayout) -> None:
         self.layout = layout

@@ -39,7 +39,7 @@ from natgrad.layouts import ParameterLayout
 if TYPE_CHECKING:
     from natgrad.capture import Block
 
-__all__ = ["BlockTridiagonalFisher", "tridiagonal_coefficients"]
+__all__ = ["BlockElimination", "BlockTridiagonalFisher", "tridiagonal_coefficients"]
 
 
 def tridiagonal_coefficients(depth: int) -> Tensor:
@@ -208,7 +208,7 @@ class BlockTridiagonalFisher(FisherMatrix):
         grams = self._layer_grams()
         if damping == 0:
             return "decoupled", [linalg.eigh(gram) for gram in grams], rows, count
-        return "elimination", _Elimination(grams, damping), damping, rows, count
+        return "elimination", BlockElimination(grams, damping), damping, rows, count
 
     def _apply(self, factor: tuple[Any, ...], columns: Tensor) -> Tensor:
         kind = factor[0]
@@ -336,7 +336,7 @@ class BlockTridiagonalFisher(FisherMatrix):
         grams = self._layer_grams()
         if damping > 0:
             try:
-                elimination = _Elimination(grams, damping)
+                elimination = BlockElimination(grams, damping)
             except linalg.FactorizationError as error:
                 raise ValueError(str(error)) from error
             eye = torch.eye(rows.rows, dtype=grams[0].dtype, device=grams[0].device)
@@ -448,11 +448,18 @@ class BlockTridiagonalFisher(FisherMatrix):
         self._exact.load_state_dict(state["exact"], device)
 
 
-class _Elimination:
+class BlockElimination:
     """Block elimination for ``((Σ ⊗ I) blockdiag(Θ) + λI) z = r``.
 
     Row ``l`` reads ``Θ_{l-1} z_{l-1} + (Θ_l + λ) z_l + Θ_{l+1} z_{l+1} = r_l``; eliminating from
     the first layer gives ``D_l = λI + (I − Θ_{l-1} D_{l-1}⁻¹) Θ_l``.
+
+    Args:
+        grams: ``Θ_l``, ``(R, R)`` each.
+        damping: λ > 0.
+
+    Raises:
+        FactorizationError: If the system is singular at this damping.
     """
 
     def __init__(self, grams: list[Tensor], damping: float) -> None:

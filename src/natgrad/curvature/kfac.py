@@ -9,7 +9,7 @@ and *reduce* settings of Eschenhagen et al. 2023). Grouped layers have one pair 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -145,20 +145,40 @@ class KroneckerPart(CurvaturePart):
 
     def _factorwise_inverse(self, damping: float) -> tuple[Tensor, Tensor] | None:
         """Return ``(Â⁻¹, B̂⁻¹)``, or None under the Tikhonov rule, whose inverse is no product."""
+        shifts = self._shifts(damping)
+        if shifts is None:
+            return None
         a, b = self.kronecker_factors()
+        return _shifted_inverse(a, shifts[0]), _shifted_inverse(b, shifts[1])
+
+    def _shifts(self, damping: float) -> tuple[Tensor, Tensor] | None:
+        """Return what is added to A and B, ``(G,)`` each; None where it cannot be split."""
+        a, b = self.kronecker_factors()
+        mean_a, mean_b = _diagonal(a).mean(-1), _diagonal(b).mean(-1)
         if damping == 0:
-            return _pseudo_inverse(a), _pseudo_inverse(b)
-        return self._pi_inverse(a, b, damping) if self.damping_rule == "pi" else None
+            return torch.zeros_like(mean_a), torch.zeros_like(mean_b)
+        if self.damping_rule != "pi":
+            return None
+        both = (mean_a > 0) & (mean_b > 0)
+        one = torch.ones_like(mean_a)
+        pi = torch.where(both, (mean_a / torch.where(both, mean_b, one)).sqrt(), one)
+        root = damping**0.5
+        return root * pi, root / pi
 
     def function_space_map(
         self, rows: Jacobians, other: Jacobians, damping: float
     ) -> dict[str, Tensor]:
         """Return ``J'(B̂⁻¹ ⊗ Â⁻¹)Jᵀ``: the Gram matrix of ``J'`` and the preconditioned rows."""
-        inverse = self._factorwise_inverse(damping)
+        shifts = self._shifts(damping)
         left, right = other.get(self.name), rows.get(self.name)
-        if inverse is None or type(left) is not LinearJacobian or type(right) is not LinearJacobian:
+        if shifts is None or type(left) is not LinearJacobian or type(right) is not LinearJacobian:
             return map_by_columns(self.name, rows, other, self.solver(damping))
-        return {self.name: left.augmented().gram(right.augmented().mapped(*inverse))}
+        right = right.augmented()
+        a, b = self.kronecker_factors()
+        assert self.positions is not None
+        inputs = _solve_rows(right.inputs, a, shifts[0], self.positions)
+        gradients = _solve_rows(right.output_gradients, b, shifts[1], self.count)
+        return {self.name: left.augmented().gram(right.replaced(inputs, gradients))}
 
     def trace(self) -> Tensor:
         """Return ``Σ_g tr A_g tr B_g``."""
@@ -182,14 +202,6 @@ class KroneckerPart(CurvaturePart):
         return self.matvec(torch.eye(self.numel, dtype=a.dtype, device=a.device))
 
     # Training.
-
-    def _pi_inverse(self, a: Tensor, b: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-        mean_a, mean_b = _diagonal(a).mean(-1), _diagonal(b).mean(-1)
-        both = (mean_a > 0) & (mean_b > 0)
-        one = torch.ones_like(mean_a)
-        pi = torch.where(both, (mean_a / torch.where(both, mean_b, one)).sqrt(), one)
-        root = damping**0.5
-        return _damped_inverse(a, root * pi), _damped_inverse(b, root / pi)
 
     def refresh(self, damping: float) -> None:
         """Invert the damped factors (π rule) or eigendecompose them (Tikhonov)."""
@@ -344,6 +356,7 @@ class KFACFisher(PartitionedFisher):
     """
 
     structure: ClassVar[str] = "kfac"
+    training_options: ClassVar[Mapping[str, Any]] = {"damping_rule": "pi"}
 
     def make_parts(
         self,
@@ -392,10 +405,38 @@ def _diagonal(factor: Tensor) -> Tensor:
     return factor.diagonal(dim1=-2, dim2=-1) if factor.dim() == 3 else factor
 
 
-def _damped_inverse(factor: Tensor, damping: Tensor) -> Tensor:
+def _shifted_inverse(factor: Tensor, shift: Tensor) -> Tensor:
+    """Return ``(X + shift I)⁻¹`` per group; the pseudo-inverse where nothing is added."""
+    if bool((shift == 0).all()):
+        return _pseudo_inverse(factor)
     if factor.dim() == 2:
-        return 1.0 / (factor + damping.unsqueeze(-1))
-    return linalg.inverse(linalg.add_to_diagonal(factor, damping))
+        return 1.0 / (factor + shift.unsqueeze(-1))
+    return linalg.inverse(linalg.add_to_diagonal(factor, shift))
+
+
+def _solve_rows(rows: Tensor, factor: Tensor, shift: Tensor, count: Tensor | float) -> Tensor:
+    """Return ``x (X + shift I)⁻¹`` for rows x, ``(..., G, d)``, of a factor per group.
+
+    Where the factor is ``Σ x xᵀ/count`` of just these rows, and they are fewer than d, their Gram
+    matrix is inverted instead: ``x (xᵀx/count + ρI)⁻¹ = (xxᵀ/count + ρI)⁻¹x``.
+    """
+    grouped = rows.movedim(-2, 0)
+    x = grouped.flatten(1, -2)  # (G, R, d)
+    if factor.dim() == 3 and x.shape[1] < x.shape[2] and _is_moment_of(factor, x, count):
+        solved = _shifted_inverse(x @ x.mT / count, shift) @ x
+    else:
+        inverse = _shifted_inverse(factor, shift)
+        solved = x @ inverse if inverse.dim() == 3 else x * inverse.unsqueeze(-2)
+    return solved.view(grouped.shape).movedim(0, -2)
+
+
+def _is_moment_of(factor: Tensor, x: Tensor, count: Tensor | float) -> bool:
+    """Check with a random vector whether a factor is ``xᵀx/count``."""
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(x.shape[2], 1, generator=generator, dtype=x.dtype).to(x.device)
+    expected = x.mT @ (x @ probe) / count
+    difference = (factor @ probe - expected).norm()
+    return bool(difference <= torch.finfo(x.dtype).eps ** 0.5 * expected.norm())
 
 
 def _eigenbasis(factor: Tensor) -> tuple[Tensor | None, Tensor]:

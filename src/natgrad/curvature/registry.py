@@ -26,9 +26,22 @@ def register_structure(cls: _Structure) -> _Structure:
 
 
 def make_structure(
-    name: str, blocks: Mapping[str, Block], layout: ParameterLayout, **options: Any
+    name: str,
+    blocks: Mapping[str, Block],
+    layout: ParameterLayout,
+    *,
+    training: bool = False,
+    **options: Any,
 ) -> FisherMatrix:
     """Return an empty structure for a model's blocks.
+
+    Args:
+        name: Name of the structure.
+        blocks: Block name → block.
+        layout: Order of all trainable parameters.
+        training: Take the defaults of training where they differ from those of the matrix as an
+            object (``FisherMatrix.training_options``).
+        **options: Options of the structure.
 
     Raises:
         ValueError: If the name is unknown or the model has no blocks.
@@ -39,4 +52,6 @@ def make_structure(
         raise ValueError(f"structure must be one of {', '.join(sorted(STRUCTURES))}, got {name!r}")
     if not blocks:
         raise ValueError("the model has no trainable parameter that natgrad can cover")
-    return STRUCTURES[key](blocks, layout, **options)
+    structure = STRUCTURES[key]
+    defaults = structure.training_options if training else {}
+    return structure(blocks, layout, **{**defaults, **options})

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from natgrad import linalg
 from natgrad.layouts import BlockLayout
 
 __all__ = [
@@ -151,6 +152,19 @@ class LayerJacobian(ABC):
         rows = self.per_sample_gradients().flatten(0, 1)[:, :, 0]
         return rows, rows.new_ones(*rows.shape[:2], 1)
 
+    def unit_grams(self, other: LayerJacobian | None = None) -> Tensor:
+        """Return every unit's share of :meth:`gram`, ``(G·d_out, N·K, N'·K')``.
+
+        Raises:
+            ValueError: If they do not fit memory.
+        """
+        right = self if other is None else other
+        units = self.layout.groups * self.layout.d_out
+        side = int((float(self.rows) * right.rows) ** 0.5) + 1
+        linalg.check_memory(side, units, self.dtype, self.device)
+        left = _unit_rows(self)
+        return left @ (left if other is None else _unit_rows(right)).mT
+
     def unit_blocks(self) -> Tensor:
         """Return every unit's second moment, ``(G·d_out, d_in + bias, d_in + bias)``."""
         layout = self.layout
@@ -171,15 +185,20 @@ class LayerJacobian(ABC):
                     torch.matmul(scaled.mT, a, out=total[base : base + scaled.shape[0]])
             return total
         for start, stop in self.chunks():
-            rows = self.per_sample_gradients(start, stop)
-            n, k, groups, d_out, d_in = rows.shape
-            rows = rows.permute(2, 3, 0, 1, 4).reshape(groups * d_out, n * k, d_in)
+            rows = _unit_rows(self, start, stop)
             total.baddbmm_(rows.mT, rows)
         return total
 
     def to_dense(self) -> Tensor:
         """Return all rows, ``(N·K, P_l)``."""
         return self.layout.flat(self.per_sample_gradients()).reshape(self.rows, -1)
+
+
+def _unit_rows(jacobian: LayerJacobian, start: int = 0, stop: int | None = None) -> Tensor:
+    """Return rows of samples ``start:stop`` cut into units, ``(G·d_out, n·K, d_in + bias)``."""
+    rows = jacobian.per_sample_gradients(start, stop)
+    n, k, groups, d_out, d_in = rows.shape
+    return rows.permute(2, 3, 0, 1, 4).reshape(groups * d_out, n * k, d_in)
 
 
 def gram_by_gradients(left: LayerJacobian, right: LayerJacobian, symmetric: bool) -> Tensor:

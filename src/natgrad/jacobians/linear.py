@@ -107,21 +107,9 @@ class LinearJacobian(LayerJacobian):
         )
         return LinearJacobian(layout, self.augmented_inputs(), self.output_gradients)
 
-    def mapped(self, input_map: Tensor, gradient_map: Tensor) -> LinearJacobian:
-        """Return the rows ``B M_nk A``: inputs times ``A``, output gradients times ``B``.
-
-        Only for rows without a separate bias coordinate, see :meth:`augmented`.
-
-        Args:
-            input_map: Symmetric ``A``, ``(G, d_in, d_in)``, or its diagonal ``(G, d_in)``.
-            gradient_map: Symmetric ``B``, ``(G, d_out, d_out)``, or its diagonal ``(G, d_out)``.
-        """
-        assert not self.layout.has_bias
-        return LinearJacobian(
-            self.layout,
-            _map_features(self.inputs, input_map),
-            _map_features(self.output_gradients, gradient_map),
-        )
+    def replaced(self, inputs: Tensor, output_gradients: Tensor) -> LinearJacobian:
+        """Return rows of the same layout from other inputs and output gradients."""
+        return LinearJacobian(self.layout, inputs, output_gradients, bias_value=self.bias_value)
 
     def combined(self, weights: Tensor) -> LinearJacobian:
         """Return rows ``Σ_k w_nkj M_nk``; see :meth:`LayerJacobian.combined`."""
@@ -340,11 +328,3 @@ class LinearJacobian(LayerJacobian):
             weights = (counts > 0).to(inputs.dtype).unsqueeze(1)
             positions = weights.sum()
         return mean, self._second_moment_of(mean, weights, size_limit), positions
-
-
-def _map_features(values: Tensor, maps: Tensor) -> Tensor:
-    """Multiply ``(..., G, d)`` by a matrix ``(G, d, d)`` or a diagonal ``(G, d)`` per group."""
-    if maps.dim() == 2:
-        return values * maps
-    grouped = values.movedim(-2, 0)
-    return (grouped.flatten(1, -2) @ maps).view(grouped.shape).movedim(0, -2)

@@ -87,10 +87,8 @@ class Preconditioner:
         self.factor_interval = factor_interval
         self.inverse_interval = inverse_interval
         self.ema_decay = ema_decay
-        if structure.replace("-", "_") == "kfac":
-            structure_options.setdefault("damping_rule", "pi")
         self.structure = make_structure(
-            structure, self.capture.blocks, self.capture.layout, **structure_options
+            structure, self.capture.blocks, self.capture.layout, training=True, **structure_options
         )
         if not self.structure.additive and (
             ema_decay > 0 or factor_interval > 1 or inverse_interval > 1

@@ -1,0 +1,67 @@
+"""Running a watched model once, without leaving traces in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.capture.capture import Capture, select_output
+
+__all__ = ["call_model", "evaluated", "undisturbed"]
+
+
+@contextmanager
+def evaluated(capture: Capture, inputs: Any) -> Iterator[Tensor]:
+    """Run the model of a capture and give the output to pull vectors back from.
+
+    Passes recorded before are forgotten. At the end the random state and the buffers of the model
+    are again as they were.
+
+    Args:
+        capture: A recording capture.
+        inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments.
+
+    Raises:
+        ValueError: If the model's output holds no tensor or depends on no trainable parameter.
+    """
+    capture.clear()
+    with undisturbed(capture.model):
+        with torch.enable_grad():
+            output = select_output(call_model(capture.model, inputs), capture.select)
+        if output is None:
+            raise ValueError(
+                "no tensor was found in the model's output; pass output=lambda out: ... to pick it"
+            )
+        if not output.requires_grad:
+            raise ValueError(
+                "the model's output does not depend on any trainable parameter; pass "
+                "output=lambda out: ... to pick the right tensor"
+            )
+        yield output
+
+
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """Call a model with a tensor, a tuple of arguments or a dict of keyword arguments."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, tuple):
+        return model(*inputs)
+    return model(inputs)
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Restore the random state and buffers (running statistics) a forward pass may change."""
+    devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
+    buffers = [(b, b.clone()) for b in model.buffers()] if model.training else []
+    try:
+        with torch.random.fork_rng(devices=sorted(devices)):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, saved in buffers:
+                buffer.copy_(saved)

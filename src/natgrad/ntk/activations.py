@@ -1,0 +1,535 @@
+r"""Gaussian expectations of activation functions: the steps of infinite-width kernels.
+
+For ``(u, v) ~ N(0, [[q, c], [c, q']])`` every activation φ gives ``E[φ(u)φ(v)]`` and
+``E[φ'(u)φ'(v)]``, in closed form (Williams 1997 for erf; Cho & Saul 2009 for ReLU; Tsuchida et al.
+2021 for GELU) or, for smooth functions without one, by Mehler's expansion
+
+.. math:: E[φ(u)φ(v)] = \sum_k a_k(q) a_k(q') ρ^k, \qquad a_k(q) = E[φ(\sqrt q z) h_k(z)],
+
+with ``ρ = c/√(qq')`` and the normalised Hermite polynomials ``h_k``. Coefficients are
+one-dimensional integrals, one per sample, not one per pair.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "ACTIVATIONS",
+    "Activation",
+    "Erf",
+    "ErfActivation",
+    "GELUActivation",
+    "LeakyReLUActivation",
+    "LinearActivation",
+    "QuadratureActivation",
+    "ReLUActivation",
+    "activation_of",
+    "as_activation",
+]
+
+# The trapezoid rule: beyond 13 the root of the normal density is below 1e-18.
+_LIMIT, _NODES = 13.0, 1601
+# Elements of a block of rows that Horner's scheme works on: it stays in the cache, and torch starts
+# no threads for so few, which would meet after every power of ρ.
+_BLOCK = 2**15
+_TOLERANCE = 1e-12
+_EPSILON = torch.finfo(torch.float64).eps
+
+
+class Erf(nn.Module):
+    """The error function ``erf(x)``, elementwise."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return ``erf(input)``, of the same shape."""
+        return torch.erf(input)
+
+
+class Activation(ABC):
+    """An elementwise function φ and its Gaussian expectations.
+
+    Arguments of all methods are float64 tensors: variances ``q1`` (N,) and ``q2`` (N',), all
+    positive, and covariances ``c`` (N, N'). Values of ``|c|`` above ``√(q q')``, as rounding leaves
+    them, count as equal to it.
+
+    Attributes:
+        name: The name of the function.
+        active_fraction: The share of centred Gaussian inputs with a non-zero slope: 0.5 for ReLU.
+    """
+
+    name: str
+    active_fraction: float = 1.0
+
+    @abstractmethod
+    def module(self) -> nn.Module:
+        """Return a new module that computes φ."""
+
+    @abstractmethod
+    def covariance(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
+        """Return ``E[φ(u_i)φ(v_j)]``, (N, N')."""
+
+    @abstractmethod
+    def derivative_covariance(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
+        """Return ``E[φ'(u_i)φ'(v_j)]``, (N, N')."""
+
+    @abstractmethod
+    def variance(self, q: Tensor) -> Tensor:
+        """Return ``E[φ(u)²]`` for ``u ~ N(0, q)``, (N,)."""
+
+    @abstractmethod
+    def derivative_variance(self, q: Tensor) -> Tensor:
+        """Return ``E[φ'(u)²]`` for ``u ~ N(0, q)``, (N,)."""
+
+    def error(self, q1: Tensor, q2: Tensor, input_error: float = 0.0) -> tuple[float, float]:
+        """Bound the absolute errors of ``covariance`` and ``derivative_covariance``.
+
+        Args:
+            q1: Variances of one side (N,).
+            q2: Variances of the other side (N',).
+            input_error: A bound on the absolute error of ``c`` itself.
+
+        Returns:
+            The two bounds; (0.0, 0.0) for closed forms, which are exact up to rounding.
+        """
+        return 0.0, 0.0
+
+
+@dataclass(frozen=True)
+class ReLUActivation(Activation):
+    """``max(x, 0)``; arc-cosine kernels of orders 1 and 0 (Cho & Saul 2009).
+
+    Near ``ρ = 1`` the slopes change as ``√(1 − ρ)``: rounding of ``c`` moves them by some 1e-9.
+    """
+
+    name = "relu"
+    active_fraction = 0.5
+
+    def module(self) -> nn.Module:
+        """Return ``nn.ReLU()``."""
+        return nn.ReLU()
+
+    def covariance(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
+        """Return ``√(qq')/2π · (√(1−ρ²) + ρ(π − arccos ρ))``, (N, N')."""
+        rho = _correlation(q1, q2, c)
+        result = (math.pi - rho.arccos()).mul_(rho)
+        # As a product, which keeps its digits where ρ is close to 1.
+        result += ((1 - rho) * (1 + rho)).sqrt_()
+        return _scale(result, (q1 / (2 * math.pi)).sqrt(), (q2 / (2 * math.pi)).sqrt())
+
+    def derivative_covariance(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
+        """Return ``(π − arccos ρ)/2π``, (N, N')."""
+        angle = _correlation(q1, q2, c).arccos_()
+        return angle.div_(-2 * math.pi).add_(0.5)
+
+    def variance(self, q: Tensor) -> Tensor:
+        """Return ``q/2``, (N,)."""
+        return q / 2
+
+    def derivative_variance(self, q: Tensor) -> Tensor:
+        """Return ``1/2``, (N,)."""
+        return torch.full_like(q, 0.5)
+
+
+@dataclass(frozen=True)
+class LeakyReLUActivation(Activation):
+    """``x`` where positive, ``slope · x`` elsewhere.
+
+    Attributes:
+        slope: The slope of negative inputs; default 0.01, as in torch.
+
+    Raises:
+        ValueError: If the slope is zero or not finite.
+    """
+
+    slope: float = 0.01
+    name = "leaky_relu"
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.slope) or self.slope == 0:
+            raise ValueError(
+                f"the slope of a leaky ReLU must be finite and not zero, got {self.slope}; "
+                "for slope 0 use ReLUActivation"
+            )
+
+    def module(self) -> nn.Module:
+        """Return ``nn.LeakyReLU(slope)``."""
+        return nn.LeakyReLU(self.slope)
+
+    def covariance(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
+        """Return ``a c + (1 − a)² K`` with ReLU's ``K`` and the slope ``a``, (N, N')."""
+        relu = ReLUActivation().covariance(q1, q2, c)
+        return relu.mul_((1 - self.slope) ** 2).add_(c, alpha=self.slope)
+
+    def derivative_covariance(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
+        """Return ``a + (1 − a)² K'`` with ReLU's ``K'`` and the slope ``a``, (N, N')."""
+        relu = ReLUActivation().derivative_covariance(q1, q2, c)
+        return relu.mul_((1 - self.slope) ** 2).add_(self.slope)
+
+    def variance(self, q: Tensor) -> Tensor:
+        """Return ``q (1 + a²)/2``, (N,)."""
+        return q * ((1 + self.slope**2) / 2)
+
+    def derivative_variance(self, q: Tensor) -> Tensor:
+        """Return ``(1 + a²)/2``, (N,)."""
+        return torch.full_like(q, (1 + self.slope**2) / 2)
+
+
+@dataclass(frozen=True)
+class ErfActivation(Activation):
+    """The error function (Williams 1997)."""
+
+    name = "erf"
+
+    def module(self) -> nn.Module:
+        """Return ``Erf()``."""
+        return Erf()
+
+    def covariance(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
+        """Return ``2/π · arcsin(2c/√((1+2q)(1+2q')))``, (N, N')."""
+        result = _scale(2 * c, (1 + 2 * q1).rsqrt(), (1 + 2 * q2).rsqrt())
+        return result.clamp_(-1, 1).arcsin_().mul_(2 / math.pi)
+
+    def derivative_covariance(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
+        """Return ``4/π /√((1+2q)(1+2q') − 4c²)``, (N, N')."""
+        result = (1 + 2 * q1).unsqueeze(1) * (1 + 2 * q2)
+        result.addcmul_(c, c, value=-4)
+        # By Cauchy and Schwarz the difference is at least 1, whatever rounding makes of it.
+        return result.clamp_(min=1.0).rsqrt_().mul_(4 / math.pi)
+
+    def variance(self, q: Tensor) -> Tensor:
+        """Return ``2/π · arcsin(2q/(1+2q))``, (N,)."""
+        return (2 * q / (1 + 2 * q)).arcsin() * (2 / math.pi)
+
+    def derivative_variance(self, q: Tensor) -> Tensor:
+        """Return ``4/π /√(1+4q)``, (N,)."""
+        return (1 + 4 * q).rsqrt() * (4 / math.pi)
+
+
+@dataclass(frozen=True)
+class GELUActivation(Activation):
+    """``x Φ(x)`` with the normal distribution function Φ, not the tanh approximation."""
+
+    name = "gelu"
+
+    def module(self) -> nn.Module:
+        """Return ``nn.GELU()``."""
+        return nn.GELU()
+
+    def covariance(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
+        """Return the closed form of Tsuchida et al. (2021), (N, N').
+
+        With ``P = (1+q)(1+q')``, ``D = P − c²`` and ``κ = 1/(1+q) + 1/(1+q') − 1`` it is
+        ``(qq' + c²κ)/(2π√D) + c/4 + c·arcsin(c/√P)/2π``.
+        """
+        return self._covariance(q1.unsqueeze(1), q2, c)
+
+    def derivative_covariance(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
+        """Return the derivative of ``covariance`` by ``c`` (Price's theorem), (N, N').
+
+        It is ``1/4 + arcsin(c/√P)/2π + c (2κ + 1 + (qq' + c²κ)/D)/(2π√D)``.
+        """
+        return self._derivative_covariance(q1.unsqueeze(1), q2, c)
+
+    def variance(self, q: Tensor) -> Tensor:
+        """Return ``covariance`` at ``c = q' = q``, (N,)."""
+        return self._covariance(q, q, q)
+
+    def derivative_variance(self, q: Tensor) -> Tensor:
+        """Return ``derivative_covariance`` at ``c = q' = q``, (N,)."""
+        return self._derivative_covariance(q, q, q)
+
+    def _covariance(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
+        kappa, numerator, difference, angle = self._parts(q1, q2, c)
+        del kappa
+        result = numerator.mul_(difference.rsqrt_()).add_(angle.mul_(c))
+        return result.div_(2 * math.pi).add_(c, alpha=0.25)
+
+    def _derivative_covariance(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
+        kappa, numerator, difference, angle = self._parts(q1, q2, c)
+        result = numerator.div_(difference).add_(kappa, alpha=2).add_(1).mul_(c)
+        result.mul_(difference.rsqrt_()).add_(angle)
+        return result.div_(2 * math.pi).add_(0.25)
+
+    @staticmethod
+    def _parts(q1: Tensor, q2: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return κ, ``qq' + c²κ``, D and ``arcsin(c/√P)``, broadcast."""
+        kappa = 1 / (1 + q1) + (1 / (1 + q2) - 1)
+        numerator = (c * c).mul_(kappa).add_(q1 * q2)
+        product = (1 + q1) * (1 + q2)
+        angle = (c / product.sqrt()).clamp_(-1, 1).arcsin_()
+        # D is at least 1 + q + q' for any covariance.
+        return kappa, numerator, product.addcmul_(c, c, value=-1).clamp_(min=1.0), angle
+
+
+@dataclass(frozen=True)
+class LinearActivation(Activation):
+    """The identity: a deep linear network."""
+
+    name = "linear"
+
+    def module(self) -> nn.Module:
+        """Return ``nn.Identity()``."""
+        return nn.Identity()
+
+    def covariance(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
+        """Return a copy of ``c``, (N, N')."""
+        return c.clone()
+
+    def derivative_covariance(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
+        """Return ones, (N, N')."""
+        return torch.ones_like(c)
+
+    def variance(self, q: Tensor) -> Tensor:
+        """Return a copy of ``q``, (N,)."""
+        return q.clone()
+
+    def derivative_variance(self, q: Tensor) -> Tensor:
+        """Return ones, (N,)."""
+        return torch.ones_like(q)
+
+
+@dataclass(frozen=True)
+class QuadratureActivation(Activation):
+    r"""Any smooth activation, by Mehler's expansion.
+
+    The series is cut after ``K`` powers of ρ, the first ``K`` whose tail
+    ``t = E[φ²] − Σ_{k≤K} a_k²`` is below 1e-12 of ``E[φ²]`` for every sample, or ``max_terms``. By
+    Cauchy and Schwarz what is left out is at most ``√(t_i t_j) |ρ|^{K+1}``; ``error`` states this
+    bound, at ``|ρ| = 1``, with allowances for the quadrature of the coefficients and for rounding.
+    Kinks make the coefficients decay slowly: functions like ReLU need closed forms.
+
+    Attributes:
+        name: The name of the function.
+        function: φ, elementwise on tensors.
+        derivative: φ', elementwise on tensors.
+        make_module: Makes the module that computes φ.
+        max_terms: The most powers of ρ; default 400.
+
+    Raises:
+        ValueError: If ``max_terms`` is below 1.
+    """
+
+    name: str
+    function: Callable[[Tensor], Tensor]
+    derivative: Callable[[Tensor], Tensor]
+    make_module: Callable[[], nn.Module]
+    max_terms: int = 400
+
+    def __post_init__(self) -> None:
+        if self.max_terms < 1:
+            raise ValueError(f"max_terms must be at least 1, got {self.max_terms}")
+
+    def module(self) -> nn.Module:
+        """Return a module made by ``make_module``."""
+        return self.make_module()
+
+    def covariance(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
+        """Return ``E[φ(u_i)φ(v_j)]`` by the series, (N, N')."""
+        return self._expand(self.function, q1, q2, c)
+
+    def derivative_covariance(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
+        """Return ``E[φ'(u_i)φ'(v_j)]`` by the series, (N, N')."""
+        return self._expand(self.derivative, q1, q2, c)
+
+    def variance(self, q: Tensor) -> Tensor:
+        """Return ``E[φ(u)²]`` by one-dimensional quadrature, (N,)."""
+        return _moments(self.function, q)
+
+    def derivative_variance(self, q: Tensor) -> Tensor:
+        """Return ``E[φ'(u)²]`` by one-dimensional quadrature, (N,)."""
+        return _moments(self.derivative, q)
+
+    def error(self, q1: Tensor, q2: Tensor, input_error: float = 0.0) -> tuple[float, float]:
+        """Bound the absolute errors of both series; see the class.
+
+        Args:
+            q1: Variances of one side (N,).
+            q2: Variances of the other side (N',).
+            input_error: A bound on the absolute error of ``c``; it is carried on with the largest
+                slopes, ``E[φ'²]`` and ``E[φ''²]``, by Price's theorem.
+
+        Returns:
+            The bounds for ``covariance`` and ``derivative_covariance``.
+        """
+        bounds = []
+        for function in (self.function, self.derivative):
+            sides = []
+            for series in self._series(function, q1, q2):
+                # The q-th part of Σ k a_k² is the second moment of the function's derivative.
+                powers = torch.arange(series.coefficients.shape[0], device=q1.device)
+                slope = (series.coefficients**2 * powers.unsqueeze(1)).sum(0) / series.variances
+                sides.append([float(values.max()) for values in (series.error, slope)])
+            (error1, slope1), (error2, slope2) = sides
+            bounds.append(math.sqrt(error1 * error2) + input_error * math.sqrt(slope1 * slope2))
+        return bounds[0], bounds[1]
+
+    def _expand(
+        self, function: Callable[[Tensor], Tensor], q1: Tensor, q2: Tensor, c: Tensor
+    ) -> Tensor:
+        first, second = self._series(function, q1, q2)
+        rho = _correlation(q1, q2, c)
+        rows = max(1, _BLOCK // max(1, len(q2)))
+        # Odd functions have odd powers only, even ones even powers, x·sigmoid(x) one odd power.
+        last = first.last(), second.last()
+        even, odd = max(last[0][0], last[1][0]), max(last[0][1], last[1][1])
+        for start in range(0, len(q1), rows):
+            block = rho[start : start + rows]
+            left = first.coefficients[:, start : start + rows].unsqueeze(2)
+            right = second.coefficients.unsqueeze(1)
+            square = block * block
+            total = block.mul_(_horner(left, right, square, odd, 1))
+            total += _horner(left, right, square, even, 0)
+        return rho
+
+    def _series(
+        self, function: Callable[[Tensor], Tensor], q1: Tensor, q2: Tensor
+    ) -> tuple[_Series, _Series]:
+        """Return the coefficients of both sides, cut after the same power."""
+        values, places = torch.unique(torch.cat([q1, q2]), return_inverse=True)
+        nodes, root = _rule(values.device)
+        basis = [root, nodes * root]
+        for k in range(1, self.max_terms):
+            following = nodes * basis[k] - math.sqrt(k) * basis[k - 1]
+            basis.append(following / math.sqrt(k + 1))
+        sampled = function(values.sqrt().unsqueeze(1) * nodes) * root
+        coefficients = torch.stack(basis) @ sampled.T
+        moments = (sampled**2).sum(1)
+        tails = (moments - (coefficients**2).cumsum(0)).clamp_(min=0)
+        enough = (tails <= _TOLERANCE * moments).all(1)
+        terms = int(enough.int().argmax()) + 1 if bool(enough.any()) else self.max_terms + 1
+        # The rule at half the nodes errs by about the root of the rule's own error.
+        coarse = 2 * (sampled[:, ::2] ** 2).sum(1)
+        error = tails[terms - 1] + (moments - coarse).abs() + terms * _EPSILON * moments
+        series = _Series(values, coefficients[:terms], moments, error)
+        return series.select(places[: len(q1)]), series.select(places[len(q1) :])
+
+
+@dataclass(frozen=True)
+class _Series:
+    """Hermite coefficients ``a_k(q_i)`` (K + 1, N), with ``q``, ``E[φ²]`` and errors, all (N,)."""
+
+    variances: Tensor
+    coefficients: Tensor
+    moments: Tensor
+    error: Tensor
+
+    def select(self, places: Tensor) -> _Series:
+        return _Series(
+            self.variances[places],
+            self.coefficients[:, places],
+            self.moments[places],
+            self.error[places],
+        )
+
+    def last(self) -> tuple[int, int]:
+        """Return the last even and the last odd power that matter, negative if none does."""
+        # Products of what is dropped are below 1e-18 of the result's scale.
+        matters = (self.coefficients.abs() > 1e-9 * self.moments.sqrt()).any(1)
+        powers = matters.nonzero().squeeze(1).tolist()
+        even = max((k for k in powers if k % 2 == 0), default=-2)
+        odd = max((k for k in powers if k % 2 == 1), default=-1)
+        return even, odd
+
+
+def _horner(left: Tensor, right: Tensor, square: Tensor, last: int, first: int) -> Tensor:
+    """Sum ``left[k] right[k] square^⌊k/2⌋`` over ``k = first, first + 2, …, last``."""
+    total = torch.zeros_like(square)
+    for k in range(last, first - 1, -2):
+        total.mul_(square).addcmul_(left[k], right[k])
+    return total
+
+
+def _rule(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the nodes of the trapezoid rule and the roots of their weights, (n,) each."""
+    nodes = torch.linspace(-_LIMIT, _LIMIT, _NODES, dtype=torch.float64, device=device)
+    step = 2 * _LIMIT / (_NODES - 1)
+    return nodes, torch.exp(-(nodes**2) / 4) * math.sqrt(step / math.sqrt(2 * math.pi))
+
+
+def _moments(function: Callable[[Tensor], Tensor], q: Tensor) -> Tensor:
+    values, places = torch.unique(q, return_inverse=True)
+    nodes, root = _rule(q.device)
+    sampled = function(values.sqrt().unsqueeze(1) * nodes) * root
+    return (sampled**2).sum(1)[places]
+
+
+def _scale(matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Multiply rows and columns of a matrix, in place."""
+    return matrix.mul_(rows.unsqueeze(1)).mul_(columns)
+
+
+def _correlation(q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
+    return _scale(c.clone(), q1.rsqrt(), q2.rsqrt()).clamp_(-1, 1)
+
+
+def _tanh_slope(x: Tensor) -> Tensor:
+    # Not 1 − tanh², which loses the digits of small slopes.
+    return torch.cosh(x.clamp(-300, 300)) ** -2
+
+
+def _silu_slope(x: Tensor) -> Tensor:
+    gate = torch.sigmoid(x)
+    return gate * (1 + x * (1 - gate))
+
+
+#: The activations known by name.
+ACTIVATIONS: dict[str, Activation] = {
+    activation.name: activation
+    for activation in (
+        ReLUActivation(),
+        LeakyReLUActivation(),
+        ErfActivation(),
+        GELUActivation(),
+        LinearActivation(),
+        QuadratureActivation("tanh", torch.tanh, _tanh_slope, nn.Tanh),
+        QuadratureActivation("silu", nn.functional.silu, _silu_slope, nn.SiLU),
+    )
+}
+
+
+def as_activation(activation: str | Activation) -> Activation:
+    """Return an activation by name; an ``Activation`` is returned as it is.
+
+    Raises:
+        ValueError: If there is none of this name.
+        TypeError: If it is neither a name nor an ``Activation``.
+    """
+    if isinstance(activation, Activation):
+        return activation
+    if not isinstance(activation, str):
+        raise TypeError(
+            f"activation must be a name or an Activation, got {type(activation).__name__}; "
+            f"names: {', '.join(ACTIVATIONS)}"
+        )
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[activation]
+
+
+def activation_of(module: nn.Module) -> Activation | None:
+    """Return the activation that a module computes, or None if it is not a known one.
+
+    Known are ``nn.ReLU``, ``nn.LeakyReLU``, ``nn.GELU`` with ``approximate="none"``, ``nn.Tanh``,
+    ``nn.SiLU``, ``nn.Identity`` and ``Erf``; subclasses are not.
+    """
+    kind = type(module)
+    if isinstance(module, nn.LeakyReLU) and kind is nn.LeakyReLU:
+        slope = module.negative_slope
+        return LeakyReLUActivation(slope) if slope else ReLUActivation()
+    if isinstance(module, nn.GELU) and module.approximate != "none":
+        return None
+    names: dict[type[nn.Module], str] = {
+        nn.ReLU: "relu",
+        nn.GELU: "gelu",
+        nn.Tanh: "tanh",
+        nn.SiLU: "silu",
+        nn.Identity: "linear",
+        Erf: "erf",
+    }
+    return ACTIVATIONS[names[kind]] if kind in names else None
