@@ -1,4 +1,4 @@
-"""The command line: ``natgrad compare`` and ``natgrad inspect``.
+"""The command line: ``natgrad compare``, ``natgrad theory`` and ``natgrad inspect``.
 
 Wrong input ends with exit code 2 and one sentence on standard error; Ctrl-C with 130, after writing
 what is there.
@@ -17,7 +17,13 @@ from rich.console import Console
 from natgrad.curvature.registry import STRUCTURES
 from natgrad.experiments.compare import compare as run_comparison
 from natgrad.experiments.config import CompareConfig, ConfigError
-from natgrad.experiments.console import ProgressBars, print_results, print_summary
+from natgrad.experiments.console import (
+    ProgressBars,
+    SectionBars,
+    print_findings,
+    print_results,
+    print_summary,
+)
 from natgrad.experiments.data import DATASETS, DataError
 from natgrad.experiments.inspection import (
     InspectionError,
@@ -29,7 +35,12 @@ from natgrad.experiments.inspection import (
 from natgrad.experiments.methods import DEFAULT_METHODS, METHODS
 from natgrad.experiments.models import MODELS
 from natgrad.experiments.objectives import OBJECTIVES
-from natgrad.experiments.report import check_output, write_report
+from natgrad.experiments.pages import check_output
+from natgrad.experiments.report import write_report
+from natgrad.experiments.theory.config import SECTIONS, TheoryConfig
+from natgrad.experiments.theory.report import write_theory_report
+from natgrad.experiments.theory.run import run_theory
+from natgrad.ntk import ACTIVATIONS
 from natgrad.version import __version__
 
 __all__ = ["app", "run"]
@@ -184,15 +195,77 @@ def compare(
         device=device,
         dtype=dtype,
     )
-    try:
-        check_output(output)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    _check_output(output)
     console = _console()
     with ProgressBars(console) as bars:
         results = run_comparison(config, bars, command=_command())
     files = write_report(results, output)
     print_results(console, results)
+    console.print(f"Report: {files[0]}", highlight=False)
+    return 130 if results.interrupted else 0
+
+
+_theory_defaults = TheoryConfig()
+
+
+@app.command()
+def theory(
+    sections: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SECTION]...", help=f"Sections, of {', '.join(SECTIONS)} [default: all]."
+        ),
+    ] = None,
+    data: Annotated[
+        str, typer.Option(help=f"Data set: {', '.join(DATASETS)}.")
+    ] = _theory_defaults.data,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder with the original files, or train.npz and test.npz."),
+    ] = None,
+    classes: Annotated[
+        str, typer.Option(help="Labels to keep, separated by commas; two give targets ±½.")
+    ] = "0,1",
+    train_samples: Annotated[
+        int | None,
+        typer.Option(help="Training samples N [default: 40 for digits, else 100]."),
+    ] = None,
+    test_samples: Annotated[
+        int, typer.Option(help="Test samples, at most.")
+    ] = _theory_defaults.test_samples,
+    width: Annotated[
+        int, typer.Option(help="Units of the hidden layers; the largest where it varies.")
+    ] = _theory_defaults.width,
+    depth: Annotated[int, typer.Option(help="Number of weight layers.")] = _theory_defaults.depth,
+    activation: Annotated[
+        str, typer.Option(help=f"Activation: {', '.join(ACTIVATIONS)}.")
+    ] = _theory_defaults.activation,
+    seed: Annotated[int, typer.Option(help="Seed of weights and subset.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    output: Annotated[
+        Path, typer.Option(help="Folder for results.json, plots and report.html.")
+    ] = Path("results/theory"),
+) -> int:
+    """Put the theory of wide networks beside what networks do, on real images."""
+    config = TheoryConfig(
+        sections=tuple(sections) if sections else SECTIONS,
+        data=data,
+        data_dir=data_dir,
+        classes=_classes(classes),
+        train_samples=train_samples,
+        test_samples=test_samples,
+        width=width,
+        depth=depth,
+        activation=activation,
+        seed=seed,
+        device=device,
+    )
+    _check_output(output)
+    console = _console()
+    with SectionBars(console) as bars:
+        results = run_theory(config, bars, command=_command())
+    files = write_theory_report(results, output)
+    print_findings(console, results)
     console.print(f"Report: {files[0]}", highlight=False)
     return 130 if results.interrupted else 0
 
@@ -237,6 +310,22 @@ def inspect_command(
 def _console() -> Console:
     """Return a console, wide enough for tables where no terminal sets the width."""
     return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def _check_output(directory: Path) -> None:
+    try:
+        check_output(directory)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _classes(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(label) for label in text.split(","))
+    except ValueError:
+        raise ConfigError(
+            f"The classes are numbers separated by commas, for example 0,1, not {text!r}."
+        ) from None
 
 
 def _batch_size(text: str) -> int | None:

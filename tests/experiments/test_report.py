@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from natgrad.experiments import report
+from natgrad.experiments import pages, report
 from natgrad.experiments.compare import compare
 from natgrad.experiments.config import CompareConfig
 from natgrad.experiments.plots import PLOTS
@@ -104,8 +104,8 @@ def test_report_shows_what_was_run(folder, results):
     for fact in ("SGD", "AdamW", "natgrad compare --width 8", "scikit-learn digits"):
         assert fact in text
     for method in results.methods:
-        assert report.format_rate(method.learning_rate) in text
-        assert report.format_loss(method.train.loss[-1]) in text
+        assert pages.format_rate(method.learning_rate) in text
+        assert pages.format_loss(method.train.loss[-1]) in text
     assert results.environment["torch"] in text
 
 
@@ -134,19 +134,19 @@ def test_a_failure_while_writing_leaves_no_temporary_file(tmp_path, monkeypatch)
     def fail(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr(report.os, "replace", fail)
+    monkeypatch.setattr(pages.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        report._write_whole(tmp_path / "file", b"content")
+        pages._write_whole(tmp_path / "file", b"content")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_output_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file"):
-        report.check_output(tmp_path / "file")
+        pages.check_output(tmp_path / "file")
     with pytest.raises(ValueError, match="cannot be written"):
-        report.check_output(tmp_path / "file" / "below")
-    report.check_output(tmp_path / "a" / "b")
+        pages.check_output(tmp_path / "file" / "below")
+    pages.check_output(tmp_path / "a" / "b")
     assert not (tmp_path / "a").exists()
 
 
@@ -162,4 +162,4 @@ def test_output_that_cannot_be_written_is_refused(tmp_path):
     ],
 )
 def test_losses_are_formatted(value, text):
-    assert report.format_loss(value) == text
+    assert pages.format_loss(value) == text

@@ -1,5 +1,984 @@
+"""Predicted training, against loops over the parameters of dense linear networks."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import natgrad
+from natgrad import likelihoods
+from natgrad.ntk import MLP, Architecture, InfiniteNetwork, LinearizedNetwork, predict
+from tests import dense
+from tests.cases import CASES, normal
 from tests.ntk import reference
+from tests.ntk.reference import Linear, cross_entropy, squared
+
+LAYERWISE = ["gd", "full", "block_diagonal", "block_tridiagonal", "kfac"]
+EVERY = [*LAYERWISE, "unit_wise", "diagonal"]
 
 
-def test_a():
-    assert reference.x == 1
+def mlp(*widths: int, activation: str = "tanh", bias: float = 0.1, seed: int = 0) -> MLP:
+    torch.manual_seed(seed)
+    return MLP(widths, activation, 1.7, bias, dtype=torch.float64)
+
+
+def inputs(samples: int, dim: int, seed: int = 0) -> Tensor:
+    """Samples with ‖x‖² = dim."""
+    x = normal(samples, dim, seed=seed)
+    return x * math.sqrt(dim) / x.norm(dim=1, keepdim=True)
+
+
+def example(outputs: int = 2, depth: int = 3, activation: str = "tanh", samples: int = 5):
+    """A network wider than its N·C rows, training inputs, test inputs and targets."""
+    model = mlp(7, *[12] * (depth - 1), outputs, activation=activation)
+    x, x_test = inputs(samples, 7), inputs(3, 7, seed=1)
+    return model, x, x_test, normal(samples, outputs, seed=2)
+
+
+def stable_rate(linear: Linear, structure: str, damping: float) -> float:
+    """A rate of the order of 1/α."""
+    coefficients, _ = linear.map(structure, damping)
+    return 0.7 / float(torch.linalg.eigvalsh(coefficients).abs().max())
+
+
+def tolerance(structure: str, damping: float) -> float:
+    """Bound relative errors by 10·ε·κ of what is inverted.
+
+    Undamped, κ is up to 2e5 for K-FAC's factors and 1e8 for the blocks of units.
+    """
+    if damping:
+        return 1e-9
+    return {"kfac": 4e-10, "unit_wise": 2.4e-7}.get(structure, 1e-10)
+
+
+def assert_follows(found, wanted: tuple[Tensor, Tensor | None], tolerance: float = 1e-9) -> None:
+    train, test = wanted
+    dense.assert_same(found.train, train, tolerance)
+    if test is None:
+        assert found.test is None
+    else:
+        dense.assert_same(found.test, test, tolerance)
+
+
+# -- the reference itself --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("standard", [False, True])
+def test_reference_layers_have_the_jacobian_of_autograd(standard):
+    if standard:
+        model = CASES["mlp"]().model
+        x = CASES["mlp"]().x
+    else:
+        model, x, _, _ = example()
+    z, jac = dense.jacobian(model, x)
+    outputs, layers = reference.chain(model, x)
+    torch.testing.assert_close(outputs, z)
+    rows = jac.flatten(0, 1)
+    # Weight and bias are apart in the model, side by side in the reference: compare the kernels.
+    where = dense.indices(model)
+    kernels, names = [], list(where)
+    for weight, bias in zip(names[::2], names[1::2], strict=True):
+        part = rows[:, torch.cat([where[weight].flatten(), where[bias].flatten()])]
+        kernels.append(part @ part.T)
+    for layer, kernel in zip(layers, kernels, strict=True):
+        own = layer.jacobian()
+        dense.assert_same(own @ own.T, kernel)
+
+
+# -- finite networks, squared loss -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("structure", EVERY)
+@pytest.mark.parametrize("damping", [0.0, 1e-3, 0.3])
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+def test_training_of_the_linearized_network(structure, damping, activation):
+    model, x, x_test, y = example(activation=activation)
+    linear = Linear.of(model, x, x_test)
+    lr = stable_rate(linear, structure, damping)
+    wanted = linear.train(structure, 6, lr, damping, *squared(y))
+    network = LinearizedNetwork(model, x, x_test)
+    found = predict(network, y, structure, steps=6, lr=lr, damping=damping)
+    assert found.steps == (0, 1, 2, 3, 4, 5, 6) and found.learning_rate == lr
+    assert_follows(found, wanted, tolerance(structure, damping))
+    losses = 0.5 * (wanted[0] - y).square().sum((1, 2)) / len(y)
+    own = max(1e-8, tolerance(structure, damping))
+    dense.assert_same(found.train_loss, losses, own)
+    y_test = normal(3, 2, seed=9)
+    losses = 0.5 * (wanted[1] - y_test).square().sum((1, 2)) / 3
+    dense.assert_same(found.test_loss(y_test), losses, own)
+
+
+@given(
+    depth=st.integers(1, 4),
+    outputs=st.integers(1, 3),
+    samples=st.integers(1, 4),
+    tests=st.integers(0, 3),
+    structure=st.sampled_from(EVERY),
+    steps=st.lists(st.integers(0, 7), min_size=1, max_size=4),
+    seed=st.integers(0, 5),
+)
+def test_any_shape_and_any_steps(depth, outputs, samples, tests, structure, steps, seed):
+    model = mlp(3, *[6] * (depth - 1), outputs, seed=seed)
+    x = inputs(samples, 3, seed)
+    x_test = inputs(tests, 3, seed + 1) if tests else None
+    y = normal(samples, outputs, seed=seed + 2)
+    linear = Linear.of(model, x, x_test)
+    lr = stable_rate(linear, structure, 0.1)
+    train, test = linear.train(structure, max(steps), lr, 0.1, *squared(y))
+    network = LinearizedNetwork(model, x, x_test)
+    found = predict(network, y, structure, steps=steps, lr=lr, damping=0.1)
+    assert found.steps == tuple(steps)
+    assert_follows(found, (train[steps], None if test is None else test[steps]))
+
+
+@pytest.mark.parametrize("structure", EVERY)
+@pytest.mark.parametrize("damping", [0.0, 0.05])
+def test_maps_of_the_linearized_network(structure, damping):
+    model, x, x_test, _ = example(depth=4)
+    found = LinearizedNetwork(model, x, x_test).maps(structure, damping)
+    wanted = Linear.of(model, x, x_test).map(structure, damping)
+    dense.assert_same(found[0], wanted[0], tolerance(structure, damping))
+    dense.assert_same(found[1], wanted[1], tolerance(structure, damping))
+    assert LinearizedNetwork(model, x).maps(structure, damping)[1] is None
+
+
+def test_layer_kernels_and_outputs_of_the_linearized_network():
+    model, x, x_test, _ = example()
+    network = LinearizedNetwork(model, x, x_test)
+    dense.assert_same(network.outputs, model(x).detach(), 1e-14)
+    dense.assert_same(network.test_outputs, model(x_test).detach(), 1e-14)
+    layers = Linear.of(model, x).layers
+    kernels = network.layer_kernels()
+    assert list(kernels) == ["1", "3", "5"]
+    for kernel, layer in zip(kernels.values(), layers, strict=True):
+        rows = layer.jacobian()
+        dense.assert_same(kernel, rows @ rows.T)
+
+
+@pytest.mark.parametrize("name", ["conv2d", "transformer_layer", "dictionary_output", "embedding"])
+@pytest.mark.parametrize("structure", ["gd", "full", "block_diagonal", "diagonal"])
+def test_training_of_any_linearized_model(name, structure):
+    """Other layers than linear ones, and other inputs than a tensor."""
+    case = CASES[name]()
+    z, jac = case.jacobian
+    rows = jac.reshape(z.numel(), -1)
+    y = normal(*z.shape, seed=3)
+    kernel = rows.T @ rows / len(z)
+    if structure == "gd":
+        inverse = torch.eye(len(kernel), dtype=torch.float64)
+    else:
+        kernel = dense.structured(kernel, structure, case.model, case.blocks)
+        inverse = torch.linalg.inv(kernel + 0.1 * torch.eye(len(kernel), dtype=torch.float64))
+    theta = torch.zeros(len(inverse), dtype=torch.float64)
+    lr, path = 0.02 if structure == "gd" else 0.3, []
+    for _ in range(5):
+        f = z + (rows @ theta).view_as(z)
+        path.append(f)
+        theta = theta - lr * inverse @ rows.T @ (f - y).flatten() / len(z)
+    network = LinearizedNetwork(case.model, case.x, output=case.output)
+    found = predict(network, y, structure, steps=4, lr=lr, damping=0.1)
+    dense.assert_same(found.train, torch.stack(path))
+
+
+def test_structure_options_reach_the_structure():
+    """Tikhonov damping of K-FAC, ``B ⊗ A + λI``, instead of the default."""
+    model, x, x_test, _ = example()
+    linear = Linear.of(model, x, x_test)
+    matrix = reference.fisher(linear.layers, "kfac", reference.identity(linear.layers))
+    rows, test_rows = reference.jacobian(linear.layers), reference.jacobian(linear.test_layers)
+    moved = reference.invert(matrix, 0.2) @ rows.T / len(x)
+    options = {"kfac": {"damping_rule": "tikhonov"}}
+    network = LinearizedNetwork(model, x, x_test, structure_options=options)
+    found = network.maps("kfac", 0.2)
+    dense.assert_same(found[0], rows @ moved)
+    dense.assert_same(found[1], test_rows @ moved)
+    assert (linear.map("kfac", 0.2)[0] - rows @ moved).norm() > 0.01 * found[0].norm()
+
+
+def test_float32_models_are_linearized_in_float64():
+    model, x, x_test, y = example()
+    low = copy.deepcopy(model).float()
+    exact = copy.deepcopy(low).double()
+    before = copy.deepcopy(low.state_dict())
+    found = predict(LinearizedNetwork(low, x.float(), x_test.float()), y.float(), steps=2, lr=0.4)
+    x, x_test, y = (t.float().double() for t in (x, x_test, y))
+    linear = Linear.of(exact, x, x_test)
+    assert_follows(found, linear.train("full", 2, 0.4, 0.0, *squared(y)), 1e-8)
+    for name, value in low.state_dict().items():
+        assert torch.equal(value, before[name]) and value.dtype == torch.float32
+
+
+# -- the loss's scale ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("structure", EVERY)
+@pytest.mark.parametrize("loss", ["variance", "mse", "mse_sum"])
+def test_scale_of_the_squared_loss(structure, loss):
+    """Λ = I/σ², and (2/C)I for nn.MSELoss, with damping in the units of F."""
+    outputs = 3
+    model, x, x_test, y = example(outputs, samples=4)
+    likelihood, scale = {
+        "variance": (likelihoods.Gaussian(variance=0.2), 5.0),
+        "mse": (nn.MSELoss(), 2.0 / outputs),
+        "mse_sum": (likelihoods.Gaussian(variance=3.0, reduce_outputs="mean"), 1 / (3.0 * outputs)),
+    }[loss]
+    linear = Linear.of(model, x, x_test)
+    lr = 0.05 if structure == "gd" else stable_rate(linear, structure, 0.0)
+    wanted = linear.train(structure, 4, lr, 0.02, *squared(y, scale))
+    network = LinearizedNetwork(model, x, x_test)
+    found = predict(network, y, structure, steps=4, lr=lr, damping=0.02, likelihood=likelihood)
+    assert_follows(found, wanted)
+    losses = scale * 0.5 * (wanted[0] - y).square().sum((1, 2)) / len(y)
+    dense.assert_same(found.train_loss, losses, 1e-8)
+    if loss == "mse":
+        torch.testing.assert_close(found.train_loss[-1], nn.functional.mse_loss(wanted[0][-1], y))
+
+
+def test_default_rates():
+    model, x, x_test, y = example()
+    linear, network = Linear.of(model, x, x_test), LinearizedNetwork(model, x, x_test)
+    for structure in EVERY:
+        for damping in (0.0, 0.1):
+            coefficients = linear.map(structure, damping)[0]
+            rate = 1 / float(coefficients.diagonal().mean())
+            if structure == "gd":
+                rate = 1 / float(torch.linalg.eigvalsh(coefficients).max())
+            if rate > 0:
+                found = predict(network, y, structure, steps=1, damping=damping)
+                assert found.learning_rate == pytest.approx(rate, rel=1e-8)
+    alphas = {"full": 1, "block_diagonal": 3, "block_tridiagonal": 1, "kfac": 5 * 2 + 1}
+    for structure, alpha in alphas.items():
+        found = predict(network, y, structure, steps=1)
+        assert found.learning_rate == pytest.approx(1 / alpha, rel=1e-8)
+        # One step lands on the targets.
+        torch.testing.assert_close(found.train[1], y, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("structure", ["gd", "full", "kfac"])
+@pytest.mark.parametrize("variance", [0.05, 20.0])
+def test_default_rate_fits_the_likelihood(structure, variance):
+    """One over the mean (or largest) coefficient of the iteration that is predicted."""
+    model, x, x_test, y = example()
+    linear, network = Linear.of(model, x, x_test), LinearizedNetwork(model, x, x_test)
+    likelihood = likelihoods.Gaussian(variance=variance)
+    found = predict(network, y, structure, steps=3, damping=0.1, likelihood=likelihood)
+    # F/σ² + λI = (F + λσ²I)/σ²: the coefficients are those at damping λσ².
+    coefficients = linear.map(structure, 0.1 * variance)[0]
+    rate = 1 / float(coefficients.diagonal().mean())
+    if structure == "gd":
+        rate = variance / float(torch.linalg.eigvalsh(coefficients).max())
+    assert found.learning_rate == pytest.approx(rate, rel=1e-8)
+    assert float(found.train_loss[-1]) < float(found.train_loss[0])
+
+
+# -- many steps and continuous time ----------------------------------------------------------------
+
+
+def flow(linear: Linear, structure: str, damping: float, y: Tensor, rate: float, time: float):
+    """Solve ``d(r, f')/dt = −η(Kr, K'r)`` by one matrix exponential."""
+    train, test = linear.map(structure, damping)
+    n, m = len(train), len(test)
+    generator = torch.zeros(n + m, n + m, dtype=torch.float64)
+    generator[:n, :n], generator[n:, :n] = -rate * train, -rate * test
+    start = torch.cat([(linear.outputs - y).flatten(), linear.test_outputs.flatten()])
+    end = torch.linalg.matrix_exp(time * generator) @ start
+    return y + end[:n].view_as(y), end[n:].view_as(linear.test_outputs)
+
+
+@pytest.mark.parametrize("structure", EVERY)
+@pytest.mark.parametrize("damping", [0.0, 0.1])
+def test_continuous_time_is_a_matrix_exponential(structure, damping):
+    model, x, x_test, y = example()
+    linear, network = Linear.of(model, x, x_test), LinearizedNetwork(model, x, x_test)
+    times = [0.0, 0.3, 1.0, 2.5]
+    found = predict(network, y, structure, steps=times, lr=0.4, damping=damping, continuous=True)
+    wanted = [flow(linear, structure, damping, y, 0.4, time) for time in times]
+    paths = tuple(map(torch.stack, zip(*wanted, strict=True)))
+    assert_follows(found, paths, tolerance(structure, damping))
+    dense.assert_same(found.train[0], linear.outputs, 1e-13)
+    dense.assert_same(found.test[0], linear.test_outputs, 1e-13)
+
+
+@pytest.mark.parametrize("structure", ["gd", "kfac", "diagonal"])
+def test_continuous_time_is_the_limit_of_small_steps(structure):
+    model, x, x_test, y = example()
+    network = LinearizedNetwork(model, x, x_test)
+    end = flow(Linear.of(model, x, x_test), structure, 0.1, y, 1.0, 0.02)
+    errors = []
+    for number in (100, 200, 400):
+        found = predict(network, y, structure, steps=[number], lr=0.02 / number, damping=0.1)
+        errors.append(
+            [float((a[0] - b).norm()) for a, b in zip((found.train, found.test), end, strict=True)]
+        )
+    for coarse, fine in ((0, 1), (1, 2)):
+        for which in (0, 1):
+            assert 1.9 < errors[coarse][which] / errors[fine][which] < 2.1
+
+
+def singular(kind: str):
+    """Networks whose kernel is singular: duplicate samples, or fewer parameters than rows."""
+    if kind == "duplicates":
+        model, x, x_test, y = example()
+        x = torch.cat([x[:3], x[:2]])
+        return model, x, x_test, y
+    return mlp(2, 1, 1, seed=3), inputs(9, 2), inputs(3, 2, seed=1), normal(9, 1, seed=2)
+
+
+@pytest.mark.parametrize("kind", ["duplicates", "few parameters"])
+@pytest.mark.parametrize("structure", ["gd", "full", "block_diagonal", "kfac", "diagonal"])
+@pytest.mark.parametrize("damping", [0.0, 0.01])
+def test_singular_kernels(kind, structure, damping):
+    model, x, x_test, y = singular(kind)
+    linear, network = Linear.of(model, x, x_test), LinearizedNetwork(model, x, x_test)
+    coefficients = linear.map(structure, damping)[0]
+    values = torch.linalg.eigvalsh(coefficients)
+    if structure != "kfac" or damping:
+        assert values[0].abs() < 1e-9 * values[-1]
+    lr = 0.7 / float(values[-1])
+    found = predict(network, y, structure, steps=20, lr=lr, damping=damping)
+    assert_follows(found, linear.train(structure, 20, lr, damping, *squared(y)), 1e-8)
+    times = [0.0, 1.5]
+    found = predict(network, y, structure, steps=times, lr=lr, damping=damping, continuous=True)
+    wanted = [flow(linear, structure, damping, y, lr, time) for time in times]
+    assert_follows(found, tuple(map(torch.stack, zip(*wanted, strict=True))), 1e-8)
+
+
+@pytest.mark.parametrize("kind", ["duplicates", "few parameters"])
+def test_limit_of_singular_gradient_descent(kind):
+    """After 10⁹ steps: the least-squares solution, as the pseudo-inverse gives it."""
+    model, x, x_test, y = singular(kind)
+    linear = Linear.of(model, x, x_test)
+    rows, test_rows = reference.jacobian(linear.layers), reference.jacobian(linear.test_layers)
+    theta = torch.linalg.pinv(rows, rtol=1e-9) @ (y - linear.outputs).flatten()
+    found = predict(LinearizedNetwork(model, x, x_test), y, "gd", steps=[10**9])
+    train = linear.outputs + (rows @ theta).view_as(y)
+    test = linear.test_outputs + (test_rows @ theta).view_as(linear.test_outputs)
+    # A zero eigenvalue is known to 10·ε·λ_max, which grows over the steps to 10·ε·10⁹.
+    dense.assert_same(found.train[0], train, 2.2e-6)
+    dense.assert_same(found.test[0], test, 2.2e-6)
+
+
+def test_gradient_descent_and_exact_natural_gradient_end_in_the_same_function():
+    model, x, x_test, y = example()
+    linear, network = Linear.of(model, x, x_test), LinearizedNetwork(model, x, x_test)
+    rows, test_rows = reference.jacobian(linear.layers), reference.jacobian(linear.test_layers)
+    theta = rows.T @ torch.linalg.solve(rows @ rows.T, (y - linear.outputs).flatten())
+    limit = linear.test_outputs + (test_rows @ theta).view_as(linear.test_outputs)
+    descent = predict(network, y, "gd", steps=[10**9])
+    exact = predict(network, y, "full", steps=[1], lr=1.0)
+    for found in (descent, exact):
+        dense.assert_same(found.train[0], y, 1e-7)
+        dense.assert_same(found.test[0], limit, 1e-7)
+    other = predict(network, y, "block_diagonal", steps=[1], lr=1 / 3)
+    dense.assert_same(other.train[0], y, 1e-7)
+    assert (other.test[0] - limit).norm() > 0.01 * limit.norm()
+
+
+@pytest.mark.parametrize(
+    "structure, alpha", [("full", 1), ("block_diagonal", 3), ("block_tridiagonal", 1), ("kfac", 11)]
+)
+def test_rates_below_at_and_above_two_over_alpha(structure, alpha):
+    model, x, x_test, y = example()
+    network = LinearizedNetwork(model, x, x_test)
+    start = float((network.outputs - y).norm())
+    for rate in (1.9, 2.0, 2.1):
+        found = predict(network, y, structure, steps=[1, 20], lr=rate / alpha)
+        for index, step in enumerate((1, 20)):
+            size = float((found.train[index] - y).norm())
+            assert size == pytest.approx(abs(1 - rate) ** step * start, rel=1e-5)
+        sign = (found.train[0] - y).flatten() @ (network.outputs - y).flatten()
+        assert sign < 0  # overshoots
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_structures_agree_on_a_single_layer(outputs):
+    """One layer's block is the whole matrix, and ``A ⊗ I``: K-FAC and unit-wise are exact."""
+    model, x, x_test, y = mlp(7, outputs), inputs(5, 7), inputs(3, 7, seed=1), normal(5, outputs)
+    network, linear = LinearizedNetwork(model, x, x_test), Linear.of(model, x, x_test)
+    for damping in (0.0, 0.1):
+        wanted = linear.train("full", 4, 0.6, damping, *squared(y))
+        for structure in ("full", "block_diagonal", "block_tridiagonal", "unit_wise", "kfac"):
+            if structure != "kfac" or damping == 0:
+                found = predict(network, y, structure, steps=4, lr=0.6, damping=damping)
+                assert_follows(found, wanted, 1e-8)
+
+
+# -- cross-entropy and output damping --------------------------------------------------------------
+
+
+def labelled(outputs: int = 3, samples: int = 4, depth: int = 3):
+    model = mlp(7, *[13] * (depth - 1), outputs)
+    x, x_test = inputs(samples, 7), inputs(2, 7, seed=1)
+    labels = torch.arange(samples) % outputs
+    return model, x, x_test, labels
+
+
+@pytest.mark.parametrize("structure", EVERY)
+@pytest.mark.parametrize("damping", [0.0, 0.01])
+def test_cross_entropy_of_the_linearized_network(structure, damping):
+    """Λ_t and the Fisher matrix are made anew at every step's outputs."""
+    model, x, x_test, labels = labelled()
+    linear, network = Linear.of(model, x, x_test), LinearizedNetwork(model, x, x_test)
+    lr = {"gd": 0.3, "kfac": 0.05, "unit_wise": 0.02, "diagonal": 0.002}.get(structure, 0.2)
+    wanted = linear.train(structure, 3, lr, damping, *cross_entropy(labels))
+    found = predict(
+        network, labels, structure, steps=3, lr=lr, damping=damping, likelihood="categorical"
+    )
+    assert_follows(found, wanted, tolerance(structure, damping))
+    losses = [nn.functional.cross_entropy(f, labels) for f in wanted[0]]
+    dense.assert_same(found.train_loss, torch.stack(losses), 1e-8)
+    losses = [nn.functional.cross_entropy(f, labels[:2]) for f in wanted[1]]
+    dense.assert_same(found.test_loss(labels[:2]), torch.stack(losses), 1e-8)
+    few = predict(
+        network, labels, structure, steps=[3, 1], lr=lr, damping=damping, likelihood="categorical"
+    )
+    assert_follows(few, (wanted[0][[3, 1]], wanted[1][[3, 1]]), tolerance(structure, damping))
+
+
+@pytest.mark.parametrize("structure", ["gd", "full", "block_diagonal", "kfac"])
+def test_bernoulli_outputs(structure):
+    model, x, x_test, _ = labelled(2)
+    y = (normal(4, 2, seed=4) > 0).double()
+    linear, network = Linear.of(model, x, x_test), LinearizedNetwork(model, x, x_test)
+
+    def gradient(f: Tensor) -> Tensor:
+        return 1 / (1 + (-f).exp()) - y
+
+    def hessian(f: Tensor) -> Tensor:
+        p = 1 / (1 + (-f).exp())
+        return torch.diag_embed(p * (1 - p))
+
+    wanted = linear.train(structure, 3, 0.1, 0.02, gradient, hessian)
+    found = predict(network, y, structure, steps=3, lr=0.1, damping=0.02, likelihood="bernoulli")
+    assert_follows(found, wanted)
+
+
+@pytest.mark.parametrize("structure", ["full", "block_diagonal", "kfac", "unit_wise"])
+@pytest.mark.parametrize("output_damping", [0.0, 0.1])
+@pytest.mark.parametrize("damping", [0.0, 0.05])
+def test_damped_newton_steps_of_the_outputs(structure, output_damping, damping):
+    model, x, x_test, labels = labelled()
+    linear, network = Linear.of(model, x, x_test), LinearizedNetwork(model, x, x_test)
+    train_map, test_map = linear.map(structure, damping)
+    gradient, hessian = cross_entropy(labels)
+    lr = 0.5 / float(train_map.diagonal().mean())
+    f, f_test = linear.outputs, linear.test_outputs
+    train, test = [f], [f_test]
+    for _ in range(3):
+        newton = []
+        for curvature, slope in zip(hessian(f), gradient(f), strict=True):
+            damped = curvature + output_damping * torch.eye(3, dtype=torch.float64)
+            newton.append((torch.linalg.inv(damped) if output_damping else torch.linalg.pinv(
+                damped, rtol=1e-12, hermitian=True)) @ slope)  # fmt: skip
+        step = lr * torch.cat(newton)
+        f = f - (train_map @ step).view_as(f)
+        f_test = f_test - (test_map @ step).view_as(f_test)
+        train.append(f), test.append(f_test)
+    found = predict(
+        network, labels, structure, steps=3, lr=lr, damping=damping, likelihood="categorical",
+        output_damping=output_damping,
+    )  # fmt: skip
+    assert_follows(found, (torch.stack(train), torch.stack(test)), tolerance(structure, damping))
+
+
+def test_damped_newton_steps_are_decoupled_where_the_map_is_isotropic():
+    """``f ← f − η(Λ + ρI)⁻¹v``, sample by sample, whatever the network."""
+    model, x, _, labels = labelled()
+    network = LinearizedNetwork(model, x)
+    gradient, hessian = cross_entropy(labels)
+    f = network.outputs
+    for _ in range(3):
+        shifted = hessian(f) + 0.2 * torch.eye(3, dtype=torch.float64)
+        f = f - 0.6 * torch.linalg.solve(shifted, gradient(f).unsqueeze(2))[..., 0]
+    for structure, alpha in (("full", 1), ("block_diagonal", 3), ("kfac", 4 * 2 + 1)):
+        found = predict(
+            network, labels, structure, steps=[3], lr=0.6 / alpha, likelihood="categorical",
+            output_damping=0.2,
+        )  # fmt: skip
+        dense.assert_same(found.train[0], f, 1e-7)
+
+
+def test_output_damping_of_the_squared_loss_shrinks_the_step():
+    model, x, x_test, y = example()
+    linear, network = Linear.of(model, x, x_test), LinearizedNetwork(model, x, x_test)
+    train_map, test_map = linear.map("kfac", 0.1)
+    residual = (linear.outputs - y).flatten()
+    found = predict(network, y, "kfac", steps=[1], lr=0.05, damping=0.1, output_damping=0.25)
+    step = 0.05 * residual / 1.25
+    dense.assert_same(found.train[0], linear.outputs - (train_map @ step).view_as(y))
+    dense.assert_same(found.test[0], linear.test_outputs - (test_map @ step).view(3, 2))
+
+
+# -- infinite width --------------------------------------------------------------------------------
+
+
+def limit(outputs: int, depth: int = 3, bias: float = 0.1):
+    """An infinite ReLU network in both forms: natgrad's, and one with explicit parameters."""
+    widths = (6, *[20] * (depth - 1), outputs)
+    model = mlp(*widths, activation="relu", bias=bias)
+    x, x_test = inputs(5, 6), inputs(3, 6, seed=1)
+    linear = reference.infinite(
+        x, x_test, widths, 1.7, bias, model(x).detach(), model(x_test).detach()
+    )
+    return InfiniteNetwork(model, x, x_test), linear
+
+
+def spread(matrix: Tensor, outputs: int) -> Tensor:
+    """Return a map shared by all outputs as one of all of them."""
+    return torch.kron(matrix, torch.eye(outputs, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("structure", LAYERWISE)
+@pytest.mark.parametrize("damping", [0.0, 0.02])
+@pytest.mark.parametrize("outputs", [1, 3])
+@pytest.mark.parametrize("depth", [1, 3, 4])
+def test_training_of_the_infinite_network(structure, damping, outputs, depth):
+    network, linear = limit(outputs, depth)
+    y = normal(5, outputs, seed=2)
+    dense.assert_same(network.outputs, linear.outputs, 1e-13)
+    found, wanted = network.maps(structure, damping), linear.map(structure, damping)
+    for own, other in zip(found, wanted, strict=True):
+        dense.assert_same(spread(own, outputs), other, tolerance(structure, damping))
+    lr = stable_rate(linear, structure, damping)
+    wanted = linear.train(structure, 5, lr, damping, *squared(y))
+    found = predict(network, y, structure, steps=5, lr=lr, damping=damping)
+    assert_follows(found, wanted, tolerance(structure, damping))
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+@pytest.mark.parametrize("damping", [0.0, 1e-3, 0.1])
+def test_maps_of_the_infinite_network_by_their_formulas(outputs, damping):
+    """The kernels' own formulas, with Kronecker products over outputs and one dense LU."""
+    depth, n, m = 4, 5, 3
+    network, _ = limit(outputs, depth)
+    x = torch.cat([inputs(n, 6), inputs(m, 6, seed=1)])
+    qs, bs = reference.relu_kernels(x, depth, 1.7, 0.1)
+    eye = torch.eye(n * outputs, dtype=torch.float64)
+    everywhere = torch.ones(outputs, outputs, dtype=torch.float64)
+    full = [spread(q * b, outputs) / n for q, b in zip(qs, bs, strict=True)]
+    size = n * outputs
+    thetas, crosses = [k[:size, :size] for k in full], [k[size:, :size] for k in full]
+
+    def check(structure: str, weights: list[Tensor]) -> None:
+        found = network.maps(structure, damping)
+        for own, kernels in zip(found, (thetas, crosses), strict=True):
+            wanted = sum(k @ z for k, z in zip(kernels, weights, strict=True))
+            dense.assert_same(spread(own, outputs), wanted, tolerance(structure, damping))
+
+    check("gd", [eye] * depth)
+    check("full", [torch.linalg.inv(sum(thetas) + damping * eye)] * depth)
+    check("block_diagonal", [torch.linalg.inv(theta + damping * eye) for theta in thetas])
+    sigma = torch.zeros(depth, depth, dtype=torch.float64)
+    for i in range(depth):
+        for j in range(depth):
+            sigma[i, j] = float(abs(i - j) <= 1)
+    coupled = torch.kron(sigma, eye) @ torch.block_diag(*thetas)
+    coupled += damping * torch.eye(len(coupled), dtype=torch.float64)
+    stacked = torch.linalg.solve(coupled, eye.repeat(depth, 1))
+    check("block_tridiagonal", list(stacked.split(size)))
+
+    wanted = [torch.zeros(size, size).double(), torch.zeros(m * outputs, size).double()]
+    widths = network.architecture.widths
+    for layer, (q, b) in enumerate(zip(qs, bs, strict=True)):
+        b = spread(b, outputs)
+        a, b_train = q[:n, :n], b[:size, :size]
+        mean_a = float(a.trace()) / n / (widths[layer] + 1)
+        mean_b = float(b_train.trace()) / n / widths[layer + 1]
+        rho_a = math.sqrt(damping * mean_a / mean_b)
+        rho_b = math.sqrt(damping * mean_b / mean_a)
+        inverse_a = torch.linalg.inv(a + n * rho_a * torch.eye(n, dtype=torch.float64))
+        # The last layer's B is of rank C whatever the damping.
+        inverse_b = reference.invert(b_train, n * rho_b)
+        for k, rows in enumerate((slice(0, n), slice(n, None))):
+            wide = slice(rows.start * outputs, None if k else size)
+            hats = torch.kron(q[rows, :n] @ inverse_a, everywhere)
+            wanted[k] += n * hats * (b[wide, :size] @ inverse_b)
+    found = network.maps("kfac", damping)
+    for own, value in zip(found, wanted, strict=True):
+        dense.assert_same(spread(own, outputs), value, tolerance("kfac", damping))
+
+
+@pytest.mark.parametrize("structure", LAYERWISE)
+@pytest.mark.parametrize("damping", [0.0, 0.02])
+def test_cross_entropy_of_the_infinite_network(structure, damping):
+    network, linear = limit(3)
+    labels = torch.arange(5) % 3
+    lr = {"gd": 0.3, "kfac": 0.05}.get(structure, 0.2)
+    wanted = linear.train(structure, 3, lr, damping, *cross_entropy(labels))
+    found = predict(
+        network, labels, structure, steps=3, lr=lr, damping=damping, likelihood="categorical"
+    )
+    assert_follows(found, wanted, tolerance(structure, damping))
+
+
+def test_cross_entropy_of_the_infinite_network_by_its_formulas():
+    """``Θ(ΛΘ + ρI)⁻¹v`` for exact and layer-wise natural gradients, with (N·C)² matrices."""
+    network, _ = limit(3)
+    n, c, rho, lr = 5, 3, 0.05, 0.3
+    labels = torch.arange(n) % c
+    gradient, hessian = cross_entropy(labels)
+    x = torch.cat([inputs(n, 6), inputs(3, 6, seed=1)])
+    qs, bs = reference.relu_kernels(x, 3, 1.7, 0.1)
+    kernels = [spread(q * b, c) / n for q, b in zip(qs, bs, strict=True)]
+    eye = torch.eye(n * c, dtype=torch.float64)
+    for structure, parts in (("full", [sum(kernels)]), ("block_diagonal", kernels)):
+        f, f_test = network.outputs, network.test_outputs
+        for _ in range(3):
+            curvature = torch.block_diag(*hessian(f))
+            moved = torch.zeros(8 * c, dtype=torch.float64)
+            for kernel in parts:
+                theta = kernel[: n * c, : n * c]
+                weights = torch.linalg.solve(curvature @ theta + rho * eye, gradient(f).flatten())
+                moved += kernel[:, : n * c] @ weights
+            f = f - lr * moved[: n * c].view(n, c)
+            f_test = f_test - lr * moved[n * c :].view(3, c)
+        found = predict(
+            network, labels, structure, steps=[3], lr=lr, damping=rho, likelihood="categorical"
+        )
+        dense.assert_same(found.train[0], f)
+        dense.assert_same(found.test[0], f_test)
+
+
+@pytest.mark.parametrize("structure", ["full", "kfac"])
+def test_output_damping_of_the_infinite_network(structure):
+    network, linear = limit(3)
+    labels = torch.arange(5) % 3
+    gradient, hessian = cross_entropy(labels)
+    train_map, test_map = linear.map(structure, 0.02)
+    shifted = hessian(linear.outputs) + 0.1 * torch.eye(3, dtype=torch.float64)
+    newton = torch.linalg.solve(shifted, gradient(linear.outputs).unsqueeze(2)).flatten()
+    found = predict(
+        network, labels, structure, steps=[1], lr=0.1, damping=0.02, likelihood="categorical",
+        output_damping=0.1,
+    )  # fmt: skip
+    dense.assert_same(found.train[0], linear.outputs - 0.1 * (train_map @ newton).view(5, 3))
+    dense.assert_same(found.test[0], linear.test_outputs - 0.1 * (test_map @ newton).view(3, 3))
+
+
+@pytest.mark.parametrize("scale", [5.0, 2 / 3])
+@pytest.mark.parametrize("structure", LAYERWISE)
+def test_scale_of_the_squared_loss_at_infinite_width(structure, scale):
+    network, linear = limit(3)
+    y = normal(5, 3, seed=2)
+    likelihood = nn.MSELoss() if scale < 1 else likelihoods.Gaussian(variance=0.2)
+    lr = 0.05 if structure == "gd" else stable_rate(linear, structure, 0.0)
+    wanted = linear.train(structure, 3, lr, 0.03, *squared(y, scale))
+    found = predict(network, y, structure, steps=3, lr=lr, damping=0.03, likelihood=likelihood)
+    assert_follows(found, wanted)
+
+
+def test_infinite_network_of_an_architecture_starts_from_zero():
+    model = mlp(6, 20, 20, 2, activation="relu")
+    x, x_test = inputs(5, 6), inputs(3, 6, seed=1)
+    network = InfiniteNetwork(Architecture.of(model), x, x_test)
+    assert network.outputs.shape == (5, 2) and not bool(network.outputs.any())
+    assert network.test_outputs.shape == (3, 2) and not bool(network.test_outputs.any())
+    linear = reference.infinite(x, x_test, (6, 20, 20, 2), 1.7, 0.1)
+    y = normal(5, 2)
+    wanted = linear.train("full", 2, 0.7, 0.1, *squared(y))
+    assert_follows(predict(network, y, steps=2, lr=0.7, damping=0.1), wanted)
+
+
+def test_unit_wise_of_the_infinite_network_is_a_constant():
+    """γM(L − 1)/C + 1 with γ = 1/2 for ReLU, here M = 20, L = 3, C = 2."""
+    model = mlp(6, 20, 20, 2, activation="relu")
+    network = InfiniteNetwork(model, inputs(5, 6))
+    train, test = network.maps("unit_wise")
+    assert test is None
+    dense.assert_same(train, 11.0 * torch.eye(5, dtype=torch.float64), 1e-13)
+    y = normal(5, 2)
+    found = predict(network, y, "unit_wise", steps=[2], lr=0.05)
+    dense.assert_same(found.train[0], y + (1 - 0.55) ** 2 * (network.outputs - y), 1e-12)
+
+
+# -- errors ----------------------------------------------------------------------------------------
+
+
+def test_errors():
+    model, x, x_test, y = example()
+    network = LinearizedNetwork(model, x, x_test)
+    infinite = InfiniteNetwork(model, x, x_test)
+    labels = torch.arange(5) % 2
+    with pytest.raises(TypeError, match="LinearizedNetwork"):
+        predict(model, y)
+    with pytest.raises(ValueError, match="structure must be one of.*gd.*'nonsense'"):
+        predict(network, y, "nonsense")
+    with pytest.raises(ValueError, match="lr"):
+        predict(network, y, lr=-0.1)
+    with pytest.raises(ValueError, match="lr"):
+        predict(network, y, lr=float("nan"))
+    with pytest.raises(ValueError, match="squared loss only"):
+        predict(network, labels, likelihood="categorical", lr=0.1, continuous=True)
+    with pytest.raises(ValueError, match="LinearizedNetwork"):
+        infinite.maps("unit_wise")
+    with pytest.raises(ValueError, match="LinearizedNetwork"):
+        InfiniteNetwork(model, x).maps("unit_wise", 0.1)
+    with pytest.raises(ValueError, match="LinearizedNetwork"):
+        infinite.maps("diagonal")
+    with pytest.raises(ValueError, match="LinearizedNetwork"):
+        predict(infinite, labels, "unit_wise", lr=0.1, likelihood="categorical")
+    for steps in (1.5, [0.5], [-1], -1, [], [float("inf")], [float("nan")]):
+        with pytest.raises((ValueError, TypeError)):
+            predict(network, y, steps=steps)
+    with pytest.raises(ValueError, match="whole"):
+        predict(network, y, steps=[0.5])
+    for structure, value in (("gd", 0.1), ("full", -0.1)):
+        with pytest.raises(ValueError, match="output_damping"):
+            predict(network, labels, structure, lr=0.1, likelihood="categorical",
+                    output_damping=value)  # fmt: skip
+    with pytest.raises(ValueError, match="test"):
+        predict(LinearizedNetwork(model, x), y).test_loss(y)
+
+
+@pytest.mark.parametrize("damping", [-0.1, float("nan"), float("inf")])
+@pytest.mark.parametrize("structure", LAYERWISE[1:])
+@pytest.mark.parametrize("network", [LinearizedNetwork, InfiniteNetwork])
+def test_bad_damping_is_refused(network, structure, damping):
+    model, x, x_test, y = example()
+    with pytest.raises(ValueError, match="damping"):
+        predict(network(model, x, x_test), y, structure, lr=0.1, damping=damping)
+    with pytest.raises(ValueError, match="damping"):
+        predict(
+            network(model, x, x_test), torch.arange(5) % 2, structure, lr=0.1, damping=damping,
+            likelihood="categorical",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("depth", [2, 5])
+def test_singular_depths_of_the_tridiagonal_form(depth):
+    model, x, x_test, y = example(1, depth)
+    for network in (LinearizedNetwork(model, x, x_test), InfiniteNetwork(model, x, x_test)):
+        with pytest.raises(ValueError, match=f"{depth} layers.*singular"):
+            predict(network, y, "block_tridiagonal", lr=0.1)
+        assert predict(network, y, "block-tridiagonal", lr=0.1, damping=0.5).train.isfinite().all()
+
+
+def test_other_names_of_structures():
+    model, x, x_test, y = example()
+    linear, network = Linear.of(model, x, x_test), LinearizedNetwork(model, x, x_test)
+    for alias, name in (
+        ("exact", "full"), ("gradient-descent", "gd"), ("block-diagonal", "block_diagonal"),
+    ):  # fmt: skip
+        found = predict(network, y, alias, steps=2, lr=0.05, damping=0.1)
+        assert_follows(found, linear.train(name, 2, 0.05, 0.1, *squared(y)))
+
+
+def test_models_are_left_as_they_were():
+    model = nn.Sequential(
+        nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Dropout(0.3), nn.Linear(5, 2)
+    ).double()
+    model(normal(6, 4)).sum().backward()
+    before = copy.deepcopy(model.state_dict())
+    gradients = [p.grad.clone() for p in model.parameters()]
+    state = torch.get_rng_state()
+    model.eval()
+    model[3].train()
+    network = LinearizedNetwork(model, normal(5, 4), normal(2, 4, seed=1))
+    predict(network, normal(5, 2), "kfac", steps=2, damping=0.1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model[3].training and not model[1].training and not model.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        assert torch.equal(parameter.grad, gradient)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+# -- wide networks ---------------------------------------------------------------------------------
+
+
+def slope(widths: list[int], errors: list[float]) -> float:
+    """Fit the exponent of errors as a power of the width."""
+    x = torch.tensor(widths, dtype=torch.float64).log()
+    y = torch.tensor(errors, dtype=torch.float64).log()
+    x = x - x.mean()
+    return float(x @ y / (x @ x))
+
+
+@pytest.mark.parametrize(
+    "structure, damping",
+    [
+        ("gd", 0.0),
+        ("full", 0.0),
+        ("full", 0.02),
+        ("block_diagonal", 0.0),
+        ("block_diagonal", 0.02),
+        ("block_tridiagonal", 0.02),
+        ("kfac", 0.02),
+    ],
+)
+def test_wide_networks_approach_the_infinite_one(structure, damping):
+    """Maps differ by O(1/√M); the error is a root mean square over seeds."""
+    widths, seeds = [128, 256, 512, 1024], 6
+    x, x_test = inputs(5, 6), inputs(3, 6, seed=1)
+    errors: list[list[float]] = []
+    for width in widths:
+        squares = torch.zeros(2, dtype=torch.float64)
+        for seed in range(seeds):
+            model = mlp(6, width, width, 1, activation="relu", bias=0.1, seed=seed)
+            found = LinearizedNetwork(model, x, x_test).maps(structure, damping)
+            wanted = InfiniteNetwork(model, x, x_test).maps(structure, damping)
+            for k, (own, other) in enumerate(zip(found, wanted, strict=True)):
+                squares[k] += (own - other).square().sum() / other.square().sum() / seeds
+        errors.append(squares.sqrt().tolist())
+    for k, which in enumerate(("train", "test")):
+        own = [error[k] for error in errors]
+        if which == "train" and damping == 0 and structure != "gd":
+            assert max(own) < 1e-9  # both are αI
+            continue
+        assert -0.75 < slope(widths, own) < -0.3, (which, own)
+        assert own[-1] < 5 / 1024**0.5, (which, own)
+
+
+OPTIMIZERS = {
+    "full": natgrad.ExactNGD,
+    "block_diagonal": natgrad.BlockDiagonalNGD,
+    "block_tridiagonal": natgrad.BlockTridiagonalNGD,
+    "kfac": natgrad.KFAC,
+    "unit_wise": natgrad.UnitWiseNGD,
+}
+
+
+def trained(
+    model: nn.Module, x: Tensor, y: Tensor, x_test: Tensor, structure: str, lr: float,
+    damping: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Train a model for three steps by a real optimizer; return its outputs at every step."""
+    if structure == "gd":
+        optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    else:
+        optimizer = OPTIMIZERS[structure](
+            model, "gaussian", lr=lr, damping=damping, momentum=0.0, kl_clip=None, ema_decay=0.0,
+            factor_interval=1, inverse_interval=1, fisher="exact",
+        )  # fmt: skip
+    train, test = [], []
+    for step in range(4):
+        with torch.no_grad():
+            train.append(model(x))
+            test.append(model(x_test))
+        if step < 3:
+            optimizer.zero_grad()
+            (0.5 * (model(x) - y).square().sum() / len(x)).backward()
+            optimizer.step()
+    return torch.stack(train), torch.stack(test)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("structure", ["gd", *OPTIMIZERS])
+def test_trained_networks_follow_the_prediction(structure):
+    """Real networks, real optimizers, lr = 1/α: the prediction is off by O(1/√M).
+
+    A unit's gradient can be close to zero, and the undamped step of unit-wise natural gradients
+    divides by it. So they get damping far below the blocks' typical eigenvalues, of order 1/M.
+    """
+    samples, dim = 12, 20
+    widths = [64, 128, 256, 512] if structure == "kfac" else [128, 256, 512, 1024]
+    seeds = 6
+    x, x_test = inputs(samples, dim), inputs(4, dim, seed=1)
+    y = normal(samples, 1, seed=2)
+    errors = []
+    for width in widths:
+        damping = 0.1 / width if structure == "unit_wise" else 0.0
+        total = 0.0
+        for seed in range(seeds):
+            model = mlp(dim, width, width, 1, activation="relu", bias=0.0, seed=seed)
+            network = LinearizedNetwork(model, x, x_test)
+            predicted = predict(network, y, structure, steps=3, damping=damping)
+            train, test = trained(model, x, y, x_test, structure, predicted.learning_rate, damping)
+            difference = torch.cat([train - predicted.train, test - predicted.test], 1)
+            total += float(difference.square().mean() / (train[0] - y).square().mean())
+            if structure not in ("gd", "unit_wise"):  # αI, so one step lands on the targets
+                torch.testing.assert_close(predicted.train[1], y, rtol=0, atol=1e-5)
+        errors.append(math.sqrt(total / seeds))
+    # The tangent kernel of gradient descent may move less than the bound, by 1/M.
+    assert (-1.1 if structure == "gd" else -0.9) < slope(widths, errors) < -0.35, errors
+    assert errors[-1] < 0.05, errors
+
+
+# -- the published figure --------------------------------------------------------------------------
+
+
+def two_classes(x: Tensor, labels: Tensor, samples: int = 100) -> tuple[Tensor, Tensor]:
+    """Return samples of classes 0 and 1 with ‖x‖ = 1, and targets ±½."""
+    keep = [(labels == c).nonzero()[: samples // 2, 0] for c in (0, 1)]
+    chosen = x.flatten(1).double()[torch.cat(keep)]
+    chosen = chosen / chosen.norm(dim=1, keepdim=True)
+    y = torch.cat([torch.full((samples // 2, 1), v, dtype=torch.float64) for v in (-0.5, 0.5)])
+    return chosen, y
+
+
+def exact_losses(x: Tensor, y: Tensor, width: int, steps: int = 2) -> list[float]:
+    """Train three layers by exact natural gradient descent with η = 1; return the losses."""
+    torch.manual_seed(0)
+    model = MLP((x.shape[1], width, width, 1), "relu", 2.0, dtype=x.dtype)
+    optimizer = natgrad.ExactNGD(
+        model, "gaussian", lr=1.0, damping=0.0, momentum=0.0, kl_clip=None, fisher="exact"
+    )
+    losses = []
+    for step in range(steps + 1):
+        optimizer.zero_grad()
+        loss = 0.5 * (model(x) - y).square().sum() / len(x)
+        losses.append(float(loss.detach()))
+        if step < steps:
+            loss.backward()
+            optimizer.step()
+    return losses
+
+
+def digits(samples: int) -> tuple[Tensor, Tensor]:
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    return two_classes(torch.tensor(data.data), torch.tensor(data.target), samples)
+
+
+def test_two_steps_of_exact_natural_gradient_on_digits():
+    """Karakida & Osawa (2020): the loss falls by orders of magnitude in each step."""
+    losses = exact_losses(*digits(20), 1024)
+    assert 0.12 < losses[0] < 0.2
+    assert losses[1] < 1e-2 * losses[0] and losses[2] < 1e-2 * losses[1]
+
+
+def test_exact_natural_gradient_on_digits_is_the_dense_iteration():
+    """``Δθ = −Jᵀ(JJᵀ)⁻¹(f − y)`` with the rows of the present parameters, in samples' space."""
+    x, y = digits(100)
+    torch.manual_seed(0)
+    model = MLP((64, 1024, 1024, 1), "relu", 2.0, dtype=torch.float64)
+    wanted = []
+    for _ in range(3):
+        f, layers = reference.chain(model, x)
+        wanted.append(0.5 * float((f - y).square().mean()))
+        kernel = torch.zeros(100, 100, dtype=torch.float64)
+        for layer in layers:
+            delta = layer.gradients[:, 0]
+            kernel += (delta @ delta.T) * (layer.inputs @ layer.inputs.T)
+        weights = torch.linalg.solve(kernel, f - y)
+        with torch.no_grad():
+            for module, layer in zip(model[1::2], layers, strict=True):
+                module.weight -= (layer.gradients[:, 0] * weights).T @ layer.inputs
+    assert wanted[1] < 1e-2 * wanted[0] and wanted[2] < 0.1 * wanted[1]
+    assert exact_losses(x, y, 1024) == pytest.approx(wanted, rel=1e-8)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("NATGRAD_DATA" not in os.environ, reason="NATGRAD_DATA names no data folder")
+def test_published_losses_of_exact_natural_gradient_on_mnist():
+    """MNIST 0 and 1, N = 100, three layers of width 4096: 0.134, then 2e-4, then 1e-7."""
+    from natgrad.experiments.data import DataError, load_dataset
+
+    try:
+        data = load_dataset("mnist", os.environ["NATGRAD_DATA"])
+    except DataError as error:
+        pytest.skip(str(error))
+    x, y = two_classes(data.train_inputs, data.train_labels)
+    losses = exact_losses(x, y, 4096)
+    assert 0.12 < losses[0] < 0.15
+    assert 2e-5 < losses[1] < 2e-3
+    assert 1e-8 < losses[2] < 1e-6

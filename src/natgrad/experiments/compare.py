@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import platform
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -20,6 +17,7 @@ from torch import nn
 from natgrad.experiments.calibration import measured_learning_rate
 from natgrad.experiments.config import CompareConfig
 from natgrad.experiments.data import DATASETS, Dataset, load_dataset
+from natgrad.experiments.environment import describe_environment
 from natgrad.experiments.memory import PeakMemory
 from natgrad.experiments.methods import METHODS, Method, Setting
 from natgrad.experiments.models import build_model
@@ -27,7 +25,6 @@ from natgrad.experiments.objectives import OBJECTIVES
 from natgrad.experiments.results import MethodResult, Results, Target
 from natgrad.experiments.search import BUDGET, best_learning_rate, search_learning_rate
 from natgrad.experiments.training import Run, Schedule, train
-from natgrad.version import __version__
 
 __all__ = ["Observer", "compare"]
 
@@ -98,7 +95,7 @@ def compare(config: CompareConfig, observer: Observer | None = None, command: st
         config=config.as_dict(),
         data=_describe_data(comparison.data),
         model=_describe_model(config, comparison.model),
-        environment=_describe_environment(config.torch_device()),
+        environment=describe_environment(config.torch_device()),
         target=target,
         methods=methods,
     )
@@ -136,6 +133,7 @@ class _Comparison:
             depth=config.depth,
             width=config.effective_width,
             input_dim=data.train_inputs[0].numel(),
+            outputs=data.classes,
             samples=batch,
             full_batch=config.batch_size is None,
             damping=config.damping,
@@ -345,26 +343,3 @@ def _describe_model(config: CompareConfig, model: nn.Module) -> dict[str, object
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "text": str(model),
     }
-
-
-def _describe_environment(device: torch.device) -> dict[str, object]:
-    return {
-        "natgrad": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
-        "device_type": device.type,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

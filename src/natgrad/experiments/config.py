@@ -13,7 +13,7 @@ from natgrad.experiments.methods import DEFAULT_METHODS, METHODS
 from natgrad.experiments.models import DEFAULT_WIDTHS, MODELS
 from natgrad.experiments.objectives import OBJECTIVES
 
-__all__ = ["CompareConfig", "ConfigError"]
+__all__ = ["CompareConfig", "ConfigError", "check_choice", "find_device"]
 
 FISHER_TYPES = ("exact", "mc", "empirical")
 FULL_BATCH_TRAIN_SAMPLES = 200
@@ -86,16 +86,16 @@ class CompareConfig:
         Raises:
             ConfigError: If one is out of range or they do not go together.
         """
-        _choice("data set", self.data, DATASETS)
-        _choice("model", self.model, MODELS)
-        _choice("loss", self.loss, OBJECTIVES)
+        check_choice("data set", self.data, DATASETS)
+        check_choice("model", self.model, MODELS)
+        check_choice("loss", self.loss, OBJECTIVES)
         if self.fisher is not None:
-            _choice("Fisher type", self.fisher, FISHER_TYPES)
-        _choice("floating-point type", self.dtype, ("float32", "float64"))
+            check_choice("Fisher type", self.fisher, FISHER_TYPES)
+        check_choice("floating-point type", self.dtype, ("float32", "float64"))
         if not self.methods:
             raise ConfigError("At least one method is needed.")
         for method in self.methods:
-            _choice("method", method, METHODS)
+            check_choice("method", method, METHODS)
         if len(set(self.methods)) < len(self.methods):
             raise ConfigError("Every method can be named only once.")
         for option in ("steps", "depth"):
@@ -117,7 +117,7 @@ class CompareConfig:
         if self.damping is not None and not 0 <= self.damping < float("inf"):
             raise ConfigError(f"The damping must be a number of at least 0, not {self.damping}.")
         for method, rate in self.learning_rates.items():
-            _choice("method", method, METHODS)
+            check_choice("method", method, METHODS)
             _positive(f"learning rate of {method}", rate)
         if "block-tridiagonal" in self.methods and self.depth % 3 == 2:
             raise ConfigError(
@@ -152,15 +152,7 @@ class CompareConfig:
         Raises:
             ConfigError: If there is no such device.
         """
-        name = self.device
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            device = torch.device(name)
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise ConfigError(f"The device {name!r} is not available here.") from error
-        return device
+        return find_device(self.device)
 
     def torch_dtype(self) -> torch.dtype:
         """Return the floating-point type of weights and inputs."""
@@ -174,7 +166,24 @@ class CompareConfig:
         return options
 
 
-def _choice(what: str, value: str, choices: object) -> None:
+def find_device(name: str) -> torch.device:
+    """Return the device of a name; "auto" is a GPU if there is one.
+
+    Raises:
+        ConfigError: If there is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"The device {name!r} is not available here.") from error
+    return device
+
+
+def check_choice(what: str, value: str, choices: object) -> None:
+    """Raise a ConfigError that lists the choices unless the value is one of them."""
     names = list(choices)  # type: ignore[call-overload]
     if value not in names:
         raise ConfigError(f"Unknown {what} {value!r}: choose one of {', '.join(names)}.")

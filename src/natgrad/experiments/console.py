@@ -20,20 +20,21 @@ from rich.progress import (
 from rich.table import Table
 
 from natgrad.experiments.methods import METHODS
-from natgrad.experiments.report import (
+from natgrad.experiments.pages import (
     DASH,
     format_bytes,
     format_loss,
     format_percent,
     format_rate,
     format_seconds,
-    headline,
 )
+from natgrad.experiments.report import headline
 from natgrad.experiments.results import MethodResult, Results
+from natgrad.experiments.theory.results import Section, TheoryResults
 from natgrad.optim.summary import Summary
 from natgrad.optim.summary import format_bytes as format_size
 
-__all__ = ["ProgressBars", "print_results", "print_summary"]
+__all__ = ["ProgressBars", "SectionBars", "print_findings", "print_results", "print_summary"]
 
 
 class ProgressBars:
@@ -101,6 +102,64 @@ class ProgressBars:
     def _stop_clock(self) -> None:
         if self._task is not None:
             self._progress.stop_task(self._task)
+
+
+class SectionBars:
+    """One progress bar per section of the theory; elsewhere than in a terminal one line at its end.
+
+    Args:
+        console: Where to print.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._task: TaskID | None = None
+        self._progress = Progress(
+            TextColumn("{task.description:<12}"),
+            BarColumn(bar_width=32),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeElapsedColumn(),
+            console=console,
+            refresh_per_second=5,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> SectionBars:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def begin(self, section: str) -> None:
+        """Show a new bar."""
+        self._task = self._progress.add_task(section, total=1.0)
+
+    def progress(self, share: float) -> None:
+        """Move the bar."""
+        if self._task is not None:
+            self._progress.update(self._task, completed=share)
+
+    def end(self, section: Section) -> None:
+        """Leave the bar as it is."""
+        if self._task is not None:
+            self._progress.stop_task(self._task)
+        if not self._console.is_terminal:
+            seconds = format_seconds(section.seconds)
+            self._console.print(f"{section.name}: {section.status}, {seconds}")
+
+
+def print_findings(console: Console, results: TheoryResults) -> None:
+    """Print what each section of the theory found."""
+    for section in results.sections:
+        console.print(f"[bold]{escape(section.title)}[/bold]")
+        for finding in section.findings:
+            console.print(f"  {escape(finding)}", highlight=False)
 
 
 def print_results(console: Console, results: Results) -> None:

@@ -158,9 +158,10 @@ def load_dataset(
     *,
     train_samples: int | None = None,
     test_samples: int | None = None,
+    classes: Sequence[int] | None = None,
     seed: int = 0,
 ) -> Dataset:
-    """Load a data set, draws a class-balanced part of it, and normalises the inputs.
+    """Load a data set, draw a class-balanced part of it, and normalise the inputs.
 
     Args:
         name: A key of `DATASETS`. "digits" is embedded in scikit-learn; the others are read from
@@ -172,6 +173,7 @@ def load_dataset(
             their archive or unpacked. Not used for "digits".
         train_samples: How many training samples to keep; all by default.
         test_samples: How many test samples to keep; all by default.
+        classes: Labels to keep, renumbered in this order; all by default.
         seed: Seed of the subset, and of the split of "digits" into 1200 training and 597 test
             samples.
 
@@ -187,8 +189,10 @@ def load_dataset(
     rng = np.random.default_rng(seed)
     train, test = _digits(rng) if name == "digits" else _read_files(name, data_dir)
     kind = DATASETS[name]
-    train = _subset(_checked(train, kind, "training"), train_samples, rng, "training")
-    test = _subset(_checked(test, kind, "test"), test_samples, rng, "test")
+    train = _only(_checked(train, kind, "training"), classes)
+    test = _only(_checked(test, kind, "test"), classes)
+    train = _subset(train, train_samples, rng, "training")
+    test = _subset(test, test_samples, rng, "test")
     train_inputs, test_inputs = normalise(_to_tensor(train[0]), _to_tensor(test[0]))
     return Dataset(
         name,
@@ -196,7 +200,7 @@ def load_dataset(
         torch.from_numpy(train[1]),
         test_inputs,
         torch.from_numpy(test[1]),
-        kind.classes,
+        kind.classes if classes is None else len(classes),
     )
 
 
@@ -377,6 +381,17 @@ def _checked(arrays: Arrays, kind: DatasetKind, part: str) -> Arrays:
         bad = int((~np.isfinite(images).all(axis=(1, 2, 3))).sum())
         raise DataError(f"{bad} of the {len(images)} {part} images hold NaN or infinite values.")
     return images, labels.astype(np.int64)
+
+
+def _only(arrays: Arrays, classes: Sequence[int] | None) -> Arrays:
+    """Keep some classes and number them anew."""
+    if classes is None:
+        return arrays
+    images, labels = arrays
+    kept = np.isin(labels, classes)
+    number = np.zeros(max(*classes, int(labels.max())) + 1, dtype=np.int64)
+    number[list(classes)] = np.arange(len(classes))
+    return images[kept], number[labels[kept]]
 
 
 def _subset(arrays: Arrays, count: int | None, rng: np.random.Generator, part: str) -> Arrays:

@@ -44,6 +44,7 @@ class Setting:
         depth: The number of weight layers L.
         width: Units of the hidden layers.
         input_dim: Numbers per input.
+        outputs: Outputs of the network.
         samples: Samples N per step.
         full_batch: Whether every step sees the whole training set.
         damping: Damping asked for; None for each method's own.
@@ -56,6 +57,7 @@ class Setting:
     depth: int
     width: int
     input_dim: int
+    outputs: int
     samples: int
     full_batch: bool
     damping: float | None = None
@@ -154,6 +156,7 @@ class Method:
             self.structure,
             setting.depth,
             setting.samples,
+            outputs=setting.outputs,
             input_dim=setting.input_dim,
             width=setting.width,
         )

@@ -2,41 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
+from natgrad.experiments.drawing import line_style, new_figure, save_figure
 from natgrad.experiments.methods import METHODS
 from natgrad.experiments.results import Curve, MethodResult, Results
 
 __all__ = ["PLOTS", "Plot", "render"]
-
-# Okabe and Ito's colours, which colour-blind readers can tell apart; with the dashes and markers no
-# two of the first eight methods look alike without colour either.
-_COLOURS = ("#000000", "#7f7f7f", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-_DASHES = ("--", ":", "-", "-", "-", "-.", "-.", (0, (5, 1, 1, 1, 1, 1)))
-_MARKERS = ("s", "x", "o", "^", "D", "v", "P", "*")
-
-_STYLE: Any = {
-    "axes.grid": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "font.size": 10,
-    "grid.alpha": 0.3,
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 5,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "natgrad",
-}
 
 
 @dataclass(frozen=True)
@@ -78,16 +55,11 @@ def render(results: Results, plot: Plot, file_format: str) -> bytes:
     Returns:
         The content of the file.
     """
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(7.6, 4.2), layout="constrained")
-        axes = figure.add_subplot()
-        for result in results.methods:
-            _draw(axes, plot, result)
-        _decorate(axes, plot, results)
-        buffer = io.BytesIO()
-        metadata = {"Date": None, "Creator": None} if file_format == "svg" else {"Software": None}
-        figure.savefig(buffer, format=file_format, dpi=160, metadata=metadata)
-    return buffer.getvalue()
+    figure, axes = new_figure()
+    for result in results.methods:
+        _draw(axes[0], plot, result)
+    _decorate(axes[0], plot, results)
+    return save_figure(figure, file_format)
 
 
 def _draw(axes: Axes, plot: Plot, result: MethodResult) -> None:
@@ -101,9 +73,7 @@ def _draw(axes: Axes, plot: Plot, result: MethodResult) -> None:
         x,
         y,
         label=label,
-        color=_COLOURS[index % len(_COLOURS)],
-        linestyle=_DASHES[index % len(_DASHES)],
-        marker=_MARKERS[index % len(_MARKERS)],
+        **line_style(index),
         markevery=(0.0, 0.12),  # by distance along the line
         markerfacecolor="white",
     )

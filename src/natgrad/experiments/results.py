@@ -20,6 +20,7 @@ __all__ = [
     "Search",
     "Target",
     "Trial",
+    "to_json",
 ]
 
 SCHEMA_VERSION = 1
@@ -181,7 +182,12 @@ class Results:
 
     def to_json(self) -> str:
         """Return the results as JSON; NaN and infinite numbers become null."""
-        return json.dumps(_finite(dataclasses.asdict(self)), indent=1, allow_nan=False) + "\n"
+        return to_json(dataclasses.asdict(self))
+
+
+def to_json(value: Any) -> str:
+    """Return strict JSON, with null for numbers that are not finite."""
+    return json.dumps(_finite(value), indent=1, allow_nan=False) + "\n"
 
 
 def _finite(value: Any) -> Any:
@@ -189,6 +195,6 @@ def _finite(value: Any) -> Any:
         return None
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return value

@@ -11,6 +11,7 @@ from natgrad.ntk.dynamics import NetworkInFunctionSpace, Prediction, predict
 from natgrad.ntk.empirical import empirical_kernel
 from natgrad.ntk.infinite import InfiniteKernel, infinite_kernel
 from natgrad.ntk.infinite_network import InfiniteNetwork
+from natgrad.ntk.inputs import forster_transform
 from natgrad.ntk.isotropy import Isotropy, isotropic_constant, isotropy
 from natgrad.ntk.linearized import LinearizedNetwork
 from natgrad.ntk.networks import MLP, Architecture
@@ -47,6 +48,7 @@ __all__ = [
     "convergence_bounds",
     "empirical_kernel",
     "fisher_spectrum",
+    "forster_transform",
     "generalization_bound",
     "infinite_kernel",
     "isotropic_constant",

@@ -1,0 +1,151 @@
+"""Reports as files: numbers as text, HTML pages that load nothing, written whole or not at all."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+__all__ = [
+    "DASH",
+    "check_output",
+    "format_bytes",
+    "format_loss",
+    "format_percent",
+    "format_rate",
+    "format_seconds",
+    "inline_svg",
+    "render_page",
+    "write_files",
+]
+
+DASH = "–"
+
+
+def check_output(directory: Path) -> None:
+    """Check, before anything runs, that results can be written to a folder.
+
+    Args:
+        directory: The folder; it need not exist.
+
+    Raises:
+        ValueError: If it is a file, or it or the folder to create it in cannot be written to.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"The output {directory} is a file: give a folder.")
+    parent = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"The output {directory} cannot be written: {parent} does not allow it.")
+
+
+def write_files(
+    directory: Path, page: str, results: str, figures: Mapping[str, Mapping[str, bytes]]
+) -> list[Path]:
+    """Write ``report.html``, ``results.json`` and the figures to a folder.
+
+    Each file appears under its name only once it is complete.
+
+    Args:
+        directory: The folder, created if need be; other files in it are left alone.
+        page: The report.
+        results: The results as JSON.
+        figures: Name → file ending → content.
+
+    Returns:
+        The paths of the files, the report first.
+    """
+    contents = {"report.html": page.encode(), "results.json": results.encode()}
+    for name, images in figures.items():
+        contents |= {f"{name}.{kind}": content for kind, content in images.items()}
+    directory.mkdir(parents=True, exist_ok=True)
+    return [_write_whole(directory / name, content) for name, content in contents.items()]
+
+
+def render_page(
+    template: str, filters: Mapping[str, Callable[..., str]] | None = None, **values: Any
+) -> str:
+    """Render a template of this package, with the formats of this module as filters.
+
+    Args:
+        template: Its file name.
+        filters: Further filters.
+        **values: What the template shows.
+    """
+    environment = Environment(
+        loader=PackageLoader("natgrad.experiments"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters |= {
+        "bytes": format_bytes,
+        "loss": format_loss,
+        "percent": format_percent,
+        "rate": format_rate,
+        "seconds": format_seconds,
+        **(filters or {}),
+    }
+    return environment.get_template(template).render(**values)
+
+
+def format_loss(value: float | None) -> str:
+    """Format a loss with three significant digits; a dash for none."""
+    if value is None or not math.isfinite(value):
+        return DASH
+    return f"{value:.3g}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.2e}"
+
+
+def format_rate(value: float | None) -> str:
+    """Format a learning rate or damping with three significant digits; a dash for none."""
+    return DASH if value is None or not math.isfinite(value) else f"{value:.3g}"
+
+
+def format_percent(value: float | None) -> str:
+    """Format a fraction as a percentage; a dash for none."""
+    return DASH if value is None or not math.isfinite(value) else f"{100 * value:.1f} %"
+
+
+def format_seconds(value: float | None) -> str:
+    """Format a duration in seconds; a dash for none."""
+    if value is None or not math.isfinite(value):
+        return DASH
+    return f"{value:.2f} s" if value < 100 else f"{value:.0f} s"
+
+
+def format_bytes(value: int | None) -> str:
+    """Format a number of bytes in MB (10⁶ bytes); a dash for none."""
+    return DASH if value is None else f"{value / 1e6:.0f} MB"
+
+
+def inline_svg(svg: str, prefix: str, title: str) -> Markup:
+    """Prepare an SVG file for an HTML page: no prologue or metadata, identifiers of its own."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
+    svg = re.sub(r'href="#', f'href="#{prefix}-', svg)
+    svg = re.sub(r"url\(#", f"url(#{prefix}-", svg)
+    return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1))
+
+
+def _write_whole(path: Path, content: bytes) -> Path:
+    """Write a file under a temporary name and move it to its own when it is complete."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path

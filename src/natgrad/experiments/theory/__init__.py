@@ -1,0 +1,1 @@
+"""`natgrad theory`: what the theory of wide networks predicts, beside what networks do."""

@@ -1,0 +1,199 @@
+"""Predicted curves beside trained networks, at η = 1/α and at other learning rates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from natgrad import ntk
+from natgrad.experiments.theory.methods import METHODS, damping_of
+from natgrad.experiments.theory.results import Line, Panel, Plot, Section, Table
+from natgrad.experiments.theory.setting import Setting, train
+
+__all__ = ["dynamics"]
+
+STEPS = 8
+FACTORS = (0.25, 0.5, 1.5, 1.9, 2.5)
+"""Learning rates in units of 1/α."""
+
+
+@dataclass(frozen=True)
+class _Theory:
+    """What theory says of one method on one network.
+
+    Attributes:
+        network: The infinite-width limit, or the linearised network where there is none.
+        damping: λ the optimizer uses.
+        predicted_damping: λ of the prediction; 0 where the optimizer's is there for rounding only.
+        lr: 1/α, for gradient descent 1/λ_max.
+        alpha: α of the theory; None for gradient descent.
+    """
+
+    network: ntk.NetworkInFunctionSpace
+    damping: float
+    predicted_damping: float
+    lr: float
+    alpha: float | None
+
+
+def dynamics(setting: Setting, progress: Callable[[float], None]) -> Section:
+    """Run the section."""
+    config = setting.config
+    section = Section(
+        "dynamics",
+        "Training curves, predicted and trained",
+        "Does a wide network follow the curves of its infinite-width limit, for gradient descent "
+        "and for natural gradient descent with each approximate Fisher matrix?",
+    )
+    model = setting.network()
+    theories = _theories(setting, model)
+    runs = len(theories) * (1 + len(FACTORS))
+    done = 0
+    train_panel, test_panel = Panel("training loss"), Panel("test loss")
+    rate_panels: list[Panel] = []
+    rows: list[list[str | int | float | None]] = []
+    converged: list[str] = []
+    for name, theory in theories.items():
+        title = METHODS[name].title
+        curves = {}
+        panel = Panel(title)
+        for factor in (1.0, *FACTORS):
+            lr = factor * theory.lr
+            predicted = ntk.predict(
+                theory.network,
+                setting.y,
+                name,
+                steps=STEPS,
+                lr=lr,
+                damping=theory.predicted_damping,
+            )
+            run = train(setting, model, name, lr, theory.damping, STEPS)
+            steps = [float(step) for step in range(STEPS + 1)]
+            curves[factor] = (predicted, run)
+            losses = [_shown(loss) for loss in predicted.train_loss.tolist()]
+            label = f"η = {factor:g}/α" if theory.alpha else f"η = {factor:g}/λ_max"
+            panel.lines.append(Line(label, steps, losses, "line", f"rate {factor:g}"))
+            measured = [_shown(loss) for loss in run.train_loss]
+            panel.lines.append(Line("", steps, measured, "markers", f"rate {factor:g}"))
+            if factor > 2:
+                converged += [title] if run.train_loss[-1] < 1e-2 * run.train_loss[0] else []
+            if factor == 1.0:
+                train_panel.lines.append(Line(title, steps, losses, "line", name))
+                train_panel.lines.append(Line("", steps, measured, "markers", name))
+                test = predicted.test_loss(setting.y_test).tolist()
+                test_panel.lines.append(Line(title, steps, test, "line", name))
+                test_panel.lines.append(Line("", steps, run.test_loss, "markers", name))
+            done += 1
+            progress(done / runs)
+        rate_panels.append(panel)
+        predicted, run = curves[1.0]
+        rows.append(
+            [
+                title,
+                theory.alpha,
+                theory.lr,
+                *predicted.train_loss[1:3].tolist(),
+                *run.train_loss[1:4],
+                float(predicted.test_loss(setting.y_test)[-1]),
+                run.test_loss[-1],
+            ]
+        )
+    first = curves[1.0][1].train_loss[0]
+    width = f"width {config.width}, depth {config.depth}, N = {setting.samples}"
+    section.plots = [
+        Plot(
+            "dynamics",
+            "Training at η = 1/α",
+            "Lines: prediction of the infinite-width limit (unit-wise: of the linearised network). "
+            f"Markers: networks of {width}, trained by natgrad's optimizers. Natural gradients fit "
+            "the data in one predicted step; what is left after it is the finite width. Losses "
+            "below 1e-16 are rounding and drawn there.",
+            [train_panel, test_panel],
+            "step",
+            "½‖f − y‖², mean",
+            y_log=True,
+        ),
+        Plot(
+            "learning-rates",
+            "Learning rates in units of 1/α",
+            "Training loss at fractions and multiples of 1/α (gradient descent: of 1/λ_max); lines "
+            "predicted, markers trained. Below 2 every method converges, by |1 − ηα| per step; "
+            "above 2 the prediction grows without bound, and the network, once it has left the "
+            "linear regime, hovers at a high loss or leaves it too.",
+            [*rate_panels],
+            "step",
+            "training loss",
+            y_log=True,
+        ),
+    ]
+    section.tables = [
+        Table(
+            f"At η = 1/α, {width}. Loss before training: {first:.3g}.",
+            [
+                "method",
+                "α",
+                "η",
+                "predicted, step 1",
+                "step 2",
+                "trained, step 1",
+                "step 2",
+                "step 3",
+                f"test predicted, step {STEPS}",
+                "test trained",
+            ],
+            rows,
+        )
+    ]
+    exact = next(row for row in rows if row[0] == METHODS["full"].title)
+    section.findings = [
+        f"Exact natural gradient descent with η = 1 takes the training loss from "
+        f"{first:.3g} to {exact[5]:.2g} in one step and to {exact[6]:.2g} in two.",
+        f"No method fits the data at {max(FACTORS):g}/α, beyond the limit 2/α."
+        if not converged
+        else f"At {max(FACTORS):g}/α, beyond the limit 2/α of the linearised network, "
+        f"{', '.join(converged)} still converge at this width: the step leaves the linear regime.",
+    ]
+    if config.depth % 3 == 2:
+        section.findings.append(
+            f"The block tri-diagonal matrix of {config.depth} = 3s + 2 layers is singular, so it "
+            "has no α and is left out."
+        )
+    return section
+
+
+def _theories(setting: Setting, model: nn.Module) -> dict[str, _Theory]:
+    infinite = ntk.InfiniteNetwork(model, setting.x, setting.x_test)
+    finite: ntk.LinearizedNetwork | None = None
+    result: dict[str, _Theory] = {}
+    kernel, _ = infinite.maps("gd")
+    lr = 1.0 / float(torch.linalg.eigvalsh(kernel)[-1])
+    result["gd"] = _Theory(infinite, 0.0, 0.0, lr, None)
+    for name in setting.structures:
+        alpha = ntk.isotropic_constant(
+            name,
+            setting.config.depth,
+            setting.samples,
+            outputs=setting.outputs,
+            input_dim=setting.x.shape[1],
+            width=setting.config.width,
+            active_fraction=infinite.architecture.activation.active_fraction,
+        )
+        damping = damping_of(name, model, setting.x)
+        if name == "unit_wise":
+            finite = finite or ntk.LinearizedNetwork(model, setting.x, setting.x_test)
+            result[name] = _Theory(finite, damping, damping, 1.0 / alpha, alpha)
+        else:
+            result[name] = _Theory(infinite, damping, 0.0, 1.0 / alpha, alpha)
+    return result
+
+
+#: Losses below rounding are drawn here.
+FLOOR = 1e-16
+
+
+def _shown(loss: float) -> float:
+    return max(loss, FLOOR) if math.isfinite(loss) else math.nan

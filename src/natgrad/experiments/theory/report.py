@@ -1,0 +1,137 @@
+"""The theory report: figures, tables and findings on one HTML page."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from natgrad.experiments.drawing import line_style, new_figure, save_figure
+from natgrad.experiments.pages import DASH, inline_svg, render_page, write_files
+from natgrad.experiments.theory.dynamics import FACTORS
+from natgrad.experiments.theory.methods import METHODS
+from natgrad.experiments.theory.results import Line, Panel, Plot, TheoryResults
+
+__all__ = ["format_number", "render_html", "render_plot", "write_theory_report"]
+
+
+def write_theory_report(results: TheoryResults, directory: Path) -> list[Path]:
+    """Write ``results.json``, the plots as PNG and SVG, and ``report.html`` to a folder.
+
+    Everything is rendered before the first byte is written.
+
+    Args:
+        results: The results.
+        directory: The folder, created if need be.
+
+    Returns:
+        The paths of the files, the report first.
+    """
+    figures = {
+        plot.name: {kind: render_plot(plot, kind) for kind in ("svg", "png")}
+        for section in results.sections
+        for plot in section.plots
+    }
+    svg = {name: images["svg"].decode() for name, images in figures.items()}
+    return write_files(directory, render_html(results, svg), results.to_json(), figures)
+
+
+def render_html(results: TheoryResults, plots: dict[str, str]) -> str:
+    """Render the report as one HTML page that loads nothing from anywhere.
+
+    Args:
+        results: The results.
+        plots: The plots as SVG, by the name of the plot.
+    """
+    figures = {
+        plot.name: inline_svg(plots[plot.name], plot.name, plot.title)
+        for section in results.sections
+        for plot in section.plots
+    }
+    return render_page(
+        "theory.html.j2", filters={"number": format_number}, results=results, figures=figures
+    )
+
+
+def format_number(value: float | None) -> str:
+    """Format a number of a table with three significant digits; a dash for none."""
+    if value is None or not math.isfinite(value):
+        return DASH
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.3g}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.1e}"
+
+
+def render_plot(plot: Plot, file_format: str) -> bytes:
+    """Draw one plot.
+
+    Args:
+        plot: The plot.
+        file_format: "png" or "svg".
+
+    Returns:
+        The content of the file.
+    """
+    figure, axes = new_figure(len(plot.panels), 1 if len(plot.panels) == 1 else _columns(plot))
+    for index, (panel, place) in enumerate(zip(plot.panels, axes, strict=True)):
+        if len(plot.panels) > 1:
+            place.set_title(panel.title, fontsize=10)
+        if panel.image is not None:
+            place.imshow(panel.image, cmap="RdBu_r", vmin=-1.0, vmax=1.0, interpolation="nearest")
+            place.set_axis_off()
+            continue
+        _draw(place, plot, panel)
+        last_of_row = (index + 1) % _columns(plot) == 0 or index + 1 == len(plot.panels)
+        if len(plot.panels) == 1 or (last_of_row and index < _columns(plot)):
+            if place.get_legend_handles_labels()[0]:
+                place.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=3.2)
+    return save_figure(figure, file_format)
+
+
+def _columns(plot: Plot) -> int:
+    return min(3, len(plot.panels)) if len(plot.panels) != 2 else 2
+
+
+def _draw(axes: Axes, plot: Plot, panel: Panel) -> None:
+    for line in panel.lines:
+        points = [
+            (x, y)
+            for x, y in zip(line.x, line.y, strict=True)
+            if math.isfinite(y) and (y > 0 or not plot.y_log)
+        ]
+        if points:
+            x, y = zip(*points, strict=True)
+            axes.plot(x, y, label=line.label or None, **_style(line))
+    axes.set_xlabel(plot.x_label)
+    if plot.y_label:
+        axes.set_ylabel(plot.y_label)
+    if plot.x_log:
+        axes.set_xscale("log")
+    if plot.y_log:
+        axes.set_yscale("log")
+    measured = [y for line in panel.lines if line.style == "markers" for y in line.y]
+    finite = [y for y in measured if math.isfinite(y) and y > 0]
+    if plot.y_log and finite:
+        # Predictions that leave the range of the measurements by far would flatten the rest.
+        axes.set_ylim(top=min(axes.get_ylim()[1], 30 * max(finite)))
+
+
+def _style(line: Line) -> dict[str, Any]:
+    if line.style == "reference":
+        return {"color": "#888888", "linestyle": (0, (1, 2)), "linewidth": 1.2}
+    style = line_style(_index(line.method))
+    style["markerfacecolor"] = "white"
+    if line.style == "line":
+        style["marker"] = ""
+    if line.style == "markers":
+        style["linestyle"] = ""
+    return style
+
+
+def _index(method: str) -> int:
+    """Return the number of a method's style; a method looks the same in every figure."""
+    if method.startswith("rate "):
+        return sorted((1.0, *FACTORS)).index(float(method.removeprefix("rate ")))
+    return list(METHODS).index(method) if method in METHODS else 0

@@ -1,0 +1,107 @@
+"""`natgrad theory`: run the sections and collect what they found."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from datetime import datetime, timezone
+from typing import Protocol
+
+from natgrad.experiments.environment import describe_environment
+from natgrad.experiments.theory.conditions import conditions
+from natgrad.experiments.theory.config import TheoryConfig
+from natgrad.experiments.theory.dynamics import dynamics
+from natgrad.experiments.theory.isotropy import isotropy
+from natgrad.experiments.theory.results import Section, TheoryResults
+from natgrad.experiments.theory.setting import Setting
+from natgrad.experiments.theory.spectrum import spectrum
+from natgrad.experiments.theory.width import width
+
+__all__ = ["TheoryObserver", "run_theory"]
+
+SectionFunction = Callable[[Setting, Callable[[float], None]], Section]
+
+_SECTIONS: dict[str, SectionFunction] = {
+    "dynamics": dynamics,
+    "width": width,
+    "isotropy": isotropy,
+    "conditions": conditions,
+    "spectrum": spectrum,
+}
+
+
+class TheoryObserver(Protocol):
+    """Told of the progress of a run."""
+
+    def begin(self, section: str) -> None:
+        """A section begins."""
+
+    def progress(self, share: float) -> None:
+        """This share of the section is done."""
+
+    def end(self, section: Section) -> None:
+        """A section has ended."""
+
+
+class _SilentObserver:
+    def begin(self, section: str) -> None:
+        """Ignore the event."""
+
+    def progress(self, share: float) -> None:
+        """Ignore the event."""
+
+    def end(self, section: Section) -> None:
+        """Ignore the event."""
+
+
+def run_theory(
+    config: TheoryConfig, observer: TheoryObserver | None = None, command: str = ""
+) -> TheoryResults:
+    """Run the sections asked for.
+
+    Args:
+        config: The options.
+        observer: Told of progress; silent by default.
+        command: The command line to record as the one that repeats the run.
+
+    Returns:
+        The results. After Ctrl-C they hold the sections that had ended, and `interrupted` is true.
+        A section the theory cannot be applied to has the status "failed" and says why.
+
+    Raises:
+        DataError: If the data cannot be used.
+    """
+    created, began = datetime.now(timezone.utc), time.perf_counter()
+    observer = observer or _SilentObserver()
+    setting = Setting.load(config)
+    sections: list[Section] = []
+    interrupted = False
+    for name in config.sections:
+        observer.begin(name)
+        start = time.perf_counter()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # Skipped steps of diverging runs.
+                section = _SECTIONS[name](setting, observer.progress)
+            section.status = "completed"
+        except KeyboardInterrupt:
+            section = Section(name, name.capitalize(), "", "interrupted")
+            interrupted = True
+        except (ValueError, RuntimeError) as error:
+            section = Section(name, name.capitalize(), "", "failed", [str(error)])
+        section.seconds = time.perf_counter() - start
+        sections.append(section)
+        observer.end(section)
+        if interrupted:
+            break
+    return TheoryResults(
+        created.isoformat(timespec="seconds"),
+        time.perf_counter() - began,
+        interrupted,
+        command,
+        config.as_dict(),
+        setting.describe(),
+        describe_environment(config.torch_device()),
+        sections,
+    )

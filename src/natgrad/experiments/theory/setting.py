@@ -1,0 +1,202 @@
+"""What all sections share: the data, the networks, and training them."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from natgrad import ntk
+from natgrad.experiments.data import DATASETS, DataError, load_dataset
+from natgrad.experiments.theory.config import TheoryConfig
+from natgrad.experiments.theory.methods import METHODS, build_optimizer
+
+__all__ = ["Setting", "Trajectory", "train"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The data of a run and the networks on it, all in float64.
+
+    Attributes:
+        config: The options.
+        x: Training inputs of norm 1, ``(N, M_0)``.
+        y: Their targets, ``(N, C)``.
+        x_test: Test inputs of norm 1.
+        y_test: Their targets.
+        notes: What had to be done to the data, one sentence each.
+    """
+
+    config: TheoryConfig
+    x: Tensor
+    y: Tensor
+    x_test: Tensor
+    y_test: Tensor
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def load(cls, config: TheoryConfig) -> Setting:
+        """Read and prepare the data.
+
+        Raises:
+            DataError: If it cannot be used: files missing, or samples that are the same.
+        """
+        data = load_dataset(
+            config.data,
+            config.data_dir,
+            train_samples=config.samples,
+            classes=config.classes,
+            seed=config.seed,
+        ).to(config.torch_device(), torch.float64)
+        x, x_test = _unit(data.train_inputs.flatten(1)), _unit(data.test_inputs.flatten(1))
+        x_test, test_labels = x_test[: config.test_samples], data.test_labels[: config.test_samples]
+        _refuse_duplicates(x)
+        notes = []
+        rank = int(torch.linalg.matrix_rank(x, rtol=1e-6))
+        if rank < len(x):
+            x, x_test, note = _spread(x, x_test, rank)
+            notes.append(note)
+        outputs = config.outputs
+        y, y_test = _targets(data.train_labels, outputs), _targets(test_labels, outputs)
+        return cls(config, x, y, x_test, y_test, tuple(notes))
+
+    @property
+    def samples(self) -> int:
+        """N."""
+        return len(self.x)
+
+    @property
+    def outputs(self) -> int:
+        """C."""
+        return self.y.shape[1]
+
+    @property
+    def structures(self) -> list[str]:
+        """The structures whose theory gives a learning rate at this depth."""
+        singular = {"block_tridiagonal"} if self.config.depth % 3 == 2 else set()
+        return [name for name in METHODS if name not in {"gd", "diagonal", *singular}]
+
+    def network(self, width: int | None = None, draw: int = 0) -> ntk.MLP:
+        """Return a fully connected network in NTK parameterisation, σ_w² = 2, without biases.
+
+        Args:
+            width: Hidden width; that of the options by default.
+            draw: Which draw of the random weights.
+        """
+        hidden = [self.config.width if width is None else width] * (self.config.depth - 1)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1000 * self.config.seed + draw)
+            model = ntk.MLP([self.x.shape[1], *hidden, self.outputs], self.config.activation)
+        return model.double().to(self.x.device)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> float:
+        """Return the mean over samples of ``½‖f − y‖²``."""
+        return float(0.5 * (outputs - targets).square().sum() / len(targets))
+
+    def describe(self) -> dict[str, object]:
+        """Return the data in JSON values."""
+        return {
+            "name": self.config.data,
+            "title": DATASETS[self.config.data].title,
+            "train_samples": self.samples,
+            "test_samples": len(self.x_test),
+            "input_dim": self.x.shape[1],
+            "outputs": self.outputs,
+            "classes": list(self.config.classes),
+            "notes": list(self.notes),
+        }
+
+
+@dataclass
+class Trajectory:
+    """What one training run went through.
+
+    Attributes:
+        train_loss: Loss on the training inputs before each step and after the last.
+        test_loss: Loss on the test inputs.
+        model: The trained model.
+    """
+
+    train_loss: list[float]
+    test_loss: list[float]
+    model: nn.Module
+
+
+#: A loss so many times the first counts as divergence, and ends the run.
+DIVERGED = 1e4
+
+
+def train(
+    setting: Setting, model: nn.Module, method: str, lr: float, damping: float, steps: int
+) -> Trajectory:
+    """Train a copy of a network with full batches and a method's own optimizer."""
+    model = copy.deepcopy(model)
+    optimizer = build_optimizer(method, model, lr, damping)
+    train_loss: list[float] = []
+    test_loss: list[float] = []
+    for step in range(steps + 1):
+        outputs = model(setting.x)
+        loss = 0.5 * (outputs - setting.y).square().sum() / setting.samples
+        train_loss.append(float(loss.detach()))
+        with torch.no_grad():
+            test_loss.append(setting.loss(model(setting.x_test), setting.y_test))
+        if step == steps or not train_loss[-1] <= DIVERGED * train_loss[0]:
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    missing = [math.nan] * (steps + 1 - len(train_loss))
+    return Trajectory(train_loss + missing, test_loss + missing, model)
+
+
+def _unit(x: Tensor) -> Tensor:
+    norms = x.norm(dim=1, keepdim=True)
+    return x / torch.where(norms > 0, norms, torch.ones_like(norms))
+
+
+def _targets(labels: Tensor, outputs: int) -> Tensor:
+    """Return ±½ for one output, else one-hot targets."""
+    if outputs == 1:
+        return labels.double().unsqueeze(1) - 0.5
+    return nn.functional.one_hot(labels, outputs).double()
+
+
+def _refuse_duplicates(x: Tensor) -> None:
+    _, index, counts = torch.unique(x, dim=0, return_inverse=True, return_counts=True)
+    twice = (counts > 1).nonzero()
+    if len(twice):
+        same = (index == twice[0]).nonzero()[:2, 0].tolist()
+        raise DataError(
+            f"The training samples {same[0]} and {same[1]} are the same image, so no network can "
+            "tell them apart and the kernels are singular: choose other samples with --seed, or "
+            "remove one."
+        )
+
+
+def _spread(x: Tensor, x_test: Tensor, rank: int) -> tuple[Tensor, Tensor, str]:
+    """Project more samples than dimensions on their leading components and spread them evenly."""
+    samples = len(x)
+    _, values, basis = torch.linalg.svd(x, full_matrices=False)
+    dim = rank
+    while dim > 1:
+        kept = basis[:dim].T
+        try:
+            spread, spread_test = ntk.forster_transform(_unit(x @ kept), x_test @ kept)
+        except ValueError:
+            dim = dim * 3 // 4
+            continue
+        assert spread_test is not None
+        share = float(values[:dim].square().sum() / values.square().sum())
+        note = (
+            f"The {samples} inputs span {rank} dimensions only, so they were projected on {dim} "
+            f"principal components ({100 * share:.1f} % of their energy) and spread evenly by the "
+            "Forster transform, without which K-FAC's first layer is not isotropic."
+        )
+        return spread, spread_test, note
+    raise DataError(
+        f"The {samples} training inputs span {rank} dimensions only, and cannot be spread evenly "
+        "over fewer: take fewer samples with --train-samples."
+    )

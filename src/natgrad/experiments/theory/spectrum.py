@@ -1,0 +1,130 @@
+"""The eigenvalues of the Fisher matrix of random wide networks, measured and predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from natgrad import ntk
+from natgrad.experiments.theory.results import Line, Panel, Plot, Section, Table
+from natgrad.experiments.theory.setting import Setting
+from natgrad.experiments.theory.width import slope, widths
+
+__all__ = ["spectrum"]
+
+
+def spectrum(setting: Setting, progress: Callable[[float], None]) -> Section:
+    """Run the section."""
+    section = Section(
+        "spectrum",
+        "Spectrum of the Fisher matrix",
+        "In standard parameterisation, where are the eigenvalues of the Fisher matrix of a random "
+        "wide network, and what learning rate does the largest allow gradient descent?",
+    )
+    sizes = widths(setting)
+    # With ‖x‖² = M_0 the pre-activations of all layers have the same size.
+    x = setting.x * setting.x.shape[1] ** 0.5
+    measured: dict[str, dict[int, list[float]]] = {"mean": {}, "second": {}, "largest": {}}
+    predicted: dict[str, dict[int, list[float]]] = {"mean": {}, "second": {}, "largest": {}}
+    rows: list[list[str | int | float | None]] = []
+    found: ntk.FisherSpectrum | None = None
+    for index, size in enumerate(sizes):
+        found = ntk.fisher_spectrum(_network(setting, size), x)
+        theory = found.prediction
+        values = {
+            "mean": (found.mean, theory.mean),
+            "second": (found.second_moment, theory.second_moment),
+            "largest": (float(found.largest[0]), theory.largest),
+        }
+        for name, (seen, expected) in values.items():
+            measured[name][size], predicted[name][size] = [seen], [expected]
+        pairs = [number for pair in values.values() for number in pair]
+        rows.append([size, found.parameters, *pairs, found.largest_step])
+        progress((index + 1) / len(sizes))
+    assert found is not None
+    titles = {"mean": "mean m_λ", "second": "second moment s_λ", "largest": "largest λ_max"}
+    ranks = [float(rank + 1) for rank in range(len(found.eigenvalues))]
+    section.plots = [
+        Plot(
+            "spectrum-width",
+            "Statistics of the Fisher spectrum against width",
+            "Markers: eigenvalues of the exact Fisher matrix. Lines: what the mean diagonal κ₁ and "
+            "the mean off-diagonal κ₂ of the dual kernel predict. The mean falls like 1/M while "
+            "the largest eigenvalue grows like M: most directions are flat, a few very steep.",
+            [
+                Panel(
+                    titles[name],
+                    [
+                        _line("predicted", predicted[name], "line"),
+                        _line("measured", measured[name], "markers"),
+                    ],
+                )
+                for name in titles
+            ],
+            "width M",
+            "",
+            True,
+            True,
+        ),
+        Plot(
+            "spectrum",
+            "Eigenvalues by rank",
+            f"The {len(ranks)} eigenvalues of a network of width {sizes[-1]} that are not zero, of "
+            f"{found.parameters:,}; dotted: the predicted largest.",
+            [
+                Panel(
+                    f"width {sizes[-1]}",
+                    [
+                        Line("measured", ranks, found.eigenvalues.tolist(), "markers", "full"),
+                        Line(
+                            "predicted largest",
+                            [1.0, float(len(ranks))],
+                            [found.prediction.largest] * 2,
+                            "reference",
+                        ),
+                    ],
+                )
+            ],
+            "rank",
+            "eigenvalue",
+            True,
+            True,
+        ),
+    ]
+    section.tables = [
+        Table(
+            "Measured and predicted from κ₁ and κ₂.",
+            ["width", "parameters", "m_λ", "predicted", "s_λ", "predicted", "λ_max", "predicted",
+             "largest η of GD, 2/λ_max"],
+            rows,
+        )
+    ]  # fmt: skip
+    section.findings = [
+        f"The largest eigenvalue grows like M^{slope(measured['largest']):.2f} (theory: 1), so the "
+        f"learning rate of gradient descent must fall like 1/M; the mean eigenvalue falls like "
+        f"M^{slope(measured['mean']):.2f} (theory: −1).",
+        f"At width {sizes[-1]} the prediction of the largest eigenvalue is "
+        f"{found.prediction.largest:.3g}, the measured one {float(found.largest[0]):.3g}.",
+    ]
+    return section
+
+
+def _network(setting: Setting, size: int) -> nn.Module:
+    """Return a ReLU network in standard parameterisation, weights of variance 2/fan-in."""
+    hidden = [size] * (setting.config.depth - 1)
+    sizes = [setting.x.shape[1], *hidden, setting.outputs]
+    activation = ntk.ACTIVATIONS[setting.config.activation]
+    layers: list[nn.Module] = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(setting.config.seed)
+        for index in range(len(sizes) - 1):
+            layer = nn.Linear(sizes[index], sizes[index + 1], bias=False)
+            nn.init.normal_(layer.weight, std=(2.0 / sizes[index]) ** 0.5)
+            layers += [layer, activation.module()]
+    return nn.Sequential(*layers[:-1]).double().to(setting.x.device)
+
+
+def _line(label: str, values: dict[int, list[float]], style: str) -> Line:
+    return Line(label, [float(s) for s in values], [v[0] for v in values.values()], style, "full")
