@@ -507,17 +507,6 @@ def test_the_model_is_left_as_it_was(dtype, fisher):
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-class Sparse(nn.Module):
-    """An embedding with sparse gradients has no Jacobian rows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(5, 3, sparse=True)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.table(tokens).mean(1)
-
-
 def test_errors():
     model, x = mlp(6, 9, 8, 2), inputs(3, 6)
     with pytest.raises(ValueError, match="structure must be one of"):
@@ -535,8 +524,11 @@ def test_errors():
     with pytest.raises(TypeError, match="option"):
         isotropy(model, x, "full", nonsense=1)
     model.requires_grad_(False)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="trainable"):
         isotropy(model, x, "full")
+    uncovered = nn.Sequential(nn.Embedding(5, 3, scale_grad_by_freq=True), nn.Flatten())
+    with pytest.raises(ValueError, match="0.weight.*frequency"):
+        isotropy(uncovered, torch.tensor([[0, 1], [2, 3]]), "full")
 
 
 def test_constants():

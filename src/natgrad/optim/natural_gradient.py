@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from natgrad.curvature.base import inner_product
 from natgrad.fisher import FisherType
 from natgrad.likelihoods import Likelihood
+from natgrad.optim.isotropic_rate import IsotropyProbe, is_isotropic
 from natgrad.optim.preconditioner import Preconditioner, gradients_are_finite
 from natgrad.optim.summary import Summary, summarize
 
@@ -38,7 +39,10 @@ class NaturalGradient(torch.optim.Optimizer):
         structure: Name of the structure.
         likelihood: ``"categorical"``, ``"gaussian"``, ``"bernoulli"``, ``"poisson"``, a
             :class:`natgrad.Likelihood`, or a torch loss module such as ``nn.MSELoss()``.
-        lr: Learning rate η.
+        lr: Learning rate η. ``"isotropic"`` takes 1/α, with α measured on the first batch (see
+            :func:`natgrad.ntk.isotropy`): the rate at which a wide network fits the batch in one
+            step of the squared loss. The groups' ``lr`` is then 1, in units of 1/α, so that
+            schedulers work as factors.
         damping: λ, in the units of F.
         momentum: μ.
         weight_decay: Decoupled weight decay w.
@@ -72,7 +76,7 @@ class NaturalGradient(torch.optim.Optimizer):
         structure: str,
         likelihood: str | Likelihood | nn.Module = "categorical",
         *,
-        lr: float,
+        lr: float | Literal["isotropic"],
         damping: float,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
@@ -94,6 +98,8 @@ class NaturalGradient(torch.optim.Optimizer):
                 f"{type(self).__name__} takes the model itself, not its parameters: got "
                 f"{type(model).__name__}"
             )
+        measured = is_isotropic(lr)
+        lr = 1.0 if isinstance(lr, str) else lr
         _check_range("lr", lr)
         _check_range("momentum", momentum, below=1.0)
         _check_range("weight_decay", weight_decay)
@@ -124,6 +130,8 @@ class NaturalGradient(torch.optim.Optimizer):
             "damping": damping,
             "kl_clip": kl_clip,
             "preconditioned": True,
+            # What lr is multiplied by; None until it is measured.
+            "unit": None if measured else 1.0,
         }
         covered = self.preconditioner.capture.uncovered
         groups, first_order = _split_groups(self.model, defaults, covered, params)
@@ -135,6 +143,8 @@ class NaturalGradient(torch.optim.Optimizer):
         self._link_fallback()
         self._set_damping()
         self._skipped = 0
+        if measured:
+            self.preconditioner.isotropy_probe = IsotropyProbe(seed)
         if covered:
             reasons = "; ".join(f"{name} ({why})" for name, why in covered.items())
             warnings.warn(
@@ -204,6 +214,8 @@ class NaturalGradient(torch.optim.Optimizer):
         if quadratic is None:
             self._skip()
             return loss
+        if self.preconditioner.isotropy_probe is not None:
+            self._set_unit()
         self.preconditioner.finish()
         for group in self.param_groups:
             if group["preconditioned"]:
@@ -236,6 +248,32 @@ class NaturalGradient(torch.optim.Optimizer):
             return None
         return abs(numbers[-1])
 
+    def _set_unit(self) -> None:
+        """Measure α and take 1/α as the unit of the learning rates."""
+        measured = self.preconditioner.measure_isotropy()
+        alpha, deviation = measured if measured is not None else (float("nan"), 0.0)
+        value = {"alpha": torch.tensor(alpha, dtype=torch.float64)}
+        _average_over_replicas(value)
+        alpha = float(value["alpha"])
+        if not 0 < alpha < float("inf"):
+            self.preconditioner.skip()
+            raise ValueError(
+                f"lr='isotropic' found α = {alpha:.3g} on the first batch, which gives no learning "
+                "rate: give lr as a number (natgrad.ntk.isotropy(model, x, structure) tells more)"
+            )
+        if deviation > 0.5:
+            warnings.warn(
+                f"the coefficients of {self.preconditioner.structure.structure!r} deviate by about "
+                f"{100 * deviation:.0f} % from α times the identity, so lr = 1/α = {1 / alpha:.3g} "
+                "is not backed by theory: natgrad.ntk.isotropy(model, x, structure) tells which "
+                "layer breaks the condition",
+                stacklevel=3,
+            )
+        self.preconditioner.isotropy_probe = None
+        for group in self.param_groups:
+            if group["preconditioned"]:
+                group["unit"] = 1.0 / alpha
+
     def _update_group(
         self, group: dict[str, Any], natural: dict[str, Tensor], quadratic: float
     ) -> None:
@@ -244,7 +282,7 @@ class NaturalGradient(torch.optim.Optimizer):
             return
         names = [self._names[p] for p in parameters]
         directions = [natural[n].to(p.dtype) for n, p in zip(names, parameters, strict=True)]
-        lr, momentum = group["lr"], group["momentum"]
+        lr, momentum = group["lr"] * group["unit"], group["momentum"]
         scale = 1.0
         if group["kl_clip"] is not None and quadratic > 0:
             scale = min(1.0, (group["kl_clip"] / (quadratic * lr**2)) ** 0.5) if lr else 1.0
@@ -319,6 +357,8 @@ class NaturalGradient(torch.optim.Optimizer):
         self.preconditioner.load_state_dict(state_dict["natgrad"])
         self._link_fallback()
         self._set_damping()
+        if all(g["unit"] is not None for g in self.param_groups if g["preconditioned"]):
+            self.preconditioner.isotropy_probe = None
 
     def summary(self, samples: int = 128) -> Summary:
         """Return, layer by layer, what is preconditioned, its factors, memory and cost.
@@ -372,7 +412,7 @@ def _split_groups(
             plain = {k: v for k, v in keep.items() if k in ("lr", "weight_decay", "momentum")}
             first_order.append({**plain, "params": [names[n] for n in rest]})
 
-    known = {*defaults, "params", "modules"}
+    known = {*defaults, "params", "modules"} - {"unit"}
     for group in params or []:
         unknown = set(group) - known
         if unknown:

@@ -16,6 +16,7 @@ from natgrad.curvature.kfac import KroneckerPart
 from natgrad.fisher import FisherType, as_fisher_type, update_from_output
 from natgrad.jacobians import LayerJacobian, LinearJacobian
 from natgrad.likelihoods import Likelihood, as_likelihood
+from natgrad.optim.isotropic_rate import IsotropyProbe
 
 __all__ = ["Preconditioner"]
 
@@ -109,6 +110,8 @@ class Preconditioner:
         self._finished: list[ForwardPass] = []
         self._row_candidates = self._find_row_candidates()
         self._warned = False
+        #: Set while the learning rate 1/α is still to be measured.
+        self.isotropy_probe: IsotropyProbe | None = None
 
     # Observing.
 
@@ -118,7 +121,7 @@ class Preconditioner:
     def _on_forward(self) -> None:
         due = self._update_due()
         own = self.fisher.from_user_gradients
-        self.capture.recording = due and not own
+        self.capture.recording = (due and not own) or self.isotropy_probe is not None
         if due and own:
             self.capture.watching = True
         else:
@@ -128,7 +131,10 @@ class Preconditioner:
         """Update curvature at the start of the user's backward pass."""
         if recorded not in self._finished:
             self._finished.append(recorded)
-            if self._update_due() and any(call.edges for call in recorded.calls):
+            recorded_edges = any(call.edges for call in recorded.calls)
+            if self.isotropy_probe is not None and recorded_edges:
+                self._probe_isotropy(self.isotropy_probe, recorded)
+            if self._update_due() and recorded_edges and not self.fisher.from_user_gradients:
                 self._pull_back(recorded)
 
     def _open_transaction(self) -> None:
@@ -178,6 +184,25 @@ class Preconditioner:
             generator=self.generator,
             target=recorded.target,
         )
+
+    def _probe_isotropy(self, probe: IsotropyProbe, recorded: ForwardPass) -> None:
+        weights, count, _ = self._weigh(recorded)
+        if float(count) > 0:
+            assert recorded.output is not None
+            probe.observe(self.capture, self.likelihood, recorded.output, weights, float(count))
+
+    def measure_isotropy(self) -> tuple[float, float] | None:
+        """Return α of the present curvature and its estimated deviation from isotropy.
+
+        Call it after :meth:`natural_gradient`, with ``isotropy_probe`` set before the passes of
+        the step. None if no pass was seen.
+        """
+        if self.isotropy_probe is None:
+            return None
+        with torch.no_grad():
+            return self.isotropy_probe.measure(
+                lambda gradients: self.structure.precondition(GradientSource(gradients))
+            )
 
     def update_fisher(self, output: Tensor, target: Tensor | None = None) -> None:
         """Update curvature from a model output, before ``loss.backward()``.
@@ -278,6 +303,8 @@ class Preconditioner:
         self.capture.passes.extend(waiting)
 
     def _close(self) -> None:
+        if self.isotropy_probe is not None:
+            self.isotropy_probe.clear()
         self._saved = None
         self._updated = False
         self._finished = []

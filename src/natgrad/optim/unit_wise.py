@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -19,7 +19,7 @@ class UnitWiseNGD(NaturalGradient):
     Args:
         model: The model to train.
         likelihood: A name, a :class:`natgrad.Likelihood`, or a torch loss module.
-        lr: Learning rate.
+        lr: Learning rate, or ``"isotropic"`` for 1/α, measured on the first batch.
         damping: λ, in the units of F.
         momentum: Momentum of the natural gradient.
         weight_decay: Decoupled weight decay.
@@ -37,7 +37,7 @@ class UnitWiseNGD(NaturalGradient):
         model: nn.Module,
         likelihood: str | Likelihood | nn.Module = "categorical",
         *,
-        lr: float = 0.05,
+        lr: float | Literal["isotropic"] = 0.05,
         damping: float = 1e-3,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
