@@ -143,8 +143,9 @@ def test_empirical_curvature_and_random_state():
 
 
 def test_far_from_isotropy_it_warns():
-    x, y = normal(12, 12), normal(12, 2, seed=1)
+    x, y = normal(12, 12).abs(), normal(12, 2, seed=1)
     model = network(width=6)
+    assert ntk.isotropy(model, x, "diagonal", 1e-6).deviation > 1
     optimizer = natgrad.DiagonalNGD(
         model, "gaussian", lr="isotropic", damping=1e-6, fisher="exact", kl_clip=None
     )
