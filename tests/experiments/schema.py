@@ -1,9 +1,9 @@
-"""Reads docs/results-schema.md and checks a results.json against it."""
+"""Reads the documents of results.json and checks such files against them."""
 
 import re
 from pathlib import Path
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "results-schema.md"
+DOCUMENTS = Path(__file__).parents[2] / "docs"
 
 SCALARS = {
     "string": lambda value: isinstance(value, str),
@@ -12,14 +12,15 @@ SCALARS = {
     "boolean": lambda value: isinstance(value, bool),
     "object": lambda value: isinstance(value, dict),
     "null": lambda value: value is None,
+    "array": lambda value: isinstance(value, list),
 }
 
 
-def tables() -> dict[str, dict[str, tuple[str, str | None]]]:
+def tables(document: str) -> dict[str, dict[str, tuple[str, str | None]]]:
     """Returns section → key → (type, section that describes its objects)."""
     sections: dict[str, dict[str, tuple[str, str | None]]] = {}
     section = ""
-    for line in DOCUMENT.read_text().splitlines():
+    for line in (DOCUMENTS / document).read_text().splitlines():
         if line.startswith("## "):
             section = line[3:].strip("` ").lower()
             sections[section] = {}
@@ -29,9 +30,14 @@ def tables() -> dict[str, dict[str, tuple[str, str | None]]]:
     return sections
 
 
-def check(value: dict, section: str = "top level", where: str = "results") -> None:
+def check(
+    value: dict,
+    section: str = "top level",
+    where: str = "results",
+    document: str = "results-schema.md",
+) -> None:
     """Asserts that an object has exactly the documented keys, of the documented types."""
-    documented = tables()[section]
+    documented = tables(document)[section]
     assert set(value) == set(documented), f"{where}: {set(value) ^ set(documented)}"
     for key, (kind, link) in documented.items():
         place = f"{where}.{key}"
@@ -45,4 +51,4 @@ def check(value: dict, section: str = "top level", where: str = "results") -> No
         for item in items:
             assert any(SCALARS[name](item) for name in allowed), f"{place}: {item!r} is no {kind}"
             if link and isinstance(item, dict):
-                check(item, link, place)
+                check(item, link, place, document)

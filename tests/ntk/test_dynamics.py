@@ -442,6 +442,71 @@ def test_cross_entropy_of_the_linearized_network(structure, damping):
     assert_follows(few, (wanted[0][[3, 1]], wanted[1][[3, 1]]), tolerance(structure, damping))
 
 
+def weighted(labels: Tensor, weights: Tensor):
+    """Return gradient, Hessian (per unit of count / N) and mean of torch's own cross-entropy."""
+
+    def total(f: Tensor, reduction: str = "sum") -> Tensor:
+        return nn.functional.cross_entropy(f, labels, weight=weights, reduction=reduction)
+
+    def gradient(f: Tensor) -> Tensor:
+        f = f.clone().requires_grad_()
+        return torch.autograd.grad(total(f), f)[0] * share
+
+    def hessian(f: Tensor) -> Tensor:
+        full = torch.autograd.functional.hessian(total, f)
+        return torch.stack([full[n, :, n] for n in range(len(f))]) * share
+
+    kept = labels[labels >= 0]
+    share = len(labels) / float(weights[kept].sum())
+    return gradient, hessian, lambda f: total(f, "mean")
+
+
+@pytest.mark.parametrize("structure", LAYERWISE)
+@pytest.mark.parametrize("infinite", [False, True])
+def test_class_weights_and_ignored_samples(structure, infinite):
+    """The mean divides by the weights of the samples that count."""
+    weights = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)
+    labels = torch.tensor([0, 1, 2, -100, 1])
+    likelihood = likelihoods.Categorical(class_weights=weights)
+    if infinite:
+        network, linear = limit(3)
+    else:
+        model, x, x_test, _ = labelled(3, 5)
+        network, linear = LinearizedNetwork(model, x, x_test), Linear.of(model, x, x_test)
+    gradient, hessian, mean = weighted(labels, weights)
+    wanted = linear.train(structure, 3, 0.1, 0.05, gradient, hessian)
+    found = predict(
+        network, labels, structure, steps=3, lr=0.1, damping=0.05, likelihood=likelihood
+    )
+    assert_follows(found, wanted)
+    dense.assert_same(found.train_loss, torch.stack([mean(f) for f in wanted[0]]), 1e-8)
+
+
+@pytest.mark.parametrize("structure", ["gd", "full", "block_diagonal"])
+def test_cross_entropy_of_every_token(structure):
+    """Outputs (N, T, C) of a language model: the mean is over tokens."""
+    case = CASES["language_model"]()
+    z, jac = case.jacobian
+    rows, y, loss = jac.reshape(z.numel(), -1), case.target("categorical"), case.loss("categorical")
+    count = loss.count(z, y)
+    assert count == z.shape[0] * z.shape[1]
+    f, theta = z, torch.zeros(rows.shape[1], dtype=torch.float64)
+    for _ in range(3):
+        step = rows.T @ dense.output_gradient(loss, f, y).flatten() / count
+        if structure != "gd":
+            matrix = rows.T @ dense.output_hessian(loss, f, y) @ rows / count
+            matrix = dense.structured(matrix, structure, case.model, case.blocks)
+            step = reference.invert(matrix, 0.1) @ step
+        theta = theta - 0.3 * step
+        f = z + (rows @ theta).view_as(z)
+    network = LinearizedNetwork(case.model, case.x)
+    found = predict(
+        network, y, structure, steps=[3, 0, 3], lr=0.3, damping=0.1, likelihood="categorical"
+    )
+    dense.assert_same(found.train, torch.stack([f, z, f]))
+    assert float(found.train_loss[0]) == pytest.approx(float(loss.total(f, y)) / count, rel=1e-10)
+
+
 @pytest.mark.parametrize("structure", ["gd", "full", "block_diagonal", "kfac"])
 def test_bernoulli_outputs(structure):
     model, x, x_test, _ = labelled(2)
@@ -749,6 +814,36 @@ def test_bad_damping_is_refused(network, structure, damping):
             network(model, x, x_test), torch.arange(5) % 2, structure, lr=0.1, damping=damping,
             likelihood="categorical",
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("network", [LinearizedNetwork, InfiniteNetwork])
+def test_targets_of_another_shape_are_refused(network):
+    """Instead of being broadcast against the outputs."""
+    view = network(mlp(7, 12, 1), inputs(5, 7))
+    for shape in ((5,), (5, 3), (1, 1), (4, 1)):
+        with pytest.raises(ValueError, match=r"\(5, 1\)"):
+            predict(view, torch.zeros(shape).double(), steps=1, lr=0.5)
+
+
+@pytest.mark.parametrize("structure, rate", [("block_diagonal", 5.0), ("gd", 50.0)])
+def test_divergence_is_infinite_and_not_undefined(structure, rate):
+    """Outputs of both signs may overflow, but the loss is infinite, not NaN."""
+    model, x, x_test, y = example()
+    network = LinearizedNetwork(model, x, x_test)
+    found = predict(network, y, structure, lr=rate, steps=[10, 10**5])
+    assert float(found.train_loss[0]) > 1e3 and found.train[0].isfinite().all()
+    assert float(found.train_loss[1]) == float("inf")
+
+
+def test_no_learning_rate():
+    """lr = 0 is no change at all, and times of 0 are the start."""
+    model, x, x_test, y = example()
+    for network in (LinearizedNetwork(model, x, x_test), InfiniteNetwork(model, x, x_test)):
+        for structure in LAYERWISE:
+            found = predict(network, y, structure, lr=0.0, steps=[0, 7, 10**9], damping=0.1)
+            for train, test in zip(found.train, found.test, strict=True):
+                dense.assert_same(train, network.outputs, 1e-13)
+                dense.assert_same(test, network.test_outputs, 1e-13)
 
 
 @pytest.mark.parametrize("depth", [2, 5])

@@ -319,6 +319,14 @@ def test_kfac_with_fewer_inputs_than_samples():
     assert "layer '1' breaks it" in str(found) and "2 inputs for 5 samples" in str(found)
 
 
+def test_kfac_of_one_layer_with_fewer_inputs_than_samples():
+    """``A`` is of rank M_0 and ``B = I``: the map is P_X, of mean M_0/N."""
+    for outputs in (1, 2):
+        found = isotropy(mlp(3, outputs), inputs(5, 3), "kfac")
+        assert found.alpha == pytest.approx(3 / 5, rel=1e-9)
+    assert isotropic_constant("kfac", 1, 5, input_dim=3) == pytest.approx(3 / 5)
+
+
 def test_kfac_with_fewer_units_than_rows():
     model, x = mlp(9, 4, 9, 1), inputs(6, 9)
     found = isotropy(model, x, "kfac")
@@ -451,6 +459,17 @@ def test_the_report_is_one_sentence(structure, samples):
         return
     worst = max(found.layers, key=lambda layer: layer.deviation)
     assert f"layer {worst.name!r} breaks it" in text
+
+
+@pytest.mark.parametrize("structure", ["full", "block_diagonal", "kfac", "unit_wise"])
+def test_damping_is_not_blamed_on_the_shape(structure):
+    """At zero damping the same network is isotropic: shape and rank are no reasons."""
+    model, x = mlp(6, 14, 14, 1), inputs(4, 6)
+    assert isotropy(model, x, structure).deviation < 1e-6 or structure == "unit_wise"
+    found = isotropy(model, x, structure, 1.0)
+    assert not found.holds
+    for reason in (layer.reason for layer in found.layers):
+        assert "rank" not in reason and "units for" not in reason and "fewer" not in reason
 
 
 def test_inputs_of_any_kind_and_options_of_the_structure():

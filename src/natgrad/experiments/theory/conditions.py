@@ -78,7 +78,7 @@ def conditions(setting: Setting, progress: Callable[[float], None]) -> Section:
         Plot(
             "gram-width",
             "Smallest eigenvalue of the Gram matrix",
-            "Condition 1: markers, λ_min of JJᵀ at random weights; dotted, its limit of infinite "
+            "Condition 1: markers, λ_min of JJᵀ at random weights; grey, its limit of infinite "
             "width. It is positive unless samples are the same.",
             [
                 Panel(
@@ -103,7 +103,7 @@ def conditions(setting: Setting, progress: Callable[[float], None]) -> Section:
             "stability-width",
             "Change of the Jacobian along training",
             "Condition 2: δ = ‖J(w) − J(w₀)‖₂/√λ_min(G(w₀)) at the end of training. The theorem "
-            "needs δ < 1/5 (dotted) all along.",
+            "needs δ < 1/5 (grey) all along.",
             [
                 Panel(
                     "δ",

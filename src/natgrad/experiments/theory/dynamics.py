@@ -17,7 +17,7 @@ from natgrad.experiments.theory.setting import Setting, train
 __all__ = ["dynamics"]
 
 STEPS = 8
-FACTORS = (0.25, 0.5, 1.5, 1.9, 2.5)
+FACTORS = (0.25, 0.5, 1.0, 1.5, 1.9, 2.5)
 """Learning rates in units of 1/α."""
 
 
@@ -51,7 +51,7 @@ def dynamics(setting: Setting, progress: Callable[[float], None]) -> Section:
     )
     model = setting.network()
     theories = _theories(setting, model)
-    runs = len(theories) * (1 + len(FACTORS))
+    runs = len(theories) * len(FACTORS)
     done = 0
     train_panel, test_panel = Panel("training loss"), Panel("test loss")
     rate_panels: list[Panel] = []
@@ -61,7 +61,7 @@ def dynamics(setting: Setting, progress: Callable[[float], None]) -> Section:
         title = METHODS[name].title
         curves = {}
         panel = Panel(title)
-        for factor in (1.0, *FACTORS):
+        for factor in FACTORS:
             lr = factor * theory.lr
             predicted = ntk.predict(
                 theory.network,

@@ -120,7 +120,7 @@ def _draw(axes: Axes, plot: Plot, panel: Panel) -> None:
 
 def _style(line: Line) -> dict[str, Any]:
     if line.style == "reference":
-        return {"color": "#888888", "linestyle": (0, (1, 2)), "linewidth": 1.2}
+        return {"color": "#b0b0b0", "linestyle": "-", "linewidth": 3.0, "zorder": 1, "alpha": 0.6}
     style = line_style(_index(line.method))
     style["markerfacecolor"] = "white"
     if line.style == "line":
@@ -133,5 +133,5 @@ def _style(line: Line) -> dict[str, Any]:
 def _index(method: str) -> int:
     """Return the number of a method's style; a method looks the same in every figure."""
     if method.startswith("rate "):
-        return sorted((1.0, *FACTORS)).index(float(method.removeprefix("rate ")))
+        return FACTORS.index(float(method.removeprefix("rate ")))
     return list(METHODS).index(method) if method in METHODS else 0

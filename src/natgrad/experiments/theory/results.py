@@ -47,13 +47,11 @@ class Panel:
         title: Heading.
         lines: Curves, in drawing order.
         image: A matrix to show instead of curves, or None.
-        y_range: Lower and upper limit of the ordinate, or None to fit the curves.
     """
 
     title: str
     lines: list[Line] = field(default_factory=list)
     image: list[list[float]] | None = None
-    y_range: tuple[float, float] | None = None
 
 
 @dataclass

@@ -72,7 +72,7 @@ def spectrum(setting: Setting, progress: Callable[[float], None]) -> Section:
             "spectrum",
             "Eigenvalues by rank",
             f"The {len(ranks)} eigenvalues of a network of width {sizes[-1]} that are not zero, of "
-            f"{found.parameters:,}; dotted: the predicted largest.",
+            f"{found.parameters:,}; grey: the predicted largest.",
             [
                 Panel(
                     f"width {sizes[-1]}",

@@ -53,7 +53,7 @@ def width(setting: Setting, progress: Callable[[float], None]) -> Section:
             "kernel-width",
             "The empirical kernel approaches the infinite-width kernel",
             f"Relative error in Frobenius norm at random weights, mean of {KERNEL_DRAWS} draws; "
-            "the dotted line falls like 1/√M.",
+            "the grey line falls like 1/√M.",
             [Panel("tangent kernel", [_curve("error", kernels, ""), _guide(kernels, -0.5)])],
             "width M",
             "relative error",
@@ -64,7 +64,7 @@ def width(setting: Setting, progress: Callable[[float], None]) -> Section:
             "prediction-width",
             "Trained outputs approach the predicted ones",
             "Distance of the outputs from the infinite-width prediction after one step at η = ½/α, "
-            "relative to the residual before it; dotted: 1/√M.",
+            "relative to the residual before it; grey: 1/√M.",
             [
                 Panel(
                     "training outputs",
@@ -83,7 +83,7 @@ def width(setting: Setting, progress: Callable[[float], None]) -> Section:
             "one-step-width",
             "Loss after one step at η = 1/α",
             "In the limit one step fits the data exactly; at finite width the loss left falls like "
-            "1/M (dotted), the square of the error of the outputs.",
+            "1/M (grey), the square of the error of the outputs.",
             [
                 Panel(
                     "training loss after one step",
@@ -103,7 +103,7 @@ def width(setting: Setting, progress: Callable[[float], None]) -> Section:
             "The Jacobian changes less in wider networks",
             f"‖J(θ_t) − J(θ_0)‖_F / ‖J(θ_0)‖_F after {GD_STEPS} steps of gradient descent at "
             f"1/λ_max and {NGD_STEPS} of exact natural gradient descent at η = 1. For ReLU the "
-            "change falls more slowly than 1/√M (dotted), as a share of units changes sides.",
+            "change falls more slowly than 1/√M (grey), as a share of units changes sides.",
             [
                 Panel(
                     "change of the Jacobian",
@@ -147,11 +147,11 @@ def width(setting: Setting, progress: Callable[[float], None]) -> Section:
     return section
 
 
-def widths(setting: Setting, least: int = 64) -> list[int]:
-    """Return widths that double up to the one asked for, at most five of them."""
+def widths(setting: Setting) -> list[int]:
+    """Return three to five widths that double up to the one asked for, from 64 on if possible."""
     largest = setting.config.width
-    sizes = [largest // 2**power for power in range(4, -1, -1)]
-    return [size for size in sizes if size >= min(least, largest)]
+    least = max(1, min(64, largest // 4))
+    return [largest // 2**power for power in range(4, -1, -1) if largest // 2**power >= least]
 
 
 def slope(values: dict[int, list[float]]) -> float:
