@@ -10,8 +10,12 @@ from natgrad.experiments.models import build_model
 from natgrad.optim import NaturalGradient
 
 NATURAL = [name for name, method in METHODS.items() if method.is_natural]
-WIDE = Setting("mlp", "mse", depth=3, width=64, input_dim=64, outputs=10, samples=30, full_batch=True)
-BATCHES = Setting("mlp", "mse", depth=3, width=64, input_dim=64, outputs=10, samples=30, full_batch=False)
+WIDE = Setting(
+    "mlp", "mse", depth=3, width=64, input_dim=64, outputs=10, samples=30, full_batch=True
+)
+BATCHES = Setting(
+    "mlp", "mse", depth=3, width=64, input_dim=64, outputs=10, samples=30, full_batch=False
+)
 
 
 def build(name, setting, lr=0.5):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+from fractions import Fraction
 
 import pytest
 import torch
@@ -14,7 +15,14 @@ from torch import Tensor, nn
 
 import natgrad
 from natgrad import likelihoods
-from natgrad.ntk import MLP, Architecture, InfiniteNetwork, LinearizedNetwork, predict
+from natgrad.ntk import (
+    MLP,
+    Architecture,
+    InfiniteNetwork,
+    LinearizedNetwork,
+    NetworkInFunctionSpace,
+    predict,
+)
 from tests import dense
 from tests.cases import CASES, normal
 from tests.ntk import reference
@@ -304,6 +312,45 @@ def test_continuous_time_is_a_matrix_exponential(structure, damping):
     assert_follows(found, paths, tolerance(structure, damping))
     dense.assert_same(found.train[0], linear.outputs, 1e-13)
     dense.assert_same(found.test[0], linear.test_outputs, 1e-13)
+
+
+class Given(NetworkInFunctionSpace):
+    """A network of given maps: K diagonal, K' of ones, and no other test output."""
+
+    def __init__(self, values: list[float]) -> None:
+        self.values = torch.tensor(values, dtype=torch.float64)
+        self.outputs = torch.zeros(len(values), 1, dtype=torch.float64)
+        self.test_outputs = torch.zeros(1, 1, dtype=torch.float64)
+
+    def maps(self, structure: str, damping: float = 0.0) -> tuple[Tensor, Tensor]:
+        return torch.diag(self.values), torch.ones(1, len(self.values), dtype=torch.float64)
+
+    def change(self, *args):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    "value", [0.0, 1e-300, 1e-17, 1e-14, 1e-11, -1e-11, 1e-7, 1e-3, -0.02, 0.3, 0.5, 0.9, 1.0, 1.7]
+)
+def test_eigenvalues_of_all_sizes(value):
+    """``[1 − (1 − ηλ)^t]/λ`` in exact fractions, for t in one step and in forty."""
+    rate = 0.75
+    found = predict(Given([value, 1.0]), torch.tensor([[-1.0], [0.0]]), steps=[1, 40], lr=rate)
+    base = 1 - Fraction(rate) * Fraction(value)
+    for index, time in enumerate((1, 40)):
+        factor = 1 - base**time
+        moved = float(factor / Fraction(value)) if value else rate * time
+        assert float(found.test[index]) == pytest.approx(-moved, rel=1e-12)
+        assert float(found.train[index, 0]) == pytest.approx(float(base**time) - 1, abs=1e-12)
+    times = [1.0, 40.0]
+    found = predict(
+        Given([value, 1.0]), torch.tensor([[-1.0], [0.0]]), steps=times, lr=rate, continuous=True
+    )
+    for index, time in enumerate(times):
+        moved = -math.expm1(-rate * value * time) / value if value > 1e-290 else rate * time
+        if value < 0:
+            moved = math.expm1(-rate * value * time) / -value
+        assert float(found.test[index]) == pytest.approx(-moved, rel=1e-12)
 
 
 @pytest.mark.parametrize("structure", ["gd", "kfac", "diagonal"])

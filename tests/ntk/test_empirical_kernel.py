@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 
 import pytest
 import torch
@@ -234,6 +235,27 @@ def test_rows_that_are_not_kept(monkeypatch, limit):
         found = empirical_kernel(case.model, case.x, x2, output=case.output)
         dense.assert_same(found, gram(left, jacobian(case, x2)))
     assert len(sizes) > 2 * 4
+
+
+@pytest.mark.parametrize("limit, most", [(1, 3), (2**20, 12)])
+def test_rows_in_memory(monkeypatch, limit, most):
+    """Beyond the budget: those of one batch of either side, and of the one just made."""
+    plain, made, alive = empirical.output_rows, [], []
+
+    def recorded(capture, inputs):
+        outputs, rows = plain(capture, inputs)
+        made.append(weakref.ref(rows))
+        alive.append(sum(reference() is not None for reference in made))
+        return outputs, rows
+
+    monkeypatch.setattr(empirical, "output_rows", recorded)
+    monkeypatch.setattr(empirical, "BATCH_ELEMENTS", limit)
+    model, x = nn.Linear(3, 2).double(), normal(6, 3)
+    found = empirical_kernel(model, x, normal(6, 3, seed=1), batch_size=1)
+    assert found.shape == (12, 12)
+    assert max(alive) <= most + 1
+    # Two probes; then each batch once where rows are kept.
+    assert (len(made) == 2 + 12) == (limit > 1)
 
 
 def test_other_arguments_than_tensors():
