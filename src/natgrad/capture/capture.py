@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from natgrad.capture.attention import RecordProjections
+from natgrad.capture.batched_backward import batched_gradients
 from natgrad.capture.blocks import Block, find_blocks
 from natgrad.capture.hooks import (
     ModelHook,
@@ -24,11 +25,12 @@ from natgrad.capture.hooks import (
     pulling_back,
 )
 from natgrad.capture.kinds import LayerCall, LayerKind
+from natgrad.capture.model_output import select_output, unwrap
 from natgrad.capture.normalization import batch_norms, fix_statistics
 from natgrad.jacobians import Jacobians, LayerJacobian, SumJacobian
 from natgrad.layouts import BlockLayout, ParameterLayout
 
-__all__ = ["Block", "Capture", "ForwardPass", "select_output", "unwrap"]
+__all__ = ["Block", "Capture", "ForwardPass"]
 
 #: Forward passes kept while waiting for their backward pass.
 MAX_WAITING_PASSES = 4
@@ -295,7 +297,7 @@ class Capture:
         if not edges or not output.requires_grad:
             return Jacobians(self.layout, {}, int(output.shape[0]), int(vectors.shape[0]))
         with pulling_back():
-            gradients = _batched_gradients(output, edges, vectors.to(output.dtype), retain_graph)
+            gradients = batched_gradients(output, edges, vectors.to(output.dtype), retain_graph)
         remaining = iter(gradients)
         calls = [
             (call.call, [None if edge is None else next(remaining) for edge in call.edges])
@@ -464,76 +466,6 @@ def _before_attention(capture: Capture, module: nn.Module) -> None:
 def _after_attention(capture: Capture, module: nn.Module) -> None:
     if capture._modes and capture._modes[-1].module is module:
         capture._modes.pop().__exit__(None, None, None)
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside DistributedDataParallel, DataParallel or ``torch.compile``."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(
-            model, (nn.parallel.DistributedDataParallel, nn.DataParallel)
-        ):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
-
-
-def select_output(output: Any, select: Callable[[Any], Tensor] | None) -> Tensor | None:
-    """Pick the tensor the likelihood looks at out of a model's output.
-
-    Raises:
-        TypeError: If ``select`` returns something else than a tensor.
-    """
-    if select is not None:
-        chosen = select(output)
-        if not isinstance(chosen, Tensor):
-            raise TypeError(f"output=... must return a tensor, got {type(chosen).__name__}")
-        return chosen
-    if isinstance(output, Tensor):
-        return output
-    logits = getattr(output, "logits", None)
-    if isinstance(logits, Tensor):
-        return logits
-    if isinstance(output, Mapping):
-        if isinstance(output.get("logits"), Tensor):
-            return cast(Tensor, output["logits"])
-        output = tuple(output.values())
-    if isinstance(output, (tuple, list)):
-        return next((item for item in output if isinstance(item, Tensor)), None)
-    return None
-
-
-def _batched_gradients(
-    output: Tensor, edges: list[GradientEdge], vectors: Tensor, retain_graph: bool
-) -> list[Tensor | None]:
-    """Return the gradient at every edge for every vector, stacked over vectors."""
-
-    def backward(cotangent: Tensor, batched: bool, keep: bool) -> tuple[Tensor | None, ...]:
-        return torch.autograd.grad(
-            [output],
-            edges,
-            [cotangent],
-            retain_graph=keep,
-            allow_unused=True,
-            is_grads_batched=batched,
-        )
-
-    if vectors.shape[0] == 1:
-        single = backward(vectors[0], False, retain_graph)
-        return [None if g is None else g.unsqueeze(0) for g in single]
-    try:
-        return list(backward(vectors, True, retain_graph))
-    except RuntimeError as error:
-        if "vmap" not in str(error) and "batching rule" not in str(error):
-            raise
-    # Some backward functions cannot be batched: one vector at a time.
-    last = vectors.shape[0] - 1
-    each = [backward(v, False, retain_graph or i < last) for i, v in enumerate(vectors)]
-    return [
-        None if column[0] is None else torch.stack(cast("list[Tensor]", list(column)))
-        for column in zip(*each, strict=True)
-    ]
 
 
 def _scaled(gradient: Tensor, scale: float | Tensor) -> Tensor:

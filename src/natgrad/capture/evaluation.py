@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from natgrad.capture.capture import Capture, select_output
+from natgrad.capture.capture import Capture
+from natgrad.capture.model_output import select_output
 
 __all__ = ["call_model", "evaluated", "undisturbed"]
 

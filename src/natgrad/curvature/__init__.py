@@ -8,7 +8,8 @@ from natgrad.curvature import (  # noqa: F401
     kfac,
     unit_wise,
 )
-from natgrad.curvature.base import CurvaturePart, FisherMatrix, GradientSource, PartitionedFisher
+from natgrad.curvature.base import FisherMatrix, GradientSource
+from natgrad.curvature.partitioned import CurvaturePart, PartitionedFisher
 from natgrad.curvature.registry import STRUCTURES, make_structure, register_structure
 
 __all__ = [

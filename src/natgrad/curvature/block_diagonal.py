@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from natgrad.curvature.base import CurvaturePart, PartitionedFisher
 from natgrad.curvature.exact_rows import ExactRows, exact_quadratic
+from natgrad.curvature.partitioned import CurvaturePart, PartitionedFisher
 from natgrad.curvature.registry import register_structure
 
 __all__ = ["BlockDiagonalFisher"]

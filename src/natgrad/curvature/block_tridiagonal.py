@@ -18,14 +18,8 @@ import torch
 from torch import Tensor
 
 from natgrad import linalg
-from natgrad.curvature.base import (
-    Cost,
-    FisherMatrix,
-    GradientSource,
-    Workload,
-    check_damping,
-    damping_of,
-)
+from natgrad.curvature.base import FisherMatrix, GradientSource, check_damping, damping_of
+from natgrad.curvature.cost import Cost, Workload
 from natgrad.curvature.exact_rows import (
     ExactRows,
     cross_gram,

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from natgrad import linalg
-from natgrad.curvature.base import Cost, CurvaturePart, GradientSource, Workload
+from natgrad.curvature.base import GradientSource
+from natgrad.curvature.cost import Cost, Workload
+from natgrad.curvature.partitioned import CurvaturePart
 from natgrad.jacobians import CHUNK_ELEMENTS, Jacobians, LayerJacobian
 from natgrad.layouts import BlockLayout, ParameterLayout
 

@@ -16,14 +16,10 @@ import torch
 from torch import Tensor
 
 from natgrad import linalg
-from natgrad.curvature.base import (
-    Cost,
-    CurvaturePart,
-    GradientSource,
-    PartitionedFisher,
-    Workload,
-)
+from natgrad.curvature.base import GradientSource
+from natgrad.curvature.cost import Cost, Workload
 from natgrad.curvature.function_space import map_by_columns
+from natgrad.curvature.partitioned import CurvaturePart, PartitionedFisher
 from natgrad.curvature.registry import register_structure
 from natgrad.jacobians import Jacobians, LinearJacobian, WeightSharing
 from natgrad.layouts import BlockLayout, ParameterLayout

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.capture import Capture
-from natgrad.capture.capture import select_output
+from natgrad.capture.model_output import select_output
 from natgrad.jacobians import LayerJacobian, SumJacobian
 from natgrad.optim import Preconditioner
 from natgrad.optim.summary import Summary, summarize

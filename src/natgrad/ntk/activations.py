@@ -15,10 +15,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+
+from natgrad.ntk.hermite import hermite_series, mehler_sum, second_moments
 
 __all__ = [
     "ACTIVATIONS",
@@ -33,14 +35,6 @@ __all__ = [
     "activation_of",
     "as_activation",
 ]
-
-# The trapezoid rule: beyond 13 the root of the normal density is below 1e-18.
-_LIMIT, _NODES = 13.0, 1601
-# Elements of a block of rows that Horner's scheme works on: it stays in the cache, and torch starts
-# no threads for so few, which would meet after every power of ρ.
-_BLOCK = 2**15
-_TOLERANCE = 1e-12
-_EPSILON = torch.finfo(torch.float64).eps
 
 
 class Erf(nn.Module):
@@ -102,10 +96,7 @@ class Activation(ABC):
 
 @dataclass(frozen=True)
 class ReLUActivation(Activation):
-    """``max(x, 0)``; arc-cosine kernels of orders 1 and 0 (Cho & Saul 2009).
-
-    Near ``ρ = 1`` the slopes change as ``√(1 − ρ)``: rounding of ``c`` moves them by some 1e-9.
-    """
+    """``max(x, 0)``; arc-cosine kernels of orders 1 and 0 (Cho & Saul 2009)."""
 
     name = "relu"
     active_fraction = 0.5
@@ -316,9 +307,9 @@ class QuadratureActivation(Activation):
     """
 
     name: str
-    function: Callable[[Tensor], Tensor]
-    derivative: Callable[[Tensor], Tensor]
-    make_module: Callable[[], nn.Module]
+    function: Callable[[Tensor], Tensor] = field(repr=False)
+    derivative: Callable[[Tensor], Tensor] = field(repr=False)
+    make_module: Callable[[], nn.Module] = field(repr=False)
     max_terms: int = 400
 
     def __post_init__(self) -> None:
@@ -339,11 +330,11 @@ class QuadratureActivation(Activation):
 
     def variance(self, q: Tensor) -> Tensor:
         """Return ``E[φ(u)²]`` by one-dimensional quadrature, (N,)."""
-        return _moments(self.function, q)
+        return second_moments(self.function, q)
 
     def derivative_variance(self, q: Tensor) -> Tensor:
         """Return ``E[φ'(u)²]`` by one-dimensional quadrature, (N,)."""
-        return _moments(self.derivative, q)
+        return second_moments(self.derivative, q)
 
     def error(self, q1: Tensor, q2: Tensor, input_error: float = 0.0) -> tuple[float, float]:
         """Bound the absolute errors of both series; see the class.
@@ -360,7 +351,7 @@ class QuadratureActivation(Activation):
         bounds = []
         for function in (self.function, self.derivative):
             sides = []
-            for series in self._series(function, q1, q2):
+            for series in hermite_series(function, q1, q2, self.max_terms):
                 # The q-th part of Σ k a_k² is the second moment of the function's derivative.
                 powers = torch.arange(series.coefficients.shape[0], device=q1.device)
                 slope = (series.coefficients**2 * powers.unsqueeze(1)).sum(0) / series.variances
@@ -372,91 +363,8 @@ class QuadratureActivation(Activation):
     def _expand(
         self, function: Callable[[Tensor], Tensor], q1: Tensor, q2: Tensor, c: Tensor
     ) -> Tensor:
-        first, second = self._series(function, q1, q2)
-        rho = _correlation(q1, q2, c)
-        rows = max(1, _BLOCK // max(1, len(q2)))
-        # Odd functions have odd powers only, even ones even powers, x·sigmoid(x) one odd power.
-        last = first.last(), second.last()
-        even, odd = max(last[0][0], last[1][0]), max(last[0][1], last[1][1])
-        for start in range(0, len(q1), rows):
-            block = rho[start : start + rows]
-            left = first.coefficients[:, start : start + rows].unsqueeze(2)
-            right = second.coefficients.unsqueeze(1)
-            square = block * block
-            total = block.mul_(_horner(left, right, square, odd, 1))
-            total += _horner(left, right, square, even, 0)
-        return rho
-
-    def _series(
-        self, function: Callable[[Tensor], Tensor], q1: Tensor, q2: Tensor
-    ) -> tuple[_Series, _Series]:
-        """Return the coefficients of both sides, cut after the same power."""
-        values, places = torch.unique(torch.cat([q1, q2]), return_inverse=True)
-        nodes, root = _rule(values.device)
-        basis = [root, nodes * root]
-        for k in range(1, self.max_terms):
-            following = nodes * basis[k] - math.sqrt(k) * basis[k - 1]
-            basis.append(following / math.sqrt(k + 1))
-        sampled = function(values.sqrt().unsqueeze(1) * nodes) * root
-        coefficients = torch.stack(basis) @ sampled.T
-        moments = (sampled**2).sum(1)
-        tails = (moments - (coefficients**2).cumsum(0)).clamp_(min=0)
-        enough = (tails <= _TOLERANCE * moments).all(1)
-        terms = int(enough.int().argmax()) + 1 if bool(enough.any()) else self.max_terms + 1
-        # The rule at half the nodes errs by about the root of the rule's own error.
-        coarse = 2 * (sampled[:, ::2] ** 2).sum(1)
-        error = tails[terms - 1] + (moments - coarse).abs() + terms * _EPSILON * moments
-        series = _Series(values, coefficients[:terms], moments, error)
-        return series.select(places[: len(q1)]), series.select(places[len(q1) :])
-
-
-@dataclass(frozen=True)
-class _Series:
-    """Hermite coefficients ``a_k(q_i)`` (K + 1, N), with ``q``, ``E[φ²]`` and errors, all (N,)."""
-
-    variances: Tensor
-    coefficients: Tensor
-    moments: Tensor
-    error: Tensor
-
-    def select(self, places: Tensor) -> _Series:
-        return _Series(
-            self.variances[places],
-            self.coefficients[:, places],
-            self.moments[places],
-            self.error[places],
-        )
-
-    def last(self) -> tuple[int, int]:
-        """Return the last even and the last odd power that matter, negative if none does."""
-        # Products of what is dropped are below 1e-18 of the result's scale.
-        matters = (self.coefficients.abs() > 1e-9 * self.moments.sqrt()).any(1)
-        powers = matters.nonzero().squeeze(1).tolist()
-        even = max((k for k in powers if k % 2 == 0), default=-2)
-        odd = max((k for k in powers if k % 2 == 1), default=-1)
-        return even, odd
-
-
-def _horner(left: Tensor, right: Tensor, square: Tensor, last: int, first: int) -> Tensor:
-    """Sum ``left[k] right[k] square^⌊k/2⌋`` over ``k = first, first + 2, …, last``."""
-    total = torch.zeros_like(square)
-    for k in range(last, first - 1, -2):
-        total.mul_(square).addcmul_(left[k], right[k])
-    return total
-
-
-def _rule(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the nodes of the trapezoid rule and the roots of their weights, (n,) each."""
-    nodes = torch.linspace(-_LIMIT, _LIMIT, _NODES, dtype=torch.float64, device=device)
-    step = 2 * _LIMIT / (_NODES - 1)
-    return nodes, torch.exp(-(nodes**2) / 4) * math.sqrt(step / math.sqrt(2 * math.pi))
-
-
-def _moments(function: Callable[[Tensor], Tensor], q: Tensor) -> Tensor:
-    values, places = torch.unique(q, return_inverse=True)
-    nodes, root = _rule(q.device)
-    sampled = function(values.sqrt().unsqueeze(1) * nodes) * root
-    return (sampled**2).sum(1)[places]
+        first, second = hermite_series(function, q1, q2, self.max_terms)
+        return mehler_sum(first, second, _correlation(q1, q2, c))
 
 
 def _scale(matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -465,7 +373,13 @@ def _scale(matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def _correlation(q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
-    return _scale(c.clone(), q1.rsqrt(), q2.rsqrt()).clamp_(-1, 1)
+    """Return ρ in [−1, 1]; ±1 where it differs from that by rounding only.
+
+    Slopes of ReLU change like ``√(1 − ρ)``, so that equal inputs would get slopes some 1e-9 off,
+    and their kernel matrix a false rank.
+    """
+    rho = _scale(c.clone(), q1.rsqrt(), q2.rsqrt()).clamp_(-1, 1)
+    return torch.where(rho.abs() > 1 - 64 * torch.finfo(rho.dtype).eps, rho.sign(), rho)
 
 
 def _tanh_slope(x: Tensor) -> Tensor:

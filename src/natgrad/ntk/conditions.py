@@ -22,7 +22,7 @@ from natgrad.jacobians import Jacobians
 from natgrad.ntk.empirical import output_rows
 from natgrad.ntk.two_layer import angles
 
-__all__ = ["JacobianConditions", "identity_jacobians", "jacobian_conditions"]
+__all__ = ["JacobianConditions", "identity_jacobians", "jacobian_conditions", "related_samples"]
 
 
 def identity_jacobians(
@@ -169,7 +169,7 @@ def jacobian_conditions(
     duplicates: list[tuple[int, int]] = []
     proportional: list[tuple[int, int]] = []
     if isinstance(x, Tensor) and len(x) == samples:
-        duplicates, candidates = _related_samples(x.detach())
+        duplicates, candidates = related_samples(x.detach())
         blocks = gram.reshape(samples, outputs, samples, outputs)
         for i, j in candidates:
             cross = blocks[i, :, j].diagonal().square()
@@ -190,7 +190,7 @@ def jacobian_conditions(
     )
 
 
-def _related_samples(x: Tensor) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+def related_samples(x: Tensor) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """Return the pairs of equal samples, and those parallel or opposite up to rounding."""
     eps = torch.finfo(x.dtype).eps if x.is_floating_point() else 0.0
     flat = x.double().flatten(1)

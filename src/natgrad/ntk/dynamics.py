@@ -10,13 +10,15 @@ matrices K and K' depend on the method alone: the tangent kernel for gradient de
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import index
 
 import torch
 from torch import Tensor, nn
 
 from natgrad import linalg
+from natgrad.curvature.base import check_damping
 from natgrad.curvature.registry import STRUCTURES
 from natgrad.likelihoods import Gaussian, Likelihood, as_likelihood
 
@@ -165,18 +167,24 @@ def predict(
     likelihood = as_likelihood(likelihood)
     structure = check_structure(structure)
     times = _times(steps, continuous)
+    check_damping(damping)
     if lr is None:
-        lr = _default_rate(network, structure, damping)
+        lr = _default_rate(network, structure, damping, likelihood)
     elif not lr >= 0:
         raise ValueError(f"lr must be at least 0, got {lr}")
     target = target.to(network.outputs.dtype) if target.is_floating_point() else target
+    if isinstance(likelihood, Gaussian) and target.shape != network.outputs.shape:
+        raise ValueError(
+            f"target must have the shape of the outputs, {tuple(network.outputs.shape)}, got "
+            f"{tuple(target.shape)}"
+        )
     if isinstance(likelihood, Gaussian) and output_damping is None:
         train, test = _closed_form(network, target, structure, times, lr, damping, likelihood,
                                    continuous)  # fmt: skip
     elif continuous:
         raise ValueError(
-            "continuous time is available for the squared loss only: use discrete steps, with a "
-            "small lr if the flow is wanted"
+            "continuous time is available for the squared loss without output_damping only: use "
+            "discrete steps, with a small lr if the flow is wanted"
         )
     else:
         train, test = _iterate(
@@ -201,7 +209,7 @@ def check_structure(structure: str) -> str:
 
 
 def _times(steps: int | Sequence[float], continuous: bool) -> tuple[float, ...]:
-    times = tuple(range(steps + 1)) if isinstance(steps, int) else tuple(steps)
+    times = tuple(steps) if isinstance(steps, Iterable) else tuple(range(index(steps) + 1))
     if not times or any(not 0 <= time < float("inf") for time in times):
         raise ValueError(f"steps must be numbers of at least 0, got {steps}")
     if not continuous and any(time != int(time) for time in times):
@@ -209,10 +217,13 @@ def _times(steps: int | Sequence[float], continuous: bool) -> tuple[float, ...]:
     return times
 
 
-def _default_rate(network: NetworkInFunctionSpace, structure: str, damping: float) -> float:
-    coefficients, _ = network.maps(structure, damping)
+def _default_rate(
+    network: NetworkInFunctionSpace, structure: str, damping: float, likelihood: Likelihood
+) -> float:
+    curvature, scale = _output_scale(network, likelihood)
+    coefficients, _ = network.maps(structure, damping * scale / curvature)
     if structure == "gd":
-        return 1.0 / float(torch.linalg.eigvalsh(coefficients)[-1])
+        return scale / (curvature * float(torch.linalg.eigvalsh(coefficients)[-1]))
     alpha = float(coefficients.diagonal().mean())
     if not alpha > 0:
         raise ValueError(
@@ -220,6 +231,13 @@ def _default_rate(network: NetworkInFunctionSpace, structure: str, damping: floa
             "follows from them: give lr"
         )
     return 1.0 / alpha
+
+
+def _output_scale(network: NetworkInFunctionSpace, likelihood: Likelihood) -> tuple[float, float]:
+    """Return the largest eigenvalue of any output Hessian, and data points per sample."""
+    hessian = likelihood.output_hessian(network.outputs)
+    scale = float(likelihood.count(network.outputs)) / network.samples
+    return float(torch.linalg.eigvalsh(hessian).max()), scale
 
 
 def _closed_form(
@@ -234,8 +252,7 @@ def _closed_form(
 ) -> tuple[Tensor, Tensor | None]:
     # Λ = cI: a factor c in F is one of 1/c in the damping, and cancels in the rest; in gradient
     # descent it is one in the learning rate.
-    curvature = float(likelihood.output_hessian(network.outputs[:1])[0, 0, 0, 0])
-    scale = float(likelihood.count(network.outputs)) / network.samples
+    curvature, scale = _output_scale(network, likelihood)
     lr = lr * curvature / scale if structure == "gd" else lr
     coefficients, cross = network.maps(structure, damping * scale / curvature)
     residual = network.outputs - target
@@ -246,12 +263,18 @@ def _closed_form(
     train, test = [], []
     for time in times:
         decay, covered = _decay(values, lr, time, continuous)
-        moved = (vectors @ (decay.unsqueeze(1) * rotated)).reshape(residual.shape)
-        train.append(target + moved)
+        moved = _product(vectors, decay.unsqueeze(1) * rotated)
+        train.append(target + moved.reshape(residual.shape))
         if cross is not None and network.test_outputs is not None:
-            move = cross @ (vectors @ (covered.unsqueeze(1) * rotated))
+            move = _product(cross, _product(vectors, covered.unsqueeze(1) * rotated))
             test.append(network.test_outputs - move.reshape(network.test_outputs.shape))
     return torch.stack(train), torch.stack(test) if test else None
+
+
+def _product(matrix: Tensor, columns: Tensor) -> Tensor:
+    """Return a product in which what overflows is infinite, not the NaN of ∞ − ∞ or 0·∞."""
+    product = matrix @ columns
+    return torch.where(product.isnan(), float("inf"), product)
 
 
 def _decay(values: Tensor, lr: float, time: float, continuous: bool) -> tuple[Tensor, Tensor]:

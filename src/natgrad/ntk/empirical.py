@@ -109,6 +109,9 @@ def empirical_kernel(
                     key = name if per_layer or per_unit else ""
                     second = None if other is rows else other[name]
                     kernels.add(key, i, j, _products(block, second, outputs, per_unit))
+    if right is left:
+        for kernel in kernels.total.values():
+            _mirror(kernel)
     if per_layer or per_unit:
         return kernels.total
     if not kernels.total:
@@ -220,6 +223,15 @@ class _Kernels:
 
     def _range(self, samples: slice) -> slice:
         return slice(samples.start * self.per_sample, samples.stop * self.per_sample)
+
+
+def _mirror(kernel: Tensor, step: int = 1024) -> None:
+    """Copy the upper triangle of ``(..., R, R)`` to the lower one, in place, in blocks."""
+    for start in range(0, kernel.shape[-1], step):
+        stop = start + step
+        kernel[..., stop:, start:stop] = kernel[..., start:stop, stop:].mT
+        diagonal = kernel[..., start:stop, start:stop]
+        diagonal.copy_(diagonal.triu() + diagonal.triu(1).mT)
 
 
 def _tensors(inputs: Any) -> list[Tensor]:

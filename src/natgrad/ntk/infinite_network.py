@@ -7,6 +7,7 @@ gradients, ``Q_l`` and ``B_l`` apart govern K-FAC (Karakida & Osawa 2020).
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 
 from natgrad import linalg
 from natgrad.capture.evaluation import undisturbed
+from natgrad.curvature.base import check_damping
 from natgrad.curvature.block_tridiagonal import BlockElimination, tridiagonal_coefficients
 from natgrad.likelihoods import Likelihood
+from natgrad.ntk.conditions import related_samples
 from natgrad.ntk.dynamics import NetworkInFunctionSpace
 from natgrad.ntk.infinite import InfiniteKernel, infinite_kernel
 from natgrad.ntk.isotropy import isotropic_constant
@@ -79,6 +82,7 @@ class InfiniteNetwork(NetworkInFunctionSpace):
         self.architecture: Architecture = network
         self.kernel: InfiniteKernel = infinite_kernel(network, x)
         self.test_kernel = None if x_test is None else infinite_kernel(network, x_test, x)
+        _warn_if_singular(self.kernel.total, x)
         self.outputs = self._initial(model, x)
         self.test_outputs = None if x_test is None else self._initial(model, x_test)
 
@@ -97,9 +101,10 @@ class InfiniteNetwork(NetworkInFunctionSpace):
         damping only, ``K = αI``, and only on the training inputs: on others what one unit does
         depends on the ratio of its output gradients, which has no mean.
         """
+        check_damping(damping)
         if structure == "unit_wise":
             return self._unit_wise(damping), None
-        return self._solve(structure, damping, self._layers(None))
+        return self._solve(structure, damping, self._layers(None), self.samples)
 
     def change(
         self,
@@ -110,10 +115,12 @@ class InfiniteNetwork(NetworkInFunctionSpace):
         target: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the outputs' change; see :meth:`NetworkInFunctionSpace.change`."""
+        check_damping(damping)
         samples, classes = outputs.shape
+        count = float(likelihood.count(outputs, target))
         gradient = likelihood.gradient(outputs, target)
         if structure == "gd":
-            train, test = self._solve("gd", damping, self._layers(None))
+            train, test = self._solve("gd", damping, self._layers(None), count)
             return -train @ gradient, None if test is None else -test @ gradient
         if structure == "unit_wise":
             raise ValueError(
@@ -122,7 +129,7 @@ class InfiniteNetwork(NetworkInFunctionSpace):
             )
         roots = likelihood.root_vectors(outputs, target).permute(1, 2, 0)  # (N, C, K)
         coordinates = likelihood.root_inverse_apply(outputs, gradient, target).reshape(-1, 1)
-        train, test = self._solve(structure, damping, self._layers(roots))
+        train, test = self._solve(structure, damping, self._layers(roots), count)
         change = -(train @ coordinates).view(samples, classes)
         return change, None if test is None else -(test @ coordinates).view(-1, classes)
 
@@ -157,13 +164,12 @@ class InfiniteNetwork(NetworkInFunctionSpace):
         return layers
 
     def _solve(
-        self, structure: str, damping: float, layers: list[_Layer]
+        self, structure: str, damping: float, layers: list[_Layer], count: float
     ) -> tuple[Tensor, Tensor | None]:
-        """Return ``J(F + λI)⁻¹ĴᵀS/N`` on training and test rows, ``Ĵ = SᵀJ``."""
-        samples = self.samples
+        """Return ``J(F + λI)⁻¹Ĵᵀ/count`` on training and test rows, ``Ĵ = SᵀJ``."""
         if structure == "kfac":
-            return self._kfac(damping, layers)
-        grams = [layer.kernel("gradients") / samples for layer in layers]
+            return self._kfac(damping, layers, count)
+        grams = [layer.kernel("gradients") / count for layer in layers]
         # What every Ĵ_lᵀ is multiplied by, (N·K, N·K).
         if structure == "gd":
             inner = [torch.eye(len(grams[0]), dtype=torch.float64, device=grams[0].device)]
@@ -180,18 +186,19 @@ class InfiniteNetwork(NetworkInFunctionSpace):
             )
         if len(inner) == 1:
             inner = inner * len(layers)
-        train = [layer.kernel("left") @ m / samples for layer, m in zip(layers, inner, strict=True)]
+        train = [layer.kernel("left") @ m / count for layer, m in zip(layers, inner, strict=True)]
         if self.test_kernel is None:
             return _sum(train), None
-        test = [layer.kernel("cross") @ m / samples for layer, m in zip(layers, inner, strict=True)]
+        test = [layer.kernel("cross") @ m / count for layer, m in zip(layers, inner, strict=True)]
         return _sum(train), _sum(test)
 
-    def _kfac(self, damping: float, layers: list[_Layer]) -> tuple[Tensor, Tensor | None]:
-        """Return K-FAC's map, with the π rule: ``Q(Q/N + ρ_A)⁻¹ ∘ BS(SᵀBS/N + ρ_B)⁻¹ / N``."""
-        samples = self.samples
+    def _kfac(
+        self, damping: float, layers: list[_Layer], count: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return K-FAC's map, π rule: ``Q(Q/N + ρ_A)⁻¹ ∘ BS(SᵀBS/count + ρ_B)⁻¹ / count``."""
         train, test = [], []
         for layer in layers:
-            inputs, gradients = layer.inputs / samples, layer.gradients / samples
+            inputs, gradients = layer.inputs / self.samples, layer.gradients / count
             # Per output, C equal blocks make up the trace of the output factor.
             repeats = self.architecture.outputs if layer.outputs == 1 else 1
             mean_a = float(inputs.trace()) / layer.fan_in
@@ -201,10 +208,10 @@ class InfiniteNetwork(NetworkInFunctionSpace):
             inverse_b = _inverse(gradients, damping**0.5 / pi)
             shape = layer.outputs, layer.columns
             part = _spread(layer.inputs @ inverse_a, *shape) * (layer.left @ inverse_b)
-            train.append(part / samples)
+            train.append(part / count)
             if layer.cross_inputs is not None and layer.cross is not None:
                 moved = _spread(layer.cross_inputs @ inverse_a, *shape)
-                test.append(moved * (layer.cross @ inverse_b) / samples)
+                test.append(moved * (layer.cross @ inverse_b) / count)
         return _sum(train), _sum(test) if test else None
 
     def _unit_wise(self, damping: float) -> Tensor:
@@ -227,6 +234,28 @@ class InfiniteNetwork(NetworkInFunctionSpace):
     def _hidden_width(self) -> int:
         hidden = self.architecture.widths[1:-1]
         return sum(hidden) // max(1, len(hidden))
+
+
+def _warn_if_singular(kernel: Tensor, x: Tensor) -> None:
+    """Say which samples make the kernel singular; its pseudo-inverse is used at zero damping."""
+    values = torch.linalg.eigvalsh(kernel)
+    equal, aligned = related_samples(x.detach())
+    diagonal = kernel.diagonal()
+    # Parallel inputs have parallel rows where nothing but their direction matters.
+    parallel = [
+        (i, j) for i, j in aligned if kernel[i, j] ** 2 >= (1.0 - 1e-6) * diagonal[i] * diagonal[j]
+    ]
+    singular = float(values[0]) <= len(values) * torch.finfo(values.dtype).eps * float(values[-1])
+    if not (singular or equal or parallel):
+        return
+    pairs = [f"samples {i} and {j} are equal" for i, j in equal[:3]]
+    pairs += [f"samples {i} and {j} are parallel or opposite" for i, j in parallel[:3]]
+    warnings.warn(
+        "the tangent kernel of the training inputs is singular, so the theory's condition of full "
+        f"rank does not hold ({'; '.join(pairs) or 'no two inputs are parallel'}); at zero damping "
+        "its pseudo-inverse is used, and residuals outside its range stay as they are",
+        stacklevel=3,
+    )
 
 
 def _sum(tensors: list[Tensor]) -> Tensor:

@@ -233,7 +233,7 @@ def isotropy_of(
     for name, share in shares.items():
         own = float(share.trace()) / seen
         rest = _remainder(share, own, projection) / (scale * norm)
-        reason = _reason(matrix, name, rows) if rest > TOLERANCE / len(shares) else ""
+        reason = _reason(matrix, name, rows, damping) if rest > TOLERANCE / len(shares) else ""
         layers.append(LayerShare(name, own, rest, reason))
     uphill = smallest < -1e-6 * max(largest, -smallest)
     return Isotropy(
@@ -259,26 +259,28 @@ def _remainder(matrix: Tensor, alpha: float, projection: Tensor) -> float:
     return float(difference.norm())
 
 
-def _reason(matrix: FisherMatrix, name: str, rows: Jacobians) -> str:
-    """Say why a layer's shape forbids isotropy, or nothing."""
+def _reason(matrix: FisherMatrix, name: str, rows: Jacobians, damping: float) -> str:
+    """Say why a layer cannot be isotropic, or nothing."""
     layout: BlockLayout = matrix.blocks[name]
     samples, count, units = rows.samples, rows.rows, layout.groups * layout.d_out
-    if matrix.structure == "diagonal":
+    kind = matrix.structure
+    layer_wise = kind in ("block_diagonal", "block_tridiagonal")
+    if kind == "diagonal":
         return "a diagonal matrix is not isotropic at any width"
-    if matrix.structure == "full":
-        if matrix.shape[0] < count:
-            return f"the {matrix.shape[0]} parameters are fewer than the {count} rows"
+    if kind == "full" and matrix.shape[0] < count:
+        return f"the {matrix.shape[0]} parameters are fewer than the {count} rows"
+    if layer_wise and layout.numel < count:
+        return f"its {layout.numel} parameters are fewer than the {count} rows"
+    if kind in ("kfac", "unit_wise") and layout.d_augmented < samples:
+        return f"it has {layout.d_augmented} inputs for {samples} samples"
+    # The output layer has one unit per output and needs no more.
+    if kind == "kfac" and units < count and units != rows.directions:
+        return f"it has {units} units for {count} rows"
+    if damping > 0:
+        return f"the damping {damping:g} shrinks some directions more than others"
+    if kind == "full":
         return "the Jacobian does not have full row rank"
-    if matrix.structure in ("block_diagonal", "block_tridiagonal"):
-        if layout.numel < count:
-            return f"its {layout.numel} parameters are fewer than the {count} rows"
-        return "its Jacobian does not have full row rank"
-    if matrix.structure in ("kfac", "unit_wise"):
-        if layout.d_augmented < samples:
-            return f"it has {layout.d_augmented} inputs for {samples} samples"
-        if matrix.structure == "kfac" and units < count:
-            return f"it has {units} units for {count} rows"
-    return ""
+    return "its Jacobian does not have full row rank" if layer_wise else ""
 
 
 def cast_inputs(x: Any, dtype: torch.dtype) -> Any:
@@ -333,9 +335,9 @@ def isotropic_constant(
         return float(tridiagonal_coefficients(depth).sum())
     if key == "kfac":
         last = 1 if last_layer == "strict" else samples
-        if depth == 1:
-            return float(last)
         first = samples if input_dim is None else min(samples, input_dim)
+        if depth == 1:
+            return float(last * first / samples)
         return float(first + samples * (depth - 2) + last)
     if key == "unit_wise":
         if width is None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from natgrad.curvature.base import Workload
+from natgrad.curvature.cost import Workload
 from natgrad.fisher import MonteCarloFisher
 
 if TYPE_CHECKING:
