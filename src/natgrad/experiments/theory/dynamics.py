@@ -130,6 +130,7 @@ def dynamics(setting: Setting, progress: Callable[[float], None]) -> Section:
             y_log=True,
         ),
     ]
+    section.plots.append(_cross_entropy(setting, model, theories))
     section.tables = [
         Table(
             f"At η = 1/α, {width}. Loss before training: {first:.3g}.",
@@ -163,6 +164,40 @@ def dynamics(setting: Setting, progress: Callable[[float], None]) -> Section:
             "has no α and is left out."
         )
     return section
+
+
+def _cross_entropy(setting: Setting, model: nn.Module, theories: dict[str, _Theory]) -> Plot:
+    """Predict and train with cross-entropy, at the learning rates of the squared loss."""
+    panel = Panel("cross-entropy")
+    steps = [float(step) for step in range(STEPS + 1)]
+    for name, theory in theories.items():
+        if name == "unit_wise":  # It has no map for this loss in the limit.
+            continue
+        predicted = ntk.predict(
+            theory.network,
+            setting.labels,
+            name,
+            steps=STEPS,
+            lr=None if name == "gd" else theory.lr,
+            likelihood=setting.likelihood("cross_entropy"),
+        )
+        run = train(
+            setting, model, name, predicted.learning_rate, theory.damping, STEPS, "cross_entropy"
+        )
+        title = METHODS[name].title
+        panel.lines.append(Line(title, steps, predicted.train_loss.tolist(), "line", name))
+        panel.lines.append(Line("", steps, run.train_loss, "markers", name))
+    return Plot(
+        "cross-entropy",
+        "Training with cross-entropy",
+        "The same with cross-entropy: lines are iterated in function space with the output Hessian "
+        "at the predicted outputs. Natural gradients take Newton steps on the outputs, each of "
+        "which divides the loss by about e.",
+        [panel],
+        "step",
+        "training loss",
+        y_log=True,
+    )
 
 
 def _theories(setting: Setting, model: nn.Module) -> dict[str, _Theory]:

@@ -15,7 +15,7 @@ from natgrad.experiments.theory.width import slope, widths
 
 __all__ = ["isotropy"]
 
-DRAWS = 2
+DRAWS = 4
 #: Samples whose coefficients are shown as an image.
 SHOWN = 30
 NAMES = ("full", "block_diagonal", "block_tridiagonal", "kfac", "unit_wise", "diagonal")

@@ -64,12 +64,12 @@ def damping_of(name: str, model: nn.Module, x: Tensor) -> float:
 
 
 def build_optimizer(
-    name: str, model: nn.Module, lr: float, damping: float
+    name: str, model: nn.Module, lr: float, damping: float, likelihood: str = "gaussian"
 ) -> torch.optim.Optimizer:
     """Return a method's optimizer: no momentum, no bound, curvature of the present batch."""
     method = METHODS[name]
     if method.optimizer is None:
         return torch.optim.SGD(model.parameters(), lr=lr)
     return method.optimizer(
-        model, "gaussian", lr=lr, damping=damping, kl_clip=None, **method.options
+        model, likelihood, lr=lr, damping=damping, kl_clip=None, **method.options
     )

@@ -13,6 +13,7 @@ from natgrad import ntk
 from natgrad.experiments.data import DATASETS, DataError, load_dataset
 from natgrad.experiments.theory.config import TheoryConfig
 from natgrad.experiments.theory.methods import METHODS, build_optimizer
+from natgrad.likelihoods import as_likelihood
 
 __all__ = ["Setting", "Trajectory", "train"]
 
@@ -27,6 +28,8 @@ class Setting:
         y: Their targets, ``(N, C)``.
         x_test: Test inputs of norm 1.
         y_test: Their targets.
+        labels: The training targets of cross-entropy: 0 and 1, ``(N, 1)``, for two classes, else
+            class numbers, ``(N,)``.
         notes: What had to be done to the data, one sentence each.
     """
 
@@ -35,6 +38,7 @@ class Setting:
     y: Tensor
     x_test: Tensor
     y_test: Tensor
+    labels: Tensor
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -61,7 +65,10 @@ class Setting:
             notes.append(note)
         outputs = config.outputs
         y, y_test = _targets(data.train_labels, outputs), _targets(test_labels, outputs)
-        return cls(config, x, y, x_test, y_test, tuple(notes))
+        labels = data.train_labels
+        if outputs == 1:
+            labels = labels.double().unsqueeze(1)
+        return cls(config, x, y, x_test, y_test, labels, tuple(notes))
 
     @property
     def samples(self) -> int:
@@ -92,9 +99,11 @@ class Setting:
             model = ntk.MLP([self.x.shape[1], *hidden, self.outputs], self.config.activation)
         return model.double().to(self.x.device)
 
-    def loss(self, outputs: Tensor, targets: Tensor) -> float:
-        """Return the mean over samples of ``½‖f − y‖²``."""
-        return float(0.5 * (outputs - targets).square().sum() / len(targets))
+    def likelihood(self, loss: str) -> str:
+        """Return the likelihood of a loss, "mse" or "cross_entropy"."""
+        if loss == "mse":
+            return "gaussian"
+        return "bernoulli" if self.outputs == 1 else "categorical"
 
     def describe(self) -> dict[str, object]:
         """Return the data in JSON values."""
@@ -130,23 +139,43 @@ DIVERGED = 1e4
 
 
 def train(
-    setting: Setting, model: nn.Module, method: str, lr: float, damping: float, steps: int
+    setting: Setting,
+    model: nn.Module,
+    method: str,
+    lr: float,
+    damping: float,
+    steps: int,
+    loss: str = "mse",
 ) -> Trajectory:
-    """Train a copy of a network with full batches and a method's own optimizer."""
+    """Train a copy of a network with full batches and a method's own optimizer.
+
+    Args:
+        setting: The data.
+        model: The network; left as it is.
+        method: A key of `METHODS`.
+        lr: Learning rate.
+        damping: Damping.
+        steps: Steps to take; a run that diverges ends early.
+        loss: "mse" for ½‖f − y‖², or "cross_entropy", whose test loss is not taken.
+    """
     model = copy.deepcopy(model)
-    optimizer = build_optimizer(method, model, lr, damping)
+    name = setting.likelihood(loss)
+    optimizer = build_optimizer(method, model, lr, damping, name)
+    likelihood = as_likelihood(name)
+    targets = setting.y if loss == "mse" else setting.labels
     train_loss: list[float] = []
     test_loss: list[float] = []
     for step in range(steps + 1):
-        outputs = model(setting.x)
-        loss = 0.5 * (outputs - setting.y).square().sum() / setting.samples
-        train_loss.append(float(loss.detach()))
-        with torch.no_grad():
-            test_loss.append(setting.loss(model(setting.x_test), setting.y_test))
+        value = likelihood.loss(model(setting.x), targets)
+        train_loss.append(float(value.detach()))
+        if loss == "mse":
+            with torch.no_grad():
+                outputs = model(setting.x_test)
+                test_loss.append(float(likelihood.loss(outputs, setting.y_test)))
         if step == steps or not train_loss[-1] <= DIVERGED * train_loss[0]:
             break
         optimizer.zero_grad()
-        loss.backward()
+        value.backward()
         optimizer.step()
     missing = [math.nan] * (steps + 1 - len(train_loss))
     return Trajectory(train_loss + missing, test_loss + missing, model)

@@ -16,7 +16,7 @@ from natgrad.experiments.theory.setting import Setting, train
 __all__ = ["slope", "widths", "width"]
 
 #: Draws of the random weights; kernels alone are cheap enough for more.
-DRAWS, KERNEL_DRAWS = 2, 8
+DRAWS, KERNEL_DRAWS = 4, 8
 #: Gradient descent reaches its end in so many steps of 1/λ_max; natural gradients need fewer.
 GD_STEPS, NGD_STEPS = 100, 8
 
