@@ -16,6 +16,9 @@ __all__ = ["UnitWiseNGD"]
 class UnitWiseNGD(NaturalGradient):
     """Natural gradient descent with one dense block per unit.
 
+    It needs some damping: a unit whose gradients nearly vanish moves far without. With
+    ``lr="isotropic"`` about 1e-6 of the mean eigenvalue of the blocks is enough.
+
     Args:
         model: The model to train.
         likelihood: A name, a :class:`natgrad.Likelihood`, or a torch loss module.

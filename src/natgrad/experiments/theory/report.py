@@ -109,6 +109,10 @@ def _draw(axes: Axes, plot: Plot, panel: Panel) -> None:
         axes.set_ylabel(plot.y_label)
     if plot.x_log:
         axes.set_xscale("log")
+        places = sorted({x for line in panel.lines for x in line.x})
+        if len(places) <= 8:  # Widths: name each of them.
+            axes.set_xticks(places, [f"{x:g}" for x in places])
+            axes.set_xticks([], minor=True)
     if plot.y_log:
         axes.set_yscale("log")
     measured = [y for line in panel.lines if line.style == "markers" for y in line.y]
