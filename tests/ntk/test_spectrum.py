@@ -14,7 +14,8 @@ from torch import nn
 from torch.func import functional_call, jacrev
 
 from natgrad import fisher_matrix
-from natgrad.ntk.spectrum import fisher_spectrum, predict_spectrum
+from natgrad.ntk import MLP
+from natgrad.ntk.spectrum import fisher_spectrum, infinite_spectrum, predict_spectrum
 from tests.cases import generator, normal
 
 
@@ -181,3 +182,29 @@ def test_wrong_sizes_are_refused():
             predict_spectrum((1.0, 0.5), widths, 3, 1)
     with pytest.raises(ValueError, match="at least 1"):
         predict_spectrum((1.0, 0.5), [3, 4], 0, 1)
+
+
+def test_infinite_width_predicts_the_mean_over_random_networks():
+    """Without looking at any network; means over draws within five standard errors."""
+    widths, draws = (12, 400, 400, 2), 12
+    x = normal(8, 12)
+    x = x * 12**0.5 / x.norm(dim=1, keepdim=True)
+    torch.manual_seed(0)
+    found = []
+    for _ in range(draws):
+        layers: list[nn.Module] = []
+        for a, b in zip(widths[:-1], widths[1:], strict=True):
+            layers += [nn.Linear(a, b, bias=False), nn.ReLU()]
+            nn.init.normal_(layers[-2].weight, std=(2.0 / a) ** 0.5)
+        spectrum = fisher_spectrum(nn.Sequential(*layers[:-1]).double(), x)
+        theory = spectrum.prediction
+        found.append([theory.mean, theory.second_moment, theory.largest])
+    values = torch.tensor(found, dtype=torch.float64)
+    error = values.std(0) / draws**0.5
+    limit = infinite_spectrum(MLP(widths), x)
+    expected = torch.tensor([limit.mean, limit.second_moment, limit.largest]).double()
+    # Squares of fluctuating entries add about 1/M to second moments.
+    assert ((values.mean(0) - expected).abs() < 5 * error + expected / 100).all()
+    assert (error < 0.1 * expected).all()
+    with pytest.raises(ValueError, match="without biases"):
+        infinite_spectrum(MLP(widths, bias_variance=0.1), x)

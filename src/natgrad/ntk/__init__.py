@@ -20,6 +20,7 @@ from natgrad.ntk.spectrum import (
     FisherSpectrum,
     SpectrumPrediction,
     fisher_spectrum,
+    infinite_spectrum,
     predict_spectrum,
 )
 from natgrad.ntk.stability import JacobianStability, StabilityMeasurement
@@ -51,6 +52,7 @@ __all__ = [
     "forster_transform",
     "generalization_bound",
     "infinite_kernel",
+    "infinite_spectrum",
     "isotropic_constant",
     "isotropy",
     "jacobian_conditions",

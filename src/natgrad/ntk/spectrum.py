@@ -31,8 +31,16 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.ntk.conditions import identity_jacobians
+from natgrad.ntk.infinite import infinite_kernel
+from natgrad.ntk.networks import Architecture
 
-__all__ = ["FisherSpectrum", "SpectrumPrediction", "fisher_spectrum", "predict_spectrum"]
+__all__ = [
+    "FisherSpectrum",
+    "SpectrumPrediction",
+    "fisher_spectrum",
+    "infinite_spectrum",
+    "predict_spectrum",
+]
 
 
 @dataclass(frozen=True)
@@ -177,6 +185,38 @@ def predict_spectrum(
         raise ValueError(f"samples and outputs must be at least 1, got {samples} and {outputs}")
     scale = weights / max(widths[1:])
     return _predict(kappa[0] * scale, kappa[1] * scale, samples, outputs, weights)
+
+
+def infinite_spectrum(architecture: Architecture | nn.Module, x: Tensor) -> SpectrumPrediction:
+    r"""Predict the statistics of a random network in *standard* parameterisation, unseen.
+
+    The dual matrix of that network tends to :math:`\sum_l (M_{l-1}/\sigma_{w,l}^2) \Theta_l` for
+    the layer kernels :math:`\Theta_l` of NTK parameterisation, whose weights are larger by
+    :math:`\sqrt{M_{l-1}}/\sigma_w` and whose gradients are smaller by as much.
+
+    Args:
+        architecture: A fully connected network without biases, as :func:`infinite_kernel` takes
+            it; widths and variances are those of the network in standard parameterisation.
+        x: Inputs, ``(N, …)``.
+
+    Raises:
+        ValueError: If the network has biases, or as :func:`infinite_kernel`.
+    """
+    if not isinstance(architecture, Architecture):
+        architecture = Architecture.of(architecture)
+    if any(architecture.bias_variances):
+        raise ValueError(
+            "the order parameters are known for networks without biases: set bias_variance to 0"
+        )
+    widths, variances = architecture.widths, architecture.weight_variances
+    kernels = infinite_kernel(architecture, x).layers
+    scales = [m / variance for m, variance in zip(widths[:-1], variances, strict=True)]
+    dual = torch.stack([k * scale for k, scale in zip(kernels, scales, strict=True)]).sum(0)
+    samples = len(dual)
+    trace = float(dual.trace())
+    pairs = samples * (samples - 1)
+    off_diagonal = (float(dual.sum()) - trace) / pairs if pairs else 0.0
+    return _predict(trace / samples, off_diagonal, samples, architecture.outputs, _pair_sum(widths))
 
 
 def _pair_sum(widths: Sequence[int]) -> int:

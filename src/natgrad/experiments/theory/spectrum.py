@@ -28,18 +28,21 @@ def spectrum(setting: Setting, progress: Callable[[float], None]) -> Section:
     x = setting.x * setting.x.shape[1] ** 0.5
     measured: dict[str, dict[int, list[float]]] = {"mean": {}, "second": {}, "largest": {}}
     predicted: dict[str, dict[int, list[float]]] = {"mean": {}, "second": {}, "largest": {}}
+    limit: dict[str, dict[int, list[float]]] = {"mean": {}, "second": {}, "largest": {}}
     rows: list[list[str | int | float | None]] = []
     found: ntk.FisherSpectrum | None = None
     for index, size in enumerate(sizes):
         found = ntk.fisher_spectrum(_network(setting, size), x)
         theory = found.prediction
+        wide = ntk.infinite_spectrum(setting.network(size), x)
         values = {
-            "mean": (found.mean, theory.mean),
-            "second": (found.second_moment, theory.second_moment),
-            "largest": (float(found.largest[0]), theory.largest),
+            "mean": (found.mean, theory.mean, wide.mean),
+            "second": (found.second_moment, theory.second_moment, wide.second_moment),
+            "largest": (float(found.largest[0]), theory.largest, wide.largest),
         }
-        for name, (seen, expected) in values.items():
+        for name, (seen, expected, unseen) in values.items():
             measured[name][size], predicted[name][size] = [seen], [expected]
+            limit[name][size] = [unseen]
         pairs = [number for pair in values.values() for number in pair]
         rows.append([size, found.parameters, *pairs, found.largest_step])
         progress((index + 1) / len(sizes))
@@ -50,14 +53,17 @@ def spectrum(setting: Setting, progress: Callable[[float], None]) -> Section:
         Plot(
             "spectrum-width",
             "Statistics of the Fisher spectrum against width",
-            "Markers: eigenvalues of the exact Fisher matrix. Lines: what the mean diagonal κ₁ and "
-            "the mean off-diagonal κ₂ of the dual kernel predict. The mean falls like 1/M while "
-            "the largest eigenvalue grows like M: most directions are flat, a few very steep.",
+            "Markers: eigenvalues of the exact Fisher matrix of one random network. Lines: what "
+            "the mean diagonal κ₁ and the mean off-diagonal κ₂ of the dual kernel predict, "
+            "measured on the network and, grey, in the limit of infinite width. The mean falls "
+            "like 1/M while the largest eigenvalue grows like M: most directions are flat, a few "
+            "very steep.",
             [
                 Panel(
                     titles[name],
                     [
-                        _line("predicted", predicted[name], "line"),
+                        _line("from κ of infinite width", limit[name], "reference"),
+                        _line("from measured κ", predicted[name], "line"),
                         _line("measured", measured[name], "markers"),
                     ],
                 )
@@ -95,9 +101,9 @@ def spectrum(setting: Setting, progress: Callable[[float], None]) -> Section:
     ]
     section.tables = [
         Table(
-            "Measured and predicted from κ₁ and κ₂.",
-            ["width", "parameters", "m_λ", "predicted", "s_λ", "predicted", "λ_max", "predicted",
-             "largest η of GD, 2/λ_max"],
+            "Measured; predicted from measured κ₁ and κ₂; predicted at infinite width.",
+            ["width", "parameters", "m_λ", "from κ", "limit", "s_λ", "from κ", "limit", "λ_max",
+             "from κ", "limit", "largest η of GD"],
             rows,
         )
     ]  # fmt: skip
@@ -105,8 +111,9 @@ def spectrum(setting: Setting, progress: Callable[[float], None]) -> Section:
         f"The largest eigenvalue grows like M^{slope(measured['largest']):.2f} (theory: 1), so the "
         f"learning rate of gradient descent must fall like 1/M; the mean eigenvalue falls like "
         f"M^{slope(measured['mean']):.2f} (theory: −1).",
-        f"At width {sizes[-1]} the prediction of the largest eigenvalue is "
-        f"{found.prediction.largest:.3g}, the measured one {float(found.largest[0]):.3g}.",
+        f"At width {sizes[-1]} the largest eigenvalue is {float(found.largest[0]):.3g}; κ measured "
+        f"on the network predicts {found.prediction.largest:.3g}, κ of infinite width "
+        f"{limit['largest'][sizes[-1]][0]:.3g}.",
     ]
     return section
 
