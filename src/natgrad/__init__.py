@@ -12,10 +12,12 @@ from natgrad.optim import (
     BlockTridiagonalNGD,
     DiagonalNGD,
     ExactNGD,
+    ImprovedEmpiricalNGD,
     NaturalGradient,
     Preconditioner,
     UnitWiseNGD,
 )
+from natgrad.quality import UpdateQuality, update_quality
 from natgrad.version import __version__
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "ExactNGD",
     "FisherMatrix",
     "Gaussian",
+    "ImprovedEmpiricalNGD",
     "Jacobians",
     "LayerJacobian",
     "Likelihood",
@@ -36,9 +39,11 @@ __all__ = [
     "Poisson",
     "Preconditioner",
     "UnitWiseNGD",
+    "UpdateQuality",
     "__version__",
     "fisher_matrix",
     "ntk",
     "register_layer",
     "register_structure",
+    "update_quality",
 ]

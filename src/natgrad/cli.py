@@ -149,7 +149,7 @@ def compare(
     fisher: Annotated[
         str | None,
         typer.Option(
-            help="Fisher type of the natural methods: exact, mc, empirical "
+            help="Fisher type of the natural methods: exact, mc, empirical, improved "
             "[default: exact for the mlp with full batches, else each method's own]."
         ),
     ] = None,
@@ -285,7 +285,9 @@ def inspect_command(
     likelihood: Annotated[
         str, typer.Option(help="categorical, gaussian, bernoulli or poisson.")
     ] = "categorical",
-    fisher: Annotated[str, typer.Option(help="Fisher type: exact, mc, empirical.")] = "mc",
+    fisher: Annotated[
+        str, typer.Option(help="Fisher type: exact, mc, empirical, improved.")
+    ] = "mc",
     samples: Annotated[int, typer.Option(help="Batch size that costs are stated for.")] = 128,
     input_shape: Annotated[
         str | None,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.experiments.objectives import Objective
-from natgrad.likelihoods import as_likelihood
+from natgrad.quality import update_quality
 
 __all__ = ["measured_learning_rate"]
 
@@ -42,22 +42,11 @@ def measured_learning_rate(
     optimizer.zero_grad()
     objective(copied(inputs), targets).backward()
     before = {name: value.detach().clone() for name, value in copied.named_parameters()}
-    gradients = {
-        name: torch.zeros_like(value) if value.grad is None else value.grad.detach().clone()
-        for name, value in copied.named_parameters()
-    }
     optimizer.step()
     direction = {name: before[name] - value.detach() for name, value in copied.named_parameters()}
-    slope = sum((gradients[name] * direction[name]).sum().item() for name in direction)
-
-    plain = copy.deepcopy(model)  # without the optimizer's hooks
-
-    def outputs_at(parameters: dict[str, Tensor]) -> Tensor:
-        return torch.func.functional_call(plain, parameters, (inputs,))
-
-    outputs, change = torch.func.jvp(outputs_at, (before,), (direction,))  # type: ignore[misc]
-    root = as_likelihood(objective.likelihood).output_hessian_root(outputs.detach())
-    curvature = (root.transpose(-1, -2) @ change.view(len(inputs), 1, -1, 1)).square().sum()
-    curvature = (curvature / len(inputs)).item()
-    rate = slope / curvature if curvature > 0 else float("nan")
+    try:
+        quality = update_quality(model, (inputs, targets), direction, objective.likelihood)
+    except ValueError:  # Not finite, or no step at all.
+        return float("nan")
+    rate = quality.best_step
     return rate if 0 < rate < float("inf") else float("nan")

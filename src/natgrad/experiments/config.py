@@ -12,10 +12,10 @@ from natgrad.experiments.data import DATASETS
 from natgrad.experiments.methods import DEFAULT_METHODS, METHODS
 from natgrad.experiments.models import DEFAULT_WIDTHS, MODELS
 from natgrad.experiments.objectives import OBJECTIVES
+from natgrad.fisher import FISHER_TYPES
 
 __all__ = ["CompareConfig", "ConfigError", "check_choice", "find_device"]
 
-FISHER_TYPES = ("exact", "mc", "empirical")
 FULL_BATCH_TRAIN_SAMPLES = 200
 FULL_BATCH_FIRST_ORDER_FACTOR = 10
 

@@ -4,6 +4,7 @@ from natgrad.optim.block_diagonal import BlockDiagonalNGD
 from natgrad.optim.block_tridiagonal import BlockTridiagonalNGD
 from natgrad.optim.diagonal import DiagonalNGD
 from natgrad.optim.exact import ExactNGD
+from natgrad.optim.improved_empirical import ImprovedEmpiricalNGD
 from natgrad.optim.kfac import KFAC
 from natgrad.optim.natural_gradient import NaturalGradient
 from natgrad.optim.preconditioner import Preconditioner
@@ -15,6 +16,7 @@ __all__ = [
     "BlockTridiagonalNGD",
     "DiagonalNGD",
     "ExactNGD",
+    "ImprovedEmpiricalNGD",
     "KFAC",
     "NaturalGradient",
     "Preconditioner",

@@ -25,7 +25,7 @@ class BlockDiagonalNGD(NaturalGradient):
         damping: λ, in the units of F.
         momentum: Momentum of the natural gradient.
         weight_decay: Decoupled weight decay.
-        fisher: ``"exact"``, ``"mc"`` or ``"empirical"``.
+        fisher: ``"exact"``, ``"mc"``, ``"empirical"`` or ``"improved"``.
         mc_samples: Draws per input for ``"mc"``.
         kl_clip: Bound on the predicted change of the output distribution per step.
         **options: Further arguments of :class:`~natgrad.optim.NaturalGradient`.

@@ -28,7 +28,7 @@ class KFAC(NaturalGradient):
         damping: λ, in the units of F.
         momentum: Momentum of the natural gradient.
         weight_decay: Decoupled weight decay.
-        fisher: ``"exact"``, ``"mc"`` or ``"empirical"``.
+        fisher: ``"exact"``, ``"mc"``, ``"empirical"`` or ``"improved"``.
         mc_samples: Draws per input for ``"mc"``.
         factor_interval: Steps between updates of the curvature.
         inverse_interval: Steps between factorisations.

@@ -46,7 +46,7 @@ class NaturalGradient(torch.optim.Optimizer):
         damping: λ, in the units of F.
         momentum: μ.
         weight_decay: Decoupled weight decay w.
-        fisher: ``"exact"``, ``"mc"`` or ``"empirical"``.
+        fisher: ``"exact"``, ``"mc"``, ``"empirical"`` or ``"improved"``.
         mc_samples: Draws per input for ``"mc"``.
         factor_interval: Steps between updates of the curvature.
         inverse_interval: Steps between factorisations.

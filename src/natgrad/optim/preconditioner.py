@@ -34,7 +34,7 @@ class Preconditioner:
         structure: ``"full"``, ``"block_diagonal"``, ``"block_tridiagonal"``, ``"unit_wise"``,
             ``"diagonal"`` or ``"kfac"``.
         likelihood: A name, a :class:`natgrad.Likelihood`, or a torch loss module.
-        fisher: ``"exact"``, ``"mc"`` or ``"empirical"``.
+        fisher: ``"exact"``, ``"mc"``, ``"empirical"`` or ``"improved"``.
         mc_samples: Draws per input for ``"mc"``.
         damping: λ, in the units of F.
         factor_interval: Steps between updates of the curvature.
@@ -183,6 +183,7 @@ class Preconditioner:
             count,
             generator=self.generator,
             target=recorded.target,
+            cotangent=recorded.cotangent,
         )
 
     def _probe_isotropy(self, probe: IsotropyProbe, recorded: ForwardPass) -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from natgrad.curvature.cost import Workload
-from natgrad.fisher import MonteCarloFisher
 
 if TYPE_CHECKING:
     from natgrad.optim.preconditioner import Preconditioner
@@ -168,14 +167,8 @@ def summarize(
 
 def _directions(preconditioner: Preconditioner) -> int:
     """Return how many vectors are pulled back per sample; outputs guessed from the last layer."""
-    fisher = preconditioner.fisher
-    if isinstance(fisher, MonteCarloFisher):
-        return fisher.samples
-    if fisher.from_user_gradients:
-        return 1
     last = list(preconditioner.capture.blocks.values())[-1].layout
-    outputs = last.groups * last.d_out
-    return max(1, outputs)
+    return preconditioner.fisher.directions(max(1, last.groups * last.d_out))
 
 
 def format_bytes(size: float) -> str:

@@ -1,0 +1,190 @@
+"""The improved empirical Fisher matrix against its dense definition."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import natgrad
+from natgrad import fisher_matrix
+from natgrad.fisher import ImprovedFisher
+from natgrad.likelihoods import Categorical, Gaussian
+from tests import dense
+from tests.cases import CASES, generator, normal
+
+ONE_EVENT = ["mlp", "mlp_without_bias", "conv2d", "layer_norm", "pooled_tokens", "tied_linear"]
+STRUCTURES = ["full", "block_diagonal", "block_tridiagonal", "unit_wise", "diagonal"]
+
+
+def classifier(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+def per_sample(model, x, y) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss gradients by parameters (N, P), and squared norms at the output, by autograd alone."""
+    rows, squares = [], []
+    for xi, yi in zip(x, y, strict=True):
+        z = model(xi.unsqueeze(0))
+        loss = functional.cross_entropy(z, yi.unsqueeze(0))
+        (at_output,) = torch.autograd.grad(loss, z, retain_graph=True)
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        rows.append(torch.cat([g.flatten() for g in gradients]))
+        squares.append(at_output.square().sum())
+    return torch.stack(rows), torch.stack(squares)
+
+
+@pytest.mark.parametrize("name", ONE_EVENT)
+@pytest.mark.parametrize("likelihood", ["categorical", "gaussian"])
+def test_every_structure_is_that_of_the_scaled_gradients(name, likelihood):
+    case = CASES[name]()
+    y = case.target(likelihood)
+    z, jac = case.jacobian
+    gradient = dense.output_gradient(case.loss(likelihood), z, y)
+    shape = (len(z), *[1] * (z.dim() - 1))
+    scaled = (gradient / gradient.flatten(1).norm(dim=1).view(shape)).unsqueeze(0)
+    pulled = dense.rows(jac, scaled).flatten(0, 1)
+    expected = pulled.T @ pulled / len(z)
+    for structure in STRUCTURES:
+        found = fisher_matrix(case.model, (case.x, y), likelihood, structure, "improved")
+        wanted = dense.structured(expected, structure, case.model, case.blocks)
+        dense.assert_same(found.to_dense(), wanted, 1e-8)
+
+
+def test_kfac_keeps_the_input_factor_and_scales_the_output_factor():
+    model, x, y = classifier(), normal(7, 4), torch.tensor([0, 1, 2, 1, 0, 2, 2])
+    found = fisher_matrix(model, (x, y), "categorical", "kfac", "improved")
+    empirical = fisher_matrix(model, (x, y), "categorical", "kfac", "empirical")
+    z = model(x).detach()
+    delta = (torch.softmax(z, 1) - functional.one_hot(y, 3)) / 1.0
+    delta = delta / delta.norm(dim=1, keepdim=True)
+    part = found.parts["2"]
+    a, b = part.kronecker_factors()
+    dense.assert_same(a, empirical.parts["2"].kronecker_factors()[0])
+    dense.assert_same(b[0], delta.T @ delta / 7, 1e-8)
+
+
+def test_with_one_output_it_is_the_exact_fisher_matrix():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+    x, y = normal(6, 4), normal(6, 1, seed=1)
+    for structure in ("full", "kfac"):
+        exact = fisher_matrix(model, (x, y), "gaussian", structure, "exact").to_dense()
+        found = fisher_matrix(model, (x, y), "gaussian", structure, "improved").to_dense()
+        dense.assert_same(found, exact, 1e-8)
+
+
+@pytest.mark.parametrize("damping", [1e-2, 0.3])
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_step_is_the_dense_one(damping, scale):
+    """The plain loop, where gradients are read at the output; the loss scale drops out of F."""
+    model, x, y = classifier(), normal(5, 4), torch.tensor([0, 1, 2, 1, 0])
+    rows, squares = per_sample(model, x, y)
+    n = len(x)
+    fisher = rows.T @ (rows / squares.unsqueeze(1)) / n
+    step = torch.linalg.solve(
+        fisher + damping * torch.eye(fisher.shape[0]).double(), scale * rows.mean(0)
+    )
+    gram = rows @ rows.T + n * damping * torch.diag(squares)
+    dense.assert_same(step, scale * (rows.T @ torch.linalg.solve(gram, squares)), 1e-8)
+    before = nn.utils.parameters_to_vector(model.parameters()).detach()
+    optimizer = natgrad.ImprovedEmpiricalNGD(model, lr=1.0, damping=damping, kl_clip=None)
+    (scale * functional.cross_entropy(model(x), y)).backward()
+    optimizer.step()
+    after = nn.utils.parameters_to_vector(model.parameters()).detach()
+    dense.assert_same(before - after, step, 1e-8)
+
+
+def test_without_damping_every_loss_falls_by_its_own_gradient_norm():
+    """G Δ = s, as under Gauss-Newton, and not the same for all samples."""
+    model, x, y = classifier(), normal(5, 4), torch.tensor([0, 1, 2, 1, 0])
+    rows, squares = per_sample(model, x, y)
+    before = nn.utils.parameters_to_vector(model.parameters()).detach()
+    optimizer = natgrad.ImprovedEmpiricalNGD(model, lr=1.0, damping=0.0, kl_clip=None)
+    functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    step = before - nn.utils.parameters_to_vector(model.parameters()).detach()
+    dense.assert_same(rows @ step, squares, 1e-6)
+    assert squares.max() > 1.5 * squares.min()
+
+
+def test_class_weights_and_ignored_targets_weigh_samples():
+    model, x = classifier(), normal(6, 4)
+    y = torch.tensor([0, 1, -100, 2, 1, -100])
+    weights = torch.tensor([0.5, 2.0, 1.0]).double()
+    likelihood = Categorical(class_weights=weights)
+    kept = y >= 0
+    rows, squares = per_sample(model, x[kept], y[kept])
+    w = weights[y[kept]]
+    expected = rows.T @ (rows * (w / squares).unsqueeze(1)) / w.sum()
+    found = fisher_matrix(model, (x, y), likelihood, "full", "improved")
+    dense.assert_same(found.to_dense(), expected, 1e-8)
+
+
+def test_tokens_are_normalised_one_by_one_without_cross_terms_on_average():
+    case = CASES["tokens"]()
+    y = case.target("gaussian")
+    z, jac = case.jacobian
+    gradient = dense.output_gradient(case.loss("gaussian"), z, y)
+    events = Gaussian().split_events(gradient)
+    if events.shape[1] == 1:
+        likelihood, y = Categorical(class_dim=-1), case.target("categorical")
+    else:
+        likelihood = Gaussian()
+    gradient = likelihood.gradient(z, y)
+    events = likelihood.split_events(gradient)
+    assert events.shape[1] > 1
+    unit = events / events.norm(dim=-1, keepdim=True)
+    expected = torch.zeros(jac.shape[-1], jac.shape[-1]).double()
+    for event in range(events.shape[1]):
+        only = torch.zeros_like(unit)
+        only[:, event] = unit[:, event]
+        pulled = dense.rows(jac, likelihood.merge_events(only, z).unsqueeze(0)).flatten(0, 1)
+        expected += pulled.T @ pulled
+    expected /= float(likelihood.count(z, y))
+    draws = [
+        fisher_matrix(case.model, (case.x, y), likelihood, "full", "improved", seed=s).to_dense()
+        for s in range(200)
+    ]
+    stacked = torch.stack(draws)
+    error = stacked.std(0) / len(draws) ** 0.5
+    assert ((stacked.mean(0) - expected).abs() <= 5 * error + 1e-10).all()
+
+
+def test_fitted_samples_stay_finite():
+    model, x = classifier(), normal(4, 4)
+    y = model(x).detach()
+    y[1:] += normal(3, 3, seed=2)  # the first sample is fitted exactly
+    optimizer = natgrad.ImprovedEmpiricalNGD(model, "gaussian", damping=1e-3, kl_clip=None)
+    (0.5 * (model(x) - y).square().sum() / 4).backward()
+    optimizer.step()
+    for parameter in model.parameters():
+        assert torch.isfinite(parameter).all()
+
+
+def test_it_needs_targets():
+    model, x = classifier(), normal(4, 4)
+    with pytest.raises(ValueError, match="true targets"):
+        fisher_matrix(model, (x, None), "categorical", "full", "improved")
+
+
+@pytest.mark.parametrize("optimizer", [natgrad.KFAC, natgrad.ExactNGD, natgrad.UnitWiseNGD])
+def test_optimizers_train_with_it(optimizer):
+    model = classifier()
+    x = normal(60, 4)
+    y = torch.randint(0, 3, (60,), generator=generator(1))
+    trained = optimizer(model, fisher="improved", damping=1e-2)
+    start = None
+    for _ in range(30):
+        trained.zero_grad()
+        loss = functional.cross_entropy(model(x), y)
+        loss.backward()
+        trained.step()
+        start = float(loss) if start is None else start
+    assert float(loss) < 0.9 * start
+    other = optimizer(copy.deepcopy(model), fisher=ImprovedFisher(), damping=1e-2)
+    other.load_state_dict(trained.state_dict())
