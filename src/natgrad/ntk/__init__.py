@@ -5,6 +5,7 @@ of its training.
 """
 
 from natgrad.ntk.activations import ACTIVATIONS, Activation
+from natgrad.ntk.coefficients import Isotropy, isotropic_constant, isotropy
 from natgrad.ntk.conditions import JacobianConditions, jacobian_conditions
 from natgrad.ntk.convergence import ConvergenceBounds, convergence_bounds, generalization_bound
 from natgrad.ntk.dynamics import NetworkInFunctionSpace, Prediction, predict
@@ -12,10 +13,9 @@ from natgrad.ntk.empirical import empirical_kernel
 from natgrad.ntk.infinite import InfiniteKernel, infinite_kernel
 from natgrad.ntk.infinite_network import InfiniteNetwork
 from natgrad.ntk.inputs import forster_transform
-from natgrad.ntk.isotropy import Isotropy, isotropic_constant, isotropy
 from natgrad.ntk.linearized import LinearizedNetwork
 from natgrad.ntk.networks import MLP, Architecture
-from natgrad.ntk.parameterization import NTKLinear, Parameterization, parameterization, to_ntk
+from natgrad.ntk.scaling import NTKLinear, Parameterization, parameterization, to_ntk
 from natgrad.ntk.spectrum import (
     FisherSpectrum,
     SpectrumPrediction,

@@ -18,10 +18,10 @@ from natgrad.capture.evaluation import undisturbed
 from natgrad.curvature.base import check_damping
 from natgrad.curvature.block_tridiagonal import BlockElimination, tridiagonal_coefficients
 from natgrad.likelihoods import Likelihood
+from natgrad.ntk.coefficients import isotropic_constant
 from natgrad.ntk.conditions import related_samples
 from natgrad.ntk.dynamics import NetworkInFunctionSpace
 from natgrad.ntk.infinite import InfiniteKernel, infinite_kernel
-from natgrad.ntk.isotropy import isotropic_constant
 from natgrad.ntk.networks import Architecture
 
 __all__ = ["InfiniteNetwork"]

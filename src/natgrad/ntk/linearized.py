@@ -13,9 +13,9 @@ from natgrad.capture import Capture
 from natgrad.curvature import FisherMatrix, make_structure
 from natgrad.jacobians import Jacobians
 from natgrad.likelihoods import Likelihood
+from natgrad.ntk.coefficients import cast_inputs
 from natgrad.ntk.dynamics import NetworkInFunctionSpace
 from natgrad.ntk.empirical import output_rows
-from natgrad.ntk.isotropy import cast_inputs
 
 __all__ = ["LinearizedNetwork"]
 

@@ -15,7 +15,7 @@ from natgrad.ntk.activations import (
     activation_of,
     as_activation,
 )
-from natgrad.ntk.parameterization import NTKLinear
+from natgrad.ntk.scaling import NTKLinear
 
 __all__ = ["MLP", "Architecture"]
 

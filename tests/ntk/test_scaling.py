@@ -10,7 +10,7 @@ from torch import nn
 
 from natgrad.ntk import NTKLinear
 from natgrad.ntk.networks import MLP
-from natgrad.ntk.parameterization import parameterization, to_ntk
+from natgrad.ntk.scaling import parameterization, to_ntk
 from tests.cases import normal
 
 
