@@ -164,6 +164,9 @@ def compare(
     eval_every: Annotated[
         int | None, typer.Option(help="Steps between evaluations [default: 20 evaluations].")
     ] = None,
+    quality: Annotated[
+        bool, typer.Option(help="Measure how close every update is to the exact natural gradient.")
+    ] = _defaults.quality,
     seed: Annotated[int, typer.Option(help="Seed of weights, subset and batches.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = _defaults.device,
     dtype: Annotated[str, typer.Option(help="float32 or float64.")] = _defaults.dtype,
@@ -191,6 +194,7 @@ def compare(
         search_steps=search_steps,
         target_loss=target_loss,
         eval_every=eval_every,
+        quality=quality,
         seed=seed,
         device=device,
         dtype=dtype,

@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from natgrad.experiments.calibration import measured_learning_rate
 from natgrad.experiments.config import CompareConfig
@@ -22,7 +22,8 @@ from natgrad.experiments.memory import PeakMemory
 from natgrad.experiments.methods import METHODS, Method, Setting
 from natgrad.experiments.models import build_model
 from natgrad.experiments.objectives import OBJECTIVES
-from natgrad.experiments.results import MethodResult, Results, Target
+from natgrad.experiments.quality import QUALITY_SAMPLES, measure_quality
+from natgrad.experiments.results import MethodResult, QualityPoint, Results, Target
 from natgrad.experiments.search import BUDGET, best_learning_rate, search_learning_rate
 from natgrad.experiments.training import Run, Schedule, train
 
@@ -84,6 +85,7 @@ def compare(config: CompareConfig, observer: Observer | None = None, command: st
                 break
     except KeyboardInterrupt:
         interrupted = True
+    quality = [] if interrupted else comparison.measure_quality()
     target = _target(config, methods)
     for result in methods:
         _count_to(target, result)
@@ -98,6 +100,7 @@ def compare(config: CompareConfig, observer: Observer | None = None, command: st
         environment=describe_environment(config.torch_device()),
         target=target,
         methods=methods,
+        quality=quality,
     )
 
 
@@ -141,6 +144,8 @@ class _Comparison:
             seed=config.seed,
         )
         self.epoch = math.ceil(samples / batch)
+        #: States of the network along the run of the first method, by steps taken.
+        self.snapshots: dict[int, dict[str, Tensor]] = {}
 
     def schedule(self, method: Method) -> Schedule:
         """Return how long a method trains, and when it is evaluated."""
@@ -202,7 +207,8 @@ class _Comparison:
         schedule = self.schedule(method)
         self.observer.begin(name, schedule.steps, False)
         with PeakMemory(self.device) as peak:
-            run = self._train(method, rate, schedule, self.observer.step)
+            keep = name == self.config.methods[0] and self.config.quality
+            run = self._train(method, rate, schedule, self.observer.step, keep)
         result.status, result.message = run.status, run.message
         result.train, result.test, result.batch = run.train, run.test, run.batch
         result.seconds = run.seconds
@@ -288,10 +294,34 @@ class _Comparison:
         rate: float,
         schedule: Schedule,
         report: Callable[[int, float, float], None],
+        keep_snapshots: bool = False,
     ) -> Run:
         model = copy.deepcopy(self.model)
         optimizer = self._build(method, model, rate)
-        return train(model, optimizer, self.objective, self.data, schedule, report)
+        wanted = {schedule.steps // 10, schedule.steps} if keep_snapshots else set()
+        if keep_snapshots:
+            self.snapshots = {0: copy.deepcopy(model.state_dict())}
+
+        def observe(taken: int, loss: float, correct: float) -> None:
+            if taken in wanted:
+                self.snapshots[taken] = copy.deepcopy(model.state_dict())
+            report(taken, loss, correct)
+
+        return train(model, optimizer, self.objective, self.data, schedule, observe)
+
+    def measure_quality(self) -> list[QualityPoint]:
+        """Measure the updates of all approximations at the snapshots."""
+        data = self.data
+        inputs, labels = data.train_inputs, data.train_labels
+        targets = self.objective.encode(labels, data.classes).to(self.device)
+        return measure_quality(
+            self.model,
+            self.snapshots,
+            self.objective,
+            inputs[:QUALITY_SAMPLES],
+            targets[:QUALITY_SAMPLES],
+            self.config.seed,
+        )
 
 
 def _target(config: CompareConfig, methods: list[MethodResult]) -> Target:

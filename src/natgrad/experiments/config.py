@@ -53,6 +53,7 @@ class CompareConfig:
         target_loss: Training loss to reach; by default the best loss a first-order method reached.
         eval_every: Steps between evaluations on the test set; by default 20 evaluations and more
             near the start or, with mini-batches, an evaluation per epoch and at least 20.
+        quality: Whether to measure the quality of every approximation's update.
         seed: Seed of the initial weights, the data subset, the batch order and the sampled labels.
         device: "auto" (CUDA if there is one), "cpu", "cuda", or any torch device.
         dtype: "float32" or "float64".
@@ -76,6 +77,7 @@ class CompareConfig:
     search_steps: int | None = None
     target_loss: float | None = None
     eval_every: int | None = None
+    quality: bool = True
     seed: int = 0
     device: str = "auto"
     dtype: str = "float32"

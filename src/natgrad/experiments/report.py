@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from natgrad.experiments.pages import (
     DASH,
@@ -13,6 +14,7 @@ from natgrad.experiments.pages import (
     write_files,
 )
 from natgrad.experiments.plots import PLOTS, render
+from natgrad.experiments.quality import QUALITY_SAMPLES
 from natgrad.experiments.results import MethodResult, Results
 from natgrad.experiments.search import BUDGET, best_learning_rate
 
@@ -59,6 +61,8 @@ def render_html(results: Results, plots: dict[str, str]) -> str:
         fewest_seconds=_fewest(results, "seconds_to_target"),
         is_wide=results.config["model"] == "mlp" and results.config["batch_size"] is None,
         best_learning_rate=best_learning_rate,
+        quality=_quality_tables(results),
+        quality_samples=min(QUALITY_SAMPLES, results.data["train_samples"]),
         budget=BUDGET,
         dash=DASH,
     )
@@ -88,3 +92,16 @@ def _fewest(results: Results, quantity: str) -> set[str]:
     values = {result.name: getattr(result, quantity) for result in results.methods}
     present = [value for value in values.values() if value is not None]
     return {name for name, value in values.items() if present and value == min(present)}
+
+
+def _quality_tables(results: Results) -> list[tuple[int, list[str], list[tuple[str, list[Any]]]]]:
+    """Return, for every step measured, the Fisher types and a row of shares per structure."""
+    tables = []
+    for step in dict.fromkeys(point.step for point in results.quality):
+        points = [point for point in results.quality if point.step == step]
+        fishers = list(dict.fromkeys(point.fisher for point in points))
+        shares = {(point.structure, point.fisher): point.share for point in points}
+        structures = dict.fromkeys(point.structure for point in points)
+        rows = [(name, [shares[name, fisher] for fisher in fishers]) for name in structures]
+        tables.append((step, fishers, rows))
+    return tables

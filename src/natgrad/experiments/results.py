@@ -16,6 +16,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "Curve",
     "MethodResult",
+    "QualityPoint",
     "Results",
     "Search",
     "Target",
@@ -138,6 +139,24 @@ class MethodResult:
 
 
 @dataclass
+class QualityPoint:
+    """The quality of one approximation's update at one point of a training run.
+
+    Attributes:
+        step: Steps taken so far.
+        structure: Structure of the approximation.
+        fisher: Its Fisher type.
+        share: The largest decrease of the loss along its update that the quadratic model allows,
+            relative to that along the exact natural gradient; None if the update failed.
+    """
+
+    step: int
+    structure: str
+    fisher: str
+    share: float | None
+
+
+@dataclass
 class Target:
     """The training loss that steps and seconds are counted to.
 
@@ -165,6 +184,8 @@ class Results:
         environment: Versions and machine.
         target: The loss that steps and seconds are counted to.
         methods: One entry per method, in the order asked for.
+        quality: The quality of every approximation's update along the run of the first method;
+            empty if that was not asked for or the run did not complete.
         schema_version: Version of this form.
     """
 
@@ -178,6 +199,7 @@ class Results:
     environment: dict[str, Any]
     target: Target
     methods: list[MethodResult]
+    quality: list[QualityPoint] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> str:
