@@ -5,6 +5,7 @@ from natgrad.capture import Capture, register_layer
 from natgrad.curvature import FisherMatrix, register_structure
 from natgrad.fisher import fisher_matrix
 from natgrad.jacobians import Jacobians, LayerJacobian
+from natgrad.laplace import Laplace
 from natgrad.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
 from natgrad.optim import (
     KFAC,
@@ -33,6 +34,7 @@ __all__ = [
     "Gaussian",
     "ImprovedEmpiricalNGD",
     "Jacobians",
+    "Laplace",
     "LayerJacobian",
     "Likelihood",
     "NaturalGradient",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from natgrad.capture.capture import Capture
 from natgrad.capture.model_output import select_output
 
-__all__ = ["call_model", "evaluated", "undisturbed"]
+__all__ = ["call_model", "count_samples", "evaluated", "take_samples", "undisturbed"]
 
 
 @contextmanager
@@ -66,3 +66,35 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, saved in buffers:
                 buffer.copy_(saved)
+
+
+def _tensors(inputs: Any) -> list[Tensor]:
+    if isinstance(inputs, Tensor):
+        return [inputs]
+    values = inputs.values() if isinstance(inputs, Mapping) else inputs
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def count_samples(inputs: Any) -> int:
+    """Return the length of the first dimension of every tensor in some inputs.
+
+    Raises:
+        ValueError: If there is no tensor, or their first dimensions differ or are empty.
+    """
+    tensors = _tensors(inputs)
+    sizes = {len(tensor) if tensor.dim() else 0 for tensor in tensors}
+    if len(sizes) != 1 or 0 in sizes:
+        raise ValueError(
+            "inputs must be tensors with the same number of samples, at least 1, along their first "
+            f"dimension, got shapes {[tuple(tensor.shape) for tensor in tensors]}"
+        )
+    return sizes.pop()
+
+
+def take_samples(inputs: Any, samples: slice) -> Any:
+    """Return some samples of a tensor, or of every tensor in a tuple or dict of arguments."""
+    if isinstance(inputs, Tensor):
+        return inputs[samples]
+    if isinstance(inputs, Mapping):
+        return {k: v[samples] if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    return tuple(v[samples] if isinstance(v, Tensor) else v for v in inputs)

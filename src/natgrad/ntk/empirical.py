@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from math import prod
 from typing import Any, Literal, overload
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from natgrad import linalg
 from natgrad.capture import Capture
-from natgrad.capture.evaluation import evaluated
+from natgrad.capture.evaluation import count_samples, evaluated, take_samples
 from natgrad.jacobians import Jacobians, LayerJacobian
 from natgrad.likelihoods import Gaussian
 
@@ -161,9 +161,9 @@ class _RowSource:
 
     def __init__(self, capture: Capture, inputs: Any, batch_size: int | None) -> None:
         self.capture, self.inputs = capture, inputs
-        self.samples = _count(inputs)
+        self.samples = count_samples(inputs)
         probe = min(self.samples, 2)
-        values, rows = output_rows(capture, _take(inputs, slice(0, probe)))
+        values, rows = output_rows(capture, take_samples(inputs, slice(0, probe)))
         self.outputs = values[0].numel()
         elements = sum(t.numel() for block in rows.values() for t in block.state().values())
         size = max(1, BATCH_ELEMENTS * probe // max(1, elements))
@@ -179,7 +179,7 @@ class _RowSource:
     def __getitem__(self, index: int) -> Jacobians:
         if index in self._kept:
             return self._kept[index]
-        _, rows = output_rows(self.capture, _take(self.inputs, self.slices[index]))
+        _, rows = output_rows(self.capture, take_samples(self.inputs, self.slices[index]))
         if not self._keep:
             self._kept.clear()  # The last one is asked for again most often.
         self._kept[index] = rows
@@ -232,29 +232,3 @@ def _mirror(kernel: Tensor, step: int = 1024) -> None:
         kernel[..., stop:, start:stop] = kernel[..., start:stop, stop:].mT
         diagonal = kernel[..., start:stop, start:stop]
         diagonal.copy_(diagonal.triu() + diagonal.triu(1).mT)
-
-
-def _tensors(inputs: Any) -> list[Tensor]:
-    if isinstance(inputs, Tensor):
-        return [inputs]
-    values = inputs.values() if isinstance(inputs, Mapping) else inputs
-    return [value for value in values if isinstance(value, Tensor)]
-
-
-def _count(inputs: Any) -> int:
-    tensors = _tensors(inputs)
-    sizes = {len(tensor) if tensor.dim() else 0 for tensor in tensors}
-    if len(sizes) != 1 or 0 in sizes:
-        raise ValueError(
-            "inputs must be tensors with the same number of samples, at least 1, along their first "
-            f"dimension, got shapes {[tuple(tensor.shape) for tensor in tensors]}"
-        )
-    return sizes.pop()
-
-
-def _take(inputs: Any, samples: slice) -> Any:
-    if isinstance(inputs, Tensor):
-        return inputs[samples]
-    if isinstance(inputs, Mapping):
-        return {k: v[samples] if isinstance(v, Tensor) else v for k, v in inputs.items()}
-    return tuple(v[samples] if isinstance(v, Tensor) else v for v in inputs)

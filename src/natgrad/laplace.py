@@ -1,0 +1,249 @@
+r"""The linearised Laplace approximation: what a Fisher matrix says about uncertainty.
+
+With a Gaussian prior :math:`N(0, \delta^{-1} I)` and the Fisher matrix F of N data points the
+posterior of the parameters is :math:`N(\theta^*, (N F + \delta I)^{-1})`. Through the linearised
+model it becomes a Gaussian over outputs (Immer, Korzepa & Bauer 2021),
+
+.. math:: f(x) \sim N\left(f(x, \theta^*),\; J(x) (N F + \delta I)^{-1} J(x)^\top\right),
+
+and the evidence of the data, for choosing δ without a validation set (MacKay 1992), is
+
+.. math:: \log p(D) \approx \log p(D \mid \theta^*) + \tfrac12 \left[P \log \delta
+          - \delta \|\theta^*\|^2 - \log\det(N F + \delta I)\right].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.capture import Capture
+from natgrad.capture.evaluation import call_model, count_samples, take_samples, undisturbed
+from natgrad.capture.model_output import select_output, unwrap
+from natgrad.fisher import Batch, FisherType, fisher_matrix
+from natgrad.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, as_likelihood
+from natgrad.ntk.empirical import output_rows
+
+__all__ = ["Laplace"]
+
+#: Samples whose covariances are computed at a time; those between samples come along.
+CHUNK_SAMPLES = 16
+
+
+class Laplace:
+    """A Gaussian posterior around trained parameters, in any structure of the Fisher matrix.
+
+    Args:
+        model: The trained model; it runs in its present mode (call ``model.eval()`` first) and is
+            left as it was.
+        data: The training data: a pair ``(inputs, targets)`` or a re-iterable of such pairs, as a
+            data loader.
+        likelihood: A name, a :class:`natgrad.Likelihood`, or a torch loss module. The variance of
+            ``Gaussian(variance)`` is that of the noise.
+        structure: Structure of the Fisher matrix.
+        prior_precision: δ, the inverse variance of every parameter under the prior. It may be set
+            later.
+        parameters: ``"all"``, or ``"last_layer"`` to be uncertain about the last layer alone.
+        fisher: Fisher type.
+        output: Picks the tensor the likelihood looks at out of the model's output.
+        **structure_options: Options of the structure.
+
+    Attributes:
+        matrix: The Fisher matrix, the mean over data points.
+        count: N, the number of data points.
+        log_likelihood: ``log p(D | θ*)``, up to constants of the likelihood.
+
+    Raises:
+        ValueError: If an argument is out of range or the data cannot be used.
+
+    Example:
+        >>> posterior = natgrad.Laplace(model, loader, "categorical", "kfac")
+        >>> posterior.optimize_prior_precision()
+        >>> probabilities = posterior.predict(x)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Batch | Iterable[Batch],
+        likelihood: str | Likelihood | nn.Module = "categorical",
+        structure: str = "kfac",
+        *,
+        prior_precision: float = 1.0,
+        parameters: Literal["all", "last_layer"] = "all",
+        fisher: str | FisherType = "exact",
+        output: Callable[[Any], Tensor] | None = None,
+        **structure_options: Any,
+    ) -> None:
+        if parameters not in ("all", "last_layer"):
+            raise ValueError(f"parameters must be 'all' or 'last_layer', got {parameters!r}")
+        self.model = unwrap(model)
+        self.likelihood = as_likelihood(likelihood)
+        self.output = output
+        self.prior_precision = prior_precision
+        if iter(data) is data:  # type: ignore[arg-type]
+            raise ValueError(
+                "data must be re-iterable, as a list or a data loader: it is read twice"
+            )
+        batches = [data] if _is_pair(data) else data
+        self._trainable: frozenset[str] | None = None
+        if parameters == "last_layer":
+            first = next(iter(batches), None)
+            if first is None:
+                raise ValueError("data has no batches")
+            self._trainable = self._last_layer(first[0])
+        with self._only_trainable():
+            self.matrix = fisher_matrix(
+                self.model, data, self.likelihood, structure, fisher, output=output,
+                **structure_options,
+            )  # fmt: skip
+            names = self.matrix.parameter_names
+            values = dict(self.model.named_parameters())
+            self._squared_norm = sum(float(values[n].detach().square().sum()) for n in names)
+        self.count, self.log_likelihood = 0.0, 0.0
+        for inputs, target in batches:
+            if target is None:
+                raise ValueError("the posterior needs targets with every batch")
+            outputs = self._outputs(inputs)
+            count = float(self.likelihood.count(outputs, target))
+            self.count += count
+            self.log_likelihood -= float(self.likelihood.loss(outputs, target)) * count
+
+    @property
+    def prior_precision(self) -> float:
+        """δ.
+
+        Raises:
+            ValueError: When set to something else than a positive finite number.
+        """
+        return self._prior_precision
+
+    @prior_precision.setter
+    def prior_precision(self, value: float) -> None:
+        if not 0 < value < math.inf:
+            raise ValueError(f"prior_precision must be positive and finite, got {value}")
+        self._prior_precision = float(value)
+
+    def log_marginal_likelihood(self, prior_precision: float | None = None) -> float:
+        """Return the evidence ``log p(D)`` of the data, up to constants of the likelihood.
+
+        Args:
+            prior_precision: δ; the present one by default.
+        """
+        delta = self.prior_precision if prior_precision is None else prior_precision
+        size = self.matrix.shape[0]
+        # log det(NF + δI) = P log N + log det(F + δ/N I)
+        logdet = size * math.log(self.count) + float(self.matrix.logdet(delta / self.count))
+        prior = size * math.log(delta) - delta * self._squared_norm
+        return self.log_likelihood + 0.5 * (prior - logdet)
+
+    def optimize_prior_precision(self, lowest: float = 1e-4, highest: float = 1e6) -> float:
+        """Set δ to the maximum of the evidence and return it.
+
+        Args:
+            lowest: Smallest δ tried.
+            highest: Largest δ tried.
+        """
+        grid = torch.logspace(math.log10(lowest), math.log10(highest), 31).tolist()
+        scores = [self.log_marginal_likelihood(delta) for delta in grid]
+        best = max(range(len(grid)), key=scores.__getitem__)
+        left, right = grid[max(0, best - 1)], grid[min(len(grid) - 1, best + 1)]
+        for _ in range(20):  # Thirds in the logarithm, the evidence being smooth there.
+            ratio = (right / left) ** (1 / 3)
+            if self.log_marginal_likelihood(left * ratio) < self.log_marginal_likelihood(
+                right / ratio
+            ):
+                left *= ratio
+            else:
+                right /= ratio
+        self.prior_precision = (left * right) ** 0.5
+        return self.prior_precision
+
+    def functional_variance(self, x: Any) -> tuple[Tensor, Tensor]:
+        """Return mean and covariance of the linearised model's outputs, without noise.
+
+        Args:
+            x: Inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
+
+        Returns:
+            ``f(x, θ*)``, ``(N, …)``, and the covariance of each sample's outputs, ``(N, C, C)``.
+        """
+        means, covariances = [], []
+        damping = self.prior_precision / self.count
+        with self._only_trainable(), Capture(self.model, self.output) as capture:
+            for start in range(0, count_samples(x), CHUNK_SAMPLES):
+                mean, rows = output_rows(
+                    capture, take_samples(x, slice(start, start + CHUNK_SAMPLES))
+                )
+                # J(NF + δI)⁻¹Jᵀ = J(F + δ/N I)⁻¹Jᵀ/N, of which each sample's own block is wanted.
+                shares = self.matrix.function_space_map(rows, None, damping)
+                total = torch.stack(list(shares.values())).sum(0) / self.count
+                n, k = rows.samples, rows.directions
+                index = torch.arange(n, device=total.device)
+                means.append(mean)
+                covariances.append(total.view(n, k, n, k)[index, :, index])
+        return torch.cat(means), torch.cat(covariances)
+
+    def predict(self, x: Any) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the predictive distribution.
+
+        Returns:
+            For a categorical likelihood probabilities ``(N, C)`` and for a Bernoulli one ``(N, …)``
+            by the probit approximation ``f/√(1 + πv/8)``; for a Gaussian one mean and variance of
+            each output, noise included.
+
+        Raises:
+            TypeError: For another likelihood, or several events per sample.
+        """
+        mean, covariance = self.functional_variance(x)
+        variance = covariance.diagonal(dim1=1, dim2=2).view(mean.shape)
+        scaled = mean / (1.0 + math.pi / 8.0 * variance).sqrt()
+        if isinstance(self.likelihood, Gaussian):
+            noise = 1.0 / self.likelihood.output_hessian(mean).diagonal(dim1=2, dim2=3)
+            return mean, variance + noise.reshape(mean.shape)
+        if isinstance(self.likelihood, Bernoulli):
+            return torch.sigmoid(scaled)
+        if isinstance(self.likelihood, Categorical) and mean.dim() == 2:
+            return torch.softmax(scaled, 1)
+        raise TypeError(
+            f"predict() knows categorical (one event per sample), bernoulli and gaussian "
+            f"likelihoods, not {self.likelihood!r} with outputs {tuple(mean.shape)}: use "
+            "functional_variance()"
+        )
+
+    def _outputs(self, inputs: Any) -> Tensor:
+        with undisturbed(self.model), torch.no_grad():
+            chosen = select_output(call_model(self.model, inputs), self.output)
+        assert chosen is not None
+        return chosen
+
+    def _last_layer(self, inputs: Any) -> frozenset[str]:
+        with Capture(self.model, self.output) as capture:
+            _, rows = output_rows(capture, inputs)
+            return frozenset(rows[list(rows)[-1]].layout.names)
+
+    @contextmanager
+    def _only_trainable(self) -> Iterator[None]:
+        """Freeze all other parameters for a while."""
+        frozen = [
+            p
+            for n, p in self.model.named_parameters()
+            if self._trainable is not None and p.requires_grad and n not in self._trainable
+        ]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+
+
+def _is_pair(data: Any) -> bool:
+    pair = isinstance(data, (tuple, list)) and len(data) == 2
+    return bool(pair and isinstance(data[1], Tensor))
