@@ -86,11 +86,11 @@ class Laplace:
         self.likelihood = as_likelihood(likelihood)
         self.output = output
         self.prior_precision = prior_precision
-        if iter(data) is data:  # type: ignore[arg-type]
+        if iter(data) is data:
             raise ValueError(
                 "data must be re-iterable, as a list or a data loader: it is read twice"
             )
-        batches = [data] if _is_pair(data) else data
+        batches = cast("Iterable[Batch]", [data] if _is_pair(data) else data)
         self._trainable: frozenset[str] | None = None
         if parameters == "last_layer":
             first = next(iter(batches), None)
@@ -111,8 +111,9 @@ class Laplace:
                 raise ValueError("the posterior needs targets with every batch")
             outputs = self._outputs(inputs)
             count = float(self.likelihood.count(outputs, target))
-            self.count += count
-            self.log_likelihood -= float(self.likelihood.loss(outputs, target)) * count
+            if count > 0:
+                self.count += count
+                self.log_likelihood -= float(self.likelihood.loss(outputs, target)) * count
 
     @property
     def prior_precision(self) -> float:
