@@ -15,6 +15,7 @@ from natgrad.optim import (
     ExactNGD,
     ImprovedEmpiricalNGD,
     NaturalGradient,
+    Padam,
     Preconditioner,
     UnitWiseNGD,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "LayerJacobian",
     "Likelihood",
     "NaturalGradient",
+    "Padam",
     "Poisson",
     "Preconditioner",
     "UnitWiseNGD",

@@ -7,6 +7,7 @@ from natgrad.optim.exact import ExactNGD
 from natgrad.optim.improved_empirical import ImprovedEmpiricalNGD
 from natgrad.optim.kfac import KFAC
 from natgrad.optim.natural_gradient import NaturalGradient
+from natgrad.optim.padam import Padam
 from natgrad.optim.preconditioner import Preconditioner
 from natgrad.optim.summary import Summary
 from natgrad.optim.unit_wise import UnitWiseNGD
@@ -19,6 +20,7 @@ __all__ = [
     "ImprovedEmpiricalNGD",
     "KFAC",
     "NaturalGradient",
+    "Padam",
     "Preconditioner",
     "Summary",
     "UnitWiseNGD",

@@ -18,7 +18,7 @@ from natgrad.optim.isotropic_rate import IsotropyProbe, is_isotropic
 from natgrad.optim.preconditioner import Preconditioner, gradients_are_finite
 from natgrad.optim.summary import Summary, summarize
 
-__all__ = ["NaturalGradient"]
+__all__ = ["NaturalGradient", "check_range"]
 
 Fallback = Literal["adamw", "sgd"]
 
@@ -100,11 +100,11 @@ class NaturalGradient(torch.optim.Optimizer):
             )
         measured = is_isotropic(lr)
         lr = 1.0 if isinstance(lr, str) else lr
-        _check_range("lr", lr)
-        _check_range("momentum", momentum, below=1.0)
-        _check_range("weight_decay", weight_decay)
+        check_range("lr", lr)
+        check_range("momentum", momentum, below=1.0)
+        check_range("weight_decay", weight_decay)
         if kl_clip is not None:
-            _check_range("kl_clip", kl_clip)
+            check_range("kl_clip", kl_clip)
         self.preconditioner = Preconditioner(
             model,
             structure,
@@ -369,7 +369,8 @@ class NaturalGradient(torch.optim.Optimizer):
         return summarize(self.preconditioner, samples)
 
 
-def _check_range(name: str, value: float, below: float = float("inf")) -> None:
+def check_range(name: str, value: float, below: float = float("inf")) -> None:
+    """Raise a ValueError unless ``0 <= value < below``."""
     if not 0 <= value < below:
         bound = "a finite number >= 0" if below == float("inf") else f"in [0, {below:g})"
         raise ValueError(f"{name} must be {bound}, got {value}")
