@@ -3,9 +3,11 @@
 from natgrad.curvature import (  # noqa: F401
     block_diagonal,
     block_tridiagonal,
+    conjugate_gradient,
     diagonal,
     full,
     kfac,
+    thermodynamic,
     unit_wise,
 )
 from natgrad.curvature.base import FisherMatrix, GradientSource

@@ -2,6 +2,7 @@
 
 from natgrad.optim.block_diagonal import BlockDiagonalNGD
 from natgrad.optim.block_tridiagonal import BlockTridiagonalNGD
+from natgrad.optim.conjugate_gradient import ConjugateGradientNGD
 from natgrad.optim.diagonal import DiagonalNGD
 from natgrad.optim.exact import ExactNGD
 from natgrad.optim.improved_empirical import ImprovedEmpiricalNGD
@@ -10,11 +11,13 @@ from natgrad.optim.natural_gradient import NaturalGradient
 from natgrad.optim.padam import Padam
 from natgrad.optim.preconditioner import Preconditioner
 from natgrad.optim.summary import Summary
+from natgrad.optim.thermodynamic import ThermodynamicNGD
 from natgrad.optim.unit_wise import UnitWiseNGD
 
 __all__ = [
     "BlockDiagonalNGD",
     "BlockTridiagonalNGD",
+    "ConjugateGradientNGD",
     "DiagonalNGD",
     "ExactNGD",
     "ImprovedEmpiricalNGD",
@@ -23,5 +26,6 @@ __all__ = [
     "Padam",
     "Preconditioner",
     "Summary",
+    "ThermodynamicNGD",
     "UnitWiseNGD",
 ]

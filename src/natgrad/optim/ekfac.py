@@ -1,0 +1,79 @@
+"""EKFAC."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import nn
+
+from natgrad.fisher import FisherType
+from natgrad.jacobians import WeightSharing
+from natgrad.likelihoods import Likelihood
+from natgrad.optim.natural_gradient import NaturalGradient
+
+__all__ = ["EKFAC"]
+
+
+class EKFAC(NaturalGradient):
+    """Natural gradient descent in the eigenbases of K-FAC's factors (George et al. 2018).
+
+    Second moments are measured in the eigenbases with every update of the curvature, eigenbases
+    renewed more rarely. Damping is added to the moments. A step costs four matrix products per
+    layer, twice what K-FAC's take.
+
+    Args:
+        model: The model to train.
+        likelihood: A name, a :class:`natgrad.Likelihood`, or a torch loss module.
+        lr: Learning rate, or ``"isotropic"`` for 1/α, measured on the first batch.
+        damping: λ, in the units of F.
+        momentum: Momentum of the natural gradient.
+        weight_decay: Decoupled weight decay.
+        fisher: ``"exact"``, ``"mc"``, ``"empirical"`` or ``"improved"``.
+        mc_samples: Draws per input for ``"mc"``.
+        factor_interval: Steps between updates of the curvature.
+        inverse_interval: Steps between eigendecompositions.
+        ema_decay: Decay of the moving average of the curvature.
+        kl_clip: Bound on the predicted change of the output distribution per step.
+        weight_sharing: ``"expand"`` (every position a sample of its own) or ``"reduce"``, for the
+            eigenbases; moments are those of the exact rows.
+        max_factor_size: Larger factors are kept as their diagonal; None for no limit.
+        **options: Further arguments of :class:`~natgrad.optim.NaturalGradient`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str | Likelihood | nn.Module = "categorical",
+        *,
+        lr: float | Literal["isotropic"] = 0.1,
+        damping: float = 1e-2,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        fisher: str | FisherType = "mc",
+        mc_samples: int = 1,
+        factor_interval: int = 10,
+        inverse_interval: int = 20,
+        ema_decay: float = 0.95,
+        kl_clip: float | None = 1e-3,
+        weight_sharing: WeightSharing = "expand",
+        max_factor_size: int | None = 8192,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            model,
+            "ekfac",
+            likelihood,
+            lr=lr,
+            damping=damping,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            fisher=fisher,
+            mc_samples=mc_samples,
+            factor_interval=factor_interval,
+            inverse_interval=inverse_interval,
+            ema_decay=ema_decay,
+            kl_clip=kl_clip,
+            weight_sharing=weight_sharing,
+            max_factor_size=max_factor_size,
+            **options,
+        )
