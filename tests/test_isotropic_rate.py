@@ -167,3 +167,36 @@ def test_without_a_positive_alpha_it_says_so_and_changes_nothing():
         assert torch.equal(old, new)
     with pytest.raises(ValueError, match="'isotropic'"):
         natgrad.KFAC(model, lr="fast")
+
+
+def test_the_explicit_routes_measure_it_too():
+    x, y = normal(4, 12), torch.tensor([0, 1, 1, 0])
+    units = []
+    for route in ("plain", "loss", "update_fisher"):
+        model = network()
+        optimizer = make("block_diagonal", model, "categorical")
+        if route == "loss":
+            optimizer.loss(nn.functional.cross_entropy, model(x), y).backward()
+        else:
+            output = model(x)
+            if route == "update_fisher":
+                optimizer.update_fisher(output)
+            nn.functional.cross_entropy(output, y).backward()
+        optimizer.step()
+        units.append(optimizer.param_groups[0]["unit"])
+    assert units == pytest.approx([1 / 3] * 3, rel=1e-6)
+
+
+def test_measuring_leaves_warm_starts_alone():
+    x, y = normal(4, 12), normal(4, 2, seed=1)
+    models = [network(), network()]
+    options = {"damping": 0.1, "kl_clip": None, "tolerance": 1e-10, "max_iterations": 100}
+    measured = natgrad.ConjugateGradientNGD(models[0], "gaussian", lr="isotropic", **options)
+    plain = natgrad.ConjugateGradientNGD(models[1], "gaussian", lr=1.0, **options)
+    for model, optimizer in zip(models, (measured, plain), strict=True):
+        backward(model, x, y)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer.step()
+    last = [o.preconditioner.structure.parts["all layers"]._last for o in (measured, plain)]
+    torch.testing.assert_close(last[0], last[1])

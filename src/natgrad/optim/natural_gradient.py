@@ -357,8 +357,8 @@ class NaturalGradient(torch.optim.Optimizer):
         self.preconditioner.load_state_dict(state_dict["natgrad"])
         self._link_fallback()
         self._set_damping()
-        if all(g["unit"] is not None for g in self.param_groups if g["preconditioned"]):
-            self.preconditioner.isotropy_probe = None
+        pending = any(g["unit"] is None for g in self.param_groups if g["preconditioned"])
+        self.preconditioner.isotropy_probe = IsotropyProbe() if pending else None
 
     def summary(self, samples: int = 128) -> Summary:
         """Return, layer by layer, what is preconditioned, its factors, memory and cost.

@@ -200,10 +200,13 @@ class Preconditioner:
         """
         if self.isotropy_probe is None:
             return None
+        present = self.structure.snapshot()  # Warm starts belong to the user's gradients.
         with torch.no_grad():
-            return self.isotropy_probe.measure(
+            found = self.isotropy_probe.measure(
                 lambda gradients: self.structure.precondition(GradientSource(gradients))
             )
+        self.structure.rollback(present)
+        return found
 
     def update_fisher(self, output: Tensor, target: Tensor | None = None) -> None:
         """Update curvature from a model output, before ``loss.backward()``.
@@ -221,6 +224,8 @@ class Preconditioner:
         found.output, found.target = output, target
         if found not in self._finished:
             self._finished.append(found)
+            if self.isotropy_probe is not None:
+                self._probe_isotropy(self.isotropy_probe, found)
         if self.fisher.from_user_gradients:
             output.register_hook(_keep_cotangent(found))
         else:
