@@ -8,6 +8,7 @@ from natgrad.jacobians import Jacobians, LayerJacobian
 from natgrad.laplace import Laplace
 from natgrad.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
 from natgrad.optim import (
+    EGN,
     KFAC,
     BlockDiagonalNGD,
     BlockTridiagonalNGD,
@@ -25,6 +26,7 @@ from natgrad.quality import UpdateQuality, update_quality
 from natgrad.version import __version__
 
 __all__ = [
+    "EGN",
     "KFAC",
     "Bernoulli",
     "BlockDiagonalNGD",

@@ -4,6 +4,7 @@ from natgrad.optim.block_diagonal import BlockDiagonalNGD
 from natgrad.optim.block_tridiagonal import BlockTridiagonalNGD
 from natgrad.optim.conjugate_gradient import ConjugateGradientNGD
 from natgrad.optim.diagonal import DiagonalNGD
+from natgrad.optim.egn import EGN
 from natgrad.optim.exact import ExactNGD
 from natgrad.optim.improved_empirical import ImprovedEmpiricalNGD
 from natgrad.optim.kfac import KFAC
@@ -19,6 +20,7 @@ __all__ = [
     "BlockTridiagonalNGD",
     "ConjugateGradientNGD",
     "DiagonalNGD",
+    "EGN",
     "ExactNGD",
     "ImprovedEmpiricalNGD",
     "KFAC",

@@ -1,0 +1,213 @@
+"""Exact Gauss-Newton with line search and adaptive damping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.curvature.base import inner_product
+from natgrad.likelihoods import Likelihood
+from natgrad.optim.natural_gradient import NaturalGradient, check_range
+
+__all__ = ["EGN"]
+
+
+class EGN(NaturalGradient):
+    r"""Exact Gauss-Newton steps of a mini-batch or full batch, in sample space.
+
+    The direction ``d = (JᵀΛJ/N + λI)⁻¹∇L`` is the damped natural gradient of
+    :class:`natgrad.ExactNGD`: for exponential families the Gauss-Newton matrix is the Fisher
+    matrix, and the Duncan-Guttman identity is the push-through that turns ``P × P`` into
+    ``N·C × N·C``. What comes on top is the choice of the step:
+
+    * momentum of the direction, ``m ← βm + (1 − β)d`` with bias correction, dropped where it would
+      not descend;
+    * a backtracking line search along it from ``lr`` on, to a decrease of at least
+      ``armijo · step · ⟨m, ∇L⟩``; if none is found, nothing moves;
+    * damping by the reduction ratio ϱ of the actual to the predicted decrease (Levenberg and
+      Marquardt): halved where ϱ > ¾, doubled where ϱ < ¼ or the line search failed.
+
+    ``step`` takes a closure that evaluates the model on the batch and returns the loss; unlike
+    those of other optimizers it must **not** call ``backward``, as the line search evaluates it
+    several times.
+
+    Args:
+        model: The model to train.
+        likelihood: A name, a :class:`natgrad.Likelihood`, or a torch loss module.
+        lr: First step length tried.
+        damping: λ to begin with, in the units of F.
+        momentum: β.
+        adaptive_damping: Whether λ follows the reduction ratio.
+        damping_range: Least and largest λ.
+        line_search: Whether to search; otherwise the step is ``lr``.
+        backtracking: Factor between step lengths tried.
+        armijo: Share of the linear decrease that is asked for.
+        max_trials: Step lengths tried.
+        **options: Further arguments of :class:`~natgrad.optim.NaturalGradient`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Source: Korbit et al., Exact Gauss-Newton optimization for training deep neural networks (2024).
+
+    Example:
+        >>> optimizer = natgrad.EGN(model, "categorical")
+        >>> for x, y in loader:
+        ...     loss = optimizer.step(lambda: F.cross_entropy(model(x), y))
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str | Likelihood | nn.Module = "categorical",
+        *,
+        lr: float = 1.0,
+        damping: float = 1e-2,
+        momentum: float = 0.0,
+        adaptive_damping: bool = True,
+        damping_range: tuple[float, float] = (1e-8, 1e3),
+        line_search: bool = True,
+        backtracking: float = 0.5,
+        armijo: float = 1e-4,
+        max_trials: int = 10,
+        **options: Any,
+    ) -> None:
+        if not 0 < damping_range[0] <= damping_range[1] < math.inf:
+            raise ValueError(f"damping_range must hold 0 < least <= largest, got {damping_range}")
+        if not 0 < backtracking < 1:
+            raise ValueError(f"backtracking must be in (0, 1), got {backtracking}")
+        check_range("armijo", armijo, below=1.0)
+        if max_trials < 1:
+            raise ValueError(f"max_trials must be at least 1, got {max_trials}")
+        refused = {"weight_decay", "params", "kl_clip"} & set(options)
+        if refused or isinstance(lr, str):
+            what = f"{sorted(refused)[0]!r}" if refused else "lr='isotropic'"
+            raise ValueError(
+                f"EGN does not take {what}: its line search goes along one direction for all "
+                "parameters, with the loss as the only measure (add penalties to the loss)"
+            )
+        super().__init__(
+            model, "full", likelihood, lr=lr, damping=damping, momentum=momentum, kl_clip=None,
+            **options,
+        )  # fmt: skip
+        if self._fallback is not None:
+            raise ValueError(
+                "EGN searches along one direction for all parameters, so that none may be left to "
+                f"a first-order fallback, as {sorted(self._first_order_names)}: freeze them, or "
+                "use ExactNGD"
+            )
+        self.adaptive_damping, self.damping_range = adaptive_damping, damping_range
+        self.line_search, self.backtracking = line_search, backtracking
+        self.armijo, self.max_trials = armijo, max_trials
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step.
+
+        Args:
+            closure: Evaluates the model and returns the loss, without ``backward``.
+
+        Returns:
+            The loss before the step, a float.
+
+        Raises:
+            ValueError: If there is no closure, or what it returns cannot be differentiated.
+        """
+        if closure is None:
+            raise ValueError("EGN.step() needs a closure that returns the loss without backward()")
+        self.zero_grad()
+        with torch.enable_grad():
+            loss = closure()
+            if not (isinstance(loss, Tensor) and loss.requires_grad):
+                raise ValueError(
+                    "the closure of EGN must return the loss as a tensor with its graph, and not "
+                    "call backward() itself"
+                )
+            loss.backward()
+        with torch.no_grad():
+            self._take(float(loss.detach()), closure)
+        return float(loss.detach())
+
+    def _take(self, before: float, closure: Callable[[], Any]) -> None:
+        gradients = {self._names[p]: p.grad for p in self._parameters() if p.grad is not None}
+        self._set_damping()
+        natural = self.preconditioner.natural_gradient(gradients)
+        natural = {name: natural[name] for name in gradients}
+        if self._check(natural, gradients, [], before) is None:
+            self._skip()
+            return
+        direction = self._with_momentum(natural, gradients)
+        slope = float(inner_product(direction, gradients))
+        curvature = float(self.preconditioner.structure.quadratic(
+            direction, torch.as_tensor(slope)))  # fmt: skip
+        group = self.param_groups[0]
+        length, after = self._search(direction, slope, before, group["lr"], closure)
+        if self.adaptive_damping:
+            predicted = length * slope - 0.5 * length**2 * curvature
+            ratio = (before - after) / predicted if length and predicted > 0 else 0.0
+            self._adapt(ratio)
+        self.preconditioner.finish()
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _with_momentum(
+        self, natural: dict[str, Tensor], gradients: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        beta = self.param_groups[0]["momentum"]
+        if beta == 0:
+            return natural
+        result = {}
+        for parameter in self._parameters():
+            name = self._names[parameter]
+            if name not in natural:
+                continue
+            state = self.state[parameter]
+            count = state.get("momentum_steps", 0) + 1
+            buffer = state.get("momentum_buffer", torch.zeros_like(natural[name]))
+            state["momentum_buffer"] = beta * buffer + (1.0 - beta) * natural[name]
+            state["momentum_steps"] = count
+            result[name] = state["momentum_buffer"] / (1.0 - beta**count)
+        if float(inner_product(result, gradients)) > 0:
+            return result
+        for parameter in self._parameters():
+            self.state[parameter].pop("momentum_buffer", None)
+            self.state[parameter].pop("momentum_steps", None)
+        return natural
+
+    def _search(
+        self,
+        direction: dict[str, Tensor],
+        slope: float,
+        before: float,
+        length: float,
+        closure: Callable[[], Any],
+    ) -> tuple[float, float]:
+        """Move along the direction; return how far, and the loss there."""
+        parameters = [p for p in self._parameters() if self._names[p] in direction]
+        steps = [direction[self._names[p]].to(p.dtype) for p in parameters]
+        start = [p.clone() for p in parameters]
+
+        def move(distance: float) -> None:
+            for parameter, value, step in zip(parameters, start, steps, strict=True):
+                parameter.copy_(value).sub_(step, alpha=distance)
+
+        for _ in range(self.max_trials if self.line_search else 1):
+            move(length)
+            after = float(closure())
+            if not self.line_search and math.isfinite(after):
+                return length, after
+            if after <= before - self.armijo * length * slope:
+                return length, after
+            length *= self.backtracking
+        move(0.0)
+        return 0.0, before
+
+    def _adapt(self, ratio: float) -> None:
+        factor = 0.5 if ratio > 0.75 else 2.0 if ratio < 0.25 else 1.0
+        least, largest = self.damping_range
+        for group in self.param_groups:
+            group["damping"] = min(largest, max(least, group["damping"] * factor))
