@@ -9,7 +9,10 @@ from natgrad.laplace import Laplace
 from natgrad.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
 from natgrad.optim import (
     EGN,
+    EKFAC,
     KFAC,
+    TEKFAC,
+    TKFAC,
     BlockDiagonalNGD,
     BlockTridiagonalNGD,
     ConjugateGradientNGD,
@@ -27,7 +30,10 @@ from natgrad.version import __version__
 
 __all__ = [
     "EGN",
+    "EKFAC",
     "KFAC",
+    "TEKFAC",
+    "TKFAC",
     "Bernoulli",
     "BlockDiagonalNGD",
     "BlockTridiagonalNGD",

@@ -5,9 +5,12 @@ from natgrad.curvature import (  # noqa: F401
     block_tridiagonal,
     conjugate_gradient,
     diagonal,
+    ekfac,
     full,
     kfac,
+    tekfac,
     thermodynamic,
+    tkfac,
     unit_wise,
 )
 from natgrad.curvature.base import FisherMatrix, GradientSource

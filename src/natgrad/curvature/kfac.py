@@ -18,6 +18,17 @@ from torch import Tensor
 from natgrad import linalg
 from natgrad.curvature.base import GradientSource
 from natgrad.curvature.cost import Cost, Workload
+from natgrad.curvature.factors import (
+    discounted_sum,
+    eigenbasis,
+    factor_diagonal,
+    multiply_left,
+    multiply_right,
+    rotate,
+    rotate_back,
+    shifted_inverse,
+    solve_rows,
+)
 from natgrad.curvature.function_space import map_by_columns
 from natgrad.curvature.partitioned import CurvaturePart, PartitionedFisher
 from natgrad.curvature.registry import register_structure
@@ -80,15 +91,15 @@ class KroneckerPart(CurvaturePart):
             self.weight_sharing, self.max_factor_size, continued=float(count) == 0
         )
         # Σ x xᵀ is finite exactly if its diagonal is.
-        finite = torch.isfinite(_diagonal(sums.outputs)).all()
+        finite = torch.isfinite(factor_diagonal(sums.outputs)).all()
         if sums.inputs is not None:
-            finite = finite & torch.isfinite(_diagonal(sums.inputs)).all()
+            finite = finite & torch.isfinite(factor_diagonal(sums.inputs)).all()
         if not bool(finite) or (sums.inputs is None and self.inputs is None):
             return
         self.count += float(count)
-        self.inputs = _plus(self.inputs, sums.inputs, self._discount)
-        self.positions = _plus(self.positions, sums.positions, self._discount)
-        self.outputs = _plus(self.outputs, sums.outputs, self._discount)
+        self.inputs = discounted_sum(self.inputs, sums.inputs, self._discount)
+        self.positions = discounted_sum(self.positions, sums.positions, self._discount)
+        self.outputs = discounted_sum(self.outputs, sums.outputs, self._discount)
         self._discount = 1.0
 
     def discount(self, factor: float) -> None:
@@ -121,21 +132,23 @@ class KroneckerPart(CurvaturePart):
     def matvec(self, columns: Tensor) -> Tensor:
         """Return ``(B ⊗ A) V``, that is ``B V A``."""
         a, b = self.kronecker_factors()
-        return self._columns(_right(_left(b, self._matrices(columns)), a))
+        return self._columns(multiply_right(multiply_left(b, self._matrices(columns)), a))
 
     def solver(self, damping: float) -> Callable[[Tensor], Tensor]:
         """Invert by the damping rule; zero damping is the pseudo-inverse in both."""
         inverse = self._factorwise_inverse(damping)
         if inverse is not None:
-            return lambda v: self._columns(_right(_left(inverse[1], self._matrices(v)), inverse[0]))
+            return lambda v: self._columns(
+                multiply_right(multiply_left(inverse[1], self._matrices(v)), inverse[0])
+            )
         a, b = self.kronecker_factors()
-        basis_a, values_a = _eigenbasis(a)
-        basis_b, values_b = _eigenbasis(b)
+        basis_a, values_a = eigenbasis(a)
+        basis_b, values_b = eigenbasis(b)
         damped = values_b.unsqueeze(-1) * values_a.unsqueeze(-2) + damping
 
         def apply(columns: Tensor) -> Tensor:
-            rotated = _rotate(basis_b, self._matrices(columns), basis_a) / damped
-            return self._columns(_rotate_back(basis_b, rotated, basis_a))
+            rotated = rotate(basis_b, self._matrices(columns), basis_a) / damped
+            return self._columns(rotate_back(basis_b, rotated, basis_a))
 
         return apply
 
@@ -145,12 +158,12 @@ class KroneckerPart(CurvaturePart):
         if shifts is None:
             return None
         a, b = self.kronecker_factors()
-        return _shifted_inverse(a, shifts[0]), _shifted_inverse(b, shifts[1])
+        return shifted_inverse(a, shifts[0]), shifted_inverse(b, shifts[1])
 
     def _shifts(self, damping: float) -> tuple[Tensor, Tensor] | None:
         """Return what is added to A and B, ``(G,)`` each; None where it cannot be split."""
         a, b = self.kronecker_factors()
-        mean_a, mean_b = _diagonal(a).mean(-1), _diagonal(b).mean(-1)
+        mean_a, mean_b = factor_diagonal(a).mean(-1), factor_diagonal(b).mean(-1)
         if damping == 0:
             return torch.zeros_like(mean_a), torch.zeros_like(mean_b)
         if self.damping_rule != "pi":
@@ -172,24 +185,24 @@ class KroneckerPart(CurvaturePart):
         right = right.augmented()
         a, b = self.kronecker_factors()
         assert self.positions is not None
-        inputs = _solve_rows(right.inputs, a, shifts[0], self.positions)
-        gradients = _solve_rows(right.output_gradients, b, shifts[1], self.count)
+        inputs = solve_rows(right.inputs, a, shifts[0], self.positions)
+        gradients = solve_rows(right.output_gradients, b, shifts[1], self.count)
         return {self.name: left.augmented().gram(right.replaced(inputs, gradients))}
 
     def trace(self) -> Tensor:
         """Return ``Σ_g tr A_g tr B_g``."""
         a, b = self.kronecker_factors()
-        return (_diagonal(a).sum(-1) * _diagonal(b).sum(-1)).sum()
+        return (factor_diagonal(a).sum(-1) * factor_diagonal(b).sum(-1)).sum()
 
     def diagonal(self) -> Tensor:
         """Return the diagonal."""
         a, b = self.kronecker_factors()
-        return self.layout.flat(_diagonal(b).unsqueeze(-1) * _diagonal(a).unsqueeze(-2))
+        return self.layout.flat(factor_diagonal(b).unsqueeze(-1) * factor_diagonal(a).unsqueeze(-2))
 
     def eigenvalues(self) -> Tensor:
         """Return all products of the factors' eigenvalues."""
         a, b = self.kronecker_factors()
-        (_, values_a), (_, values_b) = _eigenbasis(a), _eigenbasis(b)
+        (_, values_a), (_, values_b) = eigenbasis(a), eigenbasis(b)
         return (values_b.unsqueeze(-1) * values_a.unsqueeze(-2)).flatten()
 
     def to_dense(self) -> Tensor:
@@ -208,8 +221,8 @@ class KroneckerPart(CurvaturePart):
         if self.damping_rule == "pi":
             self._inverse = self._factorwise_inverse(damping)
             return
-        basis_a, values_a = _eigenbasis(a)
-        basis_b, values_b = _eigenbasis(b)
+        basis_a, values_a = eigenbasis(a)
+        basis_b, values_b = eigenbasis(b)
         product = values_b.unsqueeze(-1) * values_a.unsqueeze(-2)
         if damping > 0:
             scale = 1.0 / (product + damping)
@@ -246,12 +259,12 @@ class KroneckerPart(CurvaturePart):
         dtype = self._inverse[0].dtype
         matrix = self.layout.matrix(self.layout.gather(gradients).to(dtype))
         if self.damping_rule == "pi":
-            matrix = _right(_left(self._inverse[1], matrix), self._inverse[0])
+            matrix = multiply_right(multiply_left(self._inverse[1], matrix), self._inverse[0])
         else:
             basis_a, basis_b, scale = self._inverse
             a = basis_a if basis_a.numel() else None
             b = basis_b if basis_b.numel() else None
-            matrix = _rotate_back(b, _rotate(b, matrix, a) * scale, a)
+            matrix = rotate_back(b, rotate(b, matrix, a) * scale, a)
         return dict(zip(self.names, self.layout.scatter(self.layout.flat(matrix)), strict=True))
 
     def rows_are_cheaper(self, rows: int) -> bool:
@@ -377,85 +390,3 @@ class KFACFisher(PartitionedFisher):
             n: KroneckerPart(n, block, self.layout, weight_sharing, damping_rule, max_factor_size)
             for n, block in self.blocks.items()
         }
-
-
-# Factors are batches of matrices (G, d, d) or of diagonals (G, d).
-
-
-def _plus(total: Tensor | None, part: Tensor | None, discount: float) -> Tensor | None:
-    """Return ``discount · total + part``, either of which may be missing."""
-    if total is None:
-        return part
-    return total * discount if part is None else torch.add(part, total, alpha=discount)
-
-
-def _left(factor: Tensor, matrices: Tensor) -> Tensor:
-    return factor @ matrices if factor.dim() == 3 else factor.unsqueeze(-1) * matrices
-
-
-def _right(matrices: Tensor, factor: Tensor) -> Tensor:
-    return matrices @ factor if factor.dim() == 3 else matrices * factor.unsqueeze(-2)
-
-
-def _diagonal(factor: Tensor) -> Tensor:
-    return factor.diagonal(dim1=-2, dim2=-1) if factor.dim() == 3 else factor
-
-
-def _shifted_inverse(factor: Tensor, shift: Tensor) -> Tensor:
-    """Return ``(X + shift I)⁻¹`` per group; the pseudo-inverse where nothing is added."""
-    if bool((shift == 0).all()):
-        return _pseudo_inverse(factor)
-    if factor.dim() == 2:
-        return 1.0 / (factor + shift.unsqueeze(-1))
-    return linalg.inverse(linalg.add_to_diagonal(factor, shift))
-
-
-def _solve_rows(rows: Tensor, factor: Tensor, shift: Tensor, count: Tensor | float) -> Tensor:
-    """Return ``x (X + shift I)⁻¹`` for rows x, ``(..., G, d)``, of a factor per group.
-
-    Where the factor is ``Σ x xᵀ/count`` of just these rows, and they are fewer than d, their Gram
-    matrix is inverted instead: ``x (xᵀx/count + ρI)⁻¹ = (xxᵀ/count + ρI)⁻¹x``.
-    """
-    grouped = rows.movedim(-2, 0)
-    x = grouped.flatten(1, -2)  # (G, R, d)
-    if factor.dim() == 3 and x.shape[1] < x.shape[2] and _is_moment_of(factor, x, count):
-        solved = _shifted_inverse(x @ x.mT / count, shift) @ x
-    else:
-        inverse = _shifted_inverse(factor, shift)
-        solved = x @ inverse if inverse.dim() == 3 else x * inverse.unsqueeze(-2)
-    return solved.view(grouped.shape).movedim(0, -2)
-
-
-def _is_moment_of(factor: Tensor, x: Tensor, count: Tensor | float) -> bool:
-    """Check with a random vector whether a factor is ``xᵀx/count``."""
-    generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(x.shape[2], 1, generator=generator, dtype=x.dtype).to(x.device)
-    expected = x.mT @ (x @ probe) / count
-    difference = (factor @ probe - expected).norm()
-    return bool(difference <= torch.finfo(x.dtype).eps ** 0.5 * expected.norm())
-
-
-def _eigenbasis(factor: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Return eigenvectors (None for a diagonal factor) and eigenvalues, negatives cut to 0."""
-    if factor.dim() == 2:
-        return None, factor
-    values, vectors = linalg.eigh(factor)
-    return vectors, values.clamp(min=0.0)
-
-
-def _rotate(left: Tensor | None, matrices: Tensor, right: Tensor | None) -> Tensor:
-    rotated = matrices if left is None else left.mT @ matrices
-    return rotated if right is None else rotated @ right
-
-
-def _rotate_back(left: Tensor | None, matrices: Tensor, right: Tensor | None) -> Tensor:
-    rotated = matrices if left is None else left @ matrices
-    return rotated if right is None else rotated @ right.mT
-
-
-def _pseudo_inverse(factor: Tensor) -> Tensor:
-    basis, values = _eigenbasis(factor)
-    inverse = linalg.inverse_on_range(values)
-    if basis is None:
-        return inverse
-    return (basis * inverse.unsqueeze(-2)) @ basis.mT

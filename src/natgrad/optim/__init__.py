@@ -5,6 +5,7 @@ from natgrad.optim.block_tridiagonal import BlockTridiagonalNGD
 from natgrad.optim.conjugate_gradient import ConjugateGradientNGD
 from natgrad.optim.diagonal import DiagonalNGD
 from natgrad.optim.egn import EGN
+from natgrad.optim.ekfac import EKFAC
 from natgrad.optim.exact import ExactNGD
 from natgrad.optim.improved_empirical import ImprovedEmpiricalNGD
 from natgrad.optim.kfac import KFAC
@@ -12,7 +13,9 @@ from natgrad.optim.natural_gradient import NaturalGradient
 from natgrad.optim.padam import Padam
 from natgrad.optim.preconditioner import Preconditioner
 from natgrad.optim.summary import Summary
+from natgrad.optim.tekfac import TEKFAC
 from natgrad.optim.thermodynamic import ThermodynamicNGD
+from natgrad.optim.tkfac import TKFAC
 from natgrad.optim.unit_wise import UnitWiseNGD
 
 __all__ = [
@@ -21,6 +24,7 @@ __all__ = [
     "ConjugateGradientNGD",
     "DiagonalNGD",
     "EGN",
+    "EKFAC",
     "ExactNGD",
     "ImprovedEmpiricalNGD",
     "KFAC",
@@ -28,6 +32,8 @@ __all__ = [
     "Padam",
     "Preconditioner",
     "Summary",
+    "TEKFAC",
+    "TKFAC",
     "ThermodynamicNGD",
     "UnitWiseNGD",
 ]
