@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import natgrad
-from natgrad.ntk import isotropic_constant
+from natgrad.ntk.coefficients import ISOTROPIC_STRUCTURES, isotropic_constant
 
 __all__ = ["DEFAULT_METHODS", "METHODS", "Method", "Setting"]
 
@@ -149,7 +149,7 @@ class Method:
 
     def theoretical_rate(self, setting: Setting) -> float | None:
         """Return 1/α of the isotropic condition without damping; None where there is none."""
-        if not setting.is_wide or self.structure in (None, "diagonal"):
+        if not setting.is_wide or self.structure not in ISOTROPIC_STRUCTURES:
             return None
         assert self.structure is not None
         return 1 / isotropic_constant(
@@ -242,8 +242,43 @@ METHODS: dict[str, Method] = {
         options={**_EVERY_STEP, "damping": 1e-3, "momentum": 0.9},
         scale=0.5,
     ),
+    "ekfac": Method(
+        "EKFAC",
+        "Second moments measured in the eigenbases of K-FAC's factors.",
+        natgrad.EKFAC,
+        "measured",
+        structure="ekfac",
+        options={**_EVERY_STEP, "momentum": 0.5},
+        batch_options={"kl_clip": 1e-2},
+    ),
+    "tkfac": Method(
+        "TKFAC",
+        "One Kronecker product per layer that keeps the trace of the layer's exact block.",
+        natgrad.TKFAC,
+        "measured",
+        structure="tkfac",
+        options={**_EVERY_STEP, "momentum": 0.5},
+        batch_options={"kl_clip": 1e-2},
+    ),
+    "tekfac": Method(
+        "TEKFAC",
+        "Second moments measured in the eigenbases of TKFAC's factors.",
+        natgrad.TEKFAC,
+        "measured",
+        structure="tekfac",
+        options={**_EVERY_STEP, "momentum": 0.5},
+        batch_options={"kl_clip": 1e-2},
+    ),
 }
 """Every method by name. Learning rates and options of natural methods are tuned here."""
 
-DEFAULT_METHODS = tuple(name for name in METHODS if name != "diagonal")
+DEFAULT_METHODS = (
+    "sgd",
+    "adamw",
+    "exact",
+    "block-diagonal",
+    "block-tridiagonal",
+    "kfac",
+    "unit-wise",
+)
 """The methods of a comparison that names none."""

@@ -25,7 +25,10 @@ from natgrad.jacobians import Jacobians
 from natgrad.layouts import BlockLayout
 from natgrad.likelihoods import Likelihood, as_likelihood
 
-__all__ = ["Isotropy", "LayerShare", "isotropic_constant", "isotropy"]
+__all__ = ["ISOTROPIC_STRUCTURES", "Isotropy", "LayerShare", "isotropic_constant", "isotropy"]
+
+#: Structures that are isotropic in wide networks.
+ISOTROPIC_STRUCTURES = ("full", "block_diagonal", "block_tridiagonal", "kfac", "unit_wise")
 
 #: Deviation from αI below which a structure counts as isotropic.
 TOLERANCE = 0.1
@@ -344,6 +347,6 @@ def isotropic_constant(
             raise ValueError("isotropic_constant of 'unit_wise' needs the hidden width")
         return active_fraction * width * (depth - 1) / outputs + 1.0
     raise ValueError(
-        f"structure {structure!r} is not isotropic in wide networks, so it has no constant α; "
-        "structures that are: full, block_diagonal, block_tridiagonal, kfac, unit_wise"
+        f"structure {structure!r} has no known constant α of wide networks; those that have one: "
+        f"{', '.join(ISOTROPIC_STRUCTURES)}"
     )
