@@ -8,6 +8,7 @@ from natgrad.curvature import (  # noqa: F401
     ekfac,
     full,
     kfac,
+    kpsvd,
     tekfac,
     thermodynamic,
     tkfac,

@@ -269,6 +269,15 @@ METHODS: dict[str, Method] = {
         options={**_EVERY_STEP, "momentum": 0.5},
         batch_options={"kl_clip": 1e-2},
     ),
+    "kpsvd": Method(
+        "KPSVD",
+        "The Kronecker product nearest to each layer's exact block.",
+        natgrad.KPSVD,
+        "measured",
+        structure="kpsvd",
+        options={**_EVERY_STEP, "momentum": 0.5},
+        batch_options={"kl_clip": 1e-2},
+    ),
 }
 """Every method by name. Learning rates and options of natural methods are tuned here."""
 

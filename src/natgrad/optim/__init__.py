@@ -9,6 +9,7 @@ from natgrad.optim.ekfac import EKFAC
 from natgrad.optim.exact import ExactNGD
 from natgrad.optim.improved_empirical import ImprovedEmpiricalNGD
 from natgrad.optim.kfac import KFAC
+from natgrad.optim.kpsvd import KPSVD
 from natgrad.optim.natural_gradient import NaturalGradient
 from natgrad.optim.padam import Padam
 from natgrad.optim.preconditioner import Preconditioner
@@ -28,6 +29,7 @@ __all__ = [
     "ExactNGD",
     "ImprovedEmpiricalNGD",
     "KFAC",
+    "KPSVD",
     "NaturalGradient",
     "Padam",
     "Preconditioner",
