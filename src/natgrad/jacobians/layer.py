@@ -136,10 +136,6 @@ class LayerJacobian(ABC):
         assert total is not None
         return self.layout.flat(total)
 
-    def squared_norm(self) -> Tensor:
-        """Return ``Σ_nk ‖M_nk‖²``, the trace of ``JᵀJ``."""
-        return self.diagonal().sum()
-
     def unit_factors(self) -> tuple[Tensor, Tensor] | None:
         """Return ``(a, s)`` with ``Σ_r s_rgo a_rg a_rgᵀ`` the second moment of unit ``(g, o)``.
 

@@ -96,8 +96,7 @@ class Architecture:
         activation: Activation | None = None
         # What was met since the last layer.
         current: Activation | None = None
-        start = 0
-        for name, module, own in _chain(model, None, ""):
+        for place, (name, module, own) in enumerate(_chain(model, None, "")):
             if type(module) is NTKLinear:
                 if any(module.weight is layer.weight for layer in layers):
                     raise ValueError(
@@ -120,7 +119,7 @@ class Architecture:
                     activation = current
                 layers.append(module)
                 current = None
-            elif type(module) is nn.Flatten and not layers and not start:
+            elif type(module) is nn.Flatten and not layers and place == 0:
                 if (module.start_dim, module.end_dim) != (1, -1):
                     raise ValueError(
                         f"{name!r} flattens dimensions {module.start_dim} to {module.end_dim}; the "
@@ -132,13 +131,12 @@ class Architecture:
                     raise ValueError(_reason(name, module))
                 if not isinstance(found, LinearActivation):
                     if not layers or current is not None:
-                        place = "before the first layer" if not layers else "after another one"
+                        where = "before the first layer" if not layers else "after another one"
                         raise ValueError(
-                            f"{name!r} is an activation {place}; there must be exactly one between "
+                            f"{name!r} is an activation {where}; there must be exactly one between "
                             "two NTKLinear layers: remove it"
                         )
                     current, last = found, name
-            start += 1
         if not layers:
             raise ValueError("the model has no NTKLinear layer; use natgrad.ntk.MLP or NTKLinear")
         if current is not None:

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-import natgrad
 from natgrad import ntk
+from natgrad.experiments.theory.methods import build_optimizer
 from natgrad.experiments.theory.results import Line, Panel, Plot, Section, Table
 from natgrad.experiments.theory.setting import Setting
 from natgrad.experiments.theory.width import slope, widths
@@ -181,24 +181,7 @@ def _train(
     """Train a copy and measure how far its Jacobian went."""
     model = copy.deepcopy(model)
     stability = ntk.JacobianStability(model, x, y)
-    optimizer: torch.optim.Optimizer
-    if name == "gd":
-        optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    elif name == "full":
-        optimizer = natgrad.ExactNGD(model, "gaussian", lr=lr, damping=0.0, kl_clip=None)
-    else:
-        optimizer = natgrad.KFAC(
-            model,
-            "gaussian",
-            lr=lr,
-            damping=0.0,
-            kl_clip=None,
-            fisher="exact",
-            momentum=0.0,
-            ema_decay=0.0,
-            factor_interval=1,
-            inverse_interval=1,
-        )
+    optimizer = build_optimizer(name, model, lr, 0.0)
     losses = []
     for step in range(steps + 1):
         loss = 0.5 * (model(x) - y).square().sum() / len(x)
