@@ -24,7 +24,15 @@ from natgrad.layouts import BlockLayout, ParameterLayout
 if TYPE_CHECKING:
     from natgrad.capture import Block
 
-__all__ = ["FisherMatrix", "GradientSource", "check_damping", "damping_of", "inner_product"]
+__all__ = [
+    "FisherMatrix",
+    "GradientSource",
+    "check_choice",
+    "check_damping",
+    "damping_of",
+    "inner_product",
+    "refuse_options",
+]
 
 Vector = TypeVar("Vector", Tensor, dict[str, Tensor])
 
@@ -294,3 +302,16 @@ def check_damping(damping: float) -> None:
     """Raise a ValueError if a damping is negative or not finite."""
     if not damping >= 0 or damping == float("inf"):
         raise ValueError(f"damping must be a finite number >= 0, got {damping}")
+
+
+def refuse_options(structure: str, options: Mapping[str, Any]) -> None:
+    """Raise a TypeError if a structure was given options it does not know."""
+    if options:
+        raise TypeError(f"structure {structure!r} has no option {next(iter(options))!r}")
+
+
+def check_choice(name: str, value: str, *choices: str) -> None:
+    """Raise a ValueError unless an option has one of its values."""
+    if value not in choices:
+        listed = ", ".join(map(repr, choices[:-1]))
+        raise ValueError(f"{name} must be {listed} or {choices[-1]!r}, got {value!r}")

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from natgrad.curvature.base import refuse_options
 from natgrad.curvature.exact_rows import ExactRows, exact_quadratic
 from natgrad.curvature.partitioned import CurvaturePart, PartitionedFisher
 from natgrad.curvature.registry import register_structure
@@ -26,8 +27,7 @@ class BlockDiagonalFisher(PartitionedFisher):
 
     def make_parts(self, **options: Any) -> dict[str, CurvaturePart]:
         """Return one exact part per block."""
-        if options:
-            raise TypeError(f"structure 'block_diagonal' has no option {next(iter(options))!r}")
+        refuse_options(self.structure, options)
         return {n: ExactRows({n: block}, self.layout) for n, block in self.blocks.items()}
 
     def quadratic(self, direction: dict[str, Tensor], inner: Tensor) -> Tensor:

@@ -18,7 +18,13 @@ import torch
 from torch import Tensor
 
 from natgrad import linalg
-from natgrad.curvature.base import FisherMatrix, GradientSource, check_damping, damping_of
+from natgrad.curvature.base import (
+    FisherMatrix,
+    GradientSource,
+    check_damping,
+    damping_of,
+    refuse_options,
+)
 from natgrad.curvature.cost import Cost, Workload
 from natgrad.curvature.exact_rows import (
     ExactRows,
@@ -77,8 +83,7 @@ class BlockTridiagonalFisher(FisherMatrix):
     def __init__(
         self, blocks: Mapping[str, Block], layout: ParameterLayout, **options: Any
     ) -> None:
-        if options:
-            raise TypeError(f"structure 'block_tridiagonal' has no option {next(iter(options))!r}")
+        refuse_options(self.structure, options)
         super().__init__(blocks, layout)
         self.order: list[str] = list(self.blocks)
         # A system of L·R rows is worth it while it is smaller than P.

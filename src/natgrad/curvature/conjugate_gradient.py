@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from natgrad.curvature.base import refuse_options
 from natgrad.curvature.cost import Cost, Workload
 from natgrad.curvature.full import FullFisher
 from natgrad.curvature.matrix_free import MatrixFreeRows
@@ -104,8 +105,7 @@ class ConjugateGradientFisher(FullFisher):
             ValueError: If an option is out of range.
             TypeError: If an option is unknown.
         """
-        if options:
-            raise TypeError(f"structure 'conjugate_gradient' has no option {next(iter(options))!r}")
+        refuse_options(self.structure, options)
         if not 0 <= tolerance < 1:
             raise ValueError(f"tolerance must be in [0, 1), got {tolerance}")
         if max_iterations < 1:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from natgrad import linalg
-from natgrad.curvature.base import GradientSource
+from natgrad.curvature.base import GradientSource, refuse_options
 from natgrad.curvature.cost import Cost, Workload
 from natgrad.curvature.function_space import map_by_columns
 from natgrad.curvature.partitioned import CurvaturePart, PartitionedFisher
@@ -134,6 +134,5 @@ class DiagonalFisher(PartitionedFisher):
 
     def make_parts(self, **options: Any) -> dict[str, CurvaturePart]:
         """Return one part per block."""
-        if options:
-            raise TypeError(f"structure 'diagonal' has no option {next(iter(options))!r}")
+        refuse_options(self.structure, options)
         return {n: DiagonalPart(n, block, self.layout) for n, block in self.blocks.items()}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from natgrad import linalg
-from natgrad.curvature.base import GradientSource
+from natgrad.curvature.base import GradientSource, check_choice, refuse_options
 from natgrad.curvature.cost import Cost, Workload
 from natgrad.curvature.factors import eigenbasis, rotate, rotate_back
 from natgrad.curvature.function_space import map_by_columns
@@ -279,10 +279,8 @@ class EKFACFisher(PartitionedFisher):
             ValueError: If an option has an unknown value.
             TypeError: If an option is unknown.
         """
-        if options:
-            raise TypeError(f"structure {self.structure!r} has no option {next(iter(options))!r}")
-        if weight_sharing not in ("expand", "reduce"):
-            raise ValueError(f"weight_sharing must be 'expand' or 'reduce', got {weight_sharing!r}")
+        refuse_options(self.structure, options)
+        check_choice("weight_sharing", weight_sharing, "expand", "reduce")
         shared = {"weight_sharing": weight_sharing, "max_factor_size": max_factor_size}
         return {
             name: EigenbasisPart(name, block, self.layout, self.make_factors(name, block, shared))

@@ -13,6 +13,7 @@ __all__ = [
     "factor_diagonal",
     "multiply_left",
     "multiply_right",
+    "pi_shifts",
     "pseudo_inverse",
     "rotate",
     "rotate_back",
@@ -41,6 +42,16 @@ def multiply_right(matrices: Tensor, factor: Tensor) -> Tensor:
 def factor_diagonal(factor: Tensor) -> Tensor:
     """Return the diagonal, ``(G, d)``."""
     return factor.diagonal(dim1=-2, dim2=-1) if factor.dim() == 3 else factor
+
+
+def pi_shifts(a: Tensor, b: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Return ``π√λ`` for A and ``√λ/π`` for B, ``π² = (tr A/d_a)/(tr B/d_g)``, ``(G,)`` each."""
+    mean_a, mean_b = factor_diagonal(a).mean(-1), factor_diagonal(b).mean(-1)
+    both = (mean_a > 0) & (mean_b > 0)
+    one = torch.ones_like(mean_a)
+    pi = torch.where(both, (mean_a / torch.where(both, mean_b, one)).sqrt(), one)
+    root = damping**0.5
+    return root * pi, root / pi
 
 
 def shifted_inverse(factor: Tensor, shift: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from natgrad.curvature.base import refuse_options
 from natgrad.curvature.exact_rows import ExactRows, exact_quadratic
 from natgrad.curvature.partitioned import CurvaturePart, PartitionedFisher
 from natgrad.curvature.registry import register_structure
@@ -26,8 +27,7 @@ class FullFisher(PartitionedFisher):
 
     def make_parts(self, **options: Any) -> dict[str, CurvaturePart]:
         """Return one part with every block."""
-        if options:
-            raise TypeError(f"structure 'full' has no option {next(iter(options))!r}")
+        refuse_options(self.structure, options)
         return {"all layers": ExactRows(self.blocks, self.layout)}
 
     def quadratic(self, direction: dict[str, Tensor], inner: Tensor) -> Tensor:

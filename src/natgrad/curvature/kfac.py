@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from natgrad import linalg
-from natgrad.curvature.base import GradientSource
+from natgrad.curvature.base import GradientSource, check_choice, refuse_options
 from natgrad.curvature.cost import Cost, Workload
 from natgrad.curvature.factors import (
     discounted_sum,
@@ -24,6 +24,7 @@ from natgrad.curvature.factors import (
     factor_diagonal,
     multiply_left,
     multiply_right,
+    pi_shifts,
     rotate,
     rotate_back,
     shifted_inverse,
@@ -163,16 +164,9 @@ class KroneckerPart(CurvaturePart):
     def _shifts(self, damping: float) -> tuple[Tensor, Tensor] | None:
         """Return what is added to A and B, ``(G,)`` each; None where it cannot be split."""
         a, b = self.kronecker_factors()
-        mean_a, mean_b = factor_diagonal(a).mean(-1), factor_diagonal(b).mean(-1)
-        if damping == 0:
-            return torch.zeros_like(mean_a), torch.zeros_like(mean_b)
-        if self.damping_rule != "pi":
+        if damping > 0 and self.damping_rule != "pi":
             return None
-        both = (mean_a > 0) & (mean_b > 0)
-        one = torch.ones_like(mean_a)
-        pi = torch.where(both, (mean_a / torch.where(both, mean_b, one)).sqrt(), one)
-        root = damping**0.5
-        return root * pi, root / pi
+        return pi_shifts(a, b, damping)
 
     def function_space_map(
         self, rows: Jacobians, other: Jacobians, damping: float
@@ -380,12 +374,9 @@ class KFACFisher(PartitionedFisher):
             ValueError: If an option has an unknown value.
             TypeError: If an option is unknown.
         """
-        if options:
-            raise TypeError(f"structure 'kfac' has no option {next(iter(options))!r}")
-        if weight_sharing not in ("expand", "reduce"):
-            raise ValueError(f"weight_sharing must be 'expand' or 'reduce', got {weight_sharing!r}")
-        if damping_rule not in ("tikhonov", "pi"):
-            raise ValueError(f"damping_rule must be 'tikhonov' or 'pi', got {damping_rule!r}")
+        refuse_options(self.structure, options)
+        check_choice("weight_sharing", weight_sharing, "expand", "reduce")
+        check_choice("damping_rule", damping_rule, "tikhonov", "pi")
         return {
             n: KroneckerPart(n, block, self.layout, weight_sharing, damping_rule, max_factor_size)
             for n, block in self.blocks.items()

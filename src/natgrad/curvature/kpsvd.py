@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from natgrad import linalg
-from natgrad.curvature.base import GradientSource
+from natgrad.curvature.base import GradientSource, check_choice, refuse_options
 from natgrad.curvature.cost import Cost, Workload
+from natgrad.curvature.factors import pi_shifts
 from natgrad.curvature.function_space import map_by_columns
 from natgrad.curvature.kfac import DampingRule, KroneckerPart
 from natgrad.curvature.kronecker_svd import Product, deflation, lanczos, symmetric
@@ -218,12 +219,9 @@ class KroneckerSumPart(CurvaturePart):
             FactorizationError: If the damped sum is not positive definite.
         """
         a, b = self.kronecker_pairs()
-        mean_a = a[0].diagonal(dim1=-2, dim2=-1).mean(-1)
-        mean_b = b[0].diagonal(dim1=-2, dim2=-1).mean(-1)
-        both = (mean_a > 0) & (mean_b > 0)
-        pi = torch.where(both, mean_a / torch.where(both, mean_b, 1.0), 1.0).sqrt()
-        basis_a, values_a = _joint_basis(a, damping**0.5 * pi)
-        basis_b, values_b = _joint_basis(b, damping**0.5 / pi)
+        shift_a, shift_b = pi_shifts(a[0], b[0], damping)
+        basis_a, values_a = _joint_basis(a, shift_a)
+        basis_b, values_b = _joint_basis(b, shift_b)
         total = 1.0 + values_b.unsqueeze(-1) * values_a.unsqueeze(-2)
         if not bool((total > torch.finfo(total.dtype).eps ** 0.5).all()):
             raise FactorizationError("the damped sum of products is not positive definite")
@@ -376,12 +374,9 @@ class KPSVDFisher(PartitionedFisher):
             ValueError: If an option has an unknown value, or the rank is above 2 with ``"pi"``.
             TypeError: If an option is unknown.
         """
-        if options:
-            raise TypeError(f"structure 'kpsvd' has no option {next(iter(options))!r}")
-        if method not in ("deflation", "lanczos"):
-            raise ValueError(f"method must be 'deflation' or 'lanczos', got {method!r}")
-        if damping_rule not in ("tikhonov", "pi"):
-            raise ValueError(f"damping_rule must be 'tikhonov' or 'pi', got {damping_rule!r}")
+        refuse_options(self.structure, options)
+        check_choice("method", method, "deflation", "lanczos")
+        check_choice("damping_rule", damping_rule, "tikhonov", "pi")
         if rank < 1 or max_iterations < 1:
             raise ValueError("rank and max_iterations must be at least 1")
         if rank > 2 and damping_rule == "pi":

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from natgrad.curvature.base import check_choice, refuse_options
 from natgrad.curvature.cost import Cost, Workload
 from natgrad.curvature.full import FullFisher
 from natgrad.curvature.matrix_free import MatrixFreeRows
@@ -165,16 +166,14 @@ class ThermodynamicFisher(FullFisher):
             ValueError: If an option is out of range.
             TypeError: If an option is unknown.
         """
-        if options:
-            raise TypeError(f"structure 'thermodynamic' has no option {next(iter(options))!r}")
+        refuse_options(self.structure, options)
         if not 0 <= time < math.inf:
             raise ValueError(f"time must be a finite number >= 0, got {time}")
         if not 0 < step_size < 2:
             raise ValueError(f"step_size must be in (0, 2), beyond which it diverges: {step_size}")
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature must be a finite number >= 0, got {temperature}")
-        if start not in ("warm", "gradient", "zero"):
-            raise ValueError(f"start must be 'warm', 'gradient' or 'zero', got {start!r}")
+        check_choice("start", start, "warm", "gradient", "zero")
         part = ThermodynamicPart(
             self.blocks, self.layout, time, step_size, temperature, start, noise_seed
         )

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from natgrad.curvature.base import check_choice, refuse_options
 from natgrad.curvature.ekfac import second_moments
 from natgrad.curvature.factors import discounted_sum, factor_diagonal
 from natgrad.curvature.function_space import map_by_columns
@@ -131,12 +132,9 @@ class TKFACFisher(PartitionedFisher):
             ValueError: If an option has an unknown value.
             TypeError: If an option is unknown.
         """
-        if options:
-            raise TypeError(f"structure 'tkfac' has no option {next(iter(options))!r}")
-        if weight_sharing not in ("expand", "reduce"):
-            raise ValueError(f"weight_sharing must be 'expand' or 'reduce', got {weight_sharing!r}")
-        if damping_rule not in ("tikhonov", "pi"):
-            raise ValueError(f"damping_rule must be 'tikhonov' or 'pi', got {damping_rule!r}")
+        refuse_options(self.structure, options)
+        check_choice("weight_sharing", weight_sharing, "expand", "reduce")
+        check_choice("damping_rule", damping_rule, "tikhonov", "pi")
         return {
             name: TraceRestrictedPart(
                 name, block, self.layout, weight_sharing, damping_rule, max_factor_size

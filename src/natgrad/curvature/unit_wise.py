@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from natgrad import linalg
-from natgrad.curvature.base import GradientSource
+from natgrad.curvature.base import GradientSource, refuse_options
 from natgrad.curvature.cost import Cost, Workload
 from natgrad.curvature.function_space import map_by_columns
 from natgrad.curvature.partitioned import CurvaturePart, PartitionedFisher
@@ -389,6 +389,5 @@ class UnitWiseFisher(PartitionedFisher):
 
     def make_parts(self, **options: Any) -> dict[str, CurvaturePart]:
         """Return one part per block."""
-        if options:
-            raise TypeError(f"structure 'unit_wise' has no option {next(iter(options))!r}")
+        refuse_options(self.structure, options)
         return {n: UnitWisePart(n, block, self.layout) for n, block in self.blocks.items()}

@@ -184,6 +184,12 @@ def _adamw(parameters: Any, learning_rate: float) -> torch.optim.Optimizer:
 # Curvature is that of the step's own batch.
 _EVERY_STEP = {"factor_interval": 1, "inverse_interval": 1, "ema_decay": 0.0}
 
+_KRONECKER: dict[str, Any] = {
+    "options": {**_EVERY_STEP, "momentum": 0.5},
+    "batch_options": {"kl_clip": 1e-2},
+}
+"""What all methods with Kronecker factors share."""
+
 METHODS: dict[str, Method] = {
     "sgd": Method("SGD", "Gradient descent with momentum 0.9.", _sgd, "search", grid=(-3, 1)),
     "adamw": Method(
@@ -221,8 +227,7 @@ METHODS: dict[str, Method] = {
         natgrad.KFAC,
         "measured",
         structure="kfac",
-        options={**_EVERY_STEP, "momentum": 0.5},
-        batch_options={"kl_clip": 1e-2},
+        **_KRONECKER,
     ),
     "unit-wise": Method(
         "Unit-wise NGD",
@@ -248,8 +253,7 @@ METHODS: dict[str, Method] = {
         natgrad.EKFAC,
         "measured",
         structure="ekfac",
-        options={**_EVERY_STEP, "momentum": 0.5},
-        batch_options={"kl_clip": 1e-2},
+        **_KRONECKER,
     ),
     "tkfac": Method(
         "TKFAC",
@@ -257,8 +261,7 @@ METHODS: dict[str, Method] = {
         natgrad.TKFAC,
         "measured",
         structure="tkfac",
-        options={**_EVERY_STEP, "momentum": 0.5},
-        batch_options={"kl_clip": 1e-2},
+        **_KRONECKER,
     ),
     "tekfac": Method(
         "TEKFAC",
@@ -266,8 +269,7 @@ METHODS: dict[str, Method] = {
         natgrad.TEKFAC,
         "measured",
         structure="tekfac",
-        options={**_EVERY_STEP, "momentum": 0.5},
-        batch_options={"kl_clip": 1e-2},
+        **_KRONECKER,
     ),
     "kpsvd": Method(
         "KPSVD",
@@ -275,8 +277,7 @@ METHODS: dict[str, Method] = {
         natgrad.KPSVD,
         "measured",
         structure="kpsvd",
-        options={**_EVERY_STEP, "momentum": 0.5},
-        batch_options={"kl_clip": 1e-2},
+        **_KRONECKER,
     ),
 }
 """Every method by name. Learning rates and options of natural methods are tuned here."""

@@ -52,7 +52,8 @@ def measure_quality(
     points = []
     for step, state in snapshots.items():
         model.load_state_dict(dict(state))
-        loss = likelihood.loss(model(inputs), targets)
+        outputs = model(inputs)
+        loss = likelihood.loss(outputs, targets)
         names = [name for name, _ in model.named_parameters()]
         gradient = dict(
             zip(names, torch.autograd.grad(loss, list(model.parameters())), strict=True)
@@ -62,7 +63,7 @@ def measure_quality(
             for fisher in FISHER_TYPES:
                 decrease = _best_decrease(
                     model, (inputs, targets), gradient, objective.likelihood, structure, fisher,
-                    seed,
+                    outputs.shape[1], seed,
                 )  # fmt: skip
                 if structure == "full" and fisher == "exact":
                     reference = decrease
@@ -78,11 +79,11 @@ def _best_decrease(
     likelihood: str,
     structure: str,
     fisher: str,
+    outputs: int,
     seed: int,
 ) -> float | None:
     try:
         matrix = fisher_matrix(model, data, likelihood, structure, fisher, seed=seed)
-        outputs = int(model(data[0][:1]).shape[1])
         rows = len(data[0]) * as_fisher_type(fisher).directions(outputs)
         damping = RELATIVE_DAMPING * float(matrix.trace()) / min(rows, matrix.shape[0])
         update = matrix.solve(gradient, damping)

@@ -208,15 +208,7 @@ def _theories(setting: Setting, model: nn.Module) -> dict[str, _Theory]:
     lr = 1.0 / float(torch.linalg.eigvalsh(kernel)[-1])
     result["gd"] = _Theory(infinite, 0.0, 0.0, lr, None)
     for name in setting.structures:
-        alpha = ntk.isotropic_constant(
-            name,
-            setting.config.depth,
-            setting.samples,
-            outputs=setting.outputs,
-            input_dim=setting.x.shape[1],
-            width=setting.config.width,
-            active_fraction=infinite.architecture.activation.active_fraction,
-        )
+        alpha = setting.alpha(name)
         damping = damping_of(name, model, setting.x)
         if name == "unit_wise":
             finite = finite or ntk.LinearizedNetwork(model, setting.x, setting.x_test)

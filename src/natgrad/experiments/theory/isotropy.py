@@ -103,15 +103,7 @@ def _row(
 ) -> list[str | int | float | None]:
     alpha = None
     if name != "diagonal":
-        alpha = ntk.isotropic_constant(
-            name,
-            setting.config.depth,
-            setting.samples,
-            outputs=setting.outputs,
-            input_dim=setting.x.shape[1],
-            width=size,
-            active_fraction=ntk.ACTIVATIONS[setting.config.activation].active_fraction,
-        )
+        alpha = setting.alpha(name, size)
     return [
         METHODS[name].title,
         alpha,

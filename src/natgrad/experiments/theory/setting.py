@@ -99,6 +99,18 @@ class Setting:
             model = ntk.MLP([self.x.shape[1], *hidden, self.outputs], self.config.activation)
         return model.double().to(self.x.device)
 
+    def alpha(self, structure: str, width: int | None = None) -> float:
+        """Return α of a structure on networks of a width, by theory."""
+        return ntk.isotropic_constant(
+            structure,
+            self.config.depth,
+            self.samples,
+            outputs=self.outputs,
+            input_dim=self.x.shape[1],
+            width=self.config.width if width is None else width,
+            active_fraction=ntk.ACTIVATIONS[self.config.activation].active_fraction,
+        )
+
     def likelihood(self, loss: str) -> str:
         """Return the likelihood of a loss, "mse" or "cross_entropy"."""
         if loss == "mse":

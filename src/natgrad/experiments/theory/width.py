@@ -178,15 +178,7 @@ def _one_step(
     if name == "gd":
         lr = 1.0 / float(torch.linalg.eigvalsh(infinite.maps("gd")[0])[-1])
     else:
-        lr = 1.0 / ntk.isotropic_constant(
-            name,
-            setting.config.depth,
-            setting.samples,
-            outputs=setting.outputs,
-            input_dim=setting.x.shape[1],
-            width=size,
-            active_fraction=infinite.architecture.activation.active_fraction,
-        )
+        lr = 1.0 / setting.alpha(name, size)
         run = train(setting, model, name, lr, damping, 1)
         one_step[name].setdefault(size, []).append(run.train_loss[1])
     residual = infinite.outputs - setting.y
