@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from natgrad.capture import Capture
 from natgrad.capture.evaluation import evaluated
 from natgrad.curvature import FisherMatrix, make_structure
+from natgrad.curvature.base import RowReceiver
 from natgrad.jacobians import Jacobians, LinearJacobian
 from natgrad.likelihoods import Likelihood, as_likelihood
 
@@ -45,6 +46,8 @@ class FisherType(ABC):
     name: ClassVar[str]
     #: Whether the user's own backward pass already carries the rows.
     from_user_gradients = False
+    #: Whether the vectors of different samples are independent with mean zero.
+    independent: ClassVar[bool] = False
 
     def directions(self, outputs: int) -> int:
         """Return how many vectors are pulled back per sample with so many outputs."""
@@ -119,6 +122,7 @@ class MonteCarloFisher(FisherType):
     """
 
     name: ClassVar[str] = "mc"
+    independent: ClassVar[bool] = True
     samples: int = 1
 
     def directions(self, outputs: int) -> int:
@@ -260,7 +264,7 @@ def _like_output(likelihood: Likelihood, output: Tensor, per_event: Tensor) -> T
 
 
 def update_from_output(
-    structure: FisherMatrix,
+    structure: RowReceiver,
     capture: Capture,
     likelihood: Likelihood,
     fisher: FisherType,
@@ -301,6 +305,7 @@ def update_from_output(
             vectors[start:stop],
             retain_graph=retain_graph or stop < total,
             skip_silent=skip_silent,
+            independent=fisher.independent and structure.additive,
         )
         for name, positions in active.items():
             block = jacobians.get(name)

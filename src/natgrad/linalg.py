@@ -16,6 +16,8 @@ __all__ = [
     "eigh",
     "inverse",
     "inverse_on_range",
+    "lower_gram",
+    "symmetric",
     "symmetric_pseudo_solve",
     "warn_kept",
 ]
@@ -61,6 +63,38 @@ def warn_kept(owner: object, name: str, error: FactorizationError) -> None:
     )
 
 
+#: Width of the column blocks of :func:`lower_gram`, by measurement on CPUs.
+GRAM_BLOCK = 128
+
+
+def lower_gram(rows: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return the lower triangle of ``XᵀX`` for ``X`` (R, d); entries above it mean nothing.
+
+    PyTorch has no symmetric rank-k update. On CPUs, where products of a block are as fast as those
+    of the whole, only block rows up to the diagonal are multiplied: for large d little more than
+    half. Cholesky and eigendecompositions read no more than the triangle; :func:`symmetric` gives
+    the matrix.
+
+    Args:
+        rows: ``X``.
+        out: Zeros to write the result to, ``(d, d)``; a new tensor by default.
+    """
+    size = rows.shape[1]
+    if rows.device.type != "cpu" or size < 2 * GRAM_BLOCK:
+        return rows.T @ rows if out is None else torch.mm(rows.T, rows, out=out)
+    if out is None:
+        out = rows.new_zeros(size, size)
+    for start in range(0, size, GRAM_BLOCK):
+        stop = min(start + GRAM_BLOCK, size)
+        torch.mm(rows[:, start:stop].T, rows[:, :stop], out=out[start:stop, :stop])
+    return out
+
+
+def symmetric(lower: Tensor) -> Tensor:
+    """Return the symmetric matrices ``(..., d, d)`` of which the lower triangles are given."""
+    return lower.tril() + lower.tril(-1).mT
+
+
 def add_to_diagonal(matrix: Tensor, value: float | Tensor) -> Tensor:
     """Return ``matrix + value·I`` for a batch ``(..., d, d)``; ``value`` may be ``(...)``."""
     result = matrix.clone()
@@ -71,6 +105,8 @@ def add_to_diagonal(matrix: Tensor, value: float | Tensor) -> Tensor:
 
 def cholesky(matrix: Tensor, retries: int = 3) -> Tensor:
     """Return the lower Cholesky factor of a symmetric positive definite ``(..., d, d)``.
+
+    Only the lower triangle is read.
 
     A failed factorisation is tried again in float64, then with growing multiples of the mean
     diagonal added.
@@ -109,6 +145,8 @@ def inverse(matrix: Tensor) -> Tensor:
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Return eigenvalues (ascending) and eigenvectors of a symmetric ``(..., d, d)``.
+
+    Only the lower triangle is read.
 
     Raises:
         FactorizationError: If the matrix is not finite or the solver did not converge in float64.

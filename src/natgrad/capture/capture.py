@@ -6,7 +6,7 @@ import functools
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ from natgrad.capture.hooks import (
     outside_graphs,
     pulling_back,
 )
-from natgrad.capture.kinds import LayerCall, LayerKind
+from natgrad.capture.kinds import LayerCall, LayerKind, find_kind
 from natgrad.capture.model_output import select_output, unwrap
 from natgrad.capture.normalization import batch_norms, fix_statistics
 from natgrad.jacobians import Jacobians, LayerJacobian, SumJacobian
@@ -114,6 +114,7 @@ class Capture:
         self._suspended = False
         self._modes: list[RecordProjections] = []
         self._warned: set[str] = set()
+        self._shared: dict[nn.Module, bool] = {}  # As found for calls whose shape does not tell.
         self.blocks, self.uncovered = find_blocks(self.model)
         self._handles: list[Any] = []
         self._install()
@@ -269,6 +270,7 @@ class Capture:
         *,
         retain_graph: bool = True,
         skip_silent: bool = False,
+        independent: bool = False,
     ) -> Jacobians:
         """Pull ``K`` output vectors per sample back to every layer's output.
 
@@ -278,6 +280,10 @@ class Capture:
             retain_graph: Keep the graph for a later backward pass.
             skip_silent: Leave positions no vector reaches (ignored or padded tokens) out of the
                 Kronecker input factors.
+            independent: Whether the vectors of different samples are independent with mean zero.
+                A layer called once for all samples (a table of positions) then gets the sum of
+                their rows as one row: sums of squares of rows are right on average, and it takes
+                no backward pass per sample.
 
         Returns:
             The Jacobian rows of every block that ``output`` depends on. Parameters' ``.grad``
@@ -296,14 +302,70 @@ class Capture:
         edges = [edge for call in found.calls for edge in call.edges if edge is not None]
         if not edges or not output.requires_grad:
             return Jacobians(self.layout, {}, int(output.shape[0]), int(vectors.shape[0]))
+        vectors = vectors.to(output.dtype)
         with pulling_back():
-            gradients = batched_gradients(output, edges, vectors.to(output.dtype), retain_graph)
+            shared = self._shared_calls(found, output)
+            split = {} if independent else _sample_by_sample(output, shared, vectors)
+            gradients = batched_gradients(output, edges, vectors, retain_graph)
         remaining = iter(gradients)
-        calls = [
-            (call.call, [None if edge is None else next(remaining) for edge in call.edges])
-            for call in found.calls
-        ]
+        calls = []
+        for recorded in found.calls:
+            own = [None if edge is None else next(remaining) for edge in recorded.edges]
+            call = recorded.call
+            if recorded in shared:
+                call, own = _for_each_sample(
+                    call, split.get(recorded, own), recorded in split, int(output.shape[0])
+                )
+            calls.append((call, own))
         return self._jacobians(calls, int(output.shape[0]), int(vectors.shape[0]), skip_silent)
+
+    def _shared_calls(self, found: ForwardPass, output: Tensor) -> list[RecordedCall]:
+        """Return the calls that serve all samples at once.
+
+        Where the size of the input could be that of a batch, the samples that a backward pass from
+        the first sample reaches decide, once per layer.
+        """
+        samples = int(output.shape[0])
+        candidates = [
+            recorded
+            for recorded in found.calls
+            if samples > 1
+            and any(edge is not None for edge in recorded.edges)
+            and _may_be_shared(recorded.call)
+        ]
+        unknown = [
+            recorded
+            for recorded in candidates
+            if recorded.call.inputs[0].shape[:1].numel() % samples == 0
+            and recorded.call.module not in self._shared
+        ]
+        if unknown:
+            probe = torch.zeros_like(output)
+            generator = torch.Generator(output.device).manual_seed(0)
+            probe[0].normal_(generator=generator)
+            edges = [recorded.edges[0] for recorded in unknown]
+            reached = batched_gradients(output, edges, probe.unsqueeze(0), True)
+            for recorded, gradient in zip(unknown, reached, strict=True):
+                if gradient is not None and bool(gradient.isfinite().all()):
+                    others = gradient[0, gradient.shape[1] // samples :]
+                    self._shared[recorded.call.module] = bool(others.any())
+        return [recorded for recorded in candidates if self._is_shared(recorded.call, samples)]
+
+    def _is_shared(self, call: LayerCall, samples: int) -> bool:
+        size = call.inputs[0].shape[:1].numel()
+        return size % samples != 0 or self._shared.get(call.module, False)
+
+    def _warn_shared(self, module: nn.Module) -> None:
+        name = next((n for n, m in self.model.named_modules() if m is module), "")
+        if name in self._warned:
+            return
+        self._warned.add(name)
+        warnings.warn(
+            f"{name!r} is called once for all samples, so the training gradient has no rows of "
+            "single samples for it and the curvature leaves it out: use fisher='exact' or 'mc', or "
+            "give it an index per sample",
+            stacklevel=4,
+        )
 
     def user_jacobians(
         self, recorded: ForwardPass, scale: float | Tensor = 1.0, skip_silent: bool = False
@@ -315,16 +377,17 @@ class Capture:
             scale: Factor that turns the user's gradients into per-sample ones.
             skip_silent: As in :meth:`pull_back`.
         """
-        calls = [
-            (
-                call.call,
-                [
-                    None if g is None else _scaled(g, scale).unsqueeze(0)
-                    for g in call.user_gradients
-                ],
-            )
-            for call in recorded.calls
-        ]
+        calls = []
+        for call in recorded.calls:
+            own = [
+                None if g is None else _scaled(g, scale).unsqueeze(0) for g in call.user_gradients
+            ]
+            if not any(g is not None for g in own):
+                continue
+            if _may_be_shared(call.call) and self._is_shared(call.call, recorded.samples):
+                self._warn_shared(call.call.module)
+                continue
+            calls.append((call.call, own))
         return self._jacobians(calls, recorded.samples, 1, skip_silent)
 
     def _jacobians(
@@ -361,6 +424,54 @@ class Capture:
         return sorted(self.blocks, key=first_call)
 
 
+def _may_be_shared(call: LayerCall) -> bool:
+    kind = find_kind(call.module)
+    return kind is not None and kind.may_be_shared
+
+
+def _sample_by_sample(
+    output: Tensor, shared: list[RecordedCall], vectors: Tensor
+) -> dict[RecordedCall, list[Tensor | None]]:
+    """Return the output gradients ``(K, N, *output.shape)`` of calls that serve all samples."""
+    if not shared:
+        return {}
+    edges = [recorded.edges[0] for recorded in shared]
+    columns: list[list[Tensor | None]] = []
+    for sample in range(vectors.shape[1]):
+        single = torch.zeros_like(vectors)
+        single[:, sample] = vectors[:, sample]
+        columns.append(batched_gradients(output, edges, single, True))
+    result: dict[RecordedCall, list[Tensor | None]] = {}
+    for index, recorded in enumerate(shared):
+        column = [gradients[index] for gradients in columns]
+        whole = next((g for g in column if g is not None), None)
+        if whole is not None:
+            filled = [torch.zeros_like(whole) if g is None else g for g in column]
+            result[recorded] = [torch.stack(filled, 1)]
+    return result
+
+
+def _for_each_sample(
+    call: LayerCall, gradients: list[Tensor | None], split: bool, samples: int
+) -> tuple[LayerCall, list[Tensor | None]]:
+    """Write a call that serves all samples as one call per sample.
+
+    Args:
+        call: The call.
+        gradients: Its output gradients: ``(K, N, *output.shape)`` if ``split``, otherwise
+            ``(K, *output.shape)``, summed over samples; these become the first sample's.
+        split: Whether the gradients are split by sample.
+        samples: ``N``.
+    """
+    inputs = call.inputs[0]
+    inputs = inputs.expand(samples, *inputs.shape)
+    (gradient,) = gradients
+    if gradient is not None and not split:
+        rest = gradient.new_zeros(gradient.shape[0], samples - 1, *gradient.shape[1:])
+        gradient = torch.cat([gradient.unsqueeze(1), rest], 1)
+    return replace(call, inputs=(inputs,)), [gradient]
+
+
 def _block_jacobian(
     block: Block,
     by_module: Mapping[nn.Module, list[tuple[LayerCall, list[Tensor | None]]]],
@@ -380,7 +491,15 @@ def _block_jacobian(
         parts.append(kind.jacobian(layout, names[(kind, layout)], calls, samples, skip_silent))
     if not parts:
         return None
-    return parts[0] if len(parts) == 1 else SumJacobian(parts)
+    if len(parts) == 1 and (len(block.uses) == 1 or _same_form(parts[0].layout, block.layout)):
+        return parts[0]
+    return SumJacobian(parts, block.layout)
+
+
+def _same_form(left: BlockLayout, right: BlockLayout) -> bool:
+    """Return whether two layouts of one parameter have matrices of the same form."""
+    forms = [(item.groups, item.d_out, item.d_augmented, item.transposed) for item in (left, right)]
+    return forms[0] == forms[1]
 
 
 # Hook bodies run outside compiled graphs: autograd edges are only there in eager code.

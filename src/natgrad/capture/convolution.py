@@ -55,12 +55,27 @@ def patches(
     )
 
 
-def _window_rows(windows: Tensor, samples: int, groups: int) -> Tensor:
-    """Rearrange ``(N·r, C, *positions, *kernel)`` to ``(N, T, G, C/G · kernel)``."""
+def _window_rows(
+    windows: Tensor, samples: int, groups: int, positions: Tensor | None = None
+) -> Tensor:
+    """Rearrange ``(N·r, C, *positions, *kernel)`` to ``(N, T, G, C/G · kernel)``.
+
+    Args:
+        windows: A view of all windows.
+        samples: ``N``.
+        groups: ``G``.
+        positions: Which of the ``T`` positions to copy, where ``r`` is 1; all by default.
+    """
     dims = (windows.dim() - 2) // 2
+    if positions is not None and windows.shape[0] == samples:
+        places = torch.unravel_index(positions, windows.shape[2 : 2 + dims])
+        index: Any = (slice(None), slice(None), *places)
+        windows = windows[index]  # (N, C, T', *kernel)
+        dims, positions = 1, None
     moved = windows.movedim(1, 1 + dims)  # (N·r, *positions, C, *kernel)
     features = moved.shape[1 + dims :].numel()
-    return moved.reshape(samples, -1, groups, features // groups)
+    rows = moved.reshape(samples, -1, groups, features // groups)
+    return rows if positions is None else rows[:, positions]
 
 
 class ConvolutionKind(LayerKind):
@@ -103,7 +118,10 @@ class ConvolutionKind(LayerKind):
         return LinearJacobian(layout, make, delta, skip_silent=skip_silent)
 
 
-def _convolution_inputs(calls: list[LayerCall], layout: BlockLayout, samples: int) -> Tensor:
+def _convolution_inputs(
+    calls: list[LayerCall], layout: BlockLayout, samples: int, positions: Tensor | None
+) -> Tensor:
+    """Return patches ``(N, T, G, d_in)``, at all positions of all calls or at some."""
     rows = []
     for call in calls:
         module = cast(nn.Conv2d, call.module)
@@ -113,9 +131,12 @@ def _convolution_inputs(calls: list[LayerCall], layout: BlockLayout, samples: in
             mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
             images = nn.functional.pad(images, padding, mode=mode)
         windows = patches(images, module.kernel_size, module.stride, module.dilation)
-        row = _window_rows(windows, samples, layout.groups)
+        row = _window_rows(windows, samples, layout.groups, positions if len(calls) == 1 else None)
         rows.append(row if layout.has_weight else row[..., :0])
-    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+    if len(rows) == 1:
+        return rows[0]
+    joined = torch.cat(rows, dim=1)
+    return joined if positions is None else joined[:, positions]
 
 
 def _channels_last(gradients: Tensor, samples: int, groups: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ __all__ = ["EmbeddingKind"]
 
 class EmbeddingKind(LayerKind):
     """:class:`torch.nn.Embedding`; tokens equal to ``padding_idx`` get no gradient."""
+
+    may_be_shared: ClassVar[bool] = True
 
     def refuse(self, module: nn.Module) -> str | None:
         """Refuse tables whose gradient is rescaled by token frequency."""

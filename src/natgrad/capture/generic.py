@@ -132,7 +132,8 @@ def _pull_back_per_sample(
             for v, d in zip(flat_inputs, in_dims, strict=True)
         ]
         args, kwargs = torch.utils._pytree.tree_unflatten(values, spec)
-        result = functional_call(module, parameters, args, kwargs)
+        # Uses of the same parameters by layers inside are theirs to count.
+        result = functional_call(module, parameters, args, kwargs, tie_weights=False)
         tensors = tuple(floating_tensors(result))
         return tuple(tensors[i].squeeze(d) for i, d in zip(which, out_dims, strict=True))
 

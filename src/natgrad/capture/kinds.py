@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from natgrad.jacobians import DenseJacobian, LayerJacobian, LinearJacobian
 from natgrad.layouts import BlockLayout
 
-__all__ = ["LayerCall", "LayerKind", "find_kind", "register_kind", "register_layer"]
+__all__ = [
+    "LayerCall",
+    "LayerKind",
+    "find_kind",
+    "register_kind",
+    "register_layer",
+    "register_named_kind",
+]
 
 
 @dataclass(eq=False)
@@ -40,6 +47,8 @@ class LayerKind(ABC):
 
     #: Names of child modules whose parameters this kind handles itself.
     owned_children: tuple[str, ...] = ()
+    #: Whether one call may serve all samples, as that of a table of positions does.
+    may_be_shared: ClassVar[bool] = False
 
     def parameter_groups(self, module: nn.Module) -> list[tuple[str, ...]]:
         """Return the layer's parameter names, one tuple per block."""
@@ -90,12 +99,19 @@ class LayerKind(ABC):
 
 
 _KINDS: dict[type[nn.Module], LayerKind] = {}
+# Layers of libraries that need not be installed, by module and class name.
+_NAMED_KINDS: dict[tuple[str, str], LayerKind] = {}
 
 
 def register_kind(kind: LayerKind, *module_types: type[nn.Module]) -> None:
     """Let ``kind`` handle modules of the given types."""
     for module_type in module_types:
         _KINDS[module_type] = kind
+
+
+def register_named_kind(kind: LayerKind, module_name: str, class_name: str) -> None:
+    """Let ``kind`` handle a class of a library that need not be installed."""
+    _NAMED_KINDS[(module_name, class_name)] = kind
 
 
 def find_kind(module: nn.Module) -> LayerKind | None:
@@ -105,7 +121,7 @@ def find_kind(module: nn.Module) -> LayerKind | None:
     one may compute anything.
     """
     for parent in type(module).__mro__:
-        kind = _KINDS.get(parent)
+        kind = _KINDS.get(parent) or _NAMED_KINDS.get((parent.__module__, parent.__name__))
         if kind is not None:
             keeps_forward = getattr(type(module), "forward") is getattr(parent, "forward")  # noqa: B009
             return kind if keeps_forward and "forward" not in vars(module) else None

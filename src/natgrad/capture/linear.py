@@ -11,11 +11,12 @@ from natgrad.capture.kinds import (
     fold_gradients,
     fold_inputs,
     register_kind,
+    register_named_kind,
 )
 from natgrad.jacobians import LayerJacobian, LinearJacobian
 from natgrad.layouts import BlockLayout
 
-__all__ = ["LinearKind"]
+__all__ = ["LinearKind", "TransposedLinearKind"]
 
 
 class LinearKind(LayerKind):
@@ -59,4 +60,21 @@ class LinearKind(LayerKind):
         return LinearJacobian(layout, a, d, bias_value=bias_scale, skip_silent=skip_silent)
 
 
+class TransposedLinearKind(LinearKind):
+    """``y = x W + b``, the weight stored as ``(in, out)``: the "Conv1D" of GPT-2."""
+
+    def layout(
+        self, module: nn.Module, names: tuple[str, ...], qualified: tuple[str, ...]
+    ) -> BlockLayout:
+        """Return one group of ``out_features × in_features``, stored transposed."""
+        shapes = tuple(tuple(module.get_parameter(name).shape) for name in names)
+        has_weight = "weight" in names
+        d_in = shapes[0][0] if has_weight else 0
+        d_out = shapes[0][-1]
+        return BlockLayout(
+            qualified, shapes, 1, d_out, d_in, has_weight, "bias" in names, has_weight
+        )
+
+
 register_kind(LinearKind(), nn.Linear)
+register_named_kind(TransposedLinearKind(), "transformers.pytorch_utils", "Conv1D")

@@ -9,6 +9,7 @@ pull-back through such a layer is replaced accordingly (see :func:`fix_statistic
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -19,7 +20,6 @@ from natgrad.capture.hooks import is_pulling_back
 from natgrad.capture.kinds import (
     LayerCall,
     LayerKind,
-    concatenate_positions,
     fold_gradients,
     fold_inputs,
     register_kind,
@@ -27,20 +27,38 @@ from natgrad.capture.kinds import (
 from natgrad.jacobians import LayerJacobian, LinearJacobian
 from natgrad.layouts import BlockLayout
 
-__all__ = ["NormalizationKind", "batch_norms", "fix_statistics"]
+__all__ = ["NormalizationKind", "batch_norms", "batch_statistics", "fix_statistics"]
 
 
 class NormalizationKind(LayerKind):
     """Layers that normalise and then scale and shift each channel.
 
     Args:
-        normalize: ``normalize(module, inputs)`` returns the normalised input without the affine.
+        normalize: ``normalize(call, inputs)`` returns the normalised input without the affine.
         channels_first: Channels are dimension 1 (batch and group norm), else the last ones.
+        by_rows: Every row ``(..., channels)`` is normalised for itself, so that ``normalize`` may
+            be given just the positions that are needed.
     """
 
-    def __init__(self, normalize: Callable[[Any, Tensor], Tensor], channels_first: bool) -> None:
+    def __init__(
+        self,
+        normalize: Callable[[LayerCall, Tensor], Tensor],
+        channels_first: bool,
+        by_rows: bool,
+    ) -> None:
         self.normalize = normalize
         self.channels_first = channels_first
+        self.by_rows = by_rows
+
+    def observe(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> list[LayerCall]:
+        """Keep the batch's statistics beside the input."""
+        calls = super().observe(module, args, kwargs, output)
+        if batch_norms(module):
+            layer, call = cast(nn.BatchNorm2d, module), calls[0]
+            call.options["statistics"] = batch_statistics(layer, call.inputs[0], call.outputs[0])
+        return calls
 
     def layout(
         self, module: nn.Module, names: tuple[str, ...], qualified: tuple[str, ...]
@@ -61,21 +79,37 @@ class NormalizationKind(LayerKind):
         samples: int,
         skip_silent: bool,
     ) -> LayerJacobian:
-        """Form rows from normalised inputs and output gradients."""
-        channels = layout.groups
-        rows: list[tuple[Tensor, Tensor]] = []
-        for call, gradients in calls:
-            (delta,) = gradients
-            assert delta is not None
-            normalized = self.normalize(call.module, call.inputs[0])
+        """Form rows from output gradients and, when first needed, normalised inputs."""
+        deltas = []
+        for _, gradients in calls:
+            delta = cast(Tensor, gradients[0])
             if self.channels_first:
-                normalized = normalized.movedim(1, -1)
                 delta = delta.movedim(2, -1)
-            a = fold_inputs(normalized, samples, channels).unsqueeze(-1)[..., : layout.d_in]
-            d = fold_gradients(delta, samples, channels).unsqueeze(-1)
-            rows.append((a, d))
-        inputs, deltas = concatenate_positions(rows)
-        return LinearJacobian(layout, inputs, deltas, skip_silent=skip_silent)
+            deltas.append(fold_gradients(delta, samples, layout.groups).unsqueeze(-1))
+        delta = deltas[0] if len(deltas) == 1 else torch.cat(deltas, dim=2)
+        make = partial(self._inputs, [call for call, _ in calls], layout, samples)
+        return LinearJacobian(layout, make, delta, skip_silent=skip_silent)
+
+    def _inputs(
+        self, calls: list[LayerCall], layout: BlockLayout, samples: int, positions: Tensor | None
+    ) -> Tensor:
+        """Return normalised inputs ``(N, T, channels, 1)``, at all positions or some."""
+        joined = []
+        for call in calls:
+            values = call.inputs[0]
+            if not self.by_rows:
+                values = self.normalize(call, values)
+            if self.channels_first:
+                values = values.movedim(1, -1)
+            values = fold_inputs(values, samples, layout.groups)
+            if positions is not None and len(calls) == 1:
+                values = values[:, positions]
+            joined.append(self.normalize(call, values) if self.by_rows else values)
+        rows = joined[0]
+        if len(joined) > 1:
+            rows = torch.cat(joined, dim=1)
+            rows = rows if positions is None else rows[:, positions]
+        return rows.unsqueeze(-1)[..., : layout.d_in]
 
 
 def batch_norms(module: nn.Module) -> bool:
@@ -99,12 +133,7 @@ def fix_statistics(module: nn.Module, inputs: Tensor, output: Tensor) -> None:
     if node is None or "BatchNorm" not in type(node).__name__:
         return
     layer = cast(nn.BatchNorm2d, module)
-    dims = [0, *range(2, inputs.dim())]
-    values = inputs.detach()
-    if values.dtype in (torch.float16, torch.bfloat16):
-        values = values.float()
-    variance = values.var(dims, unbiased=False)
-    scale = (variance + layer.eps).rsqrt()
+    _, scale = batch_statistics(layer, inputs.detach(), output)
     if layer.weight is not None:
         scale = scale * layer.weight.detach()
     scale = scale.to(inputs.dtype).view(1, -1, *([1] * (inputs.dim() - 2)))
@@ -119,26 +148,49 @@ def fix_statistics(module: nn.Module, inputs: Tensor, output: Tensor) -> None:
     node.register_hook(cast(Any, replace))
 
 
-def _normalize_batch(module: nn.BatchNorm2d, inputs: Tensor) -> Tensor:
-    if batch_norms(module):
-        return functional.batch_norm(inputs, None, None, training=True, eps=module.eps)
-    mean, variance = cast(Tensor, module.running_mean), cast(Tensor, module.running_var)
-    return functional.batch_norm(inputs, mean, variance, training=False, eps=module.eps)
+def batch_statistics(
+    layer: nn.BatchNorm2d, inputs: Tensor, output: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return mean and inverse standard deviation of a batch, ``(channels,)`` each.
+
+    PyTorch keeps them for the backward pass; else they are computed anew.
+    """
+    node = output.grad_fn
+    mean = getattr(node, "_saved_result1", None)
+    inverse_std = getattr(node, "_saved_result2", None)
+    if mean is not None and inverse_std is not None and inverse_std.shape == (inputs.shape[1],):
+        return mean.detach(), inverse_std.detach()
+    values = inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs
+    dims = [0, *range(2, inputs.dim())]
+    variance, mean = torch.var_mean(values, dims, unbiased=False)
+    return mean, (variance + layer.eps).rsqrt()
 
 
-def _normalize_layer(module: nn.LayerNorm, inputs: Tensor) -> Tensor:
-    return functional.layer_norm(inputs, module.normalized_shape, eps=module.eps)
+def _normalize_batch(call: LayerCall, rows: Tensor) -> Tensor:
+    module = cast(nn.BatchNorm2d, call.module)
+    if "statistics" in call.options:
+        mean, inverse_std = call.options["statistics"]
+    else:
+        mean = cast(Tensor, module.running_mean)
+        inverse_std = (cast(Tensor, module.running_var) + module.eps).rsqrt()
+    return (rows - mean) * inverse_std
 
 
-def _normalize_rms(module: nn.RMSNorm, inputs: Tensor) -> Tensor:
-    return functional.rms_norm(inputs, cast(Any, module.normalized_shape), eps=module.eps)
+def _normalize_layer(call: LayerCall, rows: Tensor) -> Tensor:
+    return functional.layer_norm(rows, rows.shape[-1:], eps=cast(nn.LayerNorm, call.module).eps)
 
 
-def _normalize_group(module: nn.GroupNorm, inputs: Tensor) -> Tensor:
+def _normalize_rms(call: LayerCall, rows: Tensor) -> Tensor:
+    return functional.rms_norm(rows, rows.shape[-1:], eps=cast(nn.RMSNorm, call.module).eps)
+
+
+def _normalize_group(call: LayerCall, inputs: Tensor) -> Tensor:
+    module = cast(nn.GroupNorm, call.module)
     return functional.group_norm(inputs, module.num_groups, eps=module.eps)
 
 
-def _normalize_instance(module: nn.InstanceNorm2d, inputs: Tensor) -> Tensor:
+def _normalize_instance(call: LayerCall, inputs: Tensor) -> Tensor:
+    module = cast(nn.InstanceNorm2d, call.module)
     own = module.training or not module.track_running_stats
     return functional.instance_norm(
         inputs,
@@ -151,16 +203,16 @@ def _normalize_instance(module: nn.InstanceNorm2d, inputs: Tensor) -> Tensor:
 
 
 register_kind(
-    NormalizationKind(_normalize_batch, channels_first=True),
+    NormalizationKind(_normalize_batch, channels_first=True, by_rows=True),
     nn.BatchNorm1d,
     nn.BatchNorm2d,
     nn.BatchNorm3d,
 )
-register_kind(NormalizationKind(_normalize_layer, channels_first=False), nn.LayerNorm)
-register_kind(NormalizationKind(_normalize_rms, channels_first=False), nn.RMSNorm)
-register_kind(NormalizationKind(_normalize_group, channels_first=True), nn.GroupNorm)
+register_kind(NormalizationKind(_normalize_layer, channels_first=False, by_rows=True), nn.LayerNorm)
+register_kind(NormalizationKind(_normalize_rms, channels_first=False, by_rows=True), nn.RMSNorm)
+register_kind(NormalizationKind(_normalize_group, channels_first=True, by_rows=False), nn.GroupNorm)
 register_kind(
-    NormalizationKind(_normalize_instance, channels_first=True),
+    NormalizationKind(_normalize_instance, channels_first=True, by_rows=False),
     nn.InstanceNorm1d,
     nn.InstanceNorm2d,
     nn.InstanceNorm3d,

@@ -9,9 +9,9 @@ adds Jacobian rows, ``refresh`` factorises, ``precondition`` applies the last fa
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FisherMatrix",
     "GradientSource",
+    "RowReceiver",
     "check_choice",
     "check_damping",
     "damping_of",
@@ -45,12 +46,25 @@ class GradientSource:
         gradients: Parameter name → gradient.
         rows: Block name → Jacobian whose rows sum to the block's gradient. Present only while the
             gradients are exactly what the last backward pass left.
+        natural: Blocks whose gradients the backward pass has preconditioned already.
         coordinates: ``u`` (N, K) with ``∇L = Jᵀu`` for the rows of the structure's last update.
     """
 
     gradients: dict[str, Tensor]
     rows: Mapping[str, LayerJacobian] | None = None
     coordinates: Tensor | None = None
+    natural: Set[str] = frozenset()
+
+
+class RowReceiver(Protocol):
+    """What takes the rows that are pulled back from the output, as every structure does."""
+
+    @property
+    def additive(self) -> bool:
+        """Whether rows may come in chunks; see :class:`FisherMatrix`."""
+
+    def update(self, jacobians: Jacobians, count: Tensor | float) -> None:
+        """Take rows; see :meth:`FisherMatrix.update`."""
 
 
 class FisherMatrix(ABC):

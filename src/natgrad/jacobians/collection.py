@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from natgrad.jacobians.layer import LayerJacobian
+from natgrad.jacobians.linear import LinearJacobian
 from natgrad.layouts import ParameterLayout
 
 __all__ = ["Jacobians"]
@@ -32,6 +34,11 @@ class Jacobians(Mapping[str, LayerJacobian]):
     ) -> None:
         self.layout = layout
         self._blocks = blocks
+        #: What layers that read the same tensor share while curvature is updated.
+        self.moments: dict[Any, tuple[Tensor, Tensor]] = {}
+        for block in blocks.values():
+            if isinstance(block, LinearJacobian):
+                block.moments = self.moments
         self.samples = samples
         self.directions = directions
 

@@ -45,6 +45,9 @@ class EmbeddingJacobian(LinearJacobian):
         """Return the indices and ``δ``."""
         return {"indices": self.indices, "output_gradients": self.output_gradients}
 
+    def _take_inputs(self, positions: Tensor) -> None:
+        self.indices = self.indices[:, positions]
+
     def _input_products(self, other: LinearJacobian, start: int, stop: int, first: int) -> Tensor:
         assert isinstance(other, EmbeddingJacobian)
         left = self.indices[start:stop].reshape(-1, 1)

@@ -30,7 +30,7 @@ CHUNK_ELEMENTS = 2**25
 
 @dataclass
 class KroneckerSums:
-    """Un-normalised second moments of one layer.
+    """Un-normalised second moments of one layer, right in their lower triangles.
 
     Attributes:
         inputs: ``Σ a aᵀ``, ``(G, d_in + bias, d_in + bias)``, or its diagonal ``(G, d_in + bias)``;

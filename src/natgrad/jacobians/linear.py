@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
+from natgrad import linalg
 from natgrad.jacobians import layer
 from natgrad.jacobians.layer import (
     KroneckerSums,
@@ -28,8 +29,8 @@ class LinearJacobian(LayerJacobian):
 
     Args:
         layout: The block's layout.
-        inputs: Layer inputs, ``(N, T, G, d_in)``, or a function that makes them when first needed
-            (convolutions build their patches only then).
+        inputs: Layer inputs, ``(N, T, G, d_in)``, or a function that makes them when first needed,
+            at all positions (for None) or some (convolutions build their patches only then).
         output_gradients: ``δ``, ``(N, K, T, G, d_out)``.
         bias_value: The input a bias sees: 1 for ordinary layers.
         skip_silent: Leave positions whose ``δ`` is exactly zero (ignored or padded tokens) out of
@@ -39,7 +40,7 @@ class LinearJacobian(LayerJacobian):
     def __init__(
         self,
         layout: BlockLayout,
-        inputs: Tensor | Callable[[], Tensor],
+        inputs: Tensor | Callable[[Tensor | None], Tensor],
         output_gradients: Tensor,
         *,
         bias_value: float = 1.0,
@@ -52,6 +53,8 @@ class LinearJacobian(LayerJacobian):
         self.bias_value = bias_value
         self.skip_silent = skip_silent
         self._active: Tensor | None = None
+        #: What was computed from inputs, beside them, for other layers that read the same tensor.
+        self.moments: dict[Any, tuple[Tensor, Tensor]] = {}
 
     @property
     def active_positions(self) -> Tensor | None:
@@ -72,7 +75,7 @@ class LinearJacobian(LayerJacobian):
     def inputs(self) -> Tensor:
         """Layer inputs ``a``, ``(N, T, G, d_in)``, without the bias coordinate."""
         if callable(self._inputs):
-            self._inputs = at_least_float32(self._inputs())
+            self._inputs = at_least_float32(self._inputs(None))
         return self._inputs
 
     @property
@@ -119,6 +122,33 @@ class LinearJacobian(LayerJacobian):
         result._active = None
         return result
 
+    def subsampled(self, positions: Tensor) -> LinearJacobian:
+        """Return rows at some of the positions, for unbiased second moments.
+
+        ``δ`` is scaled such that sums of ``δ δᵀ`` over uniformly drawn positions have the
+        expectation of those over all. The rows themselves lose what the other positions add.
+
+        Args:
+            positions: Which of the ``T`` positions, ``(T',)``.
+        """
+        result = copy.copy(self)
+        result._take_inputs(positions)
+        scale = (self.positions / len(positions)) ** 0.5
+        result.output_gradients = self.output_gradients[:, :, positions] * scale
+        result.positions = len(positions)
+        result._active = None if self._active is None else self._active[:, positions]
+        return result
+
+    def _take_inputs(self, positions: Tensor) -> None:
+        whole = self._inputs
+        if callable(whole):
+            self._inputs = at_least_float32(whole(positions))
+            return
+        key = (*_identity(whole), tuple(positions.tolist()))
+        if key not in self.moments:
+            self.moments[key] = whole, whole[:, positions]
+        self._inputs = self.moments[key][1]
+
     # The four primitives that depend on how inputs are stored; embeddings replace them.
 
     def _input_products(self, other: LinearJacobian, start: int, stop: int, first: int) -> Tensor:
@@ -161,7 +191,15 @@ class LinearJacobian(LayerJacobian):
 
     def _input_second_moment(self, weights: Tensor | None, size_limit: int | None) -> Tensor:
         """Return ``Σ w a aᵀ`` per group, with ``w`` of shape ``(N, T)`` or all ones."""
-        return self._second_moment_of(self.inputs, weights, size_limit)
+        if weights is not None:
+            return self._second_moment_of(self.inputs, weights, size_limit)
+        # Layers that read the same tensor, such as query, key and value, share its moment.
+        bias = self.bias_value if self.layout.has_bias else 0.0
+        inputs = self.inputs
+        key = (*_identity(inputs), bias, size_limit)
+        if key not in self.moments:
+            self.moments[key] = inputs, self._second_moment_of(inputs, None, size_limit)
+        return self.moments[key][1]
 
     def _second_moment_of(
         self, inputs: Tensor, weights: Tensor | None, size_limit: int | None
@@ -176,20 +214,18 @@ class LinearJacobian(LayerJacobian):
                 return moment
             corner = (count * self.bias_value**2).expand(layout.groups, 1)
             return torch.cat([moment, corner], dim=1)
-        if layout.groups == 1:
-            moment = (scaled[0].T @ a[0]).unsqueeze(0)
-        else:
-            moment = scaled.mT @ a
-        if not layout.has_bias:
-            return moment
         # [aᵀa, aᵀ1; 1ᵀa, n] without copying the activations beside a column of ones.
-        d = layout.d_in
-        full = moment.new_empty(layout.groups, d + 1, d + 1)
-        full[:, :d, :d] = moment
-        border = scaled.sum(1) * self.bias_value
-        full[:, :d, d] = border
-        full[:, d, :d] = border
-        full[:, d, d] = count * self.bias_value**2
+        d, size = layout.d_in, layout.d_augmented
+        full = a.new_zeros(layout.groups, size, size)
+        if layout.groups == 1 and weights is None:
+            linalg.lower_gram(a[0], full[0, :d, :d])
+        else:
+            torch.bmm(scaled.mT, a, out=full[:, :d, :d])
+        if layout.has_bias:
+            border = scaled.sum(1) * self.bias_value
+            full[:, :d, d] = border
+            full[:, d, :d] = border
+            full[:, d, d] = count * self.bias_value**2
         return full
 
     def gram(self, other: LayerJacobian | None = None) -> Tensor:
@@ -308,7 +344,7 @@ class LinearJacobian(LayerJacobian):
         if max_factor_size is not None and self.layout.d_out > max_factor_size:
             outputs = flat.square().sum(1)
         elif self.layout.groups == 1:
-            outputs = (flat[0].T @ flat[0]).unsqueeze(0)
+            outputs = linalg.lower_gram(flat[0]).unsqueeze(0)
         else:
             outputs = flat.mT @ flat
         return KroneckerSums(moment, positions, outputs)
@@ -328,3 +364,8 @@ class LinearJacobian(LayerJacobian):
             weights = (counts > 0).to(inputs.dtype).unsqueeze(1)
             positions = weights.sum()
         return mean, self._second_moment_of(mean, weights, size_limit), positions
+
+
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    """Return what tells apart two tensors that are both alive."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype

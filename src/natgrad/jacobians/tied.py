@@ -11,6 +11,7 @@ from natgrad.jacobians.layer import (
     WeightSharing,
     gram_by_gradients,
 )
+from natgrad.layouts import BlockLayout
 
 __all__ = ["SumJacobian"]
 
@@ -23,12 +24,12 @@ class SumJacobian(LayerJacobian):
 
     Args:
         parts: Jacobians of the same parameter with the same ``N`` and ``K``.
+        layout: The block's layout; by default that of the first part stored the ordinary way round.
     """
 
-    def __init__(self, parts: list[LayerJacobian]) -> None:
-        # The first part stored the ordinary way round gives the layout.
+    def __init__(self, parts: list[LayerJacobian], layout: BlockLayout | None = None) -> None:
         self.parts = sorted(parts, key=lambda part: part.layout.transposed)
-        self.layout = self.parts[0].layout
+        self.layout = self.parts[0].layout if layout is None else layout
         self.samples = parts[0].samples
         self.directions = parts[0].directions
 
@@ -65,16 +66,17 @@ class SumJacobian(LayerJacobian):
         return result
 
     def per_sample_gradients(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Return the summed rows as matrices of the first part's layout."""
-        total = self.parts[0].per_sample_gradients(start, stop)
-        for part in self.parts[1:]:
+        """Return the summed rows as matrices of the block's layout."""
+        total: Tensor | None = None
+        for part in self.parts:
             rows = part.layout.flat(part.per_sample_gradients(start, stop))
-            total = total + self.layout.matrix(rows)
-        return total
+            total = rows if total is None else total + rows
+        assert total is not None
+        return self.layout.matrix(total)
 
     def combined(self, weights: Tensor) -> SumJacobian:
         """Combine the rows of every use."""
-        return SumJacobian([part.combined(weights) for part in self.parts])
+        return SumJacobian([part.combined(weights) for part in self.parts], self.layout)
 
     def kronecker_factors(
         self,
@@ -96,7 +98,7 @@ class SumJacobian(LayerJacobian):
             assert sums.inputs is not None
             a = sums.inputs / sums.positions.clamp(min=1.0)
             b = sums.outputs
-            if part.layout.transposed != self.layout.transposed:
+            if _other_way_round(part.layout, self.layout):
                 a, b = b, a
             trace_a, trace_b = _factor_trace(a), _factor_trace(b)
             merged_a = _add_factors(merged_a, a * trace_b)
@@ -106,6 +108,16 @@ class SumJacobian(LayerJacobian):
         scale = torch.where(total > 0, total, torch.ones_like(total))
         count = total.new_tensor(float(self.samples))
         return KroneckerSums(merged_a / scale * count, count, merged_b)
+
+
+def _other_way_round(layout: BlockLayout, reference: BlockLayout) -> bool:
+    """Return whether a layout's matrices are those of the reference, transposed.
+
+    Of a bias, plain rows are one row and those of a linear layer one column.
+    """
+    shape = (layout.d_out, layout.d_augmented)
+    wanted = (reference.d_out, reference.d_augmented)
+    return layout.transposed != reference.transposed or shape == wanted[::-1] != wanted
 
 
 def _factor_trace(factor: Tensor) -> Tensor:
