@@ -489,11 +489,12 @@ class StepByStep:
     def kronecker_inverse(self, a: Tensor, b: Tensor) -> Tensor:
         eye_a, eye_b = (torch.eye(len(m), dtype=torch.float64) for m in (a, b))
         if self.rule == "tikhonov":
-            return torch.linalg.inv(torch.kron(b, a) + self.damping * torch.kron(eye_b, eye_a))
+            product = torch.kron(b.contiguous(), a.contiguous())
+            return torch.linalg.inv(product + self.damping * torch.eye(len(product)).to(a))
         pi = (a.trace() / len(a) / (b.trace() / len(b))) ** 0.5
         root = self.damping**0.5
         left, right = b + root / pi * eye_b, a + root * pi * eye_a
-        return torch.linalg.inv(torch.kron(left, right))
+        return torch.linalg.inv(torch.kron(left.contiguous(), right.contiguous()))
 
 
 @pytest.mark.parametrize("factor_interval", [1, 2])

@@ -116,7 +116,9 @@ def fisher(layers: list[Layer], structure: str, hessians: Tensor) -> Tensor:
     """Return the ``P × P`` matrix of a structure for output Hessians ``(N, C, C)``."""
     samples = len(hessians)
     if structure == "kfac":
-        return torch.block_diag(*(torch.kron(b, a) for a, b in factors(layers, hessians)))
+        return torch.block_diag(
+            *(torch.kron(b.contiguous(), a.contiguous()) for a, b in factors(layers, hessians))
+        )
     rows = jacobian(layers)
     exact = rows.T @ in_blocks(hessians) @ rows / samples
     if structure == "full":

@@ -109,7 +109,7 @@ class EigenbasisPart(CurvaturePart):
         self.sum = None if self.sum is None else self.sum * factor
 
     def _eigenbasis(self) -> Basis:
-        a, b = self.factors.kronecker_factors()
+        a, b = self.factors.lower_factors()
         return eigenbasis(a)[0], eigenbasis(b)[0]
 
     def _measured(self, basis: Basis) -> Tensor | None:

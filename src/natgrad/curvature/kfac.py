@@ -33,7 +33,7 @@ from natgrad.curvature.factors import (
 from natgrad.curvature.function_space import map_by_columns
 from natgrad.curvature.partitioned import CurvaturePart, PartitionedFisher
 from natgrad.curvature.registry import register_structure
-from natgrad.jacobians import Jacobians, LinearJacobian, WeightSharing
+from natgrad.jacobians import Jacobians, LayerJacobian, LinearJacobian, WeightSharing
 from natgrad.layouts import BlockLayout, ParameterLayout
 
 __all__ = ["DampingRule", "KFACFisher", "KroneckerPart"]
@@ -55,6 +55,12 @@ class KroneckerPart(CurvaturePart):
             ``"pi"`` inverts ``(B + √λ/π I) ⊗ (A + π√λ I)`` with
             ``π² = (tr A / d_a) / (tr B / d_g)``, which is cheaper and damps somewhat more.
         max_factor_size: Larger factors are kept as their diagonal.
+        max_factor_rows: If a batch has more rows (samples times positions), an update of *expand*
+            factors takes a random subset of positions, the same for all samples, drawn anew every
+            time: unbiased, and neighbouring positions tell much the same. None for all rows.
+        precondition_dtype: Type of the products with factored inverses, such as
+            ``torch.bfloat16``, where the hardware multiplies it faster; the factors and their
+            inversion keep theirs, which is also the default here.
     """
 
     def __init__(
@@ -65,6 +71,8 @@ class KroneckerPart(CurvaturePart):
         weight_sharing: WeightSharing = "expand",
         damping_rule: DampingRule = "tikhonov",
         max_factor_size: int | None = 8192,
+        max_factor_rows: int | None = None,
+        precondition_dtype: torch.dtype | None = None,
     ) -> None:
         self.name = name
         self.layout = layout
@@ -73,6 +81,9 @@ class KroneckerPart(CurvaturePart):
         self.weight_sharing: WeightSharing = weight_sharing
         self.damping_rule: DampingRule = damping_rule
         self.max_factor_size = max_factor_size
+        self.max_factor_rows = max_factor_rows
+        self.precondition_dtype = precondition_dtype
+        self.draws = 0
         self.count = 0.0
         self.inputs: Tensor | None = None
         self.positions: Tensor | None = None
@@ -88,8 +99,10 @@ class KroneckerPart(CurvaturePart):
         if self.name not in jacobians:
             self.count += float(count)
             return
-        sums = jacobians[self.name].kronecker_factors(
-            self.weight_sharing, self.max_factor_size, continued=float(count) == 0
+        continued = float(count) == 0
+        self.draws += not continued
+        sums = self._sampled(jacobians[self.name]).kronecker_factors(
+            self.weight_sharing, self.max_factor_size, continued=continued
         )
         # Σ x xᵀ is finite exactly if its diagonal is.
         finite = torch.isfinite(factor_diagonal(sums.outputs)).all()
@@ -103,6 +116,21 @@ class KroneckerPart(CurvaturePart):
         self.outputs = discounted_sum(self.outputs, sums.outputs, self._discount)
         self._discount = 1.0
 
+    def _sampled(self, rows: LayerJacobian) -> LayerJacobian:
+        """Return the rows, or those of some positions if they are more than ``max_factor_rows``."""
+        if (
+            self.max_factor_rows is None
+            or self.weight_sharing == "reduce"
+            or not isinstance(rows, LinearJacobian)
+        ):
+            return rows
+        kept = max(1, -(-self.max_factor_rows // rows.samples))
+        if kept >= rows.positions:
+            return rows
+        generator = torch.Generator().manual_seed(self.draws)
+        chosen = torch.randperm(rows.positions, generator=generator)[:kept].sort().values
+        return rows.subsampled(chosen.to(rows.device))
+
     def discount(self, factor: float) -> None:
         """Discount counts at once, sums together with the next update; with 0 forget them."""
         self.count *= factor
@@ -113,6 +141,11 @@ class KroneckerPart(CurvaturePart):
 
     def kronecker_factors(self) -> tuple[Tensor, Tensor]:
         """Return ``(A, B)``, zero where nothing was seen yet."""
+        a, b = (linalg.symmetric(x) if x.dim() == 3 else x for x in self.lower_factors())
+        return a, b
+
+    def lower_factors(self) -> tuple[Tensor, Tensor]:
+        """Return ``(A, B)``, right in their lower triangles, which factorisations read."""
         if self.inputs is None or self.positions is None or self.outputs is None:
             d_in, d_out = self.layout.d_augmented, self.layout.d_out
             groups, zeros = self.layout.groups, self.parameters.zeros
@@ -142,7 +175,7 @@ class KroneckerPart(CurvaturePart):
             return lambda v: self._columns(
                 multiply_right(multiply_left(inverse[1], self._matrices(v)), inverse[0])
             )
-        a, b = self.kronecker_factors()
+        a, b = self.lower_factors()
         basis_a, values_a = eigenbasis(a)
         basis_b, values_b = eigenbasis(b)
         damped = values_b.unsqueeze(-1) * values_a.unsqueeze(-2) + damping
@@ -158,12 +191,12 @@ class KroneckerPart(CurvaturePart):
         shifts = self._shifts(damping)
         if shifts is None:
             return None
-        a, b = self.kronecker_factors()
+        a, b = self.lower_factors()
         return shifted_inverse(a, shifts[0]), shifted_inverse(b, shifts[1])
 
     def _shifts(self, damping: float) -> tuple[Tensor, Tensor] | None:
         """Return what is added to A and B, ``(G,)`` each; None where it cannot be split."""
-        a, b = self.kronecker_factors()
+        a, b = self.lower_factors()
         if damping > 0 and self.damping_rule != "pi":
             return None
         return pi_shifts(a, b, damping)
@@ -185,17 +218,17 @@ class KroneckerPart(CurvaturePart):
 
     def trace(self) -> Tensor:
         """Return ``Σ_g tr A_g tr B_g``."""
-        a, b = self.kronecker_factors()
+        a, b = self.lower_factors()
         return (factor_diagonal(a).sum(-1) * factor_diagonal(b).sum(-1)).sum()
 
     def diagonal(self) -> Tensor:
         """Return the diagonal."""
-        a, b = self.kronecker_factors()
+        a, b = self.lower_factors()
         return self.layout.flat(factor_diagonal(b).unsqueeze(-1) * factor_diagonal(a).unsqueeze(-2))
 
     def eigenvalues(self) -> Tensor:
         """Return all products of the factors' eigenvalues."""
-        a, b = self.kronecker_factors()
+        a, b = self.lower_factors()
         (_, values_a), (_, values_b) = eigenbasis(a), eigenbasis(b)
         return (values_b.unsqueeze(-1) * values_a.unsqueeze(-2)).flatten()
 
@@ -211,7 +244,7 @@ class KroneckerPart(CurvaturePart):
         if self.inputs is None or self.count == 0:
             return
         self._split = None
-        a, b = self.kronecker_factors()
+        a, b = self.lower_factors()
         if self.damping_rule == "pi":
             self._inverse = self._factorwise_inverse(damping)
             return
@@ -249,6 +282,8 @@ class KroneckerPart(CurvaturePart):
             and self.rows_are_cheaper(rows.samples * rows.positions)
         ):
             return self._precondition_rows(rows)
+        if self._is_plain():
+            return self._precondition_plain([source.gradients[name] for name in self.names])
         gradients = [source.gradients[name] for name in self.names]
         dtype = self._inverse[0].dtype
         matrix = self.layout.matrix(self.layout.gather(gradients).to(dtype))
@@ -261,16 +296,44 @@ class KroneckerPart(CurvaturePart):
             matrix = rotate_back(b, rotate(b, matrix, a) * scale, a)
         return dict(zip(self.names, self.layout.scatter(self.layout.flat(matrix)), strict=True))
 
+    def _is_plain(self) -> bool:
+        """Return whether the layer is one weight matrix whose inverses are two dense matrices."""
+        layout = self.layout
+        return (
+            self.damping_rule == "pi"
+            and layout.groups == 1
+            and layout.has_weight
+            and len(layout.names) == 1 + layout.has_bias
+            and not layout.transposed
+            and not self._too_large(layout.d_augmented)
+            and not self._too_large(layout.d_out)
+        )
+
+    def _precondition_plain(self, gradients: list[Tensor]) -> dict[str, Tensor]:
+        """Return ``B̂⁻¹ G Â⁻¹`` without copying weight and bias into one matrix."""
+        layout = self.layout
+        core, border, corner, inverse_b = self._split_inverse()
+        weight = self.cast(gradients[0].reshape(layout.d_out, layout.d_in))
+        if not layout.has_bias:
+            return self._named(inverse_b @ (weight @ core))
+        bias = self.cast(gradients[1])
+        right = torch.addmm(torch.outer(bias, border), weight, core)
+        right_bias = torch.addmv(bias * corner, weight, border)
+        return self._named(inverse_b @ right, inverse_b @ right_bias)
+
+    def _named(self, *values: Tensor) -> dict[str, Tensor]:
+        """Return weight and bias under their names, in their shapes and the factors' dtype."""
+        assert self._inverse is not None
+        dtype = self._inverse[0].dtype
+        return {
+            name: value.reshape(shape).to(dtype)
+            for name, shape, value in zip(self.names, self.layout.shapes, values, strict=True)
+        }
+
     def rows_are_cheaper(self, rows: int) -> bool:
         """Return whether applying the inverses to ``rows`` rows beats applying them to ``G``."""
         layout = self.layout
-        if self.damping_rule != "pi" or layout.groups != 1 or not layout.has_weight:
-            return False
-        if (
-            layout.transposed
-            or self._too_large(layout.d_augmented)
-            or self._too_large(layout.d_out)
-        ):
+        if not self._is_plain():
             return False
         d_in, d_out = layout.d_augmented, layout.d_out
         return rows * (d_in**2 + d_out**2 + d_in * d_out) < d_in * d_out * (d_in + d_out)
@@ -278,20 +341,36 @@ class KroneckerPart(CurvaturePart):
     def _too_large(self, size: int) -> bool:
         return self.max_factor_size is not None and size > self.max_factor_size
 
-    def _precondition_rows(self, rows: LinearJacobian) -> dict[str, Tensor]:
-        layout = self.layout
+    def can_fuse(self, rows: int) -> bool:
+        """Return whether a weight-gradient product may take preconditioned rows, and should."""
+        return self._inverse is not None and self.rows_are_cheaper(rows)
+
+    def cast(self, rows: Tensor) -> Tensor:
+        """Return rows in the dtype of products with the inverses."""
+        return rows.to(self._split_inverse()[0].dtype)
+
+    def precondition_rows(
+        self, a: Tensor, delta: Tensor, bias_value: float = 1.0
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return ``B̂⁻¹ δᵀa Â⁻¹`` of a plain layer as weight and bias, from its rows.
+
+        Args:
+            a: Inputs without the bias coordinate, ``(R, d_in)``.
+            delta: Output gradients, ``(R, d_out)``.
+            bias_value: The input a bias sees.
+        """
         core, border, corner, inverse_b = self._split_inverse()
-        a = rows.inputs.flatten(0, 2)  # (N·T, d_in)
-        delta = rows.output_gradients.flatten(0, 3) @ inverse_b  # (N·T, d_out), as K = G = 1
-        if not layout.has_bias:
-            return {self.names[0]: (delta.T @ (a @ core)).reshape(layout.shapes[0])}
-        value = rows.bias_value
-        weight = delta.T @ torch.addmm(border, a, core, beta=value)
-        bias = delta.T @ torch.addmv(value * corner, a, border)
-        return {
-            self.names[0]: weight.reshape(layout.shapes[0]),
-            self.names[1]: bias.reshape(layout.shapes[1]),
-        }
+        solved = delta @ inverse_b
+        if not self.layout.has_bias:
+            return solved.T @ (a @ core), None
+        weight = solved.T @ torch.addmm(border, a, core, beta=bias_value)
+        return weight, solved.T @ torch.addmv(bias_value * corner, a, border)
+
+    def _precondition_rows(self, rows: LinearJacobian) -> dict[str, Tensor]:
+        a = self.cast(rows.inputs.flatten(0, 2))  # (N·T, d_in)
+        delta = self.cast(rows.output_gradients.flatten(0, 3))  # (N·T, d_out), as K = G = 1
+        weight, bias = self.precondition_rows(a, delta, rows.bias_value)
+        return self._named(weight) if bias is None else self._named(weight, bias)
 
     def _split_inverse(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return ``Â⁻¹`` as ``[[core, border], [borderᵀ, corner]]``, and ``B̂⁻¹``.
@@ -300,7 +379,8 @@ class KroneckerPart(CurvaturePart):
         """
         assert self._inverse is not None
         if self._split is None:
-            inverse_a, inverse_b = self._inverse[0][0], self._inverse[1][0]
+            kind = self.precondition_dtype or self._inverse[0].dtype
+            inverse_a, inverse_b = self._inverse[0][0].to(kind), self._inverse[1][0].to(kind)
             d = self.layout.d_in
             self._split = (
                 inverse_a[:d, :d].contiguous(),
@@ -321,7 +401,8 @@ class KroneckerPart(CurvaturePart):
             entries = groups * (size if diagonal else size**2)
             shapes.append(f"diag({size})" if diagonal else f"{size} x {size}")
             memory += 2 * self.parameters.dtype.itemsize * entries
-            refresh += float(rows) * times * entries + (0 if diagonal else groups * size**3)
+            summed = min(rows, max(self.max_factor_rows or rows, workload.samples))
+            refresh += float(summed) * times * entries + (0 if diagonal else groups * size**3)
         on_rows = float(rows) * (d_in**2 + d_out**2 + d_in * d_out)
         on_gradient = float(groups) * d_in * d_out * (d_in + d_out)
         step = on_rows if self.rows_are_cheaper(rows) else on_gradient
@@ -332,6 +413,7 @@ class KroneckerPart(CurvaturePart):
         """Return sums, counts and inverses."""
         return {
             "count": self.count,
+            "draws": self.draws,
             "discount": self._discount,
             "inputs": self.inputs,
             "positions": self.positions,
@@ -342,6 +424,7 @@ class KroneckerPart(CurvaturePart):
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Restore them."""
         self.count, self._discount = state["count"], state["discount"]
+        self.draws = state["draws"]
         for key in ("inputs", "positions", "outputs"):
             value = state[key]
             setattr(self, key, None if value is None else value.to(device))
@@ -354,18 +437,23 @@ class KroneckerPart(CurvaturePart):
 class KFACFisher(PartitionedFisher):
     """One Kronecker product per layer; memory ``d_a² + d_g²`` instead of ``(d_a d_g)²``.
 
-    Options: ``weight_sharing``, ``damping_rule`` and ``max_factor_size`` of
-    :class:`KroneckerPart`.
+    Options: ``weight_sharing``, ``damping_rule``, ``max_factor_size``, ``max_factor_rows`` and
+    ``precondition_dtype`` of :class:`KroneckerPart`.
     """
 
     structure: ClassVar[str] = "kfac"
-    training_options: ClassVar[Mapping[str, Any]] = {"damping_rule": "pi"}
+    training_options: ClassVar[Mapping[str, Any]] = {
+        "damping_rule": "pi",
+        "max_factor_rows": 512,
+    }
 
     def make_parts(
         self,
         weight_sharing: WeightSharing = "expand",
         damping_rule: DampingRule = "tikhonov",
         max_factor_size: int | None = 8192,
+        max_factor_rows: int | None = None,
+        precondition_dtype: torch.dtype | None = None,
         **options: Any,
     ) -> dict[str, CurvaturePart]:
         """Return one Kronecker part per block.
@@ -377,7 +465,18 @@ class KFACFisher(PartitionedFisher):
         refuse_options(self.structure, options)
         check_choice("weight_sharing", weight_sharing, "expand", "reduce")
         check_choice("damping_rule", damping_rule, "tikhonov", "pi")
+        if max_factor_rows is not None and max_factor_rows < 1:
+            raise ValueError(f"max_factor_rows must be at least 1 or None, got {max_factor_rows}")
         return {
-            n: KroneckerPart(n, block, self.layout, weight_sharing, damping_rule, max_factor_size)
-            for n, block in self.blocks.items()
+            name: KroneckerPart(
+                name,
+                block,
+                self.layout,
+                weight_sharing,
+                damping_rule,
+                max_factor_size,
+                max_factor_rows,
+                precondition_dtype,
+            )
+            for name, block in self.blocks.items()
         }

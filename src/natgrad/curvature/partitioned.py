@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -130,6 +130,7 @@ class PartitionedFisher(FisherMatrix):
         """Add rows to every part."""
         for part in self.parts.values():
             part.update(jacobians, count)
+        jacobians.moments.clear()
 
     def discount(self, factor: float) -> None:
         """Discount every part."""
@@ -197,23 +198,45 @@ class PartitionedFisher(FisherMatrix):
         assert result is not None
         return result
 
-    def refresh(self, damping: float | Mapping[str, float]) -> None:
+    def refresh(
+        self, damping: float | Mapping[str, float], names: Collection[str] | None = None
+    ) -> None:
         """Factorise every part; a part that cannot be keeps its last factorisation.
 
         It warns once for each part, by name.
+
+        Args:
+            damping: One value, or one per block name.
+            names: Parts to factorise; all by default.
         """
-        for name, part in self.parts.items():
-            value = damping_of(name, damping)
+        for name in self.parts if names is None else names:
             try:
-                part.refresh(value)
+                self.parts[name].refresh(damping_of(name, damping))
             except FactorizationError as error:
                 linalg.warn_kept(self, name, error)
 
+    def staggered(self, slots: int) -> list[list[str]]:
+        """Return the parts in ``slots`` lists that cost about the same to factorise.
+
+        The dearest parts come first, each into the list that is cheapest so far.
+        """
+        costs = {n: part.cost(Workload(0, 1, {})).refresh for n, part in self.parts.items()}
+        lists: list[list[str]] = [[] for _ in range(slots)]
+        totals = [0.0] * slots
+        for name in sorted(costs, key=lambda n: -costs[n]):
+            cheapest = totals.index(min(totals))
+            lists[cheapest].append(name)
+            totals[cheapest] += max(costs[name], 1.0)
+        return lists
+
     def precondition(self, source: GradientSource) -> dict[str, Tensor]:
-        """Precondition every part."""
+        """Precondition every part that is not yet."""
         result: dict[str, Tensor] = {}
-        for part in self.parts.values():
-            result.update(part.precondition(source))
+        for block, part in self.parts.items():
+            if block in source.natural:
+                result.update({name: source.gradients[name] for name in part.names})
+            else:
+                result.update(part.precondition(source))
         return result
 
     def costs(self, workload: Workload) -> dict[str, Cost]:

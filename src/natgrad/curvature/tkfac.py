@@ -82,10 +82,10 @@ class TraceRestrictedPart(KroneckerPart):
         if factor == 0.0:
             self.traces = None
 
-    def kronecker_factors(self) -> tuple[Tensor, Tensor]:
+    def lower_factors(self) -> tuple[Tensor, Tensor]:
         """Return ``(√δ Φ, √δ Ψ)``, zero where nothing was seen yet."""
         if self.inputs is None or self.outputs is None or self.traces is None:
-            return super().kronecker_factors()
+            return super().lower_factors()
         if self.count == 0:
             return torch.zeros_like(self.inputs), torch.zeros_like(self.outputs)
         root = (self.traces * (self._discount / self.count)).sqrt()
