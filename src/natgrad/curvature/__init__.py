@@ -12,6 +12,7 @@ from natgrad.curvature import (  # noqa: F401
     tekfac,
     thermodynamic,
     tkfac,
+    two_level,
     unit_wise,
 )
 from natgrad.curvature.base import FisherMatrix, GradientSource

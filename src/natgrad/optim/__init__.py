@@ -10,6 +10,7 @@ from natgrad.optim.exact import ExactNGD
 from natgrad.optim.improved_empirical import ImprovedEmpiricalNGD
 from natgrad.optim.kfac import KFAC
 from natgrad.optim.kpsvd import KPSVD
+from natgrad.optim.levenberg_marquardt import LevenbergMarquardt
 from natgrad.optim.natural_gradient import NaturalGradient
 from natgrad.optim.padam import Padam
 from natgrad.optim.preconditioner import Preconditioner
@@ -17,6 +18,7 @@ from natgrad.optim.summary import Summary
 from natgrad.optim.tekfac import TEKFAC
 from natgrad.optim.thermodynamic import ThermodynamicNGD
 from natgrad.optim.tkfac import TKFAC
+from natgrad.optim.two_level_kfac import TwoLevelKFAC
 from natgrad.optim.unit_wise import UnitWiseNGD
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "ImprovedEmpiricalNGD",
     "KFAC",
     "KPSVD",
+    "LevenbergMarquardt",
     "NaturalGradient",
     "Padam",
     "Preconditioner",
@@ -37,5 +40,6 @@ __all__ = [
     "TEKFAC",
     "TKFAC",
     "ThermodynamicNGD",
+    "TwoLevelKFAC",
     "UnitWiseNGD",
 ]

@@ -8,6 +8,7 @@ from torch import nn
 
 from natgrad.fisher import FisherType
 from natgrad.likelihoods import Likelihood
+from natgrad.optim.levenberg_marquardt import LevenbergMarquardt
 from natgrad.optim.natural_gradient import NaturalGradient
 
 __all__ = ["ConjugateGradientNGD"]
@@ -24,7 +25,7 @@ class ConjugateGradientNGD(NaturalGradient):
         model: The model to train.
         likelihood: A name, a :class:`natgrad.Likelihood`, or a torch loss module.
         lr: Learning rate, or ``"isotropic"`` for 1/α, measured on the first batch.
-        damping: λ, in the units of F.
+        damping: λ, in the units of F, or a :class:`natgrad.LevenbergMarquardt`.
         tolerance: Residual, relative to the gradient, at which the iteration ends.
         max_iterations: Most iterations per step.
         warm_start: Begin with the last natural gradient instead of zero.
@@ -43,7 +44,7 @@ class ConjugateGradientNGD(NaturalGradient):
         likelihood: str | Likelihood | nn.Module = "categorical",
         *,
         lr: float | Literal["isotropic"] = 1.0,
-        damping: float = 1e-2,
+        damping: float | LevenbergMarquardt = 1e-2,
         tolerance: float = 1e-3,
         max_iterations: int = 50,
         warm_start: bool = True,

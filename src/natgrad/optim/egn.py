@@ -11,9 +11,17 @@ from torch import Tensor, nn
 
 from natgrad.curvature.base import inner_product
 from natgrad.likelihoods import Likelihood
-from natgrad.optim.natural_gradient import NaturalGradient, check_range
+from natgrad.optim.levenberg_marquardt import LevenbergMarquardt
+from natgrad.optim.natural_gradient import NaturalGradient
+from natgrad.optim.ranges import check_range
 
 __all__ = ["EGN"]
+
+#: Options of the base class that have no meaning beside the line search.
+REFUSED = (
+    "weight_decay", "weight_decay_mode", "params", "kl_clip", "norm_clip", "step_rule",
+    "nesterov", "momentum_on", "graft", "graft_betas", "curvature_warmup",
+)  # fmt: skip
 
 
 class EGN(NaturalGradient):
@@ -83,7 +91,12 @@ class EGN(NaturalGradient):
         check_range("armijo", armijo, below=1.0)
         if max_trials < 1:
             raise ValueError(f"max_trials must be at least 1, got {max_trials}")
-        refused = {"weight_decay", "params", "kl_clip"} & set(options)
+        if isinstance(damping, LevenbergMarquardt):
+            raise ValueError(
+                "EGN adapts its damping itself: give a number and adaptive_damping=True with "
+                "damping_range"
+            )
+        refused = {*REFUSED} & set(options)
         if refused or isinstance(lr, str):
             what = f"{sorted(refused)[0]!r}" if refused else "lr='isotropic'"
             raise ValueError(

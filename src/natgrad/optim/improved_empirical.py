@@ -7,6 +7,7 @@ from typing import Any, Literal
 from torch import nn
 
 from natgrad.likelihoods import Likelihood
+from natgrad.optim.levenberg_marquardt import LevenbergMarquardt
 from natgrad.optim.natural_gradient import NaturalGradient
 
 __all__ = ["ImprovedEmpiricalNGD"]
@@ -25,7 +26,7 @@ class ImprovedEmpiricalNGD(NaturalGradient):
         model: The model to train.
         likelihood: A name, a :class:`natgrad.Likelihood`, or a torch loss module.
         lr: Learning rate, or ``"isotropic"`` for 1/α, measured on the first batch.
-        damping: λ, in the units of F.
+        damping: λ, in the units of F, or a :class:`natgrad.LevenbergMarquardt`.
         momentum: Momentum of the natural gradient.
         weight_decay: Decoupled weight decay.
         kl_clip: Bound on the predicted change of the output distribution per step.
@@ -41,7 +42,7 @@ class ImprovedEmpiricalNGD(NaturalGradient):
         likelihood: str | Likelihood | nn.Module = "categorical",
         *,
         lr: float | Literal["isotropic"] = 1.0,
-        damping: float = 1e-2,
+        damping: float | LevenbergMarquardt = 1e-2,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         kl_clip: float | None = 0.1,

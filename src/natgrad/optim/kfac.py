@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from natgrad.curvature.kfac import DampingRule
 from natgrad.fisher import FisherType
 from natgrad.jacobians import WeightSharing
 from natgrad.likelihoods import Likelihood
+from natgrad.optim.levenberg_marquardt import LevenbergMarquardt
 from natgrad.optim.natural_gradient import NaturalGradient
 
 __all__ = ["KFAC"]
@@ -25,7 +27,7 @@ class KFAC(NaturalGradient):
         model: The model to train.
         likelihood: A name, a :class:`natgrad.Likelihood`, or a torch loss module.
         lr: Learning rate, or ``"isotropic"`` for 1/α, measured on the first batch.
-        damping: λ, in the units of F.
+        damping: λ, in the units of F, or a :class:`natgrad.LevenbergMarquardt`.
         momentum: Momentum of the natural gradient.
         weight_decay: Decoupled weight decay.
         fisher: ``"exact"``, ``"mc"``, ``"empirical"`` or ``"improved"``.
@@ -37,6 +39,12 @@ class KFAC(NaturalGradient):
         weight_sharing: ``"expand"`` (every position a sample of its own) or ``"reduce"``.
         damping_rule: ``"pi"`` (factored) or ``"tikhonov"`` (exact, by eigendecomposition).
         max_factor_size: Larger factors are kept as their diagonal; None for no limit.
+        max_factor_rows: If a batch has more rows (samples times positions of a shared weight), an
+            update of the factors takes a random subset of positions, unbiased; None for all.
+        precondition_dtype: Type of the products with inverses, e.g. ``torch.bfloat16`` where the
+            hardware multiplies it faster; that of the factors by default.
+        fused: Let the backward pass make the natural gradient of linear layers itself; their
+            ``.grad`` then is the natural gradient.
         **options: Further arguments of :class:`~natgrad.optim.NaturalGradient`.
     """
 
@@ -46,7 +54,7 @@ class KFAC(NaturalGradient):
         likelihood: str | Likelihood | nn.Module = "categorical",
         *,
         lr: float | Literal["isotropic"] = 0.1,
-        damping: float = 1e-2,
+        damping: float | LevenbergMarquardt = 1e-2,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         fisher: str | FisherType = "mc",
@@ -58,6 +66,9 @@ class KFAC(NaturalGradient):
         weight_sharing: WeightSharing = "expand",
         damping_rule: DampingRule = "pi",
         max_factor_size: int | None = 8192,
+        max_factor_rows: int | None = 512,
+        precondition_dtype: torch.dtype | None = None,
+        fused: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(
@@ -77,5 +88,8 @@ class KFAC(NaturalGradient):
             weight_sharing=weight_sharing,
             damping_rule=damping_rule,
             max_factor_size=max_factor_size,
+            max_factor_rows=max_factor_rows,
+            precondition_dtype=precondition_dtype,
+            fused=fused,
             **options,
         )

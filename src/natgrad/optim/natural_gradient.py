@@ -2,28 +2,62 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from natgrad.curvature.base import inner_product
 from natgrad.fisher import FisherType
 from natgrad.likelihoods import Likelihood
+from natgrad.optim.clipping import clip_scales
+from natgrad.optim.copying import CopiedByState
+from natgrad.optim.grafting import AdamMoments, Graft, grafted
 from natgrad.optim.isotropic_rate import IsotropyProbe, is_isotropic
+from natgrad.optim.levenberg_marquardt import LevenbergMarquardt, Reevaluation, as_float
+from natgrad.optim.parameter_groups import Fallback, make_fallback, split_groups
 from natgrad.optim.preconditioner import Preconditioner, gradients_are_finite
+from natgrad.optim.quadratic_model import (
+    BatchFisher,
+    QuadraticModel,
+    group_grams,
+    quadratic_form,
+    slopes,
+)
+from natgrad.optim.ranges import check_range
+from natgrad.optim.replicas import average_over_replicas
+from natgrad.optim.step_options import MomentumOn, StepOptions, StepRule, WeightDecayMode
 from natgrad.optim.summary import Summary, summarize
 
-__all__ = ["NaturalGradient", "check_range"]
+__all__ = ["NaturalGradient"]
 
-Fallback = Literal["adamw", "sgd"]
+#: Values measured on the device for one step, by name.
+Measures = dict[str, Any]
 
 
-class NaturalGradient(torch.optim.Optimizer):
+@dataclass(frozen=True)
+class _Plan:
+    """A step about to be taken.
+
+    Attributes:
+        gradients: Parameter name → gradient of the loss, weight decay included if it is part of it.
+        state: Parameter name → new entries of the optimizer's state.
+        directions: Parameter name → tensor, for each of the directions v.
+        coefficients: c, with ``δ = Σ_i c_i v_i`` at learning rate 1.
+        scales: Factors on δ by the clips, one per preconditioned group.
+    """
+
+    gradients: dict[str, Tensor]
+    state: dict[str, dict[str, Any]]
+    directions: list[dict[str, Tensor]]
+    coefficients: list[float]
+    scales: list[float]
+
+
+class NaturalGradient(torch.optim.Optimizer, CopiedByState):
     r"""Natural gradient descent with any structure of the Fisher matrix.
 
     .. math::
@@ -43,9 +77,10 @@ class NaturalGradient(torch.optim.Optimizer):
             :func:`natgrad.ntk.isotropy`): the rate at which a wide network fits the batch in one
             step of the squared loss. The groups' ``lr`` is then 1, in units of 1/α, so that
             schedulers work as factors.
-        damping: λ, in the units of F.
+        damping: λ, in the units of F, or a :class:`natgrad.LevenbergMarquardt` rule that adapts it;
+            ``step`` then needs a closure. The λ of all groups rise and fall together.
         momentum: μ.
-        weight_decay: Decoupled weight decay w.
+        weight_decay: Weight decay w.
         fisher: ``"exact"``, ``"mc"``, ``"empirical"`` or ``"improved"``.
         mc_samples: Draws per input for ``"mc"``.
         factor_interval: Steps between updates of the curvature.
@@ -54,6 +89,27 @@ class NaturalGradient(torch.optim.Optimizer):
         kl_clip: Bound on ``η² ΔᵀFΔ``, twice the change (Kullback-Leibler divergence) of the
             output distribution that the curvature predicts for a step; larger steps are scaled
             down to it, before momentum. None for no bound.
+        norm_clip: Bound on the Euclidean norm of ηΔ over all preconditioned parameters together,
+            applied in the same way, after ``kl_clip``. None for no bound.
+        step_rule: ``"lr"``, or ``"quadratic_model"``: the step is η times
+            ``δ = −αΔ + μδ₀``, with δ₀ the step before, where α, and with ``momentum > 0`` also μ,
+            minimise the quadratic model of the loss with damping and the Fisher matrix of the
+            present batch, by ``fisher``. The minimiser itself needs ``lr=1`` and ``kl_clip=None``;
+            the clips bound all of ηδ. It costs the rows of every batch and one product with them,
+            and the loss must be a mean over samples. (Martens & Grosse 2015, sections 6.4 and 7.)
+        nesterov: Whether momentum looks ahead, as in :class:`torch.optim.SGD`.
+        momentum_on: ``"natural_gradient"``, or ``"gradient"``: the sum of past gradients is what
+            is preconditioned.
+        weight_decay_mode: ``"decoupled"`` (the formula above), or ``"model"``: the loss gains
+            ``½w‖θ‖²``, so its gradient ``wθ`` and its curvature ``F + wI``. Losses must be means
+            over samples.
+        graft: Optimizer whose length each parameter tensor's direction takes: ``"sgd"`` (the norm
+            of the gradient, or of the sum of gradients with ``momentum_on="gradient"``),
+            ``"adam"``, or None for the natural gradient's own.
+        graft_betas: Decays of Adam's moments for ``graft="adam"``.
+        curvature_warmup: Steps at the start that update curvature, every time, and move no
+            preconditioned parameter; the fallback trains as usual. The intervals count from the
+            first step after them.
         fallback: Optimizer of uncovered parameters, ``"adamw"`` or ``"sgd"`` (momentum 0.9).
         fallback_lr: Its learning rate; 1e-3 for AdamW and 1e-2 for SGD by default.
         params: Parameter groups with options of their own, as a list of dicts. A group says what
@@ -63,6 +119,13 @@ class NaturalGradient(torch.optim.Optimizer):
             the fallback). All other parameters form the last group.
         output: Picks the tensor the likelihood looks at out of the model's output.
         seed: Seed of the sampled labels; the global random state is never used.
+        fused: Let the backward pass of linear layers with fewer rows than units make their natural
+            gradient itself, which saves the plain weight-gradient product (K-FAC with factored
+            damping only). Their ``.grad`` then *is* the natural gradient, by the inverses of the
+            last step: gradient clipping bounds that, second derivatives through these layers are
+            not available, and ``kl_clip`` uses an unbiased estimate of ``⟨Δ, ∇L⟩``.
+        stagger: Spread factorisations evenly over the steps of ``inverse_interval``, so that no
+            single step takes much longer than the others.
         **structure_options: Options of the structure.
 
     Raises:
@@ -77,7 +140,7 @@ class NaturalGradient(torch.optim.Optimizer):
         likelihood: str | Likelihood | nn.Module = "categorical",
         *,
         lr: float | Literal["isotropic"],
-        damping: float,
+        damping: float | LevenbergMarquardt,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         fisher: str | FisherType = "exact",
@@ -86,11 +149,21 @@ class NaturalGradient(torch.optim.Optimizer):
         inverse_interval: int = 1,
         ema_decay: float = 0.0,
         kl_clip: float | None = None,
+        norm_clip: float | None = None,
+        step_rule: StepRule = "lr",
+        nesterov: bool = False,
+        momentum_on: MomentumOn = "natural_gradient",
+        weight_decay_mode: WeightDecayMode = "decoupled",
+        graft: Graft | None = None,
+        graft_betas: tuple[float, float] = (0.9, 0.999),
+        curvature_warmup: int = 0,
         fallback: Fallback = "adamw",
         fallback_lr: float | None = None,
         params: Iterable[dict[str, Any]] | None = None,
         output: Callable[[Any], Tensor] | None = None,
         seed: int = 0,
+        fused: bool = False,
+        stagger: bool = False,
         **structure_options: Any,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -105,6 +178,23 @@ class NaturalGradient(torch.optim.Optimizer):
         check_range("weight_decay", weight_decay)
         if kl_clip is not None:
             check_range("kl_clip", kl_clip)
+        self.step_options = StepOptions(
+            norm_clip, step_rule, nesterov, momentum_on, weight_decay_mode, graft, graft_betas
+        )
+        if measured:
+            self.step_options.check_isotropic()
+        if fused:
+            self.step_options.check_fused()
+        if curvature_warmup < 0 or (curvature_warmup > 0 and ema_decay == 0):
+            raise ValueError(
+                "curvature_warmup must be 0, or positive with ema_decay > 0 (without an average "
+                f"curvature forgets the warm-up), got {curvature_warmup} with "
+                f"ema_decay={ema_decay:g}"
+            )
+        self.levenberg_marquardt = damping if isinstance(damping, LevenbergMarquardt) else None
+        if isinstance(damping, LevenbergMarquardt):
+            damping = damping.initial
+        self._adam_moments = AdamMoments(graft_betas)
         self.preconditioner = Preconditioner(
             model,
             structure,
@@ -117,6 +207,8 @@ class NaturalGradient(torch.optim.Optimizer):
             ema_decay=ema_decay,
             output=output,
             seed=seed,
+            fused=fused,
+            stagger=stagger,
             **structure_options,
         )
         self.model = self.preconditioner.model
@@ -134,15 +226,28 @@ class NaturalGradient(torch.optim.Optimizer):
             "unit": None if measured else 1.0,
         }
         covered = self.preconditioner.capture.uncovered
-        groups, first_order = _split_groups(self.model, defaults, covered, params)
+        groups, first_order = split_groups(self.model, defaults, covered, params)
+        if any(isinstance(group.get("damping"), LevenbergMarquardt) for group in groups):
+            raise ValueError(
+                "the damping of a parameter group must be a number: LevenbergMarquardt, given as "
+                "the optimizer's damping, adapts that of all groups together"
+            )
+        if nesterov and not any(group.get("momentum", momentum) > 0 for group in groups):
+            raise ValueError("nesterov=True needs momentum > 0")
         self._fallback: torch.optim.Optimizer | None = None
         if first_order:
-            self._fallback = _make_fallback(fallback, fallback_lr, first_order)
+            self._fallback = make_fallback(fallback, fallback_lr, first_order)
             groups += self._fallback.param_groups
         super().__init__(groups, defaults)
         self._link_fallback()
+        self.preconditioner.unfuse(self._first_order_names)
         self._set_damping()
         self._skipped = 0
+        self.preconditioner.warmup = curvature_warmup
+        if self.step_options.uses_model:
+            self.preconditioner.batch_fisher_interval = 1
+        elif self.levenberg_marquardt is not None:
+            self.preconditioner.batch_fisher_interval = self.levenberg_marquardt.interval
         if measured:
             self.preconditioner.isotropy_probe = IsotropyProbe(seed)
         if covered:
@@ -189,11 +294,16 @@ class NaturalGradient(torch.optim.Optimizer):
         """Take one step.
 
         Args:
-            closure: Evaluates the model, backpropagates and returns the loss.
+            closure: Evaluates the model, backpropagates and returns the loss. Adaptive damping
+                evaluates it a second time on steps that adapt.
 
         Returns:
             The closure's loss, or None.
+
+        Raises:
+            ValueError: If damping is adaptive and there is no closure.
         """
+        reevaluation = self._reevaluation(closure)
         loss: float | None = None
         if closure is not None:
             with torch.enable_grad():
@@ -207,22 +317,206 @@ class NaturalGradient(torch.optim.Optimizer):
         self._set_damping()
         covered = {n: g for n, g in present.items() if n not in self._first_order_names}
         rest = [g for n, g in present.items() if n in self._first_order_names]
-        natural = self.preconditioner.natural_gradient(covered)
-        natural = {n: natural[n] for n in covered}
-        _average_over_replicas(natural)
-        quadratic = self._check(natural, covered, rest, loss)
-        if quadratic is None:
-            self._skip()
+        if self.preconditioner.warmup > 0:
+            self._warm_up([*covered.values(), *rest], loss)
             return loss
-        if self.preconditioner.isotropy_probe is not None:
-            self._set_unit()
+        plan = self._plan(covered, rest, loss)
+        if plan is None:
+            return loss
+        batch = self.preconditioner.batch_fisher
         self.preconditioner.finish()
-        for group in self.param_groups:
-            if group["preconditioned"]:
-                self._update_group(group, natural, quadratic)
+        before: dict[str, Tensor] = {}
+        if reevaluation is not None:
+            before = {n: self.preconditioner.parameters[n].clone() for n in covered}
+        self._carry_out(plan)
+        if before and batch is not None and reevaluation and closure and loss is not None:
+            predicted, penalty = self._predict(batch, before, plan.gradients)
+            with self.preconditioner.paused():
+                actual = reevaluation(closure) - as_float(loss) + penalty
+            self._adapt_damping(actual, predicted)
         if self._fallback is not None:
             self._fallback.step()
         return loss
+
+    def _plan(
+        self, covered: dict[str, Tensor], rest: list[Tensor], loss: float | None
+    ) -> _Plan | None:
+        """Return the step to take; None if it is skipped.
+
+        Args:
+            covered: Parameter name → gradient of the preconditioned parameters.
+            rest: All other gradients.
+            loss: The closure's loss.
+        """
+        gradients = self._with_weight_decay(covered)
+        state: dict[str, dict[str, Any]] = {name: {} for name in covered}
+        source = self._with_gradient_momentum(gradients, state)
+        natural = self.preconditioner.natural_gradient(source, backpropagated=source is covered)
+        natural = {n: natural[n] for n in covered}
+        average_over_replicas(natural)
+        if self.step_options.graft is not None:
+            natural = self._graft(natural, gradients, source, state)
+        directions = self._directions(natural)
+        extra = self._measures(directions, gradients, source)
+        if extra is None:
+            self._skip("no sample of its batch counts")
+            return None
+        measures = self._check(natural, source, rest, loss, extra)
+        if measures is None:
+            self._skip()
+            return None
+        coefficients: list[float] | None = [-1.0]
+        if "fisher" in measures:
+            coefficients = self._model(measures).minimiser()
+        if coefficients is None:
+            self._skip("its quadratic model predicted no decrease of the loss")
+            return None
+        if self.preconditioner.isotropy_probe is not None:
+            self._set_unit()
+        scales = self._clip_scales(measures, coefficients)
+        return _Plan(gradients, state, directions, coefficients, scales)
+
+    def _carry_out(self, plan: _Plan) -> None:
+        """Move the preconditioned parameters."""
+        for name, entries in plan.state.items():
+            if entries:
+                self.state[self.preconditioner.parameters[name]].update(entries)
+        for group, scale in zip(self._preconditioned_groups(), plan.scales, strict=True):
+            if self.step_options.uses_model:
+                self._move_group(group, plan.directions, plan.coefficients, scale)
+            else:
+                self._update_group(group, plan.directions[0], scale)
+
+    def _preconditioned_groups(self) -> list[dict[str, Any]]:
+        return [group for group in self.param_groups if group["preconditioned"]]
+
+    def _warm_up(self, gradients: list[Tensor], loss: float | None) -> None:
+        """Update the curvature and let the fallback alone train."""
+        self.preconditioner.update_curvature()
+        if not (gradients_are_finite(gradients) and _is_finite(loss)):
+            self._skip()
+            return
+        self.preconditioner.finish()
+        if self._fallback is not None:
+            self._fallback.step()
+
+    # What is preconditioned.
+
+    def _with_weight_decay(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the gradients of the loss with ``½w‖θ‖²``, where that is in the model."""
+        decays = self._weight_decays()
+        if not any(decays.get(name, 0.0) > 0 for name in gradients):
+            return gradients
+        parameters = self.preconditioner.parameters
+        return {
+            name: torch.add(gradient, parameters[name], alpha=decays[name])
+            for name, gradient in gradients.items()
+        }
+
+    def _weight_decays(self) -> dict[str, float]:
+        """Return parameter name → w of the quadratic model, empty for decoupled decay."""
+        if not self.step_options.decays_in_model:
+            return {}
+        return {
+            self._names[p]: group["weight_decay"]
+            for group in self._preconditioned_groups()
+            for p in group["params"]
+        }
+
+    def _with_gradient_momentum(
+        self, gradients: dict[str, Tensor], state: dict[str, dict[str, Any]]
+    ) -> dict[str, Tensor]:
+        """Return what is preconditioned; buffers that follow from it go to ``state``."""
+        if self.step_options.momentum_on == "natural_gradient":
+            return gradients
+        result = dict(gradients)
+        for group in self._preconditioned_groups():
+            momentum = group["momentum"]
+            for p in group["params"]:
+                name = self._names[p]
+                if name not in gradients or momentum == 0:
+                    continue
+                gradient, old = gradients[name], self.state.get(p, {}).get("momentum_buffer")
+                buffer = gradient.clone() if old is None else gradient + momentum * old
+                state[name]["momentum_buffer"] = buffer
+                result[name] = (
+                    gradient + momentum * buffer if self.step_options.nesterov else buffer
+                )
+        return result
+
+    def _graft(
+        self,
+        natural: dict[str, Tensor],
+        gradients: dict[str, Tensor],
+        source: dict[str, Tensor],
+        state: dict[str, dict[str, Any]],
+    ) -> dict[str, Tensor]:
+        """Return natural gradients of grafted length; Adam's moments go to ``state``."""
+        if self.step_options.graft == "sgd":
+            return grafted(natural, source)
+        lengths = {}
+        for name, gradient in gradients.items():
+            old = self.state.get(self.preconditioner.parameters[name], {})
+            moments = self._adam_moments.following(old, gradient)
+            state[name].update(moments)
+            lengths[name] = self._adam_moments.direction(moments)
+        return grafted(natural, lengths)
+
+    # How far to go.
+
+    def _directions(self, natural: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """Return Δ and, where the quadratic model chooses momentum, the last step."""
+        if not self.step_options.uses_model:
+            return [natural]
+        previous = {
+            self._names[p]: self.state[p]["previous_step"]
+            for group in self._preconditioned_groups()
+            for p in group["params"]
+            if group["momentum"] > 0
+            and self._names[p] in natural
+            and "previous_step" in self.state.get(p, {})
+        }
+        return [natural, previous] if previous else [natural]
+
+    def _measures(
+        self,
+        directions: list[dict[str, Tensor]],
+        gradients: dict[str, Tensor],
+        source: dict[str, Tensor],
+    ) -> dict[str, Tensor] | None:
+        """Return what the step size depends on, on the device; None for a batch without weight."""
+        natural = directions[0]
+        if not natural:
+            return {}
+        batch = self.preconditioner.batch_fisher
+        if self.preconditioner.keeps_batch_fisher:
+            if batch is None and self.preconditioner.saw_pass:
+                return None
+            if batch is None:
+                self.preconditioner.skip()
+                raise ValueError(
+                    "no backward pass through the model's output was seen, so there is no Fisher "
+                    "matrix of the batch for the quadratic model: call the model itself (not its "
+                    "parts), pass output=lambda out: ... if the output is not the first tensor, or "
+                    "call update_fisher(output) before loss.backward()"
+                )
+        inner = self.preconditioner.inner_product(natural, source)
+        measures: dict[str, Tensor] = {}
+        if self.step_options.uses_model and batch is not None:
+            measures["fisher"] = batch.gram(directions)
+            measures["slopes"] = slopes(directions, gradients)
+        elif any(group["kl_clip"] is not None for group in self._preconditioned_groups()):
+            structure = self.preconditioner.structure
+            if self.step_options.graft is None:
+                measures["quadratic"] = structure.quadratic(natural, inner)
+            else:
+                column = structure.layout.to_column(natural)
+                measures["quadratic"] = (column * (structure @ column)).sum()
+        average_over_replicas(measures)
+        if self.step_options.uses_model or self.step_options.norm_clip is not None:
+            names = [[self._names[p] for p in g["params"]] for g in self._preconditioned_groups()]
+            measures["grams"] = group_grams(directions, names)
+        return {"inner": inner, **measures}
 
     def _check(
         self,
@@ -230,30 +524,65 @@ class NaturalGradient(torch.optim.Optimizer):
         gradients: dict[str, Tensor],
         rest: list[Tensor],
         loss: float | Tensor | None,
-    ) -> float | None:
-        """Return ``ΔᵀFΔ``, or None if anything about the step is not finite.
+        measures: dict[str, Tensor] | None = None,
+    ) -> Measures | None:
+        """Bring measures to the host, or return None if anything about the step is not finite.
 
         One inner product passes over gradients and natural gradients alike; it is the only place
         where a step waits for the device.
         """
-        values = [torch.as_tensor(0.0)] if not natural else [inner_product(natural, gradients)]
-        if any(g["preconditioned"] and g["kl_clip"] is not None for g in self.param_groups):
+        values = measures
+        if not values:
+            inner = torch.as_tensor(0.0)
             if natural:
-                quadratic = self.preconditioner.structure.quadratic(natural, values[0])
-                _average_over_replicas({"quadratic": quadratic})
-                values.append(quadratic)
-        numbers = torch.stack([v.double() for v in values]).tolist()
-        finite = all(math.isfinite(v) for v in numbers) and gradients_are_finite(rest)
-        if not finite or (loss is not None and not math.isfinite(float(loss))):
+                inner = self.preconditioner.inner_product(natural, gradients)
+            values = {"inner": inner}
+        scalars = [value.double().reshape(-1) for value in values.values()]
+        numbers: list[float] = torch.cat(scalars).tolist()
+        finite = all(map(math.isfinite, numbers)) and gradients_are_finite(rest)
+        if not (finite and _is_finite(loss)):
             return None
-        return abs(numbers[-1])
+        result: Measures = {}
+        for name, value in values.items():
+            size = value.numel()
+            piece, numbers = numbers[:size], numbers[size:]
+            whole = value.dim() > 0
+            result[name] = (
+                torch.tensor(piece, dtype=torch.float64).view(value.shape).tolist()
+                if whole
+                else piece[0]
+            )
+        return result
+
+    def _model(self, measures: Measures) -> QuadraticModel:
+        """Return the quadratic model, with every group's damping."""
+        dampings = [self._damping(group) for group in self._preconditioned_groups()]
+        grams = torch.tensor(measures["grams"], dtype=torch.float64)
+        weights = torch.tensor(dampings, dtype=torch.float64)
+        damping = torch.einsum("g,gij->ij", weights, grams).tolist()
+        return QuadraticModel(measures["fisher"], damping, measures["slopes"])
+
+    def _damping(self, group: dict[str, Any]) -> float:
+        """Return what is added to F on a group's parameters."""
+        decay = group["weight_decay"] if self.step_options.decays_in_model else 0.0
+        return float(group["damping"] + decay)
+
+    def _clip_scales(self, measures: Measures, coefficients: list[float]) -> list[float]:
+        """Return the factor, at most 1, on every preconditioned group's step."""
+        quadratic, squares = abs(measures.get("quadratic", 0.0)), None
+        if "fisher" in measures:
+            quadratic = quadratic_form(coefficients, measures["fisher"])
+        if "grams" in measures:
+            squares = [quadratic_form(coefficients, gram) for gram in measures["grams"]]
+        groups = self._preconditioned_groups()
+        return clip_scales(groups, quadratic, squares, self.step_options.norm_clip)
 
     def _set_unit(self) -> None:
         """Measure α and take 1/α as the unit of the learning rates."""
         measured = self.preconditioner.measure_isotropy()
         alpha, deviation = measured if measured is not None else (float("nan"), 0.0)
         value = {"alpha": torch.tensor(alpha, dtype=torch.float64)}
-        _average_over_replicas(value)
+        average_over_replicas(value)
         alpha = float(value["alpha"])
         if not 0 < alpha < float("inf"):
             self.preconditioner.skip()
@@ -275,18 +604,16 @@ class NaturalGradient(torch.optim.Optimizer):
                 group["unit"] = 1.0 / alpha
 
     def _update_group(
-        self, group: dict[str, Any], natural: dict[str, Tensor], quadratic: float
+        self, group: dict[str, Any], natural: dict[str, Tensor], scale: float
     ) -> None:
+        """Step along ``scale·Δ``, with momentum and decoupled weight decay."""
         parameters = [p for p in group["params"] if p.grad is not None]
         if not parameters:
             return
         names = [self._names[p] for p in parameters]
         directions = [natural[n].to(p.dtype) for n, p in zip(names, parameters, strict=True)]
         lr, momentum = group["lr"] * group["unit"], group["momentum"]
-        scale = 1.0
-        if group["kl_clip"] is not None and quadratic > 0:
-            scale = min(1.0, (group["kl_clip"] / (quadratic * lr**2)) ** 0.5) if lr else 1.0
-        if momentum > 0:
+        if momentum > 0 and self.step_options.momentum_on == "natural_gradient":
             buffers = []
             for p in parameters:
                 state = self.state[p]
@@ -295,29 +622,110 @@ class NaturalGradient(torch.optim.Optimizer):
                 buffers.append(state["momentum_buffer"])
             torch._foreach_mul_(buffers, momentum)
             torch._foreach_add_(buffers, directions, alpha=scale)
-            directions, scale = buffers, 1.0
-        if group["weight_decay"] > 0:
-            torch._foreach_mul_(parameters, 1.0 - lr * group["weight_decay"])
+            if self.step_options.nesterov:
+                ahead = torch._foreach_mul(buffers, momentum)
+                torch._foreach_add_(ahead, directions, alpha=scale)
+                directions, scale = list(ahead), 1.0
+            else:
+                directions, scale = buffers, 1.0
+        self._decay_weights(group, parameters, lr)
         torch._foreach_add_(parameters, directions, alpha=-lr * scale)
 
-    def _skip(self) -> None:
+    def _move_group(
+        self,
+        group: dict[str, Any],
+        directions: list[dict[str, Tensor]],
+        coefficients: list[float],
+        scale: float,
+    ) -> None:
+        """Step by ``scale·η Σ_i c_i v_i``, with decoupled weight decay."""
+        parameters = [p for p in group["params"] if p.grad is not None]
+        if not parameters:
+            return
+        lr = group["lr"] * group["unit"]
+        self._decay_weights(group, parameters, lr)
+        for p in parameters:
+            name = self._names[p]
+            step = torch.zeros_like(p)
+            for direction, coefficient in zip(directions, coefficients, strict=True):
+                if name in direction:
+                    step.add_(direction[name].to(p.dtype), alpha=lr * scale * coefficient)
+            p.add_(step)
+            if group["momentum"] > 0:
+                self.state[p]["previous_step"] = step
+
+    def _decay_weights(self, group: dict[str, Any], parameters: list[Tensor], lr: float) -> None:
+        if group["weight_decay"] > 0 and not self.step_options.decays_in_model:
+            torch._foreach_mul_(parameters, 1.0 - lr * group["weight_decay"])
+
+    # Adaptive damping.
+
+    def _reevaluation(self, closure: Callable[[], float] | None) -> Reevaluation | None:
+        """Return how to evaluate the closure again, on steps that adapt the damping."""
+        rule = self.levenberg_marquardt
+        if rule is None:
+            return None
+        if closure is None:
+            raise ValueError(
+                "damping by LevenbergMarquardt compares losses before and after a step, so step() "
+                "needs a closure that evaluates the model, backpropagates and returns the loss"
+            )
+        steps, warmup = self.preconditioner.steps, self.preconditioner.warmup
+        due = warmup == 0 and (steps + 1) % rule.interval == 0
+        return Reevaluation(self.model) if due else None
+
+    def _predict(
+        self, batch: BatchFisher, before: dict[str, Tensor], gradients: dict[str, Tensor]
+    ) -> tuple[float, float]:
+        """Return ``M(δ) − M(0)`` for the step taken, and by how much ``½w‖θ‖²`` has changed.
+
+        Args:
+            batch: The Fisher matrix of the batch.
+            before: Parameters before the step.
+            gradients: Gradients the model starts from.
+        """
+        parameters, decays = self.preconditioner.parameters, self._weight_decays()
+        steps = {name: parameters[name] - old for name, old in before.items()}
+        names = [[self._names[p] for p in g["params"]] for g in self._preconditioned_groups()]
+        measures = {"fisher": batch.gram([steps]), "slopes": slopes([steps], gradients)}
+        average_over_replicas(measures)
+        lists: Measures = {name: value.tolist() for name, value in measures.items()}
+        lists["grams"] = group_grams([steps], names).tolist()
+        penalty = sum(
+            0.5 * decays[name] * float((parameters[name] + old).flatten() @ steps[name].flatten())
+            for name, old in before.items()
+            if decays.get(name, 0.0) > 0
+        )
+        return self._model(lists).value([1.0]), penalty
+
+    def _adapt_damping(self, actual: float, predicted: float) -> None:
+        assert self.levenberg_marquardt is not None
+        change = torch.tensor(actual, dtype=torch.float64, device=self._device())
+        average_over_replicas({"change": change})
+        for group in self._preconditioned_groups():
+            group["damping"] = self.levenberg_marquardt.adapted(
+                group["damping"], float(change), predicted
+            )
+
+    def _device(self) -> torch.device:
+        return self.preconditioner.capture.layout.device
+
+    def _skip(self, reason: str = "its loss or gradient was NaN or infinite") -> None:
         self.preconditioner.skip()
         self._skipped += 1
         if self._skipped == 1:
             warnings.warn(
-                f"{type(self).__name__} skipped a step because its loss or gradient was NaN or "
-                "infinite; parameters and state are unchanged",
+                f"{type(self).__name__} skipped a step because {reason}; parameters and state are "
+                "unchanged",
                 stacklevel=3,
             )
 
     def _set_damping(self) -> None:
         """Collect each block's damping from its parameter group."""
         by_parameter: dict[str, float] = {}
-        for group in self.param_groups:
-            if group["preconditioned"]:
-                by_parameter.update(
-                    dict.fromkeys((self._names[p] for p in group["params"]), group["damping"])
-                )
+        for group in self._preconditioned_groups():
+            names = [self._names[p] for p in group["params"]]
+            by_parameter.update(dict.fromkeys(names, self._damping(group)))
         blocks = self.preconditioner.structure.blocks
         self.preconditioner.damping = {
             name: by_parameter.get(block.names[0], self.defaults["damping"])
@@ -369,107 +777,5 @@ class NaturalGradient(torch.optim.Optimizer):
         return summarize(self.preconditioner, samples)
 
 
-def check_range(name: str, value: float, below: float = float("inf")) -> None:
-    """Raise a ValueError unless ``0 <= value < below``."""
-    if not 0 <= value < below:
-        bound = "a finite number >= 0" if below == float("inf") else f"in [0, {below:g})"
-        raise ValueError(f"{name} must be {bound}, got {value}")
-
-
-def _average_over_replicas(values: dict[str, Tensor]) -> None:
-    """Average natural gradients over data-parallel processes, so that replicas stay equal."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return
-    world = distributed.get_world_size()
-    if world == 1:
-        return
-    for value in values.values():
-        distributed.all_reduce(value)
-        value.div_(world)
-
-
-def _split_groups(
-    model: nn.Module,
-    defaults: dict[str, Any],
-    uncovered: dict[str, str],
-    params: Iterable[dict[str, Any]] | None,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return preconditioned and first-order groups that hold every trainable parameter once."""
-    names = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    taken: set[str] = set()
-    groups: list[dict[str, Any]] = []
-    first_order: list[dict[str, Any]] = []
-
-    def add(chosen: list[str], options: dict[str, Any]) -> None:
-        preconditioned = options.get("preconditioned", True)
-        covered = [n for n in chosen if preconditioned and n not in uncovered]
-        rest = [n for n in chosen if n not in covered]
-        taken.update(chosen)
-        if covered:
-            groups.append({**options, "params": [names[n] for n in covered]})
-        if rest:
-            keep = {} if preconditioned else options
-            plain = {k: v for k, v in keep.items() if k in ("lr", "weight_decay", "momentum")}
-            first_order.append({**plain, "params": [names[n] for n in rest]})
-
-    known = {*defaults, "params", "modules"} - {"unit"}
-    for group in params or []:
-        unknown = set(group) - known
-        if unknown:
-            raise ValueError(
-                f"unknown option {sorted(unknown)[0]!r} in a parameter group; known: "
-                f"{', '.join(sorted(known))}"
-            )
-        chosen = [n for n in _members(model, names, group) if n not in taken]
-        if not chosen:
-            raise ValueError(f"the parameter group {_describe(group)} matches no parameter")
-        add(chosen, {k: v for k, v in group.items() if k not in ("params", "modules")})
-    rest = [n for n in names if n not in taken]
-    if rest:
-        add(rest, {})
-    if not groups and not first_order:
-        raise ValueError("the model has no trainable parameters")
-    return groups, first_order
-
-
-def _members(model: nn.Module, names: dict[str, nn.Parameter], group: dict[str, Any]) -> list[str]:
-    if ("params" in group) == ("modules" in group):
-        raise ValueError("a parameter group needs either 'params' or 'modules'")
-    wanted: set[int] = set()
-    patterns: list[str] = []
-    if "modules" in group:
-        for module in group["modules"]:
-            wanted.update(id(p) for p in module.parameters())
-    elif isinstance(group["params"], str):
-        patterns = [group["params"]]
-    else:
-        for item in group["params"]:
-            if isinstance(item, str):
-                patterns.append(item)
-            else:
-                wanted.add(id(item))
-    return [
-        n
-        for n, p in names.items()
-        if id(p) in wanted or any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)
-    ]
-
-
-def _describe(group: dict[str, Any]) -> str:
-    chosen = group.get("params", group.get("modules"))
-    return repr(chosen) if isinstance(chosen, str) else f"of {len(list(chosen or []))} entries"
-
-
-def _make_fallback(
-    name: Fallback, lr: float | None, groups: list[dict[str, Any]]
-) -> torch.optim.Optimizer:
-    optimizer: torch.optim.Optimizer
-    if name == "adamw":
-        plain = [{k: v for k, v in g.items() if k != "momentum"} for g in groups]
-        optimizer = torch.optim.AdamW(plain, lr=1e-3 if lr is None else lr)
-    else:
-        optimizer = torch.optim.SGD(groups, lr=1e-2 if lr is None else lr, momentum=0.9)
-    for group in optimizer.param_groups:
-        group["preconditioned"] = False
-    return optimizer
+def _is_finite(loss: float | Tensor | None) -> bool:
+    return loss is None or math.isfinite(as_float(loss))

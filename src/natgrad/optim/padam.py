@@ -8,7 +8,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from natgrad.optim.natural_gradient import check_range
+from natgrad.optim.ranges import check_range
 
 __all__ = ["Padam"]
 

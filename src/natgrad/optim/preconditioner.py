@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,16 +13,21 @@ from torch import Tensor, nn
 
 from natgrad.capture import Capture, ForwardPass
 from natgrad.curvature import GradientSource, make_structure
+from natgrad.curvature.base import RowReceiver, inner_product
 from natgrad.curvature.kfac import KroneckerPart
+from natgrad.curvature.partitioned import PartitionedFisher
 from natgrad.fisher import FisherType, as_fisher_type, update_from_output
 from natgrad.jacobians import LayerJacobian, LinearJacobian
 from natgrad.likelihoods import Likelihood, as_likelihood
+from natgrad.optim.copying import CopiedByState
+from natgrad.optim.fused_gradients import FusedGradient
 from natgrad.optim.isotropic_rate import IsotropyProbe
+from natgrad.optim.quadratic_model import BatchFisher
 
 __all__ = ["Preconditioner"]
 
 
-class Preconditioner:
+class Preconditioner(CopiedByState):
     """Keeps a structure of the Fisher matrix up to date and turns gradients into natural ones.
 
     It watches the model through hooks. When the user's backward pass reaches the model's output
@@ -44,6 +50,13 @@ class Preconditioner:
             block_tridiagonal) take 0 only, and intervals of 1.
         output: Picks the tensor the likelihood looks at out of the model's output.
         seed: Seed of the sampled labels.
+        fused: Let the backward pass of linear layers with fewer rows than units make their natural
+            gradient itself, which saves the plain weight-gradient product. Their ``.grad`` then
+            *is* the natural gradient, by the inverses of the last step: gradient clipping bounds
+            that, and second derivatives through these layers are not available. For ``"kfac"``
+            with ``damping_rule="pi"``.
+        stagger: Spread factorisations evenly over the steps of ``inverse_interval`` instead of
+            factorising every layer at once, for structures made of independent layers.
         **structure_options: Options of the structure.
 
     Raises:
@@ -69,6 +82,8 @@ class Preconditioner:
         ema_decay: float = 0.0,
         output: Callable[[Any], Tensor] | None = None,
         seed: int = 0,
+        fused: bool = False,
+        stagger: bool = False,
         **structure_options: Any,
     ) -> None:
         if not 0 <= damping < float("inf"):
@@ -109,17 +124,59 @@ class Preconditioner:
         self._updated = False
         self._finished: list[ForwardPass] = []
         self._row_candidates = self._find_row_candidates()
+        self._fused: dict[str, FusedGradient] = {}
+        if fused:
+            self._fuse()
+        self._turns: list[list[str]] = []
+        if stagger:
+            if not isinstance(self.structure, PartitionedFisher):
+                raise ValueError(
+                    f"stagger=True needs a structure made of independent layers, and {structure!r} "
+                    "couples them"
+                )
+            self._turns = self.structure.staggered(inverse_interval)
         self._warned = False
         #: Set while the learning rate 1/α is still to be measured.
         self.isotropy_probe: IsotropyProbe | None = None
+        #: Steps still to come that update the curvature only.
+        self.warmup = 0
+        #: The rows of the batch itself are kept on every so many steps; 0 for never.
+        self.batch_fisher_interval = 0
+        #: The Fisher matrix of the present step's batch, where its rows are kept.
+        self.batch_fisher: BatchFisher | None = None
 
     # Observing.
 
     def _update_due(self) -> bool:
-        return self.steps % self.factor_interval == 0
+        return self.warmup > 0 or self.steps % self.factor_interval == 0
+
+    @property
+    def keeps_batch_fisher(self) -> bool:
+        """Whether this step keeps the rows of its batch."""
+        interval = self.batch_fisher_interval
+        return self.warmup == 0 and interval > 0 and (self.steps + 1) % interval == 0
+
+    @property
+    def saw_pass(self) -> bool:
+        """Whether a backward pass reached the model's output in this step."""
+        return bool(self._finished)
+
+    def _rows_due(self) -> bool:
+        return self._update_due() or self.keeps_batch_fisher
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """See nothing of the passes inside."""
+        capture = self.capture
+        kept = capture.on_forward, capture.recording, capture.watching
+        capture.on_forward, capture.recording, capture.watching = None, False, False
+        try:
+            yield
+        finally:
+            capture.on_forward, capture.recording, capture.watching = kept
 
     def _on_forward(self) -> None:
-        due = self._update_due()
+        due = self._rows_due()
         own = self.fisher.from_user_gradients
         self.capture.recording = (due and not own) or self.isotropy_probe is not None
         if due and own:
@@ -134,7 +191,7 @@ class Preconditioner:
             recorded_edges = any(call.edges for call in recorded.calls)
             if self.isotropy_probe is not None and recorded_edges:
                 self._probe_isotropy(self.isotropy_probe, recorded)
-            if self._update_due() and recorded_edges and not self.fisher.from_user_gradients:
+            if self._rows_due() and recorded_edges and not self.fisher.from_user_gradients:
                 self._pull_back(recorded)
 
     def _open_transaction(self) -> None:
@@ -147,6 +204,17 @@ class Preconditioner:
             self._open_transaction()
             self.structure.discount(self.ema_decay)
             self._updated = True
+
+    def _receiver(self) -> RowReceiver:
+        """Return what takes the rows of a pass of this step, ready for them."""
+        self._open_transaction()
+        if self._update_due():
+            self._begin_update()
+        if not self.keeps_batch_fisher:
+            return self.structure
+        if self.batch_fisher is None:
+            self.batch_fisher = BatchFisher(self.capture.layout)
+        return self.batch_fisher.along(self.structure if self._update_due() else None)
 
     def _weigh(self, recorded: ForwardPass) -> tuple[Tensor, Tensor, Tensor]:
         """Return event weights, their count and the scale of the user's loss."""
@@ -171,10 +239,9 @@ class Preconditioner:
         weights, count, _ = self._weigh(recorded)
         if float(count) == 0:
             return
-        self._begin_update()
         assert recorded.output is not None
         update_from_output(
-            self.structure,
+            self._receiver(),
             self.capture,
             self.likelihood,
             self.fisher,
@@ -218,7 +285,7 @@ class Preconditioner:
             output: What the likelihood looks at, with its graph.
             target: The true target; gives ignored events and class weights.
         """
-        if not self._update_due():
+        if not self._rows_due() or self.capture.on_forward is None:
             return
         found = self.capture.find_pass(output)
         found.output, found.target = output, target
@@ -261,36 +328,73 @@ class Preconditioner:
             gradient.copy_(natural[name])
         self.finish()
 
-    def natural_gradient(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    def natural_gradient(
+        self, gradients: dict[str, Tensor], *, backpropagated: bool = True
+    ) -> dict[str, Tensor]:
         """Refresh curvature if due and precondition gradients.
 
         :meth:`finish` or :meth:`skip` must follow, depending on whether the result is used.
 
         Args:
             gradients: Parameter name → gradient. Missing ones count as zero.
+            backpropagated: Whether they are what the backward pass left; other vectors are
+                preconditioned as they are.
 
         Returns:
             Parameter name → natural gradient, for every covered parameter.
         """
         with torch.no_grad():
-            self._open_transaction()
-            if self._update_due():
-                self._update_from_user_gradients()
-                if not self._updated:
-                    self._warn_unseen()
-            if self.steps % self.inverse_interval == 0:
-                self.structure.refresh(self.damping)
+            self.update_curvature()
+            self._refresh()
             complete = {
                 name: gradients[name] if name in gradients else torch.zeros_like(p)
                 for name, p in self.parameters.items()
                 if name in self.capture.layout.offsets
             }
-            source = GradientSource(complete, self._rows(complete), self._coordinates())
+            source = GradientSource(complete)
+            if backpropagated:
+                source.rows, source.coordinates = self._rows(complete), self._coordinates()
+                source.natural = {name for name, one in self._fused.items() if one.active}
             return self.structure.precondition(source)
 
+    def _refresh(self) -> None:
+        """Factorise what is due at this step."""
+        turn = self.steps % self.inverse_interval
+        if self._turns and self.steps > 0:
+            assert isinstance(self.structure, PartitionedFisher)
+            self.structure.refresh(self.damping, self._turns[turn])
+        elif turn == 0:
+            self.structure.refresh(self.damping)
+
+    def inner_product(self, natural: dict[str, Tensor], gradients: dict[str, Tensor]) -> Tensor:
+        """Return ``⟨Δ, ∇L⟩``; estimated for layers whose ``.grad`` holds Δ already."""
+        fused = [one for one in self._fused.values() if one.active]
+        held = {name for one in fused for name in one.part.names}
+        rest = {name: value for name, value in natural.items() if name not in held}
+        terms = [one.inner_product(natural) for one in fused]
+        if rest:
+            terms.append(inner_product(rest, gradients))
+        return torch.stack(terms).sum()
+
+    def update_curvature(self) -> None:
+        """Update curvature if due, without factorising it; part of :meth:`natural_gradient`."""
+        with torch.no_grad():
+            self._open_transaction()
+            if self._rows_due():
+                self._update_from_user_gradients()
+            if self._update_due() and not self._updated and not self._finished:
+                self._warn_unseen()
+
     def finish(self) -> None:
-        """End the step: keep the updates of curvature and count it."""
-        self.steps += 1
+        """End the step: keep the updates of curvature and count it.
+
+        Steps of the warm-up are not counted, so that the first one after it updates and factorises
+        whatever the intervals.
+        """
+        if self.warmup > 0:
+            self.warmup -= 1
+        else:
+            self.steps += 1
         self._close()
 
     def skip(self) -> None:
@@ -302,6 +406,8 @@ class Preconditioner:
 
     def discard(self) -> None:
         """Forget backward passes that no step followed; forward passes still waiting stay."""
+        for fused in self._fused.values():
+            fused.reset()
         if not self._finished or any(p.cotangent is None for p in self._finished):
             return
         waiting = [p for p in self.capture.passes if p not in self._finished]
@@ -314,6 +420,9 @@ class Preconditioner:
         self._saved = None
         self._updated = False
         self._finished = []
+        self.batch_fisher = None
+        for fused in self._fused.values():
+            fused.reset()
         self.capture.clear()
 
     def _update_from_user_gradients(self) -> None:
@@ -325,10 +434,9 @@ class Preconditioner:
             weights, count, scale = self._weigh(recorded)
             if float(count) == 0:
                 continue
-            self._begin_update()
             silent = bool((weights == 0).any())
             jacobians = self.capture.user_jacobians(recorded, 1.0 / scale, silent)
-            self.structure.update(jacobians, count)
+            self._receiver().update(jacobians, count)
 
     def _coordinates(self) -> Tensor | None:
         """Return ``u`` with ``∇L = Jᵀu`` where one pass made both the rows and the gradient."""
@@ -342,6 +450,32 @@ class Preconditioner:
         if self.fisher.from_user_gradients:
             return scale.expand(output.shape[0], 1)
         return self.fisher.coordinates(self.likelihood, output, recorded.cotangent, weights)
+
+    def _fuse(self) -> None:
+        """Let plain linear layers make their natural gradient in the backward pass.
+
+        Raises:
+            ValueError: If the structure is not K-FAC with factored damping.
+        """
+        parts = getattr(self.structure, "parts", {})
+        if self.structure.structure != "kfac" or any(
+            p.damping_rule != "pi" for p in parts.values()
+        ):
+            raise ValueError(
+                "fused=True needs structure 'kfac' with damping_rule='pi', whose inverses are "
+                f"products of two matrices; got {self.structure.structure!r}"
+            )
+        for name, module in list(self._row_candidates.items()):
+            if type(module) is nn.Linear:
+                self._fused[name] = FusedGradient(module, parts[name])
+                del self._row_candidates[name]
+
+    def unfuse(self, names: Set[str]) -> None:
+        """Let the layers of the named parameters make plain gradients."""
+        for name, fused in list(self._fused.items()):
+            if not names.isdisjoint(fused.part.names):
+                fused.remove()
+                del self._fused[name]
 
     def _find_row_candidates(self) -> dict[str, nn.Module]:
         """Return the layers whose rows may be cheaper to precondition than their gradient."""
@@ -404,6 +538,7 @@ class Preconditioner:
             "version": 1,
             "structure": self.structure.structure,
             "steps": self.steps,
+            "warmup": self.warmup,
             "generator": self.generator.get_state(),
             "curvature": self.structure.state_dict(),
         }
@@ -422,6 +557,7 @@ class Preconditioner:
                 f"{self.structure.structure!r}"
             )
         self.steps = state["steps"]
+        self.warmup = state.get("warmup", 0)
         self.generator.set_state(state["generator"].cpu())
         self.structure.load_state_dict(state["curvature"], self.capture.layout.device)
         self._close()

@@ -9,6 +9,7 @@ from torch import nn
 from natgrad.fisher import FisherType
 from natgrad.jacobians import WeightSharing
 from natgrad.likelihoods import Likelihood
+from natgrad.optim.levenberg_marquardt import LevenbergMarquardt
 from natgrad.optim.natural_gradient import NaturalGradient
 
 __all__ = ["TEKFAC"]
@@ -23,7 +24,7 @@ class TEKFAC(NaturalGradient):
         model: The model to train.
         likelihood: A name, a :class:`natgrad.Likelihood`, or a torch loss module.
         lr: Learning rate, or ``"isotropic"`` for 1/α, measured on the first batch.
-        damping: λ, in the units of F.
+        damping: λ, in the units of F, or a :class:`natgrad.LevenbergMarquardt`.
         momentum: Momentum of the natural gradient.
         weight_decay: Decoupled weight decay.
         fisher: ``"exact"``, ``"mc"``, ``"empirical"`` or ``"improved"``.
@@ -44,7 +45,7 @@ class TEKFAC(NaturalGradient):
         likelihood: str | Likelihood | nn.Module = "categorical",
         *,
         lr: float | Literal["isotropic"] = 0.1,
-        damping: float = 1e-2,
+        damping: float | LevenbergMarquardt = 1e-2,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         fisher: str | FisherType = "mc",

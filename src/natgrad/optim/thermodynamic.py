@@ -8,6 +8,7 @@ from torch import nn
 
 from natgrad.fisher import FisherType
 from natgrad.likelihoods import Likelihood
+from natgrad.optim.levenberg_marquardt import LevenbergMarquardt
 from natgrad.optim.natural_gradient import NaturalGradient
 
 __all__ = ["ThermodynamicNGD"]
@@ -24,7 +25,7 @@ class ThermodynamicNGD(NaturalGradient):
         model: The model to train.
         likelihood: A name, a :class:`natgrad.Likelihood`, or a torch loss module.
         lr: Learning rate, or ``"isotropic"`` for 1/α, measured on the first batch.
-        damping: λ, in the units of F.
+        damping: λ, in the units of F, or a :class:`natgrad.LevenbergMarquardt`.
         time: Simulated time, in units of one over the largest eigenvalue of ``F + λI``.
         step_size: Length of a simulation step, in the same units, below 2.
         temperature: T, the strength of the noise; 0 for none.
@@ -46,7 +47,7 @@ class ThermodynamicNGD(NaturalGradient):
         likelihood: str | Likelihood | nn.Module = "categorical",
         *,
         lr: float | Literal["isotropic"] = 1.0,
-        damping: float = 0.1,
+        damping: float | LevenbergMarquardt = 0.1,
         time: float = 20.0,
         step_size: float = 1.0,
         temperature: float = 0.0,

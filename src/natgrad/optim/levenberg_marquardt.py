@@ -1,0 +1,124 @@
+"""Damping that follows how well the quadratic model predicts the loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.capture.evaluation import undisturbed
+
+__all__ = ["LevenbergMarquardt", "Reevaluation", "as_float"]
+
+
+@dataclass(frozen=True)
+class LevenbergMarquardt:
+    r"""Damping by the reduction ratio of Levenberg and Marquardt.
+
+    Every ``interval`` steps the change of the loss of the batch is compared with what the quadratic
+    model M with the Fisher matrix of the same batch predicted for the step δ taken,
+
+    .. math:: \rho = \frac{L(\theta + \delta) - L(\theta)}{M(\delta) - M(0)}, \qquad
+              M(\delta) = \tfrac12 \delta^\top (F + \lambda I) \delta
+              + \langle \nabla L, \delta \rangle.
+
+    Where ρ > ¾ damping falls by the factor ``decay**interval``, where ρ < ¼ it rises by as much.
+    A loss that is not finite, or a step along which the model predicts no decrease, counts as
+    ρ < ¼. The loss must be a mean over samples, as F is.
+
+    Attributes:
+        initial: λ to begin with, in the units of F.
+        interval: Steps between adaptations. Each costs one more evaluation of the closure and one
+            product with the rows of the batch.
+        decay: Factor on λ per step, in (0, 1); ω₁ of the source.
+        minimum: Least λ.
+        maximum: Largest λ.
+
+    Raises:
+        ValueError: If a value is out of range.
+
+    Source: Martens & Grosse, Optimizing neural networks with Kronecker-factored approximate
+    curvature (2015), section 6.5.
+
+    Example:
+        >>> damping = natgrad.LevenbergMarquardt(initial=1.0)
+        >>> optimizer = natgrad.KFAC(model, damping=damping)
+        >>> loss = optimizer.step(closure)
+    """
+
+    initial: float = 0.1
+    interval: int = 5
+    decay: float = 19 / 20
+    minimum: float = 1e-8
+    maximum: float = 1e3
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if not 0 < self.minimum <= self.initial <= self.maximum < math.inf:
+            raise ValueError(
+                "LevenbergMarquardt needs 0 < minimum <= initial <= maximum, got "
+                f"minimum={self.minimum}, initial={self.initial}, maximum={self.maximum}"
+            )
+        if not (isinstance(self.interval, int) and self.interval >= 1):
+            raise ValueError(f"interval must be an integer of at least 1, got {self.interval}")
+        if not 0 < self.decay < 1:
+            raise ValueError(f"decay must be in (0, 1), got {self.decay}")
+
+    def adapted(self, damping: float, actual: float, predicted: float) -> float:
+        """Return the next λ.
+
+        Args:
+            damping: The present λ.
+            actual: ``L(θ + δ) − L(θ)``.
+            predicted: ``M(δ) − M(0)``.
+        """
+        ratio = actual / predicted if predicted < 0 and math.isfinite(actual) else -math.inf
+        if ratio > 0.75:
+            damping *= self.decay**self.interval
+        elif not ratio >= 0.25:
+            damping /= self.decay**self.interval
+        return min(self.maximum, max(self.minimum, damping))
+
+
+def as_float(loss: Any) -> float:
+    """Return a loss, a number or a tensor with or without its graph, as a number."""
+    return float(loss.detach() if isinstance(loss, Tensor) else loss)
+
+
+class Reevaluation:
+    """Evaluates a closure once more as it was evaluated first, leaving no trace.
+
+    The second evaluation draws the same random numbers (dropout masks); gradients, buffers and the
+    random state are afterwards as they were before it.
+
+    Args:
+        model: The model the closure evaluates. The random state of this moment is kept.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
+        self._random = torch.get_rng_state()
+        self._device_random = [(d, torch.cuda.get_rng_state(d)) for d in sorted(devices)]
+
+    def __call__(self, closure: Callable[[], Any]) -> float:
+        """Return the closure's loss at the present parameters."""
+        kept = [(p, p.grad, p.grad.clone()) for p in self.model.parameters() if p.grad is not None]
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        try:
+            with undisturbed(self.model), torch.enable_grad():
+                torch.set_rng_state(self._random)
+                for device, state in self._device_random:
+                    torch.cuda.set_rng_state(state, device)
+                return as_float(closure())
+        finally:
+            for parameter in self.model.parameters():
+                parameter.grad = None
+            for parameter, gradient, values in kept:
+                with torch.no_grad():
+                    parameter.grad = gradient.copy_(values)

@@ -1,0 +1,98 @@
+"""Two-level K-FAC."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import nn
+
+from natgrad.curvature.kfac import DampingRule
+from natgrad.curvature.two_level import CoarseForm, CoarseSpace
+from natgrad.fisher import FisherType
+from natgrad.jacobians import WeightSharing
+from natgrad.likelihoods import Likelihood
+from natgrad.optim.levenberg_marquardt import LevenbergMarquardt
+from natgrad.optim.natural_gradient import NaturalGradient
+
+__all__ = ["TwoLevelKFAC"]
+
+
+class TwoLevelKFAC(NaturalGradient):
+    """K-FAC with a coarse correction that couples layers (Tselepidis et al. 2020).
+
+    The correction is exact for the rows of the last curvature update, so these want to be recent
+    and many: by default every step updates. They are kept as the inputs and output gradients of
+    every layer, or as one gradient per row where that is smaller, and are not averaged, while the
+    factors are. A step costs that of K-FAC, and for ``"krylov"`` four products with the rows and a
+    second one with K-FAC's inverse; a bound ``kl_clip`` takes one product more.
+
+    Args:
+        model: The model to train.
+        likelihood: A name, a :class:`natgrad.Likelihood`, or a torch loss module.
+        lr: Learning rate, or ``"isotropic"`` for 1/α, measured on the first batch.
+        damping: λ, in the units of F, or a :class:`natgrad.LevenbergMarquardt`.
+        momentum: Momentum of the natural gradient.
+        weight_decay: Decoupled weight decay.
+        fisher: ``"exact"``, ``"mc"``, ``"empirical"`` or ``"improved"``.
+        mc_samples: Draws per input for ``"mc"``.
+        factor_interval: Steps between updates of the curvature.
+        inverse_interval: Steps between factorisations.
+        ema_decay: Decay of the moving average of the factors.
+        kl_clip: Bound on the predicted change of the output distribution per step.
+        coarse_space: Vectors of the coarse space on each layer: ``"krylov"`` (two: K-FAC's natural
+            gradient, and the Fisher matrix and K-FAC applied to it), ``"residual"`` (what K-FAC
+            makes of its residual), ``"nicolaides"`` (all ones) or ``"spectral"`` (leading
+            eigenvectors of the factors). The last two cost one product with the rows, but leave
+            most of K-FAC's error.
+        form: ``"residual"`` (corrects what K-FAC leaves; never further from the exact natural
+            gradient of the kept rows than K-FAC) or ``"additive"`` (adds the coarse natural
+            gradient; no such guarantee).
+        weight_sharing: ``"expand"`` (every position a sample of its own) or ``"reduce"``.
+        damping_rule: ``"pi"`` (factored) or ``"tikhonov"`` (exact, by eigendecomposition).
+        max_factor_size: Larger factors are kept as their diagonal; None for no limit.
+        **options: Further arguments of :class:`~natgrad.optim.NaturalGradient`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str | Likelihood | nn.Module = "categorical",
+        *,
+        lr: float | Literal["isotropic"] = 0.1,
+        damping: float | LevenbergMarquardt = 1e-2,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        fisher: str | FisherType = "mc",
+        mc_samples: int = 1,
+        factor_interval: int = 1,
+        inverse_interval: int = 20,
+        ema_decay: float = 0.95,
+        kl_clip: float | None = 1e-3,
+        coarse_space: CoarseSpace = "krylov",
+        form: CoarseForm = "residual",
+        weight_sharing: WeightSharing = "expand",
+        damping_rule: DampingRule = "pi",
+        max_factor_size: int | None = 8192,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            model,
+            "two_level",
+            likelihood,
+            lr=lr,
+            damping=damping,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            fisher=fisher,
+            mc_samples=mc_samples,
+            factor_interval=factor_interval,
+            inverse_interval=inverse_interval,
+            ema_decay=ema_decay,
+            kl_clip=kl_clip,
+            coarse_space=coarse_space,
+            form=form,
+            weight_sharing=weight_sharing,
+            damping_rule=damping_rule,
+            max_factor_size=max_factor_size,
+            **options,
+        )
