@@ -1,0 +1,131 @@
+"""The plain training loop that every framework is compared with, and models to train."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import natgrad
+
+OPTIMIZERS: dict[str, Any] = {
+    "kfac": natgrad.KFAC,
+    "ekfac": natgrad.EKFAC,
+    "diagonal": natgrad.DiagonalNGD,
+}
+
+
+def make(name: str, model: nn.Module, likelihood: Any = "categorical", **options: Any) -> Any:
+    """Make an optimizer whose curvature is updated and factorised at different steps."""
+    defaults = {"lr": 0.1, "factor_interval": 2, "inverse_interval": 3, "momentum": 0.9}
+    return OPTIMIZERS[name](model, likelihood, **(defaults | options))
+
+
+def network(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    """Return a small convolutional classifier of 1 x 6 x 6 images."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 3)
+    ).to(dtype)
+
+
+def images(samples: int = 24, seed: int = 0, dtype: torch.dtype = torch.float64):
+    """Return images and labels a linear rule gives."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, 1, 6, 6, generator=generator, dtype=torch.float64)
+    rule = torch.randn(36, 3, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
+    return x.to(dtype), (x.flatten(1) @ rule).argmax(1)
+
+
+def batches(count: int, size: int = 8, dtype: torch.dtype = torch.float64):
+    """Return ``count`` different batches."""
+    return [images(size, seed, dtype) for seed in range(count)]
+
+
+def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
+    x, y = batch
+    return functional.cross_entropy(model(x), y)
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: Iterable[Any],
+    loss: Callable[[nn.Module, Any], Tensor] = cross_entropy,
+    *,
+    accumulate: int = 1,
+    clip: float | None = None,
+    scheduler: Any = None,
+) -> list[float]:
+    """Run the loop that the README shows; return the losses."""
+    losses = []
+    optimizer.zero_grad()
+    for index, batch in enumerate(data, 1):
+        value = loss(model, batch)
+        (value / accumulate).backward()
+        losses.append(float(value.detach()))
+        if index % accumulate:
+            continue
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        if scheduler is not None:
+            scheduler.step()
+    return losses
+
+
+def flat(model: nn.Module) -> Tensor:
+    """Return all parameters as one vector."""
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def same(left: Any, right: Any) -> bool:
+    """Compare nested state, bit by bit."""
+    if isinstance(left, Tensor):
+        return isinstance(right, Tensor) and torch.equal(left, right)
+    if isinstance(left, dict):
+        return set(left) == set(right) and all(same(left[k], right[k]) for k in left)
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(same, left, right))
+    return left == right
+
+
+def tensors(value: Any) -> Iterable[Tensor]:
+    """Yield every tensor of nested state."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors(item)
+
+
+def assert_curvature_everywhere(optimizer: Any, unused: tuple[str, ...] = ()) -> None:
+    """Every block the model uses has factors that are not zero and an inverse that is finite."""
+    structure = optimizer.preconditioner.structure
+    for name, part in structure.parts.items():
+        if name in unused:
+            assert part.trace() == 0, name
+            continue
+        assert part.trace() > 0, name
+        state = part.state_dict()
+        found = [t for t in tensors(state) if t.is_floating_point()]
+        assert found and all(t.isfinite().all() for t in found), name
+        inverse = state.get("inverse")
+        assert inverse is not None, name
+        assert any(t.abs().sum() > 0 for t in tensors([inverse])), name
+    covered = {n for part in structure.parts.values() for n in part.names}
+    trainable = {n for n, p in optimizer.model.named_parameters() if p.requires_grad}
+    assert covered | set(optimizer.preconditioner.capture.uncovered) == trainable
+
+
+def twins(model: nn.Module, count: int = 2) -> list[nn.Module]:
+    """Return deep copies."""
+    return [copy.deepcopy(model) for _ in range(count)]

@@ -1,0 +1,82 @@
+"""torch.compile leaves the steps as they are."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from tests.ecosystem.loops import (
+    OPTIMIZERS,
+    assert_curvature_everywhere,
+    batches,
+    flat,
+    make,
+    network,
+    train,
+)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+SLOW = [
+    pytest.param(name, order, backend, marks=pytest.mark.slow)
+    for name in OPTIMIZERS
+    for order in ("compiled first", "optimizer first", "in place")
+    for backend in ("eager", "aot_eager")
+    if (name, order, backend) != ("kfac", "optimizer first", "aot_eager")
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "order", "backend"), [("kfac", "optimizer first", "aot_eager"), *SLOW]
+)
+def test_compiled_models_take_the_same_steps(name, order, backend):
+    plain, model = network(), network()
+    data = batches(5)
+    optimizer = make(name, plain)
+    train(plain, optimizer, data)
+    if order == "in place":
+        other = make(name, model)
+        model.compile(backend=backend)
+        compiled = model
+    elif order == "compiled first":
+        compiled = torch.compile(model, backend=backend)
+        other = make(name, compiled)
+    else:
+        other = make(name, model)
+        compiled = torch.compile(model, backend=backend)
+    train(compiled, other, data)
+    torch.testing.assert_close(flat(model), flat(plain), rtol=1e-9, atol=1e-12)
+    assert_curvature_everywhere(other)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the inductor needs a C++ compiler")
+def test_inductor():
+    plain, model = network(), network()
+    data = batches(5)
+    train(plain, make("kfac", plain), data)
+    train(torch.compile(model), make("kfac", model), data)
+    torch.testing.assert_close(flat(model), flat(plain), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_compiled_step():
+    """The step itself may be wrapped, too: it runs eagerly inside."""
+    plain, model = network(), network()
+    data = batches(4)
+    train(plain, make("kfac", plain), data)
+    optimizer = make("kfac", model)
+    step = torch.compile(lambda: optimizer.step(), backend="eager")
+    for x, y in data:
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        step()
+    torch.testing.assert_close(flat(model), flat(plain), rtol=1e-9, atol=1e-12)

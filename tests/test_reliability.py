@@ -1,0 +1,458 @@
+"""Whatever happens to a step, parameters and state stay finite and training goes on."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import natgrad
+
+AVERAGING: dict[str, Any] = {
+    "kfac": natgrad.KFAC,
+    "ekfac": natgrad.EKFAC,
+    "tkfac": natgrad.TKFAC,
+    "tekfac": natgrad.TEKFAC,
+    "kpsvd": natgrad.KPSVD,
+    "unit_wise": natgrad.UnitWiseNGD,
+    "diagonal": natgrad.DiagonalNGD,
+}
+OPTIMIZERS: dict[str, Any] = AVERAGING | {
+    "exact": natgrad.ExactNGD,
+    "block_diagonal": natgrad.BlockDiagonalNGD,
+    "improved": natgrad.ImprovedEmpiricalNGD,
+    "egn": natgrad.EGN,
+}
+
+
+def make(name: str, model: nn.Module, **options: Any) -> Any:
+    """Make an optimizer that updates and factorises at every step."""
+    if name in AVERAGING:
+        options = {"factor_interval": 1, "inverse_interval": 1} | options
+    elif name == "egn":
+        options.pop("momentum", None)
+    return OPTIMIZERS[name](model, **options)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def data(samples: int = 16, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, 6, generator=generator)
+    return x, (x[:, 0] > 0).long() + (x[:, 1] > 0.3).long()
+
+
+def flat(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def tensors(value: Any) -> Iterable[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors(item)
+
+
+def same(left: Any, right: Any) -> bool:
+    if isinstance(left, Tensor):
+        return isinstance(right, Tensor) and torch.equal(left, right)
+    if isinstance(left, dict):
+        return set(left) == set(right) and all(same(left[k], right[k]) for k in left)
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(same, left, right))
+    return left == right
+
+
+def assert_finite(model: nn.Module, optimizer: Any) -> None:
+    """Parameters, momentum and curvature have no NaN and no infinity."""
+    assert flat(model).isfinite().all()
+    for tensor in tensors(optimizer.state_dict()):
+        assert not tensor.is_floating_point() or tensor.isfinite().all()
+
+
+def step(name: str, optimizer: Any, model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> float:
+    """Take one step the way the optimizer wants it."""
+    if name == "egn":
+        return float(optimizer.step(lambda: loss(model)))
+    optimizer.zero_grad()
+    value = loss(model)
+    if value.requires_grad:
+        value.backward()
+    optimizer.step()
+    return float(value.detach())
+
+
+def fit(x: Tensor, y: Tensor) -> Callable[[nn.Module], Tensor]:
+    return lambda model: functional.cross_entropy(model(x), y)
+
+
+# -- degenerate data and models --------------------------------------------------------------------
+
+
+def degenerate(kind: str) -> tuple[nn.Module, Tensor, Tensor]:
+    model = network()
+    x, y = data()
+    if kind == "rank one":
+        x = x[:, :1] * torch.ones(1, 6)
+    elif kind == "constant":
+        x = torch.ones_like(x)
+    elif kind == "zero":
+        x = torch.zeros_like(x)
+    elif kind == "repeated sample":
+        x, y = x[:1].expand(16, 6).contiguous(), y[:1].expand(16).contiguous()
+    elif kind == "dead units":
+        with torch.no_grad():
+            model[0].bias.fill_(-100.0)
+    elif kind == "zero weights":
+        with torch.no_grad():
+            for p in model.parameters():
+                p.zero_()
+    elif kind == "saturated":
+        with torch.no_grad():
+            model[4].weight.mul_(1e4)
+    elif kind == "batch of one":
+        x, y = x[:1], y[:1]
+    elif kind == "one class":
+        y = torch.zeros_like(y)
+    elif kind == "huge features":
+        x = x * torch.logspace(-15, 15, 6)
+    return model, x, y
+
+
+KINDS = [
+    "rank one", "constant", "zero", "repeated sample", "dead units", "zero weights", "saturated",
+    "batch of one", "one class", "huge features",
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*could not be factorised:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*skipped a step:UserWarning")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_degenerate_problems(name, kind):
+    model, x, y = degenerate(kind)
+    optimizer = make(name, model)
+    first = float(fit(x, y)(model).detach())
+    for _ in range(8):
+        step(name, optimizer, model, fit(x, y))
+        assert_finite(model, optimizer)
+    if kind not in ("huge features", "saturated"):
+        assert float(fit(x, y)(model).detach()) <= first * (1 + 1e-4) + 1e-6
+
+
+@pytest.mark.parametrize("name", list(AVERAGING))
+def test_all_targets_ignored(name):
+    model, (x, y) = network(), data()
+    optimizer = make(name, model, momentum=0.0)
+    step(name, optimizer, model, fit(x, y))
+    before = flat(model)
+    step(name, optimizer, model, fit(x, torch.full_like(y, -100)))
+    assert torch.equal(flat(model), before)
+    assert_finite(model, optimizer)
+    step(name, optimizer, model, fit(x, y))
+    assert not torch.equal(flat(model), before)
+
+
+@pytest.mark.filterwarnings("ignore:.*skipped a step:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*could not be factorised:UserWarning")
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_exploding_losses(name):
+    """A loss that grows a hundredfold at every step, up to overflow, and comes back."""
+    model, (x, y) = network(), data()
+    optimizer = make(name, model)
+    for power in range(0, 48, 4):
+        step(name, optimizer, model, lambda m: 10.0**power * fit(x, y)(m))  # noqa: B023
+        assert_finite(model, optimizer)
+    for _ in range(10):
+        step(name, optimizer, model, fit(x, y))
+    assert_finite(model, optimizer)
+
+
+# -- faults ----------------------------------------------------------------------------------------
+
+
+class Faulty:
+    """Injects one value into one place of a forward or backward pass."""
+
+    def __init__(self, model: nn.Sequential, where: str, value: float) -> None:
+        self.model, self.where, self.value = model, where, value
+
+    def _spoil(self, tensor: Tensor) -> Tensor:
+        spoiled = tensor.clone()
+        spoiled.view(-1)[0] = self.value
+        return spoiled
+
+    def __call__(self, x: Tensor, y: Tensor, loss: Callable[..., Tensor]) -> Tensor:
+        if self.where == "input":
+            x = self._spoil(x)
+        layers = {"activation": 1, "first output": 0, "middle gradient": 2, "last gradient": 4}
+        handle = None
+        if self.where in ("activation", "first output"):
+            handle = self.model[layers[self.where]].register_forward_hook(
+                lambda module, args, output: self._spoil(output)
+            )
+        elif self.where.endswith("gradient"):
+
+            def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+                if output.requires_grad:
+                    output.register_hook(self._spoil)
+
+            handle = self.model[layers[self.where]].register_forward_hook(hook)
+        try:
+            if self.where == "target":
+                y = functional.one_hot(y, 3).float()
+                y[0, 0] = self.value
+            value = loss(self.model(x), y)
+            if self.where == "loss":
+                value = value * self.value
+            return value
+        finally:
+            if handle is not None:
+                handle.remove()
+
+
+PLACES = [
+    "input", "first output", "activation", "middle gradient", "last gradient", "target", "loss",
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*could not be factorised:UserWarning")
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_a_fault_changes_nothing(name, where, value):
+    """A step of which anything is not finite leaves everything as it was, but for a count."""
+    model, (x, y) = network(), data()
+    optimizer = make(name, model)
+    step(name, optimizer, model, fit(x, y))
+    before, state = flat(model), copy.deepcopy(optimizer.state_dict())
+    faulty = Faulty(model, where, value)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        step(name, optimizer, model, lambda m: faulty(x, y, functional.cross_entropy))
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    if all(g.isfinite().all() for g in gradients):
+        # The value did not reach a gradient: tanh(∞) = 1, relu(-∞) = 0.
+        assert_finite(model, optimizer)
+    else:
+        assert torch.equal(flat(model), before)
+        assert same(optimizer.state_dict(), state)
+        assert any("skipped" in str(w.message) for w in caught)
+    for _ in range(3):
+        step(name, optimizer, model, fit(x, y))
+        assert_finite(model, optimizer)
+    assert not torch.equal(flat(model), before)
+
+
+@pytest.mark.parametrize("name", ["kfac", "ekfac", "diagonal", "unit_wise"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_fault_in_curvature_alone(name, value):
+    """A fault that hits natgrad's own backward pass but not the user's spoils no factor."""
+    model, (x, y) = network(), data()
+    optimizer = make(name, model, fisher="mc")
+    step(name, optimizer, model, fit(x, y))
+    passes = []
+
+    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+        def spoil(gradient: Tensor) -> Tensor | None:
+            passes.append(None)
+            if len(passes) > 1:  # natgrad's pass comes first, the user's second.
+                return None
+            spoiled = gradient.clone()
+            spoiled.view(-1)[0] = value
+            return spoiled
+
+        output.register_hook(spoil)
+
+    handle = model[2].register_forward_hook(hook)
+    step(name, optimizer, model, fit(x, y))
+    handle.remove()
+    assert len(passes) == 2
+    assert_finite(model, optimizer)
+    losses = [step(name, optimizer, model, fit(x, y)) for _ in range(25)]
+    assert_finite(model, optimizer)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("name", ["kfac", "tkfac", "ekfac", "tekfac"])
+def test_factors_that_cannot_be_factorised_keep_the_last_and_name_the_layer(name):
+    """Factors between 1e-30 and 1e30, and one spoiled by hand."""
+    model, (x, y) = network(), data()
+    optimizer = make(name, model)
+    for _ in range(2):
+        step(name, optimizer, model, fit(x, y))
+    part = optimizer.preconditioner.structure.parts["2"]
+    factors = getattr(part, "factors", part)
+    scale = torch.logspace(-30, 30, factors.inputs.shape[-1])
+    factors.inputs = factors.inputs * scale.sqrt() * scale.sqrt().unsqueeze(-1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*could not be factorised")
+        for _ in range(3):
+            step(name, optimizer, model, fit(x, y))
+            assert_finite(model, optimizer)
+
+    model = network()
+    optimizer = make(name, model)
+    for _ in range(2):
+        step(name, optimizer, model, fit(x, y))
+    part = optimizer.preconditioner.structure.parts["2"]
+    factors = getattr(part, "factors", part)
+    factors.outputs = torch.full_like(factors.outputs, float("nan"))
+    before = flat(model)
+    with pytest.warns(UserWarning, match="'2' could not be factorised"):
+        step(name, optimizer, model, fit(x, y))
+    assert flat(model).isfinite().all() and not torch.equal(before, flat(model))
+
+
+# -- long runs -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*could not be factorised:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*skipped a step:UserWarning")
+@pytest.mark.parametrize("name", ["kfac", "ekfac"])
+def test_five_thousand_steps_with_faults(name):
+    model = network()
+    optimizer = make(name, model, lr=0.05, factor_interval=5, inverse_interval=10)
+    dice = random.Random(0)
+    x, y = data(256)
+    first = float(fit(x, y)(model).detach())
+    memory = []
+    for index in range(5000):
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 - index / 5000)
+        picked = torch.tensor(dice.sample(range(256), dice.choice([1, 7, 16])))
+        batch = x[picked], y[picked]
+        if dice.random() < 0.05:
+            value = dice.choice([float("nan"), float("inf"), float("-inf")])
+            faulty = Faulty(model, dice.choice(PLACES), value)
+            step(name, optimizer, model, lambda m: faulty(*batch, functional.cross_entropy))  # noqa: B023
+        else:
+            step(name, optimizer, model, fit(*batch))
+        if index % 100 == 0:
+            assert_finite(model, optimizer)
+        if index in (1000, 4999):
+            gc.collect()
+            live = sum(issubclass(type(o), Tensor) for o in gc.get_objects())
+            memory.append((len(gc.get_objects()), live))
+    assert_finite(model, optimizer)
+    assert float(fit(x, y)(model).detach()) < 0.35 * first
+    assert memory[1][0] < memory[0][0] + 2000
+    assert memory[1][1] <= memory[0][1] + 20
+
+
+# -- crashes ---------------------------------------------------------------------------------------
+
+WORKER = """
+import os, sys, torch, natgrad
+from pathlib import Path
+
+torch.set_num_threads(1)
+path, total = Path(sys.argv[1]), int(sys.argv[2])
+
+
+def save(path, state):
+    temporary = path.with_name(path.name + ".partial")
+    with open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(6, 32), torch.nn.Tanh(), torch.nn.Linear(32, 3))
+optimizer = natgrad.KFAC(model, lr=0.05, factor_interval=2, inverse_interval=3)
+step = 0
+if path.exists():
+    state = torch.load(path, weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    step = state["step"]
+print("ready", step, flush=True)
+while step < total:
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(8, 6, generator=generator)
+    optimizer.zero_grad()
+    torch.nn.functional.cross_entropy(model(x), (x[:, 0] > 0).long()).backward()
+    optimizer.step()
+    step += 1
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+    save(path, state)
+    print("saved", step, flush=True)
+"""
+
+
+def worker(path: Path, total: int) -> subprocess.Popen[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(WORKER), str(path), str(total)],
+        stdout=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+
+
+def killed_run(folder: Path, kills: int, total: int) -> None:
+    whole = worker(folder / "whole.pt", total)
+    assert whole.wait(timeout=120) == 0
+    path, dice, reached = folder / "parted.pt", random.Random(1), 0
+    for _ in range(kills):
+        process = worker(path, 10**6)
+        assert process.stdout is not None
+        assert process.stdout.readline() == f"ready {reached}\n"
+        time.sleep(dice.uniform(0.0, 0.03))
+        os.kill(process.pid, signal.SIGKILL)
+        said = process.communicate()[0].splitlines()
+        assert process.returncode == -signal.SIGKILL
+        last = int(said[-1].split()[1]) if said else reached
+        if path.exists():
+            state = torch.load(path, weights_only=True)
+            # What was said to be saved is there, or the save after it.
+            assert state["step"] in (last, last + 1)
+            reached = state["step"]
+        else:
+            assert last == 0
+    end = max(total, reached)
+    final = worker(path, end)
+    assert final.wait(timeout=120) == 0
+    if end > total:
+        again = worker(folder / "whole.pt", end)
+        assert again.wait(timeout=120) == 0
+    left, right = (torch.load(folder / f, weights_only=True) for f in ("whole.pt", "parted.pt"))
+    assert left["step"] == right["step"] == end
+    assert same(left["model"], right["model"])
+    assert same(left["optimizer"], right["optimizer"])
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
+def test_a_killed_run_loses_nothing_that_was_saved(tmp_path):
+    killed_run(tmp_path, 1, 20)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
+def test_a_run_killed_many_times(tmp_path):
+    killed_run(tmp_path, 6, 40)
