@@ -2,7 +2,8 @@
 
 All methods train the same network in one process, taking turns of one whole refresh cycle, so that
 the machine's drift hits all of them alike; the ratio is taken turn by turn and its median is
-printed. Peers are timed where they are installed (``pip install asdfghjkl singd``).
+printed. Peers are timed where they are installed (``pip install asdfghjkl singd
+curvlinops-for-pytorch nngeometry``) and can train the network.
 
     python benchmarks/step_time.py                      # MLP 784-1024-1024-10, batch 256
     python benchmarks/step_time.py --model cnn --batch-size 64 --methods sgd,adamw,kfac
@@ -32,6 +33,95 @@ import natgrad
 
 Step = Callable[[Tensor, Tensor], None]
 
+#: Other libraries, each named by its module.
+PEERS = ("asdl", "singd", "curvlinops", "nngeometry")
+
+#: Ways to run natgrad: name → options.
+OURS = {
+    "kfac": {},
+    "kfac_fused": {"fused": True},
+    "kfac_bf16": {"precondition_dtype": torch.bfloat16},
+    "kfac_fused_bf16": {"fused": True, "precondition_dtype": torch.bfloat16},
+    "kfac_staggered": {"stagger": True},
+    "ekfac": {},
+}
+
+
+class ResidualBlock(nn.Module):
+    """Two 3 x 3 convolutions beside a shortcut, as in ResNet-18."""
+
+    def __init__(self, d_in: int, d_out: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(d_in, d_out, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(d_out),
+            nn.ReLU(),
+            nn.Conv2d(d_out, d_out, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(d_out),
+        )
+        self.shortcut = nn.Sequential()
+        if stride != 1 or d_in != d_out:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(d_in, d_out, 1, stride, bias=False), nn.BatchNorm2d(d_out)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.relu(self.body(x) + self.shortcut(x))
+
+
+def resnet18(width: int, classes: int = 10) -> nn.Module:
+    layers: list[nn.Module] = [
+        nn.Conv2d(3, width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+    ]
+    d_in = width
+    for stage in range(4):
+        d_out = width * 2**stage
+        for index in range(2):
+            layers.append(ResidualBlock(d_in, d_out, 2 if stage and not index else 1))
+            d_in = d_out
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(d_in, classes))
+
+
+class TransformerLayer(nn.Module):
+    """Causal self-attention and a feed-forward network, normalised first."""
+
+    def __init__(self, size: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.before_attention, self.before_feed_forward = nn.LayerNorm(size), nn.LayerNorm(size)
+        self.query, self.key, self.value = (nn.Linear(size, size) for _ in range(3))
+        self.output = nn.Linear(size, size)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(size, 4 * size), nn.GELU(), nn.Linear(4 * size, size)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.before_attention(x)
+        q, k, v = (
+            linear(h).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for linear in (self.query, self.key, self.value)
+        )
+        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.output(mixed.transpose(1, 2).flatten(-2))
+        return x + self.feed_forward(self.before_feed_forward(x))
+
+
+class Transformer(nn.Module):
+    """A decoder over characters."""
+
+    def __init__(self, vocabulary: int, size: int, length: int, layers: int) -> None:
+        super().__init__()
+        self.characters = nn.Embedding(vocabulary, size)
+        self.places = nn.Embedding(length, size)
+        self.layers = nn.Sequential(*(TransformerLayer(size, 4) for _ in range(layers)))
+        self.norm, self.head = nn.LayerNorm(size), nn.Linear(size, vocabulary)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        places = torch.arange(tokens.shape[1]).expand_as(tokens)
+        return self.head(self.norm(self.layers(self.characters(tokens) + self.places(places))))
+
 
 def make_model(name: str) -> nn.Module:
     torch.manual_seed(0)
@@ -54,20 +144,33 @@ def make_model(name: str) -> nn.Module:
             nn.ReLU(),
             nn.Linear(128, 10),
         )
-    raise ValueError(f"model must be mlp or cnn, got {name!r}")
+    if name == "resnet":
+        return resnet18(16)
+    return Transformer(65, 256, 64, 4)
+
+
+#: Batch sizes the models are timed with unless told otherwise.
+BATCH_SIZES = {"mlp": 256, "cnn": 64, "resnet": 64, "transformer": 16}
 
 
 def make_batch(name: str, size: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
+    if name == "transformer":
+        tokens = torch.randint(0, 65, (size, 64), generator=generator)
+        return tokens, torch.randint(0, 65, (size, 64), generator=generator)
     shape = (size, 784) if name == "mlp" else (size, 3, 32, 32)
     inputs = torch.randn(shape, generator=generator)
     return inputs, torch.randint(0, 10, (size,), generator=generator)
 
 
+def loss_of(output: Tensor, targets: Tensor) -> Tensor:
+    return functional.cross_entropy(output.flatten(0, -2), targets.flatten())
+
+
 def plain(model: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
     def step(inputs: Tensor, targets: Tensor) -> None:
         optimizer.zero_grad()
-        functional.cross_entropy(model(inputs), targets).backward()
+        loss_of(model(inputs), targets).backward()
         optimizer.step()
 
     return step
@@ -86,15 +189,92 @@ def asdl(model: nn.Module, batch: int, factor: int, inverse: int) -> Step:
         curvature_upd_interval=factor,
         preconditioner_upd_interval=inverse,
     )
+    if isinstance(model, Transformer):
+        model = nn.Sequential(model, nn.Flatten(0, 1))  # It takes two-dimensional outputs only.
     maker = asdl.KfacGradientMaker(model, config)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
 
     def step(inputs: Tensor, targets: Tensor) -> None:
         optimizer.zero_grad()
         output = maker.setup_model_call(model, inputs)
-        maker.setup_loss_call(functional.cross_entropy, output, targets)
+        maker.setup_loss_call(functional.cross_entropy, output, targets.flatten())
         maker.forward_and_backward()
         optimizer.step()
+
+    return step
+
+
+def curvlinops(model: nn.Module, factor: int, inverse: int) -> Step:
+    from curvlinops import KFACInverseLinearOperator, KFACLinearOperator
+
+    criterion = nn.CrossEntropyLoss()
+    supported = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    parameters = [p for m in supported for p in m.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    network = model
+    if isinstance(model, Transformer):
+        network = nn.Sequential(model, nn.Flatten(0, 1))
+    count = 0
+    found: list[object] = [None, None]
+
+    def step(inputs: Tensor, targets: Tensor) -> None:
+        nonlocal count
+        optimizer.zero_grad()
+        loss_of(model(inputs), targets).backward()
+        gradients = [p.grad for p in parameters]
+        if count % factor == 0:
+            found[0] = KFACLinearOperator(
+                network,
+                criterion,
+                parameters,
+                [(inputs, targets.flatten())],
+                check_deterministic=False,
+                separate_weight_and_bias=False,
+                batch_size_fn=len,
+                num_data=len(inputs),
+            )
+            found[0].compute_kronecker_factors()
+            for p, g in zip(parameters, gradients, strict=True):
+                p.grad = g
+        if count % inverse == 0:
+            found[1] = KFACInverseLinearOperator(found[0], damping=1e-2, use_heuristic_damping=True)
+        for p, natural in zip(parameters, found[1] @ gradients, strict=True):
+            p.grad = natural
+        optimizer.step()
+        count += 1
+
+    return step
+
+
+def nngeometry(model: nn.Module, factor: int, inverse: int) -> Step:
+    from nngeometry.layercollection import LayerCollection
+    from nngeometry.metrics import FIM
+    from nngeometry.object import PMatKFAC, PVector
+    from torch.utils.data import DataLoader, TensorDataset
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    count = 0
+    found: list[object] = [None, None]
+
+    def step(inputs: Tensor, targets: Tensor) -> None:
+        nonlocal count
+        optimizer.zero_grad()
+        loss_of(model(inputs), targets).backward()
+        if count % factor == 0:
+            loader = DataLoader(TensorDataset(inputs, targets), batch_size=len(inputs))
+            gradients = [p.grad for p in model.parameters()]
+            found[0] = FIM(model, loader, PMatKFAC, variant="classif_logits")
+            for p, g in zip(model.parameters(), gradients, strict=True):
+                p.grad = g
+        if count % inverse == 0:
+            found[1] = found[0].inverse(1e-2)
+        natural = found[1].mv(PVector.from_model_grad(model)).to_dict()
+        modules = LayerCollection.from_model(model).get_layerid_module_maps(model)[0]
+        for layer, values in natural.items():
+            for name, value in zip(("weight", "bias"), values, strict=False):
+                getattr(modules[layer], name).grad = value
+        optimizer.step()
+        count += 1
 
     return step
 
@@ -112,9 +292,14 @@ def make_step(name: str, model_name: str, batch: int, factor: int, inverse: int)
         return plain(model, torch.optim.SGD(parameters, lr=1e-4, momentum=0.9))
     if name == "adamw":
         return plain(model, torch.optim.AdamW(parameters, lr=1e-4))
-    if name == "kfac":
-        intervals = {"factor_interval": factor, "inverse_interval": inverse}
-        return plain(model, natgrad.KFAC(model, lr=1e-4, momentum=0.9, **intervals))
+    if name in OURS:
+        options = {"factor_interval": factor, "inverse_interval": inverse, **OURS[name]}
+        kind = natgrad.EKFAC if name == "ekfac" else natgrad.KFAC
+        return plain(model, kind(model, lr=1e-4, momentum=0.9, **options))
+    if name == "curvlinops":
+        return curvlinops(model, factor, inverse)
+    if name == "nngeometry":
+        return nngeometry(model, factor, inverse)
     if name == "asdl":
         return asdl(model, batch, factor, inverse)
     if name == "singd":
@@ -123,10 +308,9 @@ def make_step(name: str, model_name: str, batch: int, factor: int, inverse: int)
 
 
 def available(names: list[str]) -> list[str]:
-    modules = {"asdl": "asdl", "singd": "singd"}
     kept = []
     for name in names:
-        if name in modules and find_spec(modules[name]) is None:
+        if name in PEERS and find_spec(name) is None:
             print(f"# {name} is not installed, left out", file=sys.stderr)
         else:
             kept.append(name)
@@ -146,8 +330,15 @@ def measure(arguments: argparse.Namespace) -> None:
             arguments.factor_interval,
             arguments.inverse_interval,
         )
-        for _ in range(3):
-            steps[name](*batch)
+        try:
+            for _ in range(3):
+                steps[name](*batch)
+        except Exception as error:
+            if name not in PEERS:
+                raise
+            print(f"# {name} cannot train this network, left out: {error}", file=sys.stderr)
+            del steps[name]
+    names = list(steps)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(arguments.turns):
         for name in names:
@@ -186,16 +377,17 @@ def one_for_memory(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=("mlp", "cnn"), default="mlp")
-    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--model", choices=tuple(BATCH_SIZES), default="mlp")
+    parser.add_argument("--batch-size", type=int)
     parser.add_argument("--factor-interval", type=int, default=10)
     parser.add_argument("--inverse-interval", type=int, default=100)
-    parser.add_argument("--methods", default="sgd,adamw,kfac,asdl,singd")
+    parser.add_argument("--methods", default="sgd,adamw,kfac,kfac_fused,asdl,singd")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
+    arguments.batch_size = arguments.batch_size or BATCH_SIZES[arguments.model]
     if arguments.one:
         one_for_memory(arguments)
         return
