@@ -508,6 +508,7 @@ def test_life_cycle(structure, decay, factor_interval):
     options = {"damping_rule": rule} if rule else {}
     optimizer = OPTIMIZERS[structure](
         model, lr=lr, damping=damping, momentum=0.0, fisher="exact", ema_decay=decay,
+        early_updates=False,
         factor_interval=factor_interval, inverse_interval=3, kl_clip=None, **options,
     )  # fmt: skip
     steps = StepByStep(structure, case, decay, damping, rule)

@@ -158,13 +158,13 @@ def test_draws_differ_between_updates_and_continue_after_a_checkpoint() -> None:
 
     with Capture(model) as capture:
         blocks, layout = capture.blocks, capture.layout
-    first = make_structure("kfac", blocks, layout, max_factor_rows=20)
+    first = make_structure("kfac", blocks, layout, rows_per_unit=2)
     update(first, 1)
     once = first.parts["0"].kronecker_factors()[0]
     first.discount(0.0)
     update(first, 1)
     assert not torch.equal(once, first.parts["0"].kronecker_factors()[0])
-    second = make_structure("kfac", blocks, layout, max_factor_rows=20)
+    second = make_structure("kfac", blocks, layout, rows_per_unit=2)
     second.load_state_dict(copy.deepcopy(first.state_dict()), torch.device("cpu"))
     for structure in (first, second):
         update(structure, 2)
@@ -172,16 +172,16 @@ def test_draws_differ_between_updates_and_continue_after_a_checkpoint() -> None:
         first.parts["0"].kronecker_factors(), second.parts["0"].kronecker_factors(), strict=True
     ):
         assert torch.equal(left, right)
-    with pytest.raises(ValueError, match="max_factor_rows must be at least 1"):
-        make_structure("kfac", blocks, layout, max_factor_rows=0)
+    with pytest.raises(ValueError, match="rows_per_unit must be positive"):
+        make_structure("kfac", blocks, layout, rows_per_unit=0)
 
 
 def test_training_takes_some_rows_and_fisher_objects_all() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 2))
     optimizer = natgrad.KFAC(model)
-    assert optimizer.preconditioner.structure.parts["0"].max_factor_rows == 512
+    assert optimizer.preconditioner.structure.parts["0"].rows_per_unit == 4.0
     found = natgrad.fisher_matrix(model, (torch.randn(3, 1, 8, 8), None), structure="kfac")
-    assert found.parts["0"].max_factor_rows is None
+    assert found.parts["0"].rows_per_unit is None
 
 
 # Staggered factorisations.
@@ -194,6 +194,7 @@ def train(optimizer_options: dict, steps: int) -> tuple[nn.Module, natgrad.KFAC,
     for d_in, d_out in zip(sizes, sizes[1:], strict=False):
         layers += [nn.Linear(d_in, d_out), nn.Tanh()]
     model = nn.Sequential(*layers[:-1]).double()
+    optimizer_options = {"early_updates": False, **optimizer_options}
     optimizer = natgrad.KFAC(model, factor_interval=1, **optimizer_options)
     refreshed: list[list[str]] = []
     for step in range(steps):
@@ -207,15 +208,26 @@ def train(optimizer_options: dict, steps: int) -> tuple[nn.Module, natgrad.KFAC,
 
 
 def test_staggering_factorises_every_layer_once_per_interval() -> None:
-    _, optimizer, refreshed = train({"inverse_interval": 3, "stagger": True}, 7)
+    _, optimizer, refreshed = train({"inverse_interval": 3, "stagger": True}, 9)
     names = sorted(optimizer.preconditioner.structure.parts)
     assert sorted(refreshed[0]) == names  # Nothing can be preconditioned before.
-    for start in (1, 4):
+    assert refreshed[1] == refreshed[2] == []
+    for start in (3, 6):
         window = [refreshed[start], refreshed[start + 1], refreshed[start + 2]]
         assert sorted(name for turn in window for name in turn) == names
         assert all(window)
     # The largest layer is alone in its turn.
-    assert ["2"] in refreshed[1:4]
+    assert ["2"] in refreshed[3:6]
+
+
+@pytest.mark.parametrize("stagger", [False, True])
+def test_early_factorisations(stagger: bool) -> None:
+    options = {"inverse_interval": 6, "early_updates": True, "stagger": stagger}
+    _, _, refreshed = train(options, 12)
+    assert [step for step in range(6) if len(refreshed[step]) == 4] == [0, 1, 2, 4]
+    assert all(len(refreshed[step]) in (0, 4) for step in range(6))
+    later = [name for step in range(6, 12) for name in refreshed[step]]
+    assert sorted(later) == ["0", "2", "4", "6"]
 
 
 def test_interval_of_one_needs_no_staggering() -> None:

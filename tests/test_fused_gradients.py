@@ -14,7 +14,14 @@ from natgrad.optim import fused_gradients
 from tests.cases import normal
 
 BATCH, UNITS = 6, (12, 20, 15, 4)
-OPTIONS = {"lr": 0.1, "momentum": 0.9, "kl_clip": None, "factor_interval": 1}
+OPTIONS = {
+    "lr": 0.1,
+    "damping": 1e-2,
+    "momentum": 0.9,
+    "kl_clip": None,
+    "factor_interval": 1,
+    "early_updates": False,
+}
 
 
 def make_model(activation: nn.Module | None = None, bias: bool = True) -> nn.Sequential:

@@ -268,6 +268,7 @@ def test_life_cycle(rank, decay, factor_interval):
     model, damping, lr = copy.deepcopy(case.model), 0.5, 0.3
     optimizer = KPSVD(
         model, lr=lr, damping=damping, momentum=0.0, fisher="exact", ema_decay=decay,
+        early_updates=False,
         factor_interval=factor_interval, inverse_interval=3, kl_clip=None, rank=rank,
         tolerance=1e-11, max_iterations=100,
     )  # fmt: skip

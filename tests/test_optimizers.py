@@ -34,6 +34,8 @@ def make(structure: str, model: nn.Module, likelihood: Any = "categorical", **op
     defaults: dict[str, Any] = {"lr": 0.3, "damping": 0.05, "kl_clip": None, "momentum": 0.0}
     if structure in AVERAGING:
         defaults |= {"factor_interval": 1, "inverse_interval": 1, "ema_decay": 0.0}
+    if structure == "kfac":
+        defaults |= {"nesterov": False, "early_updates": False, "rows_per_unit": None}
     return OPTIMIZERS[structure](model, likelihood, **(defaults | options))
 
 

@@ -688,8 +688,6 @@ def test_errors_are_clear():
         ({"weight_decay_mode": "l2"}, "decoupled"),
         ({"graft": "adamw"}, "adam"),
         ({"graft": "adam", "graft_betas": (0.9, 1.0)}, r"graft_betas\[1\]"),
-        ({"nesterov": True}, "momentum > 0"),
-        ({**MODEL_STEP, "momentum": 0.9, "nesterov": True}, "nesterov"),
         ({**MODEL_STEP, "momentum_on": "gradient"}, "momentum_on"),
         ({**MODEL_STEP, "lr": "isotropic"}, "isotropic"),
         ({"graft": "sgd", "lr": "isotropic"}, "isotropic"),

@@ -481,6 +481,7 @@ def test_life_cycle(factors, inverses, decay, space, form):
     model, damping, lr = copy.deepcopy(case.model), 0.3, 0.2
     optimizer = TwoLevelKFAC(
         model, lr=lr, damping=damping, momentum=0.0, fisher="exact", ema_decay=decay,
+        early_updates=False,
         factor_interval=factors, inverse_interval=inverses, kl_clip=None,
         coarse_space=space, form=form,
     )  # fmt: skip

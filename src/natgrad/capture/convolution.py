@@ -13,6 +13,7 @@ from natgrad.capture.kinds import (
     LayerKind,
     concatenate_positions,
     fold_gradients,
+    of_samples,
     register_kind,
 )
 from natgrad.jacobians import LayerJacobian, LinearJacobian
@@ -119,19 +120,24 @@ class ConvolutionKind(LayerKind):
 
 
 def _convolution_inputs(
-    calls: list[LayerCall], layout: BlockLayout, samples: int, positions: Tensor | None
+    calls: list[LayerCall],
+    layout: BlockLayout,
+    samples: int,
+    chosen: Tensor | None,
+    positions: Tensor | None,
 ) -> Tensor:
-    """Return patches ``(N, T, G, d_in)``, at all positions of all calls or at some."""
+    """Return patches ``(N, T, G, d_in)``, of all samples and positions or of some."""
     rows = []
+    count = samples if chosen is None else len(chosen)
     for call in calls:
         module = cast(nn.Conv2d, call.module)
-        images = call.inputs[0]
+        images = of_samples(call.inputs[0], samples, chosen)
         padding = module._reversed_padding_repeated_twice
         if any(padding):
             mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
             images = nn.functional.pad(images, padding, mode=mode)
         windows = patches(images, module.kernel_size, module.stride, module.dilation)
-        row = _window_rows(windows, samples, layout.groups, positions if len(calls) == 1 else None)
+        row = _window_rows(windows, count, layout.groups, positions if len(calls) == 1 else None)
         rows.append(row if layout.has_weight else row[..., :0])
     if len(rows) == 1:
         return rows[0]

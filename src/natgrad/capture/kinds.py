@@ -144,6 +144,13 @@ def fold_gradients(gradients: Tensor, samples: int, features: int) -> Tensor:
     return gradients.reshape(gradients.shape[0], samples, -1, features).transpose(0, 1)
 
 
+def of_samples(inputs: Tensor, samples: int, chosen: Tensor | None) -> Tensor:
+    """Return the part of ``(N·r, ...)`` that belongs to the chosen samples; all of it for None."""
+    if chosen is None:
+        return inputs
+    return inputs.reshape(samples, -1, *inputs.shape[1:])[chosen].flatten(0, 1)
+
+
 def _check_fold(size: int, samples: int) -> None:
     if size % samples:
         raise ValueError(

@@ -91,9 +91,14 @@ class NormalizationKind(LayerKind):
         return LinearJacobian(layout, make, delta, skip_silent=skip_silent)
 
     def _inputs(
-        self, calls: list[LayerCall], layout: BlockLayout, samples: int, positions: Tensor | None
+        self,
+        calls: list[LayerCall],
+        layout: BlockLayout,
+        samples: int,
+        chosen: Tensor | None,
+        positions: Tensor | None,
     ) -> Tensor:
-        """Return normalised inputs ``(N, T, channels, 1)``, at all positions or some."""
+        """Return normalised inputs ``(N, T, channels, 1)``, of all samples or some."""
         joined = []
         for call in calls:
             values = call.inputs[0]
@@ -102,6 +107,7 @@ class NormalizationKind(LayerKind):
             if self.channels_first:
                 values = values.movedim(1, -1)
             values = fold_inputs(values, samples, layout.groups)
+            values = values if chosen is None else values[chosen]
             if positions is not None and len(calls) == 1:
                 values = values[:, positions]
             joined.append(self.normalize(call, values) if self.by_rows else values)

@@ -64,6 +64,9 @@ class EigenbasisPart(CurvaturePart):
         layout: Its layout.
         parameters: Order, dtype and device of all parameters.
         factors: An empty part whose Kronecker factors give the basis.
+        max_moment_samples: If a batch has more samples and the weight is shared, an update of the
+            moments takes a random subset of samples, drawn anew every time, which is unbiased.
+            None for all.
     """
 
     def __init__(
@@ -72,12 +75,14 @@ class EigenbasisPart(CurvaturePart):
         layout: BlockLayout,
         parameters: ParameterLayout,
         factors: KroneckerPart,
+        max_moment_samples: int | None = None,
     ) -> None:
         self.name = name
         self.layout = layout
         self.parameters = parameters
         self.names, self.sizes, self.numel = layout.names, layout.sizes, layout.numel
         self.factors = factors
+        self.max_moment_samples = max_moment_samples
         self.basis: Basis | None = None
         self.sum: Tensor | None = None  # Squared rows in the basis, (G, d_out, d_in + bias).
         self._waiting: tuple[tuple[LayerJacobian, float], ...] = ()  # Rows and their weights.
@@ -91,12 +96,23 @@ class EigenbasisPart(CurvaturePart):
         factors = copy.copy(self.factors)  # The old one may be returned to.
         factors.update(jacobians, count)
         if factors.outputs is not self.factors.outputs:
-            rows = jacobians[self.name]
+            rows, weight = self._sampled(jacobians[self.name])
             held = sum(_elements(jacobian) for jacobian, _ in self._waiting)
             if held and held + _elements(rows) > KEPT_ELEMENTS:
                 self._settle()
-            self._waiting = (*self._waiting, (rows, 1.0))
+            self._waiting = (*self._waiting, (rows, weight))
         self.factors = factors
+
+    def _sampled(self, rows: LayerJacobian) -> tuple[LayerJacobian, float]:
+        """Return the rows, or those of some samples, and what their squares count."""
+        limit = self.max_moment_samples
+        if limit is None or not isinstance(rows, LinearJacobian) or rows.positions == 1:
+            return rows, 1.0
+        if rows.samples <= limit:
+            return rows, 1.0
+        generator = torch.Generator().manual_seed(self.factors.draws)
+        chosen = torch.randperm(rows.samples, generator=generator)[:limit].sort().values
+        return rows.of_samples(chosen.to(rows.device)), rows.samples / limit
 
     def discount(self, factor: float) -> None:
         """Discount factors and moments; with 0 forget them, but for the basis."""
@@ -260,17 +276,23 @@ class EKFACFisher(PartitionedFisher):
     Damping is added to the moments, so ``(F + λI)⁻¹`` is exact. The basis is renewed by
     ``refresh``, the moments with every update (:class:`EigenbasisPart` says how they meet).
 
-    Options: ``weight_sharing`` and ``max_factor_size`` of
-    :class:`~natgrad.curvature.kfac.KroneckerPart`, which concern the basis only: the moments are
-    those of the exact rows.
+    Options: ``weight_sharing``, ``max_factor_size`` and ``rows_per_unit`` of
+    :class:`~natgrad.curvature.kfac.KroneckerPart`, which concern the basis only, and
+    ``max_moment_samples`` of :class:`EigenbasisPart`: the moments are those of the exact rows.
     """
 
     structure: ClassVar[str] = "ekfac"
+    training_options: ClassVar[Mapping[str, Any]] = {
+        "rows_per_unit": 4.0,
+        "max_moment_samples": 16,
+    }
 
     def make_parts(
         self,
         weight_sharing: WeightSharing = "expand",
         max_factor_size: int | None = 8192,
+        rows_per_unit: float | None = None,
+        max_moment_samples: int | None = None,
         **options: Any,
     ) -> dict[str, CurvaturePart]:
         """Return one part per block.
@@ -281,9 +303,25 @@ class EKFACFisher(PartitionedFisher):
         """
         refuse_options(self.structure, options)
         check_choice("weight_sharing", weight_sharing, "expand", "reduce")
-        shared = {"weight_sharing": weight_sharing, "max_factor_size": max_factor_size}
+        if rows_per_unit is not None and not rows_per_unit > 0:
+            raise ValueError(f"rows_per_unit must be positive or None, got {rows_per_unit}")
+        if max_moment_samples is not None and max_moment_samples < 1:
+            raise ValueError(
+                f"max_moment_samples must be at least 1 or None, got {max_moment_samples}"
+            )
+        shared = {
+            "weight_sharing": weight_sharing,
+            "max_factor_size": max_factor_size,
+            "rows_per_unit": rows_per_unit,
+        }
         return {
-            name: EigenbasisPart(name, block, self.layout, self.make_factors(name, block, shared))
+            name: EigenbasisPart(
+                name,
+                block,
+                self.layout,
+                self.make_factors(name, block, shared),
+                max_moment_samples,
+            )
             for name, block in self.blocks.items()
         }
 
@@ -295,7 +333,7 @@ class EKFACFisher(PartitionedFisher):
         Args:
             name: Block name.
             block: Its layout.
-            options: ``weight_sharing`` and ``max_factor_size``.
+            options: ``weight_sharing``, ``max_factor_size`` and ``rows_per_unit``.
         """
         return KroneckerPart(name, block, self.layout, **options)
 

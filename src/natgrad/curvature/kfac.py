@@ -9,6 +9,7 @@ and *reduce* settings of Eschenhagen et al. 2023). Grouped layers have one pair 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -55,9 +56,10 @@ class KroneckerPart(CurvaturePart):
             ``"pi"`` inverts ``(B + √λ/π I) ⊗ (A + π√λ I)`` with
             ``π² = (tr A / d_a) / (tr B / d_g)``, which is cheaper and damps somewhat more.
         max_factor_size: Larger factors are kept as their diagonal.
-        max_factor_rows: If a batch has more rows (samples times positions), an update of *expand*
-            factors takes a random subset of positions, the same for all samples, drawn anew every
-            time: unbiased, and neighbouring positions tell much the same. None for all rows.
+        rows_per_unit: If a batch has more rows (samples times positions) than this times the size
+            of the larger factor, an update of *expand* factors takes a random subset of positions,
+            the same for all samples, drawn anew every time: unbiased, and neighbouring positions
+            tell much the same. None for all rows.
         precondition_dtype: Type of the products with factored inverses, such as
             ``torch.bfloat16``, where the hardware multiplies it faster; the factors and their
             inversion keep theirs, which is also the default here.
@@ -71,7 +73,7 @@ class KroneckerPart(CurvaturePart):
         weight_sharing: WeightSharing = "expand",
         damping_rule: DampingRule = "tikhonov",
         max_factor_size: int | None = 8192,
-        max_factor_rows: int | None = None,
+        rows_per_unit: float | None = None,
         precondition_dtype: torch.dtype | None = None,
     ) -> None:
         self.name = name
@@ -81,7 +83,7 @@ class KroneckerPart(CurvaturePart):
         self.weight_sharing: WeightSharing = weight_sharing
         self.damping_rule: DampingRule = damping_rule
         self.max_factor_size = max_factor_size
-        self.max_factor_rows = max_factor_rows
+        self.rows_per_unit = rows_per_unit
         self.precondition_dtype = precondition_dtype
         self.draws = 0
         self.count = 0.0
@@ -116,15 +118,17 @@ class KroneckerPart(CurvaturePart):
         self.outputs = discounted_sum(self.outputs, sums.outputs, self._discount)
         self._discount = 1.0
 
+    def _enough_rows(self) -> int | None:
+        if self.rows_per_unit is None:
+            return None
+        return math.ceil(self.rows_per_unit * max(self.layout.d_augmented, self.layout.d_out))
+
     def _sampled(self, rows: LayerJacobian) -> LayerJacobian:
-        """Return the rows, or those of some positions if they are more than ``max_factor_rows``."""
-        if (
-            self.max_factor_rows is None
-            or self.weight_sharing == "reduce"
-            or not isinstance(rows, LinearJacobian)
-        ):
+        """Return the rows, or those of some positions where there are more than enough."""
+        limit = self._enough_rows()
+        if limit is None or self.weight_sharing == "reduce" or not isinstance(rows, LinearJacobian):
             return rows
-        kept = max(1, -(-self.max_factor_rows // rows.samples))
+        kept = max(1, -(-limit // rows.samples))
         if kept >= rows.positions:
             return rows
         generator = torch.Generator().manual_seed(self.draws)
@@ -401,7 +405,7 @@ class KroneckerPart(CurvaturePart):
             entries = groups * (size if diagonal else size**2)
             shapes.append(f"diag({size})" if diagonal else f"{size} x {size}")
             memory += 2 * self.parameters.dtype.itemsize * entries
-            summed = min(rows, max(self.max_factor_rows or rows, workload.samples))
+            summed = min(rows, max(self._enough_rows() or rows, workload.samples))
             refresh += float(summed) * times * entries + (0 if diagonal else groups * size**3)
         on_rows = float(rows) * (d_in**2 + d_out**2 + d_in * d_out)
         on_gradient = float(groups) * d_in * d_out * (d_in + d_out)
@@ -437,14 +441,14 @@ class KroneckerPart(CurvaturePart):
 class KFACFisher(PartitionedFisher):
     """One Kronecker product per layer; memory ``d_a² + d_g²`` instead of ``(d_a d_g)²``.
 
-    Options: ``weight_sharing``, ``damping_rule``, ``max_factor_size``, ``max_factor_rows`` and
+    Options: ``weight_sharing``, ``damping_rule``, ``max_factor_size``, ``rows_per_unit`` and
     ``precondition_dtype`` of :class:`KroneckerPart`.
     """
 
     structure: ClassVar[str] = "kfac"
     training_options: ClassVar[Mapping[str, Any]] = {
         "damping_rule": "pi",
-        "max_factor_rows": 512,
+        "rows_per_unit": 4.0,
     }
 
     def make_parts(
@@ -452,7 +456,7 @@ class KFACFisher(PartitionedFisher):
         weight_sharing: WeightSharing = "expand",
         damping_rule: DampingRule = "tikhonov",
         max_factor_size: int | None = 8192,
-        max_factor_rows: int | None = None,
+        rows_per_unit: float | None = None,
         precondition_dtype: torch.dtype | None = None,
         **options: Any,
     ) -> dict[str, CurvaturePart]:
@@ -465,8 +469,8 @@ class KFACFisher(PartitionedFisher):
         refuse_options(self.structure, options)
         check_choice("weight_sharing", weight_sharing, "expand", "reduce")
         check_choice("damping_rule", damping_rule, "tikhonov", "pi")
-        if max_factor_rows is not None and max_factor_rows < 1:
-            raise ValueError(f"max_factor_rows must be at least 1 or None, got {max_factor_rows}")
+        if rows_per_unit is not None and not rows_per_unit > 0:
+            raise ValueError(f"rows_per_unit must be positive or None, got {rows_per_unit}")
         return {
             name: KroneckerPart(
                 name,
@@ -475,7 +479,7 @@ class KFACFisher(PartitionedFisher):
                 weight_sharing,
                 damping_rule,
                 max_factor_size,
-                max_factor_rows,
+                rows_per_unit,
                 precondition_dtype,
             )
             for name, block in self.blocks.items()

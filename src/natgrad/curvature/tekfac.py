@@ -18,7 +18,8 @@ __all__ = ["TEKFACFisher"]
 class TEKFACFisher(EKFACFisher):
     """EKFAC with the factors of TKFAC: never further from the exact block than TKFAC is.
 
-    Options: ``weight_sharing`` and ``max_factor_size``, as for :class:`EKFACFisher`.
+    Options: ``weight_sharing``, ``max_factor_size`` and ``max_moment_samples``, as for
+    :class:`EKFACFisher`; TKFAC's factors keep the trace of the exact rows, so they take all.
     """
 
     structure: ClassVar[str] = "tekfac"

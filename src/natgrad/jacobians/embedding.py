@@ -48,6 +48,9 @@ class EmbeddingJacobian(LinearJacobian):
     def _take_inputs(self, positions: Tensor) -> None:
         self.indices = self.indices[:, positions]
 
+    def _take_samples(self, samples: Tensor) -> None:
+        self.indices = self.indices[samples]
+
     def _input_products(self, other: LinearJacobian, start: int, stop: int, first: int) -> Tensor:
         assert isinstance(other, EmbeddingJacobian)
         left = self.indices[start:stop].reshape(-1, 1)

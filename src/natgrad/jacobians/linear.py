@@ -30,7 +30,8 @@ class LinearJacobian(LayerJacobian):
     Args:
         layout: The block's layout.
         inputs: Layer inputs, ``(N, T, G, d_in)``, or a function that makes them when first needed,
-            at all positions (for None) or some (convolutions build their patches only then).
+            of all samples and positions (for None) or some (convolutions build their patches only
+            then).
         output_gradients: ``δ``, ``(N, K, T, G, d_out)``.
         bias_value: The input a bias sees: 1 for ordinary layers.
         skip_silent: Leave positions whose ``δ`` is exactly zero (ignored or padded tokens) out of
@@ -40,7 +41,7 @@ class LinearJacobian(LayerJacobian):
     def __init__(
         self,
         layout: BlockLayout,
-        inputs: Tensor | Callable[[Tensor | None], Tensor],
+        inputs: Tensor | Callable[[Tensor | None, Tensor | None], Tensor],
         output_gradients: Tensor,
         *,
         bias_value: float = 1.0,
@@ -75,7 +76,7 @@ class LinearJacobian(LayerJacobian):
     def inputs(self) -> Tensor:
         """Layer inputs ``a``, ``(N, T, G, d_in)``, without the bias coordinate."""
         if callable(self._inputs):
-            self._inputs = at_least_float32(self._inputs(None))
+            self._inputs = at_least_float32(self._inputs(None, None))
         return self._inputs
 
     @property
@@ -142,12 +143,26 @@ class LinearJacobian(LayerJacobian):
     def _take_inputs(self, positions: Tensor) -> None:
         whole = self._inputs
         if callable(whole):
-            self._inputs = at_least_float32(whole(positions))
+            self._inputs = at_least_float32(whole(None, positions))
             return
         key = (*_identity(whole), tuple(positions.tolist()))
         if key not in self.moments:
             self.moments[key] = whole, whole[:, positions]
         self._inputs = self.moments[key][1]
+
+    def of_samples(self, samples: Tensor) -> LinearJacobian:
+        """Return the rows of some samples, ``(N',)``."""
+        result = copy.copy(self)
+        result._take_samples(samples)
+        result.output_gradients = self.output_gradients[samples]
+        result.samples = len(samples)
+        result._active = None if self._active is None else self._active[samples]
+        return result
+
+    def _take_samples(self, samples: Tensor) -> None:
+        whole = self._inputs
+        taken = whole(samples, None) if callable(whole) else whole[samples]
+        self._inputs = at_least_float32(taken)
 
     # The four primitives that depend on how inputs are stored; embeddings replace them.
 

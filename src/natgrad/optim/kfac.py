@@ -29,18 +29,21 @@ class KFAC(NaturalGradient):
         lr: Learning rate, or ``"isotropic"`` for 1/α, measured on the first batch.
         damping: λ, in the units of F, or a :class:`natgrad.LevenbergMarquardt`.
         momentum: Momentum of the natural gradient.
+        nesterov: Whether momentum looks ahead.
         weight_decay: Decoupled weight decay.
         fisher: ``"exact"``, ``"mc"``, ``"empirical"`` or ``"improved"``.
         mc_samples: Draws per input for ``"mc"``.
         factor_interval: Steps between updates of the curvature.
         inverse_interval: Steps between factorisations.
+        early_updates: Update and factorise also at steps 1, 2, 4, 8, … of the first interval.
         ema_decay: Decay of the moving average of the curvature.
         kl_clip: Bound on the predicted change of the output distribution per step.
         weight_sharing: ``"expand"`` (every position a sample of its own) or ``"reduce"``.
         damping_rule: ``"pi"`` (factored) or ``"tikhonov"`` (exact, by eigendecomposition).
         max_factor_size: Larger factors are kept as their diagonal; None for no limit.
-        max_factor_rows: If a batch has more rows (samples times positions of a shared weight), an
-            update of the factors takes a random subset of positions, unbiased; None for all.
+        rows_per_unit: If a batch has more rows (samples times positions of a shared weight) than
+            this times the size of a layer's larger factor, an update of its factors takes a random
+            subset of positions, unbiased; None for all.
         precondition_dtype: Type of the products with inverses, e.g. ``torch.bfloat16`` where the
             hardware multiplies it faster; that of the factors by default.
         fused: Let the backward pass make the natural gradient of linear layers itself; their
@@ -54,19 +57,21 @@ class KFAC(NaturalGradient):
         likelihood: str | Likelihood | nn.Module = "categorical",
         *,
         lr: float | Literal["isotropic"] = 0.1,
-        damping: float | LevenbergMarquardt = 1e-2,
+        damping: float | LevenbergMarquardt = 1e-4,
         momentum: float = 0.9,
+        nesterov: bool = True,
         weight_decay: float = 0.0,
         fisher: str | FisherType = "mc",
         mc_samples: int = 1,
         factor_interval: int = 10,
         inverse_interval: int = 20,
+        early_updates: bool = True,
         ema_decay: float = 0.95,
-        kl_clip: float | None = 1e-3,
+        kl_clip: float | None = 5e-5,
         weight_sharing: WeightSharing = "expand",
         damping_rule: DampingRule = "pi",
         max_factor_size: int | None = 8192,
-        max_factor_rows: int | None = 512,
+        rows_per_unit: float | None = 4.0,
         precondition_dtype: torch.dtype | None = None,
         fused: bool = False,
         **options: Any,
@@ -78,17 +83,19 @@ class KFAC(NaturalGradient):
             lr=lr,
             damping=damping,
             momentum=momentum,
+            nesterov=nesterov,
             weight_decay=weight_decay,
             fisher=fisher,
             mc_samples=mc_samples,
             factor_interval=factor_interval,
             inverse_interval=inverse_interval,
+            early_updates=early_updates,
             ema_decay=ema_decay,
             kl_clip=kl_clip,
             weight_sharing=weight_sharing,
             damping_rule=damping_rule,
             max_factor_size=max_factor_size,
-            max_factor_rows=max_factor_rows,
+            rows_per_unit=rows_per_unit,
             precondition_dtype=precondition_dtype,
             fused=fused,
             **options,

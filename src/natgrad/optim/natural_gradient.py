@@ -97,7 +97,8 @@ class NaturalGradient(torch.optim.Optimizer, CopiedByState):
             present batch, by ``fisher``. The minimiser itself needs ``lr=1`` and ``kl_clip=None``;
             the clips bound all of ηδ. It costs the rows of every batch and one product with them,
             and the loss must be a mean over samples. (Martens & Grosse 2015, sections 6.4 and 7.)
-        nesterov: Whether momentum looks ahead, as in :class:`torch.optim.SGD`.
+        nesterov: Whether momentum looks ahead, as in :class:`torch.optim.SGD`; without effect
+            where there is none, or where the quadratic model chooses it.
         momentum_on: ``"natural_gradient"``, or ``"gradient"``: the sum of past gradients is what
             is preconditioned.
         weight_decay_mode: ``"decoupled"`` (the formula above), or ``"model"``: the loss gains
@@ -126,6 +127,8 @@ class NaturalGradient(torch.optim.Optimizer, CopiedByState):
             not available, and ``kl_clip`` uses an unbiased estimate of ``⟨Δ, ∇L⟩``.
         stagger: Spread factorisations evenly over the steps of ``inverse_interval``, so that no
             single step takes much longer than the others.
+        early_updates: Update and factorise also at steps 1, 2, 4, 8, … of the first interval, while
+            the network changes fastest and the average holds little.
         **structure_options: Options of the structure.
 
     Raises:
@@ -164,6 +167,7 @@ class NaturalGradient(torch.optim.Optimizer, CopiedByState):
         seed: int = 0,
         fused: bool = False,
         stagger: bool = False,
+        early_updates: bool = False,
         **structure_options: Any,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -209,6 +213,7 @@ class NaturalGradient(torch.optim.Optimizer, CopiedByState):
             seed=seed,
             fused=fused,
             stagger=stagger,
+            early_updates=early_updates,
             **structure_options,
         )
         self.model = self.preconditioner.model
@@ -232,8 +237,6 @@ class NaturalGradient(torch.optim.Optimizer, CopiedByState):
                 "the damping of a parameter group must be a number: LevenbergMarquardt, given as "
                 "the optimizer's damping, adapts that of all groups together"
             )
-        if nesterov and not any(group.get("momentum", momentum) > 0 for group in groups):
-            raise ValueError("nesterov=True needs momentum > 0")
         self._fallback: torch.optim.Optimizer | None = None
         if first_order:
             self._fallback = make_fallback(fallback, fallback_lr, first_order)

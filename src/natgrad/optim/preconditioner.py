@@ -57,6 +57,8 @@ class Preconditioner(CopiedByState):
             with ``damping_rule="pi"``.
         stagger: Spread factorisations evenly over the steps of ``inverse_interval`` instead of
             factorising every layer at once, for structures made of independent layers.
+        early_updates: Update and factorise also at steps 1, 2, 4, 8, … of the first interval, while
+            the network changes fastest and the average holds little.
         **structure_options: Options of the structure.
 
     Raises:
@@ -84,6 +86,7 @@ class Preconditioner(CopiedByState):
         seed: int = 0,
         fused: bool = False,
         stagger: bool = False,
+        early_updates: bool = False,
         **structure_options: Any,
     ) -> None:
         if not 0 <= damping < float("inf"):
@@ -102,6 +105,7 @@ class Preconditioner(CopiedByState):
         self.damping: float | Mapping[str, float] = damping
         self.factor_interval = factor_interval
         self.inverse_interval = inverse_interval
+        self.early_updates = early_updates
         self.ema_decay = ema_decay
         self.structure = make_structure(
             structure, self.capture.blocks, self.capture.layout, training=True, **structure_options
@@ -148,7 +152,12 @@ class Preconditioner(CopiedByState):
     # Observing.
 
     def _update_due(self) -> bool:
-        return self.warmup > 0 or self.steps % self.factor_interval == 0
+        return self.warmup > 0 or self._is_turn(self.factor_interval)
+
+    def _is_turn(self, interval: int) -> bool:
+        """Return whether something done at an interval is due at this step."""
+        early = self.early_updates and self.steps < interval
+        return self.steps % interval == 0 or (early and self.steps & (self.steps - 1) == 0)
 
     @property
     def keeps_batch_fisher(self) -> bool:
@@ -359,11 +368,10 @@ class Preconditioner(CopiedByState):
 
     def _refresh(self) -> None:
         """Factorise what is due at this step."""
-        turn = self.steps % self.inverse_interval
-        if self._turns and self.steps > 0:
+        if self._turns and self.steps >= self.inverse_interval:
             assert isinstance(self.structure, PartitionedFisher)
-            self.structure.refresh(self.damping, self._turns[turn])
-        elif turn == 0:
+            self.structure.refresh(self.damping, self._turns[self.steps % self.inverse_interval])
+        elif self._is_turn(self.inverse_interval):
             self.structure.refresh(self.damping)
 
     def inner_product(self, natural: dict[str, Tensor], gradients: dict[str, Tensor]) -> Tensor:

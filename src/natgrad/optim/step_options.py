@@ -43,10 +43,10 @@ class StepOptions:
             check_choice("graft", self.graft, "sgd", "adam")
         for index, beta in enumerate(self.graft_betas):
             check_range(f"graft_betas[{index}]", beta, below=1.0)
-        if self.uses_model and (self.nesterov or self.momentum_on == "gradient"):
+        if self.uses_model and self.momentum_on == "gradient":
             raise ValueError(
-                "step_rule='quadratic_model' chooses the momentum of steps itself, so it takes "
-                "neither nesterov=True nor momentum_on='gradient'"
+                "step_rule='quadratic_model' chooses the momentum of steps itself, so it does not "
+                "take momentum_on='gradient'"
             )
 
     @property

@@ -26,11 +26,13 @@ class TEKFAC(NaturalGradient):
         lr: Learning rate, or ``"isotropic"`` for 1/α, measured on the first batch.
         damping: λ, in the units of F, or a :class:`natgrad.LevenbergMarquardt`.
         momentum: Momentum of the natural gradient.
+        nesterov: Whether momentum looks ahead.
         weight_decay: Decoupled weight decay.
         fisher: ``"exact"``, ``"mc"``, ``"empirical"`` or ``"improved"``.
         mc_samples: Draws per input for ``"mc"``.
         factor_interval: Steps between updates of the curvature.
         inverse_interval: Steps between eigendecompositions.
+        early_updates: Update and factorise also at steps 1, 2, 4, 8, … of the first interval.
         ema_decay: Decay of the moving average of the curvature.
         kl_clip: Bound on the predicted change of the output distribution per step.
         weight_sharing: ``"expand"`` (every position a sample of its own) or ``"reduce"``, for the
@@ -45,15 +47,17 @@ class TEKFAC(NaturalGradient):
         likelihood: str | Likelihood | nn.Module = "categorical",
         *,
         lr: float | Literal["isotropic"] = 0.1,
-        damping: float | LevenbergMarquardt = 1e-2,
+        damping: float | LevenbergMarquardt = 1e-4,
         momentum: float = 0.9,
+        nesterov: bool = True,
         weight_decay: float = 0.0,
         fisher: str | FisherType = "mc",
         mc_samples: int = 1,
         factor_interval: int = 10,
         inverse_interval: int = 20,
+        early_updates: bool = True,
         ema_decay: float = 0.95,
-        kl_clip: float | None = 1e-3,
+        kl_clip: float | None = 3e-5,
         weight_sharing: WeightSharing = "expand",
         max_factor_size: int | None = 8192,
         **options: Any,
@@ -65,11 +69,13 @@ class TEKFAC(NaturalGradient):
             lr=lr,
             damping=damping,
             momentum=momentum,
+            nesterov=nesterov,
             weight_decay=weight_decay,
             fisher=fisher,
             mc_samples=mc_samples,
             factor_interval=factor_interval,
             inverse_interval=inverse_interval,
+            early_updates=early_updates,
             ema_decay=ema_decay,
             kl_clip=kl_clip,
             weight_sharing=weight_sharing,

@@ -32,11 +32,13 @@ class TwoLevelKFAC(NaturalGradient):
         lr: Learning rate, or ``"isotropic"`` for 1/α, measured on the first batch.
         damping: λ, in the units of F, or a :class:`natgrad.LevenbergMarquardt`.
         momentum: Momentum of the natural gradient.
+        nesterov: Whether momentum looks ahead.
         weight_decay: Decoupled weight decay.
         fisher: ``"exact"``, ``"mc"``, ``"empirical"`` or ``"improved"``.
         mc_samples: Draws per input for ``"mc"``.
         factor_interval: Steps between updates of the curvature.
         inverse_interval: Steps between factorisations.
+        early_updates: Update and factorise also at steps 1, 2, 4, 8, … of the first interval.
         ema_decay: Decay of the moving average of the factors.
         kl_clip: Bound on the predicted change of the output distribution per step.
         coarse_space: Vectors of the coarse space on each layer: ``"krylov"`` (two: K-FAC's natural
@@ -59,15 +61,17 @@ class TwoLevelKFAC(NaturalGradient):
         likelihood: str | Likelihood | nn.Module = "categorical",
         *,
         lr: float | Literal["isotropic"] = 0.1,
-        damping: float | LevenbergMarquardt = 1e-2,
+        damping: float | LevenbergMarquardt = 1e-4,
         momentum: float = 0.9,
+        nesterov: bool = True,
         weight_decay: float = 0.0,
         fisher: str | FisherType = "mc",
         mc_samples: int = 1,
         factor_interval: int = 1,
         inverse_interval: int = 20,
+        early_updates: bool = True,
         ema_decay: float = 0.95,
-        kl_clip: float | None = 1e-3,
+        kl_clip: float | None = 5e-5,
         coarse_space: CoarseSpace = "krylov",
         form: CoarseForm = "residual",
         weight_sharing: WeightSharing = "expand",
@@ -82,11 +86,13 @@ class TwoLevelKFAC(NaturalGradient):
             lr=lr,
             damping=damping,
             momentum=momentum,
+            nesterov=nesterov,
             weight_decay=weight_decay,
             fisher=fisher,
             mc_samples=mc_samples,
             factor_interval=factor_interval,
             inverse_interval=inverse_interval,
+            early_updates=early_updates,
             ema_decay=ema_decay,
             kl_clip=kl_clip,
             coarse_space=coarse_space,
