@@ -350,7 +350,8 @@ def fisher_matrix(
             None for ``exact`` and ``mc``.
         likelihood: A name, a :class:`natgrad.Likelihood`, or a torch loss module.
         structure: ``"full"``, ``"block_diagonal"``, ``"block_tridiagonal"``, ``"unit_wise"``,
-            ``"diagonal"`` or ``"kfac"``.
+            ``"diagonal"``, ``"kfac"``, ``"ekfac"``, ``"tkfac"``, ``"tekfac"``, ``"kpsvd"`` or
+            ``"two_level"``.
         fisher: ``"exact"``, ``"mc"``, ``"empirical"`` or ``"improved"``.
         mc_samples: Draws per input for ``"mc"``.
         seed: Seed of those draws.

@@ -185,8 +185,8 @@ def _adamw(parameters: Any, learning_rate: float) -> torch.optim.Optimizer:
 _EVERY_STEP = {"factor_interval": 1, "inverse_interval": 1, "ema_decay": 0.0}
 
 _KRONECKER: dict[str, Any] = {
-    "options": {**_EVERY_STEP, "momentum": 0.5},
-    "batch_options": {"kl_clip": 1e-2},
+    "options": {**_EVERY_STEP, "momentum": 0.5, "nesterov": False},
+    "batch_options": {"damping": 1e-4},
 }
 """What all methods with Kronecker factors share."""
 
@@ -277,6 +277,14 @@ METHODS: dict[str, Method] = {
         natgrad.KPSVD,
         "measured",
         structure="kpsvd",
+        **_KRONECKER,
+    ),
+    "two-level": Method(
+        "Two-level K-FAC",
+        "K-FAC with a correction between layers on a coarse space.",
+        natgrad.TwoLevelKFAC,
+        "measured",
+        structure="two_level",
         **_KRONECKER,
     ),
 }

@@ -38,7 +38,8 @@ class Preconditioner(CopiedByState):
     Args:
         model: The model to watch.
         structure: ``"full"``, ``"block_diagonal"``, ``"block_tridiagonal"``, ``"unit_wise"``,
-            ``"diagonal"`` or ``"kfac"``.
+            ``"diagonal"``, ``"kfac"``, ``"ekfac"``, ``"tkfac"``, ``"tekfac"``, ``"kpsvd"`` or
+            ``"two_level"``.
         likelihood: A name, a :class:`natgrad.Likelihood`, or a torch loss module.
         fisher: ``"exact"``, ``"mc"``, ``"empirical"`` or ``"improved"``.
         mc_samples: Draws per input for ``"mc"``.
