@@ -14,6 +14,7 @@ from torch.nn import functional
 import natgrad
 from natgrad import Capture, linalg
 from natgrad.curvature import make_structure
+from natgrad.curvature.ekfac import second_moments
 from natgrad.jacobians import LinearJacobian
 from tests.cases import CASES, normal
 
@@ -124,6 +125,59 @@ def test_positions_are_those_of_the_rows(name: str) -> None:
             torch.testing.assert_close(
                 some.output_gradients, scale * jacobian.output_gradients[:, :, chosen]
             )
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_samples_are_those_of_the_rows(name: str) -> None:
+    case = CASES[name]()
+    with Capture(case.model, case.output) as capture:
+        output = case.model(case.x)
+        output = capture.passes[-1].output if case.output else output
+        assert output is not None
+        jacobians = capture.pull_back(output, normal(2, *output.shape, seed=3))
+        chosen = torch.tensor([0, output.shape[0] - 1])
+        for jacobian in jacobians.values():
+            if isinstance(jacobian, LinearJacobian):
+                some = jacobian.of_samples(chosen)
+                torch.testing.assert_close(
+                    some.per_sample_gradients(), jacobian.per_sample_gradients()[chosen]
+                )
+
+
+def test_moments_of_some_samples_are_unbiased() -> None:
+    """The mean over all subsets of a size is the moment of all samples."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(2, 3, 2), nn.Flatten(), nn.Linear(12, 2)).double()
+    with Capture(model) as capture:
+        output = model(normal(5, 2, 5))
+        jacobian = capture.pull_back(output, normal(2, *output.shape, seed=3))["0"]
+    assert isinstance(jacobian, LinearJacobian)
+    bases = (torch.linalg.qr(normal(1, 5, 5)).Q, torch.linalg.qr(normal(1, 3, 3)).Q)
+    whole = second_moments(jacobian, *bases)
+    subsets = torch.combinations(torch.arange(5), 2)
+    parts = [2.5 * second_moments(jacobian.of_samples(chosen), *bases) for chosen in subsets]
+    torch.testing.assert_close(torch.stack(parts).mean(0), whole)
+    assert (parts[0] - whole).norm() > 0.01 * whole.norm()
+
+
+def test_ekfac_takes_some_samples_of_shared_weights() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 2)).double()
+    optimizer = natgrad.EKFAC(
+        model, max_moment_samples=3, factor_interval=1, early_updates=False, lr=1e-3
+    )
+    for seed in range(2):
+        optimizer.zero_grad()
+        functional.cross_entropy(
+            model(normal(8, 1, 8, 8, seed=seed)), torch.arange(8) % 2
+        ).backward()
+        optimizer.step()
+    parts = optimizer.preconditioner.structure.parts
+    ((rows, weight),) = parts["0"]._waiting  # Of the step after the factorisation.
+    assert rows.samples == 3 and weight == 8 / 3
+    assert parts["2"]._waiting[0][0].samples == 8
+    with pytest.raises(ValueError, match="max_moment_samples must be at least 1"):
+        natgrad.EKFAC(model, max_moment_samples=0)
 
 
 def test_factors_of_some_positions_are_unbiased() -> None:
@@ -241,3 +295,9 @@ def test_interval_of_one_needs_no_staggering() -> None:
 def test_coupled_structures_cannot_be_staggered() -> None:
     with pytest.raises(ValueError, match="independent layers"):
         natgrad.BlockTridiagonalNGD(nn.Linear(2, 2), stagger=True)
+
+
+def test_summary_tells_which_factors_are_diagonal() -> None:
+    model = nn.Sequential(nn.Embedding(9, 4), nn.ConvTranspose1d(5, 3, 2, bias=False))
+    factors = {layer.name: layer.factors for layer in natgrad.KFAC(model).summary().layers}
+    assert factors == {"0": "diag(9), 4 x 4", "1": "5 x 5, 6 x 6"}

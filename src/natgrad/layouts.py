@@ -37,6 +37,7 @@ class BlockLayout:
         has_bias: Whether the block holds a bias.
         transposed: The weight is stored as ``(G, d_in, d_out)`` (embeddings, transposed
             convolutions).
+        one_hot: Inputs are one-hot, so that their second moment is diagonal.
     """
 
     names: tuple[str, ...]
@@ -47,6 +48,7 @@ class BlockLayout:
     has_weight: bool = True
     has_bias: bool = True
     transposed: bool = False
+    one_hot: bool = False
 
     @cached_property
     def numel(self) -> int:

@@ -30,7 +30,7 @@ class EmbeddingKind(LayerKind):
     ) -> BlockLayout:
         """Return ``d × V``, stored transposed."""
         shape = tuple(module.get_parameter("weight").shape)
-        return BlockLayout(qualified, (shape,), 1, shape[1], shape[0], True, False, True)
+        return BlockLayout(qualified, (shape,), 1, shape[1], shape[0], True, False, True, True)
 
     def jacobian(
         self,

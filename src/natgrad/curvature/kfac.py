@@ -401,7 +401,7 @@ class KroneckerPart(CurvaturePart):
         rows = workload.samples * workload.positions.get(self.name, 1)
         shapes, memory, refresh = [], 0, 0.0
         for size, times in ((d_in, 1), (d_out, workload.directions)):
-            diagonal = self._too_large(size) or (layout.transposed and size == layout.d_in)
+            diagonal = self._too_large(size) or (layout.one_hot and size == layout.d_in)
             entries = groups * (size if diagonal else size**2)
             shapes.append(f"diag({size})" if diagonal else f"{size} x {size}")
             memory += 2 * self.parameters.dtype.itemsize * entries
