@@ -259,6 +259,7 @@ def test_trainer_is_the_plain_loop(name, accumulate, tmp_path):
     wrapped, plain = model, copy.deepcopy(model)
     start = flat(model)
     options = {"lr": 0.05, "fisher": "exact", "factor_interval": 2, "inverse_interval": 2}
+    options["rows_per_unit"] = None  # Positions drawn for half a batch are others.
     inner = natgrad.KFAC(wrapped, **options)
     scheduler = torch.optim.lr_scheduler.StepLR(inner, 2, gamma=0.5)
     trainer_for(

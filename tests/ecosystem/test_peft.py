@@ -139,7 +139,7 @@ def test_adapters_of_a_language_model(optimizer_type):
     assert all("lora_" in name for name in optimizer.preconditioner.capture.blocks)
     first = float(model.eval()(input_ids=ids, labels=ids).loss.detach())
     model.train()
-    for _ in range(30):
+    for _ in range(60):
         optimizer.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()

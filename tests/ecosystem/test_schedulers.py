@@ -69,7 +69,7 @@ def settings(optimizer: Any) -> list[tuple[float, float]]:
 def test_rates_and_momenta_follow_the_schedule(name, optimizer_name):
     """The step moves each parameter by rate times momentum buffer, with the schedule's values."""
     model, twin = network(), network()
-    optimizer = make(optimizer_name, model, lr=LR, kl_clip=None)
+    optimizer = make(optimizer_name, model, lr=LR, kl_clip=None, nesterov=False)
     sgd = torch.optim.SGD(twin.parameters(), lr=LR, momentum=0.9)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
