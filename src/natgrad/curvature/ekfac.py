@@ -282,10 +282,6 @@ class EKFACFisher(PartitionedFisher):
     """
 
     structure: ClassVar[str] = "ekfac"
-    training_options: ClassVar[Mapping[str, Any]] = {
-        "rows_per_unit": 4.0,
-        "max_moment_samples": 16,
-    }
 
     def make_parts(
         self,

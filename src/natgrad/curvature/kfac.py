@@ -446,10 +446,7 @@ class KFACFisher(PartitionedFisher):
     """
 
     structure: ClassVar[str] = "kfac"
-    training_options: ClassVar[Mapping[str, Any]] = {
-        "damping_rule": "pi",
-        "rows_per_unit": 4.0,
-    }
+    training_options: ClassVar[Mapping[str, Any]] = {"damping_rule": "pi"}
 
     def make_parts(
         self,

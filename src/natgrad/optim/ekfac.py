@@ -40,6 +40,11 @@ class EKFAC(NaturalGradient):
         weight_sharing: ``"expand"`` (every position a sample of its own) or ``"reduce"``, for the
             eigenbases; moments are those of the exact rows.
         max_factor_size: Larger factors are kept as their diagonal; None for no limit.
+        rows_per_unit: If a batch has more rows (samples times positions of a shared weight) than
+            this times the size of a layer's larger factor, an update of its factors takes a random
+            subset of positions, unbiased; None for all.
+        max_moment_samples: Where a weight is shared and a batch has more samples, an update of the
+            second moments takes a random subset of samples, unbiased; None for all.
         **options: Further arguments of :class:`~natgrad.optim.NaturalGradient`.
     """
 
@@ -62,6 +67,8 @@ class EKFAC(NaturalGradient):
         kl_clip: float | None = 3e-5,
         weight_sharing: WeightSharing = "expand",
         max_factor_size: int | None = 8192,
+        rows_per_unit: float | None = 4.0,
+        max_moment_samples: int | None = 16,
         **options: Any,
     ) -> None:
         super().__init__(
@@ -82,5 +89,7 @@ class EKFAC(NaturalGradient):
             kl_clip=kl_clip,
             weight_sharing=weight_sharing,
             max_factor_size=max_factor_size,
+            rows_per_unit=rows_per_unit,
+            max_moment_samples=max_moment_samples,
             **options,
         )

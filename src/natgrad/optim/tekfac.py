@@ -38,6 +38,8 @@ class TEKFAC(NaturalGradient):
         weight_sharing: ``"expand"`` (every position a sample of its own) or ``"reduce"``, for the
             eigenbases; moments are those of the exact rows.
         max_factor_size: Larger factors are kept as their diagonal; None for no limit.
+        max_moment_samples: Where a weight is shared and a batch has more samples, an update of the
+            second moments takes a random subset of samples, unbiased; None for all.
         **options: Further arguments of :class:`~natgrad.optim.NaturalGradient`.
     """
 
@@ -60,6 +62,7 @@ class TEKFAC(NaturalGradient):
         kl_clip: float | None = 3e-5,
         weight_sharing: WeightSharing = "expand",
         max_factor_size: int | None = 8192,
+        max_moment_samples: int | None = 16,
         **options: Any,
     ) -> None:
         super().__init__(
@@ -80,5 +83,6 @@ class TEKFAC(NaturalGradient):
             kl_clip=kl_clip,
             weight_sharing=weight_sharing,
             max_factor_size=max_factor_size,
+            max_moment_samples=max_moment_samples,
             **options,
         )
