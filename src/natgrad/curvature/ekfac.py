@@ -20,7 +20,7 @@ from torch import Tensor
 from natgrad import linalg
 from natgrad.curvature.base import GradientSource, check_choice, refuse_options
 from natgrad.curvature.cost import Cost, Workload
-from natgrad.curvature.factors import eigenbasis, rotate, rotate_back
+from natgrad.curvature.factors import eigenbasis, random_subset, rotate, rotate_back
 from natgrad.curvature.function_space import map_by_columns
 from natgrad.curvature.kfac import KroneckerPart
 from natgrad.curvature.partitioned import CurvaturePart, PartitionedFisher
@@ -110,9 +110,8 @@ class EigenbasisPart(CurvaturePart):
             return rows, 1.0
         if rows.samples <= limit:
             return rows, 1.0
-        generator = torch.Generator().manual_seed(self.factors.draws)
-        chosen = torch.randperm(rows.samples, generator=generator)[:limit].sort().values
-        return rows.of_samples(chosen.to(rows.device)), rows.samples / limit
+        chosen = random_subset(rows.samples, limit, self.factors.draws, rows.device)
+        return rows.of_samples(chosen), rows.samples / limit
 
     def discount(self, factor: float) -> None:
         """Discount factors and moments; with 0 forget them, but for the basis."""
@@ -299,8 +298,6 @@ class EKFACFisher(PartitionedFisher):
         """
         refuse_options(self.structure, options)
         check_choice("weight_sharing", weight_sharing, "expand", "reduce")
-        if rows_per_unit is not None and not rows_per_unit > 0:
-            raise ValueError(f"rows_per_unit must be positive or None, got {rows_per_unit}")
         if max_moment_samples is not None and max_moment_samples < 1:
             raise ValueError(
                 f"max_moment_samples must be at least 1 or None, got {max_moment_samples}"

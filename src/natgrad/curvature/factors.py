@@ -15,6 +15,7 @@ __all__ = [
     "multiply_right",
     "pi_shifts",
     "pseudo_inverse",
+    "random_subset",
     "rotate",
     "rotate_back",
     "shifted_inverse",
@@ -27,6 +28,12 @@ def discounted_sum(total: Tensor | None, part: Tensor | None, discount: float) -
     if total is None:
         return part
     return total * discount if part is None else torch.add(part, total, alpha=discount)
+
+
+def random_subset(size: int, count: int, seed: int, device: torch.device) -> Tensor:
+    """Return ``count`` of the indices below ``size``, drawn uniformly, in ascending order."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(size, generator=generator)[:count].sort().values.to(device)
 
 
 def multiply_left(factor: Tensor, matrices: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from natgrad.curvature.factors import (
     multiply_left,
     multiply_right,
     pi_shifts,
+    random_subset,
     rotate,
     rotate_back,
     shifted_inverse,
@@ -83,6 +84,8 @@ class KroneckerPart(CurvaturePart):
         self.weight_sharing: WeightSharing = weight_sharing
         self.damping_rule: DampingRule = damping_rule
         self.max_factor_size = max_factor_size
+        if rows_per_unit is not None and not rows_per_unit > 0:
+            raise ValueError(f"rows_per_unit must be positive or None, got {rows_per_unit}")
         self.rows_per_unit = rows_per_unit
         self.precondition_dtype = precondition_dtype
         self.draws = 0
@@ -131,9 +134,7 @@ class KroneckerPart(CurvaturePart):
         kept = max(1, -(-limit // rows.samples))
         if kept >= rows.positions:
             return rows
-        generator = torch.Generator().manual_seed(self.draws)
-        chosen = torch.randperm(rows.positions, generator=generator)[:kept].sort().values
-        return rows.subsampled(chosen.to(rows.device))
+        return rows.subsampled(random_subset(rows.positions, kept, self.draws, rows.device))
 
     def discount(self, factor: float) -> None:
         """Discount counts at once, sums together with the next update; with 0 forget them."""
@@ -466,8 +467,6 @@ class KFACFisher(PartitionedFisher):
         refuse_options(self.structure, options)
         check_choice("weight_sharing", weight_sharing, "expand", "reduce")
         check_choice("damping_rule", damping_rule, "tikhonov", "pi")
-        if rows_per_unit is not None and not rows_per_unit > 0:
-            raise ValueError(f"rows_per_unit must be positive or None, got {rows_per_unit}")
         return {
             name: KroneckerPart(
                 name,

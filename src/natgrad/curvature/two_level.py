@@ -38,6 +38,7 @@ from natgrad.jacobians import (
     LinearJacobian,
     SumJacobian,
 )
+from natgrad.jacobians.linear import tensor_identity
 from natgrad.layouts import BlockLayout, ParameterLayout
 from natgrad.linalg import FactorizationError
 
@@ -651,7 +652,7 @@ def _kept(rows: LayerJacobian, copies: dict[Any, Tensor]) -> LayerJacobian:
         return _as_dense(rows)
     packed = _pack(rows)
     for key, tensor in state.items():
-        identity = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        identity = tensor_identity(tensor)
         if identity not in copies:
             copies[identity] = tensor.clone()
         packed[key] = copies[identity]
@@ -663,7 +664,7 @@ def _as_dense(rows: LayerJacobian) -> DenseJacobian:
     flat = rows.layout.flat(matrices).reshape(rows.samples, rows.directions, -1)
     layout = replace(
         rows.layout, groups=1, d_out=1, d_in=rows.layout.numel, has_weight=True, has_bias=False,
-        transposed=False,
+        transposed=False, one_hot=False,
     )  # fmt: skip
     return DenseJacobian(layout, flat.clone())
 

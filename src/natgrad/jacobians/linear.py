@@ -21,7 +21,7 @@ from natgrad.jacobians.layer import (
 )
 from natgrad.layouts import BlockLayout
 
-__all__ = ["LinearJacobian"]
+__all__ = ["LinearJacobian", "tensor_identity"]
 
 
 class LinearJacobian(LayerJacobian):
@@ -145,7 +145,7 @@ class LinearJacobian(LayerJacobian):
         if callable(whole):
             self._inputs = at_least_float32(whole(None, positions))
             return
-        key = (*_identity(whole), tuple(positions.tolist()))
+        key = (*tensor_identity(whole), tuple(positions.tolist()))
         if key not in self.moments:
             self.moments[key] = whole, whole[:, positions]
         self._inputs = self.moments[key][1]
@@ -211,7 +211,7 @@ class LinearJacobian(LayerJacobian):
         # Layers that read the same tensor, such as query, key and value, share its moment.
         bias = self.bias_value if self.layout.has_bias else 0.0
         inputs = self.inputs
-        key = (*_identity(inputs), bias, size_limit)
+        key = (*tensor_identity(inputs), bias, size_limit)
         if key not in self.moments:
             self.moments[key] = inputs, self._second_moment_of(inputs, None, size_limit)
         return self.moments[key][1]
@@ -381,6 +381,6 @@ class LinearJacobian(LayerJacobian):
         return mean, self._second_moment_of(mean, weights, size_limit), positions
 
 
-def _identity(tensor: Tensor) -> tuple[Any, ...]:
+def tensor_identity(tensor: Tensor) -> tuple[Any, ...]:
     """Return what tells apart two tensors that are both alive."""
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
