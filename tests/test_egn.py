@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 import natgrad
+from natgrad.optim.line_search import LineSearch
 from tests import dense
 from tests.cases import generator, normal
 
@@ -135,6 +137,45 @@ def test_a_search_that_fails_moves_nothing_and_raises_the_damping():
     assert len(calls) == 4
     assert torch.equal(flat(model), start)
     assert optimizer.param_groups[0]["damping"] == pytest.approx(0.2)
+
+
+def test_a_search_given_as_an_object_is_used():
+    losses = []
+    for options in (
+        {"line_search": LineSearch("armijo", 0.3, 0.2, 4)},
+        {"backtracking": 0.3, "armijo": 0.2, "max_trials": 4},
+    ):
+        model, x, y = problem()
+        optimizer = natgrad.EGN(model, lr=8.0, damping=1e-5, **options)
+        losses.append(
+            [optimizer.step(lambda: functional.cross_entropy(model(x), y)) for _ in range(4)]  # noqa: B023
+        )
+    assert losses[0] == losses[1] and len(set(losses[0])) > 1
+
+
+def test_trials_see_the_same_masks_and_leave_no_trace():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 3)
+    ).double()
+    x, y = normal(8, 3), torch.randint(0, 3, (8,), generator=generator())
+    twin, losses = copy.deepcopy(model), []
+    optimizer = natgrad.EGN(model, lr=1e-7)
+
+    def closure():
+        losses.append(functional.cross_entropy(model(x), y))
+        return losses[-1] + (0.0 if len(losses) == 1 else 1.0)
+
+    state = torch.get_rng_state()
+    optimizer.step(closure)
+    after = torch.get_rng_state()
+    torch.set_rng_state(state)
+    twin(x)
+    assert torch.equal(after, torch.get_rng_state())
+    values = [loss.item() for loss in losses]
+    assert len(values) == 11 and max(values) - min(values) < 1e-5
+    for mine, other in zip(model.buffers(), twin.buffers(), strict=True):
+        assert torch.equal(mine, other)
 
 
 def test_bad_batches_are_skipped_and_runs_resume():

@@ -347,6 +347,92 @@ def test_adapted_damping_stays_in_range(damping, actual, predicted, decay, inter
     assert rule.adapted(damping, math.nan, -1.0) >= damping
 
 
+@pytest.mark.parametrize("interval", [1, 2])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_bad_steps_are_rejected(structure, interval):
+    """Rejected steps leave parameters and momentum as they were; others are not touched."""
+    case = CASES["mlp"]()
+    model = copy.deepcopy(case.model)
+    rule = natgrad.LevenbergMarquardt(0.02, interval=interval, decay=0.7, reject=True)
+    optimizer = make(structure, model, fisher="exact", damping=rule, lr=1.5, momentum=0.5)
+    reference = Reference(case, structure, "exact", dense.categorical())
+    twin, damping, buffer, rejected = reference.model, 0.02, torch.zeros(()), []
+    for step, (x, y) in enumerate(batches_of(case, "categorical", 10)):
+        optimizer.step(closure_of(optimizer, model, x, y))
+        loss = functional.cross_entropy(twin(x), y)
+        gradient, fisher = gradient_of(twin, loss), dense.fisher(twin, x, y, dense.categorical())
+        reference.damping = damping
+        old, theta = buffer, flat(twin.parameters())
+        buffer = 0.5 * buffer + reference.natural_gradient(gradient, [(x, y)])
+        change = -1.5 * buffer
+        move(twin, change)
+        if (step + 1) % interval == 0:
+            curvature = fisher + damping * torch.eye(len(fisher), dtype=x.dtype)
+            predicted = 0.5 * change @ curvature @ change + gradient @ change
+            actual = (functional.cross_entropy(twin(x), y) - loss).detach()
+            ratio = float(actual / predicted) if predicted < 0 else -math.inf
+            rejected.append(bool(predicted < 0 and actual >= 0))
+            if rejected[-1]:
+                buffer = old
+                torch.nn.utils.vector_to_parameters(theta, list(twin.parameters()))
+            factor = 0.7**interval
+            damping *= factor if ratio > 0.75 else 1 / factor if ratio < 0.25 else 1.0
+        compare(case.model, model, reference)
+        assert optimizer.param_groups[0]["damping"] == pytest.approx(damping, rel=1e-9)
+    assert interval == 2 or 0 < sum(rejected) < 10
+
+
+@pytest.mark.parametrize("bad", [1e3, math.nan, math.inf, -math.inf, None])
+@pytest.mark.parametrize("name", ["plain", "model", "gradient", "adam", "decay"])
+def test_a_rejected_step_changes_only_the_damping(name, bad):
+    """The fallback's parameters step as usual; ``None`` stands for a step that is accepted."""
+    options: dict[str, Any] = {
+        "plain": {"momentum": 0.9, "nesterov": True},
+        "model": {**MODEL_STEP, "momentum": 0.9},
+        "gradient": {"momentum": 0.9, "momentum_on": "gradient"},
+        "adam": {"graft": "adam", "lr": 1e-3},
+        "decay": {"weight_decay": 0.1, "momentum": 0.9},
+    }[name]
+    case = CASES["mlp"]()
+    rule = natgrad.LevenbergMarquardt(0.2, interval=1, decay=0.5, reject=True)
+    model = copy.deepcopy(case.model)
+    groups = [{"params": "0.*", "preconditioned": False}]
+    optimizer = make("kfac", model, **({"lr": 0.01, "damping": rule, "params": groups} | options))
+    data = batches_of(case, "categorical", 5)
+    for step, (x, y) in enumerate([data[0], data[0], data[1]]):
+        optimizer.step(closure_of(optimizer, model, x, y))
+        if step == 1:
+            optimizer.param_groups[0]["damping"] = 0.2
+            before = copy.deepcopy((model, optimizer))
+            losses: list[Tensor] = []
+            plain = closure_of(optimizer, model, *data[2])
+
+            def closure() -> Any:
+                losses.append(plain())  # noqa: B023
+                shift = 0.0 if len(losses) == 1 or bad is None else bad  # noqa: B023
+                return losses[-1] + shift  # noqa: B023
+
+            optimizer.step(closure)
+            assert len(losses) == 2
+            twin, other = before
+            moved = not torch.equal(flat(model[2:].parameters()), flat(twin[2:].parameters()))
+            assert moved == (bad is None)
+            assert not torch.equal(flat(model[0].parameters()), flat(twin[0].parameters()))
+            if bad is not None:
+                assert optimizer.param_groups[0]["damping"] == 0.4
+                for mine, its in zip(model[2:].parameters(), twin[2:].parameters(), strict=True):
+                    assert same(optimizer.state[mine], other.state[its])
+
+
+def test_steps_that_were_not_promised_are_kept():
+    """Where the model itself predicts a rise, as with momentum, a rise is no reason to go back."""
+    rule = natgrad.LevenbergMarquardt(reject=True)
+    assert rule.rejects(0.1, -0.1) and rule.rejects(0.0, -0.1) and not rule.rejects(-0.1, -0.1)
+    assert not rule.rejects(0.1, 0.1) and not rule.rejects(0.1, 0.0)
+    assert rule.rejects(math.nan, 0.1) and rule.rejects(-math.inf, -0.1)
+    assert not natgrad.LevenbergMarquardt().rejects(math.nan, -0.1)
+
+
 # -- clips -----------------------------------------------------------------------------------------
 
 
@@ -571,6 +657,13 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "gradient": {
         "momentum": 0.9, "momentum_on": "gradient", "weight_decay": 0.1,
         "weight_decay_mode": "model",
+    },
+    "search": {
+        "step_rule": "line_search", "line_search": "best", "momentum": 0.9, "weight_decay": 0.1,
+        "damping": natgrad.LevenbergMarquardt(0.1, 2),
+    },
+    "reject": {
+        "damping": natgrad.LevenbergMarquardt(0.1, 1, reject=True), "momentum": 0.9, "lr": 2.0,
     },
     "warm-up": {"curvature_warmup": 3, "momentum": 0.9, "ema_decay": 0.9},
 }  # fmt: skip

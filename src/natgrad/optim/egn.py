@@ -11,9 +11,13 @@ from torch import Tensor, nn
 
 from natgrad.curvature.base import inner_product
 from natgrad.likelihoods import Likelihood
+from natgrad.optim.compared_step import averaged
 from natgrad.optim.levenberg_marquardt import LevenbergMarquardt
+from natgrad.optim.line_search import LineSearch
 from natgrad.optim.natural_gradient import NaturalGradient
-from natgrad.optim.ranges import check_range
+from natgrad.optim.reevaluation import Reevaluation, as_float
+from natgrad.optim.step_plan import GroupUpdate
+from natgrad.replicas import average_over_replicas
 
 __all__ = ["EGN"]
 
@@ -51,7 +55,8 @@ class EGN(NaturalGradient):
         momentum: β.
         adaptive_damping: Whether λ follows the reduction ratio.
         damping_range: Least and largest λ.
-        line_search: Whether to search; otherwise the step is ``lr``.
+        line_search: Whether to search; otherwise the step is ``lr``. A
+            :class:`natgrad.LineSearch` stands for the three options below.
         backtracking: Factor between step lengths tried.
         armijo: Share of the linear decrease that is asked for.
         max_trials: Step lengths tried.
@@ -78,7 +83,7 @@ class EGN(NaturalGradient):
         momentum: float = 0.0,
         adaptive_damping: bool = True,
         damping_range: tuple[float, float] = (1e-8, 1e3),
-        line_search: bool = True,
+        line_search: bool | LineSearch = True,
         backtracking: float = 0.5,
         armijo: float = 1e-4,
         max_trials: int = 10,
@@ -86,11 +91,9 @@ class EGN(NaturalGradient):
     ) -> None:
         if not 0 < damping_range[0] <= damping_range[1] < math.inf:
             raise ValueError(f"damping_range must hold 0 < least <= largest, got {damping_range}")
-        if not 0 < backtracking < 1:
-            raise ValueError(f"backtracking must be in (0, 1), got {backtracking}")
-        check_range("armijo", armijo, below=1.0)
-        if max_trials < 1:
-            raise ValueError(f"max_trials must be at least 1, got {max_trials}")
+        search = LineSearch("armijo", backtracking, armijo, max_trials)
+        if isinstance(line_search, LineSearch):
+            search, line_search = line_search, True
         if isinstance(damping, LevenbergMarquardt):
             raise ValueError(
                 "EGN adapts its damping itself: give a number and adaptive_damping=True with "
@@ -114,14 +117,14 @@ class EGN(NaturalGradient):
                 "use ExactNGD"
             )
         self.adaptive_damping, self.damping_range = adaptive_damping, damping_range
-        self.line_search, self.backtracking = line_search, backtracking
-        self.armijo, self.max_trials = armijo, max_trials
+        self.line_search, self.search = line_search, search
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
 
         Args:
-            closure: Evaluates the model and returns the loss, without ``backward``.
+            closure: Evaluates the model and returns the loss, without ``backward``. Its trials see
+                the random numbers of the first evaluation and leave no trace.
 
         Returns:
             The loss before the step, a float.
@@ -132,6 +135,7 @@ class EGN(NaturalGradient):
         if closure is None:
             raise ValueError("EGN.step() needs a closure that returns the loss without backward()")
         self.zero_grad()
+        reevaluation = Reevaluation(self.model)
         with torch.enable_grad():
             loss = closure()
             if not (isinstance(loss, Tensor) and loss.requires_grad):
@@ -140,29 +144,31 @@ class EGN(NaturalGradient):
                     "call backward() itself"
                 )
             loss.backward()
+        before = as_float(loss)
         with torch.no_grad():
-            self._take(float(loss.detach()), closure)
-        return float(loss.detach())
+            self._take(before, lambda: reevaluation(closure, backpropagates=False))
+        return before
 
-    def _take(self, before: float, closure: Callable[[], Any]) -> None:
+    def _take(self, before: float, evaluate: Callable[[], float]) -> None:
         gradients = {self._names[p]: p.grad for p in self._parameters() if p.grad is not None}
         self._set_damping()
         natural = self.preconditioner.natural_gradient(gradients)
         natural = {name: natural[name] for name in gradients}
+        average_over_replicas(natural)
         if self._check(natural, gradients, [], before) is None:
             self._skip()
             return
         direction = self._with_momentum(natural, gradients)
-        slope = float(inner_product(direction, gradients))
-        curvature = float(self.preconditioner.structure.quadratic(
-            direction, torch.as_tensor(slope)))  # fmt: skip
-        group = self.param_groups[0]
-        length, after = self._search(direction, slope, before, group["lr"], closure)
+        inner = inner_product(direction, gradients)
+        quadratic = self.preconditioner.structure.quadratic(direction, inner)
+        measured = {"slope": inner, "curvature": quadratic}
+        average_over_replicas(measured)
+        slope, curvature = float(measured["slope"]), float(measured["curvature"])
+        self.preconditioner.finish()
+        length, change = self._search(direction, slope, lambda: evaluate() - before)
         if self.adaptive_damping:
             predicted = length * slope - 0.5 * length**2 * curvature
-            ratio = (before - after) / predicted if length and predicted > 0 else 0.0
-            self._adapt(ratio)
-        self.preconditioner.finish()
+            self._adapt(-change / predicted if length and predicted > 0 else 0.0)
 
     def _parameters(self) -> list[nn.Parameter]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -192,32 +198,30 @@ class EGN(NaturalGradient):
         return natural
 
     def _search(
-        self,
-        direction: dict[str, Tensor],
-        slope: float,
-        before: float,
-        length: float,
-        closure: Callable[[], Any],
+        self, direction: dict[str, Tensor], slope: float, change: Callable[[], float]
     ) -> tuple[float, float]:
-        """Move along the direction; return how far, and the loss there."""
-        parameters = [p for p in self._parameters() if self._names[p] in direction]
-        steps = [direction[self._names[p]].to(p.dtype) for p in parameters]
-        start = [p.clone() for p in parameters]
+        """Move along the direction; return how far, and how the loss has changed."""
+        moved = {self._names[p]: p for p in self._parameters() if self._names[p] in direction}
+        start = {name: p.clone() for name, p in moved.items()}
+        steps = [direction[name].to(p.dtype) for name, p in moved.items()]
+        lr, device = self.param_groups[0]["lr"], steps[0].device
+        update = GroupUpdate(list(moved), list(moved.values()), steps, lr)
 
-        def move(distance: float) -> None:
-            for parameter, value, step in zip(parameters, start, steps, strict=True):
-                parameter.copy_(value).sub_(step, alpha=distance)
+        def changed() -> float:
+            return averaged(change(), device)
 
-        for _ in range(self.max_trials if self.line_search else 1):
-            move(length)
-            after = float(closure())
-            if not self.line_search and math.isfinite(after):
-                return length, after
-            if after <= before - self.armijo * length * slope:
-                return length, after
-            length *= self.backtracking
-        move(0.0)
-        return 0.0, before
+        with self.preconditioner.paused():
+            if self.line_search:
+                share, after = self.search.search(
+                    lambda share: update.move(start, share), changed, 0.0, lr * slope, 1.0
+                )
+                return share * lr, after
+            update.move(start, 1.0)
+            after = changed()
+        if math.isfinite(after):
+            return lr, after
+        update.move(start, 0.0)
+        return 0.0, 0.0
 
     def _adapt(self, ratio: float) -> None:
         factor = 0.5 if ratio > 0.75 else 2.0 if ratio < 0.25 else 1.0

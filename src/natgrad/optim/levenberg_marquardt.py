@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from natgrad.capture.evaluation import undisturbed
-
-__all__ = ["LevenbergMarquardt", "Reevaluation", "as_float"]
+__all__ = ["LevenbergMarquardt"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +30,11 @@ class LevenbergMarquardt:
         decay: Factor on λ per step, in (0, 1); ω₁ of the source.
         minimum: Least λ.
         maximum: Largest λ.
+        reject: Whether a compared step is taken back where the loss is not finite after it, or has
+            not fallen although the model predicted that it would: parameters, momentum and grafting
+            moments are then those of before the step. The curvature it has seen stays, parameters
+            of the first-order fallback step as usual. Steps between adaptations are not compared,
+            so ``interval=1`` checks them all.
 
     Raises:
         ValueError: If a value is out of range.
@@ -55,6 +53,7 @@ class LevenbergMarquardt:
     decay: float = 19 / 20
     minimum: float = 1e-8
     maximum: float = 1e3
+    reject: bool = False
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -83,42 +82,11 @@ class LevenbergMarquardt:
             damping /= self.decay**self.interval
         return min(self.maximum, max(self.minimum, damping))
 
+    def rejects(self, actual: float, predicted: float) -> bool:
+        """Return whether a step is to be taken back.
 
-def as_float(loss: Any) -> float:
-    """Return a loss, a number or a tensor with or without its graph, as a number."""
-    return float(loss.detach() if isinstance(loss, Tensor) else loss)
-
-
-class Reevaluation:
-    """Evaluates a closure once more as it was evaluated first, leaving no trace.
-
-    The second evaluation draws the same random numbers (dropout masks); gradients, buffers and the
-    random state are afterwards as they were before it.
-
-    Args:
-        model: The model the closure evaluates. The random state of this moment is kept.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
-        self._random = torch.get_rng_state()
-        self._device_random = [(d, torch.cuda.get_rng_state(d)) for d in sorted(devices)]
-
-    def __call__(self, closure: Callable[[], Any]) -> float:
-        """Return the closure's loss at the present parameters."""
-        kept = [(p, p.grad, p.grad.clone()) for p in self.model.parameters() if p.grad is not None]
-        for parameter in self.model.parameters():
-            parameter.grad = None
-        try:
-            with undisturbed(self.model), torch.enable_grad():
-                torch.set_rng_state(self._random)
-                for device, state in self._device_random:
-                    torch.cuda.set_rng_state(state, device)
-                return as_float(closure())
-        finally:
-            for parameter in self.model.parameters():
-                parameter.grad = None
-            for parameter, gradient, values in kept:
-                with torch.no_grad():
-                    parameter.grad = gradient.copy_(values)
+        Args:
+            actual: ``L(θ + δ) − L(θ)``.
+            predicted: ``M(δ) − M(0)``.
+        """
+        return self.reject and (not math.isfinite(actual) or (actual >= 0 and predicted < 0))

@@ -57,7 +57,8 @@ class LineSearch:
 
         Args:
             move: Sets the parameters to ``θ − tΔ`` for a given t.
-            evaluate: Returns the loss there; it may be NaN or infinite.
+            evaluate: Returns the loss there; it may be NaN or infinite. If it raises an error,
+                the start is moved back to.
             before: ``L(θ)``.
             slope: ``⟨Δ, ∇L⟩``.
             length: η, the first length tried.
@@ -65,17 +66,33 @@ class LineSearch:
         Returns:
             The length and the loss there.
         """
+        try:
+            found, loss = self._search(move, evaluate, before, slope, length)
+        except BaseException:
+            move(0.0)
+            raise
+        move(found)
+        return found, loss
+
+    def _search(
+        self,
+        move: Callable[[float], None],
+        evaluate: Callable[[], float],
+        before: float,
+        slope: float,
+        length: float,
+    ) -> tuple[float, float]:
+        """Return the length found and the loss there; the parameters are left where they are."""
         best, least = 0.0, before
         for _ in range(self.max_trials):
             move(length)
             loss = evaluate()
             if self.rule == "armijo":
-                if loss <= before - self.armijo * length * slope:
+                if math.isfinite(loss) and loss <= before - self.armijo * length * slope:
                     return length, loss
             elif math.isfinite(loss) and loss < least:
                 best, least = length, loss
             elif best:
                 break  # Past the minimum.
             length *= self.backtracking
-        move(best)
         return best, least

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import torch
@@ -13,48 +12,24 @@ from torch import Tensor, nn
 
 from natgrad.fisher import FisherType
 from natgrad.likelihoods import Likelihood
-from natgrad.optim.clipping import clip_scales
+from natgrad.optim.compared_step import ComparedStep
 from natgrad.optim.copying import CopiedByState
 from natgrad.optim.grafting import AdamMoments, Graft, grafted
 from natgrad.optim.isotropic_rate import IsotropyProbe, is_isotropic
-from natgrad.optim.levenberg_marquardt import LevenbergMarquardt, Reevaluation, as_float
+from natgrad.optim.levenberg_marquardt import LevenbergMarquardt
+from natgrad.optim.line_search import LineSearch, LineSearchRule
 from natgrad.optim.parameter_groups import Fallback, make_fallback, split_groups
+from natgrad.optim.preconditioned_groups import PreconditionedGroups
 from natgrad.optim.preconditioner import Preconditioner, gradients_are_finite
-from natgrad.optim.quadratic_model import (
-    BatchFisher,
-    QuadraticModel,
-    group_grams,
-    quadratic_form,
-    slopes,
-)
 from natgrad.optim.ranges import check_range
-from natgrad.optim.replicas import average_over_replicas
+from natgrad.optim.reevaluation import Reevaluation, as_float
+from natgrad.optim.step_measures import Measures, damped_model, group_scales, measure, on_host
 from natgrad.optim.step_options import MomentumOn, StepOptions, StepRule, WeightDecayMode
+from natgrad.optim.step_plan import StepPlan
 from natgrad.optim.summary import Summary, summarize
+from natgrad.replicas import average_over_replicas
 
 __all__ = ["NaturalGradient"]
-
-#: Values measured on the device for one step, by name.
-Measures = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """A step about to be taken.
-
-    Attributes:
-        gradients: Parameter name → gradient of the loss, weight decay included if it is part of it.
-        state: Parameter name → new entries of the optimizer's state.
-        directions: Parameter name → tensor, for each of the directions v.
-        coefficients: c, with ``δ = Σ_i c_i v_i`` at learning rate 1.
-        scales: Factors on δ by the clips, one per preconditioned group.
-    """
-
-    gradients: dict[str, Tensor]
-    state: dict[str, dict[str, Any]]
-    directions: list[dict[str, Tensor]]
-    coefficients: list[float]
-    scales: list[float]
 
 
 class NaturalGradient(torch.optim.Optimizer, CopiedByState):
@@ -97,6 +72,14 @@ class NaturalGradient(torch.optim.Optimizer, CopiedByState):
             present batch, by ``fisher``. The minimiser itself needs ``lr=1`` and ``kl_clip=None``;
             the clips bound all of ηδ. It costs the rows of every batch and one product with them,
             and the loss must be a mean over samples. (Martens & Grosse 2015, sections 6.4 and 7.)
+            ``"line_search"``: the step is ``−tm``, along the direction m (momentum and clips
+            included) that ``"lr"`` would take, with t searched from ``lr`` on; groups with
+            different ``lr`` are shortened by one factor. ``step`` needs a closure. Momentum that
+            would not descend is forgotten, and so it is where no length lowers the loss: then
+            nothing moves (the fallback's parameters apart), and adaptive damping rises. Decoupled
+            weight decay takes the rate found and no part in the search.
+        line_search: ``"armijo"``, ``"best"`` or a :class:`natgrad.LineSearch`,
+            for ``step_rule="line_search"``.
         nesterov: Whether momentum looks ahead, as in :class:`torch.optim.SGD`; without effect
             where there is none, or where the quadratic model chooses it.
         momentum_on: ``"natural_gradient"``, or ``"gradient"``: the sum of past gradients is what
@@ -154,6 +137,7 @@ class NaturalGradient(torch.optim.Optimizer, CopiedByState):
         kl_clip: float | None = None,
         norm_clip: float | None = None,
         step_rule: StepRule = "lr",
+        line_search: LineSearchRule | LineSearch = "armijo",
         nesterov: bool = False,
         momentum_on: MomentumOn = "natural_gradient",
         weight_decay_mode: WeightDecayMode = "decoupled",
@@ -183,8 +167,9 @@ class NaturalGradient(torch.optim.Optimizer, CopiedByState):
         if kl_clip is not None:
             check_range("kl_clip", kl_clip)
         self.step_options = StepOptions(
-            norm_clip, step_rule, nesterov, momentum_on, weight_decay_mode, graft, graft_betas
-        )
+            norm_clip, step_rule, nesterov, momentum_on, weight_decay_mode, graft, graft_betas,
+            line_search,
+        )  # fmt: skip
         if measured:
             self.step_options.check_isotropic()
         if fused:
@@ -246,6 +231,8 @@ class NaturalGradient(torch.optim.Optimizer, CopiedByState):
         self.preconditioner.unfuse(self._first_order_names)
         self._set_damping()
         self._skipped = 0
+        #: Share of ``lr`` that the last line search took; 0 if nothing moved, None without one.
+        self.searched_share: float | None = None
         self.preconditioner.warmup = curvature_warmup
         if self.step_options.uses_model:
             self.preconditioner.batch_fisher_interval = 1
@@ -298,17 +285,25 @@ class NaturalGradient(torch.optim.Optimizer, CopiedByState):
 
         Args:
             closure: Evaluates the model, backpropagates and returns the loss. Adaptive damping
-                evaluates it a second time on steps that adapt.
+                evaluates it a second time on steps that adapt, a line search once per length
+                tried: with the same random numbers, and without a trace in buffers and gradients.
+                For a line search it may also return the loss with its graph and leave ``backward``
+                to this method, which saves the backward passes of all trials.
 
         Returns:
             The closure's loss, or None.
 
         Raises:
-            ValueError: If damping is adaptive and there is no closure.
+            ValueError: If damping is adaptive or lengths are searched, and there is no closure, or
+                none that makes gradients.
         """
         reevaluation = self._reevaluation(closure)
+        searches = self.step_options.searches
         loss: float | None = None
-        if closure is not None:
+        backpropagates = True
+        if closure is not None and searches:
+            loss, backpropagates = self._backpropagated(closure)
+        elif closure is not None:
             with torch.enable_grad():
                 loss = closure()
         present = {
@@ -328,22 +323,47 @@ class NaturalGradient(torch.optim.Optimizer, CopiedByState):
             return loss
         batch = self.preconditioner.batch_fisher
         self.preconditioner.finish()
-        before: dict[str, Tensor] = {}
-        if reevaluation is not None:
-            before = {n: self.preconditioner.parameters[n].clone() for n in covered}
-        self._carry_out(plan)
-        if before and batch is not None and reevaluation and closure and loss is not None:
-            predicted, penalty = self._predict(batch, before, plan.gradients)
+        if reevaluation is None or closure is None or loss is None or not covered:
+            self._carry_out(plan)
+        else:
+            start = {n: self.preconditioner.parameters[n].clone() for n in covered}
+            before = as_float(loss)
+            step = ComparedStep(
+                plan,
+                self._grouped(),
+                start,
+                lambda: reevaluation(closure, backpropagates) - before,
+                self.levenberg_marquardt,
+                batch,
+            )
             with self.preconditioner.paused():
-                actual = reevaluation(closure) - as_float(loss) + penalty
-            self._adapt_damping(actual, predicted)
+                if searches:
+                    self.searched_share = step.search(self.step_options.search)
+                else:
+                    step.take()
         if self._fallback is not None:
             self._fallback.step()
         return loss
 
+    def _backpropagated(self, closure: Callable[[], Any]) -> tuple[Any, bool]:
+        """Return a closure's loss, backpropagated, and whether the closure itself did that."""
+        self.searched_share = None
+        self.zero_grad()  # The gradient must be that of the loss the trials are compared with.
+        with torch.enable_grad():
+            loss = closure()
+            if any(p.grad is not None for group in self.param_groups for p in group["params"]):
+                return loss, True
+            if not (isinstance(loss, Tensor) and loss.requires_grad):
+                raise ValueError(
+                    "the closure must call backward(), or return the loss as a tensor with its "
+                    "graph: it did neither, so there is no gradient"
+                )
+            loss.backward()
+        return loss.detach(), False
+
     def _plan(
         self, covered: dict[str, Tensor], rest: list[Tensor], loss: float | None
-    ) -> _Plan | None:
+    ) -> StepPlan | None:
         """Return the step to take; None if it is skipped.
 
         Args:
@@ -351,9 +371,12 @@ class NaturalGradient(torch.optim.Optimizer, CopiedByState):
             rest: All other gradients.
             loss: The closure's loss.
         """
-        gradients = self._with_weight_decay(covered)
-        state: dict[str, dict[str, Any]] = {name: {} for name in covered}
-        source = self._with_gradient_momentum(gradients, state)
+        grouped = self._grouped()
+        gradients = grouped.with_penalty(covered)
+        source = gradients
+        state: dict[str, dict[str, Any]] = {}
+        if self.step_options.momentum_on == "gradient":
+            source, state = grouped.summed(gradients)
         natural = self.preconditioner.natural_gradient(source, backpropagated=source is covered)
         natural = {n: natural[n] for n in covered}
         average_over_replicas(natural)
@@ -370,28 +393,31 @@ class NaturalGradient(torch.optim.Optimizer, CopiedByState):
             return None
         coefficients: list[float] | None = [-1.0]
         if "fisher" in measures:
-            coefficients = self._model(measures).minimiser()
+            coefficients = damped_model(measures, grouped.dampings).minimiser()
         if coefficients is None:
             self._skip("its quadratic model predicted no decrease of the loss")
             return None
         if self.preconditioner.isotropy_probe is not None:
             self._set_unit()
-        scales = self._clip_scales(measures, coefficients)
-        return _Plan(gradients, state, directions, coefficients, scales)
+        scales = group_scales(measures, coefficients, grouped)
+        return StepPlan(gradients, state, directions, coefficients, scales)
 
-    def _carry_out(self, plan: _Plan) -> None:
+    def _carry_out(self, plan: StepPlan) -> None:
         """Move the preconditioned parameters."""
-        for name, entries in plan.state.items():
-            if entries:
-                self.state[self.preconditioner.parameters[name]].update(entries)
-        for group, scale in zip(self._preconditioned_groups(), plan.scales, strict=True):
-            if self.step_options.uses_model:
-                self._move_group(group, plan.directions, plan.coefficients, scale)
-            else:
-                self._update_group(group, plan.directions[0], scale)
+        for update in plan.updates(self._grouped()):
+            update.apply()
 
     def _preconditioned_groups(self) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if group["preconditioned"]]
+
+    def _grouped(self) -> PreconditionedGroups:
+        return PreconditionedGroups(
+            self._preconditioned_groups(),
+            self._names,
+            self.preconditioner.parameters,
+            self.state,
+            self.step_options,
+        )
 
     def _warm_up(self, gradients: list[Tensor], loss: float | None) -> None:
         """Update the curvature and let the fallback alone train."""
@@ -404,48 +430,6 @@ class NaturalGradient(torch.optim.Optimizer, CopiedByState):
             self._fallback.step()
 
     # What is preconditioned.
-
-    def _with_weight_decay(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the gradients of the loss with ``½w‖θ‖²``, where that is in the model."""
-        decays = self._weight_decays()
-        if not any(decays.get(name, 0.0) > 0 for name in gradients):
-            return gradients
-        parameters = self.preconditioner.parameters
-        return {
-            name: torch.add(gradient, parameters[name], alpha=decays[name])
-            for name, gradient in gradients.items()
-        }
-
-    def _weight_decays(self) -> dict[str, float]:
-        """Return parameter name → w of the quadratic model, empty for decoupled decay."""
-        if not self.step_options.decays_in_model:
-            return {}
-        return {
-            self._names[p]: group["weight_decay"]
-            for group in self._preconditioned_groups()
-            for p in group["params"]
-        }
-
-    def _with_gradient_momentum(
-        self, gradients: dict[str, Tensor], state: dict[str, dict[str, Any]]
-    ) -> dict[str, Tensor]:
-        """Return what is preconditioned; buffers that follow from it go to ``state``."""
-        if self.step_options.momentum_on == "natural_gradient":
-            return gradients
-        result = dict(gradients)
-        for group in self._preconditioned_groups():
-            momentum = group["momentum"]
-            for p in group["params"]:
-                name = self._names[p]
-                if name not in gradients or momentum == 0:
-                    continue
-                gradient, old = gradients[name], self.state.get(p, {}).get("momentum_buffer")
-                buffer = gradient.clone() if old is None else gradient + momentum * old
-                state[name]["momentum_buffer"] = buffer
-                result[name] = (
-                    gradient + momentum * buffer if self.step_options.nesterov else buffer
-                )
-        return result
 
     def _graft(
         self,
@@ -461,7 +445,7 @@ class NaturalGradient(torch.optim.Optimizer, CopiedByState):
         for name, gradient in gradients.items():
             old = self.state.get(self.preconditioner.parameters[name], {})
             moments = self._adam_moments.following(old, gradient)
-            state[name].update(moments)
+            state.setdefault(name, {}).update(moments)
             lengths[name] = self._adam_moments.direction(moments)
         return grafted(natural, lengths)
 
@@ -471,14 +455,7 @@ class NaturalGradient(torch.optim.Optimizer, CopiedByState):
         """Return Δ and, where the quadratic model chooses momentum, the last step."""
         if not self.step_options.uses_model:
             return [natural]
-        previous = {
-            self._names[p]: self.state[p]["previous_step"]
-            for group in self._preconditioned_groups()
-            for p in group["params"]
-            if group["momentum"] > 0
-            and self._names[p] in natural
-            and "previous_step" in self.state.get(p, {})
-        }
+        previous = self._grouped().previous_steps(natural)
         return [natural, previous] if previous else [natural]
 
     def _measures(
@@ -488,38 +465,7 @@ class NaturalGradient(torch.optim.Optimizer, CopiedByState):
         source: dict[str, Tensor],
     ) -> dict[str, Tensor] | None:
         """Return what the step size depends on, on the device; None for a batch without weight."""
-        natural = directions[0]
-        if not natural:
-            return {}
-        batch = self.preconditioner.batch_fisher
-        if self.preconditioner.keeps_batch_fisher:
-            if batch is None and self.preconditioner.saw_pass:
-                return None
-            if batch is None:
-                self.preconditioner.skip()
-                raise ValueError(
-                    "no backward pass through the model's output was seen, so there is no Fisher "
-                    "matrix of the batch for the quadratic model: call the model itself (not its "
-                    "parts), pass output=lambda out: ... if the output is not the first tensor, or "
-                    "call update_fisher(output) before loss.backward()"
-                )
-        inner = self.preconditioner.inner_product(natural, source)
-        measures: dict[str, Tensor] = {}
-        if self.step_options.uses_model and batch is not None:
-            measures["fisher"] = batch.gram(directions)
-            measures["slopes"] = slopes(directions, gradients)
-        elif any(group["kl_clip"] is not None for group in self._preconditioned_groups()):
-            structure = self.preconditioner.structure
-            if self.step_options.graft is None:
-                measures["quadratic"] = structure.quadratic(natural, inner)
-            else:
-                column = structure.layout.to_column(natural)
-                measures["quadratic"] = (column * (structure @ column)).sum()
-        average_over_replicas(measures)
-        if self.step_options.uses_model or self.step_options.norm_clip is not None:
-            names = [[self._names[p] for p in g["params"]] for g in self._preconditioned_groups()]
-            measures["grams"] = group_grams(directions, names)
-        return {"inner": inner, **measures}
+        return measure(self.preconditioner, self._grouped(), directions, gradients, source)
 
     def _check(
         self,
@@ -540,45 +486,8 @@ class NaturalGradient(torch.optim.Optimizer, CopiedByState):
             if natural:
                 inner = self.preconditioner.inner_product(natural, gradients)
             values = {"inner": inner}
-        scalars = [value.double().reshape(-1) for value in values.values()]
-        numbers: list[float] = torch.cat(scalars).tolist()
-        finite = all(map(math.isfinite, numbers)) and gradients_are_finite(rest)
-        if not (finite and _is_finite(loss)):
-            return None
-        result: Measures = {}
-        for name, value in values.items():
-            size = value.numel()
-            piece, numbers = numbers[:size], numbers[size:]
-            whole = value.dim() > 0
-            result[name] = (
-                torch.tensor(piece, dtype=torch.float64).view(value.shape).tolist()
-                if whole
-                else piece[0]
-            )
-        return result
-
-    def _model(self, measures: Measures) -> QuadraticModel:
-        """Return the quadratic model, with every group's damping."""
-        dampings = [self._damping(group) for group in self._preconditioned_groups()]
-        grams = torch.tensor(measures["grams"], dtype=torch.float64)
-        weights = torch.tensor(dampings, dtype=torch.float64)
-        damping = torch.einsum("g,gij->ij", weights, grams).tolist()
-        return QuadraticModel(measures["fisher"], damping, measures["slopes"])
-
-    def _damping(self, group: dict[str, Any]) -> float:
-        """Return what is added to F on a group's parameters."""
-        decay = group["weight_decay"] if self.step_options.decays_in_model else 0.0
-        return float(group["damping"] + decay)
-
-    def _clip_scales(self, measures: Measures, coefficients: list[float]) -> list[float]:
-        """Return the factor, at most 1, on every preconditioned group's step."""
-        quadratic, squares = abs(measures.get("quadratic", 0.0)), None
-        if "fisher" in measures:
-            quadratic = quadratic_form(coefficients, measures["fisher"])
-        if "grams" in measures:
-            squares = [quadratic_form(coefficients, gram) for gram in measures["grams"]]
-        groups = self._preconditioned_groups()
-        return clip_scales(groups, quadratic, squares, self.step_options.norm_clip)
+        found = on_host(values)
+        return found if gradients_are_finite(rest) and _is_finite(loss) else None
 
     def _set_unit(self) -> None:
         """Measure α and take 1/α as the unit of the learning rates."""
@@ -606,112 +515,23 @@ class NaturalGradient(torch.optim.Optimizer, CopiedByState):
             if group["preconditioned"]:
                 group["unit"] = 1.0 / alpha
 
-    def _update_group(
-        self, group: dict[str, Any], natural: dict[str, Tensor], scale: float
-    ) -> None:
-        """Step along ``scale·Δ``, with momentum and decoupled weight decay."""
-        parameters = [p for p in group["params"] if p.grad is not None]
-        if not parameters:
-            return
-        names = [self._names[p] for p in parameters]
-        directions = [natural[n].to(p.dtype) for n, p in zip(names, parameters, strict=True)]
-        lr, momentum = group["lr"] * group["unit"], group["momentum"]
-        if momentum > 0 and self.step_options.momentum_on == "natural_gradient":
-            buffers = []
-            for p in parameters:
-                state = self.state[p]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                buffers.append(state["momentum_buffer"])
-            torch._foreach_mul_(buffers, momentum)
-            torch._foreach_add_(buffers, directions, alpha=scale)
-            if self.step_options.nesterov:
-                ahead = torch._foreach_mul(buffers, momentum)
-                torch._foreach_add_(ahead, directions, alpha=scale)
-                directions, scale = list(ahead), 1.0
-            else:
-                directions, scale = buffers, 1.0
-        self._decay_weights(group, parameters, lr)
-        torch._foreach_add_(parameters, directions, alpha=-lr * scale)
-
-    def _move_group(
-        self,
-        group: dict[str, Any],
-        directions: list[dict[str, Tensor]],
-        coefficients: list[float],
-        scale: float,
-    ) -> None:
-        """Step by ``scale·η Σ_i c_i v_i``, with decoupled weight decay."""
-        parameters = [p for p in group["params"] if p.grad is not None]
-        if not parameters:
-            return
-        lr = group["lr"] * group["unit"]
-        self._decay_weights(group, parameters, lr)
-        for p in parameters:
-            name = self._names[p]
-            step = torch.zeros_like(p)
-            for direction, coefficient in zip(directions, coefficients, strict=True):
-                if name in direction:
-                    step.add_(direction[name].to(p.dtype), alpha=lr * scale * coefficient)
-            p.add_(step)
-            if group["momentum"] > 0:
-                self.state[p]["previous_step"] = step
-
-    def _decay_weights(self, group: dict[str, Any], parameters: list[Tensor], lr: float) -> None:
-        if group["weight_decay"] > 0 and not self.step_options.decays_in_model:
-            torch._foreach_mul_(parameters, 1.0 - lr * group["weight_decay"])
-
-    # Adaptive damping.
+    # Steps that are held against the loss.
 
     def _reevaluation(self, closure: Callable[[], float] | None) -> Reevaluation | None:
-        """Return how to evaluate the closure again, on steps that adapt the damping."""
-        rule = self.levenberg_marquardt
-        if rule is None:
+        """Return how to evaluate the closure again, on steps that do so."""
+        rule, searches = self.levenberg_marquardt, self.step_options.searches
+        if rule is None and not searches:
             return None
         if closure is None:
+            chosen = "step_rule='line_search'" if searches else "damping by LevenbergMarquardt"
             raise ValueError(
-                "damping by LevenbergMarquardt compares losses before and after a step, so step() "
-                "needs a closure that evaluates the model, backpropagates and returns the loss"
+                f"{chosen} compares losses before and after a step, so step() needs a closure that "
+                "evaluates the model, backpropagates and returns the loss (which a GradScaler does "
+                "not pass on)"
             )
         steps, warmup = self.preconditioner.steps, self.preconditioner.warmup
-        due = warmup == 0 and (steps + 1) % rule.interval == 0
-        return Reevaluation(self.model) if due else None
-
-    def _predict(
-        self, batch: BatchFisher, before: dict[str, Tensor], gradients: dict[str, Tensor]
-    ) -> tuple[float, float]:
-        """Return ``M(δ) − M(0)`` for the step taken, and by how much ``½w‖θ‖²`` has changed.
-
-        Args:
-            batch: The Fisher matrix of the batch.
-            before: Parameters before the step.
-            gradients: Gradients the model starts from.
-        """
-        parameters, decays = self.preconditioner.parameters, self._weight_decays()
-        steps = {name: parameters[name] - old for name, old in before.items()}
-        names = [[self._names[p] for p in g["params"]] for g in self._preconditioned_groups()]
-        measures = {"fisher": batch.gram([steps]), "slopes": slopes([steps], gradients)}
-        average_over_replicas(measures)
-        lists: Measures = {name: value.tolist() for name, value in measures.items()}
-        lists["grams"] = group_grams([steps], names).tolist()
-        penalty = sum(
-            0.5 * decays[name] * float((parameters[name] + old).flatten() @ steps[name].flatten())
-            for name, old in before.items()
-            if decays.get(name, 0.0) > 0
-        )
-        return self._model(lists).value([1.0]), penalty
-
-    def _adapt_damping(self, actual: float, predicted: float) -> None:
-        assert self.levenberg_marquardt is not None
-        change = torch.tensor(actual, dtype=torch.float64, device=self._device())
-        average_over_replicas({"change": change})
-        for group in self._preconditioned_groups():
-            group["damping"] = self.levenberg_marquardt.adapted(
-                group["damping"], float(change), predicted
-            )
-
-    def _device(self) -> torch.device:
-        return self.preconditioner.capture.layout.device
+        due = searches or (rule is not None and (steps + 1) % rule.interval == 0)
+        return Reevaluation(self.model) if due and warmup == 0 else None
 
     def _skip(self, reason: str = "its loss or gradient was NaN or infinite") -> None:
         self.preconditioner.skip()
@@ -726,9 +546,9 @@ class NaturalGradient(torch.optim.Optimizer, CopiedByState):
     def _set_damping(self) -> None:
         """Collect each block's damping from its parameter group."""
         by_parameter: dict[str, float] = {}
-        for group in self._preconditioned_groups():
-            names = [self._names[p] for p in group["params"]]
-            by_parameter.update(dict.fromkeys(names, self._damping(group)))
+        grouped = self._grouped()
+        for names, damping in zip(grouped.group_names, grouped.dampings, strict=True):
+            by_parameter.update(dict.fromkeys(names, damping))
         blocks = self.preconditioner.structure.blocks
         self.preconditioner.damping = {
             name: by_parameter.get(block.names[0], self.defaults["damping"])

@@ -7,11 +7,12 @@ from typing import Literal
 
 from natgrad.curvature.base import check_choice
 from natgrad.optim.grafting import Graft
+from natgrad.optim.line_search import LineSearch, LineSearchRule
 from natgrad.optim.ranges import check_range
 
 __all__ = ["MomentumOn", "StepOptions", "StepRule", "WeightDecayMode"]
 
-StepRule = Literal["lr", "quadratic_model"]
+StepRule = Literal["lr", "quadratic_model", "line_search"]
 MomentumOn = Literal["natural_gradient", "gradient"]
 WeightDecayMode = Literal["decoupled", "model"]
 
@@ -31,12 +32,13 @@ class StepOptions:
     weight_decay_mode: WeightDecayMode = "decoupled"
     graft: Graft | None = None
     graft_betas: tuple[float, float] = (0.9, 0.999)
+    line_search: LineSearchRule | LineSearch = "armijo"
 
     def __post_init__(self) -> None:
         """Check the options."""
         if self.norm_clip is not None:
             check_range("norm_clip", self.norm_clip)
-        check_choice("step_rule", self.step_rule, "lr", "quadratic_model")
+        check_choice("step_rule", self.step_rule, "lr", "quadratic_model", "line_search")
         check_choice("momentum_on", self.momentum_on, "natural_gradient", "gradient")
         check_choice("weight_decay_mode", self.weight_decay_mode, "decoupled", "model")
         if self.graft is not None:
@@ -48,11 +50,27 @@ class StepOptions:
                 "step_rule='quadratic_model' chooses the momentum of steps itself, so it does not "
                 "take momentum_on='gradient'"
             )
+        if self.search != LineSearch() and not self.searches:
+            raise ValueError(
+                f"line_search={self.line_search!r} says how step_rule='line_search' searches, and "
+                f"step_rule is {self.step_rule!r}"
+            )
 
     @property
     def uses_model(self) -> bool:
         """Whether the quadratic model chooses the step."""
         return self.step_rule == "quadratic_model"
+
+    @property
+    def searches(self) -> bool:
+        """Whether the loss itself chooses the length of the step."""
+        return self.step_rule == "line_search"
+
+    @property
+    def search(self) -> LineSearch:
+        """The line search."""
+        given = self.line_search
+        return given if isinstance(given, LineSearch) else LineSearch(given)
 
     @property
     def decays_in_model(self) -> bool:
@@ -70,7 +88,7 @@ class StepOptions:
     def check_fused(self) -> None:
         """Raise a ValueError if the plain gradient is needed, which fused layers never form."""
         plain = {
-            "step_rule='quadratic_model'": self.uses_model,
+            f"step_rule={self.step_rule!r}": self.uses_model or self.searches,
             "momentum_on='gradient'": self.momentum_on == "gradient",
             "weight_decay_mode='model'": self.decays_in_model,
             f"graft={self.graft!r}": self.graft is not None,

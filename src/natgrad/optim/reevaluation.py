@@ -1,0 +1,63 @@
+"""Evaluating a step's closure again, as it was evaluated first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.capture.evaluation import undisturbed
+
+__all__ = ["Reevaluation", "as_float"]
+
+
+def as_float(loss: Any) -> float:
+    """Return a loss, a number or a tensor with or without its graph, as a number."""
+    return float(loss.detach() if isinstance(loss, Tensor) else loss)
+
+
+class Reevaluation:
+    """Evaluates a closure once more as it was evaluated first, leaving no trace.
+
+    A further evaluation draws the same random numbers (dropout masks); gradients, buffers and the
+    random state are afterwards as they were before it.
+
+    Args:
+        model: The model the closure evaluates. The random state of this moment is kept.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
+        self._random = torch.get_rng_state()
+        self._device_random = [(d, torch.cuda.get_rng_state(d)) for d in sorted(devices)]
+
+    def __call__(self, closure: Callable[[], Any], backpropagates: bool = True) -> float:
+        """Return the closure's loss at the present parameters.
+
+        Args:
+            closure: Evaluates the model and returns the loss.
+            backpropagates: Whether it may call ``backward``, which can write into the memory of
+                the present gradients (data-parallel buckets), so that they are copied.
+        """
+        parameters = list(self.model.parameters())
+        kept = [(p, p.grad) for p in parameters if p.grad is not None]
+        values = [gradient.clone() for _, gradient in kept] if backpropagates else []
+        for parameter in parameters:
+            parameter.grad = None
+        try:
+            with undisturbed(self.model), torch.enable_grad():
+                torch.set_rng_state(self._random)
+                for device, state in self._device_random:
+                    torch.cuda.set_rng_state(state, device)
+                return as_float(closure())
+        finally:
+            for parameter in parameters:
+                parameter.grad = None
+            for parameter, gradient in kept:
+                parameter.grad = gradient
+            with torch.no_grad():
+                for (_, gradient), value in zip(kept, values, strict=False):
+                    gradient.copy_(value)
