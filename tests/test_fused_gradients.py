@@ -61,7 +61,7 @@ def assert_equal_models(left: nn.Module, right: nn.Module, tolerance: float = 1e
 
 
 def active(optimizer: natgrad.KFAC) -> list[bool | None]:
-    return [fused.active for fused in optimizer.preconditioner._fused.values()]
+    return [fused.active for fused in optimizer.preconditioner.own_backward.values()]
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -154,7 +154,7 @@ def test_estimated_slope_converges(monkeypatch: pytest.MonkeyPatch) -> None:
     (model, optimizer), (plain, _) = pair()
     backward(model, 1)
     backward(plain, 1)
-    for name, fused in optimizer.preconditioner._fused.items():
+    for name, fused in optimizer.preconditioner.own_backward.items():
         if not fused.active:
             continue
         module = plain.get_submodule(name)
@@ -207,7 +207,7 @@ def test_abandoned_backward_pass_leaves_nothing() -> None:
     assert active(optimizer) == [None] * len(active(optimizer))
     for run in (model, plain):
         backward(run, 1)
-    fused = next(iter(optimizer.preconditioner._fused.values()))
+    fused = next(iter(optimizer.preconditioner.own_backward.values()))
     scores = torch.cat([plain[0].weight.grad, plain[0].bias.grad[:, None]], 1) @ fused._probes
     torch.testing.assert_close(fused._products, scores, rtol=1e-10, atol=1e-12)
 
@@ -225,7 +225,7 @@ def test_first_order_groups_keep_plain_gradients() -> None:
     backward(model, 1)
     backward(plain, 1)
     torch.testing.assert_close(model[0].weight.grad, plain[0].weight.grad)
-    assert "0" not in optimizer.preconditioner._fused
+    assert "0" not in optimizer.preconditioner.own_backward
 
 
 def test_autocast_and_low_precision_products() -> None:

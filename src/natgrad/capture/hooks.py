@@ -64,14 +64,15 @@ def outside_graphs(function: _Function) -> _Function:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if "torch._dynamo" not in sys.modules:
-            return function(*args, **kwargs)
-        if not disabled:
+        if not disabled and "torch._dynamo" in sys.modules:
             # Buffers a compiled backward pass gives away cannot be used by a second one, and
             # natgrad's pull-back comes before the user's.
             torch._functorch.config.donated_buffer = False
             disabled.append(torch.compiler.disable(function))
-        return disabled[0](*args, **kwargs)
+        # Going through `disable` costs more than most hooks do, and only tracing needs it.
+        if disabled and torch.compiler.is_dynamo_compiling():
+            return disabled[0](*args, **kwargs)
+        return function(*args, **kwargs)
 
     return call  # type: ignore[return-value]
 

@@ -22,6 +22,7 @@ from natgrad.likelihoods import Likelihood, as_likelihood
 from natgrad.optim.copying import CopiedByState
 from natgrad.optim.fused_gradients import FusedGradient
 from natgrad.optim.isotropic_rate import IsotropyProbe
+from natgrad.optim.own_backward import OwnBackward
 from natgrad.optim.quadratic_model import BatchFisher
 
 __all__ = ["Preconditioner"]
@@ -129,7 +130,8 @@ class Preconditioner(CopiedByState):
         self._updated = False
         self._finished: list[ForwardPass] = []
         self._row_candidates = self._find_row_candidates()
-        self._fused: dict[str, FusedGradient] = {}
+        #: Block name → what makes its natural gradient in the backward pass already.
+        self.own_backward: dict[str, OwnBackward] = {}
         if fused:
             self._fuse()
         self._turns: list[list[str]] = []
@@ -143,6 +145,8 @@ class Preconditioner(CopiedByState):
         self._warned = False
         #: Set while the learning rate 1/α is still to be measured.
         self.isotropy_probe: IsotropyProbe | None = None
+        #: Says at which steps curvature is updated; None for every ``factor_interval`` steps.
+        self.schedule: Callable[[int], bool] | None = None
         #: Steps still to come that update the curvature only.
         self.warmup = 0
         #: The rows of the batch itself are kept on every so many steps; 0 for never.
@@ -153,6 +157,8 @@ class Preconditioner(CopiedByState):
     # Observing.
 
     def _update_due(self) -> bool:
+        if self.schedule is not None and self.warmup == 0:
+            return self.schedule(self.steps)
         return self.warmup > 0 or self._is_turn(self.factor_interval)
 
     def _is_turn(self, interval: int) -> bool:
@@ -364,7 +370,7 @@ class Preconditioner(CopiedByState):
             source = GradientSource(complete)
             if backpropagated:
                 source.rows, source.coordinates = self._rows(complete), self._coordinates()
-                source.natural = {name for name, one in self._fused.items() if one.active}
+                source.natural = {name for name, one in self.own_backward.items() if one.active}
             return self.structure.precondition(source)
 
     def _refresh(self) -> None:
@@ -377,10 +383,10 @@ class Preconditioner(CopiedByState):
 
     def inner_product(self, natural: dict[str, Tensor], gradients: dict[str, Tensor]) -> Tensor:
         """Return ``⟨Δ, ∇L⟩``; estimated for layers whose ``.grad`` holds Δ already."""
-        fused = [one for one in self._fused.values() if one.active]
-        held = {name for one in fused for name in one.part.names}
+        own = [one for one in self.own_backward.values() if one.active]
+        held = {name for one in own for name in one.names}
         rest = {name: value for name, value in natural.items() if name not in held}
-        terms = [one.inner_product(natural) for one in fused]
+        terms = [one.inner_product(natural) for one in own]
         if rest:
             terms.append(inner_product(rest, gradients))
         return torch.stack(terms).sum()
@@ -415,8 +421,8 @@ class Preconditioner(CopiedByState):
 
     def discard(self) -> None:
         """Forget backward passes that no step followed; forward passes still waiting stay."""
-        for fused in self._fused.values():
-            fused.reset()
+        for own in self.own_backward.values():
+            own.reset()
         if not self._finished or any(p.cotangent is None for p in self._finished):
             return
         waiting = [p for p in self.capture.passes if p not in self._finished]
@@ -430,8 +436,8 @@ class Preconditioner(CopiedByState):
         self._updated = False
         self._finished = []
         self.batch_fisher = None
-        for fused in self._fused.values():
-            fused.reset()
+        for own in self.own_backward.values():
+            own.reset()
         self.capture.clear()
 
     def _update_from_user_gradients(self) -> None:
@@ -448,17 +454,27 @@ class Preconditioner(CopiedByState):
             self._receiver().update(jacobians, count)
 
     def _coordinates(self) -> Tensor | None:
-        """Return ``u`` with ``∇L = Jᵀu`` where one pass made both the rows and the gradient."""
-        if not self._updated or len(self._finished) != 1 or self.structure.additive:
+        """Return ``u`` with ``∇L = Jᵀu`` where the passes of this step made rows and gradient."""
+        if not self._updated or self.structure.additive:
             return None
-        recorded = self._finished[0]
-        if recorded.output is None or recorded.cotangent is None:
-            return None
-        output = recorded.output.detach()
-        weights, _, scale = self._weigh(recorded)
-        if self.fisher.from_user_gradients:
-            return scale.expand(output.shape[0], 1)
-        return self.fisher.coordinates(self.likelihood, output, recorded.cotangent, weights)
+        found: list[Tensor] = []
+        for recorded in self._finished:
+            if recorded.output is None or recorded.cotangent is None:
+                return None
+            output = recorded.output.detach()
+            weights, count, scale = self._weigh(recorded)
+            if float(count) == 0:
+                continue
+            if self.fisher.from_user_gradients:
+                found.append(scale.expand(output.shape[0], 1))
+                continue
+            coordinates = self.fisher.coordinates(
+                self.likelihood, output, recorded.cotangent, weights
+            )
+            if coordinates is None:
+                return None
+            found.append(coordinates)
+        return torch.cat(found) if found else None
 
     def _fuse(self) -> None:
         """Let plain linear layers make their natural gradient in the backward pass.
@@ -476,15 +492,15 @@ class Preconditioner(CopiedByState):
             )
         for name, module in list(self._row_candidates.items()):
             if type(module) is nn.Linear:
-                self._fused[name] = FusedGradient(module, parts[name])
+                self.own_backward[name] = FusedGradient(module, parts[name])
                 del self._row_candidates[name]
 
     def unfuse(self, names: Set[str]) -> None:
         """Let the layers of the named parameters make plain gradients."""
-        for name, fused in list(self._fused.items()):
-            if not names.isdisjoint(fused.part.names):
-                fused.remove()
-                del self._fused[name]
+        for name, own in list(self.own_backward.items()):
+            if not names.isdisjoint(own.names):
+                own.remove()
+                del self.own_backward[name]
 
     def _find_row_candidates(self) -> dict[str, nn.Module]:
         """Return the layers whose rows may be cheaper to precondition than their gradient."""

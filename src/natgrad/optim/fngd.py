@@ -1,0 +1,216 @@
+"""Fast natural gradient descent: coefficients of a first phase, kept for good."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.curvature.shared_coefficients import (
+    CoefficientPart,
+    DampingScale,
+    Normalization,
+    Share,
+    SharedCoefficientFisher,
+)
+from natgrad.fisher import FisherType
+from natgrad.likelihoods import Likelihood
+from natgrad.optim.natural_gradient import NaturalGradient
+from natgrad.optim.weighted_gradients import CoefficientClock, WeightedGradient, weighable_layers
+
+__all__ = ["FNGD"]
+
+#: Options of the base class that need the plain gradient or curvature at every step.
+REFUSED = (
+    "kl_clip", "step_rule", "line_search", "momentum_on", "weight_decay_mode", "graft",
+    "graft_betas", "curvature_warmup", "factor_interval", "inverse_interval", "ema_decay", "fused",
+    "stagger", "early_updates", "mc_samples",
+)  # fmt: skip
+
+
+class FNGD(NaturalGradient):
+    r"""Natural gradient descent at the cost of gradient descent.
+
+    Layer by layer, the natural gradient of the empirical Fisher matrix is a weighted sum of the
+    samples' gradients. Its coefficients ``c = (GGᵀ/N + λI)⁻¹1`` are computed during the first
+    ``coefficient_steps`` steps only, usually one epoch, and shared by all later ones. There, the
+    backward pass scales the rows of each layer by them on its way to the weight's gradient: no
+    inverse, no second pass, no gradient per sample.
+
+    Linear layers, convolutions and embeddings weigh each sample; all other layers (normalisation,
+    attention, tied weights of unlike layers) weigh all samples by their mean coefficient. While
+    coefficients are in use ``.grad`` holds the weighted gradient. Penalties in the loss are added
+    to it as they are.
+
+    The source shows that this works and leaves open how coefficients are shared, damped and scaled;
+    the options below name the possibilities and ``benchmarks/shared_coefficients.py`` compares
+    them. Where a loader shuffles, positions in a batch are exchangeable, so that coefficients by
+    position tend to their mean, and the method to gradient descent with a fixed learning rate for
+    every layer; ``share="mean"`` is exactly that. ``share="sample"`` alone keeps what belongs to a
+    sample.
+
+    Args:
+        model: The model to train.
+        likelihood: A name, a :class:`natgrad.Likelihood`, or a torch loss module.
+        lr: Learning rate; with ``normalization`` other than "none" in the units of gradient
+            descent.
+        damping: Damping, in the units of ``damping_scale``.
+        coefficient_steps: Steps that compute coefficients: the batches of one epoch.
+        share: ``"position"``, ``"iteration"``, ``"sample"`` or ``"mean"``; see
+            :class:`natgrad.curvature.shared_coefficients.SharedCoefficientFisher`. For "sample"
+            call :meth:`set_indices` before every forward pass.
+        damping_scale: ``"relative"`` to the mean eigenvalue of each layer's ``GGᵀ/N``, or
+            ``"absolute"``.
+        normalization: ``"model"``, ``"layer"`` or ``"none"``: what the coefficients are divided by.
+        refresh_interval: Steps between the beginnings of phases that compute coefficients anew, a
+            multiple of the batches of an epoch; None for never.
+        fisher: ``"empirical"``, or ``"improved"`` for coefficients that do not favour fitted
+            samples.
+        momentum: Momentum of the weighted gradient.
+        nesterov: Whether momentum looks ahead.
+        weight_decay: Decoupled weight decay.
+        **options: Further arguments of :class:`~natgrad.optim.NaturalGradient`; those that need the
+            plain gradient, or curvature at every step, are refused.
+
+    Raises:
+        ValueError: If an argument is out of range or excluded.
+
+    Source: Ou, Zhu, Huang & Liu, Fast natural gradient descent (2024).
+
+    Example:
+        >>> optimizer = natgrad.FNGD(model, coefficient_steps=len(loader))
+        >>> for x, y in loader:
+        ...     optimizer.zero_grad()
+        ...     F.cross_entropy(model(x), y).backward()
+        ...     optimizer.step()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str | Likelihood | nn.Module = "categorical",
+        *,
+        lr: float = 0.1,
+        damping: float = 1.0,
+        coefficient_steps: int = 100,
+        share: Share = "position",
+        damping_scale: DampingScale = "relative",
+        normalization: Normalization = "model",
+        refresh_interval: int | None = None,
+        fisher: str | FisherType = "empirical",
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        **options: Any,
+    ) -> None:
+        if not (isinstance(coefficient_steps, int) and coefficient_steps >= 1):
+            raise ValueError(
+                f"coefficient_steps must be an integer of at least 1, got {coefficient_steps}"
+            )
+        if refresh_interval is not None and not refresh_interval > coefficient_steps:
+            raise ValueError(
+                f"refresh_interval must be above coefficient_steps={coefficient_steps}, or None, "
+                f"got {refresh_interval}"
+            )
+        refused = sorted({*REFUSED} & set(options))
+        if refused or not isinstance(lr, (int, float)) or not isinstance(damping, (int, float)):
+            what = repr(refused[0]) if refused else "lr='isotropic' or an adaptive damping"
+            raise ValueError(
+                f"FNGD does not take {what}: after its first steps it knows neither curvature nor "
+                "the plain gradient"
+            )
+        if not damping > 0:
+            raise ValueError(f"damping must be positive, got {damping}")
+        super().__init__(
+            model, "shared_coefficients", likelihood, lr=lr, damping=damping, momentum=momentum,
+            nesterov=nesterov, weight_decay=weight_decay, fisher=fisher, kl_clip=None, share=share,
+            damping_scale=damping_scale, normalization=normalization, **options,
+        )  # fmt: skip
+        if self.preconditioner.fisher.name not in ("empirical", "improved"):
+            raise ValueError(
+                "FNGD needs rows that are multiples of the samples' gradients: fisher must be "
+                f"'empirical' or 'improved', got {self.preconditioner.fisher.name!r}"
+            )
+        self.coefficient_steps, self.refresh_interval = coefficient_steps, refresh_interval
+        self.share = share
+        self.preconditioner.schedule = self.computes_coefficients
+        self.clock = CoefficientClock(self.model)
+        self._indices: list[Tensor] = []
+        self._lay_backward_passes()
+
+    @property
+    def _fisher(self) -> SharedCoefficientFisher:
+        structure = self.preconditioner.structure
+        assert isinstance(structure, SharedCoefficientFisher)
+        return structure
+
+    def _lay_backward_passes(self) -> None:
+        for name, block in self.preconditioner.capture.blocks.items():
+            layers = weighable_layers(block.uses)
+            part = self._fisher.parts[name]
+            assert isinstance(part, CoefficientPart)
+            if layers and self.share != "mean" and self._first_order_names.isdisjoint(part.names):
+                self.preconditioner.own_backward[name] = WeightedGradient(part, layers, self.clock)
+
+    def computes_coefficients(self, step: int) -> bool:
+        """Return whether a step computes coefficients, counted from 0."""
+        if self.refresh_interval is not None:
+            step %= self.refresh_interval
+        return step < self.coefficient_steps
+
+    def coefficients(self) -> dict[str, Tensor]:
+        """Return block name → mean coefficient: the factor on each layer's learning rate."""
+        means = {name: part.mean() for name, part in self._coefficient_parts().items()}
+        return {name: mean for name, mean in means.items() if mean is not None}
+
+    def _coefficient_parts(self) -> dict[str, CoefficientPart]:
+        parts = self._fisher.parts.items()
+        return {name: part for name, part in parts if isinstance(part, CoefficientPart)}
+
+    def set_indices(self, indices: Tensor) -> None:
+        """Tell which samples of the data set the next forward pass is about.
+
+        Args:
+            indices: Indices, ``(N,)``, from 0 on. Needed for ``share="sample"``.
+        """
+        self.clock.indices = indices
+        self._indices.append(indices)
+
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """Take one step; see :meth:`natgrad.NaturalGradient.step`.
+
+        Raises:
+            ValueError: If ``share="sample"`` and the indices are missing.
+        """
+        self._fisher.indices = torch.cat(self._indices) if self._indices else None
+        try:
+            result = super().step(closure)
+        except ValueError:
+            self.preconditioner.skip()
+            raise
+        finally:
+            self._indices = []
+            self._fisher.indices = self.clock.indices = None
+        self._set_phase()
+        return result
+
+    def _set_phase(self) -> None:
+        """Take up or put down the coefficients, as the next step wants it."""
+        computes = self.computes_coefficients(self.preconditioner.steps)
+        if computes and self.clock.weighing:
+            self._fisher.forget()
+        if computes == self.clock.weighing:
+            self.clock.weighing, self.clock.passes = not computes, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, coefficients included; see :class:`natgrad.NaturalGradient`."""
+        return {**super().state_dict(), "coefficient_passes": self.clock.passes}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        rest = {key: value for key, value in state_dict.items() if key != "coefficient_passes"}
+        super().load_state_dict(rest)
+        self.clock.weighing = not self.computes_coefficients(self.preconditioner.steps)
+        self.clock.passes = state_dict.get("coefficient_passes", 0)

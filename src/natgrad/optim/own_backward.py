@@ -1,0 +1,130 @@
+"""Layers whose backward pass makes another gradient of their parameters than autograd would.
+
+The gradient of a linear map is a product of two tensors that the backward pass holds anyway, its
+inputs a and the gradients δ at its outputs. Whoever wants a modified product, preconditioned or
+weighted, can make it there and then instead of the plain one, and it arrives in ``.grad``. It is
+linear in the rows, so sums over micro-batches and averages over data-parallel replicas of such
+gradients are the modified gradients of the sums and averages.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from natgrad.capture.hooks import ModelHook, is_pulling_back, outside_graphs
+from natgrad.optim.layer_products import LayerProduct
+
+__all__ = ["OwnBackward"]
+
+
+class OwnBackward(ABC):
+    """Lays a backward pass of its own over layers, for parameters that belong together.
+
+    Args:
+        names: Qualified names of the parameters.
+        modules: The layers, with how each one's products are made.
+    """
+
+    def __init__(
+        self, names: Iterable[str], modules: Iterable[tuple[nn.Module, LayerProduct]]
+    ) -> None:
+        self.names = tuple(names)
+        #: Whether ``.grad`` holds the modified gradient; None before the first backward pass.
+        self.active: bool | None = None
+        self.products = dict(modules)
+        hook = ModelHook(self, OwnBackward._after_forward)
+        self._handles = [
+            module.register_forward_hook(hook, prepend=True, with_kwargs=True)
+            for module in self.products
+        ]
+
+    def remove(self) -> None:
+        """Give the layers their own backward pass back."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def reset(self) -> None:
+        """Forget what was accumulated."""
+        self.active = None
+
+    @abstractmethod
+    def inner_product(self, natural: dict[str, Tensor]) -> Tensor:
+        """Return ``⟨Δ, ∇L⟩``, as nearly as can be told without ∇L; NaN or infinite if Δ is."""
+
+    @abstractmethod
+    def gradients(
+        self, product: LayerProduct, inputs: Tensor, weight: Tensor, delta: Tensor, call: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what the backward pass leaves for weight and bias.
+
+        Args:
+            product: How products of this layer are made.
+            inputs: ``a``, the layer's input.
+            weight: The layer's weight.
+            delta: ``δ``, the gradient at its output.
+            call: What :meth:`call` returned at the forward pass.
+        """
+
+    def call(self, module: nn.Module, inputs: Tensor) -> Any:
+        """Return what :meth:`gradients` needs to know of a call, or None to leave it alone."""
+        return True
+
+    @outside_graphs
+    def _after_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Any:
+        weight = module.weight
+        if not (torch.is_grad_enabled() and output.requires_grad):
+            return None
+        assert isinstance(weight, Tensor)
+        inputs = args[0] if args else kwargs["input"]
+        call = self.call(module, inputs)
+        if call is None or not weight.requires_grad:
+            return None
+        bias = getattr(module, "bias", None)
+        product = self.products[module]
+        return _Own.apply(output.detach(), inputs, weight, bias, self, product, call)
+
+
+class _Own(torch.autograd.Function):
+    """The identity on a layer's output, with a backward pass of our own."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        output: Tensor,
+        inputs: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        owner: OwnBackward,
+        product: LayerProduct,
+        call: Any,
+    ) -> Tensor:
+        ctx.save_for_backward(inputs, weight)
+        ctx.owner, ctx.product, ctx.call = owner, product, call
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        delta: Tensor = cotangents[0]
+        inputs, weight = ctx.saved_tensors
+        product: LayerProduct = ctx.product
+        _, needs_inputs, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        to_inputs = None
+        if needs_inputs:
+            to_inputs = product.input_gradient(inputs, weight, delta).to(inputs.dtype)
+        if is_pulling_back(delta) or not needs_weight:
+            return None, to_inputs, None, None, None, None, None
+        to_weight, to_bias = ctx.owner.gradients(product, inputs, weight, delta, ctx.call)
+        to_weight = to_weight.to(weight.dtype)
+        to_bias = to_bias.to(weight.dtype) if needs_bias and to_bias is not None else None
+        return None, to_inputs, to_weight, to_bias, None, None, None
