@@ -13,7 +13,7 @@ from natgrad.jacobians.layer import (
 )
 from natgrad.layouts import BlockLayout
 
-__all__ = ["SumJacobian"]
+__all__ = ["SumJacobian", "is_other_way_round"]
 
 
 class SumJacobian(LayerJacobian):
@@ -98,7 +98,7 @@ class SumJacobian(LayerJacobian):
             assert sums.inputs is not None
             a = sums.inputs / sums.positions.clamp(min=1.0)
             b = sums.outputs
-            if _other_way_round(part.layout, self.layout):
+            if is_other_way_round(part.layout, self.layout):
                 a, b = b, a
             trace_a, trace_b = _factor_trace(a), _factor_trace(b)
             merged_a = _add_factors(merged_a, a * trace_b)
@@ -110,7 +110,7 @@ class SumJacobian(LayerJacobian):
         return KroneckerSums(merged_a / scale * count, count, merged_b)
 
 
-def _other_way_round(layout: BlockLayout, reference: BlockLayout) -> bool:
+def is_other_way_round(layout: BlockLayout, reference: BlockLayout) -> bool:
     """Return whether a layout's matrices are those of the reference, transposed.
 
     Of a bias, plain rows are one row and those of a linear layer one column.
