@@ -188,3 +188,218 @@ def test_optimizers_train_with_it(optimizer):
     assert float(loss) < 0.9 * start
     other = optimizer(copy.deepcopy(model), fisher=ImprovedFisher(), damping=1e-2)
     other.load_state_dict(trained.state_dict())
+
+
+# -- damping on the Gram matrix of the gradients, the rule of the source ---------------------------
+
+
+def gram_rule(rows, squares, weights, damping) -> torch.Tensor:
+    """Return Gᵀ(GGᵀ + count·λI)⁻¹ D√w for weighted samples, written out."""
+    g = rows * weights.sqrt().unsqueeze(1)
+    matrix = g @ g.T + weights.sum() * damping * torch.eye(len(g)).double()
+    return g.T @ torch.linalg.solve(matrix, weights.sqrt() * squares)
+
+
+def step_of(model, loss, likelihood="categorical", **options) -> torch.Tensor:
+    before = nn.utils.parameters_to_vector(model.parameters()).detach()
+    options = {"lr": 1.0, "kl_clip": None, "damping_rule": "gram"} | options
+    optimizer = natgrad.ImprovedEmpiricalNGD(model, likelihood, **options)
+    loss(model).backward()
+    optimizer.step()
+    return before - nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+@pytest.mark.parametrize("damping", [1e-4, 1e-2, 0.3])
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+@pytest.mark.parametrize("samples", [5, 70])
+def test_gram_rule_is_that_of_the_source(damping, scale, samples):
+    """For fewer and for more samples than parameters; a scaled loss scales the step alone."""
+    model, x = classifier(), normal(samples, 4)
+    y = torch.randint(0, 3, (samples,), generator=generator(1))
+    rows, squares = per_sample(model, x, y)
+    expected = gram_rule(rows, squares, torch.ones(samples).double(), damping)
+    # The same in parameter space: the empirical Fisher matrix on gradients weighted by s.
+    empirical = rows.T @ rows / samples + damping * torch.eye(rows.shape[1]).double()
+    dense.assert_same(torch.linalg.solve(empirical, rows.T @ squares / samples), expected, 1e-7)
+    found = step_of(model, lambda m: scale * functional.cross_entropy(m(x), y), damping=damping)
+    dense.assert_same(found, scale * expected, 1e-7)
+
+
+@pytest.mark.parametrize("known_target", [False, True])
+def test_gram_rule_takes_weights_as_repetitions(known_target):
+    model, x = classifier(), normal(6, 4)
+    y = torch.tensor([0, 1, -100, 2, 1, -100])
+    weights = torch.tensor([1.0, 3.0, 2.0]).double()
+    kept = y >= 0
+    rows, squares = per_sample(model, x[kept], y[kept])
+    repeats = weights[y[kept]].long()
+    whole = [value.repeat_interleave(repeats, 0) for value in (rows, squares)]
+    expected = gram_rule(*whole, torch.ones(len(whole[0])).double(), 0.05)
+    dense.assert_same(gram_rule(rows, squares, weights[y[kept]], 0.05), expected, 1e-9)
+    criterion = nn.CrossEntropyLoss(weights)
+    if not known_target:
+        found = step_of(model, lambda m: criterion(m(x), y), criterion, damping=0.05)
+    else:
+        before = nn.utils.parameters_to_vector(model.parameters()).detach()
+        optimizer = natgrad.ImprovedEmpiricalNGD(
+            model, criterion, damping=0.05, damping_rule="gram", kl_clip=None
+        )
+        optimizer.loss(criterion, model(x), y).backward()
+        optimizer.step()
+        found = before - nn.utils.parameters_to_vector(model.parameters()).detach()
+    dense.assert_same(found, expected, 1e-8)
+
+
+def test_rules_agree_without_damping_and_where_all_gradients_are_units():
+    model, x, y = classifier(), normal(5, 4), torch.tensor([0, 1, 2, 1, 0])
+    rows, squares = per_sample(model, x, y)
+
+    def loss(m: nn.Module) -> torch.Tensor:
+        return functional.cross_entropy(m(x), y)
+
+    steps = {
+        (rule, damping): step_of(copy.deepcopy(model), loss, damping=damping, damping_rule=rule)
+        for rule in ("fisher", "gram")
+        for damping in (0.0, 1e-9, 0.1)
+    }
+    dense.assert_same(steps["gram", 0.0], steps["fisher", 0.0], 1e-9)
+    dense.assert_same(steps["gram", 1e-9], steps["fisher", 0.0], 1e-5)
+    dense.assert_same(rows @ steps["gram", 1e-9], squares, 1e-5)
+    difference = steps["gram", 0.1] - steps["fisher", 0.1]
+    assert difference.norm() > 0.05 * steps["fisher", 0.1].norm()
+    # Gradients at the output of norm 1: residuals of a squared loss.
+    z = model(x).detach()
+    target = z + functional.normalize(normal(5, 3, seed=3), dim=1)
+    both = [
+        step_of(
+            copy.deepcopy(model),
+            lambda m: 0.5 * (m(x) - target).square().sum() / 5,
+            "gaussian",
+            damping=0.1,
+            damping_rule=rule,
+        )
+        for rule in ("fisher", "gram")
+    ]
+    dense.assert_same(both[1], both[0], 1e-8)
+
+
+@pytest.mark.parametrize("rule", ["fisher", "gram"])
+def test_with_one_output_the_undamped_step_is_the_exact_natural_gradient(rule):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+    x, y = normal(6, 4), normal(6, 1, seed=1)
+    z, jacobian = dense.jacobian(model, x)
+    exact = torch.linalg.pinv(jacobian.flatten(0, 1)) @ (z - y)[:, 0]  # F⁺∇L = J⁺(f − y)
+    found = step_of(
+        model, lambda m: 0.5 * (m(x) - y).square().sum() / 6, "gaussian", damping=0.0,
+        damping_rule=rule,
+    )  # fmt: skip
+    dense.assert_same(found, exact, 1e-7)
+
+
+def test_gram_rule_damps_well_fitted_samples_more():
+    """The share of its undamped fall that a sample's loss keeps rises with s for orthogonal g."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 2, bias=False)).double()
+    x = torch.eye(4).double()
+    y = model(x).detach() - torch.tensor([0.1, 0.5, 1.0, 3.0]).double().unsqueeze(1)
+    squares = 2 * torch.tensor([0.1, 0.5, 1.0, 3.0]).double().square()
+    damping = 0.2
+
+    def loss(m: nn.Module) -> torch.Tensor:
+        return 0.5 * (m(x) - y).square().sum() / 4
+
+    for rule, share in (
+        ("gram", squares / (squares + 4 * damping)),  # ‖g_n‖² = s_n here
+        ("fisher", torch.ones(4).double() / (1 + 4 * damping)),
+    ):
+        twin = copy.deepcopy(model)
+        step = step_of(twin, loss, "gaussian", damping=damping, damping_rule=rule)
+        gradients = (model(x) - y).detach().unsqueeze(2) * x.unsqueeze(1)  # (N, 2, 4)
+        dense.assert_same(gradients.flatten(1) @ step, share * squares, 1e-9)
+
+
+def test_gram_rule_on_accumulated_clipped_and_penalised_gradients():
+    model, x = classifier(), normal(6, 4)
+    y = torch.tensor([0, 1, 2, 1, 0, 2])
+    rows, squares = per_sample(model, x, y)
+    whole = gram_rule(rows, squares, torch.ones(6).double(), 0.05)
+
+    def halves(m: nn.Module) -> torch.Tensor:
+        (functional.cross_entropy(m(x[:3]), y[:3]) / 2).backward()
+        return functional.cross_entropy(m(x[3:]), y[3:]) / 2
+
+    dense.assert_same(step_of(copy.deepcopy(model), halves, damping=0.05), whole, 1e-8)
+    # A penalty: the empirical Fisher matrix with damping inverts it, times the mean of s.
+    theta = nn.utils.parameters_to_vector(model.parameters()).detach()
+    empirical = rows.T @ rows / 6 + 0.05 * torch.eye(len(theta)).double()
+    gradient, known = rows.mean(0) + 0.3 * theta, rows.mean(0)
+    share = (gradient @ known) / (known @ known)
+    rest = torch.linalg.solve(empirical, squares.mean() * (gradient - share * known))
+
+    def penalised(m: nn.Module) -> torch.Tensor:
+        penalty = sum(p.square().sum() for p in m.parameters())
+        return functional.cross_entropy(m(x), y) + 0.15 * penalty
+
+    found = step_of(copy.deepcopy(model), penalised, damping=0.05)
+    dense.assert_same(found, share * whole + rest, 1e-7)
+
+
+def test_gram_rule_stays_finite_for_fitted_samples_and_resumes():
+    model, x = classifier(), normal(4, 4)
+    y = model(x).detach()
+    y[1:] += normal(3, 3, seed=2)
+    rows = []
+    for xi, yi in zip(x, y, strict=True):
+        loss = 0.5 * (model(xi) - yi).square().sum()
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        rows.append(torch.cat([g.flatten() for g in gradients]))
+    squares = (model(x).detach() - y).square().sum(1)
+    expected = gram_rule(torch.stack(rows), squares, torch.ones(4).double(), 1e-3)
+
+    def loss_of(m: nn.Module) -> torch.Tensor:
+        return 0.5 * (m(x) - y).square().sum() / 4
+
+    dense.assert_same(step_of(copy.deepcopy(model), loss_of, "gaussian", damping=1e-3), expected)
+    options = {"damping_rule": "gram", "damping": 0.1, "momentum": 0.9, "lr": 0.1}
+    optimizer = natgrad.ImprovedEmpiricalNGD(model, "gaussian", **options)
+    losses = []
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < 0.5 * losses[0]
+    other, second = copy.deepcopy((model, optimizer))
+    for m, o in ((model, optimizer), (other, second)):
+        o.zero_grad()
+        loss_of(m).backward()
+        o.step()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"damping_rule": "source"},
+        {"damping": natgrad.LevenbergMarquardt()},
+        {"lr": "isotropic"},
+        {"step_rule": "quadratic_model"},
+        {"weight_decay_mode": "model"},
+        {"momentum_on": "gradient"},
+    ],
+)
+def test_gram_rule_refuses_what_it_has_no_meaning_for(options):
+    with pytest.raises(ValueError, match="damping_rule"):
+        natgrad.ImprovedEmpiricalNGD(classifier(), **({"damping_rule": "gram"} | options))
+
+
+def test_gram_rule_refuses_tokens():
+    model = nn.Linear(4, 3).double()
+    optimizer = natgrad.ImprovedEmpiricalNGD(model, Categorical(class_dim=-1), damping_rule="gram")
+    z = model(normal(2, 5, 4))
+    y = torch.randint(0, 3, (2, 5), generator=generator())
+    with pytest.raises(ValueError, match="one event per sample"):
+        optimizer.loss(lambda z, y: functional.cross_entropy(z.flatten(0, 1), y.flatten()), z, y)

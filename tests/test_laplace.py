@@ -123,6 +123,154 @@ def test_probit_of_a_bernoulli_output():
     dense.assert_same(posterior.predict(x)[:, 0], expected)
 
 
+def symmetric_root(matrix: torch.Tensor) -> torch.Tensor:
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors @ torch.diag(values.sqrt()) @ vectors.T
+
+
+ROOTS = ["full", "block_diagonal", "kfac", "ekfac", "tkfac", "tekfac", "diagonal"]
+
+
+@pytest.mark.parametrize("structure", ROOTS)
+@pytest.mark.parametrize("name", ["mlp", "conv1d", "transposed_convolution", "language_model"])
+def test_root_of_the_inverse_is_the_symmetric_one(structure, name):
+    """Applied to the identity, for grouped, transposed and one-hot layers."""
+    case = CASES[name]()
+    y = case.target("categorical")
+    matrix = fisher_matrix(case.model, (case.x, y), "categorical", structure)
+    identity = torch.eye(matrix.shape[0]).double()
+    for damping in (1e-4, 0.5):
+        inverse = torch.linalg.inv(matrix.to_dense() + damping * identity)
+        root = matrix.inverse_root(identity, damping)
+        dense.assert_same(root, symmetric_root(inverse), 1e-8)
+        dense.assert_same(root @ root, inverse, 1e-8)
+
+
+@pytest.mark.parametrize("structure", ["full", "block_diagonal"])
+@pytest.mark.parametrize("samples", [3, 40])
+def test_root_in_sample_and_in_parameter_space(structure, samples):
+    """More parameters than rows, and the other way round; eigenvalues zero in both."""
+    model, _, _ = regression()
+    x = normal(samples, 3)
+    x[1] = x[0]
+    matrix = fisher_matrix(model, (x, None), "gaussian", structure)
+    moments = [part.moment is not None for part in matrix.parts.values()]
+    assert all(moments) if samples == 40 else not any(moments)
+    identity = torch.eye(matrix.shape[0]).double()
+    inverse = torch.linalg.inv(matrix.to_dense() + 1e-3 * identity)
+    root = matrix.inverse_root(identity, 1e-3)
+    dense.assert_same(root, root.T)
+    dense.assert_same(root @ root, inverse, 1e-8)
+
+
+def test_root_by_the_other_damping_rule_and_before_any_data():
+    model, x, y = regression()
+    matrix = fisher_matrix(model, (x, y), "gaussian", "kfac", damping_rule="pi")
+    identity = torch.eye(matrix.shape[0]).double()
+    root = matrix.inverse_root(identity, 0.1)
+    dense.assert_same(root @ root, matrix.solve(identity, 0.1))
+    dense.assert_same(root, root.T)
+    column = normal(matrix.shape[0])
+    dense.assert_same(matrix.inverse_root(column, 0.1), root @ column)
+    named = matrix.inverse_root(matrix.layout.to_dict(column), 0.1)
+    dense.assert_same(matrix.layout.to_flat(named), root @ column)
+    for structure in ("full", "diagonal"):
+        matrix = fisher_matrix(model, (x, y), "gaussian", structure)
+        matrix.discount(0.0)
+        dense.assert_same(matrix.inverse_root(column, 4.0), column / 2)
+
+
+@pytest.mark.parametrize("structure", ["full", "block_diagonal", "kfac", "ekfac", "diagonal"])
+@pytest.mark.parametrize("parameters", ["all", "last_layer"])
+def test_samples_of_the_parameters(structure, parameters):
+    """The symmetric root on the same normal vectors; their covariance within five errors."""
+    model, x, y = regression()
+    posterior = Laplace(
+        model, (x, y), "gaussian", structure, prior_precision=0.7, parameters=parameters
+    )
+    fisher = posterior.matrix.to_dense()
+    size, draws = len(fisher), 4000
+    sigma = torch.linalg.inv(6 * fisher + 0.7 * torch.eye(size).double())
+    trained = model if parameters == "all" else model[2]
+    center = nn.utils.parameters_to_vector(trained.parameters()).detach()
+    found = posterior.sample(draws, torch.Generator().manual_seed(3))
+    noise = torch.randn(
+        draws, size, generator=torch.Generator().manual_seed(3), dtype=torch.float64
+    )
+    dense.assert_same(found, center + noise @ symmetric_root(sigma), 1e-8)
+    white = torch.linalg.solve_triangular(
+        torch.linalg.cholesky(sigma), (found - center).T, upper=False
+    )
+    identity = torch.eye(size).double()
+    assert (white.mean(1).abs() < 5 / draws**0.5).all()
+    assert ((white @ white.T / draws - identity).abs() < 5 * ((1 + identity) / draws).sqrt()).all()
+    torch.manual_seed(1)
+    first = posterior.sample(2)
+    torch.manual_seed(1)
+    assert torch.equal(posterior.sample(2), first)
+
+
+def quadrature(function, mean: float, variance: float) -> tuple[float, float]:
+    """Return mean and variance of a function of a normal variable."""
+    grid = torch.linspace(-12, 12, 20001).double()
+    weights = torch.exp(-grid.square() / 2)
+    weights = weights / weights.sum()
+    values = function(mean + variance**0.5 * grid)
+    first = float(weights @ values)
+    return first, float(weights @ values.square()) - first**2
+
+
+@pytest.mark.parametrize("structure", ["full", "kfac"])
+@pytest.mark.parametrize("likelihood", ["categorical", "bernoulli"])
+def test_mean_over_draws_of_the_outputs(structure, likelihood):
+    """Two classes depend on the difference of their logits alone, a single normal variable."""
+    model, x, _ = regression(2)
+    y = torch.tensor([0, 1, 1, 0, 1, 0])
+    target = y if likelihood == "categorical" else torch.stack([y, 1 - y], 1).double()
+    posterior = Laplace(model, (x, target), likelihood, structure, prior_precision=0.3)
+    mean, covariance = posterior.functional_variance(x)
+    draws = 4000
+    found = posterior.predict(x, samples=draws, generator=torch.Generator().manual_seed(0))
+    assert found.shape == mean.shape
+    for index in range(len(x)):
+        if likelihood == "categorical":
+            dense.assert_same(found[index].sum(), torch.ones(()).double())
+            weights = torch.tensor([1.0, -1.0]).double()
+            cases = [(0, weights @ mean[index], weights @ covariance[index] @ weights)]
+        else:
+            cases = [(c, mean[index, c], covariance[index, c, c]) for c in range(2)]
+        for c, m, v in cases:
+            expected, spread = quadrature(torch.sigmoid, float(m), float(v))
+            assert abs(float(found[index, c]) - expected) < 5 * (spread / draws) ** 0.5
+
+
+def test_draws_where_outputs_are_tokens_or_gaussian():
+    case = CASES["tokens"]()
+    likelihood = Categorical(class_dim=-1)
+    posterior = Laplace(case.model, (case.x, case.target("categorical")), likelihood, "kfac")
+    with pytest.raises(TypeError, match="samples"):
+        posterior.predict(case.x)
+    found = posterior.predict(case.x, samples=20)
+    assert found.shape == case.z.shape
+    dense.assert_same(found.sum(-1), torch.ones(case.z.shape[:-1]).double())
+    # A prior that leaves no doubt: the plain probabilities.
+    posterior.prior_precision = 1e14
+    plain = torch.softmax(case.z.detach(), -1)
+    dense.assert_same(posterior.predict(case.x, samples=2), plain, 1e-6)
+    model, x, y = regression()
+    posterior = Laplace(model, (x, y), "gaussian", "full")
+    for exact, drawn in zip(posterior.predict(x), posterior.predict(x, samples=3), strict=True):
+        assert torch.equal(exact, drawn)
+
+
+@pytest.mark.parametrize("structure", ["unit_wise", "kpsvd", "two_level", "block_tridiagonal"])
+def test_structures_without_a_root_say_so(structure):
+    model, x, y = regression()
+    posterior = Laplace(model, (x, y), "gaussian", structure)
+    with pytest.raises(NotImplementedError, match="no square root"):
+        posterior.sample(3)
+
+
 def test_wrong_input():
     model, x, y = regression()
     with pytest.raises(ValueError, match="prior_precision"):
@@ -133,6 +281,12 @@ def test_wrong_input():
         Laplace(model, iter([(x, y)]), "gaussian")
     with pytest.raises(ValueError, match="targets"):
         Laplace(model, [(x, None)], "gaussian")
+    posterior = Laplace(model, (x, y), "gaussian", "diagonal")
+    for call in (lambda: posterior.sample(0), lambda: posterior.predict(x, samples=0)):
+        with pytest.raises(ValueError, match="at least 1"):
+            call()
+    with pytest.raises(ValueError, match="positive damping"):
+        posterior.matrix.inverse_root(torch.ones(posterior.matrix.shape[0]).double(), 0.0)
     counts = torch.ones(6, 2).double()
     with pytest.raises(TypeError, match="functional_variance"):
         Laplace(model, (x, counts), Poisson(), "diagonal").predict(x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -115,6 +116,23 @@ def test_small_steps_follow_the_flow_and_long_times_reach_the_natural_gradient()
     dense.assert_same(precondition(found, gradient), torch.linalg.solve(a, gradient), 1e-8)
 
 
+def test_noise_is_that_of_the_euler_scheme():
+    """The recursion with the same random numbers, step by step."""
+    options = {"time": 6.0, "step_size": 0.8, "temperature": 0.3, "noise_seed": 5}
+    found, a, gradient = matrix("thermodynamic", 0.1, **options)
+    part = found.parts["all layers"]
+    noise = torch.Generator()
+    noise.set_state(part.state_dict()["generator"])
+    dt = 6.0 / 8 / (1.2 * part._largest)
+    x = torch.zeros_like(gradient)
+    for _ in range(2):
+        for _ in range(8):
+            x = x + dt * (gradient - a @ x)
+            xi = torch.randn(x.shape, generator=noise, dtype=torch.float64)
+            x = x + (2 * 0.3 * dt) ** 0.5 * xi
+        dense.assert_same(precondition(found, gradient), x)
+
+
 @pytest.mark.slow
 def test_noise_has_the_stationary_law():
     """Mean A⁻¹b, covariance T(A − dt A²/2)⁻¹ of the Euler scheme, within five standard errors."""
@@ -133,8 +151,100 @@ def test_noise_has_the_stationary_law():
     effective = draws * (1 - slowest) / (1 + slowest)
     error = (covariance.diagonal() / effective).sqrt()
     assert ((samples.mean(0) - mean).abs() < 5 * error).all()
-    found_variance = samples.var(0)
-    assert ((found_variance / covariance.diagonal() - 1).abs() < 5 * (2 / effective) ** 0.5).all()
+    # Of standard normal vectors the sample covariance has variance (1 + δ_ij)/n.
+    root = torch.linalg.cholesky(covariance)
+    white = torch.linalg.solve_triangular(root, (samples - mean).T, upper=False)
+    identity = torch.eye(len(mean)).double()
+    error = ((1 + identity) / effective).sqrt()
+    assert ((white @ white.T / draws - identity).abs() < 5 * error).all()
+
+
+@pytest.mark.parametrize("start", ["zero", "gradient", "warm"])
+@pytest.mark.parametrize("delay", [0.0, 2.5, 7.0])
+@pytest.mark.parametrize("temperature", [0.0, 0.2])
+def test_a_delay_runs_under_the_matrix_and_gradient_of_the_step_before(start, delay, temperature):
+    """Three steps on three systems against the recursion that keeps the old ones."""
+    model, _, _ = network()
+    options = {"time": 7.0, "step_size": 0.9, "start": start, "temperature": temperature}
+    with Capture(model) as capture:
+        found = make_structure(
+            "thermodynamic", capture.blocks, capture.layout, delay=delay, **options
+        )
+        part = found.parts["all layers"]
+        noise, old, x = torch.Generator(), None, None
+        for index in range(3):
+            inputs, damping = normal(5, 3, seed=index), 0.1 * (index + 1)
+            output = model(inputs)
+            rows = capture.pull_back(output, Gaussian().root_vectors(output.detach()))
+            found.discount(0.0)
+            found.update(rows, len(inputs))
+            found.refresh(damping)
+            jac = rows.to_dense()
+            a = jac.T @ jac / len(inputs) + damping * torch.eye(jac.shape[1]).double()
+            gradient = normal(len(a), seed=20 + index)
+            present = (a, gradient, 1.2 * part._largest)
+            if index == 0:
+                noise.set_state(part.state_dict()["generator"])
+            first = old if old and delay else present
+            begin = {"zero": torch.zeros_like(gradient), "gradient": first[1], "warm": x}[start]
+            x = torch.zeros_like(gradient) if begin is None else begin
+            phases = [(old, delay), (present, 7.0 - delay)] if old else [(present, 7.0)]
+            for (matrix_, b, largest), time in phases:
+                steps = math.ceil(time / 0.9)
+                for _ in range(steps):
+                    dt = time / steps / largest
+                    x = x + dt * (b - matrix_ @ x)
+                    if temperature:
+                        xi = torch.randn(x.shape, generator=noise, dtype=torch.float64)
+                        x = x + (2 * temperature * dt) ** 0.5 * xi
+            dense.assert_same(precondition(found, gradient), x)
+            old = present
+    assert part.simulated_steps == math.ceil(delay / 0.9) + math.ceil((7.0 - delay) / 0.9)
+    assert (part._delayed is None) == (delay == 0)
+
+
+@pytest.mark.parametrize("delay", [0.0, 2.0])
+def test_burn_in_takes_the_mean_of_the_states_after_it(delay):
+    found, a, gradient = matrix(
+        "thermodynamic", 0.1, time=8.0, step_size=1.0, burn_in=3.5, delay=delay
+    )
+    dt = 1.0 / (1.2 * found.parts["all layers"]._largest)
+    x = torch.zeros_like(gradient)
+    for phase in (8, 8 - int(delay)):
+        states = []
+        for _ in range(phase):
+            x = x + dt * (gradient - a @ x)
+            states.append(x)
+        dense.assert_same(precondition(found, gradient), torch.stack(states[3:]).mean(0))
+        for _ in range(int(delay)):
+            x = x + dt * (gradient - a @ x)
+
+
+@pytest.mark.slow
+def test_means_after_burn_in_have_less_noise_by_the_closed_form():
+    """In an eigendirection of A the Euler scheme is an autoregression with ρ = 1 − dt·a."""
+    temperature, draws, kept = 0.3, 300, 20
+    found, a, gradient = matrix(
+        "thermodynamic", 1.0, time=40.0, step_size=1.0, temperature=temperature, burn_in=20.0
+    )
+    part = found.parts["all layers"]
+    precondition(found, gradient)
+    samples = torch.stack([part.approximate_solution(gradient) for _ in range(draws)])
+    dt = 1.0 / (1.2 * part._largest)
+    values, vectors = torch.linalg.eigh(a)
+    rho = 1 - dt * values
+    state = 2 * temperature * dt / (1 - rho.square())
+    lags = torch.arange(1, kept).double()
+    sums = ((kept - lags) * rho.unsqueeze(1) ** lags).sum(1)
+    variance = state / kept**2 * (kept + 2 * sums)
+    deviations = (samples - torch.linalg.solve(a, gradient)) @ vectors
+    # Means of successive simulations are correlated by at most ρ^20.
+    slowest = float(rho.abs().max() ** 20)
+    effective = draws * (1 - slowest) / (1 + slowest)
+    assert (deviations.mean(0).abs() < 5 * (variance / effective).sqrt()).all()
+    found_variance = deviations.square().mean(0)
+    assert ((found_variance / variance - 1).abs() < 5 * (2 / effective) ** 0.5).all()
+    assert (variance < 0.7 * state).all()
 
 
 def test_no_gram_matrix_and_no_matrix_of_parameters_is_formed(monkeypatch):
@@ -153,7 +263,7 @@ def test_no_gram_matrix_and_no_matrix_of_parameters_is_formed(monkeypatch):
     ("cls", "options"),
     [
         (natgrad.ConjugateGradientNGD, {"tolerance": 1e-12, "max_iterations": 200}),
-        (natgrad.ThermodynamicNGD, {"time": 4000.0}),
+        (natgrad.ThermodynamicNGD, {"time": 900.0}),
     ],
 )
 def test_optimizers_take_the_step_of_exact_natural_gradient_descent(cls, options):
@@ -182,12 +292,67 @@ def test_no_time_from_the_gradient_is_gradient_descent():
         torch.testing.assert_close(p, q)
 
 
+SOLVED = [
+    (natgrad.ExactNGD, {}),
+    (natgrad.BlockDiagonalNGD, {}),
+    (natgrad.ImprovedEmpiricalNGD, {}),
+    (natgrad.ConjugateGradientNGD, {"tolerance": 1e-13, "max_iterations": 200}),
+    (natgrad.ThermodynamicNGD, {"time": 300.0, "delay": 50.0}),
+]
+
+
+@pytest.mark.parametrize(("cls", "options"), SOLVED)
+def test_accumulated_passes_are_one_batch(cls, options):
+    model, x, y = network()
+    x, y = normal(6, 3), torch.tensor([0, 1, 1, 0, 1, 1])
+    other = copy.deepcopy(model)
+    optimizers = [cls(m, damping=0.3, **options) for m in (model, other)]
+    for _ in range(2):
+        for m, optimizer, parts in ((model, optimizers[0], 1), (other, optimizers[1], 3)):
+            optimizer.zero_grad()
+            for part in torch.arange(6).chunk(parts):
+                (functional.cross_entropy(m(x[part]), y[part]) / parts).backward()
+            optimizer.step()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("missing", ["other group", "no gradient"])
+@pytest.mark.parametrize(("cls", "options"), SOLVED)
+def test_a_bound_on_steps_of_some_of_the_parameters(cls, options, missing):
+    """Of a layer whose bias is left to the fallback, or has no gradient, the weight moves alone."""
+    model, x, y = network()
+    structure = "block_diagonal" if cls is natgrad.BlockDiagonalNGD else "full"
+    kind = "improved" if cls is natgrad.ImprovedEmpiricalNGD else "exact"
+    f = fisher_matrix(model, (x, y), "categorical", structure, kind).to_dense()
+    whole = fisher_matrix(model, (x, y), "categorical", "full", kind).to_dense()
+    before = nn.utils.parameters_to_vector(model.parameters()).detach()
+    functional.cross_entropy(model(x), y).backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    kept = torch.arange(len(gradient)) < len(gradient) - 2  # all but the last bias
+    natural = torch.linalg.solve(f + 0.3 * torch.eye(len(f)).double(), gradient * kept) * kept
+    scale = min(1.0, (1e-3 / float(natural @ whole @ natural)) ** 0.5)
+    assert scale < 1
+    groups = [{"params": "2.bias", "preconditioned": False}] if missing == "other group" else None
+    optimizer = cls(
+        model, lr=1.0, damping=0.3, kl_clip=1e-3, params=groups, fallback_lr=0.0, **options
+    )
+    optimizer.zero_grad()
+    functional.cross_entropy(model(x), y).backward()
+    if missing == "no gradient":
+        model[2].bias.grad = None
+    optimizer.step()
+    after = nn.utils.parameters_to_vector(model.parameters()).detach()
+    dense.assert_same(before - after, scale * natural, 1e-6)
+
+
 @pytest.mark.parametrize("cls", [natgrad.ConjugateGradientNGD, natgrad.ThermodynamicNGD])
 def test_training_resumes_and_survives_bad_steps(cls):
     model, x, _ = network()
     x = normal(40, 3)
     y = torch.randint(0, 2, (40,), generator=generator())
-    options = {"temperature": 1e-6} if cls is natgrad.ThermodynamicNGD else {}
+    options = {"temperature": 1e-6, "delay": 5.0, "burn_in": 2.0}
+    options = options if cls is natgrad.ThermodynamicNGD else {}
     optimizer = cls(model, **options)
 
     def step(m, o, inputs) -> float:
@@ -198,8 +363,13 @@ def test_training_resumes_and_survives_bad_steps(cls):
         return float(loss)
 
     first = step(model, optimizer, x)
+    before = copy.deepcopy(optimizer.state_dict()["natgrad"]["curvature"]["all layers"])
     with pytest.warns(UserWarning, match="skipped"):
         step(model, optimizer, x * float("nan"))
+    after = optimizer.state_dict()["natgrad"]["curvature"]["all layers"]
+    assert set(after) == set(before)
+    for name, value in before.items():  # The noise has not gone on either.
+        assert torch.equal(torch.as_tensor(after[name]), torch.as_tensor(value)), name
     last = [step(model, optimizer, x) for _ in range(15)][-1]
     assert last < first
     other = copy.deepcopy(model)
@@ -219,6 +389,10 @@ def test_training_resumes_and_survives_bad_steps(cls):
         ("thermodynamic", {"step_size": 2.0}, ValueError),
         ("thermodynamic", {"temperature": -1.0}, ValueError),
         ("thermodynamic", {"start": "cold"}, ValueError),
+        ("thermodynamic", {"delay": -1.0}, ValueError),
+        ("thermodynamic", {"delay": 20.5}, ValueError),
+        ("thermodynamic", {"burn_in": -1.0}, ValueError),
+        ("thermodynamic", {"burn_in": 15.0, "delay": 5.0}, ValueError),
         ("thermodynamic", {"depth": 3}, TypeError),
     ],
 )

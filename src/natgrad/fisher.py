@@ -20,6 +20,7 @@ from natgrad.capture import Capture
 from natgrad.capture.evaluation import evaluated
 from natgrad.curvature import FisherMatrix, make_structure
 from natgrad.curvature.base import RowReceiver
+from natgrad.curvature.exact_rows import ScaledRows
 from natgrad.jacobians import Jacobians, LinearJacobian
 from natgrad.likelihoods import Likelihood, as_likelihood
 
@@ -81,6 +82,21 @@ class FisherType(ABC):
 
         With it a natural gradient in sample space needs no division by the damping: if
         ``∇L = Jᵀu`` then ``(F + λI)⁻¹∇L = Jᵀ (JJᵀ/count + λI)⁻¹ u`` (push-through identity).
+        """
+        return None
+
+    def row_scales(
+        self,
+        likelihood: Likelihood,
+        output: Tensor,
+        weights: Tensor,
+        target: Tensor | None = None,
+        cotangent: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return scales t and coordinates u of :class:`ScaledRows`, ``(N·K,)`` each, or None.
+
+        A type that returns them has its damping added in the units of ``TJJᵀT/count`` by the
+        structures that keep exact rows. The arguments are those of :meth:`vectors`.
         """
         return None
 
@@ -232,6 +248,50 @@ class ImprovedFisher(FisherType):
         return share.unsqueeze(1)
 
 
+@dataclass(frozen=True)
+class GramDampedImprovedFisher(ImprovedFisher):
+    r"""The improved empirical Fisher matrix with damping on the Gram matrix of loss gradients.
+
+    .. math:: \Delta = G^\top (G G^\top + count\,\lambda I)^{-1} D w^{1/2}
+              = (\tilde F + \lambda I)^{-1} \frac{1}{count} \sum_n w_n s_n g_n, \qquad
+              \tilde F = \frac{1}{count} \sum_n w_n g_n g_n^\top
+
+    with rows ``√w_n g_n`` of G and ``D = diag(s)``. The rows of :class:`ImprovedFisher` are those
+    divided by ``√s_n``, hence its scales ``t_n = √s_n``. It makes a difference only to structures
+    that keep exact rows, when they precondition a gradient, and takes one event per sample.
+    """
+
+    def row_scales(
+        self,
+        likelihood: Likelihood,
+        output: Tensor,
+        weights: Tensor,
+        target: Tensor | None = None,
+        cotangent: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return ``√s`` and ``√(ws)``, for gradients of the loss without its reduction or scale.
+
+        Raises:
+            ValueError: If samples have several events.
+        """
+        if weights.shape[1] > 1:
+            raise ValueError(
+                f"damping_rule='gram' needs one event per sample, and there are {weights.shape[1]} "
+                "(tokens or pixels): use damping_rule='fisher'"
+            )
+        roots = weights[:, 0].sqrt()
+        if target is not None:
+            gradient = likelihood.gradient(output, target)
+        elif cotangent is not None:
+            _, scale = likelihood.infer_event_weights(output, cotangent)
+            gradient = cotangent.to(weights.dtype) / scale
+        else:
+            raise ValueError("the improved empirical Fisher matrix needs the true targets")
+        weighted = gradient.flatten(1).norm(dim=1)  # w_n √s_n
+        scales = torch.where(roots > 0, weighted / roots.square(), torch.zeros_like(weighted))
+        return scales, roots * scales
+
+
 #: Name → function of ``mc_samples`` that makes the Fisher type.
 FISHER_TYPES: dict[str, Callable[[int], FisherType]] = {
     "exact": lambda mc_samples: ExactFisher(),
@@ -285,6 +345,7 @@ def update_from_output(
     with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
         detached = output.detach()
         vectors = fisher.vectors(likelihood, detached, weights, generator, target, cotangent)
+        scaled = fisher.row_scales(likelihood, detached, weights, target, cotangent)
     skip_silent = bool((weights == 0).any())
     total = vectors.shape[0]
     step = total
@@ -311,6 +372,8 @@ def update_from_output(
             block = jacobians.get(name)
             if isinstance(block, LinearJacobian):
                 block.active_positions = positions
+        if scaled is not None:
+            jacobians = ScaledRows(jacobians, *scaled)
         structure.update(jacobians, count if start == 0 else torch.zeros_like(count))
 
 

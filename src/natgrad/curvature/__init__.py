@@ -9,6 +9,8 @@ from natgrad.curvature import (  # noqa: F401
     full,
     kfac,
     kpsvd,
+    shared_coefficients,
+    singd,
     tekfac,
     thermodynamic,
     tkfac,

@@ -119,6 +119,13 @@ class FisherMatrix(ABC):
     def _solve(self, columns: Tensor, damping: float) -> Tensor:
         """Return ``(F + damping I)⁻¹ V`` for ``(P, k)``."""
 
+    def _inverse_root(self, columns: Tensor, damping: float) -> Tensor:
+        """Return ``(F + damping I)^(−1/2) V`` for ``(P, k)``, where the structure can."""
+        raise NotImplementedError(
+            f"structure {self.structure!r} has no square root of its inverse: use 'full', "
+            "'block_diagonal', 'kfac', 'ekfac', 'tkfac', 'tekfac', 'singd' or 'diagonal'"
+        )
+
     @abstractmethod
     def trace(self) -> Tensor:
         """Return ``tr F``."""
@@ -247,6 +254,27 @@ class FisherMatrix(ABC):
         """
         check_damping(damping)
         return self._on_columns(vector, lambda columns: self._solve(columns, damping))
+
+    def inverse_root(self, vector: Vector, damping: float) -> Vector:
+        """Return ``(F + damping I)^(−1/2) v``, the symmetric root.
+
+        Standard normal vectors become samples of ``N(0, (F + damping I)⁻¹)``.
+
+        Args:
+            vector: A flat vector ``(P,)``, columns ``(P, k)``, or a dict name → tensor.
+            damping: λ > 0, in the units of F.
+
+        Returns:
+            The same kind of object.
+
+        Raises:
+            NotImplementedError: If the structure has no square root at hand.
+            ValueError: If the vector has a wrong shape, or the damping is not positive and finite.
+        """
+        check_damping(damping)
+        if damping == 0:
+            raise ValueError("inverse_root needs a positive damping")
+        return self._on_columns(vector, lambda columns: self._inverse_root(columns, damping))
 
     def __matmul__(self, vector: Vector) -> Vector:
         """Return ``F v`` for a flat vector, columns ``(P, k)``, or a dict name → tensor."""

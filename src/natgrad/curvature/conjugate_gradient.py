@@ -44,6 +44,9 @@ class ConjugateGradientPart(MatrixFreeRows):
 
     def approximate_solution(self, gradient: Tensor) -> Tensor:
         """Return the solution; the last one is kept for the next step."""
+        if not bool(gradient.any()):
+            self._last = torch.zeros_like(gradient)  # Beginning elsewhere would never quite end.
+            return self._last
         start = self._last if self.warm_start else None
         x = torch.zeros_like(gradient) if start is None else start
         residual = gradient if start is None else gradient - self.damped_product(x)

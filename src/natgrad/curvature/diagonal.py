@@ -68,6 +68,11 @@ class DiagonalPart(CurvaturePart):
         diagonal = self.diagonal().unsqueeze(1) + damping
         return lambda columns: torch.where(diagonal > 0, columns / diagonal, 0.0)
 
+    def inverse_root(self, damping: float) -> Callable[[Tensor], Tensor]:
+        """Divide by the root entry by entry."""
+        root = (self.diagonal().unsqueeze(1) + damping).sqrt()
+        return lambda columns: columns / root
+
     def function_space_map(
         self, rows: Jacobians, other: Jacobians, damping: float
     ) -> dict[str, Tensor]:

@@ -172,6 +172,12 @@ class EigenbasisPart(CurvaturePart):
         inverse = _inverse(moments, damping)
         return lambda columns: self._scaled(columns, basis, inverse)
 
+    def inverse_root(self, damping: float) -> Callable[[Tensor], Tensor]:
+        """Divide by ``√(s + damping)`` in the basis."""
+        basis, moments = self.spectrum()
+        scale = (moments + damping).rsqrt()
+        return lambda columns: self._scaled(columns, basis, scale)
+
     def _scaled(self, columns: Tensor, basis: Basis, scale: Tensor) -> Tensor:
         matrices = self.layout.matrix(columns.T)
         return self.layout.flat(_scale_in(basis, matrices, scale)).T

@@ -9,6 +9,9 @@ identity gives
 
 and for a gradient ``∇L = Jᵀu`` with known ``u`` the push-through form
 ``Jᵀ (JJᵀ/count + λI)⁻¹ u``, which divides by nothing small and has a limit at λ = 0.
+
+Rows may come with scales t (:class:`ScaledRows`): damping is then added to the Gram matrix of the
+scaled rows ``TJ``, ``T = diag(t)``, that is λ/t² instead of λ to each row of ``JJᵀ/count``.
 """
 
 from __future__ import annotations
@@ -26,7 +29,30 @@ from natgrad.curvature.partitioned import CurvaturePart
 from natgrad.jacobians import CHUNK_ELEMENTS, Jacobians, LayerJacobian
 from natgrad.layouts import BlockLayout, ParameterLayout
 
-__all__ = ["ExactRows"]
+__all__ = ["ExactRows", "ScaledRows"]
+
+
+class ScaledRows(Jacobians):
+    r"""Rows that are damped in other units than their own.
+
+    With ``T = diag(scales)`` and the gradient ``∇L = Jᵀu`` they are preconditioned by
+
+    .. math:: J^\top (JJ^\top/count + \lambda T^{-2})^{-1} u
+              = J^\top T (T JJ^\top T/count + \lambda I)^{-1} T u,
+
+    the right side of which has a limit where a scale is 0. What a gradient holds beside ``Jᵀu``
+    (penalties in the loss) is multiplied by the mean of the squared scales and solved for with
+    ``JᵀT²J/count + λI``, which is the same where all scales are equal.
+
+    Args:
+        rows: The rows J, of the same blocks, samples and directions.
+        scales: t ≥ 0, ``(N·K,)``.
+        coordinates: u up to a common factor, ``(N·K,)``.
+    """
+
+    def __init__(self, rows: Jacobians, scales: Tensor, coordinates: Tensor) -> None:
+        super().__init__(rows.layout, dict(rows), rows.samples, rows.directions)
+        self.scales, self.coordinates = scales, coordinates
 
 
 class ExactRows(CurvaturePart):
@@ -70,9 +96,14 @@ class ExactRows(CurvaturePart):
         if not mine:
             return
         rows = Jacobians(self.layout, mine, jacobians.samples, jacobians.directions)
-        size = min(self._row_count() + rows.rows, self.numel)
+        number = self._row_count() + rows.rows
+        scaled = isinstance(jacobians, ScaledRows)
+        if isinstance(jacobians, ScaledRows):
+            rows = ScaledRows(rows, jacobians.scales, jacobians.coordinates)
+        size = number if scaled else min(number, self.numel)
         linalg.check_memory(size, 2, self.layout.dtype, self.layout.device)
-        if self.moment is None and self._row_count() + rows.rows <= self.row_limit:
+        # Scaled rows are damped one by one, so they cannot be summed.
+        if self.moment is None and (scaled or number <= self.row_limit):
             self.rows = [*self.rows, (1.0, rows)]
             return
         if self.moment is None:
@@ -192,6 +223,33 @@ class ExactRows(CurvaturePart):
 
         return pseudo_inverse
 
+    def inverse_root(self, damping: float) -> Callable[[Tensor], Tensor]:
+        r"""Return the symmetric root from the eigenvalues a of the smaller of the two matrices.
+
+        In sample space, with ``JJᵀ/count = U diag(a) Uᵀ``,
+
+        .. math:: (F + \lambda I)^{-1/2} = \lambda^{-1/2} I - \frac{1}{count} J^\top U
+                  \, \mathrm{diag}\Big(\frac{1}{\sqrt{\lambda} \sqrt{a + \lambda}
+                  (\sqrt{\lambda} + \sqrt{a + \lambda})}\Big) U^\top J,
+
+        which divides by no eigenvalue.
+        """
+        if self.moment is None and not self.rows:
+            return lambda v: v / damping**0.5
+        matrix = self._mean_moment() if self.moment is not None else self.gram() / self.count
+        values, vectors = linalg.eigh(matrix)
+        root, shifted = damping**0.5, (values.clamp(min=0.0) + damping).sqrt().unsqueeze(1)
+        if self.moment is not None:
+            return lambda v: vectors @ ((vectors.mT @ v) / shifted)
+        scale = 1.0 / (self.count * root * shifted * (root + shifted))
+        rows = self.rows
+
+        def apply(columns: Tensor) -> Tensor:
+            weights = vectors @ (scale * (vectors.mT @ self._times(rows, columns)))
+            return columns / root - self._transposed_times(rows, weights)
+
+        return apply
+
     def function_space_map(
         self, rows: Jacobians, other: Jacobians, damping: float
     ) -> dict[str, Tensor]:
@@ -234,19 +292,25 @@ class ExactRows(CurvaturePart):
         columns: Tensor,
         damping: float,
         count: float,
+        scales: Tensor | float = 1.0,
     ) -> Tensor:
         """Solve with the Cholesky factor of ``JJᵀ + count·λI``, refined once.
 
         The subtraction loses digits when λ is small beside F; one step of iterative refinement
-        brings them back.
+        brings them back. With ``scales`` ``(R, 1)`` the rows are those times their scales.
         """
 
+        def times(v: Tensor) -> Tensor:
+            return scales * self._times(rows, v)
+
+        def transposed_times(weights: Tensor) -> Tensor:
+            return self._transposed_times(rows, scales * weights)
+
         def once(v: Tensor) -> Tensor:
-            weights = torch.cholesky_solve(self._times(rows, v), factor)
-            return (v - self._transposed_times(rows, weights)) / damping
+            return (v - transposed_times(torch.cholesky_solve(times(v), factor))) / damping
 
         solution = once(columns)
-        product = self._transposed_times(rows, self._times(rows, solution)) / count
+        product = transposed_times(times(solution)) / count
         return solution + once(columns - product - damping * solution)
 
     def trace(self) -> Tensor:
@@ -303,6 +367,9 @@ class ExactRows(CurvaturePart):
         else:
             return
         if damping > 0:
+            scaled = scaled_rows(self.rows)
+            if scaled is not None:
+                matrix = scaled[0] * matrix * scaled[0].mT
             factor = linalg.cholesky(linalg.add_to_diagonal(matrix, damping))
             self._factor = (kind, factor, None, damping)
         else:
@@ -330,9 +397,16 @@ class ExactRows(CurvaturePart):
         columns = self.layout.to_flat(gradients).to(factor.dtype).unsqueeze(1)
         known: Tensor | None = None
         coordinates = matching_coordinates(source, rows, factor.dtype)
+        scales: Tensor | float = 1.0
+        scaled = scaled_rows(rows)
+        if scaled is not None:
+            coordinates = scaled[1].to(factor.dtype)
+            if values is None:
+                scales = scaled[0].to(factor.dtype)
         if coordinates is not None:
             columns, share = split_gradient(columns, self._transposed_times(rows, coordinates))
-            known = self._transposed_times(rows, self._apply(coordinates * share))
+            solution = scales * self._apply(scales * coordinates * share)
+            known = self._transposed_times(rows, solution)
             if not bool(columns.any()):
                 return self.layout.to_dict(known[:, 0])
         if values is not None:
@@ -340,7 +414,9 @@ class ExactRows(CurvaturePart):
             inner = self._apply(self._times(rows, columns), power=2)
             flat = self._transposed_times(rows, inner) / count
         else:
-            flat = self._woodbury(rows, factor * count**0.5, columns, damping, count)
+            if isinstance(scales, Tensor):
+                columns = columns * scales.square().mean()
+            flat = self._woodbury(rows, factor * count**0.5, columns, damping, count, scales)
         return self.layout.to_dict((flat if known is None else flat + known)[:, 0])
 
     def cost(self, workload: Workload) -> Cost:
@@ -375,12 +451,16 @@ class ExactRows(CurvaturePart):
 
 
 def exact_quadratic(parts: Iterable[CurvaturePart], direction: dict[str, Tensor]) -> Tensor | None:
-    """Return ``‖Σ_l J_l Δ_l‖²/count`` over parts with rows of the same batch, or None."""
+    """Return ``‖Σ_l J_l Δ_l‖²/count`` over parts with rows of the same batch, or None.
+
+    Parameters without a direction, trained by another rule or without a gradient, do not move.
+    """
     total: Tensor | None = None
     count = 0.0
     for part in parts:
         assert isinstance(part, ExactRows)
-        products = part.row_products(direction)
+        column = part.layout.to_column(direction)[:, 0]
+        products = part.row_products(part.layout.to_dict(column))
         if products is None or (total is not None and products.shape != total.shape):
             return None
         total = products if total is None else total + products
@@ -397,6 +477,15 @@ def matching_coordinates(
         return None
     coordinates = source.coordinates.reshape(-1, 1).to(dtype)
     return coordinates if coordinates.shape[0] == rows[0][1].rows else None
+
+
+def scaled_rows(rows: list[tuple[float, Jacobians]]) -> tuple[Tensor, Tensor] | None:
+    """Return scales and coordinates, ``(R, 1)`` each, of rows that all have them, or None."""
+    found = [part for _, part in rows if isinstance(part, ScaledRows)]
+    if not found or len(found) < len(rows):
+        return None
+    scales = torch.cat([part.scales for part in found])
+    return scales.unsqueeze(1), torch.cat([part.coordinates for part in found]).unsqueeze(1)
 
 
 def split_gradient(gradient: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:

@@ -180,13 +180,30 @@ class KroneckerPart(CurvaturePart):
             return lambda v: self._columns(
                 multiply_right(multiply_left(inverse[1], self._matrices(v)), inverse[0])
             )
+        return self._in_eigenbasis(damping, lambda damped: 1.0 / damped)
+
+    def inverse_root(self, damping: float) -> Callable[[Tensor], Tensor]:
+        """Divide by the root of the damped eigenvalues in the eigenbases."""
+        return self._in_eigenbasis(damping, torch.rsqrt)
+
+    def _in_eigenbasis(
+        self, damping: float, function: Callable[[Tensor], Tensor]
+    ) -> Callable[[Tensor], Tensor]:
+        """Return a function of the matrix damped by the damping rule, ``V ↦ f(F̂) V``."""
         a, b = self.lower_factors()
         basis_a, values_a = eigenbasis(a)
         basis_b, values_b = eigenbasis(b)
-        damped = values_b.unsqueeze(-1) * values_a.unsqueeze(-2) + damping
+        shifts = self._shifts(damping)
+        if shifts is None:
+            damped = values_b.unsqueeze(-1) * values_a.unsqueeze(-2) + damping
+        else:
+            values_a = values_a + shifts[0].unsqueeze(-1)
+            values_b = values_b + shifts[1].unsqueeze(-1)
+            damped = values_b.unsqueeze(-1) * values_a.unsqueeze(-2)
+        scale = function(damped)
 
         def apply(columns: Tensor) -> Tensor:
-            rotated = rotate(basis_b, self._matrices(columns), basis_a) / damped
+            rotated = rotate(basis_b, self._matrices(columns), basis_a) * scale
             return self._columns(rotate_back(basis_b, rotated, basis_a))
 
         return apply

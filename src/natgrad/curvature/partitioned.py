@@ -82,6 +82,13 @@ class CurvaturePart(ABC):
     def precondition(self, source: GradientSource) -> dict[str, Tensor]:
         """Return the natural gradient of the part's parameters by the last factorisation."""
 
+    def rows_are_cheaper(self, rows: int) -> bool:
+        """Return whether so many rows are cheaper to precondition than the gradient.
+
+        Such a part takes the rows of a :class:`GradientSource` where they are there.
+        """
+        return False
+
     @abstractmethod
     def cost(self, workload: Workload) -> Cost:
         """Return what the part costs."""
@@ -97,6 +104,14 @@ class CurvaturePart(ABC):
     def solve(self, columns: Tensor, damping: float) -> Tensor:
         """Return ``(F_l + damping I)⁻¹ V`` for ``(P_l, k)``, pseudo-inverse for 0."""
         return self.solver(damping)(columns)
+
+    def inverse_root(self, damping: float) -> Callable[[Tensor], Tensor] | None:
+        """Factorise once; return ``V ↦ (F_l + damping I)^(−1/2) V`` for ``(P_l, k)``, λ > 0.
+
+        It is the symmetric root of what :meth:`solver` applies; None, the default, where there is
+        none at hand.
+        """
+        return None
 
     @abstractmethod
     def function_space_map(
@@ -149,6 +164,17 @@ class PartitionedFisher(FisherMatrix):
 
     def _solve(self, columns: Tensor, damping: float) -> Tensor:
         return self._map_columns(columns, "solve", damping)
+
+    def _inverse_root(self, columns: Tensor, damping: float) -> Tensor:
+        if type(self)._solve is not PartitionedFisher._solve:
+            return super()._inverse_root(columns, damping)  # Its inverse couples the parts.
+        result = torch.zeros_like(columns)
+        for part in self.parts.values():
+            root = part.inverse_root(damping)
+            if root is None:
+                return super()._inverse_root(columns, damping)
+            self.layout.scatter(part, root(self.layout.gather(part, columns)), result)
+        return result
 
     def _function_space_map(
         self, rows: Jacobians, other: Jacobians, damping: float

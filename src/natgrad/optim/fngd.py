@@ -136,7 +136,7 @@ class FNGD(NaturalGradient):
         self.coefficient_steps, self.refresh_interval = coefficient_steps, refresh_interval
         self.share = share
         self.preconditioner.schedule = self.computes_coefficients
-        self.clock = CoefficientClock(self.model)
+        self.clock = CoefficientClock(self.model, counts=share == "iteration")
         self._indices: list[Tensor] = []
         self._lay_backward_passes()
 

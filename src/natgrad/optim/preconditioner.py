@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from natgrad.capture import Capture, ForwardPass
 from natgrad.curvature import GradientSource, make_structure
 from natgrad.curvature.base import RowReceiver, inner_product
-from natgrad.curvature.kfac import KroneckerPart
 from natgrad.curvature.partitioned import PartitionedFisher
 from natgrad.fisher import FisherType, as_fisher_type, update_from_output
 from natgrad.jacobians import LayerJacobian, LinearJacobian
@@ -39,8 +38,8 @@ class Preconditioner(CopiedByState):
     Args:
         model: The model to watch.
         structure: ``"full"``, ``"block_diagonal"``, ``"block_tridiagonal"``, ``"unit_wise"``,
-            ``"diagonal"``, ``"kfac"``, ``"ekfac"``, ``"tkfac"``, ``"tekfac"``, ``"kpsvd"`` or
-            ``"two_level"``.
+            ``"diagonal"``, ``"kfac"``, ``"ekfac"``, ``"tkfac"``, ``"tekfac"``, ``"kpsvd"``,
+            ``"two_level"``, ``"singd"``, ``"conjugate_gradient"`` or ``"thermodynamic"``.
         likelihood: A name, a :class:`natgrad.Likelihood`, or a torch loss module.
         fisher: ``"exact"``, ``"mc"``, ``"empirical"`` or ``"improved"``.
         mc_samples: Draws per input for ``"mc"``.
@@ -508,7 +507,7 @@ class Preconditioner(CopiedByState):
         parts = getattr(self.structure, "parts", {})
         for name, part in parts.items():
             uses = self.capture.blocks[name].uses if name in self.capture.blocks else ()
-            if isinstance(part, KroneckerPart) and part.rows_are_cheaper(8) and len(uses) == 1:
+            if part.rows_are_cheaper(8) and len(uses) == 1:
                 result[name] = uses[0].module
         return result
 

@@ -31,6 +31,13 @@ class ThermodynamicNGD(NaturalGradient):
         temperature: T, the strength of the noise; 0 for none.
         start: ``"warm"`` (where the last simulation ended, which acts like momentum),
             ``"gradient"`` or ``"zero"``.
+        delay: Simulated time, in the same units, at most ``time``, during which the process still
+            runs under the matrix and the gradient of the step before (starting from that gradient
+            for ``start="gradient"``), as an analog device does while the new ones are computed;
+            the rest, ``time - delay``, runs under the new. The first step runs all the time under
+            its own. Checkpoints hold the state the delay leads to, so resumed runs go on exactly.
+        burn_in: Take the mean of the states later than this under the new matrix, which has less
+            of the noise than the last state. None (default) for the last state.
         noise_seed: Seed of the noise; the global random state is never used.
         momentum: Momentum of the natural gradient.
         weight_decay: Decoupled weight decay.
@@ -38,7 +45,8 @@ class ThermodynamicNGD(NaturalGradient):
         kl_clip: Bound on the predicted change of the output distribution per step.
         **options: Further arguments of :class:`~natgrad.optim.NaturalGradient`.
 
-    Source: Donatella et al., Thermodynamic natural gradient descent (2024).
+    Source: Donatella et al., Thermodynamic natural gradient descent (2024). How the delay splits
+    the simulated time, and the mean after burn-in, are choices of natgrad.
     """
 
     def __init__(
@@ -52,6 +60,8 @@ class ThermodynamicNGD(NaturalGradient):
         step_size: float = 1.0,
         temperature: float = 0.0,
         start: Literal["warm", "gradient", "zero"] = "warm",
+        delay: float = 0.0,
+        burn_in: float | None = None,
         noise_seed: int = 0,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
@@ -69,6 +79,8 @@ class ThermodynamicNGD(NaturalGradient):
             step_size=step_size,
             temperature=temperature,
             start=start,
+            delay=delay,
+            burn_in=burn_in,
             noise_seed=noise_seed,
             momentum=momentum,
             weight_decay=weight_decay,

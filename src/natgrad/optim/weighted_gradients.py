@@ -27,15 +27,17 @@ class CoefficientClock:
 
     Args:
         model: The model.
+        counts: Whether passes are counted.
 
     Attributes:
         weighing: Whether kept coefficients are in use.
-        passes: Forward passes since they are.
+        passes: Forward passes since they are, where they are counted.
         samples: Samples of the present pass: the first dimension of the model's first tensor.
         indices: Their indices in the data set, where the user gave them.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, counts: bool) -> None:
+        self.counts = counts
         self.weighing = False
         self.passes = 0
         self.samples = 0
@@ -47,7 +49,7 @@ class CoefficientClock:
     def _before_model(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not torch.is_grad_enabled() or inside_backward():
             return
-        if self.weighing:
+        if self.weighing and self.counts:
             self.passes += 1
         self.samples = next((len(t) for t in _tensors((args, kwargs)) if t.dim()), 0)
 
