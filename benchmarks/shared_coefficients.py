@@ -72,21 +72,19 @@ class Variant:
 VARIANTS = {
     "sgd": Variant("SGD, momentum 0.9", None, rate=0.05),
     "kfac": Variant("K-FAC, defaults", None),
-    "mean": Variant("mean: SGD with a rate per layer", {"share": "mean"}),
     "position": Variant("position (default)"),
+    "mean": Variant("mean: SGD with a rate per layer", {"share": "mean"}),
     "sample": Variant("sample", {"share": "sample"}),
     "sgd-ordered": Variant("SGD, no shuffling", None, shuffled=False, rate=0.05),
     "iteration": Variant("iteration, no shuffling", {"share": "iteration"}, shuffled=False),
-    "sample-ordered": Variant("sample, no shuffling", {"share": "sample"}, shuffled=False),
-    "damping-0.01": Variant("position, damping 0.01", {"damping": 0.01}),
     "damping-0.1": Variant("position, damping 0.1", {"damping": 0.1}),
-    "damping-10": Variant("position, damping 10", {"damping": 10.0}),
-    "sample-0.1": Variant("sample, damping 0.1", {"share": "sample", "damping": 0.1}),
-    "absolute": Variant(
-        "position, absolute damping 1e-3", {"damping_scale": "absolute", "damping": 1e-3}
+    "damping-0.01": Variant("position, damping 0.01", {"damping": 0.01}),
+    "relative": Variant("position, relative damping 1", {"damping_scale": "relative"}),
+    "relative-0.1": Variant(
+        "position, relative damping 0.1", {"damping_scale": "relative", "damping": 0.1}
     ),
     "per-layer": Variant("position, normalised per layer", {"normalization": "layer"}),
-    "none": Variant("position, not normalised", {"normalization": "none"}, rate=0.003),
+    "none": Variant("position, not normalised", {"normalization": "none"}),
     "improved": Variant("sample, improved Fisher", {"share": "sample", "fisher": "improved"}),
     "refreshed": Variant("position, refreshed every 3rd epoch", refresh=3),
     "sample-refreshed": Variant(

@@ -7,6 +7,7 @@ curvlinops-for-pytorch nngeometry``) and can train the network.
 
     python benchmarks/step_time.py                      # MLP 784-1024-1024-10, batch 256
     python benchmarks/step_time.py --model cnn --batch-size 64 --methods sgd,adamw,kfac
+    python benchmarks/step_time.py --model resnet --methods sgd,fngd,fngd_first_epoch
     python benchmarks/step_time.py --memory             # peak memory, one process per method
 """
 
@@ -36,15 +37,22 @@ Step = Callable[[Tensor, Tensor], None]
 #: Other libraries, each named by its module.
 PEERS = ("asdl", "singd", "curvlinops", "nngeometry")
 
-#: Ways to run natgrad: name → options.
+#: Ways to run natgrad with curvature at intervals: name → optimizer and options.
 OURS = {
-    "kfac": {},
-    "kfac_fused": {"fused": True},
-    "kfac_bf16": {"precondition_dtype": torch.bfloat16},
-    "kfac_fused_bf16": {"fused": True, "precondition_dtype": torch.bfloat16},
-    "kfac_staggered": {"stagger": True},
-    "ekfac": {},
+    "kfac": (natgrad.KFAC, {}),
+    "kfac_fused": (natgrad.KFAC, {"fused": True}),
+    "kfac_bf16": (natgrad.KFAC, {"precondition_dtype": torch.bfloat16}),
+    "kfac_fused_bf16": (natgrad.KFAC, {"fused": True, "precondition_dtype": torch.bfloat16}),
+    "kfac_staggered": (natgrad.KFAC, {"stagger": True}),
+    "ekfac": (natgrad.EKFAC, {}),
+    "singd_ours": (natgrad.SINGD, {}),
+    "singd_ours_diagonal": (natgrad.SINGD, {"factor_structures": "diagonal"}),
+    "singd_ours_block": (natgrad.SINGD, {"factor_structures": "block_diagonal"}),
+    "singd_ours_hierarchical": (natgrad.SINGD, {"factor_structures": "hierarchical"}),
 }
+
+#: Steps of FNGD that compute coefficients: one ("fngd" is timed after it), or all.
+COEFFICIENT_STEPS = {"fngd": 1, "fngd_first_epoch": 10**9}
 
 
 class ResidualBlock(nn.Module):
@@ -146,11 +154,13 @@ def make_model(name: str) -> nn.Module:
         )
     if name == "resnet":
         return resnet18(16)
+    if name == "resnet18":
+        return resnet18(64)
     return Transformer(65, 256, 64, 4)
 
 
 #: Batch sizes the models are timed with unless told otherwise.
-BATCH_SIZES = {"mlp": 256, "cnn": 64, "resnet": 64, "transformer": 16}
+BATCH_SIZES = {"mlp": 256, "cnn": 64, "resnet": 64, "resnet18": 32, "transformer": 16}
 
 
 def make_batch(name: str, size: int) -> tuple[Tensor, Tensor]:
@@ -293,9 +303,14 @@ def make_step(name: str, model_name: str, batch: int, factor: int, inverse: int)
     if name == "adamw":
         return plain(model, torch.optim.AdamW(parameters, lr=1e-4))
     if name in OURS:
-        options = {"factor_interval": factor, "inverse_interval": inverse, **OURS[name]}
-        kind = natgrad.EKFAC if name == "ekfac" else natgrad.KFAC
+        kind, own = OURS[name]
+        options = {"factor_interval": factor, "inverse_interval": inverse, **own}
+        if kind is natgrad.SINGD:
+            del options["inverse_interval"]
         return plain(model, kind(model, lr=1e-4, momentum=0.9, **options))
+    if name in COEFFICIENT_STEPS:
+        steps = COEFFICIENT_STEPS[name]
+        return plain(model, natgrad.FNGD(model, lr=1e-4, coefficient_steps=steps))
     if name == "curvlinops":
         return curvlinops(model, factor, inverse)
     if name == "nngeometry":

@@ -413,8 +413,8 @@ def fisher_matrix(
             None for ``exact`` and ``mc``.
         likelihood: A name, a :class:`natgrad.Likelihood`, or a torch loss module.
         structure: ``"full"``, ``"block_diagonal"``, ``"block_tridiagonal"``, ``"unit_wise"``,
-            ``"diagonal"``, ``"kfac"``, ``"ekfac"``, ``"tkfac"``, ``"tekfac"``, ``"kpsvd"`` or
-            ``"two_level"``.
+            ``"diagonal"``, ``"kfac"``, ``"ekfac"``, ``"tkfac"``, ``"tekfac"``, ``"kpsvd"``,
+            ``"two_level"``, ``"singd"``, ``"conjugate_gradient"`` or ``"thermodynamic"``.
         fisher: ``"exact"``, ``"mc"``, ``"empirical"`` or ``"improved"``.
         mc_samples: Draws per input for ``"mc"``.
         seed: Seed of those draws.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,17 +12,44 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import natgrad
+from natgrad.curvature.exact_rows import ExactRows
+from natgrad.curvature.matrix_free import MatrixFreeRows
+from natgrad.curvature.shared_coefficients import CoefficientPart
+from natgrad.curvature.singd import StructuredPart
 
-OPTIMIZERS: dict[str, Any] = {
+#: Curvature is averaged over steps.
+AVERAGING: dict[str, Any] = {
     "kfac": natgrad.KFAC,
     "ekfac": natgrad.EKFAC,
     "diagonal": natgrad.DiagonalNGD,
+    "singd": natgrad.SINGD,
 }
+#: Curvature is that of the rows of the present batch.
+ROWS: dict[str, Any] = {
+    "exact": natgrad.ExactNGD,
+    "block_diagonal": natgrad.BlockDiagonalNGD,
+    "improved": natgrad.ImprovedEmpiricalNGD,
+    "conjugate_gradient": natgrad.ConjugateGradientNGD,
+    "thermodynamic": functools.partial(natgrad.ThermodynamicNGD, delay=5.0, temperature=1e-10),
+}
+#: Curvature is that of some steps at the beginning, the third one without.
+FIRST_STEPS: dict[str, Any] = {"fngd": functools.partial(natgrad.FNGD, coefficient_steps=2)}
+#: All that train in any loop that calls ``backward`` and ``step``.
+OPTIMIZERS: dict[str, Any] = AVERAGING | ROWS | FIRST_STEPS
+#: Beside them those with a step of their own: EGN, whose closure does not call ``backward``, and
+#: Padam, which knows no model.
+ALL: list[str] = [*OPTIMIZERS, "egn", "padam"]
 
 
 def make(name: str, model: nn.Module, likelihood: Any = "categorical", **options: Any) -> Any:
-    """Make an optimizer whose curvature is updated and factorised at different steps."""
-    defaults = {"lr": 0.1, "factor_interval": 2, "inverse_interval": 3, "momentum": 0.9}
+    """Make an optimizer; averaging ones update and factorise at different steps."""
+    if name == "padam":
+        return natgrad.Padam(model.parameters(), lr=4 * options.get("lr", 0.1))
+    if name == "egn":
+        return natgrad.EGN(model, likelihood, **({"momentum": 0.9} | options))
+    defaults: dict[str, Any] = {"lr": 0.1, "momentum": 0.9}
+    if name in AVERAGING:
+        defaults |= {"factor_interval": 2, "inverse_interval": 3}
     return OPTIMIZERS[name](model, likelihood, **(defaults | options))
 
 
@@ -63,6 +91,8 @@ def train(
 ) -> list[float]:
     """Run the loop that the README shows; return the losses."""
     losses = []
+    if isinstance(optimizer, natgrad.EGN):
+        return [optimizer.step(lambda b=batch: loss(model, b)) for batch in data]
     optimizer.zero_grad()
     for index, batch in enumerate(data, 1):
         value = loss(model, batch)
@@ -109,15 +139,28 @@ def tensors(value: Any) -> Iterable[Tensor]:
 
 def assert_curvature_everywhere(optimizer: Any, unused: tuple[str, ...] = ()) -> None:
     """Every block the model uses has factors that are not zero and an inverse that is finite."""
+    if isinstance(optimizer, natgrad.Padam):
+        return
     structure = optimizer.preconditioner.structure
     for name, part in structure.parts.items():
         if name in unused:
             assert part.trace() == 0, name
             continue
-        assert part.trace() > 0, name
+        assert part.trace() > 0 or isinstance(part, CoefficientPart), name
         state = part.state_dict()
         found = [t for t in tensors(state) if t.is_floating_point()]
-        assert found and all(t.isfinite().all() for t in found), name
+        assert found or isinstance(part, ExactRows), name
+        assert all(t.isfinite().all() for t in found), name
+        if isinstance(part, CoefficientPart):  # Rows go, coefficients stay.
+            assert part.batches >= 2 and not part.rows, name
+            continue
+        if isinstance(part, StructuredPart):
+            assert part.steps > 0, name
+            continue
+        if isinstance(part, ExactRows):  # Its factorisation is kept with the rows.
+            assert part._applied_rows is not None and part.count > 0, name
+            assert isinstance(part, MatrixFreeRows) or part._factor is not None, name
+            continue
         inverse = state.get("inverse")
         assert inverse is not None, name
         assert any(t.abs().sum() > 0 for t in tensors([inverse])), name

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from tests.ecosystem.loops import (
     OPTIMIZERS,
+    ROWS,
     assert_curvature_everywhere,
     batches,
     flat,
@@ -48,7 +49,7 @@ def run(model, optimizer, scheduler, data, *, accumulate=1, clip=None, **options
     return accelerator
 
 
-@pytest.mark.parametrize("name", list(OPTIMIZERS))
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "padam"])
 @pytest.mark.parametrize("way", ["plain", "accumulation", "clipping"])
 def test_accelerate_is_the_plain_loop(name, way):
     data = batches(8)
@@ -74,18 +75,19 @@ def test_bfloat16_mixed_precision():
     assert_curvature_everywhere(optimizer)
 
 
-def test_save_state_and_load_state(tmp_path):
+@pytest.mark.parametrize("name", ["kfac", *ROWS, "padam"])
+def test_save_state_and_load_state(name, tmp_path):
     data = batches(6)
     straight = network()
-    optimizer = make("kfac", straight)
+    optimizer = make(name, straight)
     train(straight, optimizer, data)
 
     model = network()
-    optimizer = make("kfac", model)
+    optimizer = make(name, model)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 100)
     run(model, optimizer, schedule, data[:3]).save_state(str(tmp_path))
     other = network(seed=5)
-    optimizer = make("kfac", other, seed=9)
+    optimizer = make(name, other, seed=9)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 100)
     accelerator = accelerate.Accelerator(cpu=True)
     other, optimizer, schedule = accelerator.prepare(other, optimizer, schedule)

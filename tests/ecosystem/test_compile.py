@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests.ecosystem.loops import (
-    OPTIMIZERS,
+    AVERAGING,
+    ROWS,
     assert_curvature_everywhere,
     batches,
     flat,
@@ -27,10 +28,14 @@ def _fresh_compiler():
 
 SLOW = [
     pytest.param(name, order, backend, marks=pytest.mark.slow)
-    for name in OPTIMIZERS
+    for name in AVERAGING
     for order in ("compiled first", "optimizer first", "in place")
     for backend in ("eager", "aot_eager")
     if (name, order, backend) != ("kfac", "optimizer first", "aot_eager")
+]
+SLOW += [
+    pytest.param(name, "optimizer first", "aot_eager", marks=pytest.mark.slow)
+    for name in [*ROWS, "egn", "padam"]
 ]
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 import natgrad
 from tests import dense
-from tests.ecosystem.loops import assert_curvature_everywhere, flat
+from tests.ecosystem.loops import OPTIMIZERS, ROWS, assert_curvature_everywhere, flat
 
 transformers = pytest.importorskip("transformers")
 
@@ -285,35 +285,45 @@ def test_trainer_is_the_plain_loop(name, accumulate, tmp_path):
 @pytest.mark.parametrize(
     ("name", "structure"),
     [(name, structure) for name in MODELS for structure in ("kfac", "ekfac")]
-    + [("vit", "diagonal"), ("llama", "diagonal")],
+    + [("vit", "diagonal"), ("llama", "diagonal"), ("gpt2", "padam")]
+    + [("vit", name) for name in ROWS],
 )
 def test_trainer_trains_with_defaults(name, structure, tmp_path):
     torch.manual_seed(0)
     model, batch = MODELS[name](16, dropout=0.1)
-    optimizer_type = {
-        "kfac": natgrad.KFAC, "ekfac": natgrad.EKFAC, "diagonal": natgrad.DiagonalNGD
-    }[structure]  # fmt: skip
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        optimizer = optimizer_type(model, lr=0.05)
+        if structure == "padam":
+            optimizer = natgrad.Padam(model.parameters(), lr=0.1)
+        else:
+            rate = 1.0 if structure == "thermodynamic" else 0.3 if structure in ROWS else 0.05
+            optimizer = OPTIMIZERS[structure](model, lr=rate)
     reported = " ".join(str(w.message) for w in caught)
     # Image embeddings drop out what they own themselves.
-    uncovered = optimizer.preconditioner.capture.uncovered
+    watched = getattr(optimizer, "preconditioner", None)
+    uncovered = () if watched is None else watched.capture.uncovered
     assert all(n in reported for n in uncovered) and (not uncovered or name == "vit")
     first = float(model.eval()(**batch).loss.detach())
     model.train()
     trainer_for(
-        model, optimizer, columns(batch), tmp_path, max_steps=30, max_grad_norm=1.0
+        model, optimizer, columns(batch), tmp_path, max_grad_norm=1.0,
+        max_steps=8 if structure in ROWS else 30,
     ).train()  # fmt: skip
     assert float(model.eval()(**batch).loss.detach()) < 0.93 * first
     assert_curvature_everywhere(optimizer)
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def test_trainer_resumes_from_its_checkpoint(tmp_path):
+@pytest.mark.parametrize("method", ["kfac", "improved", "thermodynamic"])
+def test_trainer_resumes_from_its_checkpoint(method, tmp_path):
+    options = {
+        "kfac": {"factor_interval": 2, "inverse_interval": 3},
+        "thermodynamic": {"time": 6.0},
+    }.get(method, {})
+
     def run(folder: Any, steps: int, resume: Any = None) -> Tensor:
         model, batch = build("gpt2", 8, dropout=0.1)
-        optimizer = natgrad.KFAC(model, lr=0.05, factor_interval=2, inverse_interval=3)
+        optimizer = OPTIMIZERS[method](model, lr=0.05, **options)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5)
         trainer = trainer_for(
             model, optimizer, columns(batch), folder, scheduler, max_steps=steps,

@@ -91,7 +91,7 @@ def fit(module: Classifier, data: list[Any], checkpoint: Any = None, **options: 
     return trainer
 
 
-@pytest.mark.parametrize("name", list(OPTIMIZERS))
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "padam"])
 @pytest.mark.parametrize(
     "way", ["plain", "accumulation", "clipping", "scheduler", "everything", "by hand"]
 )
@@ -110,15 +110,33 @@ def test_lightning_is_the_plain_loop(name, way):
     assert torch.equal(flat(plain), flat(wrapped))
     assert not torch.equal(flat(plain), flat(network()))
     inner = trainer.optimizers[0]
-    assert inner.preconditioner.steps == len(data) // accumulate
+    assert name == "padam" or inner.preconditioner.steps == len(data) // accumulate
     assert_curvature_everywhere(inner)
+
+
+class LineSearch(Classifier):
+    """Manual optimization for a closure that does not call ``backward``."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch: Any, index: int) -> None:
+        self.optimizers().optimizer.step(lambda: cross_entropy(self.net, batch))
+
+
+def test_lightning_with_a_line_search_is_the_plain_loop():
+    plain, wrapped = network(), network()
+    data = batches(8)
+    train(plain, make("egn", plain), data)
+    trainer = fit(LineSearch(wrapped, "egn"), data)
+    assert torch.equal(flat(plain), flat(wrapped))
+    assert trainer.optimizers[0].preconditioner.steps == len(data)
 
 
 class Stop(Exception):
     """Stands for a crash."""
 
 
-@pytest.mark.parametrize("name", list(OPTIMIZERS))
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "padam"])
 def test_resuming_in_the_middle_of_an_epoch(name, tmp_path):
     data = batches(7)
     whole, parted = network(), network()

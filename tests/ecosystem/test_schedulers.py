@@ -12,7 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler, swa_utils
 
-from tests.ecosystem.loops import OPTIMIZERS, batches, flat, make, network, train
+import natgrad
+from tests.ecosystem.loops import (
+    AVERAGING,
+    ROWS,
+    batches,
+    cross_entropy,
+    flat,
+    make,
+    network,
+    train,
+)
 
 LR = 0.1
 
@@ -64,8 +74,12 @@ def settings(optimizer: Any) -> list[tuple[float, float]]:
     return [(g["lr"], g["momentum"]) for g in optimizer.param_groups]
 
 
-@pytest.mark.parametrize("optimizer_name", list(OPTIMIZERS))
-@pytest.mark.parametrize("name", list(SCHEDULERS))
+#: What they do to the step is code that all methods share.
+SOME = ("CyclicLR", "ReduceLROnPlateau", "SequentialLR")
+PAIRS = [(s, o) for s in SCHEDULERS for o in AVERAGING] + [(s, o) for s in SOME for o in ROWS]
+
+
+@pytest.mark.parametrize(("name", "optimizer_name"), PAIRS)
 def test_rates_and_momenta_follow_the_schedule(name, optimizer_name):
     """The step moves each parameter by rate times momentum buffer, with the schedule's values."""
     model, twin = network(), network()
@@ -87,13 +101,58 @@ def test_rates_and_momenta_follow_the_schedule(name, optimizer_name):
 
 
 @pytest.mark.parametrize("name", list(SCHEDULERS))
-def test_schedules_resume(name):
+def test_padam_is_scheduled_as_adam_is(name):
+    model = network()
+    optimizers = natgrad.Padam(model.parameters(), lr=LR), torch.optim.Adam(model.parameters(), LR)
+    schedules = [SCHEDULERS[name](o) for o in optimizers]
+    for index, batch in enumerate(batches(6)):
+        groups = [o.param_groups[0] for o in optimizers]
+        assert groups[0]["lr"] == groups[1]["lr"]
+        assert groups[0]["betas"] == groups[1]["betas"]
+        before = flat(model)
+        train(model, optimizers[0], [batch])
+        moved = []
+        for p in model.parameters():
+            state = optimizers[0].state[p]
+            moved.append(state["momentum"] / (state["largest_second_moment"] ** 0.125 + 1e-8))
+        rate = groups[0]["lr"]
+        expected = rate * torch.cat([m.flatten() for m in moved])
+        torch.testing.assert_close(before - flat(model), expected)
+        optimizers[1].step()
+        for schedule in schedules:
+            advance(schedule, float(index))
+
+
+@pytest.mark.parametrize("name", [n for n in SCHEDULERS if n not in ("CyclicLR", "OneCycleLR")])
+def test_the_first_length_of_a_line_search_follows_the_schedule(name):
+    """Without a search the step is that of exact natural gradient descent at the same rates."""
+    searching, exact = network(), network()
+    optimizers = (
+        natgrad.EGN(searching, lr=LR, damping=0.1, line_search=False, adaptive_damping=False),
+        natgrad.ExactNGD(exact, lr=LR, damping=0.1, kl_clip=None),
+    )
+    schedules = [SCHEDULERS[name](o) for o in optimizers]
+    for index, batch in enumerate(batches(5)):
+        assert optimizers[0].param_groups[0]["lr"] == optimizers[1].param_groups[0]["lr"]
+        optimizers[0].step(lambda b=batch: cross_entropy(searching, b))
+        train(exact, optimizers[1], [batch])
+        torch.testing.assert_close(flat(searching), flat(exact), rtol=1e-9, atol=1e-12)
+        for schedule in schedules:
+            advance(schedule, float(index))
+
+
+RESUMED = [("kfac", s) for s in SCHEDULERS]
+RESUMED += [(o, "OneCycleLR") for o in ("exact", "conjugate_gradient", "thermodynamic")]
+
+
+@pytest.mark.parametrize(("method", "name"), RESUMED)
+def test_schedules_resume(method, name):
     """State dicts of optimizer and scheduler together continue the run to the last bit."""
     data = batches(8)
     runs = []
     for cut in (None, 4):
         model = network()
-        optimizer = make("kfac", model, lr=LR)
+        optimizer = make(method, model, lr=LR)
         schedule = SCHEDULERS[name](optimizer)
         for index, batch in enumerate(data):
             if index == cut:
@@ -101,7 +160,7 @@ def test_schedules_resume(name):
                 other = network(seed=7)
                 other.load_state_dict(model.state_dict())
                 model = other
-                optimizer = make("kfac", model, lr=LR, seed=5)
+                optimizer = make(method, model, lr=LR, seed=5)
                 schedule = SCHEDULERS[name](optimizer)
                 optimizer.load_state_dict(saved[0])
                 schedule.load_state_dict(saved[1])

@@ -224,8 +224,8 @@ class SharedCoefficientFisher(BlockDiagonalFisher):
             at the same position of the same batch of an epoch, for loaders that do not shuffle;
             ``"sample"``, the same sample; or ``"mean"``, all, which is gradient descent with a
             learning rate for every layer.
-        damping_scale: ``"relative"``: λ is damping times the mean of ``GGᵀ/N``'s diagonal, the
-            mean eigenvalue; ``"absolute"``: λ is the damping.
+        damping_scale: ``"absolute"``: λ is the damping; ``"relative"``: λ is damping times the
+            mean of ``GGᵀ/N``'s diagonal, the mean eigenvalue.
         normalization: ``"layer"`` divides the coefficients of each batch and layer by their mean,
             ``"model"`` by their mean over all parameters, which keeps the layers' proportions, so
             that learning rates are those of gradient descent; ``"none"`` leaves them.
@@ -236,7 +236,7 @@ class SharedCoefficientFisher(BlockDiagonalFisher):
     def make_parts(
         self,
         share: Share = "position",
-        damping_scale: DampingScale = "relative",
+        damping_scale: DampingScale = "absolute",
         normalization: Normalization = "none",
         **options: Any,
     ) -> dict[str, CurvaturePart]:

@@ -139,11 +139,11 @@ class _Comparison:
             outputs=data.classes,
             samples=batch,
             full_batch=config.batch_size is None,
+            epoch=math.ceil(samples / batch),
             damping=config.damping,
             fisher=config.fisher,
             seed=config.seed,
         )
-        self.epoch = math.ceil(samples / batch)
         #: States of the network along the run of the first method, by steps taken.
         self.snapshots: dict[int, dict[str, Tensor]] = {}
 
@@ -154,7 +154,7 @@ class _Comparison:
         if config.eval_every is not None:
             evaluations = set(range(0, steps, config.eval_every))
         elif config.batch_size is not None:
-            evaluations = set(range(0, steps, min(max(1, steps // 20), self.epoch)))
+            evaluations = set(range(0, steps, min(max(1, steps // 20), self.setting.epoch)))
         else:  # also dense at the start, where most happens
             evaluations = {round(steps * part / 20) for part in range(20)}
             evaluations |= {round(steps ** (part / 20)) for part in range(20)}
@@ -228,7 +228,7 @@ class _Comparison:
         rule = method.learning_rate_rule(self.setting)
         if method.is_natural:
             result.theory_learning_rate = method.theoretical_rate(self.setting)
-            if self.setting.is_wide:
+            if self.setting.is_wide and rule in ("theory", "measured"):
                 result.measured_learning_rate = self._measure(method)
         if given is not None:
             result.learning_rate, result.learning_rate_source = given, "given"
@@ -307,7 +307,9 @@ class _Comparison:
                 self.snapshots[taken] = copy.deepcopy(model.state_dict())
             report(taken, loss, correct)
 
-        return train(model, optimizer, self.objective, self.data, schedule, observe)
+        return train(
+            model, optimizer, self.objective, self.data, schedule, observe, method.takes_closure
+        )
 
     def measure_quality(self) -> list[QualityPoint]:
         """Measure the updates of all approximations at the snapshots."""

@@ -47,6 +47,7 @@ class Setting:
         outputs: Outputs of the network.
         samples: Samples N per step.
         full_batch: Whether every step sees the whole training set.
+        epoch: Steps in which every training sample is seen once.
         damping: Damping asked for; None for each method's own.
         fisher: Fisher type asked for; None for "exact" where `is_wide`, else each method's own.
         seed: Seed of sampled labels.
@@ -60,6 +61,7 @@ class Setting:
     outputs: int
     samples: int
     full_batch: bool
+    epoch: int = 1
     damping: float | None = None
     fisher: str | None = None
     seed: int = 0
@@ -85,12 +87,17 @@ class Method:
         optimizer: For a natural method its class; else a function (parameters, lr) → optimizer.
         rule: Where the learning rate comes from: "search" tries a grid; "theory" takes 1/α;
             "measured" takes the step that minimises the quadratic model of the loss along the
-            first direction.
+            first direction; "default" takes that of the optimizer.
         structure: For a natural method, the structure of its Fisher matrix; None for a first-order
             method.
         options: Options of the optimizer on top of `WIDE_OPTIONS`.
         cross_entropy_options: Further ones for the cross-entropy loss.
         batch_options: Options of the optimizer with mini-batches, on top of `BATCH_OPTIONS`.
+        alone: Whether it takes neither `WIDE_OPTIONS` nor `BATCH_OPTIONS` and no Fisher type, but
+            in every setting its own `options` alone.
+        epoch_option: Option that is given the number of steps of an epoch.
+        takes_closure: Whether its steps take a closure that returns the loss and does not
+            backpropagate, as those of `natgrad.EGN`.
         scale: Factor on the measured learning rate.
         grid: For "search", the exponents of ten between which the search begins.
     """
@@ -103,6 +110,9 @@ class Method:
     options: Mapping[str, Any] = field(default_factory=dict)
     cross_entropy_options: Mapping[str, Any] = field(default_factory=dict)
     batch_options: Mapping[str, Any] = field(default_factory=dict)
+    alone: bool = False
+    epoch_option: str | None = None
+    takes_closure: bool = False
     scale: float = 1.0
     grid: tuple[int, int] = (-3, 1)
 
@@ -127,8 +137,10 @@ class Method:
         options = {"seed": setting.seed, **self._options(setting)}
         if setting.damping is not None:
             options["damping"] = setting.damping
-        if setting.fisher is not None:
+        if setting.fisher is not None and not self.alone:
             options["fisher"] = setting.fisher
+        if self.epoch_option is not None:
+            options[self.epoch_option] = setting.epoch
         return self.optimizer(model, likelihood, lr=learning_rate, **options)
 
     def damping(self, setting: Setting) -> float | None:
@@ -141,7 +153,7 @@ class Method:
 
     def learning_rate_rule(self, setting: Setting) -> LearningRateRule:
         """Return where the learning rate comes from in a setting."""
-        return self.rule if self.rule == "search" or setting.is_wide else "default"
+        return self.rule if self.rule in ("search", "default") or setting.is_wide else "default"
 
     def default_rate(self) -> float:
         """Return the learning rate that the optimizer of a natural method has by default."""
@@ -162,6 +174,8 @@ class Method:
         )
 
     def _options(self, setting: Setting) -> dict[str, Any]:
+        if self.alone:
+            return dict(self.options)
         if setting.model != "mlp":
             return {}
         if not setting.full_batch:
@@ -179,6 +193,10 @@ def _sgd(parameters: Any, learning_rate: float) -> torch.optim.Optimizer:
 
 def _adamw(parameters: Any, learning_rate: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+
+
+def _padam(parameters: Any, learning_rate: float) -> torch.optim.Optimizer:
+    return natgrad.Padam(parameters, lr=learning_rate)
 
 
 # Curvature is that of the step's own batch.
@@ -286,6 +304,67 @@ METHODS: dict[str, Method] = {
         "measured",
         structure="two_level",
         **_KRONECKER,
+    ),
+    "singd": Method(
+        "SINGD",
+        "Kronecker factors of the inverse, kept up to date by products alone.",
+        natgrad.SINGD,
+        "search",
+        structure="singd",
+        options={"factor_interval": 1},
+        alone=True,
+        grid=(-3, 1),
+    ),
+    "fngd": Method(
+        "FNGD",
+        "Samples weighed by coefficients of the first epoch, at the cost of SGD.",
+        natgrad.FNGD,
+        "search",
+        structure="shared_coefficients",
+        alone=True,
+        epoch_option="coefficient_steps",
+        grid=(-3, 1),
+    ),
+    "egn": Method(
+        "EGN",
+        "Exact Gauss-Newton steps with line search and adaptive damping.",
+        natgrad.EGN,
+        "default",
+        structure="full",
+        options={"damping": 0.1},
+        alone=True,
+        takes_closure=True,
+    ),
+    "improved": Method(
+        "Improved empirical NGD",
+        "The improved empirical Fisher matrix, inverted in sample space.",
+        natgrad.ImprovedEmpiricalNGD,
+        "measured",
+        structure="full",
+        options={"damping": 1e-6, "kl_clip": None},
+        alone=True,
+    ),
+    "conjugate-gradient": Method(
+        "Conjugate-gradient NGD",
+        "The full Fisher matrix by products alone, solved by conjugate gradients.",
+        natgrad.ConjugateGradientNGD,
+        "measured",
+        structure="conjugate_gradient",
+    ),
+    "thermodynamic": Method(
+        "Thermodynamic NGD",
+        "The full Fisher matrix by products alone, solved by a simulated thermal equilibrium.",
+        natgrad.ThermodynamicNGD,
+        "measured",
+        structure="thermodynamic",
+        options={"time": 100.0},
+    ),
+    "padam": Method(
+        "Padam",
+        "Adam with a power of its second moments between SGD's and its own.",
+        _padam,
+        "search",
+        grid=(-3, 1),
     ),
 }
 """Every method by name. Learning rates and options of natural methods are tuned here."""

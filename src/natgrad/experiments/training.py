@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,7 @@ def train(
     data: Dataset,
     schedule: Schedule,
     report: StepReport | None = None,
+    takes_closure: bool = False,
 ) -> Run:
     """Train a model and measure it; the clock runs only while it trains.
 
@@ -81,6 +83,8 @@ def train(
         data: Training and test data.
         schedule: Steps, batches and evaluations.
         report: Told of each step.
+        takes_closure: Whether the optimizer evaluates the loss itself, by a closure that does not
+            backpropagate.
 
     Returns:
         The measurements. A loss that is not finite or 10⁶ times the first one ends the run as
@@ -108,11 +112,14 @@ def train(
                 else (data.train_inputs[batch], data.train_labels[batch], targets[batch])
             )
             began = _now(inputs.device)
-            optimizer.zero_grad()
-            outputs = model(inputs)
-            loss = objective(outputs, goal)
-            loss.backward()
-            optimizer.step()
+            if takes_closure:
+                outputs, loss = _step_by_closure(model, optimizer, objective, inputs, goal)
+            else:
+                optimizer.zero_grad()
+                outputs = model(inputs)
+                loss = objective(outputs, goal)
+                loss.backward()
+                optimizer.step()
             duration = _now(inputs.device) - began
 
             value, correct = loss.item(), accuracy(outputs.detach(), labels)
@@ -144,6 +151,27 @@ def train(
             run.status = "diverged"
     run.milliseconds_per_step = 1000 * statistics.median(durations) if durations else None
     return run
+
+
+def _step_by_closure(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    objective: Objective,
+    inputs: Tensor,
+    goal: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Take a step and return outputs and loss before it."""
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def closure() -> Any:
+        outputs = model(inputs)
+        loss = objective(outputs, goal)
+        if not found:
+            found.append((outputs.detach(), loss.detach()))
+        return loss
+
+    optimizer.step(closure)
+    return found[0]
 
 
 @torch.no_grad()

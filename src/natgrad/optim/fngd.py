@@ -61,8 +61,9 @@ class FNGD(NaturalGradient):
         share: ``"position"``, ``"iteration"``, ``"sample"`` or ``"mean"``; see
             :class:`natgrad.curvature.shared_coefficients.SharedCoefficientFisher`. For "sample"
             call :meth:`set_indices` before every forward pass.
-        damping_scale: ``"relative"`` to the mean eigenvalue of each layer's ``GGᵀ/N``, or
-            ``"absolute"``.
+        damping_scale: ``"absolute"``, or ``"relative"`` to the mean eigenvalue of each layer's
+            ``GGᵀ/N``: then the coefficients of a layer are inverse to its squared gradients however
+            small these are, which harms networks with normalisation layers.
         normalization: ``"model"``, ``"layer"`` or ``"none"``: what the coefficients are divided by.
         refresh_interval: Steps between the beginnings of phases that compute coefficients anew, a
             multiple of the batches of an epoch; None for never.
@@ -96,7 +97,7 @@ class FNGD(NaturalGradient):
         damping: float = 1.0,
         coefficient_steps: int = 100,
         share: Share = "position",
-        damping_scale: DampingScale = "relative",
+        damping_scale: DampingScale = "absolute",
         normalization: Normalization = "model",
         refresh_interval: int | None = None,
         fisher: str | FisherType = "empirical",
