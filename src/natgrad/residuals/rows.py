@@ -1,0 +1,274 @@
+"""Where the residuals and their Jacobian rows come from: functions, or a watched network."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev, vmap
+
+from natgrad.capture import Block, Capture
+from natgrad.capture.generic import GenericKind
+from natgrad.jacobians import CHUNK_ELEMENTS, DenseJacobian, Jacobians, LayerJacobian
+from natgrad.layouts import BlockLayout, ParameterLayout
+from natgrad.residuals.network import ResidualNetwork
+from natgrad.residuals.residual import Residual
+from natgrad.residuals.taylor import TaylorNetwork
+
+__all__ = ["CapturedRows", "FunctionRows", "ResidualRows"]
+
+#: How many times more entries than its rows a chunk of points takes while it is differentiated.
+OVERHEAD = 8
+
+
+class ResidualRows(ABC):
+    """Scaled residuals ``ρ_bn = √(w_b/N_b) r_bn`` and their rows: ``L = ½‖ρ‖²``, ``F = JᵀJ``.
+
+    Args:
+        model: The model.
+        residuals: The parts by name.
+        chunk_size: Points at a time; by default as many as keep temporary tensors small.
+
+    Attributes:
+        blocks: Block name → block.
+        layout: Order of all trainable parameters.
+        parameters: Parameter name → parameter, in the same order.
+    """
+
+    blocks: Mapping[str, Block]
+    layout: ParameterLayout
+    parameters: dict[str, nn.Parameter]
+
+    def __init__(
+        self, model: nn.Module, residuals: Mapping[str, Residual], chunk_size: int | None
+    ) -> None:
+        self.model, self.residuals, self.chunk_size = model, residuals, chunk_size
+
+    @abstractmethod
+    def _values(self, residual: Residual, chosen: slice) -> Tensor:
+        """Return the residuals of some points, ``(n, R)``, without a graph."""
+
+    @abstractmethod
+    def chunks(self) -> Iterator[tuple[float, Tensor, Jacobians]]:
+        """Yield shares of the points, their ρ ``(n, K)`` and their rows.
+
+        All points come at once unless they have more rows than there are parameters.
+        """
+
+    def values(self) -> dict[str, Tensor]:
+        """Return the residuals as they are, part by part, ``(N_b, R_b)``."""
+        return {
+            name: torch.cat([self._values(residual, chosen) for chosen in self._slices(residual)])
+            for name, residual in self.residuals.items()
+        }
+
+    def loss(self) -> Tensor:
+        """Return ``Σ_b w_b/(2N_b) Σ_n ‖r_bn‖²``."""
+        return torch.stack(
+            [
+                0.5 * self.residuals[name].row_scale() ** 2 * value.square().sum()
+                for name, value in self.values().items()
+            ]
+        ).sum()
+
+    def point_count(self) -> int:
+        """Return the number of points of all parts."""
+        return sum(len(residual) for residual in self.residuals.values())
+
+    def _row_count_is_small(self) -> bool:
+        """Return whether the rows fit the memory that the factorisation takes anyway."""
+        rows = 0
+        for residual in self.residuals.values():
+            rows += len(residual) * self._values(residual, slice(0, 1)).shape[1]
+        return rows <= self.layout.numel
+
+    def _slices(self, residual: Residual) -> Iterator[slice]:
+        size = self.chunk_size or max(1, CHUNK_ELEMENTS // (OVERHEAD * self.layout.numel))
+        for start in range(0, len(residual), size):
+            yield slice(start, min(start + size, len(residual)))
+
+
+class FunctionRows(ResidualRows):
+    """Rows of any module by :mod:`torch.func`, one dense block per module with parameters.
+
+    Raises:
+        ValueError: If the model treats points jointly or at random, or has nothing to train.
+    """
+
+    def __init__(
+        self, model: nn.Module, residuals: Mapping[str, Residual], chunk_size: int | None
+    ) -> None:
+        super().__init__(model, residuals, chunk_size)
+        reason = GenericKind().refuse(model)
+        if reason is not None:
+            raise ValueError(
+                f"the residual of a point must depend on that point alone, but {reason}: call "
+                "model.eval() first"
+            )
+        self.layout = ParameterLayout.of(model)
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if not self.parameters:
+            raise ValueError("the model has no trainable parameter")
+        self.blocks = _dense_blocks(model, self.parameters)
+        names = {parameter: name for name, parameter in self.parameters.items()}
+        # Every place of a shared parameter. (Told to find them itself, functional_call replaces
+        # the parameters of a module that occurs twice for good.)
+        self._places = {
+            f"{prefix}.{local}" if prefix else local: names[parameter]
+            for prefix, module in model.named_modules()
+            for local, parameter in module._parameters.items()
+            if parameter in names
+        }
+
+    def _values(self, residual: Residual, chosen: slice) -> Tensor:
+        with torch.no_grad():
+            return self._over_points(residual, chosen, {}, lambda function: function)
+
+    def chunks(self) -> Iterator[tuple[float, Tensor, Jacobians]]:
+        """Yield shares of the points, their ρ ``(n·R, 1)`` and their rows."""
+        waiting: list[tuple[float, Tensor, dict[str, Tensor]]] = []
+        together = self._row_count_is_small()
+        for residual in self.residuals.values():
+            for chosen in self._slices(residual):
+                waiting.append((residual.row_scale(), *self._rows(residual, chosen)))
+                if not together:
+                    yield (chosen.stop - chosen.start) / self.point_count(), *self._joined(waiting)
+                    waiting = []
+        if waiting:
+            yield 1.0, *self._joined(waiting)
+
+    def _rows(self, residual: Residual, chosen: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the residuals of some points, ``(n·R, 1)``, and block name → rows ``(n·R, P)``."""
+        parameters = {name: p.detach() for name, p in self.parameters.items()}
+
+        def differentiated(function: Any) -> Any:
+            def twice(*arguments: Any) -> Any:
+                value = function(*arguments)
+                return value, value
+
+            return jacrev(twice, has_aux=True)
+
+        rows, values = self._over_points(residual, chosen, parameters, differentiated)
+        count = values.numel()
+        return values.reshape(count, 1), {
+            name: torch.cat([rows[n].reshape(count, -1) for n in block.layout.names], 1)
+            for name, block in self.blocks.items()
+        }
+
+    def _over_points(
+        self, residual: Residual, chosen: slice, parameters: dict[str, Tensor], transform: Any
+    ) -> Any:
+        """Apply a function of parameters and one point to many points."""
+        model = self.model
+        split = model.split if isinstance(model, TaylorNetwork) else None
+
+        def at_point(parameters: dict[str, Tensor], point: Tensor, *data: Tensor) -> Tensor:
+            given = {place: parameters[name] for place, name in self._places.items() if parameters}
+
+            def network(x: Tensor) -> Tensor:
+                batch = functional_call(model, given, (x.unsqueeze(0),), tie_weights=False)
+                result: Tensor = batch[0]
+                return result
+
+            u = network if split is None else split(network(point))
+            return residual.at(u, point, *(data or (None,)))
+
+        data = () if residual.data is None else (residual.data[chosen],)
+        arguments = (residual.points[chosen], *data)
+        in_dims = (None, *(0 for _ in arguments))
+        return vmap(transform(at_point), in_dims=in_dims)(parameters, *arguments)
+
+    def _joined(
+        self, chunks: list[tuple[float, Tensor, dict[str, Tensor]]]
+    ) -> tuple[Tensor, Jacobians]:
+        """Scale residuals and rows and join them."""
+        values = torch.cat([scale * value for scale, value, _ in chunks])
+        dense: dict[str, LayerJacobian] = {}
+        for name, block in self.blocks.items():
+            rows = torch.cat([scale * chunk[name] for scale, _, chunk in chunks])
+            dense[name] = DenseJacobian(block.layout, rows.unsqueeze(1))
+        return values, Jacobians(self.layout, dense, len(values), 1)
+
+
+class CapturedRows(ResidualRows):
+    """Factored rows of a :class:`natgrad.TaylorNetwork`, from one pass over all points.
+
+    Raises:
+        TypeError: If the model is something else.
+        ValueError: If a parameter of the network has no formula.
+    """
+
+    def __init__(
+        self, model: nn.Module, residuals: Mapping[str, Residual], chunk_size: int | None
+    ) -> None:
+        if not isinstance(model, TaylorNetwork):
+            raise TypeError(
+                f"jacobians='captured' needs a natgrad.TaylorNetwork, got {type(model).__name__}: "
+                "wrap the network in one, or use jacobians='vmap'"
+            )
+        super().__init__(model, residuals, chunk_size)
+        self.problem = ResidualNetwork(model, residuals)
+        self.capture = Capture(self.problem)
+        self.capture.check_covered()
+        self.capture.recording = False
+        self.blocks, self.layout = self.capture.blocks, self.capture.layout
+        named = dict(self.problem.named_parameters())
+        self.parameters = {name: named[name] for name in self.layout.names}
+
+    def _values(self, residual: Residual, chosen: slice) -> Tensor:
+        assert isinstance(self.model, TaylorNetwork)
+        with torch.no_grad():
+            stack = self.model(residual.points[chosen])
+            return self.problem.values_of_stack(residual, stack, chosen)
+
+    def chunks(self) -> Iterator[tuple[float, Tensor, Jacobians]]:
+        """Yield shares of the points, their ρ ``(n, K)`` and their rows."""
+        slices = [
+            (name, chosen)
+            for name, residual in self.residuals.items()
+            for chosen in self._slices(residual)
+        ]
+        for chosen in [slices] if self._row_count_is_small() else [[one] for one in slices]:
+            count = sum(which.stop - which.start for _, which in chosen)
+            yield count / self.point_count(), *self._pulled_back(chosen)
+
+    def _pulled_back(self, chosen: list[tuple[str, slice]]) -> tuple[Tensor, Jacobians]:
+        scale = self.point_count() ** -0.5
+        self.capture.recording = True
+        try:
+            with torch.enable_grad():
+                output = self.problem(chosen)
+            if not output.requires_grad:
+                raise ValueError(
+                    "the residuals do not depend on any trainable parameter of the network"
+                )
+            width = output.shape[1]
+            vectors = scale * torch.eye(width, dtype=output.dtype, device=output.device)
+            vectors = vectors.unsqueeze(1).expand(width, *output.shape)
+            rows = self.capture.pull_back(output, vectors, retain_graph=False)
+        finally:
+            self.capture.recording = False
+            self.capture.clear()
+        return scale * output.detach(), rows
+
+
+def _dense_blocks(model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, Block]:
+    """Return one block per module that owns parameters; a shared one belongs to the first."""
+    names = {parameter: name for name, parameter in parameters.items()}
+    blocks: dict[str, Block] = {}
+    taken: set[nn.Parameter] = set()
+    for module_name, module in model.named_modules():
+        own = [p for p in module.parameters(recurse=False) if p in names and p not in taken]
+        if not own:
+            continue
+        taken.update(own)
+        qualified = tuple(names[p] for p in own)
+        shapes = tuple(tuple(p.shape) for p in own)
+        size = sum(p.numel() for p in own)
+        kind, name = type(module).__name__, module_name or type(module).__name__
+        layout = BlockLayout(qualified, shapes, 1, 1, size, True, False)
+        blocks[name] = Block(name, kind, layout, ())
+    return blocks

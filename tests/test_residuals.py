@@ -1,0 +1,716 @@
+"""Residual losses: rows of both routes, steps of every solver, networks that know derivatives."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import natgrad
+from natgrad.optim.line_search import LineSearch
+from natgrad.optim.residual_ngd import ResidualNGD
+from natgrad.residuals import (
+    Residual,
+    ResidualNetwork,
+    Sine,
+    TaylorNetwork,
+    register_activation,
+)
+from natgrad.residuals.rows import CapturedRows, FunctionRows
+from tests import dense
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "identity": nn.Identity,
+    "tanh": nn.Tanh,
+    "sine": lambda: Sine(1.7),
+    "sigmoid": nn.Sigmoid,
+    "silu": nn.SiLU,
+    "softplus": lambda: nn.Softplus(beta=1.3, threshold=2.0),
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU("tanh"),
+}
+
+
+def perceptron(
+    widths: list[int], activation: str = "tanh", bias: bool = True, seed: int = 0
+) -> nn.Sequential:
+    torch.manual_seed(seed)
+    layers: list[nn.Module] = []
+    for index, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+        layers.append(nn.Linear(before, after, bias=bias))
+        if index < len(widths) - 2:
+            layers.append(ACTIVATIONS[activation]())
+    return nn.Sequential(*layers).double()
+
+
+def points(count: int, dimension: int = 2, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, dimension, generator=generator, dtype=torch.float64)
+
+
+# A problem with two kinds of points, as functions of a network and as functions of its Taylor
+# expansion: (equation with two residuals per point, data with one).
+
+
+def equation(u, x, f):
+    jacobian = torch.func.jacrev(u)(x)[0]
+    hessian = torch.func.hessian(u)(x)[0]
+    return torch.stack([hessian.trace() - u(x)[0] ** 3 - f[0], jacobian[0] * jacobian[1]])
+
+
+def equation_of_stack(u, x, f):
+    return torch.cat([u.laplacian - u.value**3 - f, u.first[0] * u.first[1]])
+
+
+def data(u, x):
+    return u(x) - x.sum()
+
+
+def data_of_stack(u, x):
+    return u.value - x.sum()
+
+
+def parts(taylor: bool, weight: float = 3.0, count: int = 7) -> dict[str, Residual]:
+    inside, edge = points(count), points(4, seed=2)
+    known = torch.sin(inside[:, :1])
+    return {
+        "equation": Residual(equation_of_stack if taylor else equation, inside, known),
+        "data": Residual(data_of_stack if taylor else data, edge, weight=weight),
+    }
+
+
+def reference(
+    network: nn.Module, residuals: dict[str, Residual]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return scaled rows and residuals, part by part and point by point, by plain jacrev."""
+    parameters = {n: p.detach() for n, p in network.named_parameters() if p.requires_grad}
+    rows, values = [], []
+    for residual in residuals.values():
+        scale = math.sqrt(residual.weight / len(residual))
+        for index, point in enumerate(residual.points):
+            known = () if residual.data is None else (residual.data[index],)
+
+            def at(p, residual=residual, point=point, known=known):
+                def u(x):
+                    return torch.func.functional_call(network, p, (x,), tie_weights=False)
+
+                return residual.function(u, point, *known).reshape(-1)
+
+            jacobian = torch.func.jacrev(at)(parameters)
+            rows.append(scale * torch.cat([j.flatten(1) for j in jacobian.values()], 1))
+            values.append(scale * at(parameters))
+    return rows, values
+
+
+def dense_problem(network: nn.Module, **options) -> tuple[Tensor, Tensor]:
+    """Return J ``(R, P)`` and ρ ``(R,)``."""
+    rows, values = reference(network, parts(False, **options))
+    return torch.cat(rows), torch.cat(values)
+
+
+@functools.cache
+def default_problem(count: int = 7) -> tuple[Tensor, Tensor]:
+    """Return J and ρ of the network that most tests start from."""
+    return dense_problem(perceptron([2, 5, 4, 1]), count=count)
+
+
+def flat(network: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in network.parameters() if p.requires_grad])
+
+
+def optimizer_for(network: nn.Module, route: str, count: int = 7, **options) -> ResidualNGD:
+    """Return an optimizer that takes the whole natural gradient, by one of the two routes."""
+    options = {"line_search": None, "damping_rule": "fixed", "damping": 1e-2, **options}
+    if route == "captured":
+        model: nn.Module = TaylorNetwork(network, laplacian=True)
+        return ResidualNGD(model, parts(True, count=count), **options)
+    return ResidualNGD(network, parts(False, count=count), jacobians="vmap", **options)
+
+
+# Networks that know their derivatives.
+
+
+@given(
+    activation=st.sampled_from(sorted(ACTIVATIONS)),
+    dimension=st.integers(1, 4),
+    hidden=st.lists(st.integers(1, 5), min_size=0, max_size=3),
+    outputs=st.integers(1, 3),
+    bias=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_taylor_network_agrees_with_torch_func(activation, dimension, hidden, outputs, bias, seed):
+    network = perceptron([dimension, *hidden, outputs], activation, bias, seed)
+    x = points(3, dimension, seed)
+    pairs = [(i, j) for i in range(dimension) for j in range(i, dimension)]
+    u = TaylorNetwork(network, second=pairs, laplacian=True).derivatives(x)
+    hessians = torch.func.vmap(torch.func.hessian(network))(x)
+    torch.testing.assert_close(u.value, network(x), rtol=0, atol=1e-12)
+    first = torch.func.vmap(torch.func.jacrev(network))(x).mT
+    torch.testing.assert_close(u.first, first, rtol=0, atol=1e-11)
+    for index, (i, j) in enumerate(pairs):
+        torch.testing.assert_close(u.second[:, index], hessians[..., i, j], rtol=0, atol=1e-10)
+    laplacian = hessians.diagonal(dim1=2, dim2=3).sum(2)
+    torch.testing.assert_close(u.laplacian, laplacian, rtol=0, atol=1e-10)
+
+
+def test_taylor_network_of_chosen_coordinates():
+    network = perceptron([3, 4, 2])
+    x = points(5, 3)
+    model = TaylorNetwork(network, first=[2, 0], second=[(0, 2)], laplacian=[2])
+    u = model.derivatives(x)
+    assert model(x).shape == (5, 5, 2)
+    hessians = torch.func.vmap(torch.func.hessian(network))(x)
+    dense.assert_same(u.first, torch.func.vmap(torch.func.jacrev(network))(x).mT[:, [2, 0]], 1e-12)
+    dense.assert_same(u.second[:, 0], hessians[..., 0, 2], 1e-12)
+    dense.assert_same(u.laplacian, hessians[..., 2, 2], 1e-12)
+    plain = TaylorNetwork(network, first=[1]).derivatives(x)
+    assert plain.second.shape == (5, 0, 2) and plain.laplacian.shape[1] == 0
+
+
+def test_nested_networks_and_repeated_layers():
+    torch.manual_seed(0)
+    shared, tanh = nn.Linear(3, 3), nn.Tanh()
+    network = nn.Sequential(
+        nn.Sequential(nn.Linear(2, 3), tanh), shared, tanh, shared, nn.Linear(3, 1)
+    ).double()
+    model = TaylorNetwork(network, laplacian=True)
+    x = points(4)
+    hessians = torch.func.vmap(torch.func.hessian(network))(x)
+    expected = hessians.diagonal(dim1=2, dim2=3).sum(2)
+    dense.assert_same(model.derivatives(x).laplacian, expected, 1e-12)
+    assert len(list(model.parameters())) == len(list(network.parameters()))
+
+
+def test_taylor_network_shares_parameters_and_survives_copies():
+    network = perceptron([2, 3, 1])
+    model = TaylorNetwork(network)
+    with torch.no_grad():
+        network[0].bias.add_(1.0)
+    dense.assert_same(model.derivatives(points(3)).value, network(points(3)), 1e-14)
+    other, other_network = copy.deepcopy((model, network))
+    with torch.no_grad():
+        other_network[2].weight.add_(1.0)
+    dense.assert_same(other.derivatives(points(3)).value, other_network(points(3)), 1e-14)
+    assert [p.shape for p in model.parameters()] == [p.shape for p in network.parameters()]
+
+
+def test_taylor_network_refuses_what_it_cannot_differentiate():
+    with pytest.raises(TypeError, match="got ReLU: describe it with"):
+        TaylorNetwork(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)))
+    with pytest.raises(TypeError, match="nn.Sequential"):
+        TaylorNetwork(nn.Linear(2, 1))
+    with pytest.raises(TypeError, match="at least one Linear"):
+        TaylorNetwork(nn.Sequential(nn.Tanh()))
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(2, 1))
+    with pytest.raises(TypeError, match="remove the parametrization"):
+        TaylorNetwork(nn.Sequential(normed))
+    network = perceptron([2, 1])
+    with pytest.raises(ValueError, match="coordinates from 0 to 1"):
+        TaylorNetwork(network, first=[2])
+    with pytest.raises(ValueError, match=r"add \[1\] to first"):
+        TaylorNetwork(network, first=[0], second=[(0, 1)])
+    with pytest.raises(ValueError, match=r"points must have shape \(N, 2\)"):
+        TaylorNetwork(network)(points(3, 3))
+
+
+def test_activation_of_ones_own():
+    class Cube(nn.Module):
+        def forward(self, z: Tensor) -> Tensor:
+            return z**3
+
+    register_activation(Cube, lambda module, z: (z**3, 3 * z**2, 6 * z))
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(2, 3), Cube(), nn.Linear(3, 1)).double()
+    x = points(4)
+    expected = torch.func.vmap(torch.func.hessian(network))(x)[..., 0, 1]
+    u = TaylorNetwork(network, second=[(0, 1)]).derivatives(x)
+    dense.assert_same(u.second[:, 0], expected, 1e-12)
+    with pytest.raises(TypeError, match="subclass of torch.nn.Module"):
+        register_activation(torch.tanh, lambda module, z: (z, z, z))
+
+
+# Rows.
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 3])
+@pytest.mark.parametrize("route", ["vmap", "captured", "vmap of a TaylorNetwork"])
+def test_rows_and_residuals_are_those_of_plain_jacrev(route, chunk_size):
+    network = perceptron([2, 5, 4, 1])
+    if route == "vmap":
+        rows = FunctionRows(network, parts(False), chunk_size)
+    else:
+        model = TaylorNetwork(network, laplacian=True)
+        kind = CapturedRows if route == "captured" else FunctionRows
+        rows = kind(model, parts(True), chunk_size)
+    expected_rows, expected_values = reference(network, parts(False))
+    (share, values, found), *rest = rows.chunks()
+    assert share == 1.0 and not rest  # 18 rows are fewer than the parameters.
+    matrix = found.to_dense()
+    if route == "captured":  # One row per point and place, zero where a part has no residual.
+        matrix = matrix[values.reshape(-1) != 0]
+        values = values[values != 0]
+    dense.assert_same(matrix, torch.cat(expected_rows), 1e-10)
+    dense.assert_same(values.reshape(-1), torch.cat(expected_values), 1e-12)
+    dense.assert_same(rows.loss(), 0.5 * torch.cat(expected_values).square().sum(), 1e-12)
+
+
+@pytest.mark.parametrize("route", ["vmap", "captured"])
+def test_more_rows_than_parameters_come_in_chunks(route):
+    network = perceptron([2, 2, 1])
+    optimizer = optimizer_for(network, route, count=40, chunk_size=7)
+    shares = [share for share, *_ in optimizer.rows.chunks()]
+    assert len(shares) == 7  # Six of the equation, one of the data.
+    assert sum(shares) == pytest.approx(1.0)
+    jacobian, rho = dense_problem(network, count=40)
+    before = flat(network)
+    loss = optimizer.step()
+    damped = jacobian.T @ jacobian + 1e-2 * torch.eye(len(before)).double()
+    expected = before - torch.linalg.solve(damped, jacobian.T @ rho)
+    dense.assert_same(flat(network), expected, 1e-9)
+    assert loss == pytest.approx(float(0.5 * rho @ rho), rel=1e-12)
+
+
+def test_loss_and_gradient_of_the_network_of_residuals():
+    network = perceptron([2, 5, 1])
+    problem = ResidualNetwork(TaylorNetwork(network, laplacian=True), parts(True))
+    jacobian, rho = dense_problem(network)
+    loss = problem.loss()
+    loss.backward()
+    gradient = torch.cat([p.grad.flatten() for p in network.parameters()])
+    dense.assert_same(loss.detach(), 0.5 * rho @ rho, 1e-12)
+    dense.assert_same(gradient, jacobian.T @ rho, 1e-10)
+    values = problem.values()
+    assert {name: tuple(v.shape) for name, v in values.items()} == {
+        "equation": (7, 2),
+        "data": (4, 1),
+    }
+
+
+@pytest.mark.parametrize("frozen", ["0.weight", "0.bias", "2.bias", "2"])
+@pytest.mark.parametrize("route", ["vmap", "captured"])
+def test_frozen_parameters_have_no_rows_and_do_not_move(route, frozen):
+    network = perceptron([2, 5, 4, 1])
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen))
+    kept = {n: p.detach().clone() for n, p in network.named_parameters() if not p.requires_grad}
+    optimizer = optimizer_for(network, route)
+    jacobian, rho = dense_problem(network)
+    before = flat(network)
+    damped = jacobian.T @ jacobian + 1e-2 * torch.eye(len(before)).double()
+    optimizer.step()
+    expected = before - torch.linalg.solve(damped, jacobian.T @ rho)
+    dense.assert_same(flat(network), expected, 1e-8)
+    assert kept and all(torch.equal(network.get_parameter(n), v) for n, v in kept.items())
+
+
+def test_any_module_with_buffers_and_shared_parameters():
+    class Unusual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 4)
+            self.norm = nn.BatchNorm1d(4)
+            self.scale = nn.Parameter(torch.rand(4))
+            self.again = self.layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.sin(self.norm(self.layer(x)) * self.scale)
+            return (h * self.again(x)).sum(-1, keepdim=True)
+
+    torch.manual_seed(0)
+    network = Unusual().double()
+    residuals = {"equation": Residual(equation, points(5), torch.zeros(5, 1).double())}
+    with pytest.raises(ValueError, match="batch statistics in 'norm' couple"):
+        ResidualNGD(network, residuals)
+    network.eval()
+    network.norm.running_mean.normal_()
+    optimizer = ResidualNGD(network, residuals, line_search=None, damping_rule="fixed")
+
+    class Single(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x.unsqueeze(0))[0]
+
+    rows, values = reference(Single(network), residuals)
+    jacobian, rho = torch.cat(rows), torch.cat(values)
+    before = flat(network)
+    optimizer.step()
+    damped = jacobian.T @ jacobian + 1e-2 * torch.eye(len(before)).double()
+    expected = before - torch.linalg.solve(damped, jacobian.T @ rho)
+    dense.assert_same(flat(network), expected, 1e-9)
+
+
+# Steps.
+
+
+def expected_step(
+    jacobian: Tensor, rho: Tensor, sizes: list[int], damping: float, cutoff: float | None
+) -> Tensor:
+    """Return ``(F̂ + λI)⁻¹∇L`` block by block, on eigenvalues above the cutoff."""
+    pieces = []
+    for columns in jacobian.split(sizes, 1):
+        values, vectors = torch.linalg.eigh(columns.T @ columns)
+        kept = values > (0.0 if cutoff is None else cutoff * values[-1])
+        if cutoff is None:
+            kept = torch.ones_like(kept)
+        inverse = torch.where(kept, 1 / (values + damping), 0.0)
+        pieces.append(vectors @ (inverse * (vectors.T @ (columns.T @ rho))))
+    return torch.cat(pieces)
+
+
+@pytest.mark.parametrize("count", [7, 24])
+@pytest.mark.parametrize("structure", ["full", "block_diagonal"])
+@pytest.mark.parametrize("solver", ["cholesky", "eigh", "cg"])
+@pytest.mark.parametrize("route", ["vmap", "captured"])
+def test_one_step_is_the_dense_solution(route, solver, structure, count):
+    if solver == "cg" and structure != "full":
+        pytest.skip("conjugate gradients take the whole matrix")
+    network = perceptron([2, 5, 4, 1])
+    options = {"cutoff": 1e-4} if solver == "eigh" else {}
+    if solver == "cg":
+        options = {"tolerance": 1e-12, "max_iterations": 2000}
+    optimizer = optimizer_for(
+        network, route, count, solver=solver, structure=structure, damping=1e-3, **options
+    )
+    jacobian, rho = default_problem(count)
+    sizes = [15, 24, 5] if structure == "block_diagonal" else [44]
+    before = flat(network)
+    optimizer.step()
+    cutoff = 1e-4 if solver == "eigh" else None
+    expected = expected_step(jacobian, rho, sizes, 1e-3, cutoff)
+    dense.assert_same(before - flat(network), expected, 1e-7)
+
+
+def test_truncation_leaves_small_eigenvalues_out():
+    network = perceptron([2, 5, 4, 1])
+    jacobian, rho = dense_problem(network)
+    before = flat(network)
+    optimizer_for(network, "captured", solver="eigh", cutoff=0.5, damping=0.0).step()
+    values, vectors = torch.linalg.eigh(jacobian.T @ jacobian)
+    top = vectors[:, values > 0.5 * values[-1]]
+    moved = before - flat(network)
+    assert 0 < top.shape[1] < 5
+    dense.assert_same(top @ (top.T @ moved), moved, 1e-9)
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac", "unit_wise", "diagonal",
+                                       "block_tridiagonal"])  # fmt: skip
+def test_other_structures_lower_the_loss_on_captured_rows(structure):
+    network = perceptron([2, 5, 4, 1])
+    optimizer = optimizer_for(
+        network, "captured", structure=structure, line_search="best", damping=1e-2
+    )
+    losses = [optimizer.step() for _ in range(4)]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_unit_wise_and_diagonal_steps_are_exact_on_captured_rows():
+    network = perceptron([2, 3, 1])
+    jacobian, rho = dense_problem(network)
+    before, fisher = flat(network), jacobian.T @ jacobian
+    optimizer_for(network, "captured", structure="diagonal").step()
+    expected = (jacobian.T @ rho) / (fisher.diagonal() + 1e-2)
+    dense.assert_same(before - flat(network), expected, 1e-9)
+    network = perceptron([2, 3, 1])
+    optimizer_for(network, "captured", structure="unit_wise").step()
+    gradient, expected = jacobian.T @ rho, torch.zeros_like(before)
+    units = [[2 * i, 2 * i + 1, 6 + i] for i in range(3)] + [[9, 10, 11, 12]]
+    for unit in units:
+        block = fisher[unit][:, unit] + 1e-2 * torch.eye(len(unit)).double()
+        expected[unit] = torch.linalg.solve(block, gradient[unit])
+    dense.assert_same(before - flat(network), expected, 1e-9)
+
+
+@pytest.mark.parametrize("route", ["vmap", "captured"])
+def test_one_step_solves_a_linear_problem(route):
+    # A network linear in its parameters, and an equation linear in the network.
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(2, 1)).double()
+
+    def transport(u, x):
+        if route == "captured":
+            return u.first.sum(0) + u.value - x[0]
+        return torch.func.jacrev(u)(x).sum(1) + u(x) - x[0]
+
+    model = TaylorNetwork(network) if route == "captured" else network
+    optimizer = ResidualNGD(
+        model, Residual(transport, points(9)), damping=0.0, damping_rule="fixed",
+        line_search=None, damping_range=(0.0, 1.0),
+    )  # fmt: skip
+    optimizer.step()
+    assert optimizer.loss() < 1e-24
+
+
+def test_captured_and_vmap_train_alike():
+    histories = []
+    for route in ("vmap", "captured"):
+        network = perceptron([2, 5, 4, 1])
+        optimizer = optimizer_for(
+            network, route, damping_rule="reduction_ratio", line_search="armijo", momentum=0.5
+        )
+        histories.append([optimizer.step() for _ in range(6)])
+    assert histories[0] == pytest.approx(histories[1], rel=1e-6)
+    assert histories[0][-1] < 0.2 * histories[0][0]
+
+
+def test_weights_of_parts_act_as_factors():
+    network = perceptron([2, 5, 1])
+    light = CapturedRows(TaylorNetwork(network, laplacian=True), parts(True, weight=0.0), None)
+    heavy = CapturedRows(TaylorNetwork(network, laplacian=True), parts(True, weight=2.0), None)
+    parted = light.values()
+    expected = light.loss() + parted["data"].square().sum() / 4
+    dense.assert_same(heavy.loss(), expected, 1e-12)
+
+
+def test_points_can_be_replaced_between_steps():
+    network = perceptron([2, 5, 4, 1])
+    optimizer = optimizer_for(network, "captured")
+    optimizer.step()
+    fresh = points(20, seed=9)
+    optimizer.residuals["equation"].replace(fresh, torch.sin(fresh[:, :1]))
+    before = flat(network)
+    residuals = {**parts(False), "equation": Residual(equation, fresh, torch.sin(fresh[:, :1]))}
+    rows, values = reference(network, residuals)
+    jacobian, rho = torch.cat(rows), torch.cat(values)
+    optimizer.step()
+    expected = expected_step(jacobian, rho, [44], 1e-2, None)
+    dense.assert_same(before - flat(network), expected, 1e-8)
+
+
+@pytest.mark.parametrize("count", [7, 24])
+def test_momentum_minimises_the_damped_model_around_the_last_step(count):
+    network = perceptron([2, 5, 4, 1])
+    optimizer = optimizer_for(network, "captured", count, momentum=0.8, damping=0.1)
+    start = flat(network)
+    optimizer.step()
+    last = start - flat(network)
+    jacobian, rho = dense_problem(network, count=count)
+    before = flat(network)
+    damped = jacobian.T @ jacobian + 0.1 * torch.eye(44).double()
+    expected = torch.linalg.solve(damped, jacobian.T @ rho + 0.1 * 0.8 * last)
+    optimizer.step()
+    dense.assert_same(before - flat(network), expected, 1e-8)
+
+
+@pytest.mark.parametrize("rule", ["step_length", "reduction_ratio", "loss"])
+def test_damping_follows_success(rule):
+    network = perceptron([2, 5, 4, 1])
+    optimizer = optimizer_for(
+        network, "captured", damping_rule=rule, line_search="best", damping_range=(1e-9, 10.0)
+    )
+    losses, dampings = [], []
+    for _ in range(20):
+        losses.append(optimizer.step())
+        dampings.append(optimizer.last.damping)
+    assert losses[-1] < 1e-3 * losses[0]
+    assert min(dampings) < 1e-3
+    assert all(after <= before for before, after in zip(losses, losses[1:], strict=False))
+
+
+# Failures.
+
+
+@pytest.mark.parametrize("route", ["vmap", "captured"])
+def test_residuals_that_are_nan_move_nothing_and_are_named_once(route):
+    network = perceptron([2, 5, 4, 1])
+    optimizer = optimizer_for(network, route, damping_rule="step_length", momentum=0.5)
+    optimizer.step()
+    before = flat(network)
+    good = optimizer.residuals["data"].points
+    optimizer.residuals["data"].replace(good * math.nan)
+    with pytest.warns(UserWarning, match="residuals of 'data' are not finite"):
+        loss = optimizer.step()
+    assert not math.isfinite(loss) and torch.equal(flat(network), before)
+    assert optimizer.param_groups[0]["damping"] > optimizer.last.damping
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+    optimizer.residuals["data"].replace(good)
+    assert math.isfinite(optimizer.step()) and not torch.equal(flat(network), before)
+
+
+def test_step_that_leads_to_infinite_loss_is_taken_back():
+    network = perceptron([2, 5, 1])
+    steep = Residual(lambda u, x: torch.exp(50 * u.value.square()) - 2, points(5))
+    optimizer = ResidualNGD(TaylorNetwork(network), steep, lr=1e6, line_search=None)
+    before = flat(network)
+    optimizer.step()
+    assert torch.equal(flat(network), before) and optimizer.last.length == 0.0
+
+
+def test_factorisation_that_fails_leaves_parameters_finite(monkeypatch):
+    network = perceptron([2, 5, 4, 1])
+    optimizer = optimizer_for(network, "captured", line_search="best")
+    optimizer.step()
+
+    def fail(matrix: Tensor, retries: int = 3) -> Tensor:
+        raise natgrad.linalg.FactorizationError("no")
+
+    monkeypatch.setattr("natgrad.linalg.cholesky", fail)
+    before = optimizer.loss()
+    with pytest.warns(UserWarning, match="could not be factorised"):
+        optimizer.step()
+    assert optimizer.loss() <= before and bool(flat(network).isfinite().all())
+
+
+# State.
+
+
+@pytest.mark.parametrize("options", [{"momentum": 0.5}, {"solver": "cg"}, {"structure": "kfac"}])
+def test_resumed_run_continues_exactly(options):
+    def make(network: nn.Module) -> ResidualNGD:
+        return optimizer_for(
+            network, "captured", damping_rule="step_length", line_search="best", **options
+        )
+
+    network = perceptron([2, 5, 4, 1])
+    optimizer = make(network)
+    for _ in range(3):
+        optimizer.step()
+    other = copy.deepcopy(network)
+    resumed = make(other)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for _ in range(3):
+        assert optimizer.step() == resumed.step()
+    assert torch.equal(flat(network), flat(other))
+    with pytest.raises(ValueError, match="was not saved by ResidualNGD"):
+        resumed.load_state_dict(torch.optim.SGD(other.parameters()).state_dict())
+
+
+def test_copy_goes_on_as_the_original():
+    network = perceptron([2, 5, 4, 1])
+    model = TaylorNetwork(network, laplacian=True)
+    optimizer = ResidualNGD(model, parts(True), momentum=0.3)
+    optimizer.step()
+    other, twin = copy.deepcopy((network, optimizer))
+    assert optimizer.step() == twin.step()
+    assert torch.equal(flat(network), flat(other))
+
+
+# Options.
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"damping": -1.0}, "damping must be"),
+        ({"damping_rule": "none"}, "damping_rule must be"),
+        ({"damping_decay": 1.0}, "damping_decay must be in"),
+        ({"damping_range": (1.0, 0.1)}, "damping_range must hold"),
+        ({"solver": "qr"}, "solver must be"),
+        ({"solver": "cg", "structure": "kfac"}, "needs structure='full'"),
+        ({"solver": "eigh", "structure": "kfac"}, "use solver='cholesky'"),
+        ({"chunk_size": 0}, "chunk_size must be at least 1"),
+        ({"momentum": 1.0}, "momentum must be"),
+        ({"line_search": "exact"}, "line_search must be"),
+        ({"jacobians": "hooks"}, "jacobians must be"),
+    ],
+)
+def test_options_out_of_range_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        ResidualNGD(TaylorNetwork(perceptron([2, 3, 1]), laplacian=True), parts(True), **options)
+
+
+def test_wrong_kinds_of_arguments_are_named():
+    network = perceptron([2, 3, 1])
+    with pytest.raises(TypeError, match="needs a natgrad.TaylorNetwork, got Sequential"):
+        ResidualNGD(network, parts(True), jacobians="captured")
+    with pytest.raises(TypeError, match="needs a natgrad.TaylorNetwork, got Sequential"):
+        ResidualNetwork(network, parts(True))
+    with pytest.raises(TypeError, match="got function for 'data'"):
+        ResidualNGD(network, {"data": data})
+    with pytest.raises(ValueError, match="residuals is empty"):
+        ResidualNGD(network, {})
+    with pytest.raises(ValueError, match=r"points must have shape \(N, D\)"):
+        Residual(data, torch.zeros(3))
+    with pytest.raises(ValueError, match="one entry for each of the 3 points"):
+        Residual(data, torch.zeros(3, 2), torch.zeros(2))
+    with pytest.raises(ValueError, match="weight must be"):
+        Residual(data, torch.zeros(3, 2), weight=-1.0)
+    with pytest.raises(TypeError, match="must return a tensor, got float"):
+        ResidualNGD(network, Residual(lambda u, x: 1.0, points(3))).step()
+    optimizer = ResidualNGD(network, Residual(data, points(3)))
+    with pytest.raises(ValueError, match="takes no closure"):
+        optimizer.step(lambda: 0.0)
+    with pytest.raises(ValueError, match="has no groups"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+
+
+def test_float32_is_warned_of():
+    network = perceptron([2, 3, 1]).float()
+    with pytest.warns(UserWarning, match="use model.double"):
+        ResidualNGD(network, Residual(data, points(3).float()))
+
+
+def test_line_search_object_is_used():
+    network = perceptron([2, 5, 1])
+    optimizer = optimizer_for(
+        network, "captured", lr=64.0, line_search=LineSearch("best", backtracking=0.25)
+    )
+    optimizer.step()
+    assert math.log(optimizer.last.length / 64.0, 0.25) == pytest.approx(
+        round(math.log(optimizer.last.length / 64.0, 0.25))
+    )
+
+
+# Other optimizers on the captured route.
+
+
+@pytest.mark.parametrize("name", ["ExactNGD", "BlockDiagonalNGD", "EGN"])
+def test_exact_optimizers_take_the_same_step(name):
+    network = perceptron([2, 5, 4, 1])
+    problem = ResidualNetwork(TaylorNetwork(network, laplacian=True), parts(True))
+    jacobian, rho = dense_problem(network)
+    sizes = [15, 24, 5] if name == "BlockDiagonalNGD" else [44]
+    before = flat(network)
+    options = {"line_search": False} if name == "EGN" else {"kl_clip": None}
+    optimizer = getattr(natgrad, name)(problem, "gaussian", lr=1.0, damping=1e-2, **options)
+    if name == "EGN":
+        optimizer.step(problem.loss)
+    else:
+        problem.loss().backward()
+        optimizer.step()
+    expected = expected_step(jacobian, rho, sizes, 1e-2, None)
+    dense.assert_same(before - flat(network), expected, 1e-7)
+
+
+def test_kfac_on_the_captured_route():
+    network = perceptron([2, 8, 8, 1])
+    problem = ResidualNetwork(TaylorNetwork(network, laplacian=True), parts(True, count=30))
+    optimizer = natgrad.KFAC(
+        problem, "gaussian", fisher="exact", lr=1.0, momentum=0.9, step_rule="quadratic_model",
+        damping=natgrad.LevenbergMarquardt(initial=1.0, interval=1), kl_clip=None,
+        factor_interval=1, inverse_interval=1,
+    )  # fmt: skip
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = problem.loss()
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(30)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_guide_runs():
+    guide = Path(__file__).parent.parent / "docs" / "pinns.md"
+    blocks = re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Five steps of ImplicitSGD need not converge.
+        exec("\n".join(blocks), names)
+    assert len(blocks) == 7 and math.isfinite(float(names["loss"].detach()))
