@@ -12,8 +12,6 @@ and where Python takes most of a step its growth is lost (nan: no longer than th
     python benchmarks/scaling.py                              # about ten minutes
     python benchmarks/scaling.py --methods exact,kfac --axes batch --batch 32,64,128,256,512
     python benchmarks/scaling.py --json scaling.json --figure scaling.png
-
-Methods that this natgrad does not have are left out.
 """
 
 from __future__ import annotations
@@ -173,7 +171,7 @@ Step = Callable[[], Any]
 def methods() -> dict[str, Callable[[nn.Module], Any]]:
     """Return name → maker of the optimizer, at rates that leave the network about where it is."""
     every_step: dict[str, Any] = {"factor_interval": 1, "lr": 1e-4}
-    found: dict[str, Callable[[nn.Module], Any]] = {
+    return {
         "sgd": lambda m: torch.optim.SGD(m.parameters(), lr=1e-4, momentum=0.9),
         "kfac": lambda m: natgrad.KFAC(m, inverse_interval=1, **every_step),
         "exact": lambda m: natgrad.ExactNGD(m, lr=1e-4),
@@ -184,13 +182,10 @@ def methods() -> dict[str, Callable[[nn.Module], Any]]:
             m, lr=1e-4, tolerance=0.0, max_iterations=ITERATIONS
         ),
         "thermodynamic": lambda m: natgrad.ThermodynamicNGD(m, lr=1e-4, time=SIMULATED),
+        "fngd_first": lambda m: natgrad.FNGD(m, lr=1e-4, coefficient_steps=10**6),
+        "fngd": lambda m: natgrad.FNGD(m, lr=1e-4, coefficient_steps=1),
+        "singd": lambda m: natgrad.SINGD(m, **every_step),
     }
-    if hasattr(natgrad, "FNGD"):
-        found["fngd_first"] = lambda m: natgrad.FNGD(m, lr=1e-4, coefficient_steps=10**6)
-        found["fngd"] = lambda m: natgrad.FNGD(m, lr=1e-4, coefficient_steps=1)
-    if hasattr(natgrad, "SINGD"):
-        found["singd"] = lambda m: natgrad.SINGD(m, **every_step)
-    return found
 
 
 def make_step(method: str, point: Point) -> Step:
