@@ -311,7 +311,7 @@ METHODS: dict[str, Method] = {
         natgrad.SINGD,
         "search",
         structure="singd",
-        options={"factor_interval": 1},
+        options={"factor_interval": 1, "damping": 1e-4},
         alone=True,
         grid=(-3, 1),
     ),
