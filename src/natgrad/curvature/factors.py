@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from natgrad import linalg
+from natgrad.jacobians import LayerJacobian, LinearJacobian
+from natgrad.jacobians.layer import WeightSharing
+from natgrad.layouts import BlockLayout
 
 __all__ = [
     "discounted_sum",
     "eigenbasis",
+    "enough_rows",
     "factor_diagonal",
     "multiply_left",
     "multiply_right",
@@ -20,6 +26,7 @@ __all__ = [
     "rotate_back",
     "shifted_inverse",
     "solve_rows",
+    "with_enough_rows",
 ]
 
 
@@ -34,6 +41,33 @@ def random_subset(size: int, count: int, seed: int, device: torch.device) -> Ten
     """Return ``count`` of the indices below ``size``, drawn uniformly, in ascending order."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randperm(size, generator=generator)[:count].sort().values.to(device)
+
+
+def enough_rows(layout: BlockLayout, rows_per_unit: float | None) -> int | None:
+    """Return how many rows suffice for a layer's factors; None where all are taken."""
+    if rows_per_unit is None:
+        return None
+    return math.ceil(rows_per_unit * max(layout.d_augmented, layout.d_out))
+
+
+def with_enough_rows(
+    rows: LayerJacobian, rows_per_unit: float | None, weight_sharing: WeightSharing, seed: int
+) -> LayerJacobian:
+    """Return rows at a random subset of positions where there are more than enough.
+
+    Args:
+        rows: The layer's rows.
+        rows_per_unit: Rows that suffice, per unit of the larger factor; None for all.
+        weight_sharing: "reduce" sums over positions, so that none may be left out.
+        seed: Seed of the subset.
+    """
+    limit = enough_rows(rows.layout, rows_per_unit)
+    if limit is None or weight_sharing == "reduce" or not isinstance(rows, LinearJacobian):
+        return rows
+    kept = max(1, -(-limit // rows.samples))
+    if kept >= rows.positions:
+        return rows
+    return rows.subsampled(random_subset(rows.positions, kept, seed, rows.device))
 
 
 def multiply_left(factor: Tensor, matrices: Tensor) -> Tensor:

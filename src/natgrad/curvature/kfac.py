@@ -9,7 +9,6 @@ and *reduce* settings of Eschenhagen et al. 2023). Grouped layers have one pair 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -22,20 +21,21 @@ from natgrad.curvature.cost import Cost, Workload
 from natgrad.curvature.factors import (
     discounted_sum,
     eigenbasis,
+    enough_rows,
     factor_diagonal,
     multiply_left,
     multiply_right,
     pi_shifts,
-    random_subset,
     rotate,
     rotate_back,
     shifted_inverse,
     solve_rows,
+    with_enough_rows,
 )
 from natgrad.curvature.function_space import map_by_columns
 from natgrad.curvature.partitioned import CurvaturePart, PartitionedFisher
 from natgrad.curvature.registry import register_structure
-from natgrad.jacobians import Jacobians, LayerJacobian, LinearJacobian, WeightSharing
+from natgrad.jacobians import Jacobians, LinearJacobian, WeightSharing
 from natgrad.layouts import BlockLayout, ParameterLayout
 
 __all__ = ["DampingRule", "KFACFisher", "KroneckerPart"]
@@ -106,7 +106,10 @@ class KroneckerPart(CurvaturePart):
             return
         continued = float(count) == 0
         self.draws += not continued
-        sums = self._sampled(jacobians[self.name]).kronecker_factors(
+        rows = with_enough_rows(
+            jacobians[self.name], self.rows_per_unit, self.weight_sharing, self.draws
+        )
+        sums = rows.kronecker_factors(
             self.weight_sharing, self.max_factor_size, continued=continued
         )
         # Σ x xᵀ is finite exactly if its diagonal is.
@@ -120,21 +123,6 @@ class KroneckerPart(CurvaturePart):
         self.positions = discounted_sum(self.positions, sums.positions, self._discount)
         self.outputs = discounted_sum(self.outputs, sums.outputs, self._discount)
         self._discount = 1.0
-
-    def _enough_rows(self) -> int | None:
-        if self.rows_per_unit is None:
-            return None
-        return math.ceil(self.rows_per_unit * max(self.layout.d_augmented, self.layout.d_out))
-
-    def _sampled(self, rows: LayerJacobian) -> LayerJacobian:
-        """Return the rows, or those of some positions where there are more than enough."""
-        limit = self._enough_rows()
-        if limit is None or self.weight_sharing == "reduce" or not isinstance(rows, LinearJacobian):
-            return rows
-        kept = max(1, -(-limit // rows.samples))
-        if kept >= rows.positions:
-            return rows
-        return rows.subsampled(random_subset(rows.positions, kept, self.draws, rows.device))
 
     def discount(self, factor: float) -> None:
         """Discount counts at once, sums together with the next update; with 0 forget them."""
@@ -417,13 +405,14 @@ class KroneckerPart(CurvaturePart):
         layout = self.layout
         d_in, d_out, groups = layout.d_augmented, layout.d_out, layout.groups
         rows = workload.samples * workload.positions.get(self.name, 1)
+        enough = enough_rows(layout, self.rows_per_unit) or rows
         shapes, memory, refresh = [], 0, 0.0
         for size, times in ((d_in, 1), (d_out, workload.directions)):
             diagonal = self._too_large(size) or (layout.one_hot and size == layout.d_in)
             entries = groups * (size if diagonal else size**2)
             shapes.append(f"diag({size})" if diagonal else f"{size} x {size}")
             memory += 2 * self.parameters.dtype.itemsize * entries
-            summed = min(rows, max(self._enough_rows() or rows, workload.samples))
+            summed = min(rows, max(enough, workload.samples))
             refresh += float(summed) * times * entries + (0 if diagonal else groups * size**3)
         on_rows = float(rows) * (d_in**2 + d_out**2 + d_in * d_out)
         on_gradient = float(groups) * d_in * d_out * (d_in + d_out)

@@ -42,11 +42,12 @@ from torch import Tensor
 from natgrad.curvature.base import GradientSource, check_choice, refuse_options
 from natgrad.curvature.cost import Cost, Workload
 from natgrad.curvature.factors import (
+    enough_rows,
     multiply_left,
     multiply_right,
-    random_subset,
     rotate,
     rotate_back,
+    with_enough_rows,
 )
 from natgrad.curvature.function_space import map_by_columns
 from natgrad.curvature.partitioned import CurvaturePart, PartitionedFisher
@@ -379,8 +380,11 @@ class StructuredPart(CurvaturePart):
             return
         continued = float(count) == 0
         self.draws += not continued
-        rows = self._sampled(jacobians[self.name])
-        moments = _moments(rows, self.options.weight_sharing, continued)
+        options = self.options
+        rows = with_enough_rows(
+            jacobians[self.name], options.rows_per_unit, options.weight_sharing, self.draws
+        )
+        moments = _moments(rows, options.weight_sharing, continued)
         outputs = _sum_through(moments.outputs, self.outputs)
         finite, inputs = outputs.is_finite(), None
         if moments.inputs is not None:
@@ -394,18 +398,6 @@ class StructuredPart(CurvaturePart):
             self._input_sum = _total(self._input_sum, inputs)
         held = moments.positions
         self.positions = held if self.positions is None else self.positions + held
-
-    def _sampled(self, rows: LayerJacobian) -> LayerJacobian:
-        """Return the rows, or those of some positions where there are more than enough."""
-        limit, layout = self.options.rows_per_unit, self.layout
-        reduces = self.options.weight_sharing == "reduce"
-        if limit is None or reduces or not isinstance(rows, LinearJacobian):
-            return rows
-        enough = math.ceil(limit * max(layout.d_augmented, layout.d_out))
-        kept = max(1, -(-enough // rows.samples))
-        if kept >= rows.positions:
-            return rows
-        return rows.subsampled(random_subset(rows.positions, kept, self.draws, rows.device))
 
     def discount(self, factor: float) -> None:
         """Discount the statistics that wait for a step, not the factors; with 0 forget them."""
@@ -667,9 +659,9 @@ class StructuredPart(CurvaturePart):
         positions = workload.positions.get(self.name, 1)
         count = workload.samples * positions
         rows = float(count)
-        if options.rows_per_unit is not None and options.weight_sharing == "expand":
-            enough = options.rows_per_unit * max(layout.d_augmented, layout.d_out)
-            rows = min(rows, max(enough, float(workload.samples)))
+        if options.weight_sharing == "expand":
+            enough = enough_rows(layout, options.rows_per_unit) or count
+            rows = min(rows, max(float(enough), float(workload.samples)))
         shapes, entries, refresh = [], 0, 0.0
         by_rows = self.rows_are_cheaper(count)
         for factor, times, other in (
