@@ -13,6 +13,7 @@ natural gradient descent, 2024).
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -73,9 +74,9 @@ class CoefficientPart(ExactRows):
         self.iterations: list[Tensor] = []
         #: Coefficients by index in the data set; NaN for samples not seen.
         self.table: Tensor | None = None
-        # Means of what is kept, made when first needed.
+        # Means of what is kept, made when first needed: over all samples, and by position.
         self._mean: Tensor | None = None
-        self._by_position: Tensor | None = None
+        self._ready: Tensor | None = None
 
     def refresh(self, damping: float) -> None:
         """Factorise ``GGᵀ/N + λI``.
@@ -127,7 +128,7 @@ class CoefficientPart(ExactRows):
             coefficients: ``(R,)``, one backward pass after the other.
             indices: The samples' indices in the data set, ``(R,)``, for ``share="sample"``.
         """
-        self._mean = self._by_position = None
+        self._mean = self._ready = None
         for piece in coefficients.split([rows.samples for _, rows in self.rows]):
             mean = piece.mean()
             self.mean_sum = mean if self.mean_sum is None else self.mean_sum + mean
@@ -169,14 +170,14 @@ class CoefficientPart(ExactRows):
             indices: The samples' indices, for ``share="sample"``; those without a coefficient get
                 the mean.
         """
+        if self._ready is not None and len(self._ready) == samples:
+            return self._ready
         mean = self.mean()
         if mean is None:
             return None
         found: Tensor | None = None
         if self.share == "position" and self.position_sum is not None:
-            if self._by_position is None:
-                self._by_position = self.position_sum / self.position_batches
-            found = self._by_position
+            found = self._ready = self.position_sum / self.position_batches
         elif self.share == "iteration" and self.iterations:
             found = self.iterations[iteration % len(self.iterations)]
         elif self.share == "sample" and self.table is not None and indices is not None:
@@ -203,7 +204,7 @@ class CoefficientPart(ExactRows):
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Restore them."""
-        self._mean = self._by_position = None
+        self._mean = self._ready = None
         self.batches, self.position_batches = state["batches"], state["position_batches"]
         self.iterations = [piece.to(device) for piece in state["iterations"]]
         for name in ("mean_sum", "position_sum", "table"):
@@ -291,7 +292,6 @@ class SharedCoefficientFisher(BlockDiagonalFisher):
                     f"share='sample' got indices of {given} samples for {count}: tell the samples' "
                     "indices in the data set before every forward pass"
                 )
-        typical: Tensor | None = None
         for name, part in self._coefficient_parts.items():
             if name in fresh:
                 assert source.coordinates is not None
@@ -300,16 +300,24 @@ class SharedCoefficientFisher(BlockDiagonalFisher):
                 )
                 part.keep(fresh[name], self.indices)
             part.release()
+        return {**self.scaled(source.gradients, source.natural | set(fresh)), **result}
+
+    def scaled(self, gradients: dict[str, Tensor], weighted: Set[str]) -> dict[str, Tensor]:
+        """Return gradients times their layers' mean coefficients, or the model's where none is.
+
+        Args:
+            gradients: Parameter name → gradient; missing ones stay away.
+            weighted: Blocks whose gradients are weighted already and stay as they are.
+        """
+        result = dict(gradients)
+        typical: Tensor | None = None
         for name, part in self._coefficient_parts.items():
-            if name in fresh:
-                continue
-            if name in source.natural:
-                result.update({n: source.gradients[n] for n in part.names})
+            if name in weighted:
                 continue
             mean = part.mean()
             if mean is None:
                 typical = mean = self.mean() if typical is None else typical
-            result.update({n: source.gradients[n] * mean for n in part.names})
+            result.update({n: gradients[n] * mean for n in part.names if n in gradients})
         return result
 
     def _fresh_coefficients(self, coordinates: Tensor | None) -> dict[str, Tensor]:

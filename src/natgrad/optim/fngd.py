@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,7 +18,9 @@ from natgrad.curvature.shared_coefficients import (
 from natgrad.fisher import FisherType
 from natgrad.likelihoods import Likelihood
 from natgrad.optim.natural_gradient import NaturalGradient
+from natgrad.optim.step_plan import StepPlan
 from natgrad.optim.weighted_gradients import CoefficientClock, WeightedGradient, weighable_layers
+from natgrad.replicas import average_over_replicas
 
 __all__ = ["FNGD"]
 
@@ -28,6 +30,10 @@ REFUSED = (
     "graft_betas", "curvature_warmup", "factor_interval", "inverse_interval", "ema_decay", "fused",
     "stagger", "early_updates", "mc_samples",
 )  # fmt: skip
+
+
+#: Entries from which on a tensor is large.
+LARGE = 2**16
 
 
 class FNGD(NaturalGradient):
@@ -197,6 +203,21 @@ class FNGD(NaturalGradient):
         self._set_phase()
         return result
 
+    def _plan(
+        self, covered: dict[str, Tensor], rest: list[Tensor], loss: float | None
+    ) -> StepPlan | None:
+        """Return the step to take; with coefficients in use there is no curvature to look after."""
+        if not self.clock.weighing or self.step_options.norm_clip is not None:
+            return super()._plan(covered, rest, loss)
+        own = self.preconditioner.own_backward.items()
+        natural = self._fisher.scaled(covered, {name for name, one in own if one.active})
+        average_over_replicas(natural)
+        size = {"inner": _squared_norm(natural.values())} if natural else None
+        if self._check(natural, natural, rest, loss, size) is None:
+            self._skip()
+            return None
+        return StepPlan(covered, {}, [natural], [-1.0], [1.0] * len(self._preconditioned_groups()))
+
     def _set_phase(self) -> None:
         """Take up or put down the coefficients, as the next step wants it."""
         computes = self.computes_coefficients(self.preconditioner.steps)
@@ -215,3 +236,16 @@ class FNGD(NaturalGradient):
         super().load_state_dict(rest)
         self.clock.weighing = not self.computes_coefficients(self.preconditioner.steps)
         self.clock.passes = state_dict.get("coefficient_passes", 0)
+
+
+def _squared_norm(values: Iterable[Tensor]) -> Tensor:
+    """Return ``Σ ‖v‖²``: large tensors one by one, which is faster, small ones all together."""
+    terms: list[Tensor] = []
+    small: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for value in values:
+        if value.numel() < LARGE:
+            small.setdefault((value.device, value.dtype), []).append(value)
+        else:
+            terms.append(torch.dot(value.reshape(-1), value.reshape(-1)))
+    terms += [torch.stack(list(torch._foreach_norm(v))).square().sum() for v in small.values()]
+    return torch.stack([term.to(terms[0].device, torch.float64) for term in terms]).sum()

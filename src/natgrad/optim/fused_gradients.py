@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from natgrad.optim.layer_products import LayerProduct, LinearProduct
+from natgrad.optim.layer_products import Gradients, LayerProduct, LinearProduct
 from natgrad.optim.own_backward import OwnBackward
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class FusedGradient(OwnBackward):
     """
 
     def __init__(self, module: nn.Linear, part: KroneckerPart) -> None:
-        super().__init__(part.names, [(module, LinearProduct())])
+        super().__init__(part.names, [(module, LinearProduct(module.bias is not None))])
         self.part = part
         self._products: Tensor | None = None
         self._probes: Tensor | None = None
@@ -60,17 +60,24 @@ class FusedGradient(OwnBackward):
         return (moved * self._products).sum() / PROBES
 
     def gradients(
-        self, product: LayerProduct, inputs: Tensor, weight: Tensor, delta: Tensor, call: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return gradients of weight and bias, natural or plain; see :class:`OwnBackward`."""
+        self,
+        product: LayerProduct,
+        inputs: Tensor,
+        weight: Tensor,
+        delta: Tensor,
+        call: Any,
+        needs_inputs: bool,
+    ) -> Gradients:
+        """Return the gradient at the input, and natural or plain ones of weight and bias."""
+        to_inputs = product.input_gradient(inputs, weight, delta) if needs_inputs else None
         a, d = inputs.flatten(0, -2).to(delta.dtype), delta.flatten(0, -2)
         if self.active is None:
             self.active = self.part.can_fuse(d.shape[0])
         if not self.active:
-            return d.T @ a, d.sum(0)
+            return to_inputs, d.T @ a, d.sum(0)
         a, d = self.part.cast(a), self.part.cast(d)
         self._observe(a, d)
-        return self.part.precondition_rows(a, d)
+        return to_inputs, *self.part.precondition_rows(a, d)
 
     def _observe(self, a: Tensor, delta: Tensor) -> None:
         width = a.shape[1]

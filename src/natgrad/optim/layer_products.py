@@ -16,10 +16,15 @@ from natgrad.capture.linear import LinearKind, TransposedLinearKind
 __all__ = [
     "ConvolutionProduct",
     "EmbeddingProduct",
+    "Gradients",
     "LayerProduct",
     "LinearProduct",
     "find_product",
 ]
+
+
+#: Gradients at the input (if it is asked for), of the weight and of the bias (if there is one).
+Gradients = tuple["Tensor | None", Tensor, "Tensor | None"]
 
 
 class LayerProduct(ABC):
@@ -40,65 +45,92 @@ class LayerProduct(ABC):
 
     @abstractmethod
     def weighted(
-        self, inputs: Tensor, weight: Tensor, delta: Tensor, factors: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the gradients of weight and bias, each sample's share times a factor.
+        self, inputs: Tensor, weight: Tensor, delta: Tensor, factors: Tensor, needs_inputs: bool
+    ) -> Gradients:
+        """Return gradients, where those of weight and bias have each sample's share times a factor.
 
         Args:
             inputs: ``a``, ``(n·r, ...)``.
             weight: The layer's weight.
             delta: ``δ``, ``(n·r, ...)``.
             factors: One factor per sample, ``(n,)``.
+            needs_inputs: Whether the gradient at the input is asked for.
         """
 
 
-#: One scratch tensor per dtype and device: fresh memory for every layer would cost page faults.
+_CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
+_EMBEDDING_BACKWARD = torch.ops.aten.embedding_dense_backward.default
+
+#: Views remembered at most; batches of many lengths would fill memory with them.
+MAX_VIEWS = 1024
+#: One scratch tensor per dtype and device, and the views of it that were used: fresh memory for
+#: every layer would cost page faults, and so would keeping it per layer.
 _scratch: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+_views: dict[tuple[torch.dtype, torch.device, torch.Size, int], tuple[Tensor, Tensor]] = {}
 
 
 def _scaled_copy(rows: Tensor, factors: Tensor) -> Tensor:
-    """Return ``rows`` times one factor per entry of the first dimension, in scratch memory."""
-    key, size = (rows.dtype, rows.device), rows.numel()
-    room = _scratch.get(key)
-    if room is None or room.numel() < size:
-        room = _scratch[key] = rows.new_empty(size)
-    out = room[:size].view(rows.shape)
-    return torch.mul(rows, factors.view(-1, *[1] * (rows.dim() - 1)), out=out)
+    """Return rows times one factor per sample, in scratch memory.
+
+    Args:
+        rows: ``(n·r, ...)``.
+        factors: ``(n,)``.
+    """
+    samples = len(factors)
+    key = (rows.dtype, rows.device, rows.shape, samples)
+    found = _views.get(key)
+    if found is None:
+        size, place = rows.numel(), key[:2]
+        if place not in _scratch or _scratch[place].numel() < size:
+            _scratch[place] = rows.new_empty(size)
+            _views.clear()
+        if len(_views) >= MAX_VIEWS:
+            _views.clear()
+        out = _scratch[place][:size]
+        found = _views[key] = out.view(rows.shape), out.view(samples, -1)
+    shaped, out = found
+    torch.mul(rows.reshape(samples, -1), factors.to(rows.dtype).view(-1, 1), out=out)
+    return shaped
 
 
-def _per_row(factors: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
-    """Repeat the factors of ``n`` samples for ``n·r`` rows."""
-    factors = factors.to(dtype)
-    return factors if len(factors) == rows else factors.repeat_interleave(rows // len(factors))
+def _weighted_sum(rows: Tensor, factors: Tensor) -> Tensor:
+    """Return the sum of rows ``(n·r, d)``, each sample's times its factor."""
+    total = factors.to(rows.dtype) @ rows.reshape(len(factors), -1)
+    return total.view(-1, rows.shape[-1]).sum(0)
 
 
 class LinearProduct(LayerProduct):
     """``y = x Wᵀ + b``, or ``y = x W + b``.
 
     Args:
+        has_bias: Whether there is a bias.
         transposed: Whether the weight is stored as ``(in, out)``.
     """
 
-    def __init__(self, transposed: bool = False) -> None:
-        self.transposed = transposed
+    def __init__(self, has_bias: bool, transposed: bool = False) -> None:
+        self.has_bias, self.transposed = has_bias, transposed
 
     def input_gradient(self, inputs: Tensor, weight: Tensor, delta: Tensor) -> Tensor:
         """Return ``δ W``."""
         weight = weight.to(delta.dtype)
-        return delta @ (weight.T if self.transposed else weight)
+        d = delta.reshape(-1, delta.shape[-1])
+        return (d @ (weight.T if self.transposed else weight)).view(inputs.shape)
 
     def weighted(
-        self, inputs: Tensor, weight: Tensor, delta: Tensor, factors: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Scale the smaller one of a and δ."""
-        a, d = inputs.flatten(0, -2).to(delta.dtype), delta.flatten(0, -2)
-        factors = _per_row(factors, len(d), d.dtype)
-        if a.shape[1] < d.shape[1]:
-            a, bias = _scaled_copy(a, factors), factors @ d
+        self, inputs: Tensor, weight: Tensor, delta: Tensor, factors: Tensor, needs_inputs: bool
+    ) -> Gradients:
+        """Scale δ, which has just been made and is in the cache, or a if it is much smaller."""
+        to_inputs = self.input_gradient(inputs, weight, delta) if needs_inputs else None
+        a = inputs.reshape(-1, inputs.shape[-1]).to(delta.dtype)
+        d = delta.reshape(-1, delta.shape[-1])
+        bias: Tensor | None = None
+        if 2 * a.shape[1] < d.shape[1]:
+            bias = _weighted_sum(d, factors) if self.has_bias else None
+            a = _scaled_copy(a, factors)
         else:
             d = _scaled_copy(d, factors)
-            bias = d.sum(0)
-        return (a.T @ d if self.transposed else d.T @ a), bias
+            bias = d.sum(0) if self.has_bias else None
+        return to_inputs, (a.T @ d if self.transposed else d.T @ a), bias
 
 
 class ConvolutionProduct(LayerProduct):
@@ -124,26 +156,22 @@ class ConvolutionProduct(LayerProduct):
         return self._backward(delta, inputs.to(delta.dtype), weight, None, mask)[0]
 
     def weighted(
-        self, inputs: Tensor, weight: Tensor, delta: Tensor, factors: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Scale the smaller one of a and δ, where there is a bias δ."""
-        a, weight = inputs.to(delta.dtype), weight.to(delta.dtype)
-        factors = _per_row(factors, len(delta), delta.dtype)
-        if a.numel() < delta.numel() and not self.has_bias:
-            a = _scaled_copy(a, factors)
-        else:
-            delta = _scaled_copy(delta, factors)
-        sizes = [delta.shape[1]] if self.has_bias else None
-        mask = [False, True, self.has_bias]
-        _, to_weight, to_bias = self._backward(delta, a, weight, sizes, mask)
-        return to_weight, to_bias if self.has_bias else None
+        self, inputs: Tensor, weight: Tensor, delta: Tensor, factors: Tensor, needs_inputs: bool
+    ) -> Gradients:
+        """Scale a: the gradient at the input does not depend on it, so one call makes both."""
+        a = _scaled_copy(inputs.to(delta.dtype), factors)
+        mask = [needs_inputs, True, False]
+        found = self._backward(delta, a, weight.to(delta.dtype), None, mask)
+        bias = None
+        if self.has_bias:
+            samples = factors.to(delta.dtype) @ delta.reshape(len(factors), -1)
+            bias = samples.view(-1, *delta.shape[1:]).transpose(0, 1).flatten(1).sum(1)
+        return found[0] if needs_inputs else None, found[1], bias
 
-    def _backward(self, delta: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *tensors, mask = rest
-        convolution_backward = torch.ops.aten.convolution_backward
+    def _backward(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *tensors, mask = arguments
         return cast(
-            "tuple[Tensor, Tensor, Tensor]",
-            convolution_backward(delta, *tensors, *self.options, mask),
+            "tuple[Tensor, Tensor, Tensor]", _CONVOLUTION_BACKWARD(*tensors, *self.options, mask)
         )
 
 
@@ -160,20 +188,19 @@ class EmbeddingProduct(LayerProduct):
         self.padding = -1 if table.padding_idx is None else table.padding_idx
 
     def weighted(
-        self, inputs: Tensor, weight: Tensor, delta: Tensor, factors: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+        self, inputs: Tensor, weight: Tensor, delta: Tensor, factors: Tensor, needs_inputs: bool
+    ) -> Gradients:
         """Scale δ."""
-        scaled = _scaled_copy(delta, _per_row(factors, len(delta), delta.dtype))
-        backward = torch.ops.aten.embedding_dense_backward
-        return backward(scaled, inputs, self.size, self.padding, False), None
+        scaled = _scaled_copy(delta, factors)
+        return None, _EMBEDDING_BACKWARD(scaled, inputs, self.size, self.padding, False), None
 
 
 def find_product(module: nn.Module, kind: LayerKind) -> LayerProduct | None:
     """Return how a layer's products are made, or None where that is not known."""
     if type(kind) is LinearKind:
-        return LinearProduct()
+        return LinearProduct(module.bias is not None)
     if type(kind) is TransposedLinearKind:
-        return LinearProduct(transposed=True)
+        return LinearProduct(module.bias is not None, transposed=True)
     if isinstance(kind, ConvolutionKind):
         padding = cast(nn.Conv2d, module)._reversed_padding_repeated_twice
         symmetric = list(padding[::2]) == list(padding[1::2])

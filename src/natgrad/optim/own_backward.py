@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from natgrad.capture.hooks import ModelHook, is_pulling_back, outside_graphs
-from natgrad.optim.layer_products import LayerProduct
+from natgrad.optim.layer_products import Gradients, LayerProduct
 
 __all__ = ["OwnBackward"]
 
@@ -60,9 +60,15 @@ class OwnBackward(ABC):
 
     @abstractmethod
     def gradients(
-        self, product: LayerProduct, inputs: Tensor, weight: Tensor, delta: Tensor, call: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return what the backward pass leaves for weight and bias.
+        self,
+        product: LayerProduct,
+        inputs: Tensor,
+        weight: Tensor,
+        delta: Tensor,
+        call: Any,
+        needs_inputs: bool,
+    ) -> Gradients:
+        """Return what the backward pass leaves at the input and for weight and bias.
 
         Args:
             product: How products of this layer are made.
@@ -70,6 +76,7 @@ class OwnBackward(ABC):
             weight: The layer's weight.
             delta: ``δ``, the gradient at its output.
             call: What :meth:`call` returned at the forward pass.
+            needs_inputs: Whether the gradient at the input is asked for.
         """
 
     def call(self, module: nn.Module, inputs: Tensor) -> Any:
@@ -80,17 +87,21 @@ class OwnBackward(ABC):
     def _after_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Any:
-        weight = module.weight
         if not (torch.is_grad_enabled() and output.requires_grad):
             return None
-        assert isinstance(weight, Tensor)
+        if torch._C._are_functorch_transforms_active():
+            return None  # torch.func differentiates the layer as it is.
+        weight = module._parameters["weight"]
+        assert weight is not None
         inputs = args[0] if args else kwargs["input"]
         call = self.call(module, inputs)
         if call is None or not weight.requires_grad:
             return None
-        bias = getattr(module, "bias", None)
-        product = self.products[module]
-        return _Own.apply(output.detach(), inputs, weight, bias, self, product, call)
+        bias = module._parameters.get("bias")
+        context = self, self.products[module], call
+        # What `apply` adds to this for torch.func costs more than all the rest of the hook.
+        apply = super(torch.autograd.Function, _Own).apply
+        return apply(output.detach(), inputs, weight, bias, context)
 
 
 class _Own(torch.autograd.Function):
@@ -103,12 +114,10 @@ class _Own(torch.autograd.Function):
         inputs: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        owner: OwnBackward,
-        product: LayerProduct,
-        call: Any,
+        context: tuple[OwnBackward, LayerProduct, Any],
     ) -> Tensor:
         ctx.save_for_backward(inputs, weight)
-        ctx.owner, ctx.product, ctx.call = owner, product, call
+        ctx.context = context
         ctx.mark_dirty(output)
         return output
 
@@ -117,14 +126,19 @@ class _Own(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Any) -> Any:
         delta: Tensor = cotangents[0]
         inputs, weight = ctx.saved_tensors
-        product: LayerProduct = ctx.product
+        owner, product, call = ctx.context
         _, needs_inputs, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        to_inputs = None
-        if needs_inputs:
-            to_inputs = product.input_gradient(inputs, weight, delta).to(inputs.dtype)
         if is_pulling_back(delta) or not needs_weight:
-            return None, to_inputs, None, None, None, None, None
-        to_weight, to_bias = ctx.owner.gradients(product, inputs, weight, delta, ctx.call)
-        to_weight = to_weight.to(weight.dtype)
-        to_bias = to_bias.to(weight.dtype) if needs_bias and to_bias is not None else None
-        return None, to_inputs, to_weight, to_bias, None, None, None
+            if not needs_inputs:
+                return None, None, None, None, None
+            to_inputs = product.input_gradient(inputs, weight, delta)
+            return None, to_inputs.to(inputs.dtype), None, None, None
+        found = owner.gradients(product, inputs, weight, delta, call, needs_inputs)
+        to_inputs, to_weight, to_bias = found
+        return (
+            None,
+            None if to_inputs is None else to_inputs.to(inputs.dtype),
+            to_weight.to(weight.dtype),
+            to_bias.to(weight.dtype) if needs_bias and to_bias is not None else None,
+            None,
+        )

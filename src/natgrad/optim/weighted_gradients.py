@@ -16,7 +16,7 @@ from natgrad.capture.blocks import Use
 from natgrad.capture.hooks import ModelHook, inside_backward, outside_graphs
 from natgrad.curvature.base import inner_product
 from natgrad.curvature.shared_coefficients import CoefficientPart
-from natgrad.optim.layer_products import LayerProduct, find_product
+from natgrad.optim.layer_products import Gradients, LayerProduct, find_product
 from natgrad.optim.own_backward import OwnBackward
 
 __all__ = ["CoefficientClock", "WeightedGradient", "weighable_layers"]
@@ -90,14 +90,20 @@ class WeightedGradient(OwnBackward):
         return self.part.coefficients(clock.samples, clock.passes - 1, clock.indices)
 
     def gradients(
-        self, product: LayerProduct, inputs: Tensor, weight: Tensor, delta: Tensor, call: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+        self,
+        product: LayerProduct,
+        inputs: Tensor,
+        weight: Tensor,
+        delta: Tensor,
+        call: Tensor,
+        needs_inputs: bool,
+    ) -> Gradients:
         """Return weighted gradients; see :class:`OwnBackward`."""
         self.active = True
         factors = call
         if len(delta) % len(factors):
             factors = factors.mean().reshape(1)
-        return product.weighted(inputs, weight, delta, factors)
+        return product.weighted(inputs, weight, delta, factors, needs_inputs)
 
     def inner_product(self, natural: dict[str, Tensor]) -> Tensor:
         """Return ``‖Δ‖²``: the plain gradient is not known, and only finiteness is asked for."""
