@@ -254,24 +254,28 @@ class SharedCoefficientFisher(BlockDiagonalFisher):
         self.share, self.normalization = share, normalization
         #: Indices of the present step's samples in the data set, for ``share="sample"``.
         self.indices: Tensor | None = None
-        self._coefficient_parts = {
+        self.coefficient_parts = {
             name: CoefficientPart(name, block, self.layout, share, damping_scale)
             for name, block in self.blocks.items()
         }
-        return dict(self._coefficient_parts)
+        return dict(self.coefficient_parts)
 
     def forget(self) -> None:
         """Drop all coefficients kept so far."""
-        for part in self._coefficient_parts.values():
+        for part in self.coefficient_parts.values():
             part.forget()
+
+    def means(self) -> dict[str, Tensor]:
+        """Return block name → mean coefficient, where there is one."""
+        means = {name: part.mean() for name, part in self.coefficient_parts.items()}
+        return {name: mean for name, mean in means.items() if mean is not None}
 
     def mean(self) -> Tensor:
         """Return the mean coefficient over all parameters whose layers have one; 1 if none has."""
-        means = {name: part.mean() for name, part in self._coefficient_parts.items()}
-        return self._weighted_mean({name: m for name, m in means.items() if m is not None})
+        return self._weighted_mean(self.means())
 
     def _weighted_mean(self, means: dict[str, Tensor]) -> Tensor:
-        sizes = {name: float(self._coefficient_parts[name].numel) for name in means}
+        sizes = {name: float(self.coefficient_parts[name].numel) for name in means}
         if not means:
             return torch.ones((), device=self.layout.device)
         total = torch.stack([value * sizes[name] for name, value in means.items()]).sum()
@@ -292,7 +296,7 @@ class SharedCoefficientFisher(BlockDiagonalFisher):
                     f"share='sample' got indices of {given} samples for {count}: tell the samples' "
                     "indices in the data set before every forward pass"
                 )
-        for name, part in self._coefficient_parts.items():
+        for name, part in self.coefficient_parts.items():
             if name in fresh:
                 assert source.coordinates is not None
                 result.update(
@@ -311,7 +315,7 @@ class SharedCoefficientFisher(BlockDiagonalFisher):
         """
         result = dict(gradients)
         typical: Tensor | None = None
-        for name, part in self._coefficient_parts.items():
+        for name, part in self.coefficient_parts.items():
             if name in weighted:
                 continue
             mean = part.mean()
@@ -321,7 +325,7 @@ class SharedCoefficientFisher(BlockDiagonalFisher):
         return result
 
     def _fresh_coefficients(self, coordinates: Tensor | None) -> dict[str, Tensor]:
-        solved = {n: p.solve_coefficients(coordinates) for n, p in self._coefficient_parts.items()}
+        solved = {n: p.solve_coefficients(coordinates) for n, p in self.coefficient_parts.items()}
         fresh = {name: value for name, value in solved.items() if value is not None}
         if self.normalization == "layer":
             fresh = {name: value / value.mean() for name, value in fresh.items()}

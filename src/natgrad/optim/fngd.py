@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.curvature.shared_coefficients import (
-    CoefficientPart,
     DampingScale,
     Normalization,
     Share,
@@ -155,9 +154,7 @@ class FNGD(NaturalGradient):
 
     def _lay_backward_passes(self) -> None:
         for name, block in self.preconditioner.capture.blocks.items():
-            layers = weighable_layers(block.uses)
-            part = self._fisher.parts[name]
-            assert isinstance(part, CoefficientPart)
+            layers, part = weighable_layers(block.uses), self._fisher.coefficient_parts[name]
             if layers and self.share != "mean" and self._first_order_names.isdisjoint(part.names):
                 self.preconditioner.own_backward[name] = WeightedGradient(part, layers, self.clock)
 
@@ -169,12 +166,7 @@ class FNGD(NaturalGradient):
 
     def coefficients(self) -> dict[str, Tensor]:
         """Return block name → mean coefficient: the factor on each layer's learning rate."""
-        means = {name: part.mean() for name, part in self._coefficient_parts().items()}
-        return {name: mean for name, mean in means.items() if mean is not None}
-
-    def _coefficient_parts(self) -> dict[str, CoefficientPart]:
-        parts = self._fisher.parts.items()
-        return {name: part for name, part in parts if isinstance(part, CoefficientPart)}
+        return self._fisher.means()
 
     def set_indices(self, indices: Tensor) -> None:
         """Tell which samples of the data set the next forward pass is about.
@@ -191,6 +183,11 @@ class FNGD(NaturalGradient):
         Raises:
             ValueError: If ``share="sample"`` and the indices are missing.
         """
+        if self.share == "sample" and not self._indices:
+            raise ValueError(
+                "share='sample' got indices of no samples: call set_indices(indices) with the "
+                "samples' indices in the data set before every forward pass"
+            )
         self._fisher.indices = torch.cat(self._indices) if self._indices else None
         try:
             result = super().step(closure)
