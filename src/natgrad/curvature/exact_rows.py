@@ -358,14 +358,18 @@ class ExactRows(CurvaturePart):
 
     # Training.
 
+    def smaller_matrix(self) -> tuple[str, Tensor] | None:
+        """Return ``("sample", JJᵀ/count)`` or ``("parameter", F)``; None without rows."""
+        if self.moment is not None:
+            return "parameter", self._mean_moment()
+        return ("sample", self.gram() / self.count) if self.rows else None
+
     def refresh(self, damping: float) -> None:
         """Factorise ``JJᵀ/count + λI`` or ``F + λI``; eigendecompose where λ = 0."""
-        if self.moment is not None:
-            matrix, kind = self._mean_moment(), "parameter"
-        elif self.rows:
-            matrix, kind = self.gram() / self.count, "sample"
-        else:
+        found = self.smaller_matrix()
+        if found is None:
             return
+        kind, matrix = found
         if damping > 0:
             scaled = scaled_rows(self.rows)
             if scaled is not None:

@@ -36,12 +36,10 @@ class TruncatedRows(ExactRows):
 
     def refresh(self, damping: float) -> None:
         """Eigendecompose ``JJᵀ/count`` or F, whichever is smaller."""
-        if self.moment is not None:
-            matrix, kind = self._mean_moment(), "parameter"
-        elif self.rows:
-            matrix, kind = self.gram() / self.count, "sample"
-        else:
+        found = self.smaller_matrix()
+        if found is None:
             return
+        kind, matrix = found
         values, vectors = linalg.eigh(matrix)
         self._factor = (kind, vectors, values, damping)
         self._applied_rows = (self.rows, self.count)
