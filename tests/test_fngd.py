@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import natgrad
+from natgrad.optim.layer_products import _scaled_copy
 from natgrad.optim.weighted_gradients import WeightedGradient
 from tests import dense
 from tests.cases import generator, normal
@@ -607,6 +609,19 @@ def test_second_derivatives_and_evaluation_see_the_plain_layers() -> None:
     dense.assert_same(gradient, torch.autograd.grad(plain(x).sum(), x)[0], 1e-12)
     with torch.no_grad():
         assert torch.equal(model(x), plain(x))
+
+
+def test_threads_do_not_share_scratch_memory() -> None:
+    rows, factors = normal(4, 3), normal(4, seed=1)
+    found: list[Tensor] = []
+    first = _scaled_copy(rows, factors)
+    kept = first.clone()
+    thread = threading.Thread(target=lambda: found.append(_scaled_copy(-rows, factors)))
+    thread.start()
+    thread.join()
+    assert torch.equal(first, kept)
+    assert torch.equal(found[0], -kept)
+    assert _scaled_copy(rows, factors).data_ptr() == first.data_ptr()
 
 
 def test_autocast() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from natgrad.curvature.base import inner_product
 from natgrad.likelihoods import Likelihood
 from natgrad.optim.compared_step import averaged
-from natgrad.optim.levenberg_marquardt import LevenbergMarquardt
+from natgrad.optim.levenberg_marquardt import LevenbergMarquardt, by_reduction_ratio
 from natgrad.optim.line_search import LineSearch
 from natgrad.optim.natural_gradient import NaturalGradient
 from natgrad.optim.reevaluation import Reevaluation, as_float
@@ -168,7 +168,7 @@ class EGN(NaturalGradient):
         length, change = self._search(direction, slope, lambda: evaluate() - before)
         if self.adaptive_damping:
             predicted = length * slope - 0.5 * length**2 * curvature
-            self._adapt(-change / predicted if length and predicted > 0 else 0.0)
+            self._adapt(change, -predicted)
 
     def _parameters(self) -> list[nn.Parameter]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -223,8 +223,8 @@ class EGN(NaturalGradient):
         update.move(start, 0.0)
         return 0.0, 0.0
 
-    def _adapt(self, ratio: float) -> None:
-        factor = 0.5 if ratio > 0.75 else 2.0 if ratio < 0.25 else 1.0
+    def _adapt(self, actual: float, predicted: float) -> None:
         least, largest = self.damping_range
         for group in self.param_groups:
-            group["damping"] = min(largest, max(least, group["damping"] * factor))
+            damping = by_reduction_ratio(group["damping"], actual, predicted, 0.5)
+            group["damping"] = min(largest, max(least, damping))

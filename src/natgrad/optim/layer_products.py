@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from typing import Any, cast
 
@@ -63,33 +64,49 @@ _EMBEDDING_BACKWARD = torch.ops.aten.embedding_dense_backward.default
 
 #: Views remembered at most; batches of many lengths would fill memory with them.
 MAX_VIEWS = 1024
-#: One scratch tensor per dtype and device, and the views of it that were used: fresh memory for
-#: every layer would cost page faults, and so would keeping it per layer.
-_scratch: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-_views: dict[tuple[torch.dtype, torch.device, torch.Size, int], tuple[Tensor, Tensor]] = {}
+
+
+class _Scratch(threading.local):
+    """One tensor per dtype and the views of it that were used, for every thread its own.
+
+    On the CPU fresh memory for every layer would cost page faults.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: dict[torch.dtype, Tensor] = {}
+        self.views: dict[tuple[torch.dtype, torch.Size, int], tuple[Tensor, Tensor]] = {}
+
+    def like(self, rows: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+        """Return memory in the shape of the rows, and the same as ``(samples, ...)``."""
+        key, size = (rows.dtype, rows.shape, samples), rows.numel()
+        found = self.views.get(key)
+        if found is None:
+            if rows.dtype not in self.tensors or self.tensors[rows.dtype].numel() < size:
+                self.tensors[rows.dtype] = rows.new_empty(size)
+                self.views.clear()
+            if len(self.views) >= MAX_VIEWS:
+                self.views.clear()
+            out = self.tensors[rows.dtype][:size]
+            found = self.views[key] = out.view(rows.shape), out.view(samples, -1)
+        return found
+
+
+_scratch = _Scratch()
 
 
 def _scaled_copy(rows: Tensor, factors: Tensor) -> Tensor:
-    """Return rows times one factor per sample, in scratch memory.
+    """Return rows times one factor per sample; on the CPU valid until the thread's next call.
 
     Args:
         rows: ``(n·r, ...)``.
         factors: ``(n,)``.
     """
     samples = len(factors)
-    key = (rows.dtype, rows.device, rows.shape, samples)
-    found = _views.get(key)
-    if found is None:
-        size, place = rows.numel(), key[:2]
-        if place not in _scratch or _scratch[place].numel() < size:
-            _scratch[place] = rows.new_empty(size)
-            _views.clear()
-        if len(_views) >= MAX_VIEWS:
-            _views.clear()
-        out = _scratch[place][:size]
-        found = _views[key] = out.view(rows.shape), out.view(samples, -1)
-    shaped, out = found
-    torch.mul(rows.reshape(samples, -1), factors.to(rows.dtype).view(-1, 1), out=out)
+    by_sample, column = rows.reshape(samples, -1), factors.to(rows.dtype).view(-1, 1)
+    if rows.device.type != "cpu":
+        return (by_sample * column).view(rows.shape)
+    shaped, out = _scratch.like(rows, samples)
+    torch.mul(by_sample, column, out=out)
     return shaped
 
 

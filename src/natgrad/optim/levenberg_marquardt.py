@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-__all__ = ["LevenbergMarquardt"]
+__all__ = ["LevenbergMarquardt", "by_reduction_ratio"]
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,7 @@ class LevenbergMarquardt:
             actual: ``L(θ + δ) − L(θ)``.
             predicted: ``M(δ) − M(0)``.
         """
-        ratio = actual / predicted if predicted < 0 and math.isfinite(actual) else -math.inf
-        if ratio > 0.75:
-            damping *= self.decay**self.interval
-        elif not ratio >= 0.25:
-            damping /= self.decay**self.interval
+        damping = by_reduction_ratio(damping, actual, predicted, self.decay**self.interval)
         return min(self.maximum, max(self.minimum, damping))
 
     def rejects(self, actual: float, predicted: float) -> bool:
@@ -90,3 +86,19 @@ class LevenbergMarquardt:
             predicted: ``M(δ) − M(0)``.
         """
         return self.reject and (not math.isfinite(actual) or (actual >= 0 and predicted < 0))
+
+
+def by_reduction_ratio(damping: float, actual: float, predicted: float, decay: float) -> float:
+    """Return the λ that follows from how well the quadratic model predicted a step.
+
+    Args:
+        damping: The present λ.
+        actual: ``L(θ + δ) − L(θ)``.
+        predicted: ``M(δ) − M(0)``; where it is not negative nothing was predicted.
+        decay: Factor on λ where actual is more than ¾ of predicted, and divisor where it is less
+            than ¼ or not finite.
+    """
+    ratio = actual / predicted if predicted < 0 and math.isfinite(actual) else -math.inf
+    if ratio > 0.75:
+        return damping * decay
+    return damping if ratio >= 0.25 else damping / decay

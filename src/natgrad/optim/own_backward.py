@@ -92,10 +92,11 @@ class OwnBackward(ABC):
         if torch._C._are_functorch_transforms_active():
             return None  # torch.func differentiates the layer as it is.
         weight = module._parameters["weight"]
-        assert weight is not None
+        if weight is None or not weight.requires_grad:
+            return None
         inputs = args[0] if args else kwargs["input"]
         call = self.call(module, inputs)
-        if call is None or not weight.requires_grad:
+        if call is None:
             return None
         bias = module._parameters.get("bias")
         context = self, self.products[module], call

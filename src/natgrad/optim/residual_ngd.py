@@ -15,6 +15,7 @@ from natgrad.curvature.base import FisherMatrix, GradientSource, check_choice
 from natgrad.curvature.registry import make_structure
 from natgrad.jacobians import Jacobians
 from natgrad.optim.copying import CopiedByState
+from natgrad.optim.levenberg_marquardt import by_reduction_ratio
 from natgrad.optim.line_search import LineSearch, LineSearchRule
 from natgrad.optim.ranges import check_range
 from natgrad.residuals.residual import Residual, as_residuals
@@ -303,19 +304,19 @@ class ResidualNGD(torch.optim.Optimizer, CopiedByState):
         length, group = self.last.length, self.param_groups[0]
         if self.damping_rule in ("fixed", "loss"):
             return
+        damping, decay = group["damping"], self.damping_decay
         if self.damping_rule == "step_length":
             relative = length / group["lr"] if group["lr"] else 0.0
-            falls, rises = relative >= 0.5, relative < 0.25
+            factor = decay if relative >= 0.5 else 1 / decay if relative < 0.25 else 1.0
+            damping *= factor
         else:
             curvature = self._curvature(direction, gathered)
             # Of a whole step: short ones always keep what the model promises.
-            predicted = group["lr"] * self.last.slope - 0.5 * group["lr"] ** 2 * curvature
-            actual = self.last.loss - self.last.loss_after
-            ratio = actual / predicted if length and predicted > 0 else 0.0
-            falls, rises = ratio > 0.75, not ratio >= 0.25
-        if falls or rises:
-            factor = self.damping_decay if falls else 1 / self.damping_decay
-            group["damping"] = self._clipped(group["damping"] * factor)
+            predicted = 0.5 * group["lr"] ** 2 * curvature - group["lr"] * self.last.slope
+            actual = self.last.loss_after - self.last.loss
+            damping = by_reduction_ratio(damping, actual, predicted, decay)
+        if damping != group["damping"]:
+            group["damping"] = self._clipped(damping)
 
     def _curvature(self, direction: Tensor, gathered: _Gathered) -> float:
         """Return ``ΔᵀFΔ`` with the exact Fisher matrix where its rows are at hand."""
