@@ -19,11 +19,10 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import natgrad
-import natgrad.curvature.singd as singd_module
 from natgrad import fisher as fisher_module
 from natgrad.capture import Capture
 from natgrad.capture.evaluation import evaluated
-from natgrad.curvature import GradientSource, make_structure
+from natgrad.curvature import GradientSource, factor_terms, make_structure
 from natgrad.curvature.cost import Workload
 from natgrad.curvature.singd import SINGDFisher
 from natgrad.fisher import as_fisher_type, fisher_matrix, update_from_output
@@ -376,7 +375,7 @@ def test_chunks_batches_and_ignored_events(name, chunk, monkeypatch):
     """Statistics that come in pieces, of directions, of rows and of batches."""
     if chunk is not None:
         monkeypatch.setattr(fisher_module, "CHUNK_ELEMENTS", chunk)
-        monkeypatch.setattr(singd_module, "CHUNK_ELEMENTS", chunk)
+        monkeypatch.setattr(factor_terms, "CHUNK_ELEMENTS", chunk)
     case = CASES[name]()
     y = case.target("categorical")
     masked = y.clone()

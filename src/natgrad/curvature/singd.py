@@ -32,7 +32,7 @@ structure of few entries (:mod:`natgrad.curvature.structured_factors`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -41,6 +41,7 @@ from torch import Tensor
 
 from natgrad.curvature.base import GradientSource, check_choice, refuse_options
 from natgrad.curvature.cost import Cost, Workload
+from natgrad.curvature.factor_terms import factor_terms, sum_through
 from natgrad.curvature.factors import (
     enough_rows,
     multiply_left,
@@ -60,15 +61,10 @@ from natgrad.curvature.structured_factors import (
     identity_matrix,
 )
 from natgrad.jacobians import (
-    EmbeddingJacobian,
     Jacobians,
-    LayerJacobian,
     LinearJacobian,
-    SumJacobian,
     WeightSharing,
 )
-from natgrad.jacobians.layer import CHUNK_ELEMENTS
-from natgrad.jacobians.tied import is_other_way_round
 from natgrad.layouts import BlockLayout, ParameterLayout
 from natgrad.linalg import FactorizationError
 
@@ -160,157 +156,6 @@ class SINGDOptions:
         return "diagonal" if one_hot or (limited and structure in EXPANDED) else structure
 
 
-# -- statistics as rows ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Moment:
-    """One term of a K-FAC factor's sum: ``Σ x xᵀ`` of rows, or a diagonal.
-
-    Attributes:
-        rows: ``(G, R, d)`` without the bias coordinate, or the diagonal, ``(G, d)``.
-        bias: The input a bias sees; None without one.
-        kept: Which rows count, ``(R,)`` of 0 and 1; None for all.
-        weight: Factor on the sum.
-    """
-
-    rows: Tensor
-    bias: float | None = None
-    kept: Tensor | None = None
-    weight: Tensor | float = 1.0
-
-    @property
-    def diagonal(self) -> bool:
-        """Whether it is given by its diagonal."""
-        return self.rows.dim() == 2
-
-    def chunks(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Yield rows with their bias coordinate, some at a time, in a type."""
-        size = self.rows.shape[2] + (self.bias is not None)
-        step = max(1, CHUNK_ELEMENTS // max(1, size * self.rows.shape[0]))
-        for start in range(0, max(1, self.rows.shape[1]), step):
-            rows = self.rows[:, start : start + step]
-            if self.bias is not None:
-                rows = torch.cat([rows, rows.new_full((*rows.shape[:2], 1), self.bias)], dim=2)
-            if self.kept is not None:
-                rows = rows * self.kept[start : start + step].to(rows.dtype).unsqueeze(1)
-            yield rows.to(dtype)
-
-    def trace(self) -> Tensor:
-        """Return the trace, groups summed."""
-        if self.diagonal:
-            total = self.rows.sum()
-        else:
-            total = torch.stack([x.square().sum() for x in self.chunks(self.rows.dtype)]).sum()
-        return total * self.weight
-
-    def seen_through(self, factor: StructuredMatrix) -> StructuredMatrix:
-        """Return ``Π(Kᵀ S K)`` of the term's sum S."""
-        if self.diagonal:
-            result = factor.gram(self.rows.to(factor.dtype))
-        else:
-            chunks = self.chunks(factor.dtype)
-            result = factor.congruence(next(chunks))
-            for rows in chunks:
-                result = result.plus(factor.congruence(rows))
-        return result.scaled(self.weight) if isinstance(self.weight, Tensor) else result
-
-
-@dataclass(frozen=True)
-class _Moments:
-    """K-FAC's sums of one layer, as :class:`natgrad.jacobians.layer.KroneckerSums` in rows.
-
-    Attributes:
-        inputs: Terms of ``Σ a aᵀ``; None where an earlier chunk has brought it.
-        positions: How many rows ``inputs`` sums.
-        outputs: Terms of ``Σ δ δᵀ``.
-    """
-
-    inputs: list[_Moment] | None
-    positions: Tensor
-    outputs: list[_Moment]
-
-
-def _moments(rows: LayerJacobian, sharing: WeightSharing, continued: bool) -> _Moments:
-    """Return what :meth:`LayerJacobian.kronecker_factors` sums, before it is multiplied out."""
-    if isinstance(rows, SumJacobian):
-        return _tied_moments(rows, sharing)
-    if isinstance(rows, LinearJacobian):
-        return _linear_moments(rows, sharing, continued)
-    # Rows without a factored form: the whole block is the input factor.
-    flat = torch.cat([rows.per_sample_gradients(*chunk).flatten(0, 1) for chunk in rows.chunks()])
-    count = flat.new_tensor(0.0 if continued else float(rows.samples))
-    return _Moments([_Moment(flat[:, 0].transpose(0, 1))], count, [_Moment(count.reshape(1, 1))])
-
-
-def _linear_moments(rows: LinearJacobian, sharing: WeightSharing, continued: bool) -> _Moments:
-    delta, active = rows.output_gradients, rows.active_positions
-    reduced = sharing == "reduce" and rows.positions > 1
-    inputs: list[_Moment] | None = None
-    positions = delta.new_zeros(())
-    if not continued and isinstance(rows, EmbeddingJacobian):
-        # With a size limit of 0 its sums are diagonals, which those of one-hot inputs are anyway.
-        sums = rows.kronecker_factors(sharing, 0)
-        assert sums.inputs is not None
-        inputs, positions = [_Moment(sums.inputs)], sums.positions
-    elif not continued:
-        a, kept = rows.inputs, active
-        if reduced:
-            a, kept = _mean_inputs(a, active)
-        bias = rows.bias_value if rows.layout.has_bias else None
-        mask = None if kept is None else kept.flatten()
-        inputs = [_Moment(a.permute(2, 0, 1, 3).flatten(1, 2), bias, mask)]
-        positions = delta.new_tensor(float(a.shape[0] * a.shape[1])) if kept is None else kept.sum()
-    if reduced:
-        delta = delta.sum(2, keepdim=True)
-    outputs = [_Moment(delta.permute(3, 0, 1, 2, 4).flatten(1, 3))]
-    return _Moments(inputs, positions, outputs)
-
-
-def _mean_inputs(inputs: Tensor, active: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return every sample's mean input ``(N, 1, G, d)``, and which samples have any, ``(N, 1)``."""
-    if active is None:
-        return inputs.mean(1, keepdim=True), None
-    counts = active.sum(1)
-    total = (inputs * active[:, :, None, None]).sum(1, keepdim=True)
-    mean = total / counts.clamp(min=1.0)[:, None, None, None]
-    return mean, (counts > 0).to(inputs.dtype).unsqueeze(1)
-
-
-def _tied_moments(rows: SumJacobian, sharing: WeightSharing) -> _Moments:
-    """Merge the uses' products by their traces, as :meth:`SumJacobian.kronecker_factors` does."""
-    inputs: list[_Moment] = []
-    outputs: list[_Moment] = []
-    total = torch.zeros((), dtype=rows.dtype, device=rows.device)
-    for part in rows.parts:
-        moments = _moments(part, sharing, False)
-        assert moments.inputs is not None
-        positions = moments.positions.clamp(min=1.0)
-        a = [replace(term, weight=term.weight / positions) for term in moments.inputs]
-        b = moments.outputs
-        if is_other_way_round(part.layout, rows.layout):
-            a, b = b, a
-        trace_a = torch.stack([term.trace() for term in a]).sum()
-        trace_b = torch.stack([term.trace() for term in b]).sum()
-        inputs += [replace(term, weight=term.weight * trace_b) for term in a]
-        outputs += [replace(term, weight=term.weight * trace_a) for term in b]
-        total = total + trace_a * trace_b
-    scale = torch.where(total > 0, total, torch.ones_like(total))
-    count = total.new_tensor(float(rows.samples))
-    scaled = [replace(term, weight=term.weight * (count / scale)) for term in inputs]
-    return _Moments(scaled, count, outputs)
-
-
-def _sum_through(terms: list[_Moment], factor: StructuredMatrix) -> StructuredMatrix:
-    result = terms[0].seen_through(factor)
-    for term in terms[1:]:
-        result = result.plus(term.seen_through(factor))
-    return result
-
-
-# -- one layer -------------------------------------------------------------------------------------
-
-
 class StructuredPart(CurvaturePart):
     """One layer's factors K and C, their momenta if any, and the statistics of the next step.
 
@@ -384,11 +229,11 @@ class StructuredPart(CurvaturePart):
         rows = with_enough_rows(
             jacobians[self.name], options.rows_per_unit, options.weight_sharing, self.draws
         )
-        moments = _moments(rows, options.weight_sharing, continued)
-        outputs = _sum_through(moments.outputs, self.outputs)
+        terms = factor_terms(rows, options.weight_sharing, continued)
+        outputs = sum_through(terms.outputs, self.outputs)
         finite, inputs = outputs.is_finite(), None
-        if moments.inputs is not None:
-            inputs = _sum_through(moments.inputs, self.inputs)
+        if terms.inputs is not None:
+            inputs = sum_through(terms.inputs, self.inputs)
             finite = finite & inputs.is_finite()
         if not bool(finite) or (inputs is None and self._input_sum is None):
             return
@@ -396,7 +241,7 @@ class StructuredPart(CurvaturePart):
         self._output_sum = _total(self._output_sum, outputs)
         if inputs is not None:
             self._input_sum = _total(self._input_sum, inputs)
-        held = moments.positions
+        held = terms.positions
         self.positions = held if self.positions is None else self.positions + held
 
     def discount(self, factor: float) -> None:
