@@ -630,6 +630,8 @@ def test_wrong_kinds_of_arguments_are_named():
         ResidualNGD(network, parts(True), jacobians="captured")
     with pytest.raises(TypeError, match="needs a natgrad.TaylorNetwork, got Sequential"):
         ResidualNetwork(network, parts(True))
+    with pytest.raises(TypeError, match="or a dict of them by name, got int"):
+        ResidualNGD(network, 3)
     with pytest.raises(TypeError, match="got function for 'data'"):
         ResidualNGD(network, {"data": data})
     with pytest.raises(ValueError, match="residuals is empty"):

@@ -138,6 +138,11 @@ def as_residuals(residuals: Residual | Mapping[str, Residual]) -> dict[str, Resi
         TypeError: If something else than a :class:`Residual` is among them.
         ValueError: If there is none.
     """
+    if not isinstance(residuals, (Residual, Mapping)):
+        raise TypeError(
+            "residuals must be a natgrad.Residual or a dict of them by name, got "
+            f"{type(residuals).__name__}"
+        )
     found = {"residual": residuals} if isinstance(residuals, Residual) else dict(residuals)
     for name, residual in found.items():
         if not isinstance(residual, Residual):
