@@ -11,15 +11,20 @@ from torch import nn
 from torch.nn import functional
 
 import natgrad
-from natgrad.optim.line_search import LineSearch
+from natgrad.optim.step.line_search import LineSearch
 from tests import dense
 from tests.cases import generator, normal
+from tests.methods import make_optimizer
 
 
 def problem(samples: int = 5) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
     return model, normal(samples, 3), torch.randint(0, 3, (samples,), generator=generator())
+
+
+def starting_at(damping: float) -> dict:
+    return {"damping": natgrad.LevenbergMarquardt(damping, interval=1, decay=0.5)}
 
 
 def flat(model: nn.Module) -> torch.Tensor:
@@ -53,7 +58,7 @@ def reference(model, x, y, steps: int, options: dict) -> list[tuple[torch.Tensor
             if float(corrected @ gradient) > 0:
                 d = corrected
             else:
-                momentum, count = torch.zeros_like(theta), 0
+                momentum, count = (1 - beta) * d, 1
         slope = float(d @ gradient)
         curvature = float((jac @ d) @ hessian @ (jac @ d)) / n
         length = options.get("lr", 1.0)
@@ -65,7 +70,9 @@ def reference(model, x, y, steps: int, options: dict) -> list[tuple[torch.Tensor
             length *= 0.5
         else:
             length, after = 0.0, before
-        predicted = length * slope - 0.5 * length**2 * curvature
+            momentum, count = torch.zeros_like(theta), 0
+        damped = curvature + damping * float(d @ d)
+        predicted = length * slope - 0.5 * length**2 * damped
         ratio = (before - after) / predicted if length else 0.0
         damping *= 0.5 if ratio > 0.75 else 2.0 if ratio < 0.25 else 1.0
         history.append((theta.clone(), damping))
@@ -86,7 +93,7 @@ def test_steps_are_those_of_the_source(options):
     start = flat(model)
     history = reference(model, x, y, 6, options)
     nn.utils.vector_to_parameters(start, model.parameters())
-    optimizer = natgrad.EGN(model, **options)
+    optimizer = make_optimizer(natgrad.EGN, model, **(options | starting_at(options["damping"])))
     assert len({damping for _, damping in history}) > 1
     for theta, damping in history:
         optimizer.step(lambda: functional.cross_entropy(model(x), y))
@@ -97,10 +104,12 @@ def test_steps_are_those_of_the_source(options):
 def test_without_search_it_is_damped_exact_natural_gradient_descent():
     model, x, y = problem()
     other, _, _ = problem()
-    egn = natgrad.EGN(model, lr=0.5, damping=0.1, line_search=False, adaptive_damping=False)
+    egn = make_optimizer(natgrad.EGN, model, lr=0.5, damping=0.1, length="lr")
     exact = natgrad.ExactNGD(other, lr=0.5, damping=0.1, kl_clip=None)
     for _ in range(3):
-        egn.step(lambda: functional.cross_entropy(model(x), y))
+        egn.zero_grad()
+        functional.cross_entropy(model(x), y).backward()
+        egn.step()
         exact.zero_grad()
         functional.cross_entropy(other(x), y).backward()
         exact.step()
@@ -117,7 +126,7 @@ def test_no_step_ever_raises_the_loss(likelihood):
         "poisson": torch.randint(0, 4, (12, 3), generator=generator()).double(),
     }[likelihood]
     loss = natgrad.likelihoods.as_likelihood(likelihood)
-    optimizer = natgrad.EGN(model, likelihood, damping=1e-6, lr=2.0)
+    optimizer = natgrad.EGN(model, likelihood, lr=2.0, **starting_at(1e-6))
     losses = [optimizer.step(lambda: loss.loss(model(x), targets)) for _ in range(15)]
     assert all(b <= a for a, b in zip(losses, losses[1:], strict=False))
     assert losses[-1] < losses[0]
@@ -125,7 +134,7 @@ def test_no_step_ever_raises_the_loss(likelihood):
 
 def test_a_search_that_fails_moves_nothing_and_raises_the_damping():
     model, x, y = problem()
-    optimizer = natgrad.EGN(model, damping=0.1, max_trials=3)
+    optimizer = make_optimizer(natgrad.EGN, model, max_trials=3, **starting_at(0.1))
     start, calls = flat(model), []
 
     def closure():
@@ -142,11 +151,11 @@ def test_a_search_that_fails_moves_nothing_and_raises_the_damping():
 def test_a_search_given_as_an_object_is_used():
     losses = []
     for options in (
-        {"line_search": LineSearch("armijo", 0.3, 0.2, 4)},
+        {"length": LineSearch("armijo", 0.3, 0.2, 4)},
         {"backtracking": 0.3, "armijo": 0.2, "max_trials": 4},
     ):
         model, x, y = problem()
-        optimizer = natgrad.EGN(model, lr=8.0, damping=1e-5, **options)
+        optimizer = make_optimizer(natgrad.EGN, model, lr=8.0, **starting_at(1e-5), **options)
         losses.append(
             [optimizer.step(lambda: functional.cross_entropy(model(x), y)) for _ in range(4)]  # noqa: B023
         )
@@ -197,27 +206,52 @@ def test_bad_batches_are_skipped_and_runs_resume():
         assert a == b
 
 
+def test_it_is_exact_natural_gradient_descent_with_a_search_and_adaptive_damping():
+    """The named method is nothing but its composition."""
+    runs = []
+    for kind, options in (
+        (natgrad.EGN, {}),
+        (natgrad.ExactNGD, {"length": LineSearch(), "kl_clip": None}),
+    ):
+        model, x, y = problem()
+        optimizer = make_optimizer(kind, model, **options, **starting_at(0.01))
+        for _ in range(5):
+            optimizer.step(lambda: functional.cross_entropy(model(x), y))  # noqa: B023
+        runs.append(flat(model))
+    assert torch.equal(*runs)
+
+
+def test_closures_may_call_backward_themselves():
+    runs = []
+    for calls in (True, False):
+        model, x, y = problem()
+        optimizer = natgrad.EGN(model)
+
+        def closure():
+            loss = functional.cross_entropy(model(x), y)  # noqa: B023
+            if calls:  # noqa: B023
+                loss.backward()
+            return loss
+
+        for _ in range(3):
+            optimizer.step(closure)
+        runs.append(flat(model))
+    assert torch.equal(*runs)
+
+
 def test_wrong_use_is_explained():
     model, x, y = problem()
     optimizer = natgrad.EGN(model)
     with pytest.raises(ValueError, match="closure"):
         optimizer.step()
-
-    def backward() -> float:
-        loss = functional.cross_entropy(model(x), y)
-        loss.backward()
-        return float(loss)
-
-    with pytest.raises(ValueError, match="not call backward"):
-        optimizer.step(backward)
+    with pytest.raises(ValueError, match="neither"):
+        optimizer.step(lambda: float(functional.cross_entropy(model(x), y)))
     for options in (
-        {"damping_range": (0.0, 1.0)},
+        {"damping": natgrad.LevenbergMarquardt},
         {"backtracking": 1.0},
         {"armijo": 1.0},
         {"max_trials": 0},
-        {"weight_decay": 0.1},
-        {"params": [{"params": "0.*"}]},
-        {"lr": "isotropic"},
+        {"weight_decay": -0.1},
     ):
-        with pytest.raises(ValueError):
-            natgrad.EGN(model, **options)
+        with pytest.raises((ValueError, TypeError)):
+            make_optimizer(natgrad.EGN, model, **options)

@@ -17,18 +17,18 @@ import natgrad.curvature.ekfac as ekfac_module
 import natgrad.curvature.tekfac
 import natgrad.curvature.tkfac
 from natgrad import Capture
-from natgrad import fisher as fisher_module
-from natgrad.curvature import make_structure
+from natgrad.curvature import Curvature
+from natgrad.fisher import estimation as fisher_module
 from natgrad.fisher import fisher_matrix
-from natgrad.jacobians import LinearJacobian
+from natgrad.jacobians import Jacobians, LinearJacobian
 from natgrad.layouts import BlockLayout
 from natgrad.likelihoods import Gaussian
-from natgrad.optim.ekfac import EKFAC
-from natgrad.optim.tekfac import TEKFAC
-from natgrad.optim.tkfac import TKFAC
+from natgrad.operators import GradientSource, KroneckerOperator
+from natgrad.optim import EKFAC, TEKFAC, TKFAC
 from tests import dense
 from tests import dense_kronecker as reference
 from tests.cases import CASES, Case, normal
+from tests.methods import curvature_of, make_optimizer
 from tests.test_structures import build, check_interface, check_pseudo_inverse, labels, stacks
 
 EIGEN = ["ekfac", "tekfac"]
@@ -49,7 +49,7 @@ def size_of(case: Case) -> int:
 
 
 def part_of(f, names):
-    (part,) = [part for part in f.parts.values() if part.names == tuple(names)]
+    (part,) = [part for part in f.parts.values() if part.layout.names == tuple(names)]
     return part
 
 
@@ -69,7 +69,8 @@ def expected_eigen(f, size, found, count, factors) -> Tensor:
     """Return ``U diag(UᵀFU) Uᵀ`` in natgrad's bases, which must diagonalise given factors."""
     result = torch.zeros(size, size, dtype=torch.float64)
     for block, pairs in zip(found, factors, strict=True):
-        (basis_a, basis_b), _ = part_of(f, block.names).spectrum()
+        part = part_of(f, block.names)
+        basis_a, basis_b = part.input_basis, part.output_basis
         for group, (index, (a, b)) in enumerate(zip(block.where, pairs, strict=True)):
             u_a = dense_basis(basis_a, group, len(a))
             u_b = dense_basis(basis_b, group, len(b))
@@ -182,7 +183,7 @@ def test_traces_of_the_factors():
     for name in ("mlp", "conv2d", "generic"):
         f = build(CASES[name](), "categorical", "tkfac")
         for part in f.parts.values():
-            a, b = part.kronecker_factors()
+            a, b = part.factors
             traces = [m.diagonal(dim1=1, dim2=2).sum(1) for m in (a, b)]
             torch.testing.assert_close(*traces)  # √δ each: tr Φ = tr Ψ = 1.
 
@@ -193,7 +194,7 @@ def test_pi_rule_of_trace_restricted_factors():
     found, count = reference.blocks(case, "gaussian", "exact")
     pairs = [(b.where, reference.tkfac_factors(b, count, "expand")) for b in found]
     inverse = dense.pi_damped_inverse(size_of(case), pairs, damping)
-    f = build(case, "gaussian", "tkfac", damping_rule="pi")
+    f = build(case, "gaussian", "tkfac", factored_damping=True)
     columns = normal(size_of(case), 3)
     dense.assert_same(f.solve(columns, damping), inverse @ columns)
 
@@ -207,8 +208,9 @@ def test_function_space_map(name, structure):
     output = capture.passes[-1].output
     rows = capture.pull_back(output, Gaussian().root_vectors(output.detach()))
     with capture:
-        f = make_structure(structure, capture.blocks, capture.layout)
-        f.update(rows, rows.samples)
+        curvature = curvature_of(structure, capture)
+        curvature.update(rows, rows.samples)
+        f = curvature.matrix()
         other = rows.combined(normal(rows.samples, rows.directions, 2, seed=3))
         found = f.function_space_map(rows, other, 0.3)
         eye = torch.eye(f.shape[0], dtype=torch.float64)
@@ -262,7 +264,7 @@ def test_token_wise_networks_have_exact_partial_traces():
     found, count = reference.blocks(case, "categorical", "exact")
     f = build(case, "categorical", "tkfac")
     for block in found:
-        a, b = (factor[0] for factor in part_of(f, block.names).kronecker_factors())
+        a, b = (factor[0] for factor in part_of(f, block.names).factors)
         rows = block.rows[:, 0]
         dense.assert_same(a * b.trace(), torch.einsum("roi,roj->ij", rows, rows) / count)
         dense.assert_same(b * a.trace(), torch.einsum("roi,rpi->op", rows, rows) / count)
@@ -353,8 +355,8 @@ def test_more_rows_than_may_wait_are_measured_in_the_first_basis(structure, monk
         where = dense.augmented_indices(case.model, spec)[0]
         index = where.flatten()
         block = exact[index.unsqueeze(1), index]
-        (a, b), _ = part_of(first, spec.names).spectrum()
-        basis = torch.kron(b[0], a[0])
+        part = part_of(first, spec.names)
+        basis = torch.kron(part.output_basis[0], part.input_basis[0])
         expected = basis @ torch.diag((basis.T @ block @ basis).diagonal()) @ basis.T
         dense.assert_same(matrix[index.unsqueeze(1), index], expected)
 
@@ -364,7 +366,7 @@ def test_more_rows_than_may_wait_are_measured_in_the_first_basis(structure, monk
 def test_chunks_of_vectors_add_up(name, structure, monkeypatch):
     case = CASES[name]()
     whole = build(case, "categorical", structure).to_dense()
-    monkeypatch.setattr(fisher_module, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(fisher_module, "PULL_BACK_ELEMENTS", 1)
     dense.assert_same(build(case, "categorical", structure).to_dense(), whole)
 
 
@@ -380,8 +382,8 @@ def test_ignored_positions(structure, sharing, monkeypatch):
     short = fisher_matrix(
         model, (x[:, :2], y[:, :2]), nn.CrossEntropyLoss(), structure, weight_sharing=sharing
     )
-    for chunk in (fisher_module.CHUNK_ELEMENTS, 1):
-        monkeypatch.setattr(fisher_module, "CHUNK_ELEMENTS", chunk)
+    for chunk in (fisher_module.PULL_BACK_ELEMENTS, 1):
+        monkeypatch.setattr(fisher_module, "PULL_BACK_ELEMENTS", chunk)
         masked = fisher_matrix(
             model, (x, ignored), nn.CrossEntropyLoss(), structure, weight_sharing=sharing
         )
@@ -395,10 +397,8 @@ def test_errors_are_clear():
             build(case, structure=structure, weight_sharing="both")
         with pytest.raises(TypeError, match=f"'{structure}'.*nonsense"):
             build(case, structure=structure, nonsense=1)
-    with pytest.raises(ValueError, match="tikhonov"):
-        build(case, structure="tkfac", damping_rule="none")
-    with pytest.raises(TypeError, match="damping_rule"):
-        build(case, structure="ekfac", damping_rule="pi")
+    with pytest.raises(TypeError, match="factored_damping"):
+        build(case, structure="ekfac", factored_damping=True)
 
 
 # -- training --------------------------------------------------------------------------------------
@@ -488,7 +488,7 @@ class StepByStep:
 
     def kronecker_inverse(self, a: Tensor, b: Tensor) -> Tensor:
         eye_a, eye_b = (torch.eye(len(m), dtype=torch.float64) for m in (a, b))
-        if self.rule == "tikhonov":
+        if self.rule == "exact":
             product = torch.kron(b.contiguous(), a.contiguous())
             return torch.linalg.inv(product + self.damping * torch.eye(len(product)).to(a))
         pi = (a.trace() / len(a) / (b.trace() / len(b))) ** 0.5
@@ -499,17 +499,18 @@ class StepByStep:
 
 @pytest.mark.parametrize("factor_interval", [1, 2])
 @pytest.mark.parametrize("decay", [0.0, 0.7])
-@pytest.mark.parametrize("structure", [*EIGEN, "tkfac:pi", "tkfac:tikhonov"])
+@pytest.mark.parametrize("structure", [*EIGEN, "tkfac:factored", "tkfac:exact"])
 def test_life_cycle(structure, decay, factor_interval):
     """Eight steps with intervals against the step-by-step computation."""
     structure, _, rule = structure.partition(":")
     case = CASES["mlp"]()
     model, damping, lr = copy.deepcopy(case.model), 0.02, 0.3
-    options = {"damping_rule": rule} if rule else {}
-    optimizer = OPTIMIZERS[structure](
-        model, lr=lr, damping=damping, momentum=0.0, fisher="exact", ema_decay=decay,
-        early_updates=False,
-        factor_interval=factor_interval, inverse_interval=3, kl_clip=None, **options,
+    options = {"factored_damping": rule == "factored"} if rule else {}
+    optimizer = make_optimizer(
+        OPTIMIZERS[structure], model,
+        lr=lr, damping=damping, momentum=0.0, fisher="exact", decay=decay,
+        early=False,
+        factors=factor_interval, inverses=3, kl_clip=None, **options,
     )  # fmt: skip
     steps = StepByStep(structure, case, decay, damping, rule)
     for step in range(8):
@@ -536,14 +537,13 @@ def train(optimizer, model: nn.Module, steps: range) -> None:
 def test_rows_are_preconditioned_where_that_is_cheaper(monkeypatch):
     """TKFAC's inverses may be applied to the rows of the gradient, as K-FAC's may."""
     used = []
-    part = natgrad.curvature.tkfac.TraceRestrictedPart
-    original = part._precondition_rows
+    original = KroneckerOperator.multiply_rows
 
-    def spy(self, rows):
-        used.append(self.name)
-        return original(self, rows)
+    def spy(self, *rows):
+        used.append(self.layout.names[0])
+        return original(self, *rows)
 
-    monkeypatch.setattr(part, "_precondition_rows", spy)
+    monkeypatch.setattr(KroneckerOperator, "multiply_rows", spy)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(40, 48), nn.Tanh(), nn.Linear(48, 4)).double()
     before, lr, damping = flat(model), 0.5, 0.03
@@ -551,12 +551,12 @@ def test_rows_are_preconditioned_where_that_is_cheaper(monkeypatch):
     functional.cross_entropy(model(normal(3, 40)), labels(3, 4, 0)).backward()
     gradient = torch.cat([p.grad.flatten().clone() for p in model.parameters()])
     optimizer.step()
-    assert used == ["0"]
-    expected = optimizer.preconditioner.structure.solve(gradient, damping)
+    assert used == ["0.weight"]
+    expected = optimizer.preconditioner.curvature.matrix().solve(gradient, damping)
     dense.assert_same((before - flat(model)) / lr, expected, 1e-8)
 
 
-SETTINGS: dict[str, Any] = {"fisher": "exact", "factor_interval": 2, "inverse_interval": 3}
+SETTINGS: dict[str, Any] = {"fisher": "exact", "factors": 2, "inverses": 3}
 
 
 def flat(model: nn.Module) -> Tensor:
@@ -567,7 +567,7 @@ def flat(model: nn.Module) -> Tensor:
 def test_state_dict_round_trip(structure):
     for saved_at in (1, 2, 3, 4):
         model = copy.deepcopy(CASES["mlp"]().model)
-        optimizer = OPTIMIZERS[structure](model, **SETTINGS)
+        optimizer = make_optimizer(OPTIMIZERS[structure], model, **SETTINGS)
         train(optimizer, model, range(saved_at))
         file = io.BytesIO()
         torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
@@ -575,7 +575,7 @@ def test_state_dict_round_trip(structure):
         state = torch.load(file, weights_only=True)
         twin = copy.deepcopy(CASES["mlp"]().model)
         twin.load_state_dict(state["model"])
-        other = OPTIMIZERS[structure](twin, **SETTINGS)
+        other = make_optimizer(OPTIMIZERS[structure], twin, **SETTINGS)
         other.load_state_dict(state["optimizer"])
         for each, net in ((optimizer, model), (other, twin)):
             train(each, net, range(saved_at, 8))
@@ -585,33 +585,51 @@ def test_state_dict_round_trip(structure):
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_looking_at_the_curvature_between_steps_changes_nothing(structure):
     models = [copy.deepcopy(CASES["mlp"]().model) for _ in range(2)]
-    watched, other = (OPTIMIZERS[structure](m, **SETTINGS) for m in models)
+    watched, other = (make_optimizer(OPTIMIZERS[structure], m, **SETTINGS) for m in models)
     for step in range(7):
         train(watched, models[0], range(step, step + 1))
         train(other, models[1], range(step, step + 1))
-        curvature = watched.preconditioner.structure
-        curvature.solve(flat(models[0]), 0.1)
-        curvature.eigenvalues()
+        matrix = watched.preconditioner.curvature.matrix()
+        matrix.solve(flat(models[0]), 0.1)
+        matrix.eigenvalues()
         watched.state_dict()
     assert torch.equal(flat(models[0]), flat(models[1]))
 
 
+def estimated(case: Case, structure: str, batches: int = 1) -> Curvature:
+    """Return the estimate of a case's Fisher matrix, with squared loss, from some batches."""
+    with Capture(case.model, case.output) as capture:
+        curvature = curvature_of(structure, capture)
+        for rows in gaussian_rows(case, capture, batches):
+            curvature.update(rows, rows.samples)
+    return curvature
+
+
+def gaussian_rows(case: Case, capture: Capture, batches: int) -> list[Jacobians]:
+    result = []
+    for seed in range(batches):
+        capture.clear()
+        dense.call(case.model, case.x if batches == 1 else several(case)[seed][0], case.output)
+        output = capture.passes[-1].output
+        result.append(capture.pull_back(output, Gaussian().root_vectors(output.detach())))
+    return result
+
+
 @pytest.mark.parametrize("structure", STRUCTURES)
-def test_state_of_an_object_is_the_object(structure):
+def test_state_is_the_matrix(structure):
     """Rows that still wait are measured for the state."""
     case = CASES["conv2d"]()
-    f = build(case, "categorical", structure)
-    capture = Capture(case.model)
-    with capture:
-        g = make_structure(structure, capture.blocks, capture.layout)
-    g.load_state_dict(f.state_dict(), torch.device("cpu"))
-    dense.assert_same(g.to_dense(), f.to_dense())
+    curvature = estimated(case, structure)
+    with Capture(case.model) as capture:
+        other = curvature_of(structure, capture)
+    other.load_state_dict(curvature.state_dict())
+    dense.assert_same(other.matrix().to_dense(), curvature.matrix().to_dense())
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_steps_with_nan_are_taken_back(structure):
     models = [copy.deepcopy(CASES["mlp"]().model) for _ in range(2)]
-    optimizer, undisturbed = (OPTIMIZERS[structure](m, **SETTINGS) for m in models)
+    optimizer, undisturbed = (make_optimizer(OPTIMIZERS[structure], m, **SETTINGS) for m in models)
     for step in range(7):
         parameters = flat(models[0])
         x, y = normal(4, 3, seed=step), labels(4, 3, step)
@@ -646,11 +664,11 @@ def test_batches_with_nan_are_left_out_of_the_matrix(structure):
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_failed_refresh_keeps_the_last_factorisation(structure, monkeypatch):
-    f = build(CASES["mlp"](), "categorical", structure)
-    f.refresh(0.1)
-    gradients = {n: normal(*f.layout.shapes[n]) for n in f.parameter_names}
-    source = natgrad.curvature.base.GradientSource(gradients)
-    before = f.precondition(source)
+    curvature = estimated(CASES["mlp"](), structure)
+    curvature.refresh(0.1)
+    shapes = curvature.layout.shapes
+    source = GradientSource({name: normal(*shape) for name, shape in shapes.items()})
+    before = curvature.natural_gradient(source)
 
     def fail(*_: Any) -> None:
         raise natgrad.linalg.FactorizationError("no")
@@ -658,50 +676,43 @@ def test_failed_refresh_keeps_the_last_factorisation(structure, monkeypatch):
     monkeypatch.setattr(natgrad.linalg, "eigh", fail)
     monkeypatch.setattr(natgrad.linalg, "inverse", fail)
     with pytest.warns(UserWarning, match="could not be factorised"):
-        f.refresh(0.2)
-    after = f.precondition(source)
+        curvature.refresh(0.2)
+    after = curvature.natural_gradient(source)
     for name, value in before.items():
         assert torch.equal(after[name], value)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
-def test_precondition_is_solve_after_refresh(structure):
+def test_refreshed_inverses_are_those_of_the_matrix(structure):
     for name in ("mlp", "conv2d", "embedding", "tied_embedding", "generic", "layer_norm"):
-        f = build(CASES[name](), "categorical", structure)
-        expected = f.solve({n: normal(*f.layout.shapes[n]) for n in f.parameter_names}, 0.1)
-        f.refresh(0.1)
-        gradients = {n: normal(*f.layout.shapes[n]) for n in f.parameter_names}
-        found = f.precondition(natgrad.curvature.base.GradientSource(gradients))
-        for key, value in expected.items():
+        curvature = estimated(CASES[name](), structure)
+        shapes = curvature.layout.shapes
+        gradients = {name: normal(*shape) for name, shape in shapes.items()}
+        curvature.refresh(0.1)
+        found = curvature.natural_gradient(GradientSource(gradients))
+        for key, value in curvature.matrix().solve(gradients, 0.1).items():
             dense.assert_same(found[key], value)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
-def test_discount_forgets(structure):
-    """After a discount of 0 an unused object is that of the next data alone; else they fade."""
+def test_older_batches_fade(structure):
+    """After a decay of 0 it is the matrix of the next data alone."""
     case = CASES["mlp"]()
-    capture = Capture(case.model)
-    with capture:
-        f = make_structure(structure, capture.blocks, capture.layout)
-        single = []
-        for x, _ in several(case, 2):
-            capture.clear()
-            output = case.model(x)
-            rows = capture.pull_back(output, Gaussian().root_vectors(output.detach()))
-            single.append((rows, rows.samples))
-        f.update(*single[0])
-        f.discount(0.0)
-        assert float(f.trace()) == 0.0
-        f.update(*single[1])
+    with Capture(case.model) as capture:
+        batches = gaussian_rows(case, capture, 2)
+        found = curvature_of(structure, capture)
+        for rows in batches:
+            found.observe(rows, rows.samples)
+            found.join(0.0)
         exact = fisher_matrix(case.model, several(case, 2)[1], "gaussian", structure)
-        dense.assert_same(f.to_dense(), exact.to_dense())
-        g = make_structure(structure, capture.blocks, capture.layout)
-        g.update(*single[0])
-        g.discount(0.25)
-        g.update(*single[1])
-        squares = [rows.to_dense().square().sum() for rows, _ in single]
-        expected = (0.25 * squares[0] + squares[1]) / (1.25 * single[0][1])
-        dense.assert_same(g.trace(), expected)
+        dense.assert_same(found.matrix().to_dense(), exact.to_dense())
+        faded = curvature_of(structure, capture)
+        for rows in batches:
+            faded.observe(rows, rows.samples)
+            faded.join(0.25)
+        squares = [rows.to_dense().square().sum() for rows in batches]
+        expected = (0.25 * squares[0] + squares[1]) / (1.25 * batches[0].samples)
+        dense.assert_same(faded.matrix().trace(), expected)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
@@ -743,9 +754,9 @@ def test_training_reduces_the_loss(structure, convolution):
 
 
 def test_costs_are_stated():
-    f = build(CASES["mlp"](), "categorical", "ekfac")
-    workload = natgrad.curvature.cost.Workload(samples=8, directions=3)
-    kfac = build(CASES["mlp"](), "categorical", "kfac").costs(workload)
-    for name, cost in f.costs(workload).items():
+    workload = natgrad.curvature.cost.Workload(samples=8, directions=3, positions={})
+    case = CASES["mlp"]()
+    kfac = estimated(case, "kfac").costs(workload)
+    for name, cost in estimated(case, "ekfac").costs(workload).items():
         assert cost.memory > kfac[name].memory and cost.refresh > kfac[name].refresh
         assert cost.step == 2 * kfac[name].step and cost.factors == kfac[name].factors

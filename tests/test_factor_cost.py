@@ -13,10 +13,11 @@ from torch.nn import functional
 
 import natgrad
 from natgrad import Capture, linalg
-from natgrad.curvature import make_structure
-from natgrad.curvature.ekfac import second_moments
+from natgrad.curvature import KroneckerFactors, as_structure
 from natgrad.jacobians import LinearJacobian
+from natgrad.jacobians.moments import second_moments
 from tests.cases import CASES, normal
+from tests.methods import curvature_of, make_optimizer
 
 # Triangles.
 
@@ -49,7 +50,7 @@ def test_wide_layers_have_the_factors_of_their_rows() -> None:
     model = nn.Sequential(nn.Linear(300, 280), nn.Tanh(), nn.Linear(280, 2)).double()
     x = normal(20, 300)
     found = natgrad.fisher_matrix(model, (x, None), structure="kfac")
-    a, _ = found.parts["0"].kronecker_factors()
+    a, _ = found.parts["0"].factors
     augmented = torch.cat([x, torch.ones(20, 1, dtype=x.dtype)], 1)
     torch.testing.assert_close(a[0], augmented.T @ augmented / 20)
     assert torch.equal(a, a.mT)
@@ -90,8 +91,8 @@ def test_shared_inputs_share_their_moment(monkeypatch: pytest.MonkeyPatch) -> No
     rows = torch.cat([x.flatten(0, 1), torch.ones(18, 1, dtype=x.dtype)], 1)
     expected = rows.T @ rows / 18
     for name in ("query", "key", "other"):
-        torch.testing.assert_close(found.parts[name].kronecker_factors()[0][0], expected)
-    torch.testing.assert_close(found.parts["value"].kronecker_factors()[0][0], expected[:5, :5])
+        torch.testing.assert_close(found.parts[name].factors[0][0], expected)
+    torch.testing.assert_close(found.parts["value"].factors[0][0], expected[:5, :5])
 
 
 # Some positions.
@@ -165,18 +166,18 @@ def test_ekfac_takes_some_samples_of_shared_weights() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 2)).double()
     found = []
     for limit in (3, None):
-        optimizer = natgrad.EKFAC(model, max_moment_samples=limit)
+        optimizer = make_optimizer(natgrad.EKFAC, model, max_moment_samples=limit)
         functional.cross_entropy(model(normal(8, 1, 8, 8)), torch.arange(8) % 2).backward()
         optimizer.step()
         with Capture(model) as capture:
             output = model(normal(8, 1, 8, 8))
             jacobians = capture.pull_back(output, normal(1, *output.shape))
-        parts = optimizer.preconditioner.structure.parts
-        found.append([parts[name]._sampled(jacobians[name]) for name in ("0", "2")])
+        structure = optimizer.preconditioner.curvature.structure
+        found.append([structure._sampled(jacobians[name], 1) for name in ("0", "2")])
     assert [(rows.samples, weight) for rows, weight in found[0]] == [(3, 8 / 3), (8, 1.0)]
     assert [(rows.samples, weight) for rows, weight in found[1]] == [(8, 1.0), (8, 1.0)]
     with pytest.raises(ValueError, match="max_moment_samples must be at least 1"):
-        natgrad.EKFAC(model, max_moment_samples=0)
+        make_optimizer(natgrad.EKFAC, model, max_moment_samples=0)
 
 
 def test_factors_of_some_positions_are_unbiased() -> None:
@@ -204,37 +205,35 @@ def test_draws_differ_between_updates_and_continue_after_a_checkpoint() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 2)).double()
     x = normal(4, 1, 8, 8)
 
-    def update(structure, seed: int) -> None:
-        with Capture(model) as capture:
-            output = model(x)
-            structure.update(capture.pull_back(output, normal(1, *output.shape, seed=seed)), 4.0)
-
     with Capture(model) as capture:
-        blocks, layout = capture.blocks, capture.layout
-    first = make_structure("kfac", blocks, layout, rows_per_unit=2)
-    update(first, 1)
-    once = first.parts["0"].kronecker_factors()[0]
-    first.discount(0.0)
-    update(first, 1)
-    assert not torch.equal(once, first.parts["0"].kronecker_factors()[0])
-    second = make_structure("kfac", blocks, layout, rows_per_unit=2)
-    second.load_state_dict(copy.deepcopy(first.state_dict()), torch.device("cpu"))
-    for structure in (first, second):
-        update(structure, 2)
-    for left, right in zip(
-        first.parts["0"].kronecker_factors(), second.parts["0"].kronecker_factors(), strict=True
-    ):
+        kind = KroneckerFactors(rows_per_unit=2)
+
+        def update(curvature, seed: int, decay: float) -> None:
+            output = model(x)
+            curvature.observe(capture.pull_back(output, normal(1, *output.shape, seed=seed)), 4.0)
+            curvature.join(decay)
+
+        first = curvature_of(kind, capture)
+        update(first, 1, 1.0)
+        once = first.matrix().parts["0"].factors[0]
+        update(first, 1, 0.0)
+        assert not torch.equal(once, first.matrix().parts["0"].factors[0])
+        second = curvature_of(kind, capture)
+        second.load_state_dict(copy.deepcopy(first.state_dict()))
+        for curvature in (first, second):
+            update(curvature, 2, 1.0)
+    pairs = [one.matrix().parts["0"].factors for one in (first, second)]
+    for left, right in zip(*pairs, strict=True):
         assert torch.equal(left, right)
     with pytest.raises(ValueError, match="rows_per_unit must be positive"):
-        make_structure("kfac", blocks, layout, rows_per_unit=0)
+        KroneckerFactors(rows_per_unit=0)
 
 
 def test_training_takes_some_rows_and_fisher_objects_all() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 2))
     optimizer = natgrad.KFAC(model)
-    assert optimizer.preconditioner.structure.parts["0"].rows_per_unit == 4.0
-    found = natgrad.fisher_matrix(model, (torch.randn(3, 1, 8, 8), None), structure="kfac")
-    assert found.parts["0"].rows_per_unit is None
+    assert optimizer.preconditioner.curvature.structure.rows_per_unit == 4.0
+    assert as_structure("kfac").rows_per_unit is None
 
 
 # Staggered factorisations.
@@ -247,22 +246,23 @@ def train(optimizer_options: dict, steps: int) -> tuple[nn.Module, natgrad.KFAC,
     for d_in, d_out in zip(sizes, sizes[1:], strict=False):
         layers += [nn.Linear(d_in, d_out), nn.Tanh()]
     model = nn.Sequential(*layers[:-1]).double()
-    optimizer_options = {"early_updates": False, **optimizer_options}
-    optimizer = natgrad.KFAC(model, factor_interval=1, **optimizer_options)
+    optimizer_options = {"early": False, **optimizer_options}
+    optimizer = make_optimizer(natgrad.KFAC, model, factors=1, **optimizer_options)
     refreshed: list[list[str]] = []
     for step in range(steps):
-        parts = optimizer.preconditioner.structure.parts
-        before = {name: part._inverse for name, part in parts.items()}
+        estimates = optimizer.preconditioner.curvature.estimates
+        before = {name: one.inverse for name, one in estimates.items()}
         optimizer.zero_grad()
         functional.cross_entropy(model(normal(8, 6, seed=step)), torch.arange(8) % 3).backward()
         optimizer.step()
-        refreshed.append([n for n, part in parts.items() if part._inverse is not before[n]])
+        estimates = optimizer.preconditioner.curvature.estimates
+        refreshed.append([n for n, one in estimates.items() if one.inverse is not before[n]])
     return model, optimizer, refreshed
 
 
 def test_staggering_factorises_every_layer_once_per_interval() -> None:
-    _, optimizer, refreshed = train({"inverse_interval": 3, "stagger": True}, 9)
-    names = sorted(optimizer.preconditioner.structure.parts)
+    _, optimizer, refreshed = train({"inverses": 3, "stagger": True}, 9)
+    names = sorted(optimizer.preconditioner.curvature.parts)
     assert sorted(refreshed[0]) == names  # Nothing can be preconditioned before.
     assert refreshed[1] == refreshed[2] == []
     for start in (3, 6):
@@ -275,7 +275,7 @@ def test_staggering_factorises_every_layer_once_per_interval() -> None:
 
 @pytest.mark.parametrize("stagger", [False, True])
 def test_early_factorisations(stagger: bool) -> None:
-    options = {"inverse_interval": 6, "early_updates": True, "stagger": stagger}
+    options = {"inverses": 6, "early": True, "stagger": stagger}
     _, _, refreshed = train(options, 12)
     assert [step for step in range(6) if len(refreshed[step]) == 4] == [0, 1, 2, 4]
     assert all(len(refreshed[step]) in (0, 4) for step in range(6))
@@ -284,8 +284,8 @@ def test_early_factorisations(stagger: bool) -> None:
 
 
 def test_interval_of_one_needs_no_staggering() -> None:
-    staggered, _, refreshed = train({"inverse_interval": 1, "stagger": True}, 3)
-    plain, _, _ = train({"inverse_interval": 1}, 3)
+    staggered, _, refreshed = train({"inverses": 1, "stagger": True}, 3)
+    plain, _, _ = train({"inverses": 1}, 3)
     assert all(len(names) == 4 for names in refreshed)
     for p, q in zip(staggered.parameters(), plain.parameters(), strict=True):
         assert torch.equal(p, q)
@@ -293,7 +293,7 @@ def test_interval_of_one_needs_no_staggering() -> None:
 
 def test_coupled_structures_cannot_be_staggered() -> None:
     with pytest.raises(ValueError, match="independent layers"):
-        natgrad.BlockTridiagonalNGD(nn.Linear(2, 2), stagger=True)
+        make_optimizer(natgrad.BlockTridiagonalNGD, nn.Linear(2, 2), stagger=True)
 
 
 def test_summary_tells_which_factors_are_diagonal() -> None:

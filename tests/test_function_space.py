@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from natgrad import Capture
-from natgrad.curvature import FisherMatrix, make_structure
 from natgrad.jacobians import Jacobians
 from natgrad.likelihoods import Gaussian
+from natgrad.operators import FisherMatrix
 from tests import dense
 from tests.cases import CASES, Case, normal
+from tests.methods import curvature_of
 
 STRUCTURES = ["full", "block_diagonal", "block_tridiagonal", "unit_wise", "diagonal", "kfac"]
 
@@ -28,9 +29,9 @@ def pulled_back(case: Case, x=None) -> tuple[Capture, Jacobians]:
 
 
 def built(structure: str, capture: Capture, rows: Jacobians, **options) -> FisherMatrix:
-    matrix = make_structure(structure, capture.blocks, capture.layout, **options)
-    matrix.update(rows, rows.samples)
-    return matrix
+    curvature = curvature_of(structure, capture, **options)
+    curvature.update(rows, rows.samples)
+    return curvature.matrix()
 
 
 def expected(matrix: FisherMatrix, rows: Jacobians, other: Jacobians, inverse: Tensor) -> dict:
@@ -39,7 +40,7 @@ def expected(matrix: FisherMatrix, rows: Jacobians, other: Jacobians, inverse: T
     result = {}
     for name in rows:
         keep = torch.zeros(matrix.shape[0], 1, dtype=torch.float64)
-        for segment in matrix.layout.slices(matrix.blocks[name]):
+        for segment in matrix.layout.slices(rows[name].layout):
             keep[segment] = 1.0
         result[name] = left @ (keep * moved)
     return result
@@ -97,7 +98,7 @@ def test_map_to_other_inputs_of_a_wide_network(structure, damping):
     model(normal(3, 9, seed=5))
     output = capture.passes[-1].output
     other = capture.pull_back(output, unit_vectors(output))
-    options = {"damping_rule": "pi"} if structure == "kfac" else {}
+    options = {"factored_damping": True} if structure == "kfac" else {}
     with capture:
         matrix = built(structure, capture, rows, **options)
         found = matrix.function_space_map(rows, other, damping)

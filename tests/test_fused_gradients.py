@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import natgrad
-from natgrad.optim import fused_gradients
+from natgrad.curvature import as_structure
+from natgrad.optim.fused import kronecker_gradients
 from tests.cases import normal
+from tests.methods import make_optimizer
 
 BATCH, UNITS = 6, (12, 20, 15, 4)
 OPTIONS = {
@@ -19,8 +21,8 @@ OPTIONS = {
     "damping": 1e-2,
     "momentum": 0.9,
     "kl_clip": None,
-    "factor_interval": 1,
-    "early_updates": False,
+    "factors": 1,
+    "early": False,
 }
 
 
@@ -43,11 +45,11 @@ def backward(model: nn.Module, seed: int, size: int = BATCH) -> None:
 
 def pair(activation: nn.Module | None = None, bias: bool = True, **options):
     """Return a fused and a plain run that have taken the same first step."""
-    options = {**OPTIONS, "inverse_interval": 1000, **options}
+    options = {**OPTIONS, "inverses": 1000, **options}
     runs = []
     for fused in (True, False):
         model = make_model(activation, bias)
-        optimizer = natgrad.KFAC(model, fused=fused, **options)
+        optimizer = make_optimizer(natgrad.KFAC, model, fused=fused, **options)
         backward(model, 0)
         optimizer.step()
         optimizer.zero_grad()
@@ -83,8 +85,8 @@ def test_gradient_is_the_natural_gradient() -> None:
     (model, optimizer), (plain, _) = pair()
     backward(model, 1)
     backward(plain, 1)
-    part = optimizer.preconditioner.structure.parts["0"]
-    inverse_a, inverse_b = (matrix[0] for matrix in part._inverse)
+    inverse = optimizer.preconditioner.curvature.estimates["0"].inverse
+    inverse_a, inverse_b = (matrix[0] for matrix in inverse.factors)
     gradient = torch.cat([plain[0].weight.grad, plain[0].bias.grad[:, None]], 1)
     natural = inverse_b @ gradient @ inverse_a
     torch.testing.assert_close(model[0].weight.grad, natural[:, :-1], rtol=1e-10, atol=1e-12)
@@ -98,11 +100,9 @@ def test_curvature_is_that_of_plain_runs() -> None:
             backward(run, seed)
             stepper.step()
             stepper.zero_grad()
-    for name, part in other.preconditioner.structure.parts.items():
-        fused = optimizer.preconditioner.structure.parts[name]
-        for found, expected in zip(
-            fused.kronecker_factors(), part.kronecker_factors(), strict=True
-        ):
+    matrices = [one.preconditioner.curvature.matrix() for one in (optimizer, other)]
+    for name, part in matrices[1].parts.items():
+        for found, expected in zip(matrices[0].parts[name].factors, part.factors, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
@@ -127,7 +127,7 @@ def test_many_rows_stay_plain() -> None:
 
 def test_first_step_is_plain() -> None:
     model = make_model()
-    optimizer = natgrad.KFAC(model, fused=True, **OPTIONS)
+    optimizer = make_optimizer(natgrad.KFAC, model, fused=True, **OPTIONS)
     backward(model, 0)
     assert active(optimizer) == [False] * len(active(optimizer))
 
@@ -137,7 +137,9 @@ def test_three_dimensional_inputs_and_frozen_bias() -> None:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(8, 30), nn.Tanh(), nn.Linear(30, 24)).double()
         model[2].bias.requires_grad_(False)
-        optimizer = natgrad.KFAC(model, fused=fused, **{**OPTIONS, "inverse_interval": 1000})
+        optimizer = make_optimizer(
+            natgrad.KFAC, model, fused=fused, **{**OPTIONS, "inverses": 1000}
+        )
         for seed in range(3):
             optimizer.zero_grad()
             output = model(normal(2, 3, 8, seed=seed)).mean(1)
@@ -150,7 +152,7 @@ def test_three_dimensional_inputs_and_frozen_bias() -> None:
 
 def test_estimated_slope_converges(monkeypatch: pytest.MonkeyPatch) -> None:
     probes = 20_000
-    monkeypatch.setattr(fused_gradients, "PROBES", probes)
+    monkeypatch.setattr(kronecker_gradients, "PROBES", probes)
     (model, optimizer), (plain, _) = pair()
     backward(model, 1)
     backward(plain, 1)
@@ -214,8 +216,12 @@ def test_abandoned_backward_pass_leaves_nothing() -> None:
 
 def test_first_order_groups_keep_plain_gradients() -> None:
     model = make_model()
-    optimizer = natgrad.KFAC(
-        model, fused=True, params=[{"modules": [model[0]], "preconditioned": False}], **OPTIONS
+    optimizer = make_optimizer(
+        natgrad.KFAC,
+        model,
+        fused=True,
+        params=[{"modules": [model[0]], "preconditioned": False}],
+        **OPTIONS,
     )
     plain = make_model()
     backward(model, 0)
@@ -234,10 +240,10 @@ def test_autocast_and_low_precision_products() -> None:
     plain = copy.deepcopy(model)
     runs = []
     for run, options in (
-        (model, {"fused": True, "precondition_dtype": torch.bfloat16}),
+        (model, {"fused": True, "product_dtype": torch.bfloat16}),
         (plain, {}),
     ):
-        optimizer = natgrad.KFAC(run, **{**OPTIONS, "inverse_interval": 1000}, **options)
+        optimizer = make_optimizer(natgrad.KFAC, run, **{**OPTIONS, "inverses": 1000}, **options)
         for seed in range(3):
             optimizer.zero_grad()
             x = normal(8, 32, seed=seed).float()
@@ -278,22 +284,22 @@ def test_second_derivatives_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "make",
+    ("structure", "options", "error"),
     [
-        lambda m: natgrad.EKFAC(m, fused=True),
-        lambda m: natgrad.KFAC(m, fused=True, damping_rule="tikhonov"),
-        lambda m: natgrad.DiagonalNGD(m, fused=True),
+        ("ekfac", {}, TypeError),
+        ("diagonal", {}, TypeError),
+        ("kfac", {"factored_damping": False}, ValueError),
     ],
 )
-def test_structures_without_factored_inverse_are_refused(make) -> None:
-    with pytest.raises(ValueError, match="fused=True needs structure 'kfac'"):
-        make(make_model())
+def test_structures_without_factored_inverse_are_refused(structure, options, error) -> None:
+    with pytest.raises(error, match="fused"):
+        as_structure(structure, fused=True, **options)
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"step_rule": "quadratic_model"},
+        {"length": "quadratic_model"},
         {"momentum_on": "gradient"},
         {"weight_decay_mode": "model"},
         {"graft": "adam"},
@@ -301,4 +307,4 @@ def test_structures_without_factored_inverse_are_refused(make) -> None:
 )
 def test_options_that_need_the_plain_gradient_are_refused(options: dict) -> None:
     with pytest.raises(ValueError, match="never forms the plain gradient"):
-        natgrad.KFAC(make_model(), fused=True, **options)
+        make_optimizer(natgrad.KFAC, make_model(), fused=True, **options)

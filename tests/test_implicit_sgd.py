@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from natgrad.optim.implicit_sgd import ImplicitSGD
+from natgrad.first_order.implicit_sgd import ImplicitSGD
 from tests import dense
 
 

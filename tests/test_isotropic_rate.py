@@ -12,6 +12,7 @@ from torch import nn
 import natgrad
 from natgrad import ntk
 from tests.cases import normal
+from tests.methods import make_optimizer
 
 OPTIMIZERS = {
     "full": natgrad.ExactNGD,
@@ -29,7 +30,7 @@ def network(outputs: int = 2, width: int = 40) -> nn.Module:
 
 def make(structure: str, model: nn.Module, likelihood="gaussian", **options):
     options = {"fisher": "exact", "kl_clip": None, "damping": 0.0, "momentum": 0.0} | options
-    return OPTIMIZERS[structure](model, likelihood, lr="isotropic", **options)
+    return make_optimizer(OPTIMIZERS[structure], model, likelihood, lr="isotropic", **options)
 
 
 def backward(model: nn.Module, x, y) -> float:
@@ -92,7 +93,7 @@ def test_rate_survives_checkpoints_before_and_after_it_is_measured():
     other = make("kfac", network())
     other.load_state_dict(optimizer.state_dict())
     assert other.param_groups[0]["unit"] == unit
-    assert other.preconditioner.isotropy_probe is None
+    assert other.preconditioner.observer.isotropy_probe is None
     again = make("kfac", network())
     again.load_state_dict(fresh)
     assert again.param_groups[0]["unit"] is None
@@ -159,7 +160,7 @@ def test_without_a_positive_alpha_it_says_so_and_changes_nothing():
     model = network()
     before = [p.detach().clone() for p in model.parameters()]
     optimizer = make("kfac", model)
-    optimizer.preconditioner.isotropy_probe.observe = lambda *args: None
+    optimizer.preconditioner.observer.isotropy_probe.observe = lambda *args: None
     backward(model, x, y)
     with pytest.raises(ValueError, match="give lr as a number"):
         optimizer.step()
@@ -191,12 +192,17 @@ def test_measuring_leaves_warm_starts_alone():
     x, y = normal(4, 12), normal(4, 2, seed=1)
     models = [network(), network()]
     options = {"damping": 0.1, "kl_clip": None, "tolerance": 1e-10, "max_iterations": 100}
-    measured = natgrad.ConjugateGradientNGD(models[0], "gaussian", lr="isotropic", **options)
-    plain = natgrad.ConjugateGradientNGD(models[1], "gaussian", lr=1.0, **options)
+    measured = make_optimizer(
+        natgrad.ConjugateGradientNGD, models[0], "gaussian", lr="isotropic", **options
+    )
+    plain = make_optimizer(natgrad.ConjugateGradientNGD, models[1], "gaussian", lr=1.0, **options)
     for model, optimizer in zip(models, (measured, plain), strict=True):
         backward(model, x, y)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             optimizer.step()
-    last = [o.preconditioner.structure.parts["all layers"]._last for o in (measured, plain)]
+    last = [
+        o.preconditioner.curvature.estimates["all layers"].inverse.state["last"]
+        for o in (measured, plain)
+    ]
     torch.testing.assert_close(last[0], last[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import warnings
 
@@ -11,17 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-import natgrad.curvature.kpsvd
+import natgrad
 from natgrad import Capture
-from natgrad.curvature import make_structure
-from natgrad.curvature.base import GradientSource
+from natgrad.curvature import Curvature
 from natgrad.curvature.cost import Workload
+from natgrad.fisher import estimation as fisher_module
 from natgrad.fisher import fisher_matrix
-from natgrad.likelihoods import Gaussian
-from natgrad.optim.kpsvd import KPSVD
+from natgrad.likelihoods import Categorical, Gaussian
+from natgrad.operators import GradientSource
+from natgrad.operators.kronecker_sum import KroneckerSumOperator
+from natgrad.optim import KPSVD
 from tests import dense
 from tests import dense_kronecker as reference
 from tests.cases import CASES, normal
+from tests.methods import curvature_of, make_optimizer
 from tests.test_structures import build, check_interface, check_pseudo_inverse, labels
 
 FACTORED = [name for name in CASES if CASES[name]().has_kfac]
@@ -95,10 +99,8 @@ def test_deflation_is_lanczos(name, rank):
 
 def test_missing_pairs_are_zero():
     """A block with fewer pairs than asked for has zeros in their place."""
-    part = build(CASES["layer_norm"](), "categorical", "kpsvd", rank=5).parts
-    for each in part.values():
-        a, b = each.kronecker_pairs()
-        assert len(a) == len(b) == 5
+    for part in build(CASES["layer_norm"](), "categorical", "kpsvd", rank=5).parts.values():
+        assert len(part.inputs) == len(part.outputs) == part.rank == 5
 
 
 @pytest.mark.parametrize("rank", [1, 2])
@@ -129,7 +131,7 @@ def test_zero_damping_is_the_pseudo_inverse(name, rank):
 
 def pi_matrix(part, damping: float) -> Tensor:
     """Return (B_1 + √λ/π I) ⊗ (A_1 + π√λ I) + B_2 ⊗ A_2 of a part with one group, as matrices."""
-    a, b = (x[:, 0] for x in part.kronecker_pairs())
+    a, b = part.inputs[:, 0], part.outputs[:, 0]
     pi = (a[0].trace() / len(a[0]) / (b[0].trace() / len(b[0]))).sqrt()
     a, b = a.clone(), b.clone()
     a[0] += damping**0.5 * pi * torch.eye(len(a[0]), dtype=a.dtype)
@@ -140,62 +142,76 @@ def pi_matrix(part, damping: float) -> Tensor:
 @pytest.mark.parametrize("rank", [1, 2])
 @pytest.mark.parametrize("name", ["mlp", "tokens", "conv1d"])
 def test_pi_rule(name, rank):
-    f = build(CASES[name](), "categorical", "kpsvd", rank=rank, damping_rule="pi")
+    f = build(CASES[name](), "categorical", "kpsvd", rank=rank, factored_damping=True)
     for part in f.parts.values():
         if part.layout.groups > 1:
             continue
         matrix = pi_matrix(part, 1.0)
         assert torch.linalg.eigvalsh(matrix)[0] > 0
-        columns = normal(part.numel, 2)
+        columns = normal(part.layout.numel, 2)
         matrices = part.layout.matrix(columns.T).flatten(1).T
         solved = torch.linalg.solve(matrix, matrices)
         shape = (2, 1, part.layout.d_out, part.layout.d_augmented)
         dense.assert_same(part.solve(columns, 1.0), part.layout.flat(solved.T.reshape(shape)).T)
 
 
-def indefinite_part():
+def indefinite_part(factored_damping: bool) -> KroneckerSumOperator:
     """Return a part whose second product spoils the first, as decompositions of it would."""
-    f = build(CASES["mlp"](), "categorical", "kpsvd", rank=2, damping_rule="pi")
+    f = build(CASES["mlp"](), "categorical", "kpsvd", factored_damping=factored_damping)
     part = next(iter(f.parts.values()))
-    part.inputs = torch.stack([part.inputs[0], -2 * part.inputs[0]])
-    part.outputs = torch.stack([part.outputs[0], part.outputs[0]])
-    return f, part
+    return dataclasses.replace(
+        part,
+        leading_only=True,
+        inputs=torch.cat([part.inputs, -2 * part.inputs]),
+        outputs=torch.cat([part.outputs, part.outputs]),
+    )
 
 
-@pytest.mark.parametrize("rule", ["pi", "tikhonov"])
-def test_indefinite_sum_falls_back_to_the_first_product(rule):
-    f, part = indefinite_part()
-    part.damping_rule = rule
-    damping = 1e-3
-    if rule == "pi":
+@pytest.mark.parametrize("factored", [True, False])
+def test_indefinite_sum_falls_back_to_the_first_product(factored):
+    part, damping = indefinite_part(factored), 1e-3
+    if factored:
         with pytest.raises(natgrad.linalg.FactorizationError, match="positive definite"):
-            part.solver(damping)
-    with pytest.warns(UserWarning, match="first product alone"):
-        part.refresh(damping)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        part.refresh(damping)  # Said once.
-    a, b = (x[0, 0] for x in part.kronecker_pairs())
-    matrix = torch.kron(b, a) + damping * torch.eye(part.numel, dtype=a.dtype)
-    gradients = {n: normal(*f.layout.shapes[n]) for n in part.names}
-    found = part.precondition(GradientSource(gradients))
-    stacked = torch.cat([g.reshape(part.layout.d_out, -1) for g in gradients.values()], 1)
+            dataclasses.replace(part, leading_only=False).inverse(damping)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            inverse = part.inverse(damping)
+    (warning,) = said  # Said once.
+    assert "first product alone" in str(warning.message)
+    layout = part.layout
+    matrix = torch.kron(part.outputs[0, 0], part.inputs[0, 0])
+    matrix = matrix + damping * torch.eye(len(matrix), dtype=matrix.dtype)
+    gradients = layout.to_dict(normal(layout.numel))
+    found = inverse.natural_gradient(GradientSource(gradients))
+    stacked = torch.cat([g.reshape(layout.d_out, -1) for g in gradients.values()], 1)
     solution = torch.linalg.solve(matrix, stacked.flatten()).reshape(stacked.shape)
-    result = torch.cat([found[n].reshape(part.layout.d_out, -1) for n in part.names], 1)
+    result = torch.cat([found[n].reshape(layout.d_out, -1) for n in layout.names], 1)
     dense.assert_same(result, solution)
     assert part.logdet(damping).isnan()
 
 
-@pytest.mark.parametrize("options", [{}, {"rank": 2}, {"rank": 2, "damping_rule": "pi"}])
-def test_precondition_is_solve_after_refresh(options):
+def estimated(case, **options) -> Curvature:
+    """Return the estimate of a case's Fisher matrix from its batch."""
+    with Capture(case.model, case.output) as capture:
+        curvature = curvature_of("kpsvd", capture, **options)
+        dense.call(case.model, case.x, case.output)
+        output = capture.passes[-1].output
+        rows = capture.pull_back(output, Categorical().root_vectors(output.detach()))
+        curvature.update(rows, rows.samples)
+    return curvature
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": 2}, {"rank": 2, "factored_damping": True}])
+def test_refreshed_inverses_are_those_of_the_matrix(options):
     for name in ("mlp", "conv2d", "embedding", "tied_embedding", "generic"):
-        f = build(CASES[name](), "categorical", "kpsvd", **options)
-        gradients = {n: normal(*f.layout.shapes[n]) for n in f.parameter_names}
+        curvature = estimated(CASES[name](), **options)
+        gradients = curvature.layout.to_dict(normal(curvature.layout.numel))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            f.refresh(2.0)
-        found = f.precondition(GradientSource(gradients))
-        for key, value in f.solve(gradients, 2.0).items():
+            curvature.refresh(2.0)
+        found = curvature.natural_gradient(GradientSource(gradients))
+        for key, value in curvature.matrix().solve(gradients, 2.0).items():
             dense.assert_same(found[key], value)
 
 
@@ -266,10 +282,9 @@ def test_life_cycle(rank, decay, factor_interval):
     """Eight steps with intervals against the step-by-step computation."""
     case = CASES["mlp"]()
     model, damping, lr = copy.deepcopy(case.model), 0.5, 0.3
-    optimizer = KPSVD(
-        model, lr=lr, damping=damping, momentum=0.0, fisher="exact", ema_decay=decay,
-        early_updates=False,
-        factor_interval=factor_interval, inverse_interval=3, kl_clip=None, rank=rank,
+    optimizer = make_optimizer(
+        KPSVD, model, lr=lr, damping=damping, momentum=0.0, fisher="exact", decay=decay,
+        early=False, factors=factor_interval, inverses=3, kl_clip=None, rank=rank,
         tolerance=1e-11, max_iterations=100,
     )  # fmt: skip
     steps = StepByStep(case, rank, decay, damping)
@@ -297,14 +312,14 @@ def flat(model: nn.Module) -> Tensor:
     return nn.utils.parameters_to_vector(model.parameters()).detach().clone()
 
 
-SETTINGS = {"fisher": "exact", "factor_interval": 2, "inverse_interval": 3, "damping": 0.5}
+SETTINGS = {"fisher": "exact", "factors": 2, "inverses": 3, "damping": 0.5}
 
 
 @pytest.mark.parametrize("rank", [1, 2])
 def test_state_dict_round_trip(rank):
     for saved_at in (1, 2, 3, 4):
         model = copy.deepcopy(CASES["mlp"]().model)
-        optimizer = KPSVD(model, rank=rank, **SETTINGS)
+        optimizer = make_optimizer(KPSVD, model, rank=rank, **SETTINGS)
         train(optimizer, model, range(saved_at))
         file = io.BytesIO()
         torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
@@ -312,7 +327,7 @@ def test_state_dict_round_trip(rank):
         state = torch.load(file, weights_only=True)
         twin = copy.deepcopy(CASES["mlp"]().model)
         twin.load_state_dict(state["model"])
-        other = KPSVD(twin, rank=rank, **SETTINGS)
+        other = make_optimizer(KPSVD, twin, rank=rank, **SETTINGS)
         other.load_state_dict(state["optimizer"])
         for each, net in ((optimizer, model), (other, twin)):
             train(each, net, range(saved_at, 8))
@@ -322,7 +337,7 @@ def test_state_dict_round_trip(rank):
 @pytest.mark.parametrize("rank", [1, 2])
 def test_steps_with_nan_are_taken_back(rank):
     models = [copy.deepcopy(CASES["mlp"]().model) for _ in range(2)]
-    optimizer, undisturbed = (KPSVD(m, rank=rank, **SETTINGS) for m in models)
+    optimizer, undisturbed = (make_optimizer(KPSVD, m, rank=rank, **SETTINGS) for m in models)
     for step in range(5):
         parameters = flat(models[0])
         x, y = normal(4, 3, seed=step), labels(4, 3, step)
@@ -350,6 +365,32 @@ def test_batches_with_nan_are_left_out_of_the_matrix():
     f = fisher_matrix(case.model, [good, bad, other], "categorical", "kpsvd")
     g = fisher_matrix(case.model, [good, other], "categorical", "kpsvd")
     dense.assert_same(f.to_dense(), g.to_dense())
+
+
+def test_batches_and_chunks_add_up(monkeypatch):
+    """With all products nothing is truncated between them."""
+    case = CASES["mlp"]()
+    y = case.target("categorical")
+    whole = build(case, "categorical", "kpsvd", rank=100).to_dense()
+    for elements in (fisher_module.PULL_BACK_ELEMENTS, 1):
+        monkeypatch.setattr(fisher_module, "PULL_BACK_ELEMENTS", elements)
+        batches = [(case.x[:2], y[:2]), (case.x[2:], y[2:])]
+        found = fisher_matrix(case.model, batches, "categorical", "kpsvd", rank=100)
+        dense.assert_same(found.to_dense(), whole)
+
+
+def test_several_passes_of_a_step_are_one_batch():
+    models = [copy.deepcopy(CASES["mlp"]().model) for _ in range(2)]
+    options = {**SETTINGS, "rank": 100, "factored_damping": False, "tolerance": 1e-12}
+    optimizers = [make_optimizer(KPSVD, m, max_iterations=100, **options) for m in models]
+    for step in range(4):
+        x, y = normal(6, 3, seed=step), labels(6, 3, step)
+        for model, optimizer, passes in zip(models, optimizers, (1, 3), strict=True):
+            optimizer.zero_grad()
+            for inputs, target in zip(x.chunk(passes), y.chunk(passes), strict=True):
+                (functional.cross_entropy(model(inputs), target) / passes).backward()
+            optimizer.step()
+        dense.assert_same(*map(flat, models))
 
 
 def test_one_product_of_several_updates_is_positive():
@@ -394,7 +435,7 @@ def test_training_reduces_the_loss(rank, convolution):
         model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
     x = torch.randn(64, 8)
     y = (x @ torch.randn(8, 3)).argmax(1)
-    optimizer = KPSVD(model, rank=rank)
+    optimizer = make_optimizer(KPSVD, model, rank=rank)
     losses = []
     for _ in range(60):
         optimizer.zero_grad()
@@ -412,9 +453,8 @@ def test_training_reduces_the_loss(rank, convolution):
     ("options", "message"),
     [
         ({"method": "qr"}, "method"),
-        ({"damping_rule": "none"}, "damping_rule"),
         ({"rank": 0}, "at least 1"),
-        ({"rank": 3, "damping_rule": "pi"}, "ranks 1 and 2"),
+        ({"rank": 3, "factored_damping": True}, "ranks 1 and 2"),
     ],
 )
 def test_bad_options(options, message):
@@ -435,13 +475,12 @@ def test_large_factors_are_those_of_kfac():
 
 
 def test_before_any_update_and_costs():
-    case = CASES["mlp"]()
-    capture = Capture(case.model)
-    with capture:
-        f = make_structure("kpsvd", capture.blocks, capture.layout, rank=2)
-    assert float(f.trace()) == 0.0
-    f.refresh(0.1)
-    gradients = {n: normal(*f.layout.shapes[n]) for n in f.parameter_names}
-    assert f.precondition(GradientSource(gradients))[f.parameter_names[0]] is not None
-    for cost in f.costs(Workload(samples=4, directions=3)).values():
+    with Capture(CASES["mlp"]().model) as capture:
+        curvature = curvature_of("kpsvd", capture, rank=2)
+    assert float(curvature.matrix().trace()) == 0.0
+    curvature.refresh(0.1)
+    gradients = curvature.layout.to_dict(normal(curvature.layout.numel))
+    found = curvature.natural_gradient(GradientSource(gradients))
+    assert all(torch.equal(found[name], gradients[name]) for name in gradients)
+    for cost in curvature.costs(Workload(samples=4, directions=3)).values():
         assert cost.memory > 0 and cost.refresh > 0 and cost.step > 0

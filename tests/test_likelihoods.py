@@ -19,6 +19,7 @@ from natgrad.likelihoods import (
     Likelihood,
     Poisson,
     as_likelihood,
+    from_loss,
 )
 
 TOLERANCE = dict(rtol=1e-12, atol=1e-13)
@@ -584,7 +585,7 @@ def test_wrong_class_dim_is_named():
 )
 def test_from_loss_matches_the_criterion(criterion, reduction):
     criterion = criterion(reduction=reduction)
-    likelihood = Likelihood.from_loss(criterion)
+    likelihood = from_loss(criterion)
     assert likelihood.reduction == reduction
     output = torch.randn(5, 3, generator=generator(0), dtype=DOUBLE)
     target = torch.rand(5, 3, generator=generator(1), dtype=DOUBLE)
@@ -603,9 +604,9 @@ def test_from_loss_matches_the_criterion(criterion, reduction):
 
 
 def test_from_loss_values_of_the_contract():
-    assert Likelihood.from_loss(nn.MSELoss()) == Gaussian(0.5, "mean")
-    assert Likelihood.from_loss(nn.MSELoss(reduction="sum")) == Gaussian(0.5, reduction="sum")
-    assert Likelihood.from_loss(nn.BCEWithLogitsLoss()) == Bernoulli("mean")
+    assert from_loss(nn.MSELoss()) == Gaussian(0.5, "mean")
+    assert from_loss(nn.MSELoss(reduction="sum")) == Gaussian(0.5, reduction="sum")
+    assert from_loss(nn.BCEWithLogitsLoss()) == Bernoulli("mean")
     output = torch.zeros(2, 4, dtype=DOUBLE)
     eye = torch.eye(4, dtype=DOUBLE).expand(2, 1, 4, 4)
     torch.testing.assert_close(Gaussian(0.5, "mean").output_hessian(output), eye * 2 / 4)

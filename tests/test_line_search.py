@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import natgrad
-from natgrad.optim.line_search import LineSearch
+from natgrad.optim.step.line_search import LineSearch
 from tests import dense
 from tests.cases import CASES, generator, normal
 from tests.test_optimizers import OPTIMIZERS, Reference, batches_of, flat, make, same
 
 STRUCTURES = ["full", "block_diagonal", "kfac", "diagonal"]
-SEARCH: dict[str, Any] = {"step_rule": "line_search", "fisher": "exact", "lr": 4.0}
+SEARCH: dict[str, Any] = {"length": natgrad.LineSearch(), "fisher": "exact", "lr": 4.0}
 
 
 def closure_of(
@@ -131,7 +131,7 @@ class Searched:
 def compare_runs(case, structure: str, steps: int = 6, scale: float = 1.0, **options: Any) -> list:
     """Train both ways and return the lengths."""
     model = copy.deepcopy(case.model)
-    given = SEARCH | {"line_search": options.get("rule", "armijo")}
+    given = SEARCH | {"length": LineSearch(options.get("rule", "armijo"))}
     for name in ("lr", "momentum", "nesterov"):
         if name in options:
             given[name] = options[name]
@@ -220,7 +220,7 @@ def test_groups_are_shortened_by_one_factor():
     model, plain = copy.deepcopy(case.model), copy.deepcopy(case.model)
     groups = [{"params": "0.*", "lr": 30.0, "weight_decay": 0.01}]
     options: dict[str, Any] = {"fisher": "exact", "lr": 5.0, "params": groups}
-    optimizer = make("block_diagonal", model, step_rule="line_search", **options)
+    optimizer = make("block_diagonal", model, length=natgrad.LineSearch(), **options)
     optimizer.step(closure_of(optimizer, model, x, y))
     share = optimizer.searched_share
     assert 0 < share < 1
@@ -248,7 +248,7 @@ def test_a_step_that_lowers_the_loss_at_once_is_that_of_the_learning_rate(graft,
     case = CASES["mlp"]()
     models = [copy.deepcopy(case.model) for _ in range(2)]
     options = {"lr": 0.01, "momentum": 0.9, "graft": graft, "weight_decay": 0.1, **clip}
-    searched = make("kfac", models[0], step_rule="line_search", **options)
+    searched = make("kfac", models[0], length=natgrad.LineSearch(), **options)
     plain = make("kfac", models[1], **options)
     x, y = case.x, case.target("categorical")
     for _ in range(4):
@@ -279,7 +279,7 @@ def test_warm_up_and_fallback():
     case = CASES["mlp"]()
     model, twin = copy.deepcopy(case.model), copy.deepcopy(case.model)
     optimizer = make(
-        "kfac", model, **SEARCH, curvature_warmup=2, ema_decay=0.9, fallback_lr=0.01,
+        "kfac", model, **SEARCH, warmup=2, decay=0.9, fallback=natgrad.Fallback("adamw", 0.01),
         params=[{"params": "0.*", "preconditioned": False}],
     )  # fmt: skip
     adamw = torch.optim.AdamW(twin[0].parameters(), lr=0.01)
@@ -308,7 +308,7 @@ def test_losses_that_are_not_finite_are_passed_over(structure, rule, bad):
     case = CASES["mlp"]()
     model, twin = copy.deepcopy(case.model), copy.deepcopy(case.model)
     x, y = case.x, case.target("categorical")
-    optimizer = make(structure, model, **(SEARCH | {"lr": 0.4}), line_search=rule)
+    optimizer = make(structure, model, **(SEARCH | {"lr": 0.4}), rule=rule)
     losses: list[float] = []
     plain = closure_of(optimizer, model, x, y, losses=losses)
 
@@ -317,7 +317,7 @@ def test_losses_that_are_not_finite_are_passed_over(structure, rule, bad):
         return bad if len(losses) in (2, 3) else loss
 
     optimizer.step(closure)
-    shorter = make(structure, twin, **(SEARCH | {"lr": 0.1}), line_search=rule)
+    shorter = make(structure, twin, **(SEARCH | {"lr": 0.1}), rule=rule)
     shorter.step(closure_of(shorter, twin, x, y))
     assert optimizer.searched_share == 0.25 * shorter.searched_share > 0
     assert torch.equal(flat(model.parameters()), flat(twin.parameters()))
@@ -335,7 +335,7 @@ def test_without_a_decrease_nothing_moves(structure, rule, adaptive):
     optimizer = make(
         structure, model, **(SEARCH | {"lr": 0.1}), momentum=0.9, weight_decay=0.3,
         damping=rule_of if adaptive else 0.05,
-        line_search=LineSearch(rule, max_trials=3),
+        rule=rule, max_trials=3,
     )  # fmt: skip
     data = batches_of(case, "categorical", 3)
     optimizer.step(closure_of(optimizer, model, *data[0]))
@@ -483,7 +483,9 @@ def test_trials_leave_no_trace(backward):
         assert torch.equal(mine, other)
     for mine, other in zip(model.parameters(), twin.parameters(), strict=True):
         dense.assert_same(mine.grad, other.grad, 1e-12)
-    assert optimizer.preconditioner.steps == 1 and not optimizer.preconditioner.capture.passes
+    assert (
+        optimizer.preconditioner.observer.steps == 1 and not optimizer.preconditioner.capture.passes
+    )
 
 
 def test_gradients_from_before_the_step_are_dropped():
@@ -552,7 +554,7 @@ def test_checkpoints_resume_exactly(structure, kind):
     case = CASES["mlp"]()
     data = batches_of(case, "categorical", 6)
     options = SEARCH | {
-        "fisher": kind, "momentum": 0.9, "graft": "adam", "line_search": "best",
+        "fisher": kind, "momentum": 0.9, "graft": "adam", "length": natgrad.LineSearch("best"),
         "damping": natgrad.LevenbergMarquardt(0.1, 2),
     }  # fmt: skip
     model = copy.deepcopy(case.model)
@@ -688,15 +690,13 @@ def test_errors_are_clear():
     case = CASES["mlp"]()
     model, y = copy.deepcopy(case.model), case.target("categorical")
     for options, words in (
-        ({"step_rule": "search"}, "line_search"),
-        ({**SEARCH, "line_search": "wolfe"}, "armijo"),
-        ({**SEARCH, "line_search": True}, "armijo"),
-        ({"line_search": "best"}, "step_rule is 'lr'"),
-        ({"fused": True, "step_rule": "line_search"}, "line_search"),
+        ({"length": "search"}, "natgrad.LineSearch"),
+        ({**SEARCH, "length": True}, "quadratic_model"),
+        ({"fused": True, "length": natgrad.LineSearch()}, "a line search"),
     ):
         with pytest.raises(ValueError, match=words):
             make("kfac", model, **options)
-    for wrong in ({"backtracking": 1.0}, {"armijo": 1.0}, {"max_trials": 0}, {"rule": "none"}):
+    for wrong in ({"backtracking": 1.0}, {"armijo": 1.0}, {"max_trials": 0}, {"rule": "wolfe"}):
         with pytest.raises(ValueError):
             LineSearch(**wrong)
     optimizer = make("kfac", model, **SEARCH)

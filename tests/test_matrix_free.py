@@ -12,10 +12,14 @@ from torch.nn import functional
 
 import natgrad
 from natgrad import Capture, fisher_matrix
-from natgrad.curvature import GradientSource, make_structure
+from natgrad.curvature import Full
 from natgrad.likelihoods import Gaussian
+from natgrad.operators import GradientSource
+from natgrad.operators.rows import RowsOperator
+from natgrad.solvers import ConjugateGradient, IterativeSolver, Thermodynamic
 from tests import dense
 from tests.cases import CASES, generator, normal
+from tests.methods import curvature_of, make_optimizer
 
 
 def network() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
@@ -24,13 +28,13 @@ def network() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     return model, normal(5, 3), torch.tensor([0, 1, 1, 0, 1])
 
 
-def matrix(structure: str, damping: float, **options):
-    """A refreshed structure on a small network, A = F + λI in dense form, and a gradient."""
+def matrix(solver: IterativeSolver, damping: float):
+    """A matrix inverted by a solver on a small network, A = F + λI in dense form, a gradient."""
     model, x, _ = network()
     with Capture(model) as capture:
         output = model(x)
         rows = capture.pull_back(output, Gaussian().root_vectors(output.detach()))
-        found = make_structure(structure, capture.blocks, capture.layout, **options)
+        found = curvature_of(Full(solver=solver), capture)
         found.update(rows, len(x))
         found.refresh(damping)
     jac = rows.to_dense()
@@ -40,40 +44,49 @@ def matrix(structure: str, damping: float, **options):
 
 def precondition(found, gradient) -> torch.Tensor:
     source = GradientSource(found.layout.to_dict(gradient))
-    return found.layout.to_flat(found.precondition(source))
+    return found.layout.to_flat(found.natural_gradient(source))
 
 
-@pytest.mark.parametrize("structure", ["conjugate_gradient", "thermodynamic"])
+def state(found) -> dict:
+    """Return what the solver carries from one solution to the next."""
+    return found.estimates["all layers"].inverse.state
+
+
+@pytest.mark.parametrize(
+    "solver", [ConjugateGradient(1e-12, 500), Thermodynamic(time=20_000.0)], ids=["cg", "thermal"]
+)
 @pytest.mark.parametrize("name", ["mlp", "conv2d", "tied_embedding", "layer_norm", "generic"])
-def test_as_an_object_it_is_the_exact_fisher_matrix(structure, name):
+def test_inverses_are_those_of_the_exact_fisher_matrix(solver, name):
     case = CASES[name]()
     y = case.target("categorical")
-    found = fisher_matrix(case.model, (case.x, y), "categorical", structure)
     exact = fisher_matrix(case.model, (case.x, y), "categorical", "full")
-    v = normal(found.shape[0], seed=2)
-    dense.assert_same(found @ v, exact.to_dense() @ v)
-    dense.assert_same(found.solve(v, 0.1), exact.solve(v, 0.1), 1e-8)
-    dense.assert_same(found.trace(), exact.trace())
+    v = normal(exact.shape[0], 2, seed=2)
+    found = exact.inverse(0.1, solver)
+    dense.assert_same(found @ v, exact.solve(v, 0.1), 1e-8)
+    dense.assert_same(found @ v[:, 0], exact.solve(v[:, 0], 0.1), 1e-8)
 
 
 @pytest.mark.parametrize("damping", [1e-3, 0.1])
-def test_conjugate_gradients_solve_and_warm_starts_have_less_to_do(damping):
-    found, a, gradient = matrix("conjugate_gradient", damping, tolerance=1e-12, max_iterations=200)
+@pytest.mark.parametrize("warm_start", [True, False])
+def test_conjugate_gradients_solve_and_warm_starts_have_less_to_do(
+    damping, warm_start, monkeypatch
+):
+    found, a, gradient = matrix(ConjugateGradient(1e-12, 200, warm_start), damping)
     dense.assert_same(precondition(found, gradient), torch.linalg.solve(a, gradient), 1e-8)
-    part = found.parts["all layers"]
     products = []
-    real = part.damped_product
-    part.damped_product = lambda v: products.append(1) or real(v)
+    multiply = RowsOperator.multiply
+    monkeypatch.setattr(
+        RowsOperator, "multiply", lambda self, v: products.append(1) or multiply(self, v)
+    )
     precondition(found, gradient)
-    assert len(products) <= 3  # the last solution still solves
-    part.warm_start = False
-    precondition(found, gradient)
-    assert len(products) > 5
+    assert (
+        len(products) <= 3 if warm_start else len(products) > 5
+    )  # The last solution still solves.
 
 
 def test_conjugate_gradients_are_the_textbook_iteration():
     """Few iterations: the best point of the Krylov space, in the norm of A."""
-    found, a, gradient = matrix("conjugate_gradient", 0.05, tolerance=0.0, max_iterations=3)
+    found, a, gradient = matrix(ConjugateGradient(tolerance=0.0, max_iterations=3), 0.05)
     krylov = torch.stack([torch.linalg.matrix_power(a, k) @ gradient for k in range(3)], 1)
     basis, _ = torch.linalg.qr(krylov)
     best = basis @ torch.linalg.solve(basis.T @ a @ basis, basis.T @ gradient)
@@ -81,7 +94,7 @@ def test_conjugate_gradients_are_the_textbook_iteration():
 
 
 def test_conjugate_gradients_without_damping_take_the_pseudo_inverse():
-    found, a, gradient = matrix("conjugate_gradient", 0.0, tolerance=1e-13, max_iterations=300)
+    found, a, gradient = matrix(ConjugateGradient(tolerance=1e-13, max_iterations=300), 0.0)
     inside = a @ gradient
     expected = torch.linalg.pinv(a, rtol=1e-11, hermitian=True) @ inside
     dense.assert_same(precondition(found, inside), expected, 1e-5)
@@ -89,11 +102,10 @@ def test_conjugate_gradients_without_damping_take_the_pseudo_inverse():
 
 @pytest.mark.parametrize("start", ["zero", "gradient", "warm"])
 def test_simulation_is_the_euler_recursion(start):
-    found, a, gradient = matrix("thermodynamic", 0.1, time=7.0, step_size=0.9, start=start)
-    part = found.parts["all layers"]
-    assert part.simulated_steps == 8
-    dt = 7.0 / 8 / (1.2 * part._largest)
-    assert part._largest == pytest.approx(float(torch.linalg.eigvalsh(a)[-1]), rel=0.1)
+    found, a, gradient = matrix(Thermodynamic(time=7.0, step_size=0.9, start=start), 0.1)
+    assert found.structure.solver.products == 8
+    dt = 7.0 / 8 / (1.2 * state(found)["largest"])
+    assert state(found)["largest"] == pytest.approx(float(torch.linalg.eigvalsh(a)[-1]), rel=0.1)
     x = torch.zeros_like(gradient)
     for _ in range(2):
         if start == "gradient":
@@ -106,24 +118,23 @@ def test_simulation_is_the_euler_recursion(start):
 
 
 def test_small_steps_follow_the_flow_and_long_times_reach_the_natural_gradient():
-    found, a, gradient = matrix("thermodynamic", 0.2, time=5.0, step_size=0.01, start="gradient")
-    t = 5.0 / (1.2 * found.parts["all layers"]._largest)
+    found, a, gradient = matrix(Thermodynamic(time=5.0, step_size=0.01, start="gradient"), 0.2)
+    t = 5.0 / (1.2 * state(found)["largest"])
     decay = torch.linalg.matrix_exp(-a * t)
     goal = torch.linalg.solve(a, gradient)
     flow = goal + decay @ (gradient - goal)
     dense.assert_same(precondition(found, gradient), flow, 0.01)
-    found, a, gradient = matrix("thermodynamic", 0.2, time=2000.0, step_size=1.0)
+    found, a, gradient = matrix(Thermodynamic(time=2000.0, step_size=1.0), 0.2)
     dense.assert_same(precondition(found, gradient), torch.linalg.solve(a, gradient), 1e-8)
 
 
 def test_noise_is_that_of_the_euler_scheme():
     """The recursion with the same random numbers, step by step."""
-    options = {"time": 6.0, "step_size": 0.8, "temperature": 0.3, "noise_seed": 5}
-    found, a, gradient = matrix("thermodynamic", 0.1, **options)
-    part = found.parts["all layers"]
+    options = {"time": 6.0, "step_size": 0.8, "temperature": 0.3, "seed": 5}
+    found, a, gradient = matrix(Thermodynamic(**options), 0.1)
     noise = torch.Generator()
-    noise.set_state(part.state_dict()["generator"])
-    dt = 6.0 / 8 / (1.2 * part._largest)
+    noise.set_state(state(found)["generator"])
+    dt = 6.0 / 8 / (1.2 * state(found)["largest"])
     x = torch.zeros_like(gradient)
     for _ in range(2):
         for _ in range(8):
@@ -138,12 +149,11 @@ def test_noise_has_the_stationary_law():
     """Mean A⁻¹b, covariance T(A − dt A²/2)⁻¹ of the Euler scheme, within five standard errors."""
     temperature, draws, time = 0.3, 400, 15.0
     found, a, gradient = matrix(
-        "thermodynamic", 1.0, time=time, step_size=1.0, temperature=temperature
+        Thermodynamic(time=time, step_size=1.0, temperature=temperature), 1.0
     )
-    part = found.parts["all layers"]
     precondition(found, gradient)
-    samples = torch.stack([part.approximate_solution(gradient) for _ in range(draws)])
-    dt = 1.0 / (1.2 * part._largest)
+    samples = torch.stack([precondition(found, gradient) for _ in range(draws)])
+    dt = 1.0 / (1.2 * state(found)["largest"])
     covariance = temperature * torch.linalg.inv(a - dt * a @ a / 2)
     mean = torch.linalg.solve(a, gradient)
     # Successive states are correlated by exp(−λ t) with λ ≥ 1: at most so many fewer draws.
@@ -167,24 +177,21 @@ def test_a_delay_runs_under_the_matrix_and_gradient_of_the_step_before(start, de
     model, _, _ = network()
     options = {"time": 7.0, "step_size": 0.9, "start": start, "temperature": temperature}
     with Capture(model) as capture:
-        found = make_structure(
-            "thermodynamic", capture.blocks, capture.layout, delay=delay, **options
-        )
-        part = found.parts["all layers"]
+        found = curvature_of(Full(solver=Thermodynamic(delay=delay, **options)), capture)
         noise, old, x = torch.Generator(), None, None
         for index in range(3):
             inputs, damping = normal(5, 3, seed=index), 0.1 * (index + 1)
             output = model(inputs)
             rows = capture.pull_back(output, Gaussian().root_vectors(output.detach()))
-            found.discount(0.0)
-            found.update(rows, len(inputs))
+            found.observe(rows, len(inputs))
+            found.join(0.0)
             found.refresh(damping)
             jac = rows.to_dense()
             a = jac.T @ jac / len(inputs) + damping * torch.eye(jac.shape[1]).double()
             gradient = normal(len(a), seed=20 + index)
-            present = (a, gradient, 1.2 * part._largest)
+            present = (a, gradient, 1.2 * state(found)["largest"])
             if index == 0:
-                noise.set_state(part.state_dict()["generator"])
+                noise.set_state(state(found)["generator"])
             first = old if old and delay else present
             begin = {"zero": torch.zeros_like(gradient), "gradient": first[1], "warm": x}[start]
             x = torch.zeros_like(gradient) if begin is None else begin
@@ -199,16 +206,18 @@ def test_a_delay_runs_under_the_matrix_and_gradient_of_the_step_before(start, de
                         x = x + (2 * temperature * dt) ** 0.5 * xi
             dense.assert_same(precondition(found, gradient), x)
             old = present
-    assert part.simulated_steps == math.ceil(delay / 0.9) + math.ceil((7.0 - delay) / 0.9)
-    assert (part._delayed is None) == (delay == 0)
+    assert found.structure.solver.products == math.ceil(delay / 0.9) + math.ceil(
+        (7.0 - delay) / 0.9
+    )
+    assert (state(found).get("delayed") is None) == (delay == 0)
 
 
 @pytest.mark.parametrize("delay", [0.0, 2.0])
 def test_burn_in_takes_the_mean_of_the_states_after_it(delay):
     found, a, gradient = matrix(
-        "thermodynamic", 0.1, time=8.0, step_size=1.0, burn_in=3.5, delay=delay
+        Thermodynamic(time=8.0, step_size=1.0, burn_in=3.5, delay=delay), 0.1
     )
-    dt = 1.0 / (1.2 * found.parts["all layers"]._largest)
+    dt = 1.0 / (1.2 * state(found)["largest"])
     x = torch.zeros_like(gradient)
     for phase in (8, 8 - int(delay)):
         states = []
@@ -225,18 +234,17 @@ def test_means_after_burn_in_have_less_noise_by_the_closed_form():
     """In an eigendirection of A the Euler scheme is an autoregression with ρ = 1 − dt·a."""
     temperature, draws, kept = 0.3, 300, 20
     found, a, gradient = matrix(
-        "thermodynamic", 1.0, time=40.0, step_size=1.0, temperature=temperature, burn_in=20.0
+        Thermodynamic(time=40.0, step_size=1.0, temperature=temperature, burn_in=20.0), 1.0
     )
-    part = found.parts["all layers"]
     precondition(found, gradient)
-    samples = torch.stack([part.approximate_solution(gradient) for _ in range(draws)])
-    dt = 1.0 / (1.2 * part._largest)
+    samples = torch.stack([precondition(found, gradient) for _ in range(draws)])
+    dt = 1.0 / (1.2 * state(found)["largest"])
     values, vectors = torch.linalg.eigh(a)
     rho = 1 - dt * values
-    state = 2 * temperature * dt / (1 - rho.square())
+    spread = 2 * temperature * dt / (1 - rho.square())
     lags = torch.arange(1, kept).double()
     sums = ((kept - lags) * rho.unsqueeze(1) ** lags).sum(1)
-    variance = state / kept**2 * (kept + 2 * sums)
+    variance = spread / kept**2 * (kept + 2 * sums)
     deviations = (samples - torch.linalg.solve(a, gradient)) @ vectors
     # Means of successive simulations are correlated by at most ρ^20.
     slowest = float(rho.abs().max() ** 20)
@@ -244,13 +252,13 @@ def test_means_after_burn_in_have_less_noise_by_the_closed_form():
     assert (deviations.mean(0).abs() < 5 * (variance / effective).sqrt()).all()
     found_variance = deviations.square().mean(0)
     assert ((found_variance / variance - 1).abs() < 5 * (2 / effective) ** 0.5).all()
-    assert (variance < 0.7 * state).all()
+    assert (variance < 0.7 * spread).all()
 
 
 def test_no_gram_matrix_and_no_matrix_of_parameters_is_formed(monkeypatch):
     model, x, y = network()
     monkeypatch.setattr("natgrad.jacobians.Jacobians.gram", None)
-    monkeypatch.setattr("natgrad.curvature.exact_rows.ExactRows._accumulate", None)
+    monkeypatch.setattr("natgrad.operators.rows.RowsOperator.direct_inverse", None)
     for cls in (natgrad.ConjugateGradientNGD, natgrad.ThermodynamicNGD):
         optimizer = cls(model)
         for _ in range(2):
@@ -269,7 +277,7 @@ def test_no_gram_matrix_and_no_matrix_of_parameters_is_formed(monkeypatch):
 def test_optimizers_take_the_step_of_exact_natural_gradient_descent(cls, options):
     model, x, y = network()
     other = copy.deepcopy(model)
-    fast = cls(model, damping=0.05, kl_clip=1e-3, **options)
+    fast = make_optimizer(cls, model, damping=0.05, kl_clip=1e-3, **options)
     exact = natgrad.ExactNGD(other, damping=0.05, kl_clip=1e-3)
     for _ in range(3):
         for m, optimizer in ((model, fast), (other, exact)):
@@ -283,7 +291,9 @@ def test_optimizers_take_the_step_of_exact_natural_gradient_descent(cls, options
 def test_no_time_from_the_gradient_is_gradient_descent():
     model, x, y = network()
     other = copy.deepcopy(model)
-    optimizer = natgrad.ThermodynamicNGD(model, lr=0.1, time=0.0, start="gradient", kl_clip=None)
+    optimizer = make_optimizer(
+        natgrad.ThermodynamicNGD, model, lr=0.1, time=0.0, start="gradient", kl_clip=None
+    )
     functional.cross_entropy(model(x), y).backward()
     optimizer.step()
     functional.cross_entropy(other(x), y).backward()
@@ -306,7 +316,7 @@ def test_accumulated_passes_are_one_batch(cls, options):
     model, x, y = network()
     x, y = normal(6, 3), torch.tensor([0, 1, 1, 0, 1, 1])
     other = copy.deepcopy(model)
-    optimizers = [cls(m, damping=0.3, **options) for m in (model, other)]
+    optimizers = [make_optimizer(cls, m, damping=0.3, **options) for m in (model, other)]
     for _ in range(2):
         for m, optimizer, parts in ((model, optimizers[0], 1), (other, optimizers[1], 3)):
             optimizer.zero_grad()
@@ -334,8 +344,15 @@ def test_a_bound_on_steps_of_some_of_the_parameters(cls, options, missing):
     scale = min(1.0, (1e-3 / float(natural @ whole @ natural)) ** 0.5)
     assert scale < 1
     groups = [{"params": "2.bias", "preconditioned": False}] if missing == "other group" else None
-    optimizer = cls(
-        model, lr=1.0, damping=0.3, kl_clip=1e-3, params=groups, fallback_lr=0.0, **options
+    optimizer = make_optimizer(
+        cls,
+        model,
+        lr=1.0,
+        damping=0.3,
+        kl_clip=1e-3,
+        params=groups,
+        fallback=natgrad.Fallback("adamw", 0.0),
+        **options,
     )
     optimizer.zero_grad()
     functional.cross_entropy(model(x), y).backward()
@@ -353,7 +370,7 @@ def test_training_resumes_and_survives_bad_steps(cls):
     y = torch.randint(0, 2, (40,), generator=generator())
     options = {"temperature": 1e-6, "delay": 5.0, "burn_in": 2.0}
     options = options if cls is natgrad.ThermodynamicNGD else {}
-    optimizer = cls(model, **options)
+    optimizer = make_optimizer(cls, model, **options)
 
     def step(m, o, inputs) -> float:
         o.zero_grad()
@@ -363,39 +380,39 @@ def test_training_resumes_and_survives_bad_steps(cls):
         return float(loss)
 
     first = step(model, optimizer, x)
-    before = copy.deepcopy(optimizer.state_dict()["natgrad"]["curvature"]["all layers"])
+    before = copy.deepcopy(state(optimizer.preconditioner.curvature))
     with pytest.warns(UserWarning, match="skipped"):
         step(model, optimizer, x * float("nan"))
-    after = optimizer.state_dict()["natgrad"]["curvature"]["all layers"]
+    after = state(optimizer.preconditioner.curvature)
     assert set(after) == set(before)
     for name, value in before.items():  # The noise has not gone on either.
         assert torch.equal(torch.as_tensor(after[name]), torch.as_tensor(value)), name
     last = [step(model, optimizer, x) for _ in range(15)][-1]
     assert last < first
     other = copy.deepcopy(model)
-    resumed = cls(other, **options)
+    resumed = make_optimizer(cls, other, **options)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for _ in range(3):
         assert step(model, optimizer, x) == step(other, resumed, x)
 
 
 @pytest.mark.parametrize(
-    ("structure", "options", "error"),
+    ("solver", "options", "error"),
     [
-        ("conjugate_gradient", {"tolerance": 1.0}, ValueError),
-        ("conjugate_gradient", {"max_iterations": 0}, ValueError),
-        ("conjugate_gradient", {"depth": 3}, TypeError),
-        ("thermodynamic", {"time": -1.0}, ValueError),
-        ("thermodynamic", {"step_size": 2.0}, ValueError),
-        ("thermodynamic", {"temperature": -1.0}, ValueError),
-        ("thermodynamic", {"start": "cold"}, ValueError),
-        ("thermodynamic", {"delay": -1.0}, ValueError),
-        ("thermodynamic", {"delay": 20.5}, ValueError),
-        ("thermodynamic", {"burn_in": -1.0}, ValueError),
-        ("thermodynamic", {"burn_in": 15.0, "delay": 5.0}, ValueError),
-        ("thermodynamic", {"depth": 3}, TypeError),
+        (ConjugateGradient, {"tolerance": 1.0}, ValueError),
+        (ConjugateGradient, {"max_iterations": 0}, ValueError),
+        (ConjugateGradient, {"depth": 3}, TypeError),
+        (Thermodynamic, {"time": -1.0}, ValueError),
+        (Thermodynamic, {"step_size": 2.0}, ValueError),
+        (Thermodynamic, {"temperature": -1.0}, ValueError),
+        (Thermodynamic, {"start": "cold"}, ValueError),
+        (Thermodynamic, {"delay": -1.0}, ValueError),
+        (Thermodynamic, {"delay": 20.5}, ValueError),
+        (Thermodynamic, {"burn_in": -1.0}, ValueError),
+        (Thermodynamic, {"burn_in": 15.0, "delay": 5.0}, ValueError),
+        (Thermodynamic, {"depth": 3}, TypeError),
     ],
 )
-def test_wrong_options(structure, options, error):
+def test_wrong_options(solver, options, error):
     with pytest.raises(error):
-        natgrad.Preconditioner(network()[0], structure, **options)
+        solver(**options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import gc
 import os
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import natgrad
+from tests.methods import make_optimizer
 
 AVERAGING: dict[str, Any] = {
     "kfac": natgrad.KFAC,
@@ -38,7 +40,9 @@ OPTIMIZERS: dict[str, Any] = AVERAGING | {
     "exact": natgrad.ExactNGD,
     "block_diagonal": natgrad.BlockDiagonalNGD,
     "improved": natgrad.ImprovedEmpiricalNGD,
-    "improved_gram": functools.partial(natgrad.ImprovedEmpiricalNGD, damping_rule="gram"),
+    "improved_gram": functools.partial(
+        natgrad.ImprovedEmpiricalNGD, fisher=natgrad.ImprovedFisher(damping_on="gram")
+    ),
     "conjugate_gradient": natgrad.ConjugateGradientNGD,
     "thermodynamic": functools.partial(natgrad.ThermodynamicNGD, delay=5.0),
     "thermodynamic_noise": functools.partial(
@@ -54,10 +58,10 @@ MOVED_BY_THE_PAST = ("conjugate_gradient", "thermodynamic", "thermodynamic_noise
 def make(name: str, model: nn.Module, **options: Any) -> Any:
     """Make an optimizer that updates and factorises at every step."""
     if name in AVERAGING:
-        options = {"factor_interval": 1, "inverse_interval": 1} | options
+        options = {"factors": 1, "inverses": 1} | options
     elif name == "egn":
         options.pop("momentum", None)
-    return OPTIMIZERS[name](model, **options)
+    return make_optimizer(OPTIMIZERS[name], model, **options)
 
 
 def network() -> nn.Sequential:
@@ -346,6 +350,16 @@ def test_a_fault_in_curvature_alone(name, value):
     assert losses[-1] < losses[0]
 
 
+def spoil(optimizer, change) -> None:
+    """Change sums of the factors of layer 2."""
+    estimates = optimizer.preconditioner.curvature.estimates
+    average = estimates["2"].average
+    factors = getattr(average, "factors", average)
+    spoilt = dataclasses.replace(factors, **change(factors))
+    average = spoilt if factors is average else dataclasses.replace(average, factors=spoilt)
+    estimates["2"] = dataclasses.replace(estimates["2"], average=average)
+
+
 @pytest.mark.parametrize("name", ["kfac", "tkfac", "ekfac", "tekfac"])
 def test_factors_that_cannot_be_factorised_keep_the_last_and_name_the_layer(name):
     """Factors between 1e-30 and 1e30, and one spoiled by hand."""
@@ -353,10 +367,8 @@ def test_factors_that_cannot_be_factorised_keep_the_last_and_name_the_layer(name
     optimizer = make(name, model)
     for _ in range(2):
         step(name, optimizer, model, fit(x, y))
-    part = optimizer.preconditioner.structure.parts["2"]
-    factors = getattr(part, "factors", part)
-    scale = torch.logspace(-30, 30, factors.inputs.shape[-1])
-    factors.inputs = factors.inputs * scale.sqrt() * scale.sqrt().unsqueeze(-1)
+    scale = torch.logspace(-30, 30, 1 + next(model[2].parameters()).shape[1])
+    spoil(optimizer, lambda f: {"inputs": f.inputs * scale.sqrt() * scale.sqrt().unsqueeze(-1)})
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*could not be factorised")
         for _ in range(3):
@@ -367,9 +379,7 @@ def test_factors_that_cannot_be_factorised_keep_the_last_and_name_the_layer(name
     optimizer = make(name, model)
     for _ in range(2):
         step(name, optimizer, model, fit(x, y))
-    part = optimizer.preconditioner.structure.parts["2"]
-    factors = getattr(part, "factors", part)
-    factors.outputs = torch.full_like(factors.outputs, float("nan"))
+    spoil(optimizer, lambda f: {"outputs": torch.full_like(f.outputs, float("nan"))})
     before = flat(model)
     with pytest.warns(UserWarning, match="'2' could not be factorised"):
         step(name, optimizer, model, fit(x, y))
@@ -385,7 +395,7 @@ def test_factors_that_cannot_be_factorised_keep_the_last_and_name_the_layer(name
 @pytest.mark.parametrize("name", ["kfac", "ekfac"])
 def test_five_thousand_steps_with_faults(name):
     model = network()
-    optimizer = make(name, model, lr=0.05, factor_interval=5, inverse_interval=10)
+    optimizer = make(name, model, lr=0.05, factors=5, inverses=10)
     dice = random.Random(0)
     x, y = data(256)
     first = float(fit(x, y)(model).detach())
@@ -436,7 +446,7 @@ def save(path, state):
 
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(6, 32), torch.nn.Tanh(), torch.nn.Linear(32, 3))
-optimizer = natgrad.KFAC(model, lr=0.05, factor_interval=2, inverse_interval=3)
+optimizer = natgrad.KFAC(model, lr=0.05, refresh=natgrad.Refresh(factors=2, inverses=3))
 step = 0
 if path.exists():
     state = torch.load(path, weights_only=True)

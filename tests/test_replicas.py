@@ -13,6 +13,7 @@ from torch.nn import functional
 import natgrad
 from tests import dense
 from tests.cases import CASES, generator, normal
+from tests.methods import make_optimizer
 
 
 def flat(tensors) -> Tensor:
@@ -42,10 +43,10 @@ def replica(rank: int, world: int, path: str) -> None:
         functional.cross_entropy(out, y).backward()
     result["gradient"] = flat(p.grad for p in case.model.parameters())
     for make, options in (
-        (natgrad.KFAC, {"fisher": "mc", "factor_interval": 1, "inverse_interval": 1}),
+        (natgrad.KFAC, {"fisher": "mc", "factors": 1, "inverses": 1}),
         (natgrad.ExactNGD, {"fisher": "exact", "lr": 0.3}),
     ):
-        optimizer = make(model, **options)
+        optimizer = make_optimizer(make, model, **options)
         for step in range(3):
             x, y = batch(rank, step)
             optimizer.zero_grad()

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import natgrad
-from natgrad.optim.line_search import LineSearch
-from natgrad.optim.residual_ngd import ResidualNGD
+from natgrad import LineSearch, ResidualNGD
+from natgrad.curvature import Full
 from natgrad.residuals import (
     Residual,
     ResidualNetwork,
@@ -28,7 +28,9 @@ from natgrad.residuals import (
     register_activation,
 )
 from natgrad.residuals.rows import CapturedRows, FunctionRows
+from natgrad.solvers import ConjugateGradient, TruncatedEigh
 from tests import dense
+from tests.methods import make_optimizer
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "identity": nn.Identity,
@@ -373,23 +375,21 @@ def expected_step(
 
 @pytest.mark.parametrize("count", [7, 24])
 @pytest.mark.parametrize("structure", ["full", "block_diagonal"])
-@pytest.mark.parametrize("solver", ["cholesky", "eigh", "cg"])
+@pytest.mark.parametrize(
+    "solver", ["direct", TruncatedEigh(1e-4), ConjugateGradient(1e-12, 2000)],
+    ids=["direct", "eigh", "cg"],
+)  # fmt: skip
 @pytest.mark.parametrize("route", ["vmap", "captured"])
 def test_one_step_is_the_dense_solution(route, solver, structure, count):
-    if solver == "cg" and structure != "full":
-        pytest.skip("conjugate gradients take the whole matrix")
     network = perceptron([2, 5, 4, 1])
-    options = {"cutoff": 1e-4} if solver == "eigh" else {}
-    if solver == "cg":
-        options = {"tolerance": 1e-12, "max_iterations": 2000}
     optimizer = optimizer_for(
-        network, route, count, solver=solver, structure=structure, damping=1e-3, **options
+        network, route, count, solver=solver, structure=structure, damping=1e-3
     )
     jacobian, rho = default_problem(count)
     sizes = [15, 24, 5] if structure == "block_diagonal" else [44]
     before = flat(network)
     optimizer.step()
-    cutoff = 1e-4 if solver == "eigh" else None
+    cutoff = solver.cutoff if isinstance(solver, TruncatedEigh) else None
     expected = expected_step(jacobian, rho, sizes, 1e-3, cutoff)
     dense.assert_same(before - flat(network), expected, 1e-7)
 
@@ -398,7 +398,7 @@ def test_truncation_leaves_small_eigenvalues_out():
     network = perceptron([2, 5, 4, 1])
     jacobian, rho = dense_problem(network)
     before = flat(network)
-    optimizer_for(network, "captured", solver="eigh", cutoff=0.5, damping=0.0).step()
+    optimizer_for(network, "captured", structure=Full(TruncatedEigh(0.5)), damping=0.0).step()
     values, vectors = torch.linalg.eigh(jacobian.T @ jacobian)
     top = vectors[:, values > 0.5 * values[-1]]
     moved = before - flat(network)
@@ -411,7 +411,7 @@ def test_truncation_leaves_small_eigenvalues_out():
 def test_other_structures_lower_the_loss_on_captured_rows(structure):
     network = perceptron([2, 5, 4, 1])
     optimizer = optimizer_for(
-        network, "captured", structure=structure, line_search="best", damping=1e-2
+        network, "captured", structure=structure, line_search=LineSearch("best"), damping=1e-2
     )
     losses = [optimizer.step() for _ in range(4)]
     assert losses[-1] < 0.9 * losses[0]
@@ -459,7 +459,11 @@ def test_captured_and_vmap_train_alike():
     for route in ("vmap", "captured"):
         network = perceptron([2, 5, 4, 1])
         optimizer = optimizer_for(
-            network, route, damping_rule="reduction_ratio", line_search="armijo", momentum=0.5
+            network,
+            route,
+            damping_rule="reduction_ratio",
+            line_search=LineSearch("armijo"),
+            momentum=0.5,
         )
         histories.append([optimizer.step() for _ in range(6)])
     assert histories[0] == pytest.approx(histories[1], rel=1e-6)
@@ -509,7 +513,11 @@ def test_momentum_minimises_the_damped_model_around_the_last_step(count):
 def test_damping_follows_success(rule):
     network = perceptron([2, 5, 4, 1])
     optimizer = optimizer_for(
-        network, "captured", damping_rule=rule, line_search="best", damping_range=(1e-9, 10.0)
+        network,
+        "captured",
+        damping_rule=rule,
+        line_search=LineSearch("best"),
+        damping_range=(1e-9, 10.0),
     )
     losses, dampings = [], []
     for _ in range(20):
@@ -551,9 +559,26 @@ def test_step_that_leads_to_infinite_loss_is_taken_back():
     assert torch.equal(flat(network), before) and optimizer.last.length == 0.0
 
 
+def test_step_that_raises_leaves_nothing_behind(monkeypatch):
+    networks = [perceptron([2, 2, 1]) for _ in range(2)]
+    optimizer, other = (optimizer_for(n, "captured", 40, chunk_size=7) for n in networks)
+    pulled_back = CapturedRows._pulled_back
+
+    def fail(rows: CapturedRows, chosen: list[tuple[str, slice]]) -> Any:
+        if chosen[0][0] == "data":
+            raise MemoryError("after chunks of the equation")
+        return pulled_back(rows, chosen)
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(CapturedRows, "_pulled_back", fail)
+        optimizer.step()
+    assert optimizer.step() == other.step()
+    assert torch.equal(flat(networks[0]), flat(networks[1]))
+
+
 def test_factorisation_that_fails_leaves_parameters_finite(monkeypatch):
     network = perceptron([2, 5, 4, 1])
-    optimizer = optimizer_for(network, "captured", line_search="best")
+    optimizer = optimizer_for(network, "captured", line_search=LineSearch("best"))
     optimizer.step()
 
     def fail(matrix: Tensor, retries: int = 3) -> Tensor:
@@ -569,11 +594,23 @@ def test_factorisation_that_fails_leaves_parameters_finite(monkeypatch):
 # State.
 
 
-@pytest.mark.parametrize("options", [{"momentum": 0.5}, {"solver": "cg"}, {"structure": "kfac"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"momentum": 0.5},
+        {"solver": "eigh"},
+        {"solver": "conjugate_gradient"},
+        {"structure": "kfac"},
+    ],
+)
 def test_resumed_run_continues_exactly(options):
     def make(network: nn.Module) -> ResidualNGD:
         return optimizer_for(
-            network, "captured", damping_rule="step_length", line_search="best", **options
+            network,
+            "captured",
+            damping_rule="step_length",
+            line_search=LineSearch("best"),
+            **options,
         )
 
     network = perceptron([2, 5, 4, 1])
@@ -611,11 +648,10 @@ def test_copy_goes_on_as_the_original():
         ({"damping_decay": 1.0}, "damping_decay must be in"),
         ({"damping_range": (1.0, 0.1)}, "damping_range must hold"),
         ({"solver": "qr"}, "solver must be"),
-        ({"solver": "cg", "structure": "kfac"}, "needs structure='full'"),
-        ({"solver": "eigh", "structure": "kfac"}, "use solver='cholesky'"),
-        ({"chunk_size": 0}, "chunk_size must be at least 1"),
+        ({"solver": "eigh", "structure": "kfac"}, "needs structure 'full' or 'block_diagonal'"),
+        ({"chunk_size": 0}, "chunk_size must be an integer of at least 1"),
         ({"momentum": 1.0}, "momentum must be"),
-        ({"line_search": "exact"}, "line_search must be"),
+        ({"line_search": "armijo"}, "line_search must be a natgrad.LineSearch or None"),
         ({"jacobians": "hooks"}, "jacobians must be"),
     ],
 )
@@ -678,13 +714,11 @@ def test_exact_optimizers_take_the_same_step(name):
     jacobian, rho = dense_problem(network)
     sizes = [15, 24, 5] if name == "BlockDiagonalNGD" else [44]
     before = flat(network)
-    options = {"line_search": False} if name == "EGN" else {"kl_clip": None}
-    optimizer = getattr(natgrad, name)(problem, "gaussian", lr=1.0, damping=1e-2, **options)
-    if name == "EGN":
-        optimizer.step(problem.loss)
-    else:
-        problem.loss().backward()
-        optimizer.step()
+    optimizer = make_optimizer(
+        getattr(natgrad, name), problem, "gaussian", lr=1.0, damping=1e-2, kl_clip=None, length="lr"
+    )
+    problem.loss().backward()
+    optimizer.step()
     expected = expected_step(jacobian, rho, sizes, 1e-2, None)
     dense.assert_same(before - flat(network), expected, 1e-7)
 
@@ -692,10 +726,10 @@ def test_exact_optimizers_take_the_same_step(name):
 def test_kfac_on_the_captured_route():
     network = perceptron([2, 8, 8, 1])
     problem = ResidualNetwork(TaylorNetwork(network, laplacian=True), parts(True, count=30))
-    optimizer = natgrad.KFAC(
-        problem, "gaussian", fisher="exact", lr=1.0, momentum=0.9, step_rule="quadratic_model",
-        damping=natgrad.LevenbergMarquardt(initial=1.0, interval=1), kl_clip=None,
-        factor_interval=1, inverse_interval=1,
+    optimizer = make_optimizer(
+        natgrad.KFAC, problem, "gaussian", fisher="exact", lr=1.0, momentum=0.9, kl_clip=None,
+        length="quadratic_model", damping=natgrad.LevenbergMarquardt(initial=1.0, interval=1),
+        factors=1, inverses=1,
     )  # fmt: skip
 
     def closure() -> Tensor:

@@ -79,7 +79,7 @@ def test_sampled_labels_are_right_on_average(structure, samples):
     model, x = make("flat"), normal(samples, 4, 3)
     exact = natgrad.fisher_matrix(model, (x, None), structure=structure, fisher="exact")
     drawn = natgrad.fisher_matrix(
-        model, (x, None), structure=structure, fisher="mc", mc_samples=4000
+        model, (x, None), structure=structure, fisher=natgrad.MonteCarloFisher(4000)
     )
     size = model.table.weight.numel()
     expected, found = exact.to_dense()[:size, :size], drawn.to_dense()[:size, :size]

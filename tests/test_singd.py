@@ -9,7 +9,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -19,18 +19,22 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import natgrad
-from natgrad import fisher as fisher_module
 from natgrad.capture import Capture
 from natgrad.capture.evaluation import evaluated
-from natgrad.curvature import GradientSource, factor_terms, make_structure
+from natgrad.curvature import Curvature, as_structure
 from natgrad.curvature.cost import Workload
-from natgrad.curvature.singd import SINGDFisher
+from natgrad.curvature.singd import InverseFactorStatistics
 from natgrad.fisher import as_fisher_type, fisher_matrix, update_from_output
-from natgrad.jacobians import LinearJacobian
+from natgrad.fisher import estimation as fisher_module
+from natgrad.jacobians import LinearJacobian, factor_terms
 from natgrad.likelihoods import as_likelihood
-from natgrad.optim.singd import SINGD
+from natgrad.operators import GradientSource
+from natgrad.operators.structured_factors import StructuredMatrix
+from natgrad.optim import SINGD
 from tests import dense
 from tests.cases import CASES, Case, generator, normal
+from tests.methods import curvature_of
+from tests.methods import make_optimizer as make_any_optimizer
 from tests.test_structured_factors import STRUCTURES, Largest, projection
 from tests.test_structures import KFAC_CASES, check_interface
 
@@ -149,13 +153,20 @@ class Reference:
         return total
 
 
+def make_optimizer(kind: Any, model: nn.Module, *args: Any, **options: Any) -> Any:
+    """Return an optimizer whose factors take a step with every update unless told otherwise."""
+    if "factors" in options:
+        options.setdefault("inverses", options["factors"])
+    return make_any_optimizer(kind, model, *args, **options)
+
+
 @contextmanager
 def watched(model: nn.Module, output: Any = None, **options: Any) -> Iterator[tuple[Any, Any]]:
-    """Give an empty structure and a function that updates it with one batch."""
+    """Give an empty estimate and a function that updates it with one batch."""
     with Capture(model, output) as capture:
-        structure = make_structure("singd", capture.blocks, capture.layout, **options)
+        structure = curvature_of("singd", capture, **options)
 
-        def feed(x: Any, y: Tensor, likelihood: Any, kind: str) -> None:
+        def feed(x: Any, y: Tensor, likelihood: Any, kind: str, decay: float = 1.0) -> None:
             likelihood, fisher = as_likelihood(likelihood), as_fisher_type(kind)
             with evaluated(capture, x) as z:
                 update_from_output(
@@ -163,8 +174,31 @@ def watched(model: nn.Module, output: Any = None, **options: Any) -> Iterator[tu
                     likelihood.event_weights(z.detach(), y), likelihood.count(z.detach(), y),
                     target=y, retain_graph=False,
                 )  # fmt: skip
+            structure.join(decay)
 
         yield structure, feed
+
+
+def estimated(
+    model: nn.Module, data: Any, likelihood: Any, kind: str = "exact", **options: Any
+) -> Curvature:
+    """Return the estimate from one batch, or a list of some, before the first step."""
+    with watched(model, **options) as (f, feed):
+        for x, y in data if isinstance(data, list) else [data]:
+            feed(x, y, likelihood, kind)
+    return f
+
+
+def factors_in(f: Curvature) -> dict[str, tuple[StructuredMatrix, StructuredMatrix]]:
+    """Return part name → K and C."""
+    metrics = {name: f.operator(name).metric for name in f.parts}
+    return {name: (metric.inputs, metric.outputs) for name, metric in metrics.items()}
+
+
+def steps_of(f: Curvature) -> list[int]:
+    """Return how many steps each part's factors have taken."""
+    averages = [present.average for present in f.estimates.values()]
+    return [0 if average is None else average.steps for average in averages]
 
 
 def move(model: nn.Module, seed: int) -> None:
@@ -175,18 +209,18 @@ def move(model: nn.Module, seed: int) -> None:
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=g, dtype=torch.float64))
 
 
-def gradient_source(structure: Any, seed: int) -> tuple[GradientSource, Tensor]:
+def gradient_source(structure: Curvature, seed: int) -> tuple[GradientSource, Tensor]:
     flat = normal(structure.layout.numel, seed=seed)
     return GradientSource(structure.layout.to_dict(flat)), flat
 
 
-def check_matrix(structure: Any, inverse: Tensor, seed: int = 0) -> None:
+def check_matrix(structure: Curvature, inverse: Tensor, seed: int = 0) -> None:
     """Check the matrix, its inverse and the preconditioned gradient."""
     source, flat = gradient_source(structure, seed)
-    natural = structure.layout.to_flat(structure.precondition(source))
-    dense.assert_same(natural, inverse @ flat)
-    dense.assert_same(structure.solve(flat), inverse @ flat)
-    dense.assert_same(structure.to_dense(), torch.linalg.inv(inverse))
+    natural, matrix = structure.natural_gradient(source), structure.matrix()
+    dense.assert_same(structure.layout.to_flat(natural), inverse @ flat)
+    dense.assert_same(matrix.solve(flat), inverse @ flat)
+    dense.assert_same(matrix.to_dense(), torch.linalg.inv(inverse))
 
 
 def one_hot_blocks(case: Case) -> list[int]:
@@ -264,9 +298,9 @@ def test_every_structure_follows_the_formulas(structure, coupled, bounded):
             f.refresh(DAMPINGS[step])
             reference.step(found, DAMPINGS[step])
             check_matrix(f, reference.inverse(size), step)
-        for part, block in zip(f.parts.values(), reference.groups.values(), strict=True):
-            assert part.steps == STEPS
-            for factor, name in ((part.inputs, "k"), (part.outputs, "c")):
+        assert set(steps_of(f)) == {STEPS}
+        for factors, block in zip(factors_in(f).values(), reference.groups.values(), strict=True):
+            for factor, name in zip(factors, "kc", strict=True):
                 expected = torch.stack([getattr(r, name) for r in block])
                 dense.assert_same(factor.to_dense(), expected)
                 assert factor.structure == structure
@@ -282,7 +316,7 @@ def test_structures_of_the_two_factors_are_chosen_apart():
             feed(case.x, y, "categorical", "exact")
             f.refresh(0.1)
             reference.step(dense.kfac_pairs(case.model, case.x, y, loss, case.blocks), 0.1)
-        check_matrix(f, reference.inverse(f.shape[0]))
+        check_matrix(f, reference.inverse(f.layout.numel))
 
 
 @pytest.mark.parametrize("momentum_on", ["natural_gradient", "gradient"])
@@ -291,12 +325,27 @@ def test_the_optimizer_takes_these_steps(coupled, momentum_on):
     """Parameters over seven steps of an interval of 2, with momentum and weight decay."""
     case = CASES["mlp"]()
     model, copied = copy.deepcopy(case.model), copy.deepcopy(case.model)
-    optimizer = SINGD(
-        model, "categorical", lr=0.3, damping=0.05, momentum=0.8, nesterov=False,
-        weight_decay=0.1, fisher="empirical", factor_interval=2, early_updates=False,
-        kl_clip=None, coupled=coupled, momentum_on=momentum_on, factor_momentum=0.5,
-        factor_lr=0.1, early_factor_lr=False, max_change=None, initial_scale="identity",
-    )  # fmt: skip
+    optimizer = make_optimizer(
+        SINGD,
+        model,
+        "categorical",
+        lr=0.3,
+        damping=0.05,
+        momentum=0.8,
+        nesterov=False,
+        weight_decay=0.1,
+        fisher="empirical",
+        factors=2,
+        early=False,
+        kl_clip=None,
+        coupled=coupled,
+        momentum_on=momentum_on,
+        factor_momentum=0.5,
+        factor_lr=0.1,
+        early_factor_lr=False,
+        max_change=None,
+        initial_scale="identity",
+    )
     reference = Reference(coupled=coupled, momentum=0.5)
     loss, buffer = case.loss("categorical"), torch.zeros(())
     for step in range(7):
@@ -333,7 +382,7 @@ def kfac_statistics(f: Any) -> list[tuple[list[Tensor], list[Tensor]]]:
     """Return A and B of every group of every part of a K-FAC matrix, dense."""
     result = []
     for part in f.parts.values():
-        both = [torch.diag_embed(x) if x.dim() == 2 else x for x in part.kronecker_factors()]
+        both = [torch.diag_embed(x) if x.dim() == 2 else x for x in part.factors]
         result.append((list(both[0]), list(both[1])))
     return result
 
@@ -343,21 +392,17 @@ def check_statistics(
 ) -> None:
     """Check one step from the identity against the factors of the library's K-FAC."""
     kfac = fisher_matrix(case.model, data, likelihood, "kfac", kind, output=case.output, **options)
-    f = fisher_matrix(
-        case.model, data, likelihood, "singd", kind, output=case.output, **PLAIN, **options
-    )
+    f = estimated(case.model, data, likelihood, kind, output=case.output, **PLAIN, **options)
     f.refresh(0.2)
-    statistics = kfac_statistics(kfac)
-    moved = 0
-    for part, (a, b) in zip(f.parts.values(), statistics, strict=True):
-        for group, pair in enumerate(zip(a, b, strict=True)):
+    assert any(steps_of(f))
+    found = zip(factors_in(f).values(), steps_of(f), kfac_statistics(kfac), strict=True)
+    for (k, c), steps, statistics in found:
+        for group, pair in enumerate(zip(*statistics, strict=True)):
             recursion = Recursion()
-            if part.steps:
+            if steps:
                 recursion.step(*pair, 0.2)
-                dense.assert_same(part.inputs.to_dense()[group], recursion.k)
-                dense.assert_same(part.outputs.to_dense()[group], recursion.c)
-        moved += part.steps
-    assert moved > 0
+                dense.assert_same(k.to_dense()[group], recursion.k)
+                dense.assert_same(c.to_dense()[group], recursion.c)
 
 
 @pytest.mark.parametrize("name", list(CASES))
@@ -374,7 +419,7 @@ def test_statistics_are_those_of_kfac(name, sharing):
 def test_chunks_batches_and_ignored_events(name, chunk, monkeypatch):
     """Statistics that come in pieces, of directions, of rows and of batches."""
     if chunk is not None:
-        monkeypatch.setattr(fisher_module, "CHUNK_ELEMENTS", chunk)
+        monkeypatch.setattr(fisher_module, "PULL_BACK_ELEMENTS", chunk)
         monkeypatch.setattr(factor_terms, "CHUNK_ELEMENTS", chunk)
     case = CASES[name]()
     y = case.target("categorical")
@@ -393,16 +438,16 @@ def test_subsets_of_positions_are_those_of_kfac():
     case = CASES["pooled_tokens"]()
     y = case.target("gaussian")
     check_statistics(case, (case.x, y), "gaussian", rows_per_unit=2.0)
-    f, whole = (
-        fisher_matrix(case.model, (case.x, y), "gaussian", "singd", rows_per_unit=limit)
-        for limit in (1.0, None)
-    )
-    f.refresh(0.1), whole.refresh(0.1)
-    assert (f.to_dense() - whole.to_dense()).norm() > 1e-3 * whole.to_dense().norm()
+    matrices = []
+    for limit in (1.0, None):
+        f = estimated(case.model, (case.x, y), "gaussian", rows_per_unit=limit)
+        f.refresh(0.1)
+        matrices.append(f.matrix().to_dense())
+    assert (matrices[0] - matrices[1]).norm() > 1e-3 * matrices[1].norm()
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.0])
-def test_discount_weighs_what_waits_for_a_step(factor):
+def test_decay_weighs_what_waits_for_a_step(factor):
     """Two batches before one step, the first discounted, as in K-FAC; factors are not touched."""
     case = CASES["mlp"]()
     model = case.model
@@ -411,10 +456,9 @@ def test_discount_weighs_what_waits_for_a_step(factor):
     counts = [factor * len(case.x), 6.0]
     with watched(model, **PLAIN) as (f, feed):
         feed(case.x, y, "categorical", "exact")
-        f.discount(factor)
-        feed(*second, "categorical", "exact")
+        feed(*second, "categorical", "exact", decay=factor)
         f.refresh(0.1)
-        f.discount(0.0)
+        f.join(0.0)
         f.refresh(0.1)  # Nothing waits, so it does nothing.
         reference = Reference()
         found = [dense.kfac_pairs(model, x, t, loss, case.blocks) for x, t in ((case.x, y), second)]
@@ -429,8 +473,8 @@ def test_discount_weighs_what_waits_for_a_step(factor):
             ]
             mixed.append((where, pairs))
         reference.step(mixed, 0.1)
-        check_matrix(f, reference.inverse(f.shape[0]))
-        assert all(part.steps == 1 for part in f.parts.values())
+        check_matrix(f, reference.inverse(f.layout.numel))
+        assert set(steps_of(f)) == {1}
 
 
 # -- where it goes ---------------------------------------------------------------------------------
@@ -438,7 +482,7 @@ def test_discount_weighs_what_waits_for_a_step(factor):
 
 def converge(
     case: Case, steps: int, damping: float, likelihood: str = "categorical", **options: Any
-) -> SINGDFisher:
+) -> Curvature:
     """Repeat one batch at constant parameters."""
     y = case.target(likelihood)
     defaults = PLAIN | {"factor_lr": 0.5, "max_change": 0.9, "initial_scale": "batch"}
@@ -463,7 +507,7 @@ def test_ikfac_converges_to_damped_kfac(name):
     for where, pairs in factors_of(case):
         damped = [[x + 0.1 * torch.eye(len(x), dtype=x.dtype) for x in pair] for pair in pairs]
         inverses.append((where, [tuple(map(torch.linalg.inv, pair)) for pair in damped]))
-    expected = sum(dense.kron(f.shape[0], where, pairs) for where, pairs in inverses)
+    expected = sum(dense.kron(f.layout.numel, where, pairs) for where, pairs in inverses)
     check_matrix(f, expected)
 
 
@@ -479,8 +523,8 @@ def test_singd_converges_to_the_nearest_kronecker_product(name):
     """Both brackets vanish, where the divergence from the damped inverse is least."""
     case, damping = CASES[name](), 0.1
     f = converge(case, 90, damping)
-    for part, (_, pairs) in zip(f.parts.values(), factors_of(case), strict=True):
-        ks, cs = part.inputs.to_dense(), part.outputs.to_dense()
+    for factors, (_, pairs) in zip(factors_in(f).values(), factors_of(case), strict=True):
+        ks, cs = (factor.to_dense() for factor in factors)
         for k, c, (a, b) in zip(ks, cs, pairs, strict=True):
             h_k, h_c = k.T @ a @ k, c.T @ b @ c
             for own, other, h, h_other in ((k, c, h_k, h_c), (c, k, h_c, h_k)):
@@ -504,7 +548,7 @@ def test_one_eigenvalue_is_damped_exactly():
             feed(x, y, "gaussian", "exact")
             f.refresh(0.7)
     exact = dense.fisher(model, x, y, dense.gaussian(), "exact")
-    dense.assert_same(f.to_dense(), exact + 0.7 * torch.eye(4, dtype=torch.float64))
+    dense.assert_same(f.matrix().to_dense(), exact + 0.7 * torch.eye(4, dtype=torch.float64))
 
 
 def test_a_step_is_a_moving_average_to_first_order():
@@ -519,15 +563,16 @@ def test_a_step_is_a_moving_average_to_first_order():
     errors = []
     for lr in (1e-3, 1e-4):
         with watched(case.model, **(PLAIN | {"factor_lr": lr, "coupled": False})) as (f, feed):
-            (part,) = f.parts.values()
-            state = part.state_dict()
-            for key, start in zip(("inputs", "outputs"), starts, strict=True):
-                root = torch.linalg.cholesky(torch.linalg.inv(start))
-                state["matrices"][key] = [root.unsqueeze(0)]
-            part.load_state_dict(state, torch.device("cpu"))
+            ((name, identities),) = factors_in(f).items()
+            roots = [torch.linalg.cholesky(torch.linalg.inv(s)).unsqueeze(0) for s in starts]
+            factors = tuple(
+                replace(one, entries=(root,)) for one, root in zip(identities, roots, strict=True)
+            )
+            empty = InverseFactorStatistics(torch.zeros((), dtype=torch.float64), factors)
+            f.estimates[name] = replace(f.estimates[name], average=empty)
             feed(case.x, y, "categorical", "exact")
             f.refresh(damping)
-            found = [torch.linalg.inv(x[0]) for x in part.inverse_factors()]
+            found = [torch.linalg.inv(x[0]) for x in f.operator(name).metric.factors]
         pairs = zip(found, starts, (a, b), strict=True)
         errors.append([
             (s_new - ((1 - lr) * s + lr * (m + damping * torch.eye(len(m))))).norm()
@@ -550,7 +595,7 @@ def test_structures_are_exact_for_diagonal_statistics(structure):
             for step in range(5):
                 feed(x + step * torch.diag(x.diagonal().flip(0)), y, "gaussian", "exact")
                 f.refresh(0.1)
-            matrices.append(f.to_dense())
+            matrices.append(f.matrix().to_dense())
     assert (matrices[0] - torch.diag(matrices[0].diagonal())).norm() < 1e-12
     torch.testing.assert_close(matrices[1], matrices[0], rtol=1e-12, atol=1e-12)
 
@@ -564,9 +609,9 @@ def test_bounded_changes_survive_any_statistics():
             for step in range(30):
                 feed(case.x * 10.0 ** (6 * (step % 2)), y, "gaussian", "exact")
                 f.refresh(1e-4)
-                values = f.eigenvalues()
+                values = f.matrix().eigenvalues()
                 assert values.isfinite().all() and (values > 0).all()
-            assert all(part.steps == 30 for part in f.parts.values())
+            assert set(steps_of(f)) == {30}
 
 
 # -- multiplying rows instead of gradients ---------------------------------------------------------
@@ -578,31 +623,22 @@ def test_rows_give_what_the_gradient_gives(structure, bias):
     """Where rows are fewer than units; a gradient of zeros shows what was multiplied."""
     model = nn.Sequential(nn.Linear(40, 30, bias=bias)).double()
     x, y = normal(50, 40), normal(50, 30, seed=1)
-    f = fisher_matrix(
-        model, (x, y), "gaussian", "singd", "empirical", factor_structures=structure, **SIZES
+    f = estimated(model, (x, y), "gaussian", "empirical", factor_structures=structure, **SIZES)
+    (block,) = f.blocks.values()
+    a, delta = normal(2, 1, 1, 40, seed=2), normal(2, 1, 1, 1, 30, seed=3)
+    rows = {block.names[0]: LinearJacobian(block, a, delta)}
+    gradients = f.layout.to_dict(rows[block.names[0]].to_dense().sum(0))
+    silent = {key: torch.zeros_like(value) for key, value in gradients.items()}
+    assert same(f.natural_gradient(GradientSource(gradients, rows)), gradients)
+    f.refresh(0.1)
+    sources = [(gradients, None), (gradients, rows), (silent, rows)]
+    natural, both, alone = (
+        f.layout.to_flat(f.natural_gradient(GradientSource(*source))) for source in sources
     )
-    (name,), (part,) = f.blocks, f.parts.values()
-    used = 0
-    for samples in (2, 100):
-        a, delta = normal(samples, 1, 1, 40, seed=2), normal(samples, 1, 1, 1, 30, seed=3)
-        rows = LinearJacobian(f.blocks[name], a, delta)
-        gradient = rows.to_dense().sum(0)
-        gradients = f.layout.to_dict(gradient)
-        silent = {key: torch.zeros_like(value) for key, value in gradients.items()}
-        before = f.precondition(GradientSource(gradients, {name: rows}))
-        if part.steps == 0:
-            assert same(before, gradients)
-            f.refresh(0.1)
-        natural = f.layout.to_flat(f.precondition(GradientSource(gradients)))
-        both = f.layout.to_flat(f.precondition(GradientSource(gradients, {name: rows})))
-        dense.assert_same(both, natural)
-        alone = f.layout.to_flat(f.precondition(GradientSource(silent, {name: rows})))
-        if part.rows_are_cheaper(samples):
-            used += 1
-            dense.assert_same(alone, natural)
-        else:
-            assert not alone.any()
-    assert used == (structure != "diagonal")
+    dense.assert_same(both, natural)
+    dense.assert_same(alone, natural)
+    assert f.structure.takes_rows(block, 2) == (structure != "diagonal")
+    assert not f.structure.takes_rows(block, 100)
 
 
 def test_only_plain_weight_matrices_take_rows():
@@ -613,10 +649,8 @@ def test_only_plain_weight_matrices_take_rows():
         ("layer_norm", [True, False, False, True]),
         ("frozen", [False, True, True]),
     ):
-        case = CASES[name]()
-        y = case.target("gaussian")
-        f = fisher_matrix(case.model, (case.x, y), "gaussian", "singd", output=case.output)
-        assert [part.rows_are_cheaper(0) for part in f.parts.values()] == expected
+        with watched(CASES[name]().model) as (f, _):
+            assert [f.structure.takes_rows(block, 0) for block in f.blocks.values()] == expected
 
 
 # -- the matrix as an object -----------------------------------------------------------------------
@@ -626,21 +660,22 @@ def test_only_plain_weight_matrices_take_rows():
 @pytest.mark.parametrize("structure", ["dense", "hierarchical"])
 def test_interface(name, structure):
     case = CASES[name]()
-    f = fisher_matrix(
-        case.model, (case.x, case.target("categorical")), "categorical", "singd",
+    f = estimated(
+        case.model, (case.x, case.target("categorical")), "categorical",
         output=case.output, factor_structures=structure, **SIZES,
     )  # fmt: skip
-    eye = torch.eye(f.shape[0], dtype=torch.float64)
-    dense.assert_same(f.to_dense(), eye)
+    eye = torch.eye(f.layout.numel, dtype=torch.float64)
+    dense.assert_same(f.matrix().to_dense(), eye)
     f.refresh(0.1)
-    matrix = f.to_dense()
+    found = f.matrix()
+    matrix = found.to_dense()
     assert (matrix - eye).norm() > 0.1
     torch.testing.assert_close(matrix, matrix.mT, rtol=0, atol=1e-10)
-    check_interface(f, matrix, True)
+    check_interface(found, matrix, True)
     source, flat = gradient_source(f, 1)
-    dense.assert_same(f.layout.to_flat(f.precondition(source)), f.solve(flat))
-    dense.assert_same(f.solve(flat), torch.linalg.solve(matrix, flat))
-    root = f.inverse_root(eye, 0.3)
+    dense.assert_same(f.layout.to_flat(f.natural_gradient(source)), found.solve(flat))
+    dense.assert_same(found.solve(flat), torch.linalg.solve(matrix, flat))
+    root = found.inverse_root(0.3) @ eye
     torch.testing.assert_close(root, root.mT, rtol=0, atol=1e-10)
     dense.assert_same(root @ root, torch.linalg.inv(matrix + 0.3 * eye))
 
@@ -648,8 +683,9 @@ def test_interface(name, structure):
 def test_function_space_map():
     case = CASES["conv1d"]()
     y = case.target("categorical")
-    f = fisher_matrix(case.model, (case.x, y), "categorical", "singd")
-    f.refresh(0.1)
+    estimate = estimated(case.model, (case.x, y), "categorical")
+    estimate.refresh(0.1)
+    f = estimate.matrix()
     with Capture(case.model) as capture, evaluated(capture, case.x) as z:
         vectors = torch.eye(z.shape[1], dtype=z.dtype).unsqueeze(1).expand(-1, *z.shape)
         rows = capture.pull_back(z, vectors)
@@ -685,22 +721,26 @@ def test_memory_is_that_of_the_structure(structure, momentum):
         "hierarchical": lambda d: 33 * (d - 32) + 3 * 16 * 16,
     }[structure]
     model = wide_net()
-    optimizer = SINGD(
-        model, "gaussian", factor_structures=structure, fisher="empirical",
+    optimizer = make_optimizer(
+        SINGD,
+        model,
+        "gaussian",
+        factor_structures=structure,
+        fisher="empirical",
         factor_momentum=momentum,
-    )  # fmt: skip
+    )
     for _ in range(2):
         model(torch.randn(8, 256)).square().sum().backward()
         optimizer.step()
     expected = per_size(256) + per_size(320)
-    f = optimizer.preconditioner.structure
+    f = optimizer.preconditioner.curvature
     costs = f.costs(Workload(1000, 1))
-    for name, part in f.parts.items():
-        matrices = part.state_dict()["matrices"]
-        kept = ["inputs", "outputs"]
-        kept += ["_input_momentum", "_output_momentum"] * (momentum > 0)
-        assert [key for key, value in matrices.items() if value is not None] == kept
-        assert sum(t.numel() for key in kept for t in matrices[key]) == expected * len(kept) // 2
+    for name, present in f.estimates.items():
+        kept = present.average
+        assert kept.input_sum is None and kept.output_sum is None
+        assert sum(factor.numel for factor in kept.factors) == expected
+        assert (kept.momenta is not None) == (momentum > 0)
+        assert sum(factor.numel for factor in kept.momenta or ()) == expected * (momentum > 0)
         metrics = structure == "dense"  # K Kᵀ, kept for preconditioning.
         assert costs[name].memory == 4 * expected * (1 + (momentum > 0) + metrics)
         assert structure.replace("_", " ") in costs[name].factors
@@ -713,7 +753,7 @@ def test_memory_is_that_of_the_structure(structure, momentum):
 def test_training_forms_no_large_matrix(structure):
     """No tensor of a training step exceeds the weights by much, though d² does by far."""
     model = nn.Sequential(nn.Linear(4000, 2, bias=False))
-    optimizer = SINGD(model, "gaussian", factor_structures=structure, factor_interval=1)
+    optimizer = make_optimizer(SINGD, model, "gaussian", factor_structures=structure, factors=1)
     x = torch.randn(8, 4000)
     with Largest() as largest:
         for _ in range(2):
@@ -726,10 +766,9 @@ def test_training_forms_no_large_matrix(structure):
 
 def test_large_factors_and_vocabularies_are_diagonal():
     model = nn.Sequential(nn.Embedding(100_000, 4), nn.Flatten(), nn.Linear(12, 3))
-    optimizer = SINGD(model, "categorical", factor_interval=1, max_factor_size=10)
-    parts = optimizer.preconditioner.structure.parts
-    assert [p.inputs.structure for p in parts.values()] == ["diagonal", "diagonal"]
-    assert [p.outputs.structure for p in parts.values()] == ["dense", "dense"]
+    optimizer = make_optimizer(SINGD, model, "categorical", factors=1, max_factor_size=10)
+    factors = factors_in(optimizer.preconditioner.curvature).values()
+    assert [(k.structure, c.structure) for k, c in factors] == [("diagonal", "dense")] * 2
     tokens, y = torch.randint(0, 100_000, (16, 3)), torch.randint(0, 3, (16,))
     losses = []
     with Largest() as largest:
@@ -816,18 +855,24 @@ def test_the_mode_sees_decompositions():
 @pytest.mark.parametrize("coupled", [True, False])
 def test_pure_bfloat16_without_any_decomposition(structure, coupled, no_decompositions):
     model = network().bfloat16()
-    optimizer = SINGD(
-        model, "categorical", factor_structures=structure, coupled=coupled, factor_interval=2,
-        damping=1e-2, factor_momentum=0.5, **SIZES,
-    )  # fmt: skip
+    optimizer = make_optimizer(
+        SINGD,
+        model,
+        "categorical",
+        factor_structures=structure,
+        coupled=coupled,
+        factors=2,
+        damping=1e-2,
+        factor_momentum=0.5,
+        **SIZES,
+    )
     losses = train(model, optimizer, 40, torch.bfloat16)
     assert losses[-1] < 0.5 * losses[0]
     assert all(p.dtype == torch.bfloat16 and p.isfinite().all() for p in model.parameters())
-    for part in optimizer.preconditioner.structure.parts.values():
-        assert part.steps > 15
-        matrices = part.state_dict()["matrices"].values()
-        stored = [t for entries in matrices if entries is not None for t in entries]
-        assert len(stored) >= 4 and all(t.dtype == torch.bfloat16 for t in stored)
+    assert min(steps_of(optimizer.preconditioner.curvature)) > 15
+    for present in optimizer.preconditioner.curvature.estimates.values():
+        stored = [matrix.dtype for matrix in present.average.factors + present.average.momenta]
+        assert stored == [torch.bfloat16] * 4
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
@@ -835,10 +880,16 @@ def test_pure_bfloat16_without_any_decomposition(structure, coupled, no_decompos
 def test_every_structure_trains(structure, coupled):
     """Without a decomposition in float32 either; some steps are watched operation by operation."""
     model = network()
-    optimizer = SINGD(
-        model, "categorical", factor_structures=structure, coupled=coupled, factor_interval=2,
-        damping=1e-3 if coupled else 1e-2, **SIZES,
-    )  # fmt: skip
+    optimizer = make_optimizer(
+        SINGD,
+        model,
+        "categorical",
+        factor_structures=structure,
+        coupled=coupled,
+        factors=2,
+        damping=1e-3 if coupled else 1e-2,
+        **SIZES,
+    )
     with NoDecompositions():
         losses = train(model, optimizer, 3)
     losses += train(model, optimizer, 57)
@@ -850,13 +901,13 @@ def test_factor_dtype():
     x, y = data()
     matrices = {}
     for dtype in (None, torch.bfloat16, torch.float64):
-        f = fisher_matrix(network(), (x, y), structure="singd", factor_dtype=dtype)
+        f = estimated(network(), (x, y), "categorical", factor_dtype=dtype)
         f.refresh(0.1)
         stored = torch.float32 if dtype is None else dtype
-        assert all(part.inputs.dtype == stored for part in f.parts.values())
-        source = GradientSource(f.layout.to_dict(torch.ones(f.shape[0])))
-        assert all(t.dtype == stored for t in f.precondition(source).values())
-        matrices[dtype] = f.to_dense()
+        assert all(k.dtype == stored for k, _ in factors_in(f).values())
+        source = GradientSource(f.layout.to_dict(torch.ones(f.layout.numel)))
+        assert all(t.dtype == stored for t in f.natural_gradient(source).values())
+        matrices[dtype] = f.matrix().to_dense()
         assert matrices[dtype].dtype == (
             torch.float64 if stored == torch.float64 else torch.float32
         )
@@ -864,7 +915,7 @@ def test_factor_dtype():
     for dtype, tolerance in ((None, 1e-5), (torch.bfloat16, 5e-2)):
         assert (matrices[dtype].double() - exact).norm() <= tolerance * exact.norm()
     model = network()
-    optimizer = SINGD(model, factor_dtype=torch.bfloat16, factor_interval=2, damping=1e-2)
+    optimizer = make_optimizer(SINGD, model, factor_dtype=torch.bfloat16, factors=2, damping=1e-2)
     losses = train(model, optimizer, 40)
     assert losses[-1] < 0.5 * losses[0]
     assert all(p.dtype == torch.float32 for p in model.parameters())
@@ -872,9 +923,8 @@ def test_factor_dtype():
 
 def test_half_parameters_have_full_factors():
     model = network().half()
-    with Capture(model) as capture:
-        f = make_structure("singd", capture.blocks, capture.layout)
-    assert {part.inputs.dtype for part in f.parts.values()} == {torch.float32}
+    with watched(model) as (f, _):
+        assert {k.dtype for k, _ in factors_in(f).values()} == {torch.float32}
 
 
 # -- manners in a training loop --------------------------------------------------------------------
@@ -890,8 +940,11 @@ def tensors(value: Any) -> list[Any]:
 
 
 def same(left: Any, right: Any) -> bool:
-    pairs = list(zip(tensors(left), tensors(right), strict=True))
-    return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
+    left, right = tensors(left), tensors(right)
+    return len(left) == len(right) and all(
+        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
+        for a, b in zip(left, right, strict=True)
+    )
 
 
 @pytest.mark.parametrize("structure", ["dense", "block_diagonal", "hierarchical"])
@@ -900,18 +953,23 @@ def test_a_resumed_run_is_the_same_bit_by_bit(structure, stop, tmp_path):
     """Saved in the middle of an interval, with statistics that wait because of staggering."""
 
     def make(model: nn.Module) -> SINGD:
-        return SINGD(
-            model, factor_structures=structure, factor_interval=3, stagger=True,
-            factor_momentum=0.5, **SIZES,
-        )  # fmt: skip
+        return make_optimizer(
+            SINGD,
+            model,
+            factor_structures=structure,
+            factors=3,
+            stagger=True,
+            factor_momentum=0.5,
+            **SIZES,
+        )
 
     model = network()
     optimizer = make(model)
     train(model, optimizer, stop)
     torch.save([model.state_dict(), optimizer.state_dict()], tmp_path / "state.pt")
     waiting = [
-        part.state_dict()["matrices"]["_input_sum"] is not None
-        for part in optimizer.preconditioner.structure.parts.values()
+        present.average.input_sum is not None
+        for present in optimizer.preconditioner.curvature.estimates.values()
     ]
     assert any(waiting) == (stop == 7)
     train(model, optimizer, 8)
@@ -928,7 +986,7 @@ def test_a_resumed_run_is_the_same_bit_by_bit(structure, stop, tmp_path):
 
 def test_a_copy_goes_on_as_the_original_does():
     model = network()
-    optimizer = SINGD(model, factor_interval=2, factor_structures="lower_triangular")
+    optimizer = make_optimizer(SINGD, model, factors=2, factor_structures="lower_triangular")
     train(model, optimizer, 3)
     copied_model, copied = copy.deepcopy((model, optimizer))
     train(model, optimizer, 3)
@@ -941,7 +999,7 @@ def test_a_copy_goes_on_as_the_original_does():
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_a_batch_that_is_not_finite_changes_nothing(structure):
     model = network()
-    optimizer = SINGD(model, factor_structures=structure, factor_interval=1, **SIZES)
+    optimizer = make_optimizer(SINGD, model, factor_structures=structure, factors=1, **SIZES)
     train(model, optimizer, 3)
     before = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
     x, y = data()
@@ -952,7 +1010,7 @@ def test_a_batch_that_is_not_finite_changes_nothing(structure):
         optimizer.step()
     assert same(before, [model.state_dict(), optimizer.state_dict()])
     train(model, optimizer, 1)
-    assert all(p.steps == 4 for p in optimizer.preconditioner.structure.parts.values())
+    assert set(steps_of(optimizer.preconditioner.curvature)) == {4}
 
 
 def test_a_step_is_taken_back_as_a_whole():
@@ -964,8 +1022,7 @@ def test_a_step_is_taken_back_as_a_whole():
         f.refresh(0.1)
         feed(case.x, y, "categorical", "exact")
         before, snapshot = copy.deepcopy(f.state_dict()), f.snapshot()
-        f.discount(0.5)
-        feed(2 * case.x, y, "categorical", "exact")
+        feed(2 * case.x, y, "categorical", "exact", decay=0.5)
         f.refresh(0.3)
         assert not same(before, f.state_dict())
         f.rollback(snapshot)
@@ -986,8 +1043,8 @@ def test_rows_that_are_not_finite_are_left_out(structure):
                 for x in batches:
                     feed(x, y, "categorical", "exact")
                 f.refresh(0.1)
-                states.append(f.parts["0"].to_dense())  # Tanh makes ±1 of ±inf for the others.
-                assert f.to_dense().isfinite().all()
+                states.append(f.operator("0").to_dense())  # Tanh makes ±1 of ±inf for the others.
+                assert f.matrix().to_dense().isfinite().all()
         assert torch.equal(states[0], states[1])
         assert torch.equal(states[0], states[2])
 
@@ -998,16 +1055,15 @@ def test_the_rest_of_a_batch_that_is_not_finite_is_left_out_too():
     matrices = []
     for broken in (False, True):
         with Capture(case.model) as capture:
-            f = make_structure("singd", capture.blocks, capture.layout)
+            f = curvature_of("singd", capture)
             with evaluated(capture, case.x) as z:
                 vectors = normal(2, *z.shape)
-                if broken:
-                    f.update(capture.pull_back(z, math.nan * vectors), 4.0)
-                    f.update(capture.pull_back(z, vectors), 0.0)
-                f.update(capture.pull_back(z, vectors), 4.0)
-                f.update(capture.pull_back(z, 2.0 * vectors), 0.0)
+                for sign in ([math.nan] if broken else []) + [1.0]:
+                    f.observe(capture.pull_back(z, sign * vectors), 4.0)
+                    f.observe(capture.pull_back(z, 2.0 * vectors), 4.0, continued=True)
+                    f.join()
         f.refresh(0.1)
-        matrices.append(f.to_dense())
+        matrices.append(f.matrix().to_dense())
     assert torch.equal(*matrices)
 
 
@@ -1026,12 +1082,11 @@ def test_a_diverging_recursion_keeps_the_last_factors_and_names_the_layer():
         for name, message in zip(("0", "2", "4"), messages, strict=True):
             assert f"'{name}' could not be factorised" in message
             assert "lower factor_lr or max_change" in message
-        draws = {name: part.draws for name, part in f.parts.items()}
-        after = f.state_dict()
-        for name, part in after.items():
-            assert part["draws"] == draws[name] == before[name].pop("draws") + 1
-            part.pop("draws")
-        assert same(before, after)
+        for name, part in f.state_dict().items():
+            assert part["draws"] == before[name]["draws"] + 1
+            assert same(part["inverse"], before[name]["inverse"])
+            for key in ("factors", "momenta", "steps"):
+                assert same(part["average"][key], before[name]["average"][key])
         feed(case.x, y, "categorical", "exact")
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -1044,10 +1099,16 @@ def test_adaptive_damping():
     losses, dampings = [], []
     for damping in (natgrad.LevenbergMarquardt(initial=10.0, interval=2), 10.0):
         model = network()
-        optimizer = SINGD(
-            model, damping=damping, factor_interval=2, kl_clip=None, lr=1.0, momentum=0.0,
+        optimizer = make_optimizer(
+            SINGD,
+            model,
+            damping=damping,
+            factors=2,
+            kl_clip=None,
+            lr=1.0,
+            momentum=0.0,
             fisher="exact",
-        )  # fmt: skip
+        )
 
         def closure(model: nn.Module = model, optimizer: SINGD = optimizer) -> float:
             optimizer.zero_grad()
@@ -1065,12 +1126,11 @@ def test_early_and_staggered_steps():
     """Factors move at steps 0, 1, 2, 4, 8 and then every tenth; staggered ones as often."""
     for stagger in (False, True):
         model = network()
-        optimizer = SINGD(model, factor_interval=10, stagger=stagger)
+        optimizer = make_optimizer(SINGD, model, factors=10, stagger=stagger)
         counts = []
         for _ in range(30):
             train(model, optimizer, 1)
-            parts = optimizer.preconditioner.structure.parts.values()
-            counts.append([part.steps for part in parts])
+            counts.append(steps_of(optimizer.preconditioner.curvature))
         assert counts[9] == [5, 5, 5]
         assert counts[29] == [7, 7, 7]
         if not stagger:
@@ -1079,8 +1139,8 @@ def test_early_and_staggered_steps():
 
 def test_warm_up_and_other_options_pass_through():
     model = network()
-    optimizer = SINGD(
-        model, curvature_warmup=2, ema_decay=0.9, norm_clip=0.1, fallback="sgd", kl_clip=1e-3
+    optimizer = make_optimizer(
+        SINGD, model, warmup=2, decay=0.9, norm_clip=0.1, fallback="sgd", kl_clip=1e-3
     )
     before = copy.deepcopy(model.state_dict())
     train(model, optimizer, 2)
@@ -1104,9 +1164,20 @@ def test_errors_are_clear():
         ({"block_size": 0}, "block_size must be at least 1"),
     ]:
         with pytest.raises(ValueError, match=message):
-            SINGD(model, **options)
-    with pytest.raises(TypeError, match="'singd' has no option 'damping_rule'"):
-        SINGD(model, damping_rule="pi")
-    state = SINGD(model, factor_structures="diagonal").state_dict()
+            make_optimizer(SINGD, model, **options)
+    with pytest.raises(TypeError, match="'singd' has no option 'factored_damping'"):
+        as_structure("singd", factored_damping=True)
+    model = network()
+    optimizer = make_optimizer(SINGD, model, factor_structures="diagonal")
+    train(model, optimizer, 1)
     with pytest.raises(ValueError, match="make the optimizer with the options the checkpoint"):
-        SINGD(model).load_state_dict(state)
+        SINGD(model).load_state_dict(optimizer.state_dict())
+
+
+def test_a_model_trains_after_options_were_refused():
+    """Also while the error, and with it the optimizer that was not made, is still around."""
+    model = network()
+    with pytest.raises(ValueError, match="block_size must be at least 1") as caught:
+        make_optimizer(SINGD, model, block_size=0)
+    losses = train(model, make_optimizer(SINGD, model), 20)
+    assert losses[-1] < losses[0], caught

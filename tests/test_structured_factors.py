@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from natgrad.curvature.structured_factors import StructuredMatrix, identity_matrix
+from natgrad.operators.structured_factors import StructuredMatrix, identity_matrix
 from tests import dense
 
 STRUCTURES = [

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from natgrad import fisher as fisher_module
+import natgrad
 from natgrad import linalg
+from natgrad.fisher import estimation as fisher_module
 from natgrad.fisher import fisher_matrix
 from natgrad.likelihoods import Categorical, Gaussian, Likelihood
 from tests import dense
@@ -378,7 +379,7 @@ def test_deep_linear_kfac_with_shared_weights():
 @pytest.mark.parametrize("chunk", [None, 1, 60, 200])
 def test_batches_of_any_size_and_order_add_up(structure, kind, chunk, monkeypatch):
     if chunk is not None:
-        monkeypatch.setattr(fisher_module, "CHUNK_ELEMENTS", chunk)
+        monkeypatch.setattr(fisher_module, "PULL_BACK_ELEMENTS", chunk)
     for name in ("mlp", "conv2d"):
         case = CASES[name]()
         x, y = normal(7, *case.x.shape[1:], seed=4), labels(7, 3, 5)
@@ -417,7 +418,7 @@ def test_batches_with_masked_events_add_up(structure):
 @pytest.mark.parametrize("name", ["tokens", "pixels", "mixed_pixels", "conv2d"])
 def test_masks_weights_and_smoothing(name, structure, kind, chunk, monkeypatch):
     if chunk is not None:
-        monkeypatch.setattr(fisher_module, "CHUNK_ELEMENTS", chunk)
+        monkeypatch.setattr(fisher_module, "PULL_BACK_ELEMENTS", chunk)
     case = CASES[name]()
     y = case.target("categorical")
     weights = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
@@ -475,7 +476,12 @@ def test_monte_carlo_is_exact_in_expectation(name, likelihood):
     runs = torch.stack(
         [
             fisher_matrix(
-                case.model, (case.x, y), likelihood, "full", "mc", mc_samples=20, seed=seed
+                case.model,
+                (case.x, y),
+                likelihood,
+                "full",
+                seed=seed,
+                fisher=natgrad.MonteCarloFisher(20),
             ).to_dense()
             for seed in range(40)
         ]
@@ -495,10 +501,16 @@ def test_monte_carlo_is_exact_in_expectation(name, likelihood):
 def test_monte_carlo_error_falls_with_draws(structure):
     case = CASES["mlp"]()
     exact = build(case, "categorical", structure).to_dense()
-    few = build(case, "categorical", structure, "mc", mc_samples=2, seed=1).to_dense()
-    many = build(case, "categorical", structure, "mc", mc_samples=2000, seed=1).to_dense()
-    again = build(case, "categorical", structure, "mc", mc_samples=2, seed=1).to_dense()
-    other = build(case, "categorical", structure, "mc", mc_samples=2, seed=2).to_dense()
+    few = build(case, "categorical", structure, seed=1, kind=natgrad.MonteCarloFisher(2)).to_dense()
+    many = build(
+        case, "categorical", structure, seed=1, kind=natgrad.MonteCarloFisher(2000)
+    ).to_dense()
+    again = build(
+        case, "categorical", structure, seed=1, kind=natgrad.MonteCarloFisher(2)
+    ).to_dense()
+    other = build(
+        case, "categorical", structure, seed=2, kind=natgrad.MonteCarloFisher(2)
+    ).to_dense()
     assert torch.equal(few, again) and not torch.equal(few, other)
     assert (many - exact).norm() < 0.12 * exact.norm()
     assert (many - exact).norm() < 0.3 * (few - exact).norm()
@@ -516,7 +528,9 @@ def test_monte_carlo_of_weighted_and_averaged_losses(reduction):
     ):
         data = (case.x, y)
         exact = fisher_matrix(case.model, data, criterion, "full").to_dense()
-        mc = fisher_matrix(case.model, data, criterion, "full", "mc", mc_samples=4000).to_dense()
+        mc = fisher_matrix(
+            case.model, data, criterion, "full", fisher=natgrad.MonteCarloFisher(4000)
+        ).to_dense()
         assert (mc - exact).norm() < 0.1 * exact.norm()
 
 
@@ -619,9 +633,9 @@ def test_errors_are_clear():
         ({"structure": "kronecker"}, ValueError, "block_diagonal"),
         ({"fisher": "true"}, ValueError, "empirical"),
         ({"likelihood": "softmax"}, ValueError, "categorical"),
-        ({"fisher": "mc", "mc_samples": 0}, ValueError, "mc_samples"),
+        ({"structure": "unknown"}, ValueError, "kfac"),
         ({"weight_sharing": "both"}, ValueError, "reduce"),
-        ({"damping_rule": "none"}, ValueError, "tikhonov"),
+        ({"damping_rule": "none"}, TypeError, "damping_rule"),
         ({"structure": "full", "weight_sharing": "reduce"}, TypeError, "weight_sharing"),
         ({"nonsense": 1}, TypeError, "nonsense"),
     ):

@@ -1,16 +1,26 @@
 """Natural gradient descent for PyTorch."""
 
-from natgrad import ntk
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from natgrad import curvature, operators, solvers
 from natgrad.capture import Capture, register_layer
-from natgrad.curvature import FisherMatrix, register_structure
-from natgrad.fisher import fisher_matrix
+from natgrad.curvature import Structure, register_structure
+from natgrad.fisher import (
+    EmpiricalFisher,
+    ExactFisher,
+    ImprovedFisher,
+    MonteCarloFisher,
+    fisher_matrix,
+)
 from natgrad.jacobians import Jacobians, LayerJacobian
-from natgrad.laplace import Laplace
 from natgrad.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
+from natgrad.operators import FisherMatrix
 from natgrad.optim import (
     EGN,
     EKFAC,
-    FNGD,
     KFAC,
     KPSVD,
     SINGD,
@@ -21,21 +31,46 @@ from natgrad.optim import (
     ConjugateGradientNGD,
     DiagonalNGD,
     ExactNGD,
-    ImplicitSGD,
+    Fallback,
     ImprovedEmpiricalNGD,
     LevenbergMarquardt,
     LineSearch,
     NaturalGradient,
-    Padam,
     Preconditioner,
-    ResidualNGD,
+    Refresh,
+    StepRule,
     ThermodynamicNGD,
     TwoLevelKFAC,
     UnitWiseNGD,
 )
-from natgrad.quality import UpdateQuality, update_quality
-from natgrad.residuals import Residual, ResidualNetwork, TaylorNetwork
 from natgrad.version import __version__
+
+if TYPE_CHECKING:
+    from natgrad import ntk
+    from natgrad.first_order import ImplicitSGD, Padam
+    from natgrad.fngd import FNGD
+    from natgrad.laplace import Laplace
+    from natgrad.quality import UpdateQuality, update_quality
+    from natgrad.residuals import Residual, ResidualNetwork, TaylorNetwork
+    from natgrad.residuals.residual_ngd import ResidualNGD
+
+#: Where names are that are loaded when they are first asked for.
+_LAZY = {
+    "FNGD": "natgrad.fngd",
+    "ImplicitSGD": "natgrad.first_order",
+    "Laplace": "natgrad.laplace",
+    "Padam": "natgrad.first_order",
+    "Residual": "natgrad.residuals",
+    "ResidualNGD": "natgrad.residuals.residual_ngd",
+    "ResidualNetwork": "natgrad.residuals",
+    "TaylorNetwork": "natgrad.residuals",
+    "UpdateQuality": "natgrad.quality",
+    "laplace": "natgrad.laplace",
+    "ntk": "natgrad.ntk",
+    "quality": "natgrad.quality",
+    "residuals": "natgrad.residuals",
+    "update_quality": "natgrad.quality",
+}
 
 __all__ = [
     "EGN",
@@ -53,33 +88,58 @@ __all__ = [
     "Categorical",
     "ConjugateGradientNGD",
     "DiagonalNGD",
+    "EmpiricalFisher",
+    "ExactFisher",
     "ExactNGD",
+    "Fallback",
     "FisherMatrix",
     "Gaussian",
     "ImplicitSGD",
     "ImprovedEmpiricalNGD",
+    "ImprovedFisher",
     "Jacobians",
     "Laplace",
     "LayerJacobian",
     "LevenbergMarquardt",
     "Likelihood",
     "LineSearch",
+    "MonteCarloFisher",
     "NaturalGradient",
     "Padam",
     "Poisson",
     "Preconditioner",
+    "Refresh",
     "Residual",
     "ResidualNGD",
     "ResidualNetwork",
+    "StepRule",
+    "Structure",
     "TaylorNetwork",
     "ThermodynamicNGD",
     "TwoLevelKFAC",
     "UnitWiseNGD",
     "UpdateQuality",
     "__version__",
+    "curvature",
     "fisher_matrix",
     "ntk",
+    "operators",
     "register_layer",
     "register_structure",
+    "solvers",
     "update_quality",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Load what most programs do not use when it is first asked for."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'natgrad' has no attribute {name!r}")
+    module = importlib.import_module(_LAZY[name])
+    value = module if _LAZY[name] == f"natgrad.{name}" else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from natgrad.curvature.registry import STRUCTURES
+from natgrad.curvature import STRUCTURES
 from natgrad.experiments.compare import compare as run_comparison
 from natgrad.experiments.config import CompareConfig, ConfigError
 from natgrad.experiments.console import (
@@ -100,16 +100,21 @@ def _main(
     """Natural gradient descent for PyTorch."""
 
 
+DataOption = Annotated[str, typer.Option(help=f"Data set: {', '.join(DATASETS)}.")]
+DataFolderOption = Annotated[
+    Path | None, typer.Option(help="Folder with the original files, or train.npz and test.npz.")
+]
+DepthOption = Annotated[int, typer.Option(help="Number of weight layers.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+OutputOption = Annotated[Path, typer.Option(help="Folder for results.json, plots and report.html.")]
+
 _defaults = CompareConfig()
 
 
 @app.command()
 def compare(
-    data: Annotated[str, typer.Option(help=f"Data set: {', '.join(DATASETS)}.")] = _defaults.data,
-    data_dir: Annotated[
-        Path | None,
-        typer.Option(help="Folder with the original files, or train.npz and test.npz."),
-    ] = None,
+    data: DataOption = _defaults.data,
+    data_dir: DataFolderOption = None,
     train_samples: Annotated[
         int | None,
         typer.Option(help="Training samples to use [default: 200 with full batches, else all]."),
@@ -122,7 +127,7 @@ def compare(
         int | None,
         typer.Option(help="Units or channels of the hidden layers [default: 512 (mlp), 32 (cnn)]."),
     ] = None,
-    depth: Annotated[int, typer.Option(help="Number of weight layers.")] = _defaults.depth,
+    depth: DepthOption = _defaults.depth,
     loss: Annotated[str, typer.Option(help=f"Loss: {', '.join(OBJECTIVES)}.")] = _defaults.loss,
     methods: Annotated[
         str, typer.Option(help=f"Methods, separated by commas, of {', '.join(METHODS)}.")
@@ -168,11 +173,9 @@ def compare(
         bool, typer.Option(help="Measure how close every update is to the exact natural gradient.")
     ] = _defaults.quality,
     seed: Annotated[int, typer.Option(help="Seed of weights, subset and batches.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = _defaults.device,
+    device: DeviceOption = _defaults.device,
     dtype: Annotated[str, typer.Option(help="float32 or float64.")] = _defaults.dtype,
-    output: Annotated[
-        Path, typer.Option(help="Folder for results.json, plots and report.html.")
-    ] = Path("results/compare"),
+    output: OutputOption = Path("results/compare"),
 ) -> int:
     """Train one network with every method on real data, and report what each gains."""
     config = CompareConfig(
@@ -220,13 +223,8 @@ def theory(
             metavar="[SECTION]...", help=f"Sections, of {', '.join(SECTIONS)} [default: all]."
         ),
     ] = None,
-    data: Annotated[
-        str, typer.Option(help=f"Data set: {', '.join(DATASETS)}.")
-    ] = _theory_defaults.data,
-    data_dir: Annotated[
-        Path | None,
-        typer.Option(help="Folder with the original files, or train.npz and test.npz."),
-    ] = None,
+    data: DataOption = _theory_defaults.data,
+    data_dir: DataFolderOption = None,
     classes: Annotated[
         str, typer.Option(help="Labels to keep, separated by commas; two give targets ±½.")
     ] = "0,1",
@@ -240,15 +238,13 @@ def theory(
     width: Annotated[
         int, typer.Option(help="Units of the hidden layers; the largest where it varies.")
     ] = _theory_defaults.width,
-    depth: Annotated[int, typer.Option(help="Number of weight layers.")] = _theory_defaults.depth,
+    depth: DepthOption = _theory_defaults.depth,
     activation: Annotated[
         str, typer.Option(help=f"Activation: {', '.join(ACTIVATIONS)}.")
     ] = _theory_defaults.activation,
     seed: Annotated[int, typer.Option(help="Seed of weights and subset.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    output: Annotated[
-        Path, typer.Option(help="Folder for results.json, plots and report.html.")
-    ] = Path("results/theory"),
+    device: DeviceOption = _theory_defaults.device,
+    output: OutputOption = Path("results/theory"),
 ) -> int:
     """Put the theory of wide networks beside what networks do, on real images."""
     config = TheoryConfig(

@@ -23,11 +23,17 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.capture import Capture
-from natgrad.capture.evaluation import call_model, count_samples, take_samples, undisturbed
-from natgrad.capture.model_output import select_output, unwrap
+from natgrad.capture.evaluation import (
+    call_model,
+    count_samples,
+    output_rows,
+    take_samples,
+    undisturbed,
+)
+from natgrad.capture.model_output import require_output, unwrap
+from natgrad.curvature import Structure
 from natgrad.fisher import Batch, FisherType, fisher_matrix
 from natgrad.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, as_likelihood
-from natgrad.ntk.empirical import output_rows
 
 __all__ = ["Laplace"]
 
@@ -72,7 +78,7 @@ class Laplace:
         model: nn.Module,
         data: Batch | Iterable[Batch],
         likelihood: str | Likelihood | nn.Module = "categorical",
-        structure: str = "kfac",
+        structure: str | Structure = "kfac",
         *,
         prior_precision: float = 1.0,
         parameters: Literal["all", "last_layer"] = "all",
@@ -216,7 +222,7 @@ class Laplace:
         layout = self.matrix.layout
         noise = _standard_normal((n, layout.numel), layout.zeros(0), generator)
         # (NF + δI)^(−1/2) = (F + δ/N I)^(−1/2)/√N
-        deviations = self.matrix.inverse_root(noise.T, self.prior_precision / self.count)
+        deviations = self.matrix.inverse_root(self.prior_precision / self.count) @ noise.T
         values = dict(self.model.named_parameters())
         center = layout.to_column({name: values[name].detach() for name in layout.names})
         return (center + deviations / self.count**0.5).T
@@ -282,9 +288,7 @@ class Laplace:
 
     def _outputs(self, inputs: Any) -> Tensor:
         with undisturbed(self.model), torch.no_grad():
-            chosen = select_output(call_model(self.model, inputs), self.output)
-        assert chosen is not None
-        return chosen
+            return require_output(call_model(self.model, inputs), self.output)
 
     def _last_layer(self, inputs: Any) -> frozenset[str]:
         with Capture(self.model, self.output) as capture:

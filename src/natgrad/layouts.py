@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["BlockLayout", "ParameterLayout"]
+__all__ = ["BlockLayout", "ParameterLayout", "inner_product"]
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,24 @@ class BlockLayout:
         pieces = flat.split(list(self.sizes))
         return [piece.reshape(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
 
+    def to_flat(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Concatenate the block's entries of a mapping name → tensor into ``(P_l,)``."""
+        return self.gather([tensors[name] for name in self.names])
+
+    def to_dict(self, flat: Tensor) -> dict[str, Tensor]:
+        """Split a flat vector ``(P_l,)`` into a dict name → tensor."""
+        return dict(zip(self.names, self.scatter(flat), strict=True))
+
+
+def inner_product(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Tensor:
+    """Return ``Σ ⟨left, right⟩`` over the names of ``left``; NaN or infinite if any entry is."""
+    return torch.stack(
+        [
+            torch.dot(value.reshape(-1), right[name].reshape(-1).to(value.dtype))
+            for name, value in left.items()
+        ]
+    ).sum()
+
 
 class HasParameters(Protocol):
     """Anything that holds some of the parameters, each as a whole: a block or a part."""
@@ -130,6 +148,7 @@ class ParameterLayout:
         numel: Length ``P`` of the flat vector.
         dtype: Dtype curvature is computed in: the parameters' own, at least float32.
         device: Device of the first parameter.
+        dtypes: The parameters' own dtypes, by name.
     """
 
     def __init__(
@@ -137,8 +156,10 @@ class ParameterLayout:
         parameters: dict[str, tuple[int, ...]],
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
+        dtypes: Mapping[str, torch.dtype] | None = None,
     ) -> None:
         self.dtype = dtype
+        self.dtypes = dict.fromkeys(parameters, dtype) if dtypes is None else dict(dtypes)
         self.device = device or torch.device("cpu")
         self.names: tuple[str, ...] = tuple(parameters)
         self.shapes: dict[str, tuple[int, ...]] = dict(parameters)
@@ -149,6 +170,11 @@ class ParameterLayout:
             offset += prod(shape)
         self.numel = offset
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of entries of each parameter, in the order of ``names``."""
+        return tuple(prod(self.shapes[name]) for name in self.names)
+
     @classmethod
     def of(cls, model: torch.nn.Module) -> ParameterLayout:
         """Return the layout of a model's trainable parameters."""
@@ -157,13 +183,14 @@ class ParameterLayout:
         for parameter in parameters.values():
             dtype = torch.promote_types(dtype, parameter.dtype)
         device = next((p.device for p in parameters.values()), None)
-        return cls({n: tuple(p.shape) for n, p in parameters.items()}, dtype, device)
+        shapes = {n: tuple(p.shape) for n, p in parameters.items()}
+        return cls(shapes, dtype, device, {n: p.dtype for n, p in parameters.items()})
 
     def subset(self, names: Iterable[str]) -> ParameterLayout:
         """Return the layout of some of the parameters, in the same order."""
         wanted = set(names)
         shapes = {n: self.shapes[n] for n in self.names if n in wanted}
-        return ParameterLayout(shapes, self.dtype, self.device)
+        return ParameterLayout(shapes, self.dtype, self.device, self.dtypes)
 
     def zeros(self, *shape: int) -> Tensor:
         """Return zeros in the layout's dtype and device."""
@@ -199,7 +226,7 @@ class ParameterLayout:
         ]
         return torch.cat(pieces).unsqueeze(1)
 
-    def to_flat(self, tensors: dict[str, Tensor]) -> Tensor:
+    def to_flat(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Concatenate a dict name → tensor into one flat vector ``(P,)``.
 
         Raises:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
-import warnings
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,13 +20,18 @@ __all__ = [
     "inverse",
     "inverse_on_range",
     "lower_gram",
+    "map_stacked",
+    "note_failure",
+    "require",
+    "require_finite",
     "symmetric",
     "symmetric_pseudo_solve",
-    "warn_kept",
+    "unawaited",
+    "waits",
 ]
 
 
-class FactorizationError(RuntimeError):
+class FactorizationError(RuntimeError, ValueError):
     """A matrix could not be factorised, even in float64 and with more damping."""
 
 
@@ -50,17 +58,92 @@ def check_memory(side: int, count: int, dtype: torch.dtype, device: torch.device
         )
 
 
-def warn_kept(owner: object, name: str, error: FactorizationError) -> None:
-    """Warn, once per name and owner, that an old factorisation stays in use."""
-    warned: set[str] = owner.__dict__.setdefault("_warned", set())
-    if name in warned:
-        return
-    warned.add(name)
-    warnings.warn(
-        f"the curvature of {name!r} could not be factorised ({error}); its last good "
-        "factorisation stays in use",
-        stacklevel=4,
-    )
+_pending = threading.local()
+
+
+@contextmanager
+def unawaited() -> Iterator[list[Tensor]]:
+    """Let factorisations inside not wait for the device to tell whether they succeeded.
+
+    Yields:
+        A list that receives, for each of them, a scalar on the device: whether it failed. Its
+        result then means nothing, and whoever reads the list has to do it again outside.
+    """
+    outer = getattr(_pending, "failures", None)
+    failures: list[Tensor] = []
+    _pending.failures = failures
+    try:
+        yield failures
+    finally:
+        _pending.failures = outer
+
+
+def _succeeded(failed: Tensor) -> bool:
+    """Return whether a factorisation did not fail; True for now where nobody waits for that."""
+    failures: list[Tensor] | None = getattr(_pending, "failures", None)
+    if failures is None:
+        return not bool(failed)
+    failures.append(failed)
+    return True
+
+
+def require(condition: Tensor, otherwise: str) -> None:
+    """Raise a FactorizationError with a reason unless a scalar on the device is true.
+
+    Inside :func:`unawaited` it is noted instead.
+    """
+    if not _succeeded(~condition):
+        raise FactorizationError(otherwise)
+
+
+def require_finite(values: Tensor, otherwise: str) -> None:
+    """Raise or note, as :func:`require`, unless all values are finite."""
+    require(torch.isfinite(values).all(), otherwise)
+
+
+def note_failure(error: FactorizationError) -> None:
+    """Note an error inside :func:`unawaited`: raise it there no further, and nothing elsewhere."""
+    failures: list[Tensor] | None = getattr(_pending, "failures", None)
+    if failures is not None:
+        failures.append(torch.tensor(True))
+
+
+def waits() -> bool:
+    """Return whether results are waited for, as everywhere but inside :func:`unawaited`."""
+    return getattr(_pending, "failures", None) is None
+
+
+#: Matrices of up to so many entries are stacked on CPUs, where the calls themselves cost most; on
+#: accelerators all are.
+STACKED_ENTRIES = 2**14
+
+
+def map_stacked(function: Callable[[Tensor], Any], matrices: Sequence[Tensor]) -> list[Any]:
+    """Return ``function(matrix)`` for every one of some batches ``(..., d, d)`` of matrices.
+
+    Those of one shape are stacked for one call, as a device factorises many matrices at once much
+    faster than one by one.
+
+    Args:
+        function: Takes ``(n, ..., d, d)``; returns a tensor or a tuple of tensors with the same
+            first dimension.
+        matrices: The batches.
+    """
+    results: list[Any] = [None] * len(matrices)
+    groups: dict[Any, list[int]] = {}
+    for index, matrix in enumerate(matrices):
+        alone = matrix.device.type == "cpu" and matrix.numel() > STACKED_ENTRIES
+        key = (matrix.shape, matrix.dtype, matrix.device, index if alone else None)
+        groups.setdefault(key, []).append(index)
+    for indices in groups.values():
+        if len(indices) == 1:
+            results[indices[0]] = function(matrices[indices[0]])
+            continue
+        found = function(torch.stack([matrices[index] for index in indices]))
+        for place, index in enumerate(indices):
+            whole = isinstance(found, Tensor)
+            results[index] = found[place] if whole else tuple(part[place] for part in found)
+    return results
 
 
 #: Width of the column blocks of :func:`lower_gram`, by measurement on CPUs.
@@ -116,7 +199,7 @@ def cholesky(matrix: Tensor, retries: int = 3) -> Tensor:
     """
     factor, info = torch.linalg.cholesky_ex(matrix)
     # An entry that is not finite spoils the pivots of its row, so their check suffices.
-    if not bool((info != 0).any() | ~torch.isfinite(factor.diagonal(dim1=-2, dim2=-1)).all()):
+    if _succeeded((info != 0).any() | ~torch.isfinite(factor.diagonal(dim1=-2, dim2=-1)).all()):
         return factor
     if not bool(torch.isfinite(matrix).all()):
         raise FactorizationError("the matrix has NaN or infinite entries")
@@ -140,7 +223,11 @@ def inverse(matrix: Tensor) -> Tensor:
     Raises:
         FactorizationError: As :func:`cholesky`.
     """
-    return torch.cholesky_inverse(cholesky(matrix))
+    factor = cholesky(matrix)
+    try:
+        return torch.cholesky_inverse(factor)
+    except torch.linalg.LinAlgError as error:  # A pivot that underflows in the matrix's type.
+        raise FactorizationError("the inverse of the matrix overflows") from error
 
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,7 +240,7 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """
     try:
         values, vectors = torch.linalg.eigh(matrix)
-        if bool(torch.isfinite(values).all()):
+        if _succeeded(~torch.isfinite(values).all()):
             return values, vectors
     except torch.linalg.LinAlgError:
         pass

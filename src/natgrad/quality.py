@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.capture.evaluation import undisturbed
-from natgrad.capture.model_output import select_output, unwrap
+from natgrad.capture.model_output import require_output, unwrap
 from natgrad.likelihoods import Likelihood, as_likelihood
 
 __all__ = ["UpdateQuality", "update_quality"]
@@ -102,16 +102,9 @@ def update_quality(
             )
 
     def outputs_at(values: dict[str, Tensor]) -> Tensor:
-        if isinstance(inputs, Mapping):
-            found = torch.func.functional_call(model, values, (), dict(inputs))
-        else:
-            found = torch.func.functional_call(model, values, inputs)
-        chosen = select_output(found, output)
-        if chosen is None:
-            raise ValueError(
-                "no tensor was found in the model's output; pass output=lambda out: ... to pick it"
-            )
-        return chosen
+        by_name = isinstance(inputs, Mapping)
+        arguments = ((), dict(inputs)) if by_name else (inputs,)
+        return require_output(torch.func.functional_call(model, values, *arguments), output)
 
     with undisturbed(model):
         leaves = {n: p.clone().requires_grad_() for n, p in parameters.items()}

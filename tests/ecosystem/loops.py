@@ -12,10 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import natgrad
-from natgrad.curvature.exact_rows import ExactRows
-from natgrad.curvature.matrix_free import MatrixFreeRows
-from natgrad.curvature.shared_coefficients import CoefficientPart
-from natgrad.curvature.singd import StructuredPart
+from natgrad.curvature.singd import InverseFactorStatistics
+from tests.methods import make_optimizer
 
 #: Curvature is averaged over steps.
 AVERAGING: dict[str, Any] = {
@@ -46,11 +44,11 @@ def make(name: str, model: nn.Module, likelihood: Any = "categorical", **options
     if name == "padam":
         return natgrad.Padam(model.parameters(), lr=4 * options.get("lr", 0.1))
     if name == "egn":
-        return natgrad.EGN(model, likelihood, **({"momentum": 0.9} | options))
+        return make_optimizer(natgrad.EGN, model, likelihood, **({"momentum": 0.9} | options))
     defaults: dict[str, Any] = {"lr": 0.1, "momentum": 0.9}
     if name in AVERAGING:
-        defaults |= {"factor_interval": 2, "inverse_interval": 3}
-    return OPTIMIZERS[name](model, likelihood, **(defaults | options))
+        defaults |= {"factors": 2, "inverses": 3}
+    return make_optimizer(OPTIMIZERS[name], model, likelihood, **(defaults | options))
 
 
 def network(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -141,30 +139,23 @@ def assert_curvature_everywhere(optimizer: Any, unused: tuple[str, ...] = ()) ->
     """Every block the model uses has factors that are not zero and an inverse that is finite."""
     if isinstance(optimizer, natgrad.Padam):
         return
-    structure = optimizer.preconditioner.structure
-    for name, part in structure.parts.items():
+    if isinstance(optimizer, natgrad.FNGD):  # Rows go, coefficients stay.
+        coefficients = optimizer.coefficients()
+        assert coefficients and all(c.isfinite() for c in coefficients.values())
+        return
+    curvature = optimizer.preconditioner.curvature
+    matrix = curvature.matrix()
+    for name, part in matrix.parts.items():
+        found = curvature.estimates[name]
         if name in unused:
             assert part.trace() == 0, name
             continue
-        assert part.trace() > 0 or isinstance(part, CoefficientPart), name
-        state = part.state_dict()
-        found = [t for t in tensors(state) if t.is_floating_point()]
-        assert found or isinstance(part, ExactRows), name
-        assert all(t.isfinite().all() for t in found), name
-        if isinstance(part, CoefficientPart):  # Rows go, coefficients stay.
-            assert part.batches >= 2 and not part.rows, name
-            continue
-        if isinstance(part, StructuredPart):
-            assert part.steps > 0, name
-            continue
-        if isinstance(part, ExactRows):  # Its factorisation is kept with the rows.
-            assert part._applied_rows is not None and part.count > 0, name
-            assert isinstance(part, MatrixFreeRows) or part._factor is not None, name
-            continue
-        inverse = state.get("inverse")
-        assert inverse is not None, name
-        assert any(t.abs().sum() > 0 for t in tensors([inverse])), name
-    covered = {n for part in structure.parts.values() for n in part.names}
+        assert part.trace() > 0 and found.average.is_finite(), name
+        assert found.inverse is not None, name
+        assert found.inverse.dtype == part.dtype, name
+        if isinstance(found.average, InverseFactorStatistics):
+            assert found.average.steps > 0, name
+    covered = {n for part in curvature.parts.values() for n in part.layout.names}
     trainable = {n for n, p in optimizer.model.named_parameters() if p.requires_grad}
     assert covered | set(optimizer.preconditioner.capture.uncovered) == trainable
 

@@ -134,7 +134,7 @@ def test_copies_of_a_preconditioner():
             first_order.step()
         runs.append(flat(net))
     assert curvature.model is net and curvature is not preconditioner
-    assert torch.equal(runs[0], flat(model)) and curvature.steps == len(data)
+    assert torch.equal(runs[0], flat(model)) and curvature.observer.steps == len(data)
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
@@ -150,7 +150,7 @@ def test_a_copy_of_the_model_alone_is_free(name, how):
     assert same(optimizer.state_dict(), before)
     fresh = make(name, other)
     train(other, fresh, data)
-    assert fresh.preconditioner.steps == len(data)
+    assert fresh.preconditioner.observer.steps == len(data)
 
 
 @pytest.mark.parametrize("name", ALL)

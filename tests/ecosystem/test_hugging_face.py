@@ -15,6 +15,7 @@ from torch.nn import functional
 import natgrad
 from tests import dense
 from tests.ecosystem.loops import OPTIMIZERS, ROWS, assert_curvature_everywhere, flat
+from tests.methods import make_optimizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -172,8 +173,8 @@ def test_the_loss_inside_the_model_is_the_loss_on_logits(name):
     steps = []
     for inside in (True, False):
         twin = copy.deepcopy(model)
-        optimizer = natgrad.KFAC(
-            twin, lr=0.1, fisher="exact", kl_clip=None, factor_interval=1, inverse_interval=1
+        optimizer = make_optimizer(
+            natgrad.KFAC, twin, lr=0.1, fisher="exact", kl_clip=None, factors=1, inverses=1
         )
         for _ in range(2):
             optimizer.zero_grad()
@@ -258,22 +259,22 @@ def test_trainer_is_the_plain_loop(name, accumulate, tmp_path):
         batch["labels"][:, [0, 2]] = IGNORED
     wrapped, plain = model, copy.deepcopy(model)
     start = flat(model)
-    options = {"lr": 0.05, "fisher": "exact", "factor_interval": 2, "inverse_interval": 2}
+    options = {"lr": 0.05, "fisher": "exact", "factors": 2, "inverses": 2}
     options["rows_per_unit"] = None  # Positions drawn for half a batch are others.
-    inner = natgrad.KFAC(wrapped, **options)
+    inner = make_optimizer(natgrad.KFAC, wrapped, **options)
     scheduler = torch.optim.lr_scheduler.StepLR(inner, 2, gamma=0.5)
     trainer_for(
         wrapped, inner, columns(batch), tmp_path, scheduler, gradient_accumulation_steps=accumulate,
         per_device_train_batch_size=4 // accumulate,
     ).train()  # fmt: skip
-    optimizer = natgrad.KFAC(plain, **options)
+    optimizer = make_optimizer(natgrad.KFAC, plain, **options)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5)
     for _ in range(6):
         optimizer.zero_grad()
         plain(**batch).loss.backward()
         optimizer.step()
         scheduler.step()
-    assert inner.preconditioner.steps == 6
+    assert inner.preconditioner.observer.steps == 6
     # An output bias that is not tied to that of the decoder is not used at all.
     untied = name == "bert" and accumulate > 1
     assert_curvature_everywhere(inner, ("cls.predictions",) if untied else ())
@@ -297,7 +298,7 @@ def test_trainer_trains_with_defaults(name, structure, tmp_path):
             optimizer = natgrad.Padam(model.parameters(), lr=0.1)
         else:
             rate = 1.0 if structure == "thermodynamic" else 0.3 if structure in ROWS else 0.05
-            optimizer = OPTIMIZERS[structure](model, lr=rate)
+            optimizer = make_optimizer(OPTIMIZERS[structure], model, lr=rate)
     reported = " ".join(str(w.message) for w in caught)
     # Image embeddings drop out what they own themselves.
     watched = getattr(optimizer, "preconditioner", None)
@@ -317,13 +318,13 @@ def test_trainer_trains_with_defaults(name, structure, tmp_path):
 @pytest.mark.parametrize("method", ["kfac", "improved", "thermodynamic"])
 def test_trainer_resumes_from_its_checkpoint(method, tmp_path):
     options = {
-        "kfac": {"factor_interval": 2, "inverse_interval": 3},
+        "kfac": {"factors": 2, "inverses": 3},
         "thermodynamic": {"time": 6.0},
     }.get(method, {})
 
     def run(folder: Any, steps: int, resume: Any = None) -> Tensor:
         model, batch = build("gpt2", 8, dropout=0.1)
-        optimizer = OPTIMIZERS[method](model, lr=0.05, **options)
+        optimizer = make_optimizer(OPTIMIZERS[method], model, lr=0.05, **options)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5)
         trainer = trainer_for(
             model, optimizer, columns(batch), folder, scheduler, max_steps=steps,

@@ -110,7 +110,7 @@ def test_lightning_is_the_plain_loop(name, way):
     assert torch.equal(flat(plain), flat(wrapped))
     assert not torch.equal(flat(plain), flat(network()))
     inner = trainer.optimizers[0]
-    assert name == "padam" or inner.preconditioner.steps == len(data) // accumulate
+    assert name == "padam" or inner.preconditioner.observer.steps == len(data) // accumulate
     assert_curvature_everywhere(inner)
 
 
@@ -129,7 +129,7 @@ def test_lightning_with_a_line_search_is_the_plain_loop():
     train(plain, make("egn", plain), data)
     trainer = fit(LineSearch(wrapped, "egn"), data)
     assert torch.equal(flat(plain), flat(wrapped))
-    assert trainer.optimizers[0].preconditioner.steps == len(data)
+    assert trainer.optimizers[0].preconditioner.observer.steps == len(data)
 
 
 class Stop(Exception):

@@ -13,6 +13,7 @@ from torch.nn import functional
 import natgrad
 from tests import dense
 from tests.ecosystem.loops import assert_curvature_everywhere, flat
+from tests.methods import make_optimizer
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -89,14 +90,14 @@ def dense_steps(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
 def options() -> dict[str, Any]:
     return {
         "lr": LR, "damping": DAMPING, "fisher": "exact", "kl_clip": None, "momentum": 0.0,
-        "factor_interval": 1, "inverse_interval": 1, "ema_decay": 0.0,
+        "factors": 1, "inverses": 1, "decay": 0.0,
     }  # fmt: skip
 
 
 def test_steps_of_adapters_are_those_of_dense_factors():
     model = adapted()
     x, y = data()
-    optimizer = natgrad.KFAC(model, **options())
+    optimizer = make_optimizer(natgrad.KFAC, model, **options())
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     assert all("lora_" in n for n in trainable) and len(trainable) == 4
     assert {n for g in optimizer.param_groups for n in [id(p) for p in g["params"]]} == {
@@ -127,6 +128,7 @@ def test_adapters_of_a_language_model(optimizer_type):
     config = transformers.LlamaConfig(
         vocab_size=13, hidden_size=8, intermediate_size=12, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=1, bos_token_id=0, eos_token_id=0,
+        initializer_range=0.3,  # Frozen weights so large that adapters can change the logits.
     )  # fmt: skip
     lora = peft.LoraConfig(
         r=2, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.1
@@ -134,16 +136,17 @@ def test_adapters_of_a_language_model(optimizer_type):
     model = peft.get_peft_model(transformers.LlamaForCausalLM(config), lora)
     frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
     ids = (torch.arange(13).unsqueeze(1) + 2 * torch.arange(6)) % 13  # Every token tells the next.
-    optimizer = optimizer_type(model, lr=0.1)
+    optimizer = optimizer_type(model, lr=0.02)
     assert not optimizer.preconditioner.capture.uncovered
     assert all("lora_" in name for name in optimizer.preconditioner.capture.blocks)
     first = float(model.eval()(input_ids=ids, labels=ids).loss.detach())
     model.train()
-    for _ in range(60):
+    for _ in range(20):
         optimizer.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
-    assert float(model.eval()(input_ids=ids, labels=ids).loss.detach()) < first - 0.05
+    # Gradient descent at this rate only gets to about 0.88.
+    assert float(model.eval()(input_ids=ids, labels=ids).loss.detach()) < 0.75 * first
     assert_curvature_everywhere(optimizer)
     for name, parameter in model.named_parameters():
         assert name not in frozen or torch.equal(frozen[name], parameter)
@@ -152,7 +155,7 @@ def test_adapters_of_a_language_model(optimizer_type):
 def test_adapters_can_be_merged_saved_and_loaded(tmp_path):
     model = adapted()
     x, y = data()
-    optimizer = natgrad.KFAC(model, **options())
+    optimizer = make_optimizer(natgrad.KFAC, model, **options())
     functional.cross_entropy(model(x), y).backward()
     optimizer.step()
     expected = model(x).detach()

@@ -23,6 +23,7 @@ from tests.ecosystem.loops import (
     network,
     train,
 )
+from tests.methods import make_optimizer
 
 LR = 0.1
 
@@ -125,10 +126,10 @@ def test_padam_is_scheduled_as_adam_is(name):
 
 @pytest.mark.parametrize("name", [n for n in SCHEDULERS if n not in ("CyclicLR", "OneCycleLR")])
 def test_the_first_length_of_a_line_search_follows_the_schedule(name):
-    """Without a search the step is that of exact natural gradient descent at the same rates."""
+    """Where the first length is taken, the step is that of exact natural gradient descent."""
     searching, exact = network(), network()
     optimizers = (
-        natgrad.EGN(searching, lr=LR, damping=0.1, line_search=False, adaptive_damping=False),
+        make_optimizer(natgrad.EGN, searching, lr=LR, damping=0.1, max_trials=1),
         natgrad.ExactNGD(exact, lr=LR, damping=0.1, kl_clip=None),
     )
     schedules = [SCHEDULERS[name](o) for o in optimizers]

@@ -40,14 +40,14 @@ def test_the_methods_of_the_issue_are_the_default():
 def test_reported_options_are_those_of_the_optimizer(name, setting):
     optimizer = build(name, setting)
     assert isinstance(optimizer, NaturalGradient)
-    assert optimizer.preconditioner.structure.structure == METHODS[name].structure
+    assert optimizer.preconditioner.curvature.structure.name == METHODS[name].structure
     assert optimizer.param_groups[0]["damping"] == METHODS[name].damping(setting)
     assert optimizer.param_groups[0]["lr"] == 0.5
     given = Setting(**{**setting.__dict__, "damping": 0.25, "fisher": "empirical"})
     optimizer = build(name, given)
     assert optimizer.param_groups[0]["damping"] == METHODS[name].damping(given) == 0.25
     if not METHODS[name].alone:
-        assert type(optimizer.preconditioner.fisher).__name__ == "EmpiricalFisher"
+        assert type(optimizer.preconditioner.observer.fisher).__name__ == "EmpiricalFisher"
 
 
 @pytest.mark.parametrize("name", NATURAL)
@@ -120,11 +120,11 @@ def test_every_method_learns_on_the_full_batch(loss):
 
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
 def test_every_method_learns_from_mini_batches(model):
-    width = 32 if model == "mlp" else 4
-    options = dict(batch_size=10, loss="cross_entropy", steps=20)
+    width = 32 if model == "mlp" else 8
+    options = dict(batch_size=15, loss="cross_entropy", steps=20)
     for result in run(methods=tuple(NATURAL), model=model, width=width, **options):
         assert result.status == "completed", f"{result.name}: {result.message}"
-        assert result.train.loss[-1] < result.train.loss[0], result.name
+        assert result.train.loss[-1] < 0.9 * result.train.loss[0], result.name
 
 
 def test_measuring_ignores_the_bound_on_the_step():

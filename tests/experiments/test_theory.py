@@ -15,11 +15,11 @@ from natgrad.cli import run
 from natgrad.experiments.config import ConfigError
 from natgrad.experiments.data import DataError
 from natgrad.experiments.theory import run as runner
+from natgrad.experiments.theory.by_width import ByWidth
 from natgrad.experiments.theory.config import SECTIONS, TheoryConfig
+from natgrad.experiments.theory.problem import Problem
 from natgrad.experiments.theory.report import format_number
 from natgrad.experiments.theory.run import run_theory
-from natgrad.experiments.theory.setting import Setting, train
-from natgrad.experiments.theory.width import slope
 from tests.experiments.schema import check
 
 SMALL = ("--width=64", "--train-samples=12", "--test-samples=10")
@@ -126,14 +126,14 @@ def test_several_classes_and_other_activations():
 
 def test_more_samples_than_dimensions_are_spread_evenly():
     """K-FAC's first layer then counts M_0, as the Forster transform promises."""
-    setting = Setting.load(TheoryConfig(train_samples=100, width=128))
-    assert "Forster" in setting.notes[0]
-    samples, dim = setting.x.shape
+    problem = Problem.load(TheoryConfig(train_samples=100, width=128))
+    assert "Forster" in problem.notes[0]
+    samples, dim = problem.x.shape
     assert dim < samples == 100
-    second = setting.x.T @ setting.x * dim / samples
+    second = problem.x.T @ problem.x * dim / samples
     assert float((second - torch.eye(dim)).norm()) < 1e-2 * dim**0.5
-    torch.testing.assert_close(setting.x_test.norm(dim=1), torch.ones(len(setting.x_test)).double())
-    found = ntk.isotropy(setting.network(), setting.x, "kfac", 1e-16)
+    torch.testing.assert_close(problem.x_test.norm(dim=1), torch.ones(len(problem.x_test)).double())
+    found = ntk.isotropy(problem.network(), problem.x, "kfac", 1e-16)
     assert found.layers[0].alpha == pytest.approx(dim, rel=1e-2)
     assert found.layers[0].deviation < 0.05
 
@@ -212,14 +212,14 @@ def test_wrong_input_ends_with_one_sentence(tmp_path, capsys, options, message):
 
 
 def test_diverging_runs_end_early():
-    setting = Setting.load(TheoryConfig(width=32, train_samples=6))
-    run_ = train(setting, setting.network(), "gd", 1e6, 0.0, 10)
+    problem = Problem.load(TheoryConfig(width=32, train_samples=6))
+    run_ = problem.train(problem.network(), "gd", 1e6, 0.0, 10)
     assert len(run_.train_loss) == 11 and math.isnan(run_.train_loss[-1])
 
 
-def test_slope_and_numbers():
-    assert slope({2: [1.0, 1.0], 4: [0.5], 8: [0.25]}) == pytest.approx(-1)
-    assert math.isnan(slope({2: [1.0]}))
+def test_exponents_and_numbers():
+    assert ByWidth({2: [1.0, 1.0], 4: [0.5], 8: [0.25]}).exponent() == pytest.approx(-1)
+    assert math.isnan(ByWidth({2: [1.0]}).exponent())
     assert [format_number(v) for v in (None, math.nan, 0, 12345, 1.5, 2e-7)] == [
         "–", "–", "0", "12,345", "1.5", "2.0e-07",
     ]  # fmt: skip

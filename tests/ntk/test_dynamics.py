@@ -162,7 +162,7 @@ def test_structure_options_reach_the_structure():
     matrix = reference.fisher(linear.layers, "kfac", reference.identity(linear.layers))
     rows, test_rows = reference.jacobian(linear.layers), reference.jacobian(linear.test_layers)
     moved = reference.invert(matrix, 0.2) @ rows.T / len(x)
-    options = {"kfac": {"damping_rule": "tikhonov"}}
+    options = {"kfac": {"factored_damping": False}}
     network = LinearizedNetwork(model, x, x_test, structure_options=options)
     found = network.maps("kfac", 0.2)
     dense.assert_same(found[0], rows @ moved)

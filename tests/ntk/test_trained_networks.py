@@ -17,6 +17,7 @@ from natgrad.ntk import (
     predict,
 )
 from tests.cases import normal
+from tests.methods import make_optimizer
 from tests.ntk import reference
 from tests.ntk.examples import (
     inputs,
@@ -86,9 +87,9 @@ def trained(
     if structure == "gd":
         optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     else:
-        optimizer = OPTIMIZERS[structure](
-            model, "gaussian", lr=lr, damping=damping, momentum=0.0, kl_clip=None, ema_decay=0.0,
-            factor_interval=1, inverse_interval=1, fisher="exact",
+        optimizer = make_optimizer(
+            OPTIMIZERS[structure], model, "gaussian", lr=lr, damping=damping, momentum=0.0,
+            kl_clip=None, decay=0.0, factors=1, inverses=1, fisher="exact",
         )  # fmt: skip
     train, test = [], []
     for step in range(4):

@@ -15,6 +15,7 @@ from natgrad import KFAC, ExactNGD, fisher_matrix
 from natgrad.ntk import JacobianStability, convergence_bounds, jacobian_conditions
 from natgrad.ntk.two_layer import TwoLayerNetwork, two_layer_kernel
 from tests.cases import generator, normal
+from tests.methods import make_optimizer
 
 
 def unit(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -211,15 +212,16 @@ def test_kfac_trains_at_the_predicted_rate():
     y = model(x).detach() - residual
     bounds = convergence_bounds(method="kfac", inputs=x)
     projection = (x @ torch.linalg.pinv(x)).diagonal().unsqueeze(1)
-    optimizer = KFAC(
+    optimizer = make_optimizer(
+        KFAC,
         model,
         "gaussian",
         lr=bounds.step_size,
         damping=0.0,
         momentum=0.0,
         fisher="exact",
-        factor_interval=1,
-        inverse_interval=1,
+        factors=1,
+        inverses=1,
         kl_clip=None,
     )
     history = train(model, optimizer, x, y, 3)

@@ -16,9 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from natgrad.capture.kinds import LayerCall, LayerKind, concatenate_positions, register_kind
-from natgrad.jacobians import LayerJacobian, LinearJacobian
-from natgrad.layouts import BlockLayout
+from natgrad.capture.kinds import (
+    BlockRecord,
+    LayerCall,
+    LayerKind,
+    register_kind,
+)
+from natgrad.jacobians import LayerJacobian
 
 __all__ = ["AttentionKind", "RecordProjections"]
 
@@ -58,31 +62,12 @@ class AttentionKind(LayerKind):
             "v_proj_weight": ("value",),
         }.get(first, ("packed", "query", "key", "value"))
 
-    def layout(
-        self, module: nn.Module, names: tuple[str, ...], qualified: tuple[str, ...]
-    ) -> BlockLayout:
-        """Return one group of the projection's shape."""
-        shapes = tuple(tuple(module.get_parameter(name).shape) for name in names)
-        has_weight = "weight" in names[0]
-        d_in = shapes[0][1] if has_weight else 0
-        return BlockLayout(
-            qualified, shapes, 1, shapes[0][0], d_in, has_weight, "bias" in names[-1]
-        )
-
-    def jacobian(
-        self,
-        layout: BlockLayout,
-        names: tuple[str, ...],
-        calls: list[tuple[LayerCall, list[Tensor | None]]],
-        samples: int,
-        skip_silent: bool,
-    ) -> LayerJacobian:
+    def jacobian(self, block: BlockRecord) -> LayerJacobian:
         """Form rows; a projection that fills only some output rows is padded with zeros."""
         rows: list[tuple[Tensor, Tensor]] = []
-        separate = names[0] in ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-        for call, gradients in calls:
-            (delta,) = gradients
-            assert delta is not None
+        layout, samples = block.layout, block.samples
+        separate = block.names[0] in ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        for call, delta in block.single_outputs():
             batch = call.options["batch"]
             a = _samples_first(call.inputs[0], batch, samples)[..., : layout.d_in]
             d = torch.stack([_samples_first(part, batch, samples) for part in delta], dim=1)
@@ -91,8 +76,7 @@ class AttentionKind(LayerKind):
             if offset or missing:
                 d = functional.pad(d, (offset, missing))
             rows.append((a.unsqueeze(2), d.unsqueeze(3)))
-        inputs, deltas = concatenate_positions(rows)
-        return LinearJacobian(layout, inputs, deltas, skip_silent=skip_silent)
+        return block.linear(rows)
 
 
 def _samples_first(tensor: Tensor, batch: int, samples: int) -> Tensor:

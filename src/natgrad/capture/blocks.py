@@ -108,12 +108,12 @@ def find_blocks(model: nn.Module) -> tuple[dict[str, Block], dict[str, str]]:
                 continue
             shared = tuple(_use(m, k, (n,), names) for _, m, k, n in uses[parameter])
             kinds = "+".join(dict.fromkeys(type(u.module).__name__ for u in shared))
-            layout = min(shared, key=_strangeness).layout
+            layout = min(shared, key=_preference).layout
             blocks[name] = Block(name, kinds, layout, shared)
     return blocks, uncovered
 
 
-def _strangeness(use: Use) -> tuple[bool, bool]:
+def _preference(use: Use) -> tuple[bool, bool]:
     """Order uses: a factored form before plain rows, the ordinary way round before the other."""
     return isinstance(use.kind, GenericKind), use.layout.transposed
 

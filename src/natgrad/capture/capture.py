@@ -7,7 +7,6 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from types import TracebackType
 from typing import Any, cast
 
 import torch
@@ -24,7 +23,7 @@ from natgrad.capture.hooks import (
     outside_graphs,
     pulling_back,
 )
-from natgrad.capture.kinds import LayerCall, LayerKind, find_kind
+from natgrad.capture.kinds import BlockRecord, CallGradients, LayerCall, LayerKind, find_kind
 from natgrad.capture.model_output import select_output, unwrap
 from natgrad.capture.normalization import batch_norms, fix_statistics
 from natgrad.jacobians import Jacobians, LayerJacobian, SumJacobian
@@ -128,8 +127,8 @@ class Capture:
                 modules[use.module] = use.kind
         for module, kind in modules.items():
             if isinstance(module, nn.MultiheadAttention):
-                before = ModelHook(self, Capture._before_attention)
-                after = ModelHook(self, Capture._after_attention)
+                before = ModelHook(self, _before_attention)
+                after = ModelHook(self, _after_attention)
                 self._handles.append(module.register_forward_pre_hook(before))
                 self._handles.append(module.register_forward_hook(after, always_call=True))
             else:
@@ -139,8 +138,8 @@ class Capture:
             if module not in modules and isinstance(module, nn.modules.batchnorm._BatchNorm):
                 hook = ModelHook(self, Capture._after_plain_batch_norm)
                 self._handles.append(module.register_forward_hook(hook))
-        first = ModelHook(self, Capture._before_model)
-        last = ModelHook(self, Capture._after_model)
+        first = ModelHook(self, _before_model)
+        last = ModelHook(self, _after_model)
         self._handles.append(self.model.register_forward_pre_hook(first, prepend=True))
         self._handles.append(self.model.register_forward_hook(last))
 
@@ -174,12 +173,7 @@ class Capture:
         """Return the capture itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         """Remove the hooks."""
         self.remove()
 
@@ -192,18 +186,6 @@ class Capture:
             and torch.is_grad_enabled()
             and not inside_backward()
         )
-
-    def _before_model(self, module: nn.Module, args: Any) -> None:
-        _before_model(self)
-
-    def _after_model(self, module: nn.Module, args: Any, output: Any) -> None:
-        _after_model(self, output)
-
-    def _before_attention(self, module: nn.Module, args: Any) -> None:
-        _before_attention(self, module)
-
-    def _after_attention(self, module: nn.Module, args: Any, output: Any) -> None:
-        _after_attention(self, module)
 
     def _after_plain_batch_norm(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._active() and batch_norms(module):
@@ -392,12 +374,12 @@ class Capture:
 
     def _jacobians(
         self,
-        calls: list[tuple[LayerCall, list[Tensor | None]]],
+        calls: list[CallGradients],
         samples: int,
         directions: int,
         skip_silent: bool,
     ) -> Jacobians:
-        by_module: dict[nn.Module, list[tuple[LayerCall, list[Tensor | None]]]] = {}
+        by_module: dict[nn.Module, list[CallGradients]] = {}
         order: dict[nn.Module, int] = {}
         for call, gradients in calls:
             order.setdefault(call.module, len(order))
@@ -453,15 +435,11 @@ def _sample_by_sample(
 
 def _for_each_sample(
     call: LayerCall, gradients: list[Tensor | None], split: bool, samples: int
-) -> tuple[LayerCall, list[Tensor | None]]:
+) -> CallGradients:
     """Write a call that serves all samples as one call per sample.
 
-    Args:
-        call: The call.
-        gradients: Its output gradients: ``(K, N, *output.shape)`` if ``split``, otherwise
-            ``(K, *output.shape)``, summed over samples; these become the first sample's.
-        split: Whether the gradients are split by sample.
-        samples: ``N``.
+    Its output gradients are ``(K, N, *output.shape)`` if ``split``, otherwise
+    ``(K, *output.shape)``, summed over samples; these become the first sample's.
     """
     inputs = call.inputs[0]
     inputs = inputs.expand(samples, *inputs.shape)
@@ -474,21 +452,18 @@ def _for_each_sample(
 
 def _block_jacobian(
     block: Block,
-    by_module: Mapping[nn.Module, list[tuple[LayerCall, list[Tensor | None]]]],
+    by_module: Mapping[nn.Module, list[CallGradients]],
     samples: int,
     skip_silent: bool,
 ) -> LayerJacobian | None:
-    parts: list[LayerJacobian] = []
-    groups: dict[tuple[LayerKind, BlockLayout], list[tuple[LayerCall, list[Tensor | None]]]] = {}
-    names: dict[tuple[LayerKind, BlockLayout], tuple[str, ...]] = {}
+    records: dict[tuple[LayerKind, BlockLayout], BlockRecord] = {}
     for use in block.uses:
-        calls = [c for c in by_module.get(use.module, []) if c[0].key in use.keys]
+        calls = [one for one in by_module.get(use.module, []) if one[0].key in use.keys]
         if calls:
             # Layers of one kind that share a parameter are calls of one layer.
-            groups.setdefault((use.kind, use.layout), []).extend(calls)
-            names[(use.kind, use.layout)] = use.names
-    for (kind, layout), calls in groups.items():
-        parts.append(kind.jacobian(layout, names[(kind, layout)], calls, samples, skip_silent))
+            empty = BlockRecord(use.layout, use.names, [], samples, skip_silent)
+            records.setdefault((use.kind, use.layout), empty).calls.extend(calls)
+    parts = [kind.jacobian(record) for (kind, _), record in records.items()]
     if not parts:
         return None
     if len(parts) == 1 and (len(block.uses) == 1 or _same_form(parts[0].layout, block.layout)):
@@ -532,7 +507,7 @@ def _after_layer(
 
 
 @outside_graphs
-def _before_model(capture: Capture) -> None:
+def _before_model(capture: Capture, module: nn.Module, args: Any) -> None:
     if capture._suspended or not torch.is_grad_enabled() or inside_backward():
         return
     if capture.on_forward is not None:
@@ -543,7 +518,7 @@ def _before_model(capture: Capture) -> None:
 
 
 @outside_graphs
-def _after_model(capture: Capture, output: Any) -> None:
+def _after_model(capture: Capture, module: nn.Module, args: Any, output: Any) -> None:
     current = capture._open
     if current is None or not capture._active():
         return
@@ -574,7 +549,7 @@ def _after_model(capture: Capture, output: Any) -> None:
 
 
 @outside_graphs
-def _before_attention(capture: Capture, module: nn.Module) -> None:
+def _before_attention(capture: Capture, module: nn.Module, args: Any) -> None:
     if capture._active():
         mode = RecordProjections(cast(nn.MultiheadAttention, module), capture._record)
         mode.__enter__()
@@ -582,7 +557,7 @@ def _before_attention(capture: Capture, module: nn.Module) -> None:
 
 
 @outside_graphs
-def _after_attention(capture: Capture, module: nn.Module) -> None:
+def _after_attention(capture: Capture, module: nn.Module, args: Any, output: Any) -> None:
     if capture._modes and capture._modes[-1].module is module:
         capture._modes.pop().__exit__(None, None, None)
 
@@ -591,7 +566,7 @@ def _scaled(gradient: Tensor, scale: float | Tensor) -> Tensor:
     return gradient if isinstance(scale, float) and scale == 1.0 else gradient * scale
 
 
-def _device_type(calls: list[tuple[LayerCall, list[Tensor | None]]]) -> str:
+def _device_type(calls: list[CallGradients]) -> str:
     for _, gradients in calls:
         for gradient in gradients:
             if gradient is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -9,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.capture.kinds import (
+    BlockRecord,
     LayerCall,
     LayerKind,
-    concatenate_positions,
     fold_gradients,
     of_samples,
+    parameter_shapes,
     register_kind,
 )
 from natgrad.jacobians import LayerJacobian, LinearJacobian
@@ -31,12 +33,7 @@ def patches(
 ) -> Tensor:
     """Return a view of all windows, ``(N, C, *positions, *kernel_size)``, without a copy.
 
-    Args:
-        images: Already padded images, ``(N, C, *spatial)``.
-        kernel_size: Window size per dimension.
-        stride: Step between windows.
-        dilation: Step within a window.
-        positions: How many windows per dimension; as many as fit by default.
+    The images ``(N, C, *spatial)`` are padded already; as many positions as fit by default.
     """
     images = images.contiguous()
     spatial = images.shape[2:]
@@ -61,11 +58,7 @@ def _window_rows(
 ) -> Tensor:
     """Rearrange ``(N·r, C, *positions, *kernel)`` to ``(N, T, G, C/G · kernel)``.
 
-    Args:
-        windows: A view of all windows.
-        samples: ``N``.
-        groups: ``G``.
-        positions: Which of the ``T`` positions to copy, where ``r`` is 1; all by default.
+    Where ``r`` is 1, only some of the ``T`` positions may be copied.
     """
     dims = (windows.dim() - 2) // 2
     if positions is not None and windows.shape[0] == samples:
@@ -87,7 +80,7 @@ class ConvolutionKind(LayerKind):
     ) -> BlockLayout:
         """Return one matrix per convolution group, ``C_out/G × C_in/G·kernel``."""
         convolution = cast(nn.Conv2d, module)
-        shapes = tuple(tuple(module.get_parameter(name).shape) for name in names)
+        shapes = parameter_shapes(module, names)
         has_weight = "weight" in names
         groups = convolution.groups
         d_in = convolution.weight[0].numel() if has_weight else 0
@@ -101,26 +94,18 @@ class ConvolutionKind(LayerKind):
             "bias" in names,
         )
 
-    def jacobian(
-        self,
-        layout: BlockLayout,
-        names: tuple[str, ...],
-        calls: list[tuple[LayerCall, list[Tensor | None]]],
-        samples: int,
-        skip_silent: bool,
-    ) -> LayerJacobian:
+    def jacobian(self, block: BlockRecord) -> LayerJacobian:
         """Form rows; patches are built only when first needed."""
-        deltas = [
-            _channels_last(cast(Tensor, gradients[0]), samples, layout.groups)
-            for _, gradients in calls
-        ]
-        make = partial(_convolution_inputs, [call for call, _ in calls], layout, samples)
+        layout, samples = block.layout, block.samples
+        calls, gradients = zip(*block.single_outputs(), strict=True)
+        deltas = [_channels_last(gradient, samples, layout.groups) for gradient in gradients]
         delta = deltas[0] if len(deltas) == 1 else torch.cat(deltas, dim=2)
-        return LinearJacobian(layout, make, delta, skip_silent=skip_silent)
+        make = partial(_convolution_inputs, calls, layout, samples)
+        return LinearJacobian(layout, make, delta, skip_silent=block.skip_silent)
 
 
 def _convolution_inputs(
-    calls: list[LayerCall],
+    calls: Sequence[LayerCall],
     layout: BlockLayout,
     samples: int,
     chosen: Tensor | None,
@@ -168,7 +153,7 @@ class TransposedConvolutionKind(LayerKind):
         self, module: nn.Module, names: tuple[str, ...], qualified: tuple[str, ...]
     ) -> BlockLayout:
         """Return ``C_out/G·kernel × C_in/G`` per group for the weight, stored transposed."""
-        shapes = tuple(tuple(module.get_parameter(name).shape) for name in names)
+        shapes = parameter_shapes(module, names)
         if names == ("bias",):
             return BlockLayout(qualified, shapes, 1, shapes[0][0], 0, False, True)
         convolution = cast(nn.ConvTranspose2d, module)
@@ -184,19 +169,11 @@ class TransposedConvolutionKind(LayerKind):
             transposed=True,
         )
 
-    def jacobian(
-        self,
-        layout: BlockLayout,
-        names: tuple[str, ...],
-        calls: list[tuple[LayerCall, list[Tensor | None]]],
-        samples: int,
-        skip_silent: bool,
-    ) -> LayerJacobian:
+    def jacobian(self, block: BlockRecord) -> LayerJacobian:
         """Form rows from inputs and windows of output gradients."""
+        layout, samples = block.layout, block.samples
         rows: list[tuple[Tensor, Tensor]] = []
-        for call, gradients in calls:
-            (delta,) = gradients
-            assert delta is not None
+        for call, delta in block.single_outputs():
             images = call.inputs[0]
             if not layout.has_weight:
                 d = _channels_last(delta, samples, 1)
@@ -215,8 +192,7 @@ class TransposedConvolutionKind(LayerKind):
             d = d.unflatten(0, (directions, samples)).transpose(0, 1)
             a = images.movedim(1, -1).reshape(samples, -1, layout.groups, layout.d_in)
             rows.append((a, d))
-        inputs, deltas = concatenate_positions(rows)
-        return LinearJacobian(layout, inputs, deltas, skip_silent=skip_silent)
+        return block.linear(rows)
 
 
 _CONVOLUTIONS: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -7,7 +7,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from natgrad.capture.kinds import LayerCall, LayerKind, fold_gradients, register_kind
+from natgrad.capture.kinds import BlockRecord, LayerKind, fold_gradients, register_kind
 from natgrad.jacobians import EmbeddingJacobian, LayerJacobian
 from natgrad.layouts import BlockLayout
 
@@ -32,29 +32,20 @@ class EmbeddingKind(LayerKind):
         shape = tuple(module.get_parameter("weight").shape)
         return BlockLayout(qualified, (shape,), 1, shape[1], shape[0], True, False, True, True)
 
-    def jacobian(
-        self,
-        layout: BlockLayout,
-        names: tuple[str, ...],
-        calls: list[tuple[LayerCall, list[Tensor | None]]],
-        samples: int,
-        skip_silent: bool,
-    ) -> LayerJacobian:
+    def jacobian(self, block: BlockRecord) -> LayerJacobian:
         """Form rows from token indices and output gradients."""
         indices: list[Tensor] = []
         deltas: list[Tensor] = []
-        for call, gradients in calls:
-            (delta,) = gradients
-            assert delta is not None
-            d = fold_gradients(delta, samples, layout.d_out)
-            index = call.inputs[0].reshape(samples, -1)
+        for call, delta in block.single_outputs():
+            d = fold_gradients(delta, block.samples, block.layout.d_out)
+            index = call.inputs[0].reshape(block.samples, -1)
             padding = cast(nn.Embedding, call.module).padding_idx
             if padding is not None:
                 d = d * (index != padding)[:, None, :, None]
             indices.append(index)
             deltas.append(d.unsqueeze(3))
         return EmbeddingJacobian(
-            layout, torch.cat(indices, 1), torch.cat(deltas, 2), skip_silent=skip_silent
+            block.layout, torch.cat(indices, 1), torch.cat(deltas, 2), skip_silent=block.skip_silent
         )
 
 

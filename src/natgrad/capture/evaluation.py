@@ -10,9 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.capture.capture import Capture
-from natgrad.capture.model_output import select_output
+from natgrad.capture.model_output import require_output
+from natgrad.jacobians import Jacobians
 
-__all__ = ["call_model", "count_samples", "evaluated", "take_samples", "undisturbed"]
+__all__ = [
+    "call_model",
+    "count_samples",
+    "evaluated",
+    "output_rows",
+    "take_samples",
+    "undisturbed",
+    "unit_vectors",
+]
 
 
 @contextmanager
@@ -22,27 +31,48 @@ def evaluated(capture: Capture, inputs: Any) -> Iterator[Tensor]:
     Passes recorded before are forgotten. At the end the random state and the buffers of the model
     are again as they were.
 
-    Args:
-        capture: A recording capture.
-        inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments.
-
     Raises:
         ValueError: If the model's output holds no tensor or depends on no trainable parameter.
     """
     capture.clear()
     with undisturbed(capture.model):
         with torch.enable_grad():
-            output = select_output(call_model(capture.model, inputs), capture.select)
-        if output is None:
-            raise ValueError(
-                "no tensor was found in the model's output; pass output=lambda out: ... to pick it"
-            )
+            output = require_output(call_model(capture.model, inputs), capture.select)
         if not output.requires_grad:
             raise ValueError(
                 "the model's output does not depend on any trainable parameter; pass "
                 "output=lambda out: ... to pick the right tensor"
             )
         yield output
+
+
+def output_rows(capture: Capture, inputs: Any) -> tuple[Tensor, Jacobians]:
+    """Return a model's outputs ``(N, …)``, detached, and the Jacobian rows of every one of them.
+
+    The rows have one direction per output of a sample.
+
+    Raises:
+        ValueError: If the output depends on no trainable parameter.
+    """
+    with evaluated(capture, inputs) as output:
+        rows = capture.pull_back(output, unit_vectors(output), retain_graph=False)
+        return output.detach(), rows
+
+
+def unit_vectors(output: Tensor) -> Tensor:
+    """Return the unit vector of every output of a sample ``(C, *output.shape)``, as a view.
+
+    Raises:
+        ValueError: If the output has no dimension but that of the samples.
+    """
+    if output.dim() < 2:
+        raise ValueError(
+            f"the output must have shape (samples, outputs, ...), got {tuple(output.shape)}; "
+            "give a scalar output a last dimension of size 1"
+        )
+    shape, size = output.shape, output[0].numel()
+    eye = torch.eye(size, dtype=output.dtype, device=output.device)
+    return eye.reshape(size, 1, *shape[1:]).expand(size, *shape)
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:

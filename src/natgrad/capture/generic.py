@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,7 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
-from natgrad.capture.kinds import LayerCall, LayerKind
+from natgrad.capture.kinds import (
+    BlockRecord,
+    LayerCall,
+    LayerKind,
+    dense_layout,
+    parameter_shapes,
+)
 from natgrad.jacobians import DenseJacobian, LayerJacobian
 from natgrad.layouts import BlockLayout
 
@@ -67,25 +74,12 @@ class GenericKind(LayerKind):
         self, module: nn.Module, names: tuple[str, ...], qualified: tuple[str, ...]
     ) -> BlockLayout:
         """Return a single row of all parameters."""
-        shapes = tuple(tuple(module.get_parameter(name).shape) for name in names)
-        size = sum(int(torch.Size(shape).numel()) for shape in shapes)
-        return BlockLayout(qualified, shapes, 1, 1, size, True, False)
+        return dense_layout(qualified, parameter_shapes(module, names))
 
-    def jacobian(
-        self,
-        layout: BlockLayout,
-        names: tuple[str, ...],
-        calls: list[tuple[LayerCall, list[Tensor | None]]],
-        samples: int,
-        skip_silent: bool,
-    ) -> LayerJacobian:
+    def jacobian(self, block: BlockRecord) -> LayerJacobian:
         """Form dense rows ``(N, K, P_l)``."""
-        total: Tensor | None = None
-        for call, gradients in calls:
-            rows = _pull_back_per_sample(call, gradients, names, samples)
-            total = rows if total is None else total + rows
-        assert total is not None
-        return DenseJacobian(layout, total)
+        rows = [_pull_back_per_sample(*one, block.names, block.samples) for one in block.calls]
+        return DenseJacobian(block.layout, functools.reduce(Tensor.add, rows))
 
 
 def _detach(value: Any) -> Any:

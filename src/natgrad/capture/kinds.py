@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -14,9 +15,13 @@ from natgrad.jacobians import DenseJacobian, LayerJacobian, LinearJacobian
 from natgrad.layouts import BlockLayout
 
 __all__ = [
+    "BlockRecord",
+    "CallGradients",
     "LayerCall",
     "LayerKind",
+    "dense_layout",
     "find_kind",
+    "parameter_shapes",
     "register_kind",
     "register_layer",
     "register_named_kind",
@@ -40,6 +45,50 @@ class LayerCall:
     inputs: tuple[Any, ...]
     outputs: tuple[Tensor, ...]
     options: dict[str, Any] = field(default_factory=dict)
+
+
+#: A layer call and the gradients of its outputs, ``(K, *output.shape)``.
+CallGradients = tuple[LayerCall, list[Tensor | None]]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockRecord:
+    """What the rows of a block are formed from.
+
+    Attributes:
+        layout: The block's layout.
+        names: The block's parameter names within the module.
+        calls: Recorded calls, each with the gradients of its outputs, ``(K, *output.shape)``.
+        samples: ``N``.
+        skip_silent: Leave positions with zero gradient out of the input factors.
+    """
+
+    layout: BlockLayout
+    names: tuple[str, ...]
+    calls: list[CallGradients]
+    samples: int
+    skip_silent: bool
+
+    def single_outputs(self) -> Iterator[tuple[LayerCall, Tensor]]:
+        """Yield the calls of a layer with one output, each with its gradient."""
+        for call, (gradient,) in self.calls:
+            assert gradient is not None
+            yield call, gradient
+
+    def linear(self, rows: list[tuple[Tensor, Tensor]], bias_value: float = 1.0) -> LinearJacobian:
+        """Return the rows of a linear map of inputs ``(N, T, G, d)``.
+
+        Args:
+            rows: Inputs and output gradients ``(N, K, T, G, d_out)``, call by call.
+            bias_value: What the bias is multiplied by.
+        """
+        inputs, gradients = rows[0]
+        if len(rows) > 1:
+            inputs = torch.cat([a for a, _ in rows], dim=1)
+            gradients = torch.cat([d for _, d in rows], dim=2)
+        return LinearJacobian(
+            self.layout, inputs, gradients, bias_value=bias_value, skip_silent=self.skip_silent
+        )
 
 
 class LayerKind(ABC):
@@ -72,30 +121,21 @@ class LayerKind(ABC):
         """Return the call keys that concern a block with these parameters."""
         return ("",)
 
-    @abstractmethod
     def layout(
         self, module: nn.Module, names: tuple[str, ...], qualified: tuple[str, ...]
     ) -> BlockLayout:
-        """Return the layout of the block that holds the parameters ``names`` of ``module``."""
+        """Return the layout of the block that holds the parameters ``names`` of ``module``.
+
+        By default it is that of a weight ``d_out × d_in``, a bias or both.
+        """
+        shapes = parameter_shapes(module, names)
+        has_weight, has_bias = "weight" in names[0], "bias" in names[-1]
+        d_in = shapes[0][1] if has_weight else 0
+        return BlockLayout(qualified, shapes, 1, shapes[0][0], d_in, has_weight, has_bias)
 
     @abstractmethod
-    def jacobian(
-        self,
-        layout: BlockLayout,
-        names: tuple[str, ...],
-        calls: list[tuple[LayerCall, list[Tensor | None]]],
-        samples: int,
-        skip_silent: bool,
-    ) -> LayerJacobian:
-        """Form the rows of one block.
-
-        Args:
-            layout: The block's layout.
-            names: The block's parameter names within the module.
-            calls: Recorded calls, each with the gradients of its outputs, ``(K, *output.shape)``.
-            samples: ``N``.
-            skip_silent: Leave positions with zero gradient out of the input factors.
-        """
+    def jacobian(self, block: BlockRecord) -> LayerJacobian:
+        """Form the rows of one block."""
 
 
 _KINDS: dict[type[nn.Module], LayerKind] = {}
@@ -159,14 +199,14 @@ def _check_fold(size: int, samples: int) -> None:
         )
 
 
-def concatenate_positions(
-    rows: list[tuple[Tensor, Tensor]],
-) -> tuple[Tensor, Tensor]:
-    """Join the calls of a reused layer along the position dimension."""
-    if len(rows) == 1:
-        return rows[0]
-    inputs, gradients = zip(*rows, strict=True)
-    return torch.cat(inputs, dim=1), torch.cat(gradients, dim=2)
+def parameter_shapes(module: nn.Module, names: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes of some parameters of a module."""
+    return tuple(tuple(module.get_parameter(name).shape) for name in names)
+
+
+def dense_layout(qualified: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]) -> BlockLayout:
+    """Return the layout of parameters that have no matrix form: a single row of all of them."""
+    return BlockLayout(qualified, shapes, 1, 1, sum(map(prod, shapes)), True, False)
 
 
 RowsFunction = Callable[[Any, tuple[Any, ...], Tensor], "tuple[Tensor, Tensor] | dict[str, Tensor]"]
@@ -193,41 +233,27 @@ class _RegisteredKind(LayerKind):
     def layout(
         self, module: nn.Module, names: tuple[str, ...], qualified: tuple[str, ...]
     ) -> BlockLayout:
-        shapes = tuple(tuple(module.get_parameter(name).shape) for name in names)
+        shapes = parameter_shapes(module, names)
         if len(shapes[0]) == 2 and shapes[1:] in ((), ((shapes[0][0],),)):
             return BlockLayout(
                 qualified, shapes, 1, shapes[0][0], shapes[0][1], True, len(shapes) == 2
             )
-        size = sum(int(torch.Size(shape).numel()) for shape in shapes)
-        return BlockLayout(qualified, shapes, 1, 1, size, True, False)
+        return dense_layout(qualified, shapes)
 
-    def jacobian(
-        self,
-        layout: BlockLayout,
-        names: tuple[str, ...],
-        calls: list[tuple[LayerCall, list[Tensor | None]]],
-        samples: int,
-        skip_silent: bool,
-    ) -> LayerJacobian:
+    def jacobian(self, block: BlockRecord) -> LayerJacobian:
         pairs: list[tuple[Tensor, Tensor]] = []
         dense: Tensor | None = None
-        for call, gradients in calls:
-            assert gradients[0] is not None
-            result = self.function(call.module, call.inputs, gradients[0])
+        for call, gradient in block.single_outputs():
+            result = self.function(call.module, call.inputs, gradient)
             if isinstance(result, dict):
-                rows = torch.cat(
-                    [result[n].reshape(*result[n].shape[:2], -1) for n in names], dim=2
-                )
+                rows = torch.cat([result[n].flatten(2) for n in block.names], dim=2)
                 dense = rows if dense is None else dense + rows
             else:
                 a, delta = result
                 pairs.append((a.unsqueeze(2), delta.unsqueeze(3)))
         if dense is not None:
-            size = layout.numel
-            flat = BlockLayout(layout.names, layout.shapes, 1, 1, size, True, False)
-            return DenseJacobian(flat, dense)
-        inputs, deltas = concatenate_positions(pairs)
-        return LinearJacobian(layout, inputs, deltas, skip_silent=skip_silent)
+            return DenseJacobian(dense_layout(block.layout.names, block.layout.shapes), dense)
+        return block.linear(pairs)
 
 
 def register_layer(

@@ -5,15 +5,15 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from natgrad.capture.kinds import (
-    LayerCall,
+    BlockRecord,
     LayerKind,
-    concatenate_positions,
     fold_gradients,
     fold_inputs,
+    parameter_shapes,
     register_kind,
     register_named_kind,
 )
-from natgrad.jacobians import LayerJacobian, LinearJacobian
+from natgrad.jacobians import LayerJacobian
 from natgrad.layouts import BlockLayout
 
 __all__ = ["LinearKind", "TransposedLinearKind"]
@@ -26,38 +26,18 @@ class LinearKind(LayerKind):
         """Return ``(s, s_b)``."""
         return 1.0, 1.0
 
-    def layout(
-        self, module: nn.Module, names: tuple[str, ...], qualified: tuple[str, ...]
-    ) -> BlockLayout:
-        """Return one group of ``out_features × in_features``."""
-        shapes = tuple(tuple(module.get_parameter(name).shape) for name in names)
-        has_weight = "weight" in names
-        d_out = shapes[0][0]
-        d_in = shapes[0][1] if has_weight else 0
-        return BlockLayout(qualified, shapes, 1, d_out, d_in, has_weight, "bias" in names)
-
-    def jacobian(
-        self,
-        layout: BlockLayout,
-        names: tuple[str, ...],
-        calls: list[tuple[LayerCall, list[Tensor | None]]],
-        samples: int,
-        skip_silent: bool,
-    ) -> LayerJacobian:
+    def jacobian(self, block: BlockRecord) -> LayerJacobian:
         """Form rows from the layer's inputs and its outputs' gradients."""
-        weight_scale, bias_scale = self.scales(calls[0][0].module)
+        weight_scale, bias_scale = self.scales(block.calls[0][0].module)
         rows: list[tuple[Tensor, Tensor]] = []
-        for call, gradients in calls:
-            (delta,) = gradients
-            assert delta is not None
+        for call, delta in block.single_outputs():
             inputs = call.inputs[0]
-            a = fold_inputs(inputs, samples, inputs.shape[-1])[..., : layout.d_in]
+            a = fold_inputs(inputs, block.samples, inputs.shape[-1])[..., : block.layout.d_in]
             if weight_scale != 1.0:
                 a = a * weight_scale
-            d = fold_gradients(delta, samples, layout.d_out)
+            d = fold_gradients(delta, block.samples, block.layout.d_out)
             rows.append((a.unsqueeze(2), d.unsqueeze(3)))
-        a, d = concatenate_positions(rows)
-        return LinearJacobian(layout, a, d, bias_value=bias_scale, skip_silent=skip_silent)
+        return block.linear(rows, bias_scale)
 
 
 class TransposedLinearKind(LinearKind):
@@ -67,7 +47,7 @@ class TransposedLinearKind(LinearKind):
         self, module: nn.Module, names: tuple[str, ...], qualified: tuple[str, ...]
     ) -> BlockLayout:
         """Return one group of ``out_features × in_features``, stored transposed."""
-        shapes = tuple(tuple(module.get_parameter(name).shape) for name in names)
+        shapes = parameter_shapes(module, names)
         has_weight = "weight" in names
         d_in = shapes[0][0] if has_weight else 0
         d_out = shapes[0][-1]

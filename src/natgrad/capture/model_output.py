@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-__all__ = ["select_output", "unwrap"]
+__all__ = ["require_output", "select_output", "unwrap"]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -46,3 +46,17 @@ def select_output(output: Any, select: Callable[[Any], Tensor] | None) -> Tensor
     if isinstance(output, (tuple, list)):
         return next((item for item in output if isinstance(item, Tensor)), None)
     return None
+
+
+def require_output(output: Any, select: Callable[[Any], Tensor] | None) -> Tensor:
+    """Pick the tensor the likelihood looks at out of a model's output, which must hold one.
+
+    Raises:
+        ValueError: If it holds none.
+    """
+    chosen = select_output(output, select)
+    if chosen is None:
+        raise ValueError(
+            "no tensor was found in the model's output; pass output=lambda out: ... to pick it"
+        )
+    return chosen

@@ -8,7 +8,7 @@ pull-back through such a layer is replaced accordingly (see :func:`fix_statistic
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -18,10 +18,12 @@ from torch.nn import functional
 
 from natgrad.capture.hooks import is_pulling_back
 from natgrad.capture.kinds import (
+    BlockRecord,
     LayerCall,
     LayerKind,
     fold_gradients,
     fold_inputs,
+    parameter_shapes,
     register_kind,
 )
 from natgrad.jacobians import LayerJacobian, LinearJacobian
@@ -64,35 +66,28 @@ class NormalizationKind(LayerKind):
         self, module: nn.Module, names: tuple[str, ...], qualified: tuple[str, ...]
     ) -> BlockLayout:
         """Return one ``1 × 1`` matrix per channel."""
-        shapes = tuple(tuple(module.get_parameter(name).shape) for name in names)
+        shapes = parameter_shapes(module, names)
         channels = int(torch.Size(shapes[0]).numel())
         has_weight = "weight" in names
         return BlockLayout(
             qualified, shapes, channels, 1, int(has_weight), has_weight, "bias" in names
         )
 
-    def jacobian(
-        self,
-        layout: BlockLayout,
-        names: tuple[str, ...],
-        calls: list[tuple[LayerCall, list[Tensor | None]]],
-        samples: int,
-        skip_silent: bool,
-    ) -> LayerJacobian:
+    def jacobian(self, block: BlockRecord) -> LayerJacobian:
         """Form rows from output gradients and, when first needed, normalised inputs."""
+        layout, samples = block.layout, block.samples
+        calls, gradients = zip(*block.single_outputs(), strict=True)
         deltas = []
-        for _, gradients in calls:
-            delta = cast(Tensor, gradients[0])
-            if self.channels_first:
-                delta = delta.movedim(2, -1)
-            deltas.append(fold_gradients(delta, samples, layout.groups).unsqueeze(-1))
+        for gradient in gradients:
+            rows = gradient.movedim(2, -1) if self.channels_first else gradient
+            deltas.append(fold_gradients(rows, samples, layout.groups).unsqueeze(-1))
         delta = deltas[0] if len(deltas) == 1 else torch.cat(deltas, dim=2)
-        make = partial(self._inputs, [call for call, _ in calls], layout, samples)
-        return LinearJacobian(layout, make, delta, skip_silent=skip_silent)
+        make = partial(self._inputs, calls, layout, samples)
+        return LinearJacobian(layout, make, delta, skip_silent=block.skip_silent)
 
     def _inputs(
         self,
-        calls: list[LayerCall],
+        calls: Sequence[LayerCall],
         layout: BlockLayout,
         samples: int,
         chosen: Tensor | None,
@@ -128,12 +123,7 @@ def batch_norms(module: nn.Module) -> bool:
 def fix_statistics(module: nn.Module, inputs: Tensor, output: Tensor) -> None:
     """Make natgrad's pull-back through a batch norm treat the batch statistics as constants.
 
-    The user's own backward pass is left as it is.
-
-    Args:
-        module: A batch norm in training mode.
-        inputs: Its input.
-        output: Its output, just computed.
+    The batch norm is in training mode; the user's own backward pass is left as it is.
     """
     node = output.grad_fn
     if node is None or "BatchNorm" not in type(node).__name__:

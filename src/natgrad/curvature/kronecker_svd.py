@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["Product", "deflation", "lanczos", "symmetric"]
+__all__ = ["Product", "deflation", "lanczos", "symmetric_part"]
 
 # A product with symmetric matrices, one per group.
 Product = Callable[[Tensor], Tensor]
@@ -127,7 +127,7 @@ def _signed(u: Tensor, v: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``(√σ U, √σ V)``, symmetric, with the signs that make ``tr V ≥ 0``."""
     trace = v.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     scale = torch.where(trace < 0, -1.0, 1.0) * sigma.sqrt()
-    return symmetric(u * scale), symmetric(v * scale)
+    return symmetric_part(u * scale), symmetric_part(v * scale)
 
 
 def _orthogonal(matrices: Tensor, basis: Tensor) -> Tensor:
@@ -142,11 +142,11 @@ def _random_like(matrices: Tensor, seed: int) -> Tensor:
     """Return symmetric random matrices of norm 1, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(matrices.shape, generator=generator, dtype=torch.float64)
-    values = symmetric(values).to(matrices)
+    values = symmetric_part(values).to(matrices)
     return values / _norm(values)
 
 
-def symmetric(matrices: Tensor) -> Tensor:
+def symmetric_part(matrices: Tensor) -> Tensor:
     """Return ``(M + Mᵀ)/2``."""
     return (matrices + matrices.mT) / 2
 

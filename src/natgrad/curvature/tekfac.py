@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from natgrad.curvature.ekfac import EKFACFisher
-from natgrad.curvature.kfac import KroneckerPart
-from natgrad.curvature.registry import register_structure
-from natgrad.curvature.tkfac import TraceRestrictedPart
-from natgrad.layouts import BlockLayout
+from natgrad.curvature.ekfac import EigenKronecker
+from natgrad.curvature.structure import Structure, register_structure
+from natgrad.curvature.tkfac import TraceKronecker
 
-__all__ = ["TEKFACFisher"]
+__all__ = ["TraceEigenKronecker"]
 
 
 @register_structure
-class TEKFACFisher(EKFACFisher):
+@dataclass(frozen=True)
+class TraceEigenKronecker(EigenKronecker):
     """EKFAC with the factors of TKFAC: never further from the exact block than TKFAC is.
 
-    Options: ``weight_sharing``, ``max_factor_size`` and ``max_moment_samples``, as for
-    :class:`EKFACFisher`; TKFAC's factors keep the trace of the exact rows, so they take all.
+    Its options are those of :class:`EigenKronecker`; TKFAC's factors keep the trace of the exact
+    rows, so they take all of them.
     """
 
-    structure: ClassVar[str] = "tekfac"
+    name: ClassVar[str] = "tekfac"
+    object_options: ClassVar[Mapping[str, Any]] = {"max_moment_samples": None}
 
-    def make_factors(
-        self, name: str, block: BlockLayout, options: Mapping[str, Any]
-    ) -> KroneckerPart:
-        """Return an empty part of TKFAC."""
-        return TraceRestrictedPart(name, block, self.layout, **options)
+    rows_per_unit: float | None = None
+
+    def factors(self) -> Structure:
+        """Return the structure whose factors give the basis."""
+        return TraceKronecker(self.weight_sharing, max_factor_size=self.max_factor_size)

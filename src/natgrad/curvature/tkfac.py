@@ -13,18 +13,15 @@ output gradients.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from natgrad.curvature.base import check_choice, refuse_options
-from natgrad.curvature.ekfac import second_moments
-from natgrad.curvature.factors import discounted_sum, factor_diagonal
-from natgrad.curvature.function_space import map_by_columns
-from natgrad.curvature.kfac import DampingRule, KroneckerPart
-from natgrad.curvature.partitioned import CurvaturePart, PartitionedFisher
-from natgrad.curvature.registry import register_structure
+from natgrad.curvature.cost import Cost, Workload
+from natgrad.curvature.kfac import KroneckerFactors, check_factors, zero_factors
+from natgrad.curvature.structure import Part, Structure, register_structure
 from natgrad.jacobians import (
     EmbeddingJacobian,
     Jacobians,
@@ -32,12 +29,42 @@ from natgrad.jacobians import (
     LinearJacobian,
     WeightSharing,
 )
+from natgrad.jacobians.moments import second_moments
+from natgrad.layouts import BlockLayout
+from natgrad.operators import KroneckerOperator
+from natgrad.statistics import KroneckerStatistics, Statistics
+from natgrad.statistics.kronecker import factor_diagonal
 
-__all__ = ["TKFACFisher", "TraceRestrictedPart"]
+__all__ = ["TraceKronecker", "TraceStatistics", "trace_statistics"]
 
 
-class TraceRestrictedPart(KroneckerPart):
-    r"""One layer's trace-restricted Kronecker factors.
+@dataclass(frozen=True, eq=False)
+class TraceStatistics(KroneckerStatistics):
+    """Weighted second moments: ``inputs`` Σ ‖δ‖² a aᵀ, ``outputs`` Σ ‖a‖² δ δᵀ.
+
+    Attributes:
+        traces: Trace of the exact rows, per group, ``(G,)``.
+    """
+
+    traces: Tensor
+
+    def is_finite(self) -> Tensor:
+        """Return whether traces and diagonals are finite."""
+        return super().is_finite() & torch.isfinite(self.traces).all()
+
+    def mean_factors(self) -> tuple[Tensor, Tensor]:
+        """Return ``(√δ Φ, √δ Ψ)``."""
+        assert self.inputs is not None
+        mean = self.traces * self.count.clamp(min=1e-300).reciprocal().to(self.traces.dtype)
+        root = mean.sqrt()
+        inputs = _with_trace(self.inputs, root, self.traces)
+        return inputs, _with_trace(self.outputs, root, self.traces)
+
+
+@register_structure
+@dataclass(frozen=True)
+class TraceKronecker(Structure):
+    """One Kronecker product per layer that keeps the layer's trace; memory as K-FAC.
 
     For shared weights *expand* takes every position as a sample of its own
     (``Σ_nkt ‖δ_nkt‖² a_nt a_ntᵀ``), *reduce* the mean input and the summed output gradient of each
@@ -46,101 +73,73 @@ class TraceRestrictedPart(KroneckerPart):
     Rows without a factored form give the partial traces ``Σ MᵀM`` and ``Σ MMᵀ``. Groups have one
     pair and one trace each. Embeddings keep the diagonal of ``Φ``, which *expand* makes exact.
 
-    Arguments are those of :class:`~natgrad.curvature.kfac.KroneckerPart`, damping rules included;
-    the factors it damps are ``A = √δ Φ`` and ``B = √δ Ψ``.
+    Attributes:
+        weight_sharing: ``"expand"`` or ``"reduce"``, as above.
+        factored_damping: As in K-FAC; the factors damped are ``√δ Φ`` and ``√δ Ψ``.
+        max_factor_size: Larger factors are kept as their diagonal; None for no limit.
+
+    Raises:
+        ValueError: If an option is out of range.
     """
 
-    traces: Tensor | None = None  # Summed as the factors are, (G,).
+    name: ClassVar[str] = "tkfac"
+    object_options: ClassVar[Mapping[str, Any]] = {"factored_damping": False}
 
-    def update(self, jacobians: Jacobians, count: Tensor | float) -> None:
-        """Add weighted second moments; batches with NaN or infinite entries are left out."""
-        if self.name not in jacobians:
-            self.count += float(count)
-            return
-        rows = jacobians[self.name]
-        limit = self.max_factor_size
-        if isinstance(rows, LinearJacobian):
-            inputs, outputs = _weighted_moments(rows, self.weight_sharing, limit)
-        else:
-            inputs, outputs = _partial_traces(rows, limit)
-        if isinstance(rows, LinearJacobian) and rows.positions > 1:
-            traces = second_moments(rows, None, None).sum((1, 2))
-        else:
-            traces = factor_diagonal(inputs).sum(-1)
-        finite = torch.isfinite(traces).all() & torch.isfinite(factor_diagonal(inputs)).all()
-        if not bool(finite & torch.isfinite(factor_diagonal(outputs)).all()):
-            return
-        self.count += float(count)
-        self.inputs = discounted_sum(self.inputs, inputs, self._discount)
-        self.outputs = discounted_sum(self.outputs, outputs, self._discount)
-        self.traces = discounted_sum(self.traces, traces, self._discount)
-        self._discount = 1.0
+    weight_sharing: WeightSharing = "expand"
+    factored_damping: bool = True
+    max_factor_size: int | None = 8192
 
-    def discount(self, factor: float) -> None:
-        """Discount counts at once, sums together with the next update; with 0 forget them."""
-        super().discount(factor)
-        if factor == 0.0:
-            self.traces = None
+    def __post_init__(self) -> None:
+        """Check the options."""
+        check_factors(self.weight_sharing, None)
 
-    def lower_factors(self) -> tuple[Tensor, Tensor]:
-        """Return ``(√δ Φ, √δ Ψ)``, zero where nothing was seen yet."""
-        if self.inputs is None or self.outputs is None or self.traces is None:
-            return super().lower_factors()
-        if self.count == 0:
-            return torch.zeros_like(self.inputs), torch.zeros_like(self.outputs)
-        root = (self.traces * (self._discount / self.count)).sqrt()
-        inputs = _with_trace(self.inputs, root, self.traces)
-        return inputs, _with_trace(self.outputs, root, self.traces)
-
-    def function_space_map(
-        self, rows: Jacobians, other: Jacobians, damping: float
-    ) -> dict[str, Tensor]:
-        """Return ``J'(F_l + λI)⁻¹Jᵀ`` by the damping rule, by columns."""
-        return map_by_columns(self.name, rows, other, self.solver(damping))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return sums, counts and inverses."""
-        return {**super().state_dict(), "traces": self.traces}
-
-    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Restore them."""
-        super().load_state_dict(state, device)
-        self.traces = None if state["traces"] is None else state["traces"].to(device)
-
-
-@register_structure
-class TKFACFisher(PartitionedFisher):
-    """One Kronecker product per layer that keeps the layer's trace; memory as K-FAC.
-
-    Options: ``weight_sharing``, ``damping_rule`` and ``max_factor_size`` of
-    :class:`TraceRestrictedPart`.
-    """
-
-    structure: ClassVar[str] = "tkfac"
-    training_options: ClassVar[Mapping[str, Any]] = {"damping_rule": "pi"}
-
-    def make_parts(
+    def statistics(
         self,
-        weight_sharing: WeightSharing = "expand",
-        damping_rule: DampingRule = "tikhonov",
-        max_factor_size: int | None = 8192,
-        **options: Any,
-    ) -> dict[str, CurvaturePart]:
-        """Return one part per block.
+        part: Part,
+        rows: Jacobians,
+        count: Tensor,
+        *,
+        previous: Statistics | None = None,
+        draw: int = 0,
+        continued: bool = False,
+    ) -> TraceStatistics:
+        """Sum weighted second moments."""
+        return trace_statistics(rows[part.name], count, self.weight_sharing, self.max_factor_size)
 
-        Raises:
-            ValueError: If an option has an unknown value.
-            TypeError: If an option is unknown.
-        """
-        refuse_options(self.structure, options)
-        check_choice("weight_sharing", weight_sharing, "expand", "reduce")
-        check_choice("damping_rule", damping_rule, "tikhonov", "pi")
-        return {
-            name: TraceRestrictedPart(
-                name, block, self.layout, weight_sharing, damping_rule, max_factor_size
-            )
-            for name, block in self.blocks.items()
-        }
+    def operator(self, part: Part, statistics: Statistics | None) -> KroneckerOperator:
+        """Return ``√δΨ ⊗ √δΦ``."""
+        if statistics is None:
+            return KroneckerOperator(part.block, *zero_factors(part), self.factored_damping)
+        assert isinstance(statistics, TraceStatistics)
+        return KroneckerOperator(part.block, *statistics.mean_factors(), self.factored_damping)
+
+    def _kfac(self) -> KroneckerFactors:
+        return KroneckerFactors(
+            self.weight_sharing, self.factored_damping, self.max_factor_size, None
+        )
+
+    def takes_rows(self, block: BlockLayout, rows: int) -> bool:
+        """Return whether rows are cheaper to precondition than the gradient they sum to."""
+        return self._kfac().takes_rows(block, rows)
+
+    def cost(self, part: Part, workload: Workload) -> Cost:
+        """Return the cost, that of K-FAC with all rows."""
+        return self._kfac().cost(part, workload)
+
+
+def trace_statistics(
+    rows: LayerJacobian, count: Tensor, weight_sharing: WeightSharing, limit: int | None
+) -> TraceStatistics:
+    """Return the weighted second moments of one layer's rows; larger factors as diagonals."""
+    if isinstance(rows, LinearJacobian):
+        inputs, outputs = _weighted_moments(rows, weight_sharing, limit)
+    else:
+        inputs, outputs = _partial_traces(rows, limit)
+    if isinstance(rows, LinearJacobian) and rows.positions > 1:
+        traces = second_moments(rows, None, None).sum((1, 2))
+    else:
+        traces = factor_diagonal(inputs).sum(-1)
+    return TraceStatistics(count, inputs, traces.new_zeros(()), outputs, traces)
 
 
 def _weighted_moments(
@@ -198,8 +197,9 @@ def _partial_traces(rows: LayerJacobian, limit: int | None) -> tuple[Tensor, Ten
     for start, stop in rows.chunks():
         # Lines of matrices, (n, K, d_out, G, d_in + bias), are what inputs are elsewhere.
         lines = rows.per_sample_gradients(start, stop).transpose(2, 3)
-        inputs = discounted_sum(inputs, _moment(lines, None, limit), 1.0)
-        outputs = discounted_sum(outputs, _moment(lines.transpose(2, 4), None, limit), 1.0)
+        found = _moment(lines, None, limit), _moment(lines.transpose(2, 4), None, limit)
+        inputs = found[0] if inputs is None else inputs + found[0]
+        outputs = found[1] if outputs is None else outputs + found[1]
     assert inputs is not None and outputs is not None
     return inputs, outputs
 

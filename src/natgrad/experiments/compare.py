@@ -9,29 +9,28 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timezone
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from natgrad.experiments.calibration import measured_learning_rate
 from natgrad.experiments.config import CompareConfig
-from natgrad.experiments.data import DATASETS, Dataset, load_dataset
+from natgrad.experiments.data import DATASETS, load_dataset
 from natgrad.experiments.environment import describe_environment
 from natgrad.experiments.memory import PeakMemory
 from natgrad.experiments.methods import METHODS, Method, Setting
 from natgrad.experiments.models import build_model
 from natgrad.experiments.objectives import OBJECTIVES
 from natgrad.experiments.quality import QUALITY_SAMPLES, measure_quality
-from natgrad.experiments.results import MethodResult, QualityPoint, Results, Target
+from natgrad.experiments.results import MethodResult, QualityPoint, Results, Run, Search, Target
 from natgrad.experiments.search import BUDGET, best_learning_rate, search_learning_rate
-from natgrad.experiments.training import Run, Schedule, train
+from natgrad.experiments.training import Schedule, train
 
 __all__ = ["Observer", "compare"]
 
 
-class Observer(Protocol):
-    """Told of the progress of a comparison."""
+class Observer:
+    """Told of the progress of a comparison; one that does something overrides the methods."""
 
     def begin(self, method: str, steps: int, searching: bool) -> None:
         """A method begins its learning-rate search or its training, of so many steps."""
@@ -41,19 +40,6 @@ class Observer(Protocol):
 
     def end(self, result: MethodResult) -> None:
         """A method has ended, well or not."""
-
-
-class SilentObserver:
-    """An observer that says nothing."""
-
-    def begin(self, method: str, steps: int, searching: bool) -> None:
-        """Ignore the event."""
-
-    def step(self, taken: int, loss: float, accuracy: float) -> None:
-        """Ignore the event."""
-
-    def end(self, result: MethodResult) -> None:
-        """Ignore the event."""
 
 
 def compare(config: CompareConfig, observer: Observer | None = None, command: str = "") -> Results:
@@ -67,12 +53,9 @@ def compare(config: CompareConfig, observer: Observer | None = None, command: st
     Returns:
         The results. After Ctrl-C they hold what was measured until then, `interrupted` is true, and
         methods that had not begun have the status "not run".
-
-    Raises:
-        DataError: If the data cannot be used.
     """
     created, began = datetime.now(timezone.utc), time.perf_counter()
-    comparison = _Comparison(config, observer or SilentObserver())
+    comparison = _Comparison(config, observer or Observer())
     methods = [comparison.blank(name) for name in config.methods]
     interrupted = False
     try:
@@ -88,15 +71,18 @@ def compare(config: CompareConfig, observer: Observer | None = None, command: st
     quality = [] if interrupted else comparison.measure_quality()
     target = _target(config, methods)
     for result in methods:
-        _count_to(target, result)
+        reached = None if target.loss is None else result.train.first_below(target.loss)
+        if reached is not None:
+            result.steps_to_target = result.train.step[reached]
+            result.seconds_to_target = result.train.seconds[reached]
     return Results(
         created=created.isoformat(timespec="seconds"),
         seconds=time.perf_counter() - began,
         interrupted=interrupted,
         command=command,
         config=config.as_dict(),
-        data=_describe_data(comparison.data),
-        model=_describe_model(config, comparison.model),
+        data=comparison.describe_data(),
+        model=comparison.describe_model(),
         environment=describe_environment(config.torch_device()),
         target=target,
         methods=methods,
@@ -164,10 +150,10 @@ class _Comparison:
         """Return the result of a method that has not run."""
         method = METHODS[name]
         return MethodResult(
-            name,
-            method.title,
-            "natural" if method.is_natural else "first-order",
-            method.description,
+            name=name,
+            title=method.title,
+            family="natural" if method.is_natural else "first-order",
+            description=method.description,
             steps=self.schedule(method).steps,
             damping=method.damping(self.setting),
         )
@@ -209,65 +195,61 @@ class _Comparison:
         with PeakMemory(self.device) as peak:
             keep = name == self.config.methods[0] and self.config.quality
             run = self._train(method, rate, schedule, self.observer.step, keep)
-        result.status, result.message = run.status, run.message
-        result.train, result.test, result.batch = run.train, run.test, run.batch
-        result.seconds = run.seconds
-        result.milliseconds_per_step = run.milliseconds_per_step
+        vars(result).update(vars(run))
         result.peak_memory_bytes = peak.bytes
 
     def _choose_learning_rate(self, name: str, method: Method, result: MethodResult) -> None:
         """Fill in the learning rate of a result; None if every rate of a search diverged."""
         began = time.perf_counter()
-        try:
-            self._set_learning_rate(name, method, result)
-        finally:
-            result.learning_rate_seconds = time.perf_counter() - began
-
-    def _set_learning_rate(self, name: str, method: Method, result: MethodResult) -> None:
-        given = self.config.learning_rates.get(name)
         rule = method.learning_rate_rule(self.setting)
         if method.is_natural:
             result.theory_learning_rate = method.theoretical_rate(self.setting)
             if self.setting.is_wide and rule in ("theory", "measured"):
                 result.measured_learning_rate = self._measure(method)
-        if given is not None:
-            result.learning_rate, result.learning_rate_source = given, "given"
-            return
-        result.learning_rate_source = rule
+        result.learning_rate = self.config.learning_rates.get(name)
+        result.learning_rate_source = rule if result.learning_rate is None else "given"
+        try:
+            if result.learning_rate is None:
+                result.learning_rate = self._learning_rate(name, method, rule, result)
+        finally:
+            result.learning_rate_seconds = time.perf_counter() - began
+
+    def _learning_rate(
+        self, name: str, method: Method, rule: str, result: MethodResult
+    ) -> float | None:
+        """Return the learning rate that a rule gives."""
         if rule == "search":
-            schedule = self.schedule(method)
-            steps = self.config.search_steps or schedule.steps
-            schedule = replace(schedule, steps=steps, evaluations=frozenset())
-            self.observer.begin(name, BUDGET * schedule.steps, True)
-            trials = 0
-
-            def final_loss(rate: float) -> float:
-                nonlocal trials
-                before = trials * schedule.steps
-                trials += 1
-                run = self._train(
-                    method,
-                    rate,
-                    schedule,
-                    lambda taken, loss, correct: self.observer.step(before + taken, loss, correct),
-                )
-                if run.status == "interrupted":
-                    raise KeyboardInterrupt
-                return run.final_loss
-
-            result.search = search_learning_rate(final_loss, method.grid, schedule.steps)
-            result.learning_rate = best_learning_rate(result.search)
-            return
+            result.search = self._search(name, method)
+            return best_learning_rate(result.search)
         if rule == "default":
-            result.learning_rate = method.default_rate()
-            return
+            return method.default_rate()
         if rule == "theory":
-            result.learning_rate = result.theory_learning_rate
-            return
+            return result.theory_learning_rate
         measured = result.measured_learning_rate
         if measured is None or not math.isfinite(measured):
             raise ValueError("no learning rate follows from its first direction.")
-        result.learning_rate = method.scale * measured
+        return method.scale * measured
+
+    def _search(self, name: str, method: Method) -> Search:
+        """Try learning rates on short runs."""
+        schedule = self.schedule(method)
+        steps = self.config.search_steps or schedule.steps
+        schedule = replace(schedule, steps=steps, evaluations=frozenset())
+        self.observer.begin(name, BUDGET * steps, True)
+        before = 0
+
+        def report(taken: int, loss: float, correct: float) -> None:
+            self.observer.step(before + taken, loss, correct)
+
+        def final_loss(rate: float) -> float:
+            nonlocal before
+            run = self._train(method, rate, schedule, report)
+            before += steps
+            if run.status == "interrupted":
+                raise KeyboardInterrupt
+            return run.final_loss
+
+        return search_learning_rate(final_loss, method.grid, steps)
 
     def _measure(self, method: Method) -> float:
         data = self.data
@@ -325,53 +307,42 @@ class _Comparison:
             self.config.seed,
         )
 
+    def describe_data(self) -> dict[str, object]:
+        """Return the data in JSON values."""
+        data = self.data
+        return {
+            "name": data.name,
+            "title": DATASETS[data.name].title,
+            "train_samples": len(data.train_labels),
+            "test_samples": len(data.test_labels),
+            "input_shape": list(data.input_shape),
+            "classes": data.classes,
+        }
+
+    def describe_model(self) -> dict[str, object]:
+        """Return the network in JSON values."""
+        return {
+            "name": self.config.model,
+            "width": self.config.effective_width,
+            "depth": self.config.depth,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "text": str(self.model),
+        }
+
 
 def _target(config: CompareConfig, methods: list[MethodResult]) -> Target:
     if config.target_loss is not None:
         return Target(config.target_loss, "as given")
-    best = {
-        result.title: min(filter(math.isfinite, result.train.loss))
+    lowest = {
+        result.title: min(filter(math.isfinite, result.train.loss), default=math.inf)
         for result in methods
-        if result.family == "first-order" and any(map(math.isfinite, result.train.loss))
     }
-    if best:
-        title = min(best, key=best.__getitem__)
-        return Target(
-            best[title], f"the lowest training loss of {title}, the best first-order method"
-        )
-    lowest = [
-        min(filter(math.isfinite, result.train.loss))
-        for result in methods
-        if result.status == "completed"
-    ]
-    if lowest:
-        return Target(max(lowest), "the loss that every completed method reached")
+    first_order = [result.title for result in methods if result.family == "first-order"]
+    best = min(first_order, key=lowest.__getitem__, default=None)
+    if best is not None and math.isfinite(lowest[best]):
+        rule = f"the lowest training loss of {best}, the best first-order method"
+        return Target(lowest[best], rule)
+    completed = [lowest[result.title] for result in methods if result.status == "completed"]
+    if completed:
+        return Target(max(completed), "the loss that every completed method reached")
     return Target(None, "none, since no method completed")
-
-
-def _count_to(target: Target, result: MethodResult) -> None:
-    index = None if target.loss is None else result.train.first_below(target.loss)
-    if index is not None:
-        result.steps_to_target = result.train.step[index]
-        result.seconds_to_target = result.train.seconds[index]
-
-
-def _describe_data(data: Dataset) -> dict[str, object]:
-    return {
-        "name": data.name,
-        "title": DATASETS[data.name].title,
-        "train_samples": len(data.train_labels),
-        "test_samples": len(data.test_labels),
-        "input_shape": list(data.input_shape),
-        "classes": data.classes,
-    }
-
-
-def _describe_model(config: CompareConfig, model: nn.Module) -> dict[str, object]:
-    return {
-        "name": config.model,
-        "width": config.effective_width,
-        "depth": config.depth,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "text": str(model),
-    }

@@ -14,7 +14,7 @@ from natgrad.experiments.models import DEFAULT_WIDTHS, MODELS
 from natgrad.experiments.objectives import OBJECTIVES
 from natgrad.fisher import FISHER_TYPES
 
-__all__ = ["CompareConfig", "ConfigError", "check_choice", "find_device"]
+__all__ = ["CompareConfig", "Config", "ConfigError", "check_choice", "find_device"]
 
 FULL_BATCH_TRAIN_SAMPLES = 200
 FULL_BATCH_FIRST_ORDER_FACTOR = 10
@@ -24,39 +24,33 @@ class ConfigError(ValueError):
     """A request that cannot be carried out; the message says what to change."""
 
 
-@dataclass(frozen=True)
-class CompareConfig:
-    """Options of one comparison.
+class Config:
+    """What the options of all jobs have in common; a dataclass derives from it."""
 
-    Attributes:
-        data: Data set, a key of `natgrad.experiments.data.DATASETS`.
-        data_dir: Folder with the data set's files; not needed for "digits".
-        train_samples: Training samples to use, class-balanced; by default 200 with full batches
-            and all with mini-batches.
-        test_samples: Test samples to use; all by default.
-        model: Network, a key of `natgrad.experiments.models.MODELS`.
-        width: Units or channels of the hidden layers; by default 512 (mlp) or 32 (cnn).
-        depth: Number of weight layers.
-        loss: "mse" (half squared error on one-hot targets) or "cross_entropy".
-        methods: Methods to compare, keys of `natgrad.experiments.methods.METHODS`, in this order.
-        steps: Training steps of every natural method.
-        first_order_steps: Training steps of every first-order method; by default ten times `steps`
-            with full batches, where their steps cost a small part of the others', and `steps` with
-            mini-batches.
-        batch_size: Samples per step; None (default) takes the full training set at every step.
-        damping: Damping λ of every natural method; by default each method's own.
-        learning_rates: Learning rates by method, instead of the searched or theoretical ones.
-        fisher: Fisher type of the natural methods, "exact", "mc" or "empirical"; by default "exact"
-            for the MLP with full batches, else each method's own.
-        search_steps: Steps of each trial of the learning-rate search; by default as many as the
-            method then trains.
-        target_loss: Training loss to reach; by default the best loss a first-order method reached.
-        eval_every: Steps between evaluations on the test set; by default 20 evaluations and more
-            near the start or, with mini-batches, an evaluation per epoch and at least 20.
-        quality: Whether to measure the quality of every approximation's update.
-        seed: Seed of the initial weights, the data subset, the batch order and the sampled labels.
-        device: "auto" (CUDA if there is one), "cpu", "cuda", or any torch device.
-        dtype: "float32" or "float64".
+    device: str
+
+    def torch_device(self) -> torch.device:
+        """Return the device to run on."""
+        return find_device(self.device)
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the options as JSON values."""
+        options = dataclasses.asdict(self)  # type: ignore[call-overload]
+        return {
+            name: list(value) if isinstance(value, tuple)
+            else str(value) if isinstance(value, Path) else value
+            for name, value in options.items()
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CompareConfig(Config):
+    """Options of one comparison: those of ``natgrad compare``, whose help explains them.
+
+    None stands for the default that the help states, for `batch_size` for full batches.
+
+    Raises:
+        ConfigError: If an option is out of range or they do not go together.
     """
 
     data: str = "digits"
@@ -83,11 +77,7 @@ class CompareConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        """Check every option.
-
-        Raises:
-            ConfigError: If one is out of range or they do not go together.
-        """
+        """Check every option."""
         check_choice("data set", self.data, DATASETS)
         check_choice("model", self.model, MODELS)
         check_choice("loss", self.loss, OBJECTIVES)
@@ -148,32 +138,13 @@ class CompareConfig:
             return FULL_BATCH_TRAIN_SAMPLES
         return self.train_samples
 
-    def torch_device(self) -> torch.device:
-        """Return the device to run on.
-
-        Raises:
-            ConfigError: If there is no such device.
-        """
-        return find_device(self.device)
-
     def torch_dtype(self) -> torch.dtype:
         """Return the floating-point type of weights and inputs."""
         return {"float32": torch.float32, "float64": torch.float64}[self.dtype]
 
-    def as_dict(self) -> dict[str, object]:
-        """Return the options as JSON values."""
-        options = dataclasses.asdict(self)
-        options["data_dir"] = None if self.data_dir is None else str(self.data_dir)
-        options["methods"] = list(self.methods)
-        return options
-
 
 def find_device(name: str) -> torch.device:
-    """Return the device of a name; "auto" is a GPU if there is one.
-
-    Raises:
-        ConfigError: If there is no such device.
-    """
+    """Return the device of a name, or say that there is none; "auto" is a GPU if there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

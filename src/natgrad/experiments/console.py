@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import TracebackType
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -13,17 +13,20 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
 )
 from rich.table import Table
 
+from natgrad.experiments.compare import Observer
 from natgrad.experiments.methods import METHODS
 from natgrad.experiments.pages import (
     DASH,
-    format_bytes,
     format_loss,
+    format_megabytes,
+    format_or_dash,
     format_percent,
     format_rate,
     format_seconds,
@@ -31,127 +34,98 @@ from natgrad.experiments.pages import (
 from natgrad.experiments.report import headline
 from natgrad.experiments.results import MethodResult, Results
 from natgrad.experiments.theory.results import Section, TheoryResults
-from natgrad.optim.summary import Summary
-from natgrad.optim.summary import format_bytes as format_size
+from natgrad.experiments.theory.run import TheoryObserver
+from natgrad.optim.summary import Summary, format_bytes
 
 __all__ = ["ProgressBars", "SectionBars", "print_findings", "print_results", "print_summary"]
 
 
-class ProgressBars:
-    """One progress bar per method and search, with the loss and training accuracy of the last step.
+class _Bars(Progress):
+    """Progress bars that are live in a terminal; elsewhere a line is printed when a part ends."""
 
-    In a terminal the bars are live; elsewhere one line is printed when a method ends.
-
-    Args:
-        console: Where to print.
-    """
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._task: TaskID | None = None
-        self._method = ""
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[measured]}"),
+    def __init__(self, console: Console, *columns: ProgressColumn) -> None:
+        super().__init__(
+            *columns,
             TimeElapsedColumn(),
             console=console,
             refresh_per_second=5,
             disable=not console.is_terminal,
         )
+        self._current: TaskID | None = None
 
-    def __enter__(self) -> ProgressBars:
-        self._progress.start()
-        return self
+    def _begin(self, description: str, total: float, **fields: Any) -> None:
+        self._stop_clock()
+        self._current = self.add_task(description, total=total, **fields)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._progress.stop()
+    def _move(self, **changes: Any) -> None:
+        if self._current is not None:
+            self.update(self._current, **changes)
+
+    def _stop_clock(self) -> None:
+        if self._current is not None:
+            self.stop_task(self._current)
+
+
+class ProgressBars(_Bars, Observer):
+    """One bar per method and search, with the loss and training accuracy of the last step."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(
+            console,
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[measured]}"),
+        )
+        self._method = ""
 
     def begin(self, method: str, steps: int, searching: bool) -> None:
         """Show a new bar."""
         self._method, title = method, METHODS[method].title
         if searching:
             title = f"[dim]{title}: learning rates[/dim]"
-        self._stop_clock()
-        self._task = self._progress.add_task(f"{title:<24}", total=steps, measured="")
+        self._begin(f"{title:<24}", steps, measured="")
 
     def step(self, taken: int, loss: float, accuracy: float) -> None:
         """Move the bar."""
-        if self._task is not None:
-            measured = f"loss {format_loss(loss):>8}  accuracy {format_percent(accuracy):>7}"
-            self._progress.update(self._task, completed=taken, measured=measured)
+        measured = f"loss {format_loss(loss):>8}  accuracy {format_percent(accuracy):>7}"
+        self._move(completed=taken, measured=measured)
 
     def end(self, result: MethodResult) -> None:
         """Leave the bar as it is, and say how the method ended if that is news."""
         self._stop_clock()
-        if not self._console.is_terminal:
-            loss = format_loss(result.train.loss[-1] if result.train.loss else None)
-            seconds = format_seconds(result.seconds)
-            self._console.print(f"{result.title}: {result.status}, loss {loss}, {seconds}")
-        elif (
-            result.status != "completed" and self._task is not None and result.name == self._method
-        ):
-            self._progress.update(self._task, measured=f"[bold red]{result.status}[/bold red]")
-
-    def _stop_clock(self) -> None:
-        if self._task is not None:
-            self._progress.stop_task(self._task)
+        if not self.console.is_terminal:
+            loss, seconds = format_loss(_last(result.train.loss)), format_seconds(result.seconds)
+            self.console.print(f"{result.title}: {result.status}, loss {loss}, {seconds}")
+        elif result.status != "completed" and result.name == self._method:
+            self._move(measured=f"[bold red]{result.status}[/bold red]")
 
 
-class SectionBars:
-    """One progress bar per section of the theory; elsewhere than in a terminal one line at its end.
-
-    Args:
-        console: Where to print.
-    """
+class SectionBars(_Bars, TheoryObserver):
+    """One bar per section of the theory."""
 
     def __init__(self, console: Console) -> None:
-        self._console = console
-        self._task: TaskID | None = None
-        self._progress = Progress(
+        super().__init__(
+            console,
             TextColumn("{task.description:<12}"),
             BarColumn(bar_width=32),
             TextColumn("{task.percentage:>3.0f} %"),
-            TimeElapsedColumn(),
-            console=console,
-            refresh_per_second=5,
-            disable=not console.is_terminal,
         )
-
-    def __enter__(self) -> SectionBars:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._progress.stop()
 
     def begin(self, section: str) -> None:
         """Show a new bar."""
-        self._task = self._progress.add_task(section, total=1.0)
+        self._begin(section, 1.0)
 
     def progress(self, share: float) -> None:
         """Move the bar."""
-        if self._task is not None:
-            self._progress.update(self._task, completed=share)
+        self._move(completed=share)
 
     def end(self, section: Section) -> None:
         """Leave the bar as it is."""
-        if self._task is not None:
-            self._progress.stop_task(self._task)
-        if not self._console.is_terminal:
+        self._stop_clock()
+        if not self.console.is_terminal:
             seconds = format_seconds(section.seconds)
-            self._console.print(f"{section.name}: {section.status}, {seconds}")
+            self.console.print(f"{section.name}: {section.status}, {seconds}")
 
 
 def print_findings(console: Console, results: TheoryResults) -> None:
@@ -165,9 +139,7 @@ def print_findings(console: Console, results: TheoryResults) -> None:
 def print_results(console: Console, results: Results) -> None:
     """Print the table of a comparison, what went wrong, and which method was first.
 
-    Args:
-        console: Where to print; where it is narrow, less important columns are left out.
-        results: The results.
+    Where the console is narrow, less important columns are left out.
     """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("method")
@@ -194,64 +166,46 @@ class _Column:
     always: bool = True
 
 
-def _steps_to_target(result: MethodResult) -> str:
-    return DASH if result.steps_to_target is None else str(result.steps_to_target)
-
-
-def _speed(result: MethodResult) -> str:
-    speed = result.milliseconds_per_step
-    return DASH if speed is None else f"{speed:.1f}"
-
-
 _COLUMNS = (
-    _Column("learning\nrate", lambda result: format_rate(result.learning_rate), always=False),
-    _Column("steps", lambda result: str(result.steps), always=False),
-    _Column("steps to\ntarget", _steps_to_target),
+    _Column("learning\nrate", lambda result: format_rate(result.learning_rate), False),
+    _Column("steps", lambda result: str(result.steps), False),
+    _Column("steps to\ntarget", lambda result: format_or_dash(result.steps_to_target)),
     _Column("time to\ntarget", lambda result: format_seconds(result.seconds_to_target)),
     _Column("train\nloss", lambda result: format_loss(_last(result.train.loss))),
-    _Column("test\nloss", lambda result: format_loss(_last(result.test.loss)), always=False),
+    _Column("test\nloss", lambda result: format_loss(_last(result.test.loss)), False),
     _Column("test\naccuracy", lambda result: format_percent(_last(result.test.accuracy))),
-    _Column("ms per\nstep", _speed),
-    _Column("peak\nmemory", lambda result: format_bytes(result.peak_memory_bytes), always=False),
+    _Column("ms per\nstep", lambda result: format_or_dash(result.milliseconds_per_step, ".1f")),
+    _Column(
+        "peak\nmemory", lambda result: format_megabytes(result.peak_memory_bytes), always=False
+    ),
 )
 
 
 def print_summary(console: Console, summary: Summary, positions: Mapping[str, int] | None) -> None:
-    """Print what an optimizer would do with each layer of a model.
-
-    Args:
-        console: Where to print.
-        summary: The summary.
-        positions: Block name → positions that share its weights; None if unknown.
-    """
+    """Print what an optimizer would do with each layer; positions share a layer's weights."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("layer", overflow="fold")
-    table.add_column("kind")
-    for heading in ("parameters", "positions"):
-        table.add_column(heading, justify="right")
-    table.add_column("treatment")
-    table.add_column("factors")
-    for heading in ("memory", "per\nrefresh", "per\nstep"):
-        table.add_column(heading, justify="right")
-    rows = [*summary.layers, *([summary.joint] if summary.joint else [])]
-    for layer in rows:
-        known = positions is not None and layer.name in positions
+    for heading in ("kind", "parameters", "positions", "treatment", "factors", "memory",
+                    "per\nrefresh", "per\nstep"):  # fmt: skip
+        is_text = heading in ("kind", "treatment", "factors")
+        table.add_column(heading, justify="left" if is_text else "right")
+    for layer in [*summary.layers, *([summary.joint] if summary.joint else [])]:
         table.add_row(
             escape(layer.name),
             escape(layer.kind),
             f"{layer.parameters:,}",
-            str(positions[layer.name]) if positions is not None and known else DASH,
+            format_or_dash((positions or {}).get(layer.name)),
             escape(layer.treatment),
             layer.factors or DASH,
-            format_size(layer.memory) if layer.memory else DASH,
-            f"{layer.refresh:.1e}" if layer.refresh else DASH,
-            f"{layer.step:.1e}" if layer.step else DASH,
+            format_bytes(layer.memory) if layer.memory else DASH,
+            format_or_dash(layer.refresh or None, ".1e"),
+            format_or_dash(layer.step or None, ".1e"),
         )
     console.print(table)
     console.print(
         f"{summary.covered:,} of {summary.parameters:,} parameters preconditioned by "
         f"{summary.structure} ({summary.fisher} Fisher matrix); "
-        f"{format_size(summary.memory)} of curvature."
+        f"{format_bytes(summary.memory)} of curvature."
     )
     console.print(
         f"Multiplications at {summary.samples} samples per step: {summary.refresh:.1e} per refresh "

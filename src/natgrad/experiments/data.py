@@ -9,7 +9,7 @@ what the theory of the learning rates assumes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +19,11 @@ from torch import Tensor
 from natgrad.experiments.formats import (
     Arrays,
     DataError,
-    folder_members,
-    member_bytes,
     read_cifar_binary,
     read_cifar_pickle,
     read_idx,
+    read_members,
     read_npz,
-    tar_members,
 )
 
 __all__ = ["DATASETS", "DataError", "Dataset", "balanced_subset", "load_dataset", "normalise"]
@@ -60,13 +58,12 @@ class Dataset:
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Dataset:
         """Return the data set on another device, the inputs in another floating-point type."""
-        return Dataset(
-            self.name,
-            self.train_inputs.to(device, dtype),
-            self.train_labels.to(device),
-            self.test_inputs.to(device, dtype),
-            self.test_labels.to(device),
-            self.classes,
+        return replace(
+            self,
+            train_inputs=self.train_inputs.to(device, dtype),
+            train_labels=self.train_labels.to(device),
+            test_inputs=self.test_inputs.to(device, dtype),
+            test_labels=self.test_labels.to(device),
         )
 
 
@@ -78,8 +75,7 @@ class DatasetKind:
         title: The name to print.
         image_shape: Height, width and channels.
         classes: The number of classes.
-        folders: Sub-folders of the data folder in which its files are looked for, beside the folder
-            itself.
+        folders: Sub-folders of the data folder to look in too.
         cifar: For the CIFAR sets, how their files are named.
     """
 
@@ -92,15 +88,9 @@ class DatasetKind:
 
 @dataclass(frozen=True)
 class CifarFiles:
-    """Names of the files of a CIFAR set.
+    """Names of the files of a CIFAR set: training batches in order, test batch, original archives.
 
-    Attributes:
-        train: The training batches of the python version, in order.
-        test: The test batch.
-        archives: The names of the original archives.
-        label_bytes: Bytes before each image in the binary version.
-        binary_suffix: What the binary version appends to the names of the batches.
-        binary_suffix: What the binary version appends to the names of the batches.
+    In the binary version `label_bytes` precede each image.
     """
 
     train: tuple[str, ...]
@@ -144,12 +134,12 @@ DATASETS: dict[str, DatasetKind] = {
 """The data sets that `load_dataset` knows, by name."""
 
 _DIGITS_TEST_SAMPLES = 597
-_IDX_FILES = {
-    "train images": "train-images-idx3-ubyte",
-    "train labels": "train-labels-idx1-ubyte",
-    "test images": "t10k-images-idx3-ubyte",
-    "test labels": "t10k-labels-idx1-ubyte",
-}
+_IDX_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
 
 
 def load_dataset(
@@ -189,8 +179,8 @@ def load_dataset(
     rng = np.random.default_rng(seed)
     train, test = _digits(rng) if name == "digits" else _read_files(name, data_dir)
     kind = DATASETS[name]
-    train = _only(_checked(train, kind, "training"), classes)
-    test = _only(_checked(test, kind, "test"), classes)
+    train = _keep_classes(_checked(train, kind, "training"), classes)
+    test = _keep_classes(_checked(test, kind, "test"), classes)
     train = _subset(train, train_samples, rng, "training")
     test = _subset(test, test_samples, rng, "test")
     train_inputs, test_inputs = normalise(_to_tensor(train[0]), _to_tensor(test[0]))
@@ -207,13 +197,8 @@ def load_dataset(
 def normalise(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
     """Standardise each channel with the training set's statistics, then scale images to ‖x‖² = d.
 
-    Args:
-        train: (N, channels, height, width), floating point.
-        test: (M, channels, height, width), floating point.
-
-    Returns:
-        Both, normalised; d = channels·height·width. An image that is constant after standardisation
-        at the channels' means stays zero.
+    Both are (N, channels, height, width), d = channels·height·width. An image that is constant
+    after standardisation at the channels' means stays zero.
     """
     mean = train.mean((0, 2, 3), keepdim=True)
     std = train.std((0, 2, 3), keepdim=True, correction=0).clamp_min(1e-12)
@@ -227,16 +212,9 @@ def normalise(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def balanced_subset(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw indices so that every class is present as equally as possible.
+    """Draw indices, in random order, so that every class is present as equally as possible.
 
-    Args:
-        labels: (N,) integers.
-        count: How many indices to draw, at most N.
-        rng: The source of randomness.
-
-    Returns:
-        (count,) distinct indices in random order; the numbers per class differ by at most one
-        unless a class has too few samples.
+    The numbers per class differ by at most one unless a class has too few samples.
     """
     order = rng.permutation(len(labels))
     rank = np.empty(len(labels), dtype=np.int64)
@@ -279,7 +257,7 @@ def _read_files(name: str, data_dir: Path | str | None) -> tuple[Arrays, Arrays]
             for source in (folder, *(folder / archive for archive in kind.cifar.archives)):
                 if _holds_cifar(source, kind.cifar):
                     return _read_cifar(source, kind.cifar)
-        elif any(_idx_path(folder, stem) is not None for stem in _IDX_FILES.values()):
+        elif any(_idx_path(folder, stem) is not None for stem in _IDX_FILES):
             return _read_idx_files(folder)
     expected = (
         "their original IDX files" if kind.cifar is None else f"{' or '.join(kind.cifar.archives)}"
@@ -309,42 +287,36 @@ def _idx_path(folder: Path, stem: str) -> Path | None:
 
 
 def _read_idx_files(folder: Path) -> tuple[Arrays, Arrays]:
-    parts = {}
-    for part, stem in _IDX_FILES.items():
+    arrays = []
+    for stem in _IDX_FILES:
         path = _idx_path(folder, stem)
         if path is None:
             raise DataError(f"{folder} is incomplete: it has no file {stem} or {stem}.gz.")
-        parts[part] = read_idx(path)
-    return (parts["train images"], parts["train labels"]), (
-        parts["test images"],
-        parts["test labels"],
-    )
+        arrays.append(read_idx(path))
+    return (arrays[0], arrays[1]), (arrays[2], arrays[3])
 
 
 def _holds_cifar(source: Path, files: CifarFiles) -> bool:
-    if source.is_dir():
-        names = (*files.train, files.test)
-        return any(
-            (source / name).is_file() or (source / (name + files.binary_suffix)).is_file()
-            for name in names
-        )
-    return source.is_file()
+    if not source.is_dir():
+        return source.is_file()
+    suffixes = ("", files.binary_suffix)
+    names = [name + suffix for name in (*files.train, files.test) for suffix in suffixes]
+    return any((source / name).is_file() for name in names)
 
 
 def _read_cifar(source: Path, files: CifarFiles) -> tuple[Arrays, Arrays]:
-    members = folder_members(source) if source.is_dir() else tar_members(source)
     names = (*files.train, files.test)
+    members = read_members(source, {*names, *(name + files.binary_suffix for name in names)})
     binary = not any(name in members for name in names)
 
     def batch(name: str) -> Arrays:
         name = name + files.binary_suffix if binary else name
-        content = member_bytes(members, name, source)
+        if name not in members:
+            raise DataError(f"{source} is incomplete: it has no file {name}.")
         where = f"{source}/{name}"
-        return (
-            read_cifar_binary(content, where, files.label_bytes)
-            if binary
-            else read_cifar_pickle(content, where)
-        )
+        if binary:
+            return read_cifar_binary(members[name], where, files.label_bytes)
+        return read_cifar_pickle(members[name], where)
 
     images, labels = zip(*(batch(name) for name in files.train), strict=True)
     return (np.concatenate(images), np.concatenate(labels)), batch(files.test)
@@ -383,7 +355,7 @@ def _checked(arrays: Arrays, kind: DatasetKind, part: str) -> Arrays:
     return images, labels.astype(np.int64)
 
 
-def _only(arrays: Arrays, classes: Sequence[int] | None) -> Arrays:
+def _keep_classes(arrays: Arrays, classes: Sequence[int] | None) -> Arrays:
     """Keep some classes and number them anew."""
     if classes is None:
         return arrays

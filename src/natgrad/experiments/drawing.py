@@ -42,12 +42,7 @@ def line_style(index: int) -> dict[str, Any]:
 
 
 def new_figure(panels: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """Return an empty figure and its axes, from left to right and from top to bottom.
-
-    Args:
-        panels: How many axes.
-        columns: How many beside each other.
-    """
+    """Return an empty figure and its axes, row by row, so many columns beside each other."""
     rows = -(-panels // columns)
     size = (7.6, 4.2) if columns == 1 else (10.4, 0.5 + 3.1 * rows)
     with rc_context(_STYLE):

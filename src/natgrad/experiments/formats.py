@@ -13,8 +13,7 @@ import pickle
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +40,7 @@ class DataError(ValueError):
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """Read one IDX file, the format of MNIST and Fashion-MNIST.
-
-    Args:
-        path: The file; gzipped if its content says so, whatever its name.
-
-    Returns:
-        The array, in the machine's byte order.
+    """Read one IDX file, the format of MNIST and Fashion-MNIST, gzipped or not.
 
     Raises:
         DataError: If the file cannot be read, is no IDX file, or is shorter or longer than its
@@ -78,13 +71,7 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def read_npz(path: Path) -> Arrays:
-    """Read `images` and `labels` from an npz file.
-
-    Args:
-        path: The file, with members `images` (N, H, W) or (N, H, W, C), and `labels` (N,).
-
-    Returns:
-        The two arrays as they are stored.
+    """Read `images` (N, H, W) or (N, H, W, C), and `labels` (N,), from an npz file.
 
     Raises:
         DataError: If the file is missing, damaged, or lacks one of the two arrays.
@@ -102,14 +89,10 @@ def read_npz(path: Path) -> Arrays:
 
 
 def read_cifar_pickle(content: bytes, name: str) -> Arrays:
-    """Decode one batch of the python version of CIFAR-10 or CIFAR-100.
+    """Decode one batch of the python version of CIFAR-10 or CIFAR-100, called `name` in errors.
 
     Only the names that such a batch needs can be unpickled: a file that refers to anything else is
     refused before any of its code runs.
-
-    Args:
-        content: The bytes of the batch.
-        name: What to call it in error messages.
 
     Returns:
         Images (N, 32, 32, 3) uint8 and labels (N,) int64 (the fine labels of CIFAR-100).
@@ -137,13 +120,9 @@ def read_cifar_pickle(content: bytes, name: str) -> Arrays:
 
 
 def read_cifar_binary(content: bytes, name: str, label_bytes: int) -> Arrays:
-    """Decode one file of the binary version of CIFAR-10 or CIFAR-100.
+    """Decode one file of the binary version of CIFAR-10 or CIFAR-100, called `name` in errors.
 
-    Args:
-        content: The bytes of the file.
-        name: What to call it in error messages.
-        label_bytes: Bytes before each image, the last of which is the label: 1 for CIFAR-10, 2 for
-            CIFAR-100.
+    Each record is `label_bytes` (the last of which is the label) and an image.
 
     Returns:
         Images (N, 32, 32, 3) uint8 and labels (N,) int64.
@@ -160,47 +139,30 @@ def read_cifar_binary(content: bytes, name: str, label_bytes: int) -> Arrays:
     return _channels_last(rows[:, label_bytes:]), rows[:, label_bytes - 1].astype(np.int64)
 
 
-def folder_members(folder: Path) -> dict[str, Callable[[], bytes]]:
-    """List the files of a folder as name → function that reads it."""
-    return {path.name: partial(_read, path) for path in folder.iterdir() if path.is_file()}
+def read_members(source: Path, names: Collection[str]) -> dict[str, bytes]:
+    """Read the files of some names that a folder or a tar archive, compressed or not, holds.
 
+    Nothing of an archive is written to disk.
 
-def tar_members(archive: Path) -> dict[str, Callable[[], bytes]]:
-    """List the files of a tar archive, compressed or not, as base name → function that reads it.
-
-    Args:
-        archive: The archive; nothing of it is written to disk.
+    Returns:
+        Base name → content, without those that are not there.
 
     Raises:
-        DataError: If it is missing or damaged.
+        DataError: If the source or one of the files is missing or damaged.
     """
+    if source.is_dir():
+        return {name: _read(source / name) for name in names if (source / name).is_file()}
+    found = {}
     try:
-        with tarfile.open(archive) as tar:
-            names = {Path(member.name).name: member.name for member in tar if member.isfile()}
+        with tarfile.open(source) as tar:
+            for member in tar:
+                name = Path(member.name).name
+                file = tar.extractfile(member) if name in names and member.isfile() else None
+                if file is not None:
+                    found[name] = file.read()
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise DataError(f"{archive} is truncated or is no tar archive.") from error
-
-    def read(member: str) -> bytes:
-        try:
-            with tarfile.open(archive) as tar:
-                file = tar.extractfile(member)
-                assert file is not None  # only regular files are listed
-                return file.read()
-        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-            raise DataError(f"{archive} is truncated: {member} cannot be read from it.") from error
-
-    return {name: partial(read, member) for name, member in names.items()}
-
-
-def member_bytes(members: Mapping[str, Callable[[], bytes]], name: str, where: Path) -> bytes:
-    """Read one member by name.
-
-    Raises:
-        DataError: If `where` has no such file.
-    """
-    if name not in members:
-        raise DataError(f"{where} is incomplete: it has no file {name}.")
-    return members[name]()
+        raise DataError(f"{source} is truncated or is no tar archive.") from error
+    return found
 
 
 class _CifarUnpickler(pickle.Unpickler):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import pkgutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.capture import Capture
-from natgrad.capture.model_output import select_output
+from natgrad.capture.model_output import require_output
 from natgrad.jacobians import LayerJacobian, SumJacobian
 from natgrad.optim import Preconditioner
 from natgrad.optim.summary import Summary, summarize
@@ -44,13 +45,13 @@ def load_model(specification: str) -> tuple[nn.Module, tuple[Any, ...] | None]:
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
     try:
-        factory = importlib.import_module(module_name)
+        importlib.import_module(module_name)
     except Exception as error:  # a user's module may raise anything
         raise InspectionError(f"{module_name} cannot be imported: {_describe(error)}.") from error
-    for name in attribute.split("."):
-        if not hasattr(factory, name):
-            raise InspectionError(f"{module_name} has no attribute {attribute!r}.")
-        factory = getattr(factory, name)
+    try:
+        factory = pkgutil.resolve_name(specification)
+    except (AttributeError, ValueError) as error:
+        raise InspectionError(f"{module_name} has no attribute {attribute!r}.") from error
     if isinstance(factory, nn.Module):
         return factory, None
     if not callable(factory):
@@ -71,11 +72,7 @@ def load_model(specification: str) -> tuple[nn.Module, tuple[Any, ...] | None]:
 
 
 def shared_positions(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, int]:
-    """Run a model once and return how many positions share each block's weights.
-
-    Args:
-        model: The model; put into evaluation mode for the run.
-        inputs: Positional inputs of the call.
+    """Run a model once, in evaluation mode, and count the positions sharing each block's weights.
 
     Returns:
         Block name → T: pixels of a convolution, tokens of a sequence, 1 for a plain layer.
@@ -87,9 +84,7 @@ def shared_positions(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, int
     model.eval()
     try:
         with Capture(model) as capture:
-            output = select_output(model(*inputs), None)
-            if output is None:
-                raise TypeError("its output holds no tensor")
+            output = require_output(model(*inputs), None)
             jacobians = capture.pull_back(output, torch.ones_like(output).unsqueeze(0))
     except Exception as error:
         raise InspectionError(f"The model fails on the example: {_describe(error)}.") from error
@@ -115,23 +110,16 @@ def inspect_model(
         fisher: Fisher type.
         samples: Batch size that costs are stated for.
         positions: Block name → positions that share its weights; 1 where unknown.
-
-    Raises:
-        InspectionError: If an option is unknown, or no parameter can be covered.
     """
     try:
-        preconditioner = Preconditioner(model, structure, likelihood, fisher=fisher)
+        preconditioner = Preconditioner(model, likelihood, structure=structure, fisher=fisher)
     except (ValueError, TypeError) as error:
         raise InspectionError(f"{_describe(error)}.") from error
     return summarize(preconditioner, samples, positions)
 
 
 def example_input(shape: str) -> tuple[Tensor, ...]:
-    """Return a batch of two random inputs of a shape such as ``3,32,32``.
-
-    Raises:
-        InspectionError: If it is no list of sizes.
-    """
+    """Return a batch of two random inputs of a shape such as ``3,32,32``."""
     try:
         sizes = [int(size) for size in shape.split(",")]
     except ValueError:

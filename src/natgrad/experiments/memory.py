@@ -7,7 +7,6 @@ import ctypes
 import gc
 import sys
 from pathlib import Path
-from types import TracebackType
 
 import torch
 
@@ -23,20 +22,10 @@ class PeakMemory:
     On CUDA this is the peak of memory allocated to tensors. On the CPU it is the peak resident set
     size, which counts everything: tensors, workspaces of the linear algebra library, temporaries.
     The kernel's high-water mark is reset on entry, so that earlier work does not count; that needs
-    Linux. Elsewhere nothing is measured and `bytes` stays None.
-
-    Args:
-        device: Device that the work runs on.
+    Linux. Elsewhere nothing is measured.
 
     Attributes:
-        bytes: Peak above the level on entry, in bytes; None where it cannot be measured. Set on
-            exit.
-
-    Example:
-        >>> with PeakMemory(torch.device("cpu")) as peak:
-        ...     x = torch.ones(10_000_000)
-        >>> peak.bytes > 30_000_000  # doctest: +SKIP
-        True
+        bytes: Peak above the level on entry, set on exit; None where it cannot be measured.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -55,12 +44,7 @@ class PeakMemory:
             self._start = _reset_high_water_mark()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._start is None:
             return
         if self._device.type == "cuda":

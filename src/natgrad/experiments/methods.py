@@ -6,6 +6,7 @@ comparison: its optimizer, where its learning rate comes from, its options, and 
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,9 @@ import torch
 from torch import nn
 
 import natgrad
+from natgrad.curvature import Full
 from natgrad.ntk.coefficients import ISOTROPIC_STRUCTURES, isotropic_constant
+from natgrad.solvers import Thermodynamic
 
 __all__ = ["DEFAULT_METHODS", "METHODS", "Method", "Setting"]
 
@@ -96,8 +99,8 @@ class Method:
         alone: Whether it takes neither `WIDE_OPTIONS` nor `BATCH_OPTIONS` and no Fisher type, but
             in every setting its own `options` alone.
         epoch_option: Option that is given the number of steps of an epoch.
-        takes_closure: Whether its steps take a closure that returns the loss and does not
-            backpropagate, as those of `natgrad.EGN`.
+        takes_closure: Whether its steps take a closure that returns the loss, as those that search
+            along the step.
         scale: Factor on the measured learning rate.
         grid: For "search", the exponents of ten between which the search begins.
     """
@@ -136,7 +139,7 @@ class Method:
             return self.optimizer(model.parameters(), learning_rate)
         options = {"seed": setting.seed, **self._options(setting)}
         if setting.damping is not None:
-            options["damping"] = setting.damping
+            options["damping"] = self._starting_at(setting.damping)
         if setting.fisher is not None and not self.alone:
             options["fisher"] = setting.fisher
         if self.epoch_option is not None:
@@ -149,7 +152,8 @@ class Method:
             return None
         if setting.damping is not None:
             return setting.damping
-        return self._options(setting).get("damping", self._default("damping"))
+        damping = self._options(setting).get("damping", self._default("damping"))
+        return getattr(damping, "initial", damping)
 
     def learning_rate_rule(self, setting: Setting) -> LearningRateRule:
         """Return where the learning rate comes from in a setting."""
@@ -183,7 +187,13 @@ class Method:
         options = {**WIDE_OPTIONS[setting.loss], **self.options, "fisher": "exact"}
         return options if setting.loss == "mse" else {**options, **self.cross_entropy_options}
 
-    def _default(self, option: str) -> float:
+    def _starting_at(self, damping: float) -> Any:
+        """Return a damping in the form the method has: a number, or a rule that begins there."""
+        own = self._default("damping")
+        is_rule = isinstance(own, natgrad.LevenbergMarquardt)
+        return dataclasses.replace(own, initial=damping) if is_rule else damping
+
+    def _default(self, option: str) -> Any:
         return inspect.signature(self.optimizer).parameters[option].default
 
 
@@ -200,10 +210,10 @@ def _padam(parameters: Any, learning_rate: float) -> torch.optim.Optimizer:
 
 
 # Curvature is that of the step's own batch.
-_EVERY_STEP = {"factor_interval": 1, "inverse_interval": 1, "ema_decay": 0.0}
+_EVERY_STEP = {"refresh": natgrad.Refresh()}
 
 _KRONECKER: dict[str, Any] = {
-    "options": {**_EVERY_STEP, "momentum": 0.5, "nesterov": False},
+    "options": {**_EVERY_STEP, "momentum": 0.5, "step_rule": natgrad.StepRule()},
     "batch_options": {"damping": 1e-4},
 }
 """What all methods with Kronecker factors share."""
@@ -311,7 +321,7 @@ METHODS: dict[str, Method] = {
         natgrad.SINGD,
         "search",
         structure="singd",
-        options={"factor_interval": 1, "damping": 1e-4},
+        options={"refresh": natgrad.Refresh(early=True), "damping": 1e-4},
         alone=True,
         grid=(-3, 1),
     ),
@@ -331,7 +341,7 @@ METHODS: dict[str, Method] = {
         natgrad.EGN,
         "default",
         structure="full",
-        options={"damping": 0.1},
+        options={"damping": natgrad.LevenbergMarquardt(0.1, interval=1, decay=0.5)},
         alone=True,
         takes_closure=True,
     ),
@@ -349,15 +359,15 @@ METHODS: dict[str, Method] = {
         "The full Fisher matrix by products alone, solved by conjugate gradients.",
         natgrad.ConjugateGradientNGD,
         "measured",
-        structure="conjugate_gradient",
+        structure="full",
     ),
     "thermodynamic": Method(
         "Thermodynamic NGD",
         "The full Fisher matrix by products alone, solved by a simulated thermal equilibrium.",
         natgrad.ThermodynamicNGD,
         "measured",
-        structure="thermodynamic",
-        options={"time": 100.0},
+        structure="full",
+        options={"structure": Full(solver=Thermodynamic(time=100.0))},
     ),
     "padam": Method(
         "Padam",

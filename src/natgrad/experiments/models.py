@@ -93,20 +93,9 @@ DEFAULT_WIDTHS = {"mlp": 512, "cnn": 32}
 def build_model(
     name: str, input_shape: tuple[int, int, int], classes: int, *, width: int, depth: int, seed: int
 ) -> nn.Module:
-    """Build a network; the same arguments give the same weights.
+    """Build a network in float32 on the CPU; the same seed gives the same weights.
 
     The global random state is left alone.
-
-    Args:
-        name: A key of `MODELS`.
-        input_shape: Channels, height and width of one input.
-        classes: The number of outputs.
-        width: Units or channels of the hidden layers.
-        depth: The number of weight layers.
-        seed: Seed of the initial weights.
-
-    Returns:
-        The network, in float32 on the CPU.
 
     Raises:
         ValueError: If the name is unknown, or width or depth too small for that network.

@@ -50,10 +50,5 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def accuracy(outputs: Tensor, labels: Tensor) -> float:
-    """Return the fraction of samples whose largest output is at their label.
-
-    Args:
-        outputs: (N, C).
-        labels: (N,) integers.
-    """
+    """Return the fraction of samples whose largest output (N, C) is at their label (N,)."""
     return (outputs.argmax(1) == labels).float().mean().item()

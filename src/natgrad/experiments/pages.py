@@ -12,28 +12,29 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from natgrad.experiments.drawing import save_figure
 
 __all__ = [
     "DASH",
     "check_output",
-    "format_bytes",
     "format_loss",
+    "format_megabytes",
+    "format_or_dash",
     "format_percent",
     "format_rate",
     "format_seconds",
     "inline_svg",
     "render_page",
-    "write_files",
+    "write_report",
 ]
 
 DASH = "–"
 
 
 def check_output(directory: Path) -> None:
-    """Check, before anything runs, that results can be written to a folder.
-
-    Args:
-        directory: The folder; it need not exist.
+    """Check, before anything runs, that results can be written to a folder, which need not exist.
 
     Raises:
         ValueError: If it is a file, or it or the folder to create it in cannot be written to.
@@ -45,25 +46,30 @@ def check_output(directory: Path) -> None:
         raise ValueError(f"The output {directory} cannot be written: {parent} does not allow it.")
 
 
-def write_files(
-    directory: Path, page: str, results: str, figures: Mapping[str, Mapping[str, bytes]]
+def write_report(
+    directory: Path,
+    results: str,
+    figures: Mapping[str, Figure],
+    render: Callable[[dict[str, str]], str],
 ) -> list[Path]:
-    """Write ``report.html``, ``results.json`` and the figures to a folder.
+    """Write ``results.json``, the figures as PNG and SVG, and ``report.html`` to a folder.
 
-    Each file appears under its name only once it is complete.
+    Everything is rendered before the first byte is written, and each file appears under its name
+    only once it is complete. Other files in the folder are left alone.
 
     Args:
-        directory: The folder, created if need be; other files in it are left alone.
-        page: The report.
+        directory: The folder, created if need be.
         results: The results as JSON.
-        figures: Name → file ending → content.
+        figures: The figures by the names of their files.
+        render: Renders the page from the figures as SVG, by name.
 
     Returns:
         The paths of the files, the report first.
     """
-    contents = {"report.html": page.encode(), "results.json": results.encode()}
-    for name, images in figures.items():
-        contents |= {f"{name}.{kind}": content for kind, content in images.items()}
+    images = {f"{name}.{kind}": save_figure(figure, kind)
+              for name, figure in figures.items() for kind in ("svg", "png")}  # fmt: skip
+    page = render({name: images[f"{name}.svg"].decode() for name in figures})
+    contents = {"report.html": page.encode(), "results.json": results.encode(), **images}
     directory.mkdir(parents=True, exist_ok=True)
     return [_write_whole(directory / name, content) for name, content in contents.items()]
 
@@ -71,13 +77,7 @@ def write_files(
 def render_page(
     template: str, filters: Mapping[str, Callable[..., str]] | None = None, **values: Any
 ) -> str:
-    """Render a template of this package, with the formats of this module as filters.
-
-    Args:
-        template: Its file name.
-        filters: Further filters.
-        **values: What the template shows.
-    """
+    """Render a template of this package, with the formats of this module and others as filters."""
     environment = Environment(
         loader=PackageLoader("natgrad.experiments"),
         autoescape=True,
@@ -86,7 +86,7 @@ def render_page(
         undefined=StrictUndefined,
     )
     environment.filters |= {
-        "bytes": format_bytes,
+        "megabytes": format_megabytes,
         "loss": format_loss,
         "percent": format_percent,
         "rate": format_rate,
@@ -101,6 +101,11 @@ def format_loss(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return DASH
     return f"{value:.3g}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.2e}"
+
+
+def format_or_dash(value: float | None, specification: str = "") -> str:
+    """Format a number as `format` does; a dash for none."""
+    return DASH if value is None else format(value, specification)
 
 
 def format_rate(value: float | None) -> str:
@@ -120,7 +125,7 @@ def format_seconds(value: float | None) -> str:
     return f"{value:.2f} s" if value < 100 else f"{value:.0f} s"
 
 
-def format_bytes(value: int | None) -> str:
+def format_megabytes(value: int | None) -> str:
     """Format a number of bytes in MB (10⁶ bytes); a dash for none."""
     return DASH if value is None else f"{value / 1e6:.0f} MB"
 

@@ -7,25 +7,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from natgrad.experiments.drawing import line_style, new_figure, save_figure
+from natgrad.experiments.drawing import line_style, new_figure
 from natgrad.experiments.methods import METHODS
 from natgrad.experiments.results import Curve, MethodResult, Results
 
-__all__ = ["PLOTS", "Plot", "render"]
+__all__ = ["PLOTS", "Plot", "draw"]
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot of the report.
+    """One plot of the report: a quantity ("loss" or "accuracy") of a curve ("train" or "test").
 
-    Attributes:
-        name: File name without its ending.
-        title: Heading.
-        curve: "train" or "test", the curve drawn.
-        quantity: "loss" or "accuracy".
-        against: "step" or "seconds".
+    It is drawn against "step" or "seconds".
     """
 
     name: str
@@ -44,25 +40,16 @@ PLOTS = (
 """The plots of every comparison."""
 
 
-def render(results: Results, plot: Plot, file_format: str) -> bytes:
-    """Draw one plot.
-
-    Args:
-        results: What to draw.
-        plot: Which plot.
-        file_format: "png" or "svg".
-
-    Returns:
-        The content of the file.
-    """
+def draw(results: Results, plot: Plot) -> Figure:
+    """Draw one plot."""
     figure, axes = new_figure()
     for result in results.methods:
-        _draw(axes[0], plot, result)
+        _draw_method(axes[0], plot, result)
     _decorate(axes[0], plot, results)
-    return save_figure(figure, file_format)
+    return figure
 
 
-def _draw(axes: Axes, plot: Plot, result: MethodResult) -> None:
+def _draw_method(axes: Axes, plot: Plot, result: MethodResult) -> None:
     points = list(_points(getattr(result, plot.curve), plot))
     if not points:
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping
 
 import torch
@@ -43,50 +44,32 @@ def measure_quality(
         inputs: (N, ...) samples.
         targets: Their targets, encoded for the objective.
         seed: Seed of sampled labels.
-
-    Returns:
-        One entry per point, structure and Fisher type.
     """
     model = copy.deepcopy(model)
     likelihood = as_likelihood(objective.likelihood)
+    data = inputs, targets
     points = []
+
+    def best_decrease(gradient: dict[str, Tensor], structure: str, fisher: str) -> float | None:
+        rows = len(inputs) * as_fisher_type(fisher).directions(outputs_per_sample)
+        try:
+            matrix = fisher_matrix(model, data, likelihood, structure, fisher, seed=seed)
+            damping = RELATIVE_DAMPING * float(matrix.trace()) / min(rows, matrix.shape[0])
+            update = matrix.solve(gradient, damping)
+            return update_quality(model, data, update, likelihood).best_decrease
+        except (RuntimeError, ValueError):
+            return None
+
     for step, state in snapshots.items():
         model.load_state_dict(dict(state))
         outputs = model(inputs)
-        loss = likelihood.loss(outputs, targets)
-        names = [name for name, _ in model.named_parameters()]
-        gradient = dict(
-            zip(names, torch.autograd.grad(loss, list(model.parameters())), strict=True)
-        )
-        reference: float | None = None
-        for structure in STRUCTURES:
-            for fisher in FISHER_TYPES:
-                decrease = _best_decrease(
-                    model, (inputs, targets), gradient, objective.likelihood, structure, fisher,
-                    outputs.shape[1], seed,
-                )  # fmt: skip
-                if structure == "full" and fisher == "exact":
-                    reference = decrease
-                share = None if not reference or decrease is None else decrease / reference
-                points.append(QualityPoint(step, structure, fisher, share))
+        outputs_per_sample = outputs.shape[1]
+        names, parameters = zip(*model.named_parameters(), strict=True)
+        gradients = torch.autograd.grad(likelihood.loss(outputs, targets), parameters)
+        gradient = dict(zip(names, gradients, strict=True))
+        reference = best_decrease(gradient, "full", "exact")
+        for structure, fisher in itertools.product(STRUCTURES, FISHER_TYPES):
+            decrease = best_decrease(gradient, structure, fisher)
+            share = None if not reference or decrease is None else decrease / reference
+            points.append(QualityPoint(step, structure, fisher, share))
     return points
-
-
-def _best_decrease(
-    model: nn.Module,
-    data: tuple[Tensor, Tensor],
-    gradient: dict[str, Tensor],
-    likelihood: str,
-    structure: str,
-    fisher: str,
-    outputs: int,
-    seed: int,
-) -> float | None:
-    try:
-        matrix = fisher_matrix(model, data, likelihood, structure, fisher, seed=seed)
-        rows = len(data[0]) * as_fisher_type(fisher).directions(outputs)
-        damping = RELATIVE_DAMPING * float(matrix.trace()) / min(rows, matrix.shape[0])
-        update = matrix.solve(gradient, damping)
-        return update_quality(model, data, update, likelihood).best_decrease
-    except (RuntimeError, ValueError):
-        return None

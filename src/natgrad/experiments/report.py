@@ -5,15 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from natgrad.experiments.pages import (
-    DASH,
-    format_loss,
-    format_seconds,
-    inline_svg,
-    render_page,
-    write_files,
-)
-from natgrad.experiments.plots import PLOTS, render
+from natgrad.experiments import pages
+from natgrad.experiments.pages import DASH, format_loss, format_seconds, inline_svg, render_page
+from natgrad.experiments.plots import PLOTS, draw
 from natgrad.experiments.quality import QUALITY_SAMPLES
 from natgrad.experiments.results import MethodResult, Results
 from natgrad.experiments.search import BUDGET, best_learning_rate
@@ -22,35 +16,15 @@ __all__ = ["headline", "render_html", "write_report"]
 
 
 def write_report(results: Results, directory: Path) -> list[Path]:
-    """Write ``results.json``, the plots as PNG and SVG, and ``report.html`` to a folder.
-
-    Everything is rendered before the first byte is written, and each file appears under its name
-    only once it is complete.
-
-    Args:
-        results: The results.
-        directory: The folder, created if need be; other files in it are left alone.
-
-    Returns:
-        The paths of the files, the report first.
-    """
-    figures = {
-        plot.name: {kind: render(results, plot, kind) for kind in ("svg", "png")} for plot in PLOTS
-    }
-    svg = {name: images["svg"].decode() for name, images in figures.items()}
-    return write_files(directory, render_html(results, svg), results.to_json(), figures)
+    """Write the report, the results and the plots; see `pages.write_report`."""
+    figures = {plot.name: draw(results, plot) for plot in PLOTS}
+    return pages.write_report(
+        directory, results.to_json(), figures, lambda svg: render_html(results, svg)
+    )
 
 
 def render_html(results: Results, plots: dict[str, str]) -> str:
-    """Render the report as one HTML page that loads nothing from anywhere.
-
-    Args:
-        results: The results.
-        plots: The plots as SVG, by the name of the plot.
-
-    Returns:
-        The page.
-    """
+    """Render the report, with plots as SVG, as one HTML page that loads nothing from anywhere."""
     figures = [(plot, inline_svg(plots[plot.name], plot.name, plot.title)) for plot in PLOTS]
     return render_page(
         "report.html.j2",

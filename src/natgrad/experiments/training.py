@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from natgrad.experiments.data import Dataset
 from natgrad.experiments.objectives import Objective, accuracy
-from natgrad.experiments.results import Curve, Status
+from natgrad.experiments.results import Curve, Run
 
-__all__ = ["Run", "Schedule", "evaluate", "train"]
+__all__ = ["Schedule", "evaluate", "train"]
 
 StepReport = Callable[[int, float, float], None]
 """Called after every step with (steps taken, loss, accuracy); raising stops the run."""
@@ -43,24 +43,6 @@ class Schedule:
     seed: int = 0
 
 
-@dataclass
-class Run:
-    """What one training run measured; see `natgrad.experiments.results.MethodResult`."""
-
-    status: Status = "completed"
-    message: str = ""
-    train: Curve = field(default_factory=Curve)
-    test: Curve = field(default_factory=Curve)
-    batch: Curve | None = None
-    seconds: float = 0.0
-    milliseconds_per_step: float | None = None
-
-    @property
-    def final_loss(self) -> float:
-        """The last training loss on the full set; NaN if the run did not complete."""
-        return self.train.loss[-1] if self.status == "completed" else math.nan
-
-
 def train(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -70,27 +52,26 @@ def train(
     report: StepReport | None = None,
     takes_closure: bool = False,
 ) -> Run:
-    """Train a model and measure it; the clock runs only while it trains.
+    """Train a model in place and measure it; the clock runs only while it trains.
 
     With full batches the training curve is the loss of each step, before that step's update, and
     one evaluation after the last. With mini-batches that is the batch curve, and the training curve
     is evaluated on the full set whenever the test curve is.
 
     Args:
-        model: Network on the data's device; trained in place.
+        model: Network on the data's device.
         optimizer: Its optimizer.
         objective: The loss.
         data: Training and test data.
         schedule: Steps, batches and evaluations.
         report: Told of each step.
-        takes_closure: Whether the optimizer evaluates the loss itself, by a closure that does not
-            backpropagate.
+        takes_closure: Whether the optimizer evaluates the loss by a closure.
 
     Returns:
         The measurements. A loss that is not finite or 10⁶ times the first one ends the run as
         "diverged", an error in the numerics as "failed", Ctrl-C as "interrupted".
     """
-    run = Run(batch=None if schedule.batch_size is None else Curve())
+    run = Run("completed", batch=None if schedule.batch_size is None else Curve())
     targets = objective.encode(data.train_labels, data.classes).to(data.train_labels.device)
     durations: list[float] = []
     step = 0
@@ -178,14 +159,9 @@ def _step_by_closure(
 def evaluate(
     model: nn.Module, objective: Objective, inputs: Tensor, labels: Tensor, chunk: int = 2000
 ) -> tuple[float, float]:
-    """Return mean loss and accuracy of a model in evaluation mode.
+    """Return mean loss and accuracy of a model in evaluation mode, its mode put back afterwards.
 
-    Args:
-        model: The network; its train/eval mode is put back afterwards.
-        objective: The loss.
-        inputs: (M, ...).
-        labels: (M,).
-        chunk: Samples per forward pass.
+    So many samples as `chunk` says go through the model at a time.
     """
     training = model.training
     model.eval()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -58,6 +59,19 @@ class Jacobians(Mapping[str, LayerJacobian]):
     def rows(self) -> int:
         """Number of rows, ``N·K``."""
         return self.samples * self.directions
+
+    def of_blocks(self, names: Iterable[str], layout: ParameterLayout) -> Jacobians:
+        """Return the rows of some of the blocks alone.
+
+        Args:
+            names: The blocks; those that are absent here stay so.
+            layout: Order of their parameters.
+        """
+        result = copy.copy(self)
+        wanted = set(names)
+        result._blocks = {name: block for name, block in self.items() if name in wanted}
+        result.layout = layout
+        return result
 
     def gram(self, other: Jacobians | None = None) -> Tensor:
         """Return ``J J'ᵀ = Σ_l J_l J'_lᵀ``, ``(N·K, N'·K')``.

@@ -21,7 +21,7 @@ from natgrad.jacobians.layer import (
 )
 from natgrad.layouts import BlockLayout
 
-__all__ = ["LinearJacobian", "tensor_identity"]
+__all__ = ["LinearJacobian", "mean_inputs", "tensor_identity"]
 
 
 class LinearJacobian(LayerJacobian):
@@ -367,18 +367,24 @@ class LinearJacobian(LayerJacobian):
     def _reduced_second_moment(
         self, active: Tensor | None, size_limit: int | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        inputs = self.inputs
-        if active is None:
-            mean = inputs.mean(1, keepdim=True)
-            weights = None
-            positions = inputs.new_tensor(float(self.samples))
-        else:
-            counts = active.sum(1)
-            mean = (inputs * active[:, :, None, None]).sum(1, keepdim=True)
-            mean = mean / counts.clamp(min=1.0)[:, None, None, None]
-            weights = (counts > 0).to(inputs.dtype).unsqueeze(1)
-            positions = weights.sum()
+        mean, weights = mean_inputs(self.inputs, active)
+        positions = mean.new_tensor(float(self.samples)) if weights is None else weights.sum()
         return mean, self._second_moment_of(mean, weights, size_limit), positions
+
+
+def mean_inputs(inputs: Tensor, active: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return every sample's mean input ``(N, 1, G, d)``, and which samples have any, ``(N, 1)``.
+
+    Args:
+        inputs: ``a``, ``(N, T, G, d)``.
+        active: Which positions count, ``(N, T)`` of 0 and 1; None for all.
+    """
+    if active is None:
+        return inputs.mean(1, keepdim=True), None
+    counts = active.sum(1)
+    mean = (inputs * active[:, :, None, None]).sum(1, keepdim=True)
+    mean = mean / counts.clamp(min=1.0)[:, None, None, None]
+    return mean, (counts > 0).to(inputs.dtype).unsqueeze(1)
 
 
 def tensor_identity(tensor: Tensor) -> tuple[Any, ...]:

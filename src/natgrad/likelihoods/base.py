@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 Reduction = Literal["mean", "sum"]
 
@@ -23,11 +23,7 @@ def full_precision(
 ) -> Callable[Concatenate[_L, Tensor, _P], _T]:
     """Run a method on the output in float32 or better, with autocast switched off.
 
-    Args:
-        method: A likelihood method whose first argument is the model's output.
-
-    Returns:
-        The same method; float16 and bfloat16 outputs reach it as float32.
+    float16 and bfloat16 outputs reach the method as float32.
     """
 
     @functools.wraps(method)
@@ -62,6 +58,10 @@ class Likelihood(ABC):
     Categorical. The Fisher matrix is ``F = (1/count) Σ_n Σ_e w_ne J_neᵀ Λ_ne J_ne`` with the output
     Hessian ``Λ = ∇²_z nll`` and the event weights ``w``.
 
+    In all methods ``output`` is the model output z, (N, ...), ``target`` the target y, and
+    ``generator`` a source of randomness on any device, by default torch's global one. Where a
+    target may be None (default), it is used for the event weights only, which are then 1.
+
     A new likelihood implements :meth:`nll`, :meth:`gradient`, :meth:`output_hessian_root` and
     :meth:`sample`, decorated with :func:`full_precision`; the rest follows and may be overridden
     where something faster or safer exists.
@@ -73,82 +73,34 @@ class Likelihood(ABC):
 
     reduction: Reduction = "mean"
 
-    @staticmethod
-    def from_loss(criterion: nn.Module) -> Likelihood:
-        """Return the likelihood whose negative logarithm is the given torch loss.
-
-        Args:
-            criterion: ``nn.CrossEntropyLoss``, ``nn.MSELoss``, ``nn.BCEWithLogitsLoss`` or
-                ``nn.PoissonNLLLoss(log_input=True)``, with reduction "mean" or "sum".
-
-        Returns:
-            A likelihood with ``loss(output, target)`` equal to the mean-reduced criterion (up to
-            PoissonNLLLoss's constants) and the criterion's ``reduction``. With reduction "mean",
-            losses that also average over the outputs of a sample keep that factor: MSELoss gives
-            Λ = (2/C) I.
-
-        Raises:
-            TypeError: If the criterion is of another type.
-            ValueError: If it has reduction "none" or options with no likelihood behind them.
-        """
-        from natgrad.likelihoods.conversion import from_loss
-
-        return from_loss(criterion)
-
     # -- what a likelihood defines ---------------------------------------------------------------
 
     @abstractmethod
     def nll(self, output: Tensor, target: Tensor) -> Tensor:
         """Return the negative log-likelihood of each event, unweighted, in nats.
 
-        Args:
-            output: Model output z, (N, ...).
-            target: Target y.
-
-        Returns:
-            Tensor of shape (N,) or, with several events per sample, (N, ...). Additive constants
-            that do not depend on z are left out.
+        Its shape is (N,) or, with several events per sample, (N, ...). Additive constants that do
+        not depend on z are left out.
         """
 
     @abstractmethod
     def gradient(self, output: Tensor, target: Tensor) -> Tensor:
-        """Return ``w ∂nll/∂z``, the gradient of each sample's un-averaged weighted loss.
-
-        Args:
-            output: Model output z, (N, ...).
-            target: Target y.
-
-        Returns:
-            Tensor of the shape of ``output``, float32 or better.
-        """
+        """Return ``w ∂nll/∂z``, the gradient of each sample's un-averaged weighted loss, like z."""
 
     @abstractmethod
     def output_hessian_root(self, output: Tensor, target: Tensor | None = None) -> Tensor:
-        """Return S with ``S Sᵀ = w Λ`` for every event.
+        """Return S with ``S Sᵀ = w Λ`` for every event, (N, E, C, R).
 
-        Args:
-            output: Model output z, (N, ...).
-            target: Target y, used only for the event weights; None (default) sets them to 1.
-
-        Returns:
-            Tensor of shape (N, E, C, R), with R = C columns for the built-in likelihoods.
+        The built-in likelihoods have R = C columns.
         """
 
     @abstractmethod
     def sample(self, output: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draw one target for every event from the model's own distribution.
-
-        Args:
-            output: Model output z, (N, ...).
-            generator: Source of randomness, on any device; None (default) is torch's global one.
-
-        Returns:
-            A target as :meth:`nll` takes it.
-        """
+        """Draw a target, as :meth:`nll` takes it, from the model's own distribution."""
 
     def event_weights(self, output: Tensor, target: Tensor | None = None) -> Tensor:
         """Return the event weights w, (N, E); all 1 without a target (default)."""
-        return torch.ones(self.split_events(output).shape[:2], dtype=_working(output),
+        return torch.ones(self.split_events(output).shape[:2], dtype=_working_dtype(output),
                           device=output.device)  # fmt: skip
 
     def count(self, output: Tensor, target: Tensor | None = None) -> Tensor:
@@ -165,22 +117,13 @@ class Likelihood(ABC):
 
     @full_precision
     def output_hessian(self, output: Tensor, target: Tensor | None = None) -> Tensor:
-        """Return w Λ for every event, (N, E, C, C).
-
-        Args:
-            output: Model output z, (N, ...).
-            target: Target y, used only for the event weights; None (default) sets them to 1.
-        """
+        """Return w Λ for every event, (N, E, C, C)."""
         root = self.output_hessian_root(output, target)
         return root @ root.mT
 
     @full_precision
     def root_vectors(self, output: Tensor, target: Tensor | None = None) -> Tensor:
         """Return the columns of the square root of w Λ as vectors of the output's shape.
-
-        Args:
-            output: Model output z, (N, ...).
-            target: Target y, used only for the event weights; None (default) sets them to 1.
 
         Returns:
             Tensor of shape (K, *output.shape), K = E·R. Vector k = e·R + r holds column r of event
@@ -200,10 +143,10 @@ class Likelihood(ABC):
         """Return coordinates of an output cotangent in the vectors of :meth:`root_vectors`.
 
         Args:
-            output: Model output z, (N, ...).
+            output: Model output z.
             cotangent: Tensor of the shape of ``output`` in the range of w Λ (for Categorical: each
                 event's entries sum to 0).
-            target: Target y, used only for the event weights; None (default) sets them to 1.
+            target: Target y or None.
 
         Returns:
             u of shape (N, K) with ``Σ_k root_vectors_kn u_nk = cotangent_n``; zero where w = 0.
@@ -222,18 +165,9 @@ class Likelihood(ABC):
     ) -> Tensor:
         """Return random output vectors v with ``E[Σ_k v_kn v_knᵀ] = blockdiag_e(w_ne Λ_ne)``.
 
-        These are the pseudo-gradients of the Monte-Carlo Fisher. They are not always
-        ``gradient(output, sample(output))``: a weight w enters by its square root, and label
-        smoothing and averaging over outputs must not bias them.
-
-        Args:
-            output: Model output z, (N, ...).
-            generator: Source of randomness, on any device; None (default) is torch's global one.
-            samples: Number of independent draws K, default 1; each is scaled by 1/√K.
-            target: Target y, used only for the event weights; None (default) sets them to 1.
-
-        Returns:
-            Tensor of shape (samples, *output.shape).
+        These are the pseudo-gradients of the Monte-Carlo Fisher, (samples, *output.shape), each
+        scaled by 1/√samples. They are not always ``gradient(output, sample(output))``: a weight w
+        enters by its square root, and label smoothing and averaging must not bias them.
         """
         root = self.event_weights(output, target).sqrt().unsqueeze(-1) / samples**0.5
         draws = [
@@ -252,7 +186,7 @@ class Likelihood(ABC):
         """Return the event weights and the loss scale behind an observed output gradient.
 
         Args:
-            output: Model output z, (N, ...).
+            output: Model output z.
             cotangent: Gradient of the user's loss with respect to the output, same shape.
             target: Target y if it is known; None (default) infers what can be inferred.
 
@@ -272,7 +206,7 @@ class Likelihood(ABC):
             return weights, usual
         gradient = self.gradient(output, target)
         cotangent = cotangent.to(gradient.dtype)
-        return weights, _ratio((cotangent * gradient).sum(), gradient.square().sum(), usual)
+        return weights, positive_ratio((cotangent * gradient).sum(), gradient.square().sum(), usual)
 
     # -- layout ------------------------------------------------------------------------------------
 
@@ -316,12 +250,12 @@ class Likelihood(ABC):
         return count.reciprocal() if self.reduction == "mean" else torch.ones_like(count)
 
 
-def _working(output: Tensor) -> torch.dtype:
+def _working_dtype(output: Tensor) -> torch.dtype:
     """Return the dtype that :func:`full_precision` gives to an output."""
     return torch.float32 if output.dtype in (torch.float16, torch.bfloat16) else output.dtype
 
 
-def _ratio(numerator: Tensor, denominator: Tensor, otherwise: Tensor) -> Tensor:
+def positive_ratio(numerator: Tensor, denominator: Tensor, otherwise: Tensor) -> Tensor:
     """Return numerator/denominator, or ``otherwise`` where that is not a positive finite number."""
     ratio = numerator / denominator
     return torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, otherwise)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from natgrad.likelihoods.base import Reduction, _ratio, full_precision
+from natgrad.likelihoods.base import Reduction, full_precision, positive_ratio
 from natgrad.likelihoods.elementwise import Elementwise, ReduceOutputs, random_like
 
 
@@ -43,7 +43,7 @@ class Bernoulli(Elementwise):
         cotangent = cotangent.to(output.dtype)
         gradient = self.gradient(output, (cotangent < 0).to(output.dtype))
         gradient = torch.where(cotangent == 0, 0, gradient)
-        scale = _ratio(cotangent.abs().sum(), gradient.abs().sum(), usual)
+        scale = positive_ratio(cotangent.abs().sum(), gradient.abs().sum(), usual)
         hard = (cotangent - scale * gradient).abs().sum() <= 0.05 * cotangent.abs().sum()
         return weights, torch.where(hard, scale, usual)
 

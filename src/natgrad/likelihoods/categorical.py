@@ -9,7 +9,13 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from natgrad.likelihoods.base import Likelihood, Reduction, _ratio, full_precision, root_floor
+from natgrad.likelihoods.base import (
+    Likelihood,
+    Reduction,
+    full_precision,
+    positive_ratio,
+    root_floor,
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -197,7 +203,7 @@ class Categorical(Likelihood):
 
         usual = self._usual_scale((count_weights * active).sum())
         at_label = -residual.gather(-1, labels).squeeze(-1)
-        scale = _ratio(at_label.sum(), (weights * other * active).sum(), usual)
+        scale = positive_ratio(at_label.sum(), (weights * other * active).sum(), usual)
         error = (scale * weights * active).unsqueeze(-1) * p
         error = error.scatter(-1, labels, -(scale * weights * other * active).unsqueeze(-1))
         error = (error - residual).abs().sum()

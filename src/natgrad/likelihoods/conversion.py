@@ -23,8 +23,7 @@ def as_likelihood(specification: str | Likelihood | nn.Module) -> Likelihood:
 
     Args:
         specification: "categorical", "gaussian", "bernoulli" or "poisson" with their defaults; a
-            :class:`Likelihood`, returned as it is; or a loss that :meth:`Likelihood.from_loss`
-            takes.
+            :class:`Likelihood`, returned as it is; or a loss that :func:`from_loss` takes.
 
     Raises:
         ValueError: If the name is unknown.
@@ -48,7 +47,22 @@ def as_likelihood(specification: str | Likelihood | nn.Module) -> Likelihood:
 
 
 def from_loss(criterion: nn.Module) -> Likelihood:
-    """Return the likelihood behind a torch loss; see :meth:`Likelihood.from_loss`."""
+    """Return the likelihood whose negative logarithm is the given torch loss.
+
+    Args:
+        criterion: ``nn.CrossEntropyLoss``, ``nn.MSELoss``, ``nn.BCEWithLogitsLoss`` or
+            ``nn.PoissonNLLLoss(log_input=True)``, with reduction "mean" or "sum".
+
+    Returns:
+        A likelihood with ``loss(output, target)`` equal to the mean-reduced criterion (up to
+        PoissonNLLLoss's constants) and the criterion's ``reduction``. With reduction "mean",
+        losses that also average over the outputs of a sample keep that factor: MSELoss gives
+        Λ = (2/C) I.
+
+    Raises:
+        TypeError: If the criterion is of another type.
+        ValueError: If it has reduction "none" or options with no likelihood behind them.
+    """
     name = type(criterion).__name__
     reduction: Reduction = getattr(criterion, "reduction", "mean")
     if reduction not in ("mean", "sum"):

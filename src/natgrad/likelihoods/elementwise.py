@@ -115,13 +115,7 @@ class Elementwise(Likelihood):
 def random_like(
     output: Tensor, generator: torch.Generator | None, kind: Literal["normal", "uniform"]
 ) -> Tensor:
-    """Draw noise of the output's shape and dtype on the generator's device, moved to the output's.
-
-    Args:
-        output: Tensor that gives shape, dtype and device.
-        generator: Source of randomness; None is torch's global one.
-        kind: "normal" for N(0, 1), "uniform" for [0, 1).
-    """
+    """Draw noise like the output on the generator's device, N(0, 1) or uniform in [0, 1)."""
     device = output.device if generator is None else generator.device
     draw = torch.randn if kind == "normal" else torch.rand
     noise = draw(output.shape, generator=generator, dtype=output.dtype, device=device)

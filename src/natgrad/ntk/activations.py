@@ -83,19 +83,41 @@ class Activation(ABC):
     def error(self, q1: Tensor, q2: Tensor, input_error: float = 0.0) -> tuple[float, float]:
         """Bound the absolute errors of ``covariance`` and ``derivative_covariance``.
 
-        Args:
-            q1: Variances of one side (N,).
-            q2: Variances of the other side (N',).
-            input_error: A bound on the absolute error of ``c`` itself.
-
-        Returns:
-            The two bounds; (0.0, 0.0) for closed forms, which are exact up to rounding.
+        ``input_error`` bounds that of ``c`` itself. Closed forms are exact up to rounding.
         """
         return 0.0, 0.0
 
 
+class ClosedFormActivation(Activation):
+    """An activation with closed forms, which subclasses give entry by entry."""
+
+    @abstractmethod
+    def _expectation(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
+        """Return ``E[φ(u)φ(v)]`` for variances and covariances that broadcast."""
+
+    @abstractmethod
+    def _slope_expectation(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
+        """Return ``E[φ'(u)φ'(v)]`` for variances and covariances that broadcast."""
+
+    def covariance(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
+        """Return ``E[φ(u_i)φ(v_j)]``, (N, N')."""
+        return self._expectation(q1.unsqueeze(1), q2, c)
+
+    def derivative_covariance(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
+        """Return ``E[φ'(u_i)φ'(v_j)]``, (N, N')."""
+        return self._slope_expectation(q1.unsqueeze(1), q2, c)
+
+    def variance(self, q: Tensor) -> Tensor:
+        """Return ``E[φ(u)²]``, which is ``E[φ(u)φ(v)]`` for equal ``u`` and ``v``, (N,)."""
+        return self._expectation(q, q, q)
+
+    def derivative_variance(self, q: Tensor) -> Tensor:
+        """Return ``E[φ'(u)²]``, (N,)."""
+        return self._slope_expectation(q, q, q)
+
+
 @dataclass(frozen=True)
-class ReLUActivation(Activation):
+class ReLUActivation(ClosedFormActivation):
     """``max(x, 0)``; arc-cosine kernels of orders 1 and 0 (Cho & Saul 2009)."""
 
     name = "relu"
@@ -105,30 +127,22 @@ class ReLUActivation(Activation):
         """Return ``nn.ReLU()``."""
         return nn.ReLU()
 
-    def covariance(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
-        """Return ``√(qq')/2π · (√(1−ρ²) + ρ(π − arccos ρ))``, (N, N')."""
+    def _expectation(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
+        """Return ``√(qq')/2π · (√(1−ρ²) + ρ(π − arccos ρ))``."""
         rho = _correlation(q1, q2, c)
         result = (math.pi - rho.arccos()).mul_(rho)
         # As a product, which keeps its digits where ρ is close to 1.
         result += ((1 - rho) * (1 + rho)).sqrt_()
-        return _scale(result, (q1 / (2 * math.pi)).sqrt(), (q2 / (2 * math.pi)).sqrt())
+        return result.mul_((q1 / (2 * math.pi)).sqrt()).mul_((q2 / (2 * math.pi)).sqrt())
 
-    def derivative_covariance(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
-        """Return ``(π − arccos ρ)/2π``, (N, N')."""
+    def _slope_expectation(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
+        """Return ``(π − arccos ρ)/2π``."""
         angle = _correlation(q1, q2, c).arccos_()
         return angle.div_(-2 * math.pi).add_(0.5)
 
-    def variance(self, q: Tensor) -> Tensor:
-        """Return ``q/2``, (N,)."""
-        return q / 2
-
-    def derivative_variance(self, q: Tensor) -> Tensor:
-        """Return ``1/2``, (N,)."""
-        return torch.full_like(q, 0.5)
-
 
 @dataclass(frozen=True)
-class LeakyReLUActivation(Activation):
+class LeakyReLUActivation(ClosedFormActivation):
     """``x`` where positive, ``slope · x`` elsewhere.
 
     Attributes:
@@ -152,27 +166,19 @@ class LeakyReLUActivation(Activation):
         """Return ``nn.LeakyReLU(slope)``."""
         return nn.LeakyReLU(self.slope)
 
-    def covariance(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
-        """Return ``a c + (1 − a)² K`` with ReLU's ``K`` and the slope ``a``, (N, N')."""
-        relu = ReLUActivation().covariance(q1, q2, c)
+    def _expectation(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
+        """Return ``a c + (1 − a)² K`` with ReLU's ``K`` and the slope ``a``."""
+        relu = ReLUActivation()._expectation(q1, q2, c)
         return relu.mul_((1 - self.slope) ** 2).add_(c, alpha=self.slope)
 
-    def derivative_covariance(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
-        """Return ``a + (1 − a)² K'`` with ReLU's ``K'`` and the slope ``a``, (N, N')."""
-        relu = ReLUActivation().derivative_covariance(q1, q2, c)
+    def _slope_expectation(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
+        """Return ``a + (1 − a)² K'`` with ReLU's ``K'`` and the slope ``a``."""
+        relu = ReLUActivation()._slope_expectation(q1, q2, c)
         return relu.mul_((1 - self.slope) ** 2).add_(self.slope)
-
-    def variance(self, q: Tensor) -> Tensor:
-        """Return ``q (1 + a²)/2``, (N,)."""
-        return q * ((1 + self.slope**2) / 2)
-
-    def derivative_variance(self, q: Tensor) -> Tensor:
-        """Return ``(1 + a²)/2``, (N,)."""
-        return torch.full_like(q, (1 + self.slope**2) / 2)
 
 
 @dataclass(frozen=True)
-class ErfActivation(Activation):
+class ErfActivation(ClosedFormActivation):
     """The error function (Williams 1997)."""
 
     name = "erf"
@@ -181,29 +187,25 @@ class ErfActivation(Activation):
         """Return ``Erf()``."""
         return Erf()
 
-    def covariance(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
-        """Return ``2/π · arcsin(2c/√((1+2q)(1+2q')))``, (N, N')."""
-        result = _scale(2 * c, (1 + 2 * q1).rsqrt(), (1 + 2 * q2).rsqrt())
+    def _expectation(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
+        """Return ``2/π · arcsin(2c/√((1+2q)(1+2q')))``."""
+        result = (2 * c * (1 + 2 * q1).rsqrt()).mul_((1 + 2 * q2).rsqrt())
         return result.clamp_(-1, 1).arcsin_().mul_(2 / math.pi)
 
-    def derivative_covariance(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
-        """Return ``4/π /√((1+2q)(1+2q') − 4c²)``, (N, N')."""
-        result = (1 + 2 * q1).unsqueeze(1) * (1 + 2 * q2)
+    def _slope_expectation(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
+        """Return ``4/π /√((1+2q)(1+2q') − 4c²)``."""
+        result = (1 + 2 * q1) * (1 + 2 * q2)
         result.addcmul_(c, c, value=-4)
         # By Cauchy and Schwarz the difference is at least 1, whatever rounding makes of it.
         return result.clamp_(min=1.0).rsqrt_().mul_(4 / math.pi)
 
-    def variance(self, q: Tensor) -> Tensor:
-        """Return ``2/π · arcsin(2q/(1+2q))``, (N,)."""
-        return (2 * q / (1 + 2 * q)).arcsin() * (2 / math.pi)
-
     def derivative_variance(self, q: Tensor) -> Tensor:
-        """Return ``4/π /√(1+4q)``, (N,)."""
+        """Return ``4/π /√(1+4q)``, in which nothing cancels, (N,)."""
         return (1 + 4 * q).rsqrt() * (4 / math.pi)
 
 
 @dataclass(frozen=True)
-class GELUActivation(Activation):
+class GELUActivation(ClosedFormActivation):
     """``x Φ(x)`` with the normal distribution function Φ, not the tanh approximation."""
 
     name = "gelu"
@@ -212,36 +214,21 @@ class GELUActivation(Activation):
         """Return ``nn.GELU()``."""
         return nn.GELU()
 
-    def covariance(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
-        """Return the closed form of Tsuchida et al. (2021), (N, N').
+    def _expectation(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
+        """Return the closed form of Tsuchida et al. (2021).
 
         With ``P = (1+q)(1+q')``, ``D = P − c²`` and ``κ = 1/(1+q) + 1/(1+q') − 1`` it is
         ``(qq' + c²κ)/(2π√D) + c/4 + c·arcsin(c/√P)/2π``.
         """
-        return self._covariance(q1.unsqueeze(1), q2, c)
-
-    def derivative_covariance(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
-        """Return the derivative of ``covariance`` by ``c`` (Price's theorem), (N, N').
-
-        It is ``1/4 + arcsin(c/√P)/2π + c (2κ + 1 + (qq' + c²κ)/D)/(2π√D)``.
-        """
-        return self._derivative_covariance(q1.unsqueeze(1), q2, c)
-
-    def variance(self, q: Tensor) -> Tensor:
-        """Return ``covariance`` at ``c = q' = q``, (N,)."""
-        return self._covariance(q, q, q)
-
-    def derivative_variance(self, q: Tensor) -> Tensor:
-        """Return ``derivative_covariance`` at ``c = q' = q``, (N,)."""
-        return self._derivative_covariance(q, q, q)
-
-    def _covariance(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
-        kappa, numerator, difference, angle = self._parts(q1, q2, c)
-        del kappa
+        _, numerator, difference, angle = self._parts(q1, q2, c)
         result = numerator.mul_(difference.rsqrt_()).add_(angle.mul_(c))
         return result.div_(2 * math.pi).add_(c, alpha=0.25)
 
-    def _derivative_covariance(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
+    def _slope_expectation(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
+        """Return the derivative of the expectation by ``c`` (Price's theorem).
+
+        It is ``1/4 + arcsin(c/√P)/2π + c (2κ + 1 + (qq' + c²κ)/D)/(2π√D)``.
+        """
         kappa, numerator, difference, angle = self._parts(q1, q2, c)
         result = numerator.div_(difference).add_(kappa, alpha=2).add_(1).mul_(c)
         result.mul_(difference.rsqrt_()).add_(angle)
@@ -259,7 +246,7 @@ class GELUActivation(Activation):
 
 
 @dataclass(frozen=True)
-class LinearActivation(Activation):
+class LinearActivation(ClosedFormActivation):
     """The identity: a deep linear network."""
 
     name = "linear"
@@ -268,21 +255,11 @@ class LinearActivation(Activation):
         """Return ``nn.Identity()``."""
         return nn.Identity()
 
-    def covariance(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
-        """Return a copy of ``c``, (N, N')."""
+    def _expectation(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
         return c.clone()
 
-    def derivative_covariance(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
-        """Return ones, (N, N')."""
+    def _slope_expectation(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
         return torch.ones_like(c)
-
-    def variance(self, q: Tensor) -> Tensor:
-        """Return a copy of ``q``, (N,)."""
-        return q.clone()
-
-    def derivative_variance(self, q: Tensor) -> Tensor:
-        """Return ones, (N,)."""
-        return torch.ones_like(q)
 
 
 @dataclass(frozen=True)
@@ -339,14 +316,8 @@ class QuadratureActivation(Activation):
     def error(self, q1: Tensor, q2: Tensor, input_error: float = 0.0) -> tuple[float, float]:
         """Bound the absolute errors of both series; see the class.
 
-        Args:
-            q1: Variances of one side (N,).
-            q2: Variances of the other side (N',).
-            input_error: A bound on the absolute error of ``c``; it is carried on with the largest
-                slopes, ``E[φ'²]`` and ``E[φ''²]``, by Price's theorem.
-
-        Returns:
-            The bounds for ``covariance`` and ``derivative_covariance``.
+        The error of ``c`` is carried on with the largest slopes, ``E[φ'²]`` and ``E[φ''²]``, by
+        Price's theorem.
         """
         bounds = []
         for function in (self.function, self.derivative):
@@ -364,12 +335,7 @@ class QuadratureActivation(Activation):
         self, function: Callable[[Tensor], Tensor], q1: Tensor, q2: Tensor, c: Tensor
     ) -> Tensor:
         first, second = hermite_series(function, q1, q2, self.max_terms)
-        return mehler_sum(first, second, _correlation(q1, q2, c))
-
-
-def _scale(matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Multiply rows and columns of a matrix, in place."""
-    return matrix.mul_(rows.unsqueeze(1)).mul_(columns)
+        return mehler_sum(first, second, _correlation(q1.unsqueeze(1), q2, c))
 
 
 def _correlation(q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
@@ -378,7 +344,7 @@ def _correlation(q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
     Slopes of ReLU change like ``√(1 − ρ)``, so that equal inputs would get slopes some 1e-9 off,
     and their kernel matrix a false rank.
     """
-    rho = _scale(c.clone(), q1.rsqrt(), q2.rsqrt()).clamp_(-1, 1)
+    rho = (c * q1.rsqrt()).mul_(q2.rsqrt()).clamp_(-1, 1)
     return torch.where(rho.abs() > 1 - 64 * torch.finfo(rho.dtype).eps, rho.sign(), rho)
 
 

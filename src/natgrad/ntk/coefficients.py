@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from natgrad.capture import Capture
 from natgrad.capture.evaluation import evaluated
-from natgrad.curvature import FisherMatrix, make_structure
-from natgrad.curvature.block_tridiagonal import tridiagonal_coefficients
+from natgrad.curvature import Curvature, Structure, as_structure
 from natgrad.fisher import ExactFisher, FisherType, as_fisher_type, update_from_output
 from natgrad.jacobians import Jacobians
 from natgrad.layouts import BlockLayout
 from natgrad.likelihoods import Likelihood, as_likelihood
+from natgrad.operators import FisherMatrix
+from natgrad.operators.block_tridiagonal import tridiagonal_coefficients
 
 __all__ = ["ISOTROPIC_STRUCTURES", "Isotropy", "LayerShare", "isotropic_constant", "isotropy"]
 
@@ -107,7 +108,7 @@ class Isotropy:
 def isotropy(
     model: nn.Module,
     x: Any,
-    structure: str = "kfac",
+    structure: str | Structure = "kfac",
     damping: float = 0.0,
     *,
     likelihood: str | Likelihood | nn.Module = "gaussian",
@@ -128,7 +129,7 @@ def isotropy(
     Args:
         model: Any model natgrad can capture, in its present mode; left as it was.
         x: N inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
-        structure: Name of a structure of the Fisher matrix.
+        structure: A structure of the Fisher matrix, or its name.
         damping: λ, in the units of F. At 0 the pseudo-inverse is taken.
         likelihood: A name, a :class:`natgrad.Likelihood` or a torch loss module.
         fisher: Fisher type of ``F̂``: ``"exact"``, ``"mc"`` or ``"empirical"``.
@@ -160,17 +161,17 @@ def isotropy(
         model, x = copy.deepcopy(model).to(dtype), cast_inputs(x, dtype)
     with Capture(model, output) as capture:
         capture.check_covered()
-        matrix = make_structure(
-            structure, capture.blocks, capture.layout, training=True, **structure_options
-        )
+        layouts = {name: block.layout for name, block in capture.blocks.items()}
+        chosen = as_structure(structure, training=True, every_row=True, **structure_options)
+        curvature = Curvature(chosen, layouts, capture.layout)
         with evaluated(capture, x) as found:
             rows, projection, count = fisher_rows(capture, likelihood, found)
             if isinstance(fisher, ExactFisher):
-                matrix.update(rows, count)
+                curvature.update(rows, count)
             else:
                 detached = found.detach()
                 update_from_output(
-                    matrix,
+                    curvature,
                     capture,
                     likelihood,
                     fisher,
@@ -180,7 +181,8 @@ def isotropy(
                     generator=torch.Generator(found.device).manual_seed(seed),
                     target=target,
                 )
-        return isotropy_of(matrix, rows, projection, count, damping)
+                curvature.join()
+        return isotropy_of(curvature.matrix(), rows, projection, count, damping)
 
 
 def fisher_rows(
@@ -188,14 +190,8 @@ def fisher_rows(
 ) -> tuple[Jacobians, Tensor, float]:
     """Return the exact Fisher's rows ``SᵀJ`` of a recorded pass, the projection Π and the count.
 
-    Args:
-        capture: The capture that recorded the pass.
-        likelihood: The likelihood.
-        output: The pass's output, with its graph.
-
-    Returns:
-        Rows with K directions per sample; ``Π_n = S_n⁺S_n``, ``(N, K, K)``; the number of data
-        points.
+    Rows have K directions per sample; ``Π_n = S_n⁺S_n``, ``(N, K, K)``; the count is that of data
+    points.
     """
     detached = output.detach()
     weights = likelihood.event_weights(detached, None)
@@ -209,14 +205,9 @@ def fisher_rows(
 def isotropy_of(
     matrix: FisherMatrix, rows: Jacobians, projection: Tensor, count: float, damping: float
 ) -> Isotropy:
-    """Return the isotropy of a structure with respect to some rows.
+    """Return the isotropy of an updated structure with respect to rows ``Ĵ``.
 
-    Args:
-        matrix: The structure, updated.
-        rows: ``Ĵ``.
-        projection: Π, ``(N, K, K)``.
-        count: N.
-        damping: λ.
+    The projection Π is ``(N, K, K)``; the count is that of data points.
     """
     shares = matrix.function_space_map(rows, None, damping)
     if not shares:
@@ -264,7 +255,7 @@ def _remainder(matrix: Tensor, alpha: float, projection: Tensor) -> float:
 
 def _reason(matrix: FisherMatrix, name: str, rows: Jacobians, damping: float) -> str:
     """Say why a layer cannot be isotropic, or nothing."""
-    layout: BlockLayout = matrix.blocks[name]
+    layout: BlockLayout = rows[name].layout
     samples, count, units = rows.samples, rows.rows, layout.groups * layout.d_out
     kind = matrix.structure
     layer_wise = kind in ("block_diagonal", "block_tridiagonal")

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.capture import Capture
+from natgrad.capture.evaluation import output_rows
 from natgrad.jacobians import Jacobians
-from natgrad.ntk.empirical import output_rows
 from natgrad.ntk.two_layer import angles
 
 __all__ = ["JacobianConditions", "identity_jacobians", "jacobian_conditions", "related_samples"]
@@ -28,15 +28,7 @@ __all__ = ["JacobianConditions", "identity_jacobians", "jacobian_conditions", "r
 def identity_jacobians(
     model: nn.Module, x: Any, output: Callable[[Any], Tensor] | None = None
 ) -> tuple[Tensor, Jacobians]:
-    """Return the output and the rows of its whole Jacobian, one per sample and output.
-
-    Args:
-        model: Any module; it runs in its present mode and is left as it was.
-        x: Its input: a tensor, a tuple of arguments or a dict of keyword arguments.
-        output: Picks the output tensor ``(N, ...)`` out of what the model returns.
-
-    Returns:
-        The output, detached, and the factored rows, ``K = C`` per sample.
+    """Return the output, detached, and the rows of its whole Jacobian, one per sample and output.
 
     Raises:
         ValueError: If a parameter cannot be covered, the output depends on none, or a row is not

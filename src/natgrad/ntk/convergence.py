@@ -123,7 +123,7 @@ def convergence_bounds(
             )
         )
     limit = 2.0 / largest
-    step = _step(step_size, 2.0 / (smallest + largest), limit, strict=True)
+    step = _checked_step(step_size, 2.0 / (smallest + largest), limit, strict=True)
     factor = max(abs(1.0 - step * smallest), abs(1.0 - step * largest)) ** 2
     return ConvergenceBounds(method, limit, step, factor)
 
@@ -148,12 +148,12 @@ def _ngd_bounds(
         )
     total = convexity + smoothness
     limit = 2.0 / total * (1.0 - 2.0 * stability) / (1.0 + stability) ** 2
-    step = _step(step_size, limit, limit, strict=False)
+    step = _checked_step(step_size, limit, limit, strict=False)
     factor = max(0.0, 1.0 - 2.0 * step * convexity * smoothness / total)
     return ConvergenceBounds("ngd", limit, step, factor)
 
 
-def _step(step_size: float | None, default: float, limit: float, *, strict: bool) -> float:
+def _checked_step(step_size: float | None, default: float, limit: float, *, strict: bool) -> float:
     if step_size is None:
         return default
     if not (0.0 < step_size < limit or (step_size == limit and not strict)):

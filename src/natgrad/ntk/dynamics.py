@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from natgrad import linalg
-from natgrad.curvature.base import check_damping
-from natgrad.curvature.registry import STRUCTURES
+from natgrad.arguments import check_damping
+from natgrad.curvature import STRUCTURES
 from natgrad.likelihoods import Gaussian, Likelihood, as_likelihood
 
 __all__ = ["NetworkInFunctionSpace", "Prediction", "predict"]
@@ -178,18 +178,16 @@ def predict(
             f"target must have the shape of the outputs, {tuple(network.outputs.shape)}, got "
             f"{tuple(target.shape)}"
         )
+    run = _Run(network, target, structure, times, lr, damping, likelihood)
     if isinstance(likelihood, Gaussian) and output_damping is None:
-        train, test = _closed_form(network, target, structure, times, lr, damping, likelihood,
-                                   continuous)  # fmt: skip
+        train, test = _closed_form(run, continuous)
     elif continuous:
         raise ValueError(
             "continuous time is available for the squared loss without output_damping only: use "
             "discrete steps, with a small lr if the flow is wanted"
         )
     else:
-        train, test = _iterate(
-            network, target, structure, times, lr, damping, likelihood, output_damping
-        )
+        train, test = _iterate(run, output_damping)
     losses = _losses(likelihood, train, target)
     return Prediction(times, train, test, losses, lr, likelihood)
 
@@ -240,34 +238,38 @@ def _output_scale(network: NetworkInFunctionSpace, likelihood: Likelihood) -> tu
     return float(torch.linalg.eigvalsh(hessian).max()), scale
 
 
-def _closed_form(
-    network: NetworkInFunctionSpace,
-    target: Tensor,
-    structure: str,
-    times: tuple[float, ...],
-    lr: float,
-    damping: float,
-    likelihood: Gaussian,
-    continuous: bool,
-) -> tuple[Tensor, Tensor | None]:
+@dataclass(frozen=True)
+class _Run:
+    """A training run to predict; see :func:`predict`."""
+
+    network: NetworkInFunctionSpace
+    target: Tensor
+    structure: str
+    times: tuple[float, ...]
+    lr: float
+    damping: float
+    likelihood: Likelihood
+
+
+def _closed_form(run: _Run, continuous: bool) -> tuple[Tensor, Tensor | None]:
     # Λ = cI: a factor c in F is one of 1/c in the damping, and cancels in the rest; in gradient
     # descent it is one in the learning rate.
-    curvature, scale = _output_scale(network, likelihood)
-    lr = lr * curvature / scale if structure == "gd" else lr
-    coefficients, cross = network.maps(structure, damping * scale / curvature)
-    residual = network.outputs - target
+    curvature, scale = _output_scale(run.network, run.likelihood)
+    lr = run.lr * curvature / scale if run.structure == "gd" else run.lr
+    coefficients, cross = run.network.maps(run.structure, run.damping * scale / curvature)
+    residual, test_outputs = run.network.outputs - run.target, run.network.test_outputs
     # Where all outputs share the map, they are its columns.
     columns = residual.reshape(coefficients.shape[0], -1)
     values, vectors = linalg.eigh(coefficients)
     rotated = vectors.T @ columns
     train, test = [], []
-    for time in times:
+    for time in run.times:
         decay, covered = _decay(values, lr, time, continuous)
         moved = _product(vectors, decay.unsqueeze(1) * rotated)
-        train.append(target + moved.reshape(residual.shape))
-        if cross is not None and network.test_outputs is not None:
+        train.append(run.target + moved.reshape(residual.shape))
+        if cross is not None and test_outputs is not None:
             move = _product(cross, _product(vectors, covered.unsqueeze(1) * rotated))
-            test.append(network.test_outputs - move.reshape(network.test_outputs.shape))
+            test.append(test_outputs - move.reshape(test_outputs.shape))
     return torch.stack(train), torch.stack(test) if test else None
 
 
@@ -292,51 +294,43 @@ def _decay(values: Tensor, lr: float, time: float, continuous: bool) -> tuple[Te
     return decay, torch.where(tiny, lr * time, missing / torch.where(tiny, 1.0, values))
 
 
-def _iterate(
-    network: NetworkInFunctionSpace,
-    target: Tensor,
-    structure: str,
-    times: tuple[float, ...],
-    lr: float,
-    damping: float,
-    likelihood: Likelihood,
-    output_damping: float | None,
-) -> tuple[Tensor, Tensor | None]:
-    if max(times) > MAX_STEPS:
-        raise ValueError(f"at most {MAX_STEPS} steps can be iterated, got {max(times):g}")
-    if output_damping is not None and (structure == "gd" or not output_damping >= 0):
+def _iterate(run: _Run, output_damping: float | None) -> tuple[Tensor, Tensor | None]:
+    network, last = run.network, max(run.times)
+    if last > MAX_STEPS:
+        raise ValueError(f"at most {MAX_STEPS} steps can be iterated, got {last:g}")
+    if output_damping is not None and (run.structure == "gd" or not output_damping >= 0):
         raise ValueError(
             "output_damping must be at least 0 and goes with a natural-gradient structure, got "
-            f"{output_damping} with {structure!r}"
+            f"{output_damping} with {run.structure!r}"
         )
-    maps = None if output_damping is None else network.maps(structure, damping)
+    maps = None if output_damping is None else network.maps(run.structure, run.damping)
     outputs, test_outputs = network.outputs, network.test_outputs
     train: dict[int, Tensor] = {}
     test: dict[int, Tensor] = {}
-    for step in range(int(max(times)) + 1):
-        train[step] = outputs
-        if test_outputs is not None:
-            test[step] = test_outputs
-        if step == max(times):
+    for step in range(int(last) + 1):
+        if step in run.times:
+            train[step] = outputs
+            if test_outputs is not None:
+                test[step] = test_outputs
+        if step == last:
             break
         if maps is None:
-            change, test_change = network.change(structure, damping, likelihood, outputs, target)
+            change, test_change = network.change(
+                run.structure, run.damping, run.likelihood, outputs, run.target
+            )
         else:
             assert output_damping is not None
-            newton = _newton(likelihood, outputs, target, output_damping)
+            newton = _newton(run.likelihood, outputs, run.target, output_damping)
             columns = newton.reshape(maps[0].shape[0], -1)
             change = -(maps[0] @ columns).reshape(outputs.shape)
             if maps[1] is not None and test_outputs is not None:
                 test_change = -(maps[1] @ columns).reshape(test_outputs.shape)
-        outputs = outputs + lr * change
+        outputs = outputs + run.lr * change
         if test_outputs is not None:
             assert test_change is not None
-            test_outputs = test_outputs + lr * test_change
-        step_is_wanted = step in times
-        if not step_is_wanted:
-            train.pop(step), test.pop(step, None)
-    stacked = torch.stack([train[int(time)] for time in times])
-    return stacked, torch.stack([test[int(time)] for time in times]) if test else None
+            test_outputs = test_outputs + run.lr * test_change
+    stacked = torch.stack([train[int(time)] for time in run.times])
+    return stacked, torch.stack([test[int(time)] for time in run.times]) if test else None
 
 
 def _newton(

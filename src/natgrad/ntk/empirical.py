@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from natgrad import linalg
 from natgrad.capture import Capture
-from natgrad.capture.evaluation import count_samples, evaluated, take_samples
+from natgrad.capture.evaluation import count_samples, output_rows, take_samples
 from natgrad.jacobians import Jacobians, LayerJacobian
-from natgrad.likelihoods import Gaussian
 
-__all__ = ["empirical_kernel", "output_rows"]
+__all__ = ["empirical_kernel"]
 
 Outputs = Literal["full", "classwise", "trace"]
 
@@ -117,25 +116,6 @@ def empirical_kernel(
     if not kernels.total:
         raise ValueError("the output depends on no captured parameter, so there is no kernel")
     return kernels.total[""]
-
-
-def output_rows(capture: Capture, inputs: Any) -> tuple[Tensor, Jacobians]:
-    """Return a model's outputs ``(N, …)`` and the Jacobian rows of every one of them.
-
-    Args:
-        capture: A recording capture of the model.
-        inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments.
-
-    Returns:
-        The outputs, detached, and rows with one direction per output of a sample.
-
-    Raises:
-        ValueError: If the output depends on no trainable parameter.
-    """
-    with evaluated(capture, inputs) as output:
-        vectors = Gaussian().root_vectors(output.detach())  # unit vectors
-        rows = capture.pull_back(output, vectors, retain_graph=False)
-        return output.detach(), rows
 
 
 def _products(

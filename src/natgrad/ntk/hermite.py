@@ -57,16 +57,9 @@ class HermiteSeries:
 def hermite_series(
     function: Callable[[Tensor], Tensor], q1: Tensor, q2: Tensor, max_terms: int
 ) -> tuple[HermiteSeries, HermiteSeries]:
-    """Return the coefficients of both sides, cut after the same power.
-
-    Args:
-        function: φ, elementwise.
-        q1: Variances of one side (N,).
-        q2: Variances of the other side (N',).
-        max_terms: The most powers of ρ.
-    """
+    """Return the Hermite coefficients of φ for both sides' variances, cut after the same power."""
     values, places = torch.unique(torch.cat([q1, q2]), return_inverse=True)
-    nodes, root = _rule(values.device)
+    nodes, root = _quadrature_rule(values.device)
     basis = [root, nodes * root]
     for k in range(1, max_terms):
         following = nodes * basis[k] - math.sqrt(k) * basis[k - 1]
@@ -108,7 +101,7 @@ def _horner(left: Tensor, right: Tensor, square: Tensor, last: int, first: int) 
     return total
 
 
-def _rule(device: torch.device) -> tuple[Tensor, Tensor]:
+def _quadrature_rule(device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the nodes of the trapezoid rule and the roots of their weights, (n,) each."""
     nodes = torch.linspace(-_LIMIT, _LIMIT, _NODES, dtype=torch.float64, device=device)
     step = 2 * _LIMIT / (_NODES - 1)
@@ -118,6 +111,6 @@ def _rule(device: torch.device) -> tuple[Tensor, Tensor]:
 def second_moments(function: Callable[[Tensor], Tensor], q: Tensor) -> Tensor:
     """Return ``E[φ(u)²]`` for ``u ~ N(0, q_i)`` by quadrature, (N,)."""
     values, places = torch.unique(q, return_inverse=True)
-    nodes, root = _rule(q.device)
+    nodes, root = _quadrature_rule(q.device)
     sampled = function(values.sqrt().unsqueeze(1) * nodes) * root
     return (sampled**2).sum(1)[places]

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from natgrad import linalg
+from natgrad.arguments import check_damping
 from natgrad.capture.evaluation import undisturbed
-from natgrad.curvature.base import check_damping
-from natgrad.curvature.block_tridiagonal import BlockElimination, tridiagonal_coefficients
 from natgrad.likelihoods import Likelihood
 from natgrad.ntk.coefficients import isotropic_constant
 from natgrad.ntk.conditions import related_samples
 from natgrad.ntk.dynamics import NetworkInFunctionSpace
 from natgrad.ntk.infinite import InfiniteKernel, infinite_kernel
 from natgrad.ntk.networks import Architecture
+from natgrad.operators.block_tridiagonal import BlockElimination, tridiagonal_coefficients
 
 __all__ = ["InfiniteNetwork"]
 
@@ -51,7 +51,7 @@ class _Layer:
         inputs = self.cross_inputs if name == "cross" else self.inputs
         assert inputs is not None
         rows = self.columns if name == "gradients" else self.outputs
-        return _spread(inputs, rows, self.columns) * values
+        return _repeat_for_outputs(inputs, rows, self.columns) * values
 
 
 class InfiniteNetwork(NetworkInFunctionSpace):
@@ -207,10 +207,10 @@ class InfiniteNetwork(NetworkInFunctionSpace):
             inverse_a = _inverse(inputs, pi * damping**0.5)
             inverse_b = _inverse(gradients, damping**0.5 / pi)
             shape = layer.outputs, layer.columns
-            part = _spread(layer.inputs @ inverse_a, *shape) * (layer.left @ inverse_b)
+            part = _repeat_for_outputs(layer.inputs @ inverse_a, *shape) * (layer.left @ inverse_b)
             train.append(part / count)
             if layer.cross_inputs is not None and layer.cross is not None:
-                moved = _spread(layer.cross_inputs @ inverse_a, *shape)
+                moved = _repeat_for_outputs(layer.cross_inputs @ inverse_a, *shape)
                 test.append(moved * (layer.cross @ inverse_b) / count)
         return _sum(train), _sum(test) if test else None
 
@@ -262,7 +262,7 @@ def _sum(tensors: list[Tensor]) -> Tensor:
     return torch.stack(tensors).sum(0)
 
 
-def _spread(matrix: Tensor, rows: int, columns: int) -> Tensor:
+def _repeat_for_outputs(matrix: Tensor, rows: int, columns: int) -> Tensor:
     """Return ``matrix ⊗ 1``: every entry repeated for ``rows × columns`` outputs."""
     if rows == columns == 1:
         return matrix

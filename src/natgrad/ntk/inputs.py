@@ -45,13 +45,13 @@ def forster_transform(
             "with fewer, K-FAC needs no transform"
         )
     samples, dim = x.shape
-    current = _unit(x.double())
+    current = _unit_norm(x.double())
     total = torch.eye(dim, dtype=torch.float64, device=x.device)
     for _ in range(iterations):
         values, vectors = torch.linalg.eigh(current.T @ current)
         deviation = float((values - samples / dim).norm() / (samples / dim * dim**0.5))
         if deviation <= tolerance:
-            return current, None if x_test is None else _unit(x_test.double() @ total)
+            return current, None if x_test is None else _unit_norm(x_test.double() @ total)
         if float(values[0]) <= samples * torch.finfo(torch.float64).eps * float(values[-1]):
             raise ValueError(
                 f"the samples span fewer than {dim} dimensions: project them on their principal "
@@ -59,7 +59,7 @@ def forster_transform(
             )
         # XᵀX grows to N/M_0 · I, so the map is scaled to keep the norms near 1.
         step = (vectors * ((samples / dim) / values).sqrt()) @ vectors.T
-        current = _unit(current @ step)
+        current = _unit_norm(current @ step)
         total = total @ step
     raise ValueError(
         f"the Forster transform did not converge in {iterations} iterations (relative deviation "
@@ -68,7 +68,7 @@ def forster_transform(
     )
 
 
-def _unit(x: Tensor) -> Tensor:
+def _unit_norm(x: Tensor) -> Tensor:
     norms = x.norm(dim=1, keepdim=True)
     if bool((norms == 0).any()):
         raise ValueError("a sample is zero, so it has no direction: remove it")

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.capture import Capture
-from natgrad.curvature import FisherMatrix, make_structure
+from natgrad.capture.evaluation import output_rows
+from natgrad.curvature import Curvature, as_structure
 from natgrad.jacobians import Jacobians
 from natgrad.likelihoods import Likelihood
 from natgrad.ntk.coefficients import cast_inputs
 from natgrad.ntk.dynamics import NetworkInFunctionSpace
-from natgrad.ntk.empirical import output_rows
 
 __all__ = ["LinearizedNetwork"]
 
@@ -59,7 +59,8 @@ class LinearizedNetwork(NetworkInFunctionSpace):
         self._options = structure_options or {}
         with Capture(model, output) as capture:
             capture.check_covered()
-            self._blocks, self._layout = capture.blocks, capture.layout
+            self._blocks = {name: block.layout for name, block in capture.blocks.items()}
+            self._layout = capture.layout
             self.outputs, self._rows = output_rows(capture, cast_inputs(x, dtype))
             self.test_outputs: Tensor | None = None
             self._test_rows: Jacobians | None = None
@@ -79,8 +80,9 @@ class LinearizedNetwork(NetworkInFunctionSpace):
             if self._test_rows is None:
                 return train, None
             return train, self._test_rows.gram(self._rows) / self.samples
-        matrix = self._structure(structure)
-        matrix.update(self._rows, self.samples)
+        curvature = self._curvature(structure)
+        curvature.update(self._rows, self.samples)
+        matrix = curvature.matrix()
         shares = matrix.function_space_map(self._rows, None, damping)
         train = _sum(shares) / self.samples
         train = 0.5 * (train + train.T)
@@ -103,17 +105,18 @@ class LinearizedNetwork(NetworkInFunctionSpace):
         direction = self._rows.rmatvec(gradient.flatten(1))
         if structure != "gd":
             roots = likelihood.root_vectors(outputs, target).flatten(2)  # (K, N, C)
-            matrix = self._structure(structure)
-            matrix.update(self._rows.combined(roots.permute(1, 2, 0)), count)
-            direction = matrix.solve(direction, damping)
+            curvature = self._curvature(structure)
+            curvature.update(self._rows.combined(roots.permute(1, 2, 0)), count)
+            direction = curvature.matrix().solve(direction, damping)
         change = -self._rows.matvec(direction).reshape(outputs.shape)
         if self._test_rows is None or self.test_outputs is None:
             return change, None
         return change, -self._test_rows.matvec(direction).reshape(self.test_outputs.shape)
 
-    def _structure(self, name: str) -> FisherMatrix:
+    def _curvature(self, name: str) -> Curvature:
         options = self._options.get(name, {})
-        return make_structure(name, self._blocks, self._layout, training=True, **options)
+        structure = as_structure(name, training=True, every_row=True, **options)
+        return Curvature(structure, self._blocks, self._layout)
 
 
 def _sum(shares: dict[str, Tensor]) -> Tensor:

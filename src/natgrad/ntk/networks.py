@@ -79,12 +79,10 @@ class Architecture:
     def of(cls, model: nn.Module) -> Architecture:
         """Read the architecture off a chain of ``NTKLinear`` layers.
 
-        Args:
-            model: An ``MLP``, or ``nn.Sequential``, possibly nested, of ``NTKLinear`` layers with
-                one kind of activation between them; ``nn.Flatten`` may come first and
-                ``nn.Identity`` anywhere. Layers with nothing between them make a linear network,
-                and so does a single layer. Parameters are not looked at, nor whether they are
-                frozen.
+        The chain is an ``MLP`` or an ``nn.Sequential``, possibly nested, with one kind of
+        activation between layers; ``nn.Flatten`` may come first and ``nn.Identity`` anywhere.
+        Layers with nothing between them make a linear network, and so does a single layer.
+        Parameters are not looked at, nor whether they are frozen.
 
         Raises:
             ValueError: If the model is anything else; the message names the submodule.

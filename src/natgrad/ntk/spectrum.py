@@ -150,16 +150,8 @@ def fisher_spectrum(
     gram = jacobians.gram().double()
     values = torch.linalg.eigvalsh(gram).clamp(min=0.0).flip(0) / samples
     by_output = gram.reshape(samples, outputs, samples, outputs).diagonal(dim1=1, dim2=3)
-    diagonal = float(gram.trace())
-    pairs = outputs * samples * (samples - 1)
-    return FisherSpectrum(
-        samples=samples,
-        outputs=outputs,
-        parameters=jacobians.layout.numel,
-        eigenvalues=values,
-        diagonal=diagonal / (samples * outputs),
-        off_diagonal=(float(by_output.sum()) - diagonal) / pairs if pairs else 0.0,
-    )
+    means = _entry_means(by_output.mean(-1))
+    return FisherSpectrum(samples, outputs, jacobians.layout.numel, values, *means)
 
 
 def predict_spectrum(
@@ -212,11 +204,14 @@ def infinite_spectrum(architecture: Architecture | nn.Module, x: Tensor) -> Spec
     kernels = infinite_kernel(architecture, x).layers
     scales = [m / variance for m, variance in zip(widths[:-1], variances, strict=True)]
     dual = torch.stack([k * scale for k, scale in zip(kernels, scales, strict=True)]).sum(0)
-    samples = len(dual)
-    trace = float(dual.trace())
+    return _predict(*_entry_means(dual), len(dual), architecture.outputs, _pair_sum(widths))
+
+
+def _entry_means(gram: Tensor) -> tuple[float, float]:
+    """Return the mean entry on the diagonal and off it (0 without such)."""
+    samples, trace = len(gram), float(gram.trace())
     pairs = samples * (samples - 1)
-    off_diagonal = (float(dual.sum()) - trace) / pairs if pairs else 0.0
-    return _predict(trace / samples, off_diagonal, samples, architecture.outputs, _pair_sum(widths))
+    return trace / samples, (float(gram.sum()) - trace) / pairs if pairs else 0.0
 
 
 def _pair_sum(widths: Sequence[int]) -> int:

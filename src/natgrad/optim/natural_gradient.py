@@ -1,35 +1,75 @@
-"""The optimizer every natural-gradient method shares."""
+"""The optimizer every natural-gradient method is a composition of."""
 
 from __future__ import annotations
 
-import math
+import copy
+import dataclasses
+import inspect
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, overload
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
+from natgrad.arguments import check_range
+from natgrad.curvature import Structure, as_structure
 from natgrad.fisher import FisherType
 from natgrad.likelihoods import Likelihood
-from natgrad.optim.compared_step import ComparedStep
 from natgrad.optim.copying import CopiedByState
-from natgrad.optim.grafting import AdamMoments, Graft, grafted
-from natgrad.optim.isotropic_rate import IsotropyProbe, is_isotropic
-from natgrad.optim.levenberg_marquardt import LevenbergMarquardt
-from natgrad.optim.line_search import LineSearch, LineSearchRule
-from natgrad.optim.parameter_groups import Fallback, make_fallback, split_groups
-from natgrad.optim.preconditioned_groups import PreconditionedGroups
-from natgrad.optim.preconditioner import Preconditioner, gradients_are_finite
-from natgrad.optim.ranges import check_range
-from natgrad.optim.reevaluation import Reevaluation, as_float
-from natgrad.optim.step_measures import Measures, damped_model, group_scales, measure, on_host
-from natgrad.optim.step_options import MomentumOn, StepOptions, StepRule, WeightDecayMode
-from natgrad.optim.step_plan import StepPlan
+from natgrad.optim.options import Fallback, Refresh, StepRule
+from natgrad.optim.parameter_groups import make_fallback, split_groups
+from natgrad.optim.preconditioner import Preconditioner
+from natgrad.optim.step.compared_step import ComparedStep
+from natgrad.optim.step.grafting import AdamMoments, grafted
+from natgrad.optim.step.groups import PreconditionedGroups
+from natgrad.optim.step.isotropic_rate import IsotropyProbe, is_isotropic
+from natgrad.optim.step.levenberg_marquardt import LevenbergMarquardt
+from natgrad.optim.step.measures import all_finite, clip_scales, damped_model, measure, on_host
+from natgrad.optim.step.plan import StepPlan
+from natgrad.optim.step.reevaluation import Reevaluation, as_float
 from natgrad.optim.summary import Summary, summarize
 from natgrad.replicas import average_over_replicas
 
-__all__ = ["NaturalGradient"]
+__all__ = ["Method", "NaturalGradient", "scalar_checks"]
+
+
+class _Default:
+    """Stands for what an optimizer's method says."""
+
+    def __repr__(self) -> str:
+        return "<default of the method>"
+
+
+_DEFAULT: Any = _Default()
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a natural-gradient method is made of, and the defaults of its optimizer.
+
+    Attributes:
+        structure: Which entries of the Fisher matrix are kept, and how they are inverted.
+        lr: Learning rate.
+        damping: λ, or the rule that adapts it.
+        momentum: μ.
+        weight_decay: w.
+        fisher: Which vectors are pulled back.
+        kl_clip: Bound on the predicted change of the output distribution per step.
+        refresh: When curvature is updated, averaged and inverted.
+        step_rule: How a natural gradient becomes a step.
+    """
+
+    structure: str | Structure = "kfac"
+    lr: float | Literal["isotropic"] = 0.1
+    damping: float | LevenbergMarquardt = 1e-3
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    fisher: str | FisherType = "exact"
+    kl_clip: float | None = None
+    refresh: Refresh = Refresh()  # noqa: RUF009, frozen
+    step_rule: StepRule = StepRule()  # noqa: RUF009, frozen
 
 
 class NaturalGradient(torch.optim.Optimizer, CopiedByState):
@@ -41,13 +81,14 @@ class NaturalGradient(torch.optim.Optimizer, CopiedByState):
 
     A step whose gradient is not finite is skipped: parameters, momentum and curvature stay as they
     were. Parameters no layer kind covers are trained by a first-order fallback and reported once,
-    by name.
+    by name. Named methods are subclasses that say nothing but their defaults.
 
     Args:
         model: The model to train (not its parameters: curvature comes from its layers).
-        structure: Name of the structure.
         likelihood: ``"categorical"``, ``"gaussian"``, ``"bernoulli"``, ``"poisson"``, a
             :class:`natgrad.Likelihood`, or a torch loss module such as ``nn.MSELoss()``.
+        structure: A name in :data:`natgrad.curvature.STRUCTURES`, or a
+            :class:`natgrad.curvature.Structure` with options of its own.
         lr: Learning rate η. ``"isotropic"`` takes 1/α, with α measured on the first batch (see
             :func:`natgrad.ntk.isotropy`): the rate at which a wide network fits the batch in one
             step of the squared loss. The groups' ``lr`` is then 1, in units of 1/α, so that
@@ -56,46 +97,16 @@ class NaturalGradient(torch.optim.Optimizer, CopiedByState):
             ``step`` then needs a closure. The λ of all groups rise and fall together.
         momentum: μ.
         weight_decay: Weight decay w.
-        fisher: ``"exact"``, ``"mc"``, ``"empirical"`` or ``"improved"``.
-        mc_samples: Draws per input for ``"mc"``.
-        factor_interval: Steps between updates of the curvature.
-        inverse_interval: Steps between factorisations.
-        ema_decay: Decay of the moving average of the curvature.
+        fisher: ``"exact"``, ``"mc"``, ``"empirical"``, ``"improved"`` or a
+            :class:`natgrad.fisher.FisherType` with options of its own.
         kl_clip: Bound on ``η² ΔᵀFΔ``, twice the change (Kullback-Leibler divergence) of the
             output distribution that the curvature predicts for a step; larger steps are scaled
             down to it, before momentum. None for no bound.
-        norm_clip: Bound on the Euclidean norm of ηΔ over all preconditioned parameters together,
-            applied in the same way, after ``kl_clip``. None for no bound.
-        step_rule: ``"lr"``, or ``"quadratic_model"``: the step is η times
-            ``δ = −αΔ + μδ₀``, with δ₀ the step before, where α, and with ``momentum > 0`` also μ,
-            minimise the quadratic model of the loss with damping and the Fisher matrix of the
-            present batch, by ``fisher``. The minimiser itself needs ``lr=1`` and ``kl_clip=None``;
-            the clips bound all of ηδ. It costs the rows of every batch and one product with them,
-            and the loss must be a mean over samples. (Martens & Grosse 2015, sections 6.4 and 7.)
-            ``"line_search"``: the step is ``−tm``, along the direction m (momentum and clips
-            included) that ``"lr"`` would take, with t searched from ``lr`` on; groups with
-            different ``lr`` are shortened by one factor. ``step`` needs a closure. Momentum that
-            would not descend is forgotten, and so it is where no length lowers the loss: then
-            nothing moves (the fallback's parameters apart), and adaptive damping rises. Decoupled
-            weight decay takes the rate found and no part in the search.
-        line_search: ``"armijo"``, ``"best"`` or a :class:`natgrad.LineSearch`,
-            for ``step_rule="line_search"``.
-        nesterov: Whether momentum looks ahead, as in :class:`torch.optim.SGD`; without effect
-            where there is none, or where the quadratic model chooses it.
-        momentum_on: ``"natural_gradient"``, or ``"gradient"``: the sum of past gradients is what
-            is preconditioned.
-        weight_decay_mode: ``"decoupled"`` (the formula above), or ``"model"``: the loss gains
-            ``½w‖θ‖²``, so its gradient ``wθ`` and its curvature ``F + wI``. Losses must be means
-            over samples.
-        graft: Optimizer whose length each parameter tensor's direction takes: ``"sgd"`` (the norm
-            of the gradient, or of the sum of gradients with ``momentum_on="gradient"``),
-            ``"adam"``, or None for the natural gradient's own.
-        graft_betas: Decays of Adam's moments for ``graft="adam"``.
-        curvature_warmup: Steps at the start that update curvature, every time, and move no
-            preconditioned parameter; the fallback trains as usual. The intervals count from the
-            first step after them.
-        fallback: Optimizer of uncovered parameters, ``"adamw"`` or ``"sgd"`` (momentum 0.9).
-        fallback_lr: Its learning rate; 1e-3 for AdamW and 1e-2 for SGD by default.
+        refresh: When curvature is updated, averaged and inverted, a :class:`natgrad.Refresh`.
+        step_rule: How a natural gradient becomes a step, a :class:`natgrad.StepRule`: its length,
+            the kind of momentum and decay, further bounds, grafting.
+        fallback: Optimizer of parameters that are not preconditioned: ``"adamw"``, ``"sgd"`` or a
+            :class:`natgrad.Fallback` with a learning rate of its own.
         params: Parameter groups with options of their own, as a list of dicts. A group says what
             it holds by ``"modules"`` (a list of modules), ``"params"`` (a name pattern such as
             ``"encoder.*"``, a list of patterns, or a list of parameters) and may set ``lr``,
@@ -103,151 +114,143 @@ class NaturalGradient(torch.optim.Optimizer, CopiedByState):
             the fallback). All other parameters form the last group.
         output: Picks the tensor the likelihood looks at out of the model's output.
         seed: Seed of the sampled labels; the global random state is never used.
-        fused: Let the backward pass of linear layers with fewer rows than units make their natural
-            gradient itself, which saves the plain weight-gradient product (K-FAC with factored
-            damping only). Their ``.grad`` then *is* the natural gradient, by the inverses of the
-            last step: gradient clipping bounds that, second derivatives through these layers are
-            not available, and ``kl_clip`` uses an unbiased estimate of ``⟨Δ, ∇L⟩``.
-        stagger: Spread factorisations evenly over the steps of ``inverse_interval``, so that no
-            single step takes much longer than the others.
-        early_updates: Update and factorise also at steps 1, 2, 4, 8, … of the first interval, while
-            the network changes fastest and the average holds little.
-        **structure_options: Options of the structure.
 
     Raises:
-        TypeError: If ``model`` is not a module.
+        TypeError: If ``model`` is not a module, or the structure is of another kind than the
+            method's.
         ValueError: If an argument is out of range or a group matches nothing.
     """
+
+    #: What turns gradients into natural ones.
+    preconditioner_type: ClassVar[type[Preconditioner]] = Preconditioner
+    #: What the optimizer is made of.
+    method: ClassVar[Method] = Method()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Show the method's defaults in the signature."""
+        super().__init_subclass__(**kwargs)
+        if "method" in cls.__dict__ and "__init__" not in cls.__dict__:
+            cls.__signature__ = _signature(cls.method)  # type: ignore[attr-defined]
 
     def __init__(
         self,
         model: nn.Module,
-        structure: str,
         likelihood: str | Likelihood | nn.Module = "categorical",
         *,
-        lr: float | Literal["isotropic"],
-        damping: float | LevenbergMarquardt,
-        momentum: float = 0.0,
-        weight_decay: float = 0.0,
-        fisher: str | FisherType = "exact",
-        mc_samples: int = 1,
-        factor_interval: int = 1,
-        inverse_interval: int = 1,
-        ema_decay: float = 0.0,
-        kl_clip: float | None = None,
-        norm_clip: float | None = None,
-        step_rule: StepRule = "lr",
-        line_search: LineSearchRule | LineSearch = "armijo",
-        nesterov: bool = False,
-        momentum_on: MomentumOn = "natural_gradient",
-        weight_decay_mode: WeightDecayMode = "decoupled",
-        graft: Graft | None = None,
-        graft_betas: tuple[float, float] = (0.9, 0.999),
-        curvature_warmup: int = 0,
-        fallback: Fallback = "adamw",
-        fallback_lr: float | None = None,
+        structure: str | Structure = _DEFAULT,
+        lr: float | Literal["isotropic"] = _DEFAULT,
+        damping: float | LevenbergMarquardt = _DEFAULT,
+        momentum: float = _DEFAULT,
+        weight_decay: float = _DEFAULT,
+        fisher: str | FisherType = _DEFAULT,
+        kl_clip: float | None = _DEFAULT,
+        refresh: Refresh = _DEFAULT,
+        step_rule: StepRule = _DEFAULT,
+        fallback: Literal["adamw", "sgd"] | Fallback = "adamw",
         params: Iterable[dict[str, Any]] | None = None,
         output: Callable[[Any], Tensor] | None = None,
         seed: int = 0,
-        fused: bool = False,
-        stagger: bool = False,
-        early_updates: bool = False,
-        **structure_options: Any,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"{type(self).__name__} takes the model itself, not its parameters: got "
                 f"{type(model).__name__}"
             )
-        measured = is_isotropic(lr)
-        lr = 1.0 if isinstance(lr, str) else lr
-        check_range("lr", lr)
-        check_range("momentum", momentum, below=1.0)
-        check_range("weight_decay", weight_decay)
-        if kl_clip is not None:
-            check_range("kl_clip", kl_clip)
-        self.step_options = StepOptions(
-            norm_clip, step_rule, nesterov, momentum_on, weight_decay_mode, graft, graft_betas,
-            line_search,
+        method = self._composed(
+            structure=structure, lr=lr, damping=damping, momentum=momentum,
+            weight_decay=weight_decay, fisher=fisher, kl_clip=kl_clip, refresh=refresh,
+            step_rule=step_rule,
         )  # fmt: skip
+        rule, damping = method.step_rule, method.damping
+        measured = is_isotropic(method.lr)
+        lr = 1.0 if isinstance(method.lr, str) else method.lr
+        check_range("lr", lr)
+        check_range("momentum", method.momentum, below=1.0)
+        check_range("weight_decay", method.weight_decay)
+        if method.kl_clip is not None:
+            check_range("kl_clip", method.kl_clip)
         if measured:
-            self.step_options.check_isotropic()
-        if fused:
-            self.step_options.check_fused()
-        if curvature_warmup < 0 or (curvature_warmup > 0 and ema_decay == 0):
-            raise ValueError(
-                "curvature_warmup must be 0, or positive with ema_decay > 0 (without an average "
-                f"curvature forgets the warm-up), got {curvature_warmup} with "
-                f"ema_decay={ema_decay:g}"
-            )
+            rule.check_isotropic()
+        if getattr(method.structure, "fused", False):
+            rule.check_fused()
+        self.step_rule = rule
         self.levenberg_marquardt = damping if isinstance(damping, LevenbergMarquardt) else None
         if isinstance(damping, LevenbergMarquardt):
             damping = damping.initial
-        self._adam_moments = AdamMoments(graft_betas)
-        self.preconditioner = Preconditioner(
+        self.preconditioner = self.preconditioner_type(
             model,
-            structure,
             likelihood,
-            fisher=fisher,
-            mc_samples=mc_samples,
+            structure=method.structure,
+            fisher=method.fisher,
             damping=damping,
-            factor_interval=factor_interval,
-            inverse_interval=inverse_interval,
-            ema_decay=ema_decay,
+            refresh=method.refresh,
             output=output,
             seed=seed,
-            fused=fused,
-            stagger=stagger,
-            early_updates=early_updates,
-            **structure_options,
         )
+        self.preconditioner.observer.fisher.check_method(method)
         self.model = self.preconditioner.model
         self._names = {p: n for n, p in self.preconditioner.parameters.items()}
-        if fallback not in ("adamw", "sgd"):
-            raise ValueError(f"fallback must be 'adamw' or 'sgd', got {fallback!r}")
         defaults = {
             "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
+            "momentum": method.momentum,
+            "weight_decay": method.weight_decay,
             "damping": damping,
-            "kl_clip": kl_clip,
+            "kl_clip": method.kl_clip,
             "preconditioned": True,
             # What lr is multiplied by; None until it is measured.
             "unit": None if measured else 1.0,
         }
-        covered = self.preconditioner.capture.uncovered
-        groups, first_order = split_groups(self.model, defaults, covered, params)
+        uncovered = self.preconditioner.capture.uncovered
+        groups, first_order = split_groups(self.model, defaults, uncovered, params)
         if any(isinstance(group.get("damping"), LevenbergMarquardt) for group in groups):
             raise ValueError(
                 "the damping of a parameter group must be a number: LevenbergMarquardt, given as "
                 "the optimizer's damping, adapts that of all groups together"
             )
+        chosen = fallback if isinstance(fallback, Fallback) else Fallback(fallback)
         self._fallback: torch.optim.Optimizer | None = None
         if first_order:
-            self._fallback = make_fallback(fallback, fallback_lr, first_order)
+            self._fallback = make_fallback(chosen, first_order)
             groups += self._fallback.param_groups
         super().__init__(groups, defaults)
         self._link_fallback()
         self.preconditioner.unfuse(self._first_order_names)
         self._set_damping()
         self._skipped = 0
+        self._adam_moments = AdamMoments(rule.graft_betas)
         #: Share of ``lr`` that the last line search took; 0 if nothing moved, None without one.
         self.searched_share: float | None = None
-        self.preconditioner.warmup = curvature_warmup
-        if self.step_options.uses_model:
-            self.preconditioner.batch_fisher_interval = 1
+        observer = self.preconditioner.observer
+        if rule.uses_model:
+            observer.batch_fisher_interval = 1
         elif self.levenberg_marquardt is not None:
-            self.preconditioner.batch_fisher_interval = self.levenberg_marquardt.interval
+            observer.batch_fisher_interval = self.levenberg_marquardt.interval
         if measured:
-            self.preconditioner.isotropy_probe = IsotropyProbe(seed)
-        if covered:
-            reasons = "; ".join(f"{name} ({why})" for name, why in covered.items())
+            observer.isotropy_probe = IsotropyProbe(seed)
+        if uncovered:
+            reasons = "; ".join(f"{name} ({why})" for name, why in uncovered.items())
             warnings.warn(
-                f"{type(self).__name__} trains these parameters by {fallback}: {reasons}",
+                f"{type(self).__name__} trains these parameters by {chosen.name}: {reasons}",
                 stacklevel=3,
             )
 
-    # Convenience routes to the curvature.
+    def _composed(self, **given: Any) -> Method:
+        """Return the method with what was given in place of its defaults."""
+        changes = {name: value for name, value in given.items() if value is not _DEFAULT}
+        own = as_structure(self.method.structure, training=True)
+        takes_any = self.method is NaturalGradient.method
+        if takes_any or "structure" not in changes:
+            chosen = as_structure(changes.get("structure", own), training=True)
+        else:
+            chosen = changes["structure"]
+            if not isinstance(chosen, type(own)):
+                raise TypeError(
+                    f"the structure of {type(self).__name__} must be a {type(own).__name__}, got "
+                    f"{chosen!r}: NaturalGradient takes any"
+                )
+        return dataclasses.replace(self.method, **{**changes, "structure": chosen})
+
+    # What users may tell.
 
     def loss(
         self, criterion: Callable[[Tensor, Tensor], Tensor], output: Tensor, target: Tensor
@@ -283,6 +286,9 @@ class NaturalGradient(torch.optim.Optimizer, CopiedByState):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one step.
 
+        It waits for the device once, for the numbers that decide about the step; again only if a
+        factorisation failed, or where the loss itself is evaluated.
+
         Args:
             closure: Evaluates the model, backpropagates and returns the loss. Adaptive damping
                 evaluates it a second time on steps that adapt, a line search once per length
@@ -298,59 +304,51 @@ class NaturalGradient(torch.optim.Optimizer, CopiedByState):
                 none that makes gradients.
         """
         reevaluation = self._reevaluation(closure)
-        searches = self.step_options.searches
-        loss: float | None = None
-        backpropagates = True
-        if closure is not None and searches:
-            loss, backpropagates = self._backpropagated(closure)
-        elif closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        present = {
-            self._names[p]: p.grad
-            for group in self.param_groups
-            for p in group["params"]
-            if p.grad is not None
-        }
+        loss, backpropagates = self._evaluated(closure)
+        gradients = self._gradients(preconditioned=True)
+        rest = self._gradients(preconditioned=False)
         self._set_damping()
-        covered = {n: g for n, g in present.items() if n not in self._first_order_names}
-        rest = [g for n, g in present.items() if n in self._first_order_names]
-        if self.preconditioner.warmup > 0:
-            self._warm_up([*covered.values(), *rest], loss)
+        if self.preconditioner.observer.warmup > 0:
+            self._warm_up([*gradients.values(), *rest.values()], loss)
             return loss
-        plan = self._plan(covered, rest, loss)
+        plan = self._plan(gradients, rest, loss)
         if plan is None:
             return loss
-        batch = self.preconditioner.batch_fisher
+        batch = self.preconditioner.observer.batch_fisher
         self.preconditioner.finish()
-        if reevaluation is None or closure is None or loss is None or not covered:
-            self._carry_out(plan)
+        if reevaluation is None or closure is None or loss is None or not gradients:
+            for update in plan.updates(self._grouped()):
+                update.apply()
         else:
-            start = {n: self.preconditioner.parameters[n].clone() for n in covered}
             before = as_float(loss)
-            step = ComparedStep(
+            compared = ComparedStep(
                 plan,
                 self._grouped(),
-                start,
+                {n: self.preconditioner.parameters[n].clone() for n in gradients},
                 lambda: reevaluation(closure, backpropagates) - before,
                 self.levenberg_marquardt,
                 batch,
             )
-            with self.preconditioner.paused():
-                if searches:
-                    self.searched_share = step.search(self.step_options.search)
+            with self.preconditioner.observer.paused():
+                if self.step_rule.search is not None:
+                    self.searched_share = compared.search(self.step_rule.search)
                 else:
-                    step.take()
+                    compared.take()
         if self._fallback is not None:
             self._fallback.step()
         return loss
 
-    def _backpropagated(self, closure: Callable[[], Any]) -> tuple[Any, bool]:
+    def _evaluated(self, closure: Callable[[], Any] | None) -> tuple[Any, bool]:
         """Return a closure's loss, backpropagated, and whether the closure itself did that."""
+        if closure is None:
+            return None, True
+        if self.step_rule.search is None:
+            with torch.enable_grad():
+                return closure(), True
         self.searched_share = None
         self.zero_grad()  # The gradient must be that of the loss the trials are compared with.
         with torch.enable_grad():
-            loss = closure()
+            loss: Any = closure()
             if any(p.grad is not None for group in self.param_groups for p in group["params"]):
                 return loss, True
             if not (isinstance(loss, Tensor) and loss.requires_grad):
@@ -361,75 +359,98 @@ class NaturalGradient(torch.optim.Optimizer, CopiedByState):
             loss.backward()
         return loss.detach(), False
 
+    def _gradients(self, preconditioned: bool) -> dict[str, Tensor]:
+        """Return parameter name → ``.grad`` of the preconditioned or of all other parameters."""
+        return {
+            self._names[p]: p.grad
+            for group in self.param_groups
+            if group["preconditioned"] is preconditioned
+            for p in group["params"]
+            if p.grad is not None
+        }
+
     def _plan(
-        self, covered: dict[str, Tensor], rest: list[Tensor], loss: float | None
+        self, covered: dict[str, Tensor], rest: dict[str, Tensor], loss: float | Tensor | None
     ) -> StepPlan | None:
         """Return the step to take; None if it is skipped.
 
         Args:
             covered: Parameter name → gradient of the preconditioned parameters.
-            rest: All other gradients.
+            rest: Likewise of all others.
             loss: The closure's loss.
         """
-        grouped = self._grouped()
+        grouped, preconditioner, rule = self._grouped(), self.preconditioner, self.step_rule
+        if not self._has_batch_fisher():
+            return None
         gradients = grouped.with_penalty(covered)
         source = gradients
         state: dict[str, dict[str, Any]] = {}
-        if self.step_options.momentum_on == "gradient":
+        if rule.momentum_on == "gradient":
             source, state = grouped.summed(gradients)
-        natural = self.preconditioner.natural_gradient(source, backpropagated=source is covered)
-        natural = {n: natural[n] for n in covered}
-        average_over_replicas(natural)
-        if self.step_options.graft is not None:
-            natural = self._graft(natural, gradients, source, state)
-        directions = self._directions(natural)
-        extra = self._measures(directions, gradients, source)
-        if extra is None:
-            self._skip("no sample of its batch counts")
-            return None
-        measures = self._check(natural, source, rest, loss, extra)
-        if measures is None:
+        for carefully in (False, True):
+            natural, failed = preconditioner.natural_gradient(
+                source, backpropagated=source is covered, carefully=carefully
+            )
+            natural = {n: natural[n] for n in covered}
+            average_over_replicas(natural)
+            if rule.graft is not None:
+                natural = self._graft(natural, gradients, source, state)
+            directions = self._directions(natural, grouped)
+            values = measure(preconditioner, grouped, directions, gradients, source)
+            found = on_host({**values, **scalar_checks(rest, loss), "failed": failed})
+            if not found.pop("failed"):
+                break
+        if not all_finite(found):
             self._skip()
             return None
         coefficients: list[float] | None = [-1.0]
-        if "fisher" in measures:
-            coefficients = damped_model(measures, grouped.dampings).minimiser()
+        if "fisher" in found:
+            coefficients = damped_model(found, grouped.dampings).minimiser()
         if coefficients is None:
             self._skip("its quadratic model predicted no decrease of the loss")
             return None
-        if self.preconditioner.isotropy_probe is not None:
+        if preconditioner.observer.isotropy_probe is not None:
             self._set_unit()
-        scales = group_scales(measures, coefficients, grouped)
+        scales = clip_scales(found, coefficients, grouped)
         return StepPlan(gradients, state, directions, coefficients, scales)
-
-    def _carry_out(self, plan: StepPlan) -> None:
-        """Move the preconditioned parameters."""
-        for update in plan.updates(self._grouped()):
-            update.apply()
-
-    def _preconditioned_groups(self) -> list[dict[str, Any]]:
-        return [group for group in self.param_groups if group["preconditioned"]]
 
     def _grouped(self) -> PreconditionedGroups:
         return PreconditionedGroups(
-            self._preconditioned_groups(),
+            [group for group in self.param_groups if group["preconditioned"]],
             self._names,
             self.preconditioner.parameters,
             self.state,
-            self.step_options,
+            self.step_rule,
         )
 
-    def _warm_up(self, gradients: list[Tensor], loss: float | None) -> None:
-        """Update the curvature and let the fallback alone train."""
-        self.preconditioner.update_curvature()
-        if not (gradients_are_finite(gradients) and _is_finite(loss)):
-            self._skip()
-            return
-        self.preconditioner.finish()
-        if self._fallback is not None:
-            self._fallback.step()
+    def _directions(
+        self, natural: dict[str, Tensor], grouped: PreconditionedGroups
+    ) -> list[dict[str, Tensor]]:
+        """Return Δ and, where the quadratic model chooses momentum, the last step."""
+        previous = grouped.previous_steps(natural) if self.step_rule.uses_model else {}
+        return [natural, previous] if previous else [natural]
 
-    # What is preconditioned.
+    def _has_batch_fisher(self) -> bool:
+        """Return whether the Fisher matrix of the batch is there on steps that need it.
+
+        A batch in which no sample counts has none, so that the step is skipped.
+        """
+        observer = self.preconditioner.observer
+        if not observer.keeps_batch_fisher:
+            return True
+        self.preconditioner.update_curvature()
+        if observer.batch_fisher is not None:
+            return True
+        if observer.seen:
+            self._skip("no sample of its batch counts")
+            return False
+        self.preconditioner.skip()
+        raise ValueError(
+            "no backward pass through the model's output was seen, so there is no Fisher matrix of "
+            "the batch for the quadratic model: call the model itself (not its parts), pass "
+            "output=lambda out: ... if the output is not the first tensor, or call "
+            "update_fisher(output) before loss.backward()"
+        )
 
     def _graft(
         self,
@@ -439,7 +460,7 @@ class NaturalGradient(torch.optim.Optimizer, CopiedByState):
         state: dict[str, dict[str, Any]],
     ) -> dict[str, Tensor]:
         """Return natural gradients of grafted length; Adam's moments go to ``state``."""
-        if self.step_options.graft == "sgd":
+        if self.step_rule.graft == "sgd":
             return grafted(natural, source)
         lengths = {}
         for name, gradient in gradients.items():
@@ -449,45 +470,17 @@ class NaturalGradient(torch.optim.Optimizer, CopiedByState):
             lengths[name] = self._adam_moments.direction(moments)
         return grafted(natural, lengths)
 
-    # How far to go.
-
-    def _directions(self, natural: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-        """Return Δ and, where the quadratic model chooses momentum, the last step."""
-        if not self.step_options.uses_model:
-            return [natural]
-        previous = self._grouped().previous_steps(natural)
-        return [natural, previous] if previous else [natural]
-
-    def _measures(
-        self,
-        directions: list[dict[str, Tensor]],
-        gradients: dict[str, Tensor],
-        source: dict[str, Tensor],
-    ) -> dict[str, Tensor] | None:
-        """Return what the step size depends on, on the device; None for a batch without weight."""
-        return measure(self.preconditioner, self._grouped(), directions, gradients, source)
-
-    def _check(
-        self,
-        natural: dict[str, Tensor],
-        gradients: dict[str, Tensor],
-        rest: list[Tensor],
-        loss: float | Tensor | None,
-        measures: dict[str, Tensor] | None = None,
-    ) -> Measures | None:
-        """Bring measures to the host, or return None if anything about the step is not finite.
-
-        One inner product passes over gradients and natural gradients alike; it is the only place
-        where a step waits for the device.
-        """
-        values = measures
-        if not values:
-            inner = torch.as_tensor(0.0)
-            if natural:
-                inner = self.preconditioner.inner_product(natural, gradients)
-            values = {"inner": inner}
-        found = on_host(values)
-        return found if gradients_are_finite(rest) and _is_finite(loss) else None
+    def _warm_up(self, gradients: list[Tensor], loss: float | Tensor | None) -> None:
+        """Update the curvature and let the fallback alone train."""
+        self.preconditioner.update_curvature()
+        sums = scalar_checks(dict(enumerate(gradients)), loss)  # type: ignore[arg-type]
+        if sums and not all_finite(on_host(sums)):
+            self._skip()
+            return
+        self.preconditioner.drop_unusable()
+        self.preconditioner.finish()
+        if self._fallback is not None:
+            self._fallback.step()
 
     def _set_unit(self) -> None:
         """Measure α and take 1/α as the unit of the learning rates."""
@@ -504,34 +497,32 @@ class NaturalGradient(torch.optim.Optimizer, CopiedByState):
             )
         if deviation > 0.5:
             warnings.warn(
-                f"the coefficients of {self.preconditioner.structure.structure!r} deviate by about "
-                f"{100 * deviation:.0f} % from α times the identity, so lr = 1/α = {1 / alpha:.3g} "
-                "is not backed by theory: natgrad.ntk.isotropy(model, x, structure) tells which "
-                "layer breaks the condition",
-                stacklevel=3,
+                f"the coefficients of {self.preconditioner.curvature.structure.name!r} deviate by "
+                f"about {100 * deviation:.0f} % from α times the identity, so lr = 1/α = "
+                f"{1 / alpha:.3g} is not backed by theory: natgrad.ntk.isotropy(model, x, "
+                "structure) tells which layer breaks the condition",
+                stacklevel=4,
             )
-        self.preconditioner.isotropy_probe = None
+        self.preconditioner.observer.isotropy_probe = None
         for group in self.param_groups:
             if group["preconditioned"]:
                 group["unit"] = 1.0 / alpha
 
-    # Steps that are held against the loss.
-
     def _reevaluation(self, closure: Callable[[], float] | None) -> Reevaluation | None:
-        """Return how to evaluate the closure again, on steps that do so."""
-        rule, searches = self.levenberg_marquardt, self.step_options.searches
+        """Return how to evaluate the closure again, on steps that are held against the loss."""
+        rule, searches = self.levenberg_marquardt, self.step_rule.search is not None
         if rule is None and not searches:
             return None
         if closure is None:
-            chosen = "step_rule='line_search'" if searches else "damping by LevenbergMarquardt"
+            chosen = "a line search" if searches else "damping by LevenbergMarquardt"
             raise ValueError(
                 f"{chosen} compares losses before and after a step, so step() needs a closure that "
                 "evaluates the model, backpropagates and returns the loss (which a GradScaler does "
                 "not pass on)"
             )
-        steps, warmup = self.preconditioner.steps, self.preconditioner.warmup
-        due = searches or (rule is not None and (steps + 1) % rule.interval == 0)
-        return Reevaluation(self.model) if due and warmup == 0 else None
+        observer = self.preconditioner.observer
+        due = searches or (rule is not None and (observer.steps + 1) % rule.interval == 0)
+        return Reevaluation(self.model) if due and observer.warmup == 0 else None
 
     def _skip(self, reason: str = "its loss or gradient was NaN or infinite") -> None:
         self.preconditioner.skip()
@@ -540,7 +531,7 @@ class NaturalGradient(torch.optim.Optimizer, CopiedByState):
             warnings.warn(
                 f"{type(self).__name__} skipped a step because {reason}; parameters and state are "
                 "unchanged",
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def _set_damping(self) -> None:
@@ -549,10 +540,9 @@ class NaturalGradient(torch.optim.Optimizer, CopiedByState):
         grouped = self._grouped()
         for names, damping in zip(grouped.group_names, grouped.dampings, strict=True):
             by_parameter.update(dict.fromkeys(names, damping))
-        blocks = self.preconditioner.structure.blocks
         self.preconditioner.damping = {
             name: by_parameter.get(block.names[0], self.defaults["damping"])
-            for name, block in blocks.items()
+            for name, block in self.preconditioner.curvature.blocks.items()
         }
 
     # State.
@@ -584,12 +574,12 @@ class NaturalGradient(torch.optim.Optimizer, CopiedByState):
                 "this state dict has no natgrad curvature: it was not saved by a natgrad optimizer"
             )
         plain = {key: value for key, value in state_dict.items() if key != "natgrad"}
-        super().load_state_dict(plain)
+        super().load_state_dict(copy.deepcopy(plain))  # Momentum changes in place.
         self.preconditioner.load_state_dict(state_dict["natgrad"])
         self._link_fallback()
         self._set_damping()
         pending = any(g["unit"] is None for g in self.param_groups if g["preconditioned"])
-        self.preconditioner.isotropy_probe = IsotropyProbe() if pending else None
+        self.preconditioner.observer.isotropy_probe = IsotropyProbe() if pending else None
 
     def summary(self, samples: int = 128) -> Summary:
         """Return, layer by layer, what is preconditioned, its factors, memory and cost.
@@ -600,5 +590,23 @@ class NaturalGradient(torch.optim.Optimizer, CopiedByState):
         return summarize(self.preconditioner, samples)
 
 
-def _is_finite(loss: float | Tensor | None) -> bool:
-    return loss is None or math.isfinite(as_float(loss))
+def scalar_checks(values: dict[str, Tensor], loss: float | Tensor | None) -> dict[str, Tensor]:
+    """Return scalars that are finite if some tensors, and the loss, are."""
+    result: dict[str, Tensor] = {}
+    if values:  # A sum is finite only if every entry is, but for overflow, and costs one pass.
+        device = next(iter(values.values())).device
+        sums = [value.sum(dtype=torch.float32).to(device) for value in values.values()]
+        result["rest"] = torch.stack(sums).sum()
+    if loss is not None:
+        result["loss"] = torch.as_tensor(loss).detach().reshape(-1)[:1].sum()
+    return result
+
+
+def _signature(method: Method) -> inspect.Signature:
+    """Return the signature of :class:`NaturalGradient` with a method's defaults."""
+    signature = inspect.signature(NaturalGradient.__init__)
+    found = [
+        one.replace(default=getattr(method, one.name)) if one.default is _DEFAULT else one
+        for one in list(signature.parameters.values())[1:]
+    ]
+    return signature.replace(parameters=found)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["Fallback", "make_fallback", "split_groups"]
+from natgrad.optim.options import Fallback
 
-Fallback = Literal["adamw", "sgd"]
+__all__ = ["make_fallback", "split_groups"]
 
 
 def split_groups(
@@ -96,25 +96,15 @@ def _describe(group: dict[str, Any]) -> str:
     return repr(chosen) if isinstance(chosen, str) else f"of {len(list(chosen or []))} entries"
 
 
-def make_fallback(
-    name: Fallback, lr: float | None, groups: list[dict[str, Any]]
-) -> torch.optim.Optimizer:
-    """Return the optimizer that trains the first-order groups.
-
-    Args:
-        name: ``"adamw"`` or ``"sgd"`` (momentum 0.9).
-        lr: Its learning rate; 1e-3 for AdamW and 1e-2 for SGD by default.
-        groups: The groups.
-
-    Raises:
-        ValueError: If the name is unknown.
-    """
+def make_fallback(fallback: Fallback, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Return the optimizer that trains the first-order groups."""
     optimizer: torch.optim.Optimizer
-    if name == "adamw":
+    if fallback.name == "adamw":
         plain = [{k: v for k, v in g.items() if k != "momentum"} for g in groups]
-        optimizer = torch.optim.AdamW(plain, lr=1e-3 if lr is None else lr)
+        optimizer = torch.optim.AdamW(plain, lr=1e-3 if fallback.lr is None else fallback.lr)
     else:
-        optimizer = torch.optim.SGD(groups, lr=1e-2 if lr is None else lr, momentum=0.9)
+        rate = 1e-2 if fallback.lr is None else fallback.lr
+        optimizer = torch.optim.SGD(groups, lr=rate, momentum=0.9)
     for group in optimizer.param_groups:
         group["preconditioned"] = False
     return optimizer

@@ -129,11 +129,11 @@ def summarize(
         samples: Batch size.
         positions: Block name → shared positions (pixels, tokens); 1 where unknown.
     """
-    structure = preconditioner.structure
-    capture = preconditioner.capture
+    curvature, capture = preconditioner.curvature, preconditioner.capture
+    structure = curvature.structure.name
     directions = _directions(preconditioner)
     workload = Workload(samples, directions, positions or {})
-    costs = structure.costs(workload)
+    costs = curvature.costs(workload)
     layers = []
     backward = 0.0
     for name, block in capture.blocks.items():
@@ -144,7 +144,7 @@ def summarize(
                 name,
                 block.kind,
                 block.layout.numel,
-                structure.structure,
+                structure,
                 cost.factors if cost else "",
                 cost.memory if cost else 0,
                 cost.refresh if cost else 0.0,
@@ -158,17 +158,17 @@ def summarize(
     together = None
     if joint is not None:
         together = LayerSummary(
-            "all layers", "-", 0, structure.structure, joint.factors, joint.memory,
+            "all layers", "-", 0, structure, joint.factors, joint.memory,
             joint.refresh, joint.step,
         )  # fmt: skip
-    name = preconditioner.fisher.name
-    return Summary(structure.structure, name, samples, tuple(layers), together, backward)
+    name = preconditioner.observer.fisher.name
+    return Summary(structure, name, samples, tuple(layers), together, backward)
 
 
 def _directions(preconditioner: Preconditioner) -> int:
     """Return how many vectors are pulled back per sample; outputs guessed from the last layer."""
     last = list(preconditioner.capture.blocks.values())[-1].layout
-    return preconditioner.fisher.directions(max(1, last.groups * last.d_out))
+    return preconditioner.observer.fisher.directions(max(1, last.groups * last.d_out))
 
 
 def format_bytes(size: float) -> str:

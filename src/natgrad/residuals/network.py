@@ -83,10 +83,7 @@ class ResidualNetwork(nn.Module):
     def values_of_stack(self, residual: Residual, stack: Tensor, chosen: slice) -> Tensor:
         """Return the residuals of some points of a part, ``(n, R)``.
 
-        Args:
-            residual: The part.
-            stack: What the model returns at these points, ``(n, T, C)``.
-            chosen: Which points.
+        The stack ``(n, T, C)`` is what the model returns at these points.
         """
 
         def at_point(stack: Tensor, point: Tensor, *data: Tensor) -> Tensor:

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
 from natgrad.capture import Block, Capture
+from natgrad.capture.evaluation import unit_vectors
 from natgrad.capture.generic import GenericKind
+from natgrad.capture.kinds import dense_layout
 from natgrad.jacobians import CHUNK_ELEMENTS, DenseJacobian, Jacobians, LayerJacobian
-from natgrad.layouts import BlockLayout, ParameterLayout
+from natgrad.layouts import ParameterLayout
 from natgrad.residuals.network import ResidualNetwork
 from natgrad.residuals.residual import Residual
 from natgrad.residuals.taylor import TaylorNetwork
@@ -245,9 +247,7 @@ class CapturedRows(ResidualRows):
                 raise ValueError(
                     "the residuals do not depend on any trainable parameter of the network"
                 )
-            width = output.shape[1]
-            vectors = scale * torch.eye(width, dtype=output.dtype, device=output.device)
-            vectors = vectors.unsqueeze(1).expand(width, *output.shape)
+            vectors = scale * unit_vectors(output)
             rows = self.capture.pull_back(output, vectors, retain_graph=False)
         finally:
             self.capture.recording = False
@@ -267,8 +267,6 @@ def _dense_blocks(model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict
         taken.update(own)
         qualified = tuple(names[p] for p in own)
         shapes = tuple(tuple(p.shape) for p in own)
-        size = sum(p.numel() for p in own)
         kind, name = type(module).__name__, module_name or type(module).__name__
-        layout = BlockLayout(qualified, shapes, 1, 1, size, True, False)
-        blocks[name] = Block(name, kind, layout, ())
+        blocks[name] = Block(name, kind, dense_layout(qualified, shapes), ())
     return blocks

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from natgrad.capture.kinds import (
-    LayerCall,
+    BlockRecord,
     LayerKind,
-    concatenate_positions,
     fold_gradients,
     fold_inputs,
+    parameter_shapes,
     register_kind,
 )
-from natgrad.jacobians import LayerJacobian, LinearJacobian
+from natgrad.jacobians import LayerJacobian
 from natgrad.layouts import BlockLayout
 from natgrad.residuals.activations import activation_derivatives
 
@@ -78,9 +78,6 @@ class StackRows:
 class StackLinear(nn.Module):
     """A linear layer on a stack; its parameters are those of an ordinary one.
 
-    Args:
-        linear: The layer whose parameters are shared.
-
     Raises:
         TypeError: If the layer's weight is computed from other parameters.
     """
@@ -114,10 +111,6 @@ class StackActivation(nn.Module):
 
     ``∂_i h = φ' ∂_i z``, ``∂_ij h = φ' ∂_ij z + φ'' ∂_i z ∂_j z`` and
     ``Δh = φ' Δz + φ'' Σ_i (∂_i z)²``.
-
-    Args:
-        activation: The activation.
-        rows: Which row is what.
     """
 
     def __init__(self, activation: nn.Module, rows: StackRows) -> None:
@@ -166,7 +159,7 @@ class StackLinearKind(LayerKind):
     ) -> BlockLayout:
         """Return one group of ``out_features × (in_features + 1)``, less what is frozen."""
         assert isinstance(module, StackLinear)
-        shapes = tuple(tuple(module.get_parameter(name).shape) for name in names)
+        shapes = parameter_shapes(module, names)
         d_out, d_in = module.out_features, module.in_features
         if names == ("bias",):
             return BlockLayout(qualified, shapes, 1, d_out, 0, False, True)
@@ -174,31 +167,21 @@ class StackLinearKind(LayerKind):
             return BlockLayout(qualified, shapes, 1, d_out, d_in, True, False)
         return JoinedLayout(qualified, shapes, 1, d_out, d_in + 1, True, False)
 
-    def jacobian(
-        self,
-        layout: BlockLayout,
-        names: tuple[str, ...],
-        calls: list[tuple[LayerCall, list[Tensor | None]]],
-        samples: int,
-        skip_silent: bool,
-    ) -> LayerJacobian:
+    def jacobian(self, block: BlockRecord) -> LayerJacobian:
         """Form rows from stacks ``(N, T, d_in)`` and their output gradients."""
         rows: list[tuple[Tensor, Tensor]] = []
-        for call, gradients in calls:
-            (delta,) = gradients
-            assert delta is not None
+        for call, delta in block.single_outputs():
             stack = call.inputs[0]
-            a = fold_inputs(stack, samples, stack.shape[-1])
-            d = fold_gradients(delta, samples, layout.d_out)
-            if "weight" not in names:
+            a = fold_inputs(stack, block.samples, stack.shape[-1])
+            d = fold_gradients(delta, block.samples, block.layout.d_out)
+            if "weight" not in block.names:
                 a, d = a[:, :1, :0], d[:, :, :1]  # The bias sees the row of the value alone.
-            elif "bias" in names:
+            elif "bias" in block.names:
                 constant = a.new_zeros(*a.shape[:2], 1)
                 constant[:, 0] = 1.0
                 a = torch.cat([a, constant], dim=2)
             rows.append((a.unsqueeze(2), d.unsqueeze(3)))
-        a, d = concatenate_positions(rows)
-        return LinearJacobian(layout, a, d, skip_silent=skip_silent)
+        return block.linear(rows)
 
 
 register_kind(StackLinearKind(), StackLinear)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from natgrad.experiments.config import ConfigError, check_choice, find_device
+from natgrad.experiments.config import Config, ConfigError, check_choice
 from natgrad.experiments.data import DATASETS
 from natgrad.ntk import ACTIVATIONS
 
@@ -23,21 +20,8 @@ OTHER_SAMPLES = 100
 
 
 @dataclass(frozen=True)
-class TheoryConfig:
-    """What to look at.
-
-    Attributes:
-        sections: Names of `SECTIONS`.
-        data: A key of `DATASETS`.
-        data_dir: The folder with its files.
-        classes: Labels to keep: two give one output with targets ±½, more one-hot targets.
-        train_samples: N; None for 40 (digits) or 100.
-        test_samples: Test samples, at most.
-        width: M, units of each hidden layer.
-        depth: L, number of weight layers.
-        activation: A key of `natgrad.ntk.ACTIVATIONS`.
-        seed: Seed of weights and subset.
-        device: "auto", "cpu", "cuda" or "cuda:N".
+class TheoryConfig(Config):
+    """Options of one run: those of ``natgrad theory``, whose help explains them.
 
     Raises:
         ConfigError: If an option has no meaning.
@@ -78,7 +62,7 @@ class TheoryConfig:
             raise ConfigError("There must be at least one training sample per class.")
         if self.depth < 2:
             raise ConfigError(f"The depth must be at least 2 weight layers, not {self.depth}.")
-        find_device(self.device)
+        self.torch_device()
 
     @property
     def samples(self) -> int:
@@ -91,14 +75,3 @@ class TheoryConfig:
     def outputs(self) -> int:
         """C: one for two classes."""
         return 1 if len(self.classes) == 2 else len(self.classes)
-
-    def torch_device(self) -> torch.device:
-        """Return the device to run on."""
-        return find_device(self.device)
-
-    def as_dict(self) -> dict[str, object]:
-        """Return the options as JSON values."""
-        options = dataclasses.asdict(self)
-        options["data_dir"] = None if self.data_dir is None else str(self.data_dir)
-        options["sections"], options["classes"] = list(self.sections), list(self.classes)
-        return options

@@ -11,14 +11,17 @@ from torch import nn
 
 from natgrad import ntk
 from natgrad.experiments.theory.methods import METHODS, damping_of
-from natgrad.experiments.theory.results import Line, Panel, Plot, Section, Table
-from natgrad.experiments.theory.setting import Setting, train
+from natgrad.experiments.theory.problem import Problem
+from natgrad.experiments.theory.results import Cell, Panel, Plot, Section, Table
 
 __all__ = ["dynamics"]
 
 STEPS = 8
 FACTORS = (0.25, 0.5, 1.0, 1.5, 1.9, 2.5)
 """Learning rates in units of 1/α."""
+
+#: Losses below rounding are drawn here.
+FLOOR = 1e-16
 
 
 @dataclass(frozen=True)
@@ -40,70 +43,53 @@ class _Theory:
     alpha: float | None
 
 
-def dynamics(setting: Setting, progress: Callable[[float], None]) -> Section:
+def dynamics(problem: Problem, progress: Callable[[float], None]) -> Section:
     """Run the section."""
-    config = setting.config
+    config = problem.config
     section = Section(
         "dynamics",
         "Training curves, predicted and trained",
         "Does a wide network follow the curves of its infinite-width limit, for gradient descent "
         "and for natural gradient descent with each approximate Fisher matrix?",
     )
-    model = setting.network()
-    theories = _theories(setting, model)
+    model = problem.network()
+    theories = _theories(problem, model)
     runs = len(theories) * len(FACTORS)
-    done = 0
     train_panel, test_panel = Panel("training loss"), Panel("test loss")
     rate_panels: list[Panel] = []
-    rows: list[list[str | int | float | None]] = []
+    rows: list[list[Cell]] = []
     converged: list[str] = []
     for name, theory in theories.items():
         title = METHODS[name].title
-        curves = {}
         panel = Panel(title)
         for factor in FACTORS:
             lr = factor * theory.lr
             predicted = ntk.predict(
                 theory.network,
-                setting.y,
+                problem.y,
                 name,
                 steps=STEPS,
                 lr=lr,
                 damping=theory.predicted_damping,
             )
-            run = train(setting, model, name, lr, theory.damping, STEPS)
-            steps = [float(step) for step in range(STEPS + 1)]
-            curves[factor] = (predicted, run)
-            losses = [_shown(loss) for loss in predicted.train_loss.tolist()]
+            run = problem.train(model, name, lr, theory.damping, STEPS)
+            losses = [_at_least_floor(loss) for loss in predicted.train_loss.tolist()]
+            measured = [_at_least_floor(loss) for loss in run.train_loss]
             label = f"η = {factor:g}/α" if theory.alpha else f"η = {factor:g}/λ_max"
-            panel.lines.append(Line(label, steps, losses, "line", f"rate {factor:g}"))
-            measured = [_shown(loss) for loss in run.train_loss]
-            panel.lines.append(Line("", steps, measured, "markers", f"rate {factor:g}"))
-            if factor > 2:
-                converged += [title] if run.train_loss[-1] < 1e-2 * run.train_loss[0] else []
+            panel.compare(label, losses, measured, f"rate {factor:g}")
+            if factor > 2 and run.train_loss[-1] < 1e-2 * run.train_loss[0]:
+                converged.append(title)
             if factor == 1.0:
-                train_panel.lines.append(Line(title, steps, losses, "line", name))
-                train_panel.lines.append(Line("", steps, measured, "markers", name))
-                test = predicted.test_loss(setting.y_test).tolist()
-                test_panel.lines.append(Line(title, steps, test, "line", name))
-                test_panel.lines.append(Line("", steps, run.test_loss, "markers", name))
-            done += 1
-            progress(done / runs)
+                test = predicted.test_loss(problem.y_test).tolist()
+                train_panel.compare(title, losses, measured, name)
+                test_panel.compare(title, test, run.test_loss, name)
+                expected, trained = predicted.train_loss[1:3].tolist(), run.train_loss[1:4]
+                ends = test[-1], run.test_loss[-1]
+                rows.append([title, theory.alpha, theory.lr, *expected, *trained, *ends])
+                first = run.train_loss[0]
+            progress((len(rate_panels) * len(FACTORS) + len(panel.lines) // 2) / runs)
         rate_panels.append(panel)
-        predicted, run = curves[1.0]
-        rows.append(
-            [
-                title,
-                theory.alpha,
-                theory.lr,
-                *predicted.train_loss[1:3].tolist(),
-                *run.train_loss[1:4],
-                float(predicted.test_loss(setting.y_test)[-1]),
-                run.test_loss[-1],
-            ]
-        )
-    first = curves[1.0][1].train_loss[0]
-    width = f"width {config.width}, depth {config.depth}, N = {setting.samples}"
+    width = f"width {config.width}, depth {config.depth}, N = {problem.samples}"
     section.plots = [
         Plot(
             "dynamics",
@@ -124,13 +110,13 @@ def dynamics(setting: Setting, progress: Callable[[float], None]) -> Section:
             "predicted, markers trained. Below 2 every method converges, by |1 − ηα| per step; "
             "above 2 the prediction grows without bound, and the network, once it has left the "
             "linear regime, hovers at a high loss or leaves it too.",
-            [*rate_panels],
+            rate_panels,
             "step",
             "training loss",
             y_log=True,
         ),
     ]
-    section.plots.append(_cross_entropy(setting, model, theories))
+    section.plots.append(_cross_entropy(problem, model, theories))
     section.tables = [
         Table(
             f"At η = 1/α, {width}. Loss before training: {first:.3g}.",
@@ -166,27 +152,24 @@ def dynamics(setting: Setting, progress: Callable[[float], None]) -> Section:
     return section
 
 
-def _cross_entropy(setting: Setting, model: nn.Module, theories: dict[str, _Theory]) -> Plot:
+def _cross_entropy(problem: Problem, model: nn.Module, theories: dict[str, _Theory]) -> Plot:
     """Predict and train with cross-entropy, at the learning rates of the squared loss."""
     panel = Panel("cross-entropy")
-    steps = [float(step) for step in range(STEPS + 1)]
     for name, theory in theories.items():
         if name == "unit_wise":  # It has no map for this loss in the limit.
             continue
         predicted = ntk.predict(
             theory.network,
-            setting.labels,
+            problem.labels,
             name,
             steps=STEPS,
             lr=None if name == "gd" else theory.lr,
-            likelihood=setting.likelihood("cross_entropy"),
+            likelihood=problem.likelihood("cross_entropy"),
         )
-        run = train(
-            setting, model, name, predicted.learning_rate, theory.damping, STEPS, "cross_entropy"
-        )
-        title = METHODS[name].title
-        panel.lines.append(Line(title, steps, predicted.train_loss.tolist(), "line", name))
-        panel.lines.append(Line("", steps, run.train_loss, "markers", name))
+        lr = predicted.learning_rate
+        run = problem.train(model, name, lr, theory.damping, STEPS, "cross_entropy")
+        losses = predicted.train_loss.tolist()
+        panel.compare(METHODS[name].title, losses, run.train_loss, name)
     return Plot(
         "cross-entropy",
         "Training with cross-entropy",
@@ -200,27 +183,23 @@ def _cross_entropy(setting: Setting, model: nn.Module, theories: dict[str, _Theo
     )
 
 
-def _theories(setting: Setting, model: nn.Module) -> dict[str, _Theory]:
-    infinite = ntk.InfiniteNetwork(model, setting.x, setting.x_test)
+def _theories(problem: Problem, model: nn.Module) -> dict[str, _Theory]:
+    infinite = ntk.InfiniteNetwork(model, problem.x, problem.x_test)
     finite: ntk.LinearizedNetwork | None = None
     result: dict[str, _Theory] = {}
     kernel, _ = infinite.maps("gd")
     lr = 1.0 / float(torch.linalg.eigvalsh(kernel)[-1])
     result["gd"] = _Theory(infinite, 0.0, 0.0, lr, None)
-    for name in setting.structures:
-        alpha = setting.alpha(name)
-        damping = damping_of(name, model, setting.x)
+    for name in problem.structures:
+        alpha = problem.alpha(name)
+        damping = damping_of(name, model, problem.x)
         if name == "unit_wise":
-            finite = finite or ntk.LinearizedNetwork(model, setting.x, setting.x_test)
+            finite = finite or ntk.LinearizedNetwork(model, problem.x, problem.x_test)
             result[name] = _Theory(finite, damping, damping, 1.0 / alpha, alpha)
         else:
             result[name] = _Theory(infinite, damping, 0.0, 1.0 / alpha, alpha)
     return result
 
 
-#: Losses below rounding are drawn here.
-FLOOR = 1e-16
-
-
-def _shown(loss: float) -> float:
+def _at_least_floor(loss: float) -> float:
     return max(loss, FLOOR) if math.isfinite(loss) else math.nan

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 
 import torch
 
 from natgrad import ntk
+from natgrad.experiments.theory.by_width import ByWidth, plot_by_width
 from natgrad.experiments.theory.methods import METHODS, damping_of
-from natgrad.experiments.theory.results import Line, Panel, Plot, Section, Table
-from natgrad.experiments.theory.setting import Setting
-from natgrad.experiments.theory.width import slope, widths
+from natgrad.experiments.theory.problem import Problem
+from natgrad.experiments.theory.results import Cell, Panel, Plot, Section, Table
 
 __all__ = ["isotropy"]
 
@@ -21,44 +20,36 @@ SHOWN = 30
 NAMES = ("full", "block_diagonal", "block_tridiagonal", "kfac", "unit_wise", "diagonal")
 
 
-def isotropy(setting: Setting, progress: Callable[[float], None]) -> Section:
+def isotropy(problem: Problem, progress: Callable[[float], None]) -> Section:
     """Run the section."""
-    config = setting.config
+    config = problem.config
     section = Section(
         "isotropy",
         "Isotropy",
         "Seen in function space, is a natural-gradient step a multiple α of the gradient with "
         "respect to the outputs? If so, 1/α is the learning rate that fits the data in one step.",
     )
-    names = [name for name in NAMES if name in setting.structures or name == "diagonal"]
-    sizes = widths(setting)
-    deviations: dict[str, dict[int, list[float]]] = {name: {} for name in names}
-    rows: list[list[str | int | float | None]] = []
+    names = [name for name in NAMES if name in problem.structures or name == "diagonal"]
+    sizes = problem.widths
+    deviations = {name: ByWidth() for name in names}
+    rows: list[list[Cell]] = []
     images = []
     for index, size in enumerate(sizes):
         for draw in range(DRAWS):
-            model = setting.network(size, draw)
+            model = problem.network(size, draw)
             for name in names:
-                damping = 0.0 if name == "diagonal" else damping_of(name, model, setting.x)
-                found = ntk.isotropy(model, setting.x, name, damping)
-                deviations[name].setdefault(size, []).append(found.deviation)
+                damping = 0.0 if name == "diagonal" else damping_of(name, model, problem.x)
+                found = ntk.isotropy(model, problem.x, name, damping)
+                deviations[name].add(size, found.deviation)
                 if size == sizes[-1] and draw == 0:
-                    rows.append(_row(setting, name, found, size))
+                    rows.append(_row(problem, name, found, size))
                     images.append(_image(METHODS[name].title, found))
         progress((index + 1) / len(sizes))
-    # Exact structures deviate by rounding alone, which a logarithmic axis would blow up.
-    lines = [
-        Line(
-            METHODS[name].title,
-            [float(size) for size in values],
-            [max(statistics.fmean(v), 1e-4) for v in values.values()],
-            "both",
-            name,
-        )
-        for name, values in deviations.items()
-    ]
+    lines = [values.line(METHODS[name].title, name) for name, values in deviations.items()]
+    for line in lines:  # Rounding alone, which a logarithmic axis would blow up.
+        line.y = [max(deviation, 1e-4) for deviation in line.y]
     section.plots = [
-        Plot(
+        plot_by_width(
             "isotropy-width",
             "Deviation from isotropy against width",
             f"‖M − αI‖_F / ‖αI‖_F of the coefficients M = JF⁻¹Jᵀ/N at random weights, mean of "
@@ -66,47 +57,39 @@ def isotropy(setting: Setting, progress: Callable[[float], None]) -> Section:
             "isotropic as soon as each layer's Jacobian has full row rank; unit-wise ones become "
             "so like 1/√M; the entry-wise diagonal never does.",
             [Panel("deviation from αI", lines)],
-            "width M",
             "relative deviation",
-            True,
-            True,
         ),
         Plot(
             "coefficients",
             "Coefficient matrices",
-            f"M/α of the first {min(SHOWN, setting.samples * setting.outputs)} rows at width "
+            f"M/α of the first {min(SHOWN, problem.samples * problem.outputs)} rows at width "
             f"{sizes[-1]}: the identity where the condition of fast convergence holds.",
             images,
         ),
     ]
     section.tables = [
         Table(
-            f"Width {sizes[-1]}, depth {config.depth}, N = {setting.samples}.",
+            f"Width {sizes[-1]}, depth {config.depth}, N = {problem.samples}.",
             ["structure", "α, theory", "α, measured", "deviation", "1/α", "largest stable η",
              "verdict"],
             rows,
         )
     ]  # fmt: skip
-    diagonal = deviations["diagonal"]
+    diagonal, unit_wise = deviations["diagonal"], deviations["unit_wise"]
     section.findings = [
-        f"Unit-wise curvature deviates from isotropy like M^{slope(deviations['unit_wise']):.2f}; "
+        f"Unit-wise curvature deviates from isotropy like M^{unit_wise.exponent():.2f}; "
         "theory says −0.5.",
         "The diagonal stays away from isotropy: it deviates "
-        f"{100 * statistics.fmean(diagonal[sizes[0]]):.0f} % at width {sizes[0]} and "
-        f"{100 * statistics.fmean(diagonal[sizes[-1]]):.0f} % at width {sizes[-1]}.",
+        f"{100 * diagonal.mean(sizes[0]):.0f} % at width {sizes[0]} and "
+        f"{100 * diagonal.mean(sizes[-1]):.0f} % at width {sizes[-1]}.",
     ]
     return section
 
 
-def _row(
-    setting: Setting, name: str, found: ntk.Isotropy, size: int
-) -> list[str | int | float | None]:
-    alpha = None
-    if name != "diagonal":
-        alpha = setting.alpha(name, size)
+def _row(problem: Problem, name: str, found: ntk.Isotropy, size: int) -> list[Cell]:
     return [
         METHODS[name].title,
-        alpha,
+        None if name == "diagonal" else problem.alpha(name, size),
         found.alpha,
         found.deviation,
         found.learning_rate,

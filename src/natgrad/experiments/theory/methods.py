@@ -34,7 +34,7 @@ class TheoryMethod:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-_EVERY_STEP = {"ema_decay": 0.0, "factor_interval": 1, "inverse_interval": 1, "momentum": 0.0}
+_EVERY_STEP = {"refresh": natgrad.Refresh(), "momentum": 0.0}
 
 METHODS: dict[str, TheoryMethod] = {
     "gd": TheoryMethod("Gradient descent", None),
@@ -54,7 +54,7 @@ def damping_of(name: str, model: nn.Module, x: Tensor) -> float:
     if relative == 0:
         return 0.0
     matrix = natgrad.fisher_matrix(model, (x, None), "gaussian", "block_diagonal")
-    directions = len(x) * len(matrix.blocks)
+    directions = len(x) * len(matrix.parts)
     if name == "unit_wise":
         units = [p.shape[0] for p in model.parameters() if p.dim() > 1]
         directions = len(x) * (sum(units) - units[-1])

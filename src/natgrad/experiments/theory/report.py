@@ -7,44 +7,27 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from natgrad.experiments.drawing import line_style, new_figure, save_figure
-from natgrad.experiments.pages import DASH, inline_svg, render_page, write_files
+from natgrad.experiments.drawing import line_style, new_figure
+from natgrad.experiments.pages import DASH, inline_svg, render_page, write_report
 from natgrad.experiments.theory.dynamics import FACTORS
 from natgrad.experiments.theory.methods import METHODS
 from natgrad.experiments.theory.results import Line, Panel, Plot, TheoryResults
 
-__all__ = ["format_number", "render_html", "render_plot", "write_theory_report"]
+__all__ = ["draw", "format_number", "render_html", "write_theory_report"]
 
 
 def write_theory_report(results: TheoryResults, directory: Path) -> list[Path]:
-    """Write ``results.json``, the plots as PNG and SVG, and ``report.html`` to a folder.
-
-    Everything is rendered before the first byte is written.
-
-    Args:
-        results: The results.
-        directory: The folder, created if need be.
-
-    Returns:
-        The paths of the files, the report first.
-    """
-    figures = {
-        plot.name: {kind: render_plot(plot, kind) for kind in ("svg", "png")}
-        for section in results.sections
-        for plot in section.plots
-    }
-    svg = {name: images["svg"].decode() for name, images in figures.items()}
-    return write_files(directory, render_html(results, svg), results.to_json(), figures)
+    """Write the report, the results and the plots; see `pages.write_report`."""
+    figures = {plot.name: draw(plot) for section in results.sections for plot in section.plots}
+    return write_report(
+        directory, results.to_json(), figures, lambda svg: render_html(results, svg)
+    )
 
 
 def render_html(results: TheoryResults, plots: dict[str, str]) -> str:
-    """Render the report as one HTML page that loads nothing from anywhere.
-
-    Args:
-        results: The results.
-        plots: The plots as SVG, by the name of the plot.
-    """
+    """Render the report as one HTML page that loads nothing from anywhere."""
     figures = {
         plot.name: inline_svg(plots[plot.name], plot.name, plot.title)
         for section in results.sections
@@ -64,16 +47,8 @@ def format_number(value: float | None) -> str:
     return f"{value:.3g}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.1e}"
 
 
-def render_plot(plot: Plot, file_format: str) -> bytes:
-    """Draw one plot.
-
-    Args:
-        plot: The plot.
-        file_format: "png" or "svg".
-
-    Returns:
-        The content of the file.
-    """
+def draw(plot: Plot) -> Figure:
+    """Draw one plot."""
     figure, axes = new_figure(len(plot.panels), 1 if len(plot.panels) == 1 else _columns(plot))
     for index, (panel, place) in enumerate(zip(plot.panels, axes, strict=True)):
         if len(plot.panels) > 1:
@@ -82,19 +57,19 @@ def render_plot(plot: Plot, file_format: str) -> bytes:
             place.imshow(panel.image, cmap="RdBu_r", vmin=-1.0, vmax=1.0, interpolation="nearest")
             place.set_axis_off()
             continue
-        _draw(place, plot, panel)
+        _draw_panel(place, plot, panel)
         last_of_row = (index + 1) % _columns(plot) == 0 or index + 1 == len(plot.panels)
         if len(plot.panels) == 1 or (last_of_row and index < _columns(plot)):
             if place.get_legend_handles_labels()[0]:
                 place.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=3.2)
-    return save_figure(figure, file_format)
+    return figure
 
 
 def _columns(plot: Plot) -> int:
     return min(3, len(plot.panels)) if len(plot.panels) != 2 else 2
 
 
-def _draw(axes: Axes, plot: Plot, panel: Panel) -> None:
+def _draw_panel(axes: Axes, plot: Plot, panel: Panel) -> None:
     for line in panel.lines:
         points = [
             (x, y)

@@ -6,13 +6,13 @@ raise `SCHEMA_VERSION` when a reader of the old form would misread the new one.
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from natgrad.experiments.results import to_json
+from natgrad.experiments.results import JobResults
 
-__all__ = ["SCHEMA_VERSION", "Line", "Panel", "Plot", "Section", "Table", "TheoryResults"]
+__all__ = ["SCHEMA_VERSION", "Cell", "Line", "Panel", "Plot", "Section", "Table", "TheoryResults"]
 
 SCHEMA_VERSION = 1
 
@@ -24,12 +24,8 @@ Cell = str | int | float | None
 class Line:
     """One curve or set of points.
 
-    Attributes:
-        label: Text of the legend; an empty one is left out of it.
-        x: Abscissas.
-        y: Ordinates, as many; NaN or infinite where there is no value.
-        style: "line" for predictions, "markers" for measurements, "both", or "reference".
-        method: The method it belongs to, which sets its colour; empty for none.
+    `style` is "line" for predictions, "markers" for measurements, "both", or "reference"; `method`
+    sets the colour.
     """
 
     label: str
@@ -38,36 +34,36 @@ class Line:
     style: str = "line"
     method: str = ""
 
+    @classmethod
+    def over_steps(cls, label: str, values: list[float], style: str, method: str) -> Line:
+        """Return the curve of values at steps 0, 1, 2, …."""
+        return cls(label, [float(step) for step in range(len(values))], values, style, method)
+
+    @classmethod
+    def level(cls, label: str, value: float, x: Sequence[float]) -> Line:
+        """Return a horizontal reference from the first to the last of some abscissas."""
+        return cls(label, [float(x[0]), float(x[-1])], [value, value], "reference")
+
 
 @dataclass
 class Panel:
-    """One pair of axes.
-
-    Attributes:
-        title: Heading.
-        lines: Curves, in drawing order.
-        image: A matrix to show instead of curves, or None.
-    """
+    """One pair of axes, with curves or an image."""
 
     title: str
     lines: list[Line] = field(default_factory=list)
     image: list[list[float]] | None = None
 
+    def compare(
+        self, label: str, predicted: list[float], measured: list[float], method: str
+    ) -> None:
+        """Add two curves over steps: a line for predictions, markers for measurements."""
+        self.lines.append(Line.over_steps(label, predicted, "line", method))
+        self.lines.append(Line.over_steps("", measured, "markers", method))
+
 
 @dataclass
 class Plot:
-    """One figure.
-
-    Attributes:
-        name: File name without its ending.
-        title: Heading.
-        caption: What to look at.
-        panels: Its axes, from left to right and from top to bottom.
-        x_label: Label of the abscissa of every panel.
-        y_label: Label of the ordinate.
-        x_log: Whether the abscissa is logarithmic.
-        y_log: Whether the ordinate is.
-    """
+    """One figure, its panels from left to right and from top to bottom."""
 
     name: str
     title: str
@@ -81,13 +77,7 @@ class Plot:
 
 @dataclass
 class Table:
-    """One table.
-
-    Attributes:
-        caption: What it shows.
-        headings: One per column.
-        rows: Cells, row by row: text or numbers.
-    """
+    """One table, its cells row by row."""
 
     caption: str
     headings: list[str]
@@ -96,18 +86,7 @@ class Table:
 
 @dataclass
 class Section:
-    """One part of the report.
-
-    Attributes:
-        name: Its name on the command line.
-        title: Heading.
-        question: What it asks, in a sentence or two.
-        status: How it ended.
-        findings: What was found, one sentence each.
-        plots: Its figures.
-        tables: Its tables.
-        seconds: Time it took.
-    """
+    """One part of the report."""
 
     name: str
     title: str
@@ -119,32 +98,9 @@ class Section:
     seconds: float = 0.0
 
 
-@dataclass
-class TheoryResults:
-    """Everything a run of `natgrad theory` found.
+@dataclass(kw_only=True)
+class TheoryResults(JobResults):
+    """Everything a run of `natgrad theory` found."""
 
-    Attributes:
-        created: Time of the start, UTC, ISO 8601.
-        seconds: Time of the whole run.
-        interrupted: Whether it was stopped before its end.
-        command: The command line that repeats it.
-        config: The options, as asked for.
-        data: Name, title, numbers of samples, input dimension, classes.
-        environment: Versions and machine.
-        sections: One entry per section, in the order asked for.
-        schema_version: Version of this form.
-    """
-
-    created: str
-    seconds: float
-    interrupted: bool
-    command: str
-    config: dict[str, Any]
-    data: dict[str, Any]
-    environment: dict[str, Any]
     sections: list[Section]
     schema_version: int = SCHEMA_VERSION
-
-    def to_json(self) -> str:
-        """Return the results as JSON; NaN and infinite numbers become null."""
-        return to_json(dataclasses.asdict(self))

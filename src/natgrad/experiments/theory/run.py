@@ -6,21 +6,20 @@ import time
 import warnings
 from collections.abc import Callable
 from datetime import datetime, timezone
-from typing import Protocol
 
 from natgrad.experiments.environment import describe_environment
 from natgrad.experiments.theory.conditions import conditions
 from natgrad.experiments.theory.config import TheoryConfig
 from natgrad.experiments.theory.dynamics import dynamics
 from natgrad.experiments.theory.isotropy import isotropy
+from natgrad.experiments.theory.problem import Problem
 from natgrad.experiments.theory.results import Section, TheoryResults
-from natgrad.experiments.theory.setting import Setting
 from natgrad.experiments.theory.spectrum import spectrum
 from natgrad.experiments.theory.width import width
 
 __all__ = ["TheoryObserver", "run_theory"]
 
-SectionFunction = Callable[[Setting, Callable[[float], None]], Section]
+SectionFunction = Callable[[Problem, Callable[[float], None]], Section]
 
 _SECTIONS: dict[str, SectionFunction] = {
     "dynamics": dynamics,
@@ -31,8 +30,8 @@ _SECTIONS: dict[str, SectionFunction] = {
 }
 
 
-class TheoryObserver(Protocol):
-    """Told of the progress of a run."""
+class TheoryObserver:
+    """Told of the progress of a run; one that does something overrides the methods."""
 
     def begin(self, section: str) -> None:
         """A section begins."""
@@ -42,17 +41,6 @@ class TheoryObserver(Protocol):
 
     def end(self, section: Section) -> None:
         """A section has ended."""
-
-
-class _SilentObserver:
-    def begin(self, section: str) -> None:
-        """Ignore the event."""
-
-    def progress(self, share: float) -> None:
-        """Ignore the event."""
-
-    def end(self, section: Section) -> None:
-        """Ignore the event."""
 
 
 def run_theory(
@@ -73,8 +61,8 @@ def run_theory(
         DataError: If the data cannot be used.
     """
     created, began = datetime.now(timezone.utc), time.perf_counter()
-    observer = observer or _SilentObserver()
-    setting = Setting.load(config)
+    observer = observer or TheoryObserver()
+    problem = Problem.load(config)
     sections: list[Section] = []
     interrupted = False
     for name in config.sections:
@@ -83,7 +71,7 @@ def run_theory(
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # Skipped steps of diverging runs.
-                section = _SECTIONS[name](setting, observer.progress)
+                section = _SECTIONS[name](problem, observer.progress)
             section.status = "completed"
         except KeyboardInterrupt:
             section = Section(name, name.capitalize(), "", "interrupted")
@@ -96,12 +84,12 @@ def run_theory(
         if interrupted:
             break
     return TheoryResults(
-        created.isoformat(timespec="seconds"),
-        time.perf_counter() - began,
-        interrupted,
-        command,
-        config.as_dict(),
-        setting.describe(),
-        describe_environment(config.torch_device()),
-        sections,
+        created=created.isoformat(timespec="seconds"),
+        seconds=time.perf_counter() - began,
+        interrupted=interrupted,
+        command=command,
+        config=config.as_dict(),
+        data=problem.describe(),
+        environment=describe_environment(config.torch_device()),
+        sections=sections,
     )

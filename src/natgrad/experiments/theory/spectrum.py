@@ -8,14 +8,14 @@ import torch
 from torch import nn
 
 from natgrad import ntk
-from natgrad.experiments.theory.results import Line, Panel, Plot, Section, Table
-from natgrad.experiments.theory.setting import Setting
-from natgrad.experiments.theory.width import slope, widths
+from natgrad.experiments.theory.by_width import ByWidth, plot_by_width
+from natgrad.experiments.theory.problem import Problem
+from natgrad.experiments.theory.results import Cell, Line, Panel, Plot, Section, Table
 
 __all__ = ["spectrum"]
 
 
-def spectrum(setting: Setting, progress: Callable[[float], None]) -> Section:
+def spectrum(problem: Problem, progress: Callable[[float], None]) -> Section:
     """Run the section."""
     section = Section(
         "spectrum",
@@ -23,34 +23,33 @@ def spectrum(setting: Setting, progress: Callable[[float], None]) -> Section:
         "In standard parameterisation, where are the eigenvalues of the Fisher matrix of a random "
         "wide network, and what learning rate does the largest allow gradient descent?",
     )
-    sizes = widths(setting)
+    sizes = problem.widths
     # With ‖x‖² = M_0 the pre-activations of all layers have the same size.
-    x = setting.x * setting.x.shape[1] ** 0.5
-    measured: dict[str, dict[int, list[float]]] = {"mean": {}, "second": {}, "largest": {}}
-    predicted: dict[str, dict[int, list[float]]] = {"mean": {}, "second": {}, "largest": {}}
-    limit: dict[str, dict[int, list[float]]] = {"mean": {}, "second": {}, "largest": {}}
-    rows: list[list[str | int | float | None]] = []
+    x = problem.x * problem.x.shape[1] ** 0.5
+    statistics = ("mean", "second", "largest")
+    measured, predicted, limit = ({name: ByWidth() for name in statistics} for _ in range(3))
+    rows: list[list[Cell]] = []
     found: ntk.FisherSpectrum | None = None
     for index, size in enumerate(sizes):
-        found = ntk.fisher_spectrum(_network(setting, size), x)
+        found = ntk.fisher_spectrum(_network(problem, size), x)
         theory = found.prediction
-        wide = ntk.infinite_spectrum(setting.network(size), x)
+        wide = ntk.infinite_spectrum(problem.network(size), x)
         values = {
             "mean": (found.mean, theory.mean, wide.mean),
             "second": (found.second_moment, theory.second_moment, wide.second_moment),
             "largest": (float(found.largest[0]), theory.largest, wide.largest),
         }
-        for name, (seen, expected, unseen) in values.items():
-            measured[name][size], predicted[name][size] = [seen], [expected]
-            limit[name][size] = [unseen]
-        pairs = [number for pair in values.values() for number in pair]
-        rows.append([size, found.parameters, *pairs, found.largest_step])
+        for name, numbers in values.items():
+            for quantity, number in zip((measured, predicted, limit), numbers, strict=True):
+                quantity[name].add(size, number)
+        triples = [number for numbers in values.values() for number in numbers]
+        rows.append([size, found.parameters, *triples, found.largest_step])
         progress((index + 1) / len(sizes))
     assert found is not None
     titles = {"mean": "mean m_λ", "second": "second moment s_λ", "largest": "largest λ_max"}
     ranks = [float(rank + 1) for rank in range(len(found.eigenvalues))]
     section.plots = [
-        Plot(
+        plot_by_width(
             "spectrum-width",
             "Statistics of the Fisher spectrum against width",
             "Markers: eigenvalues of the exact Fisher matrix of one random network. Lines: what "
@@ -62,17 +61,14 @@ def spectrum(setting: Setting, progress: Callable[[float], None]) -> Section:
                 Panel(
                     titles[name],
                     [
-                        _line("from κ of infinite width", limit[name], "reference"),
-                        _line("from measured κ", predicted[name], "line"),
-                        _line("measured", measured[name], "markers"),
+                        limit[name].line("from κ of infinite width", "full", "reference"),
+                        predicted[name].line("from measured κ", "full", "line"),
+                        measured[name].line("measured", "full", "markers"),
                     ],
                 )
                 for name in titles
             ],
-            "width M",
             "",
-            True,
-            True,
         ),
         Plot(
             "spectrum",
@@ -84,12 +80,7 @@ def spectrum(setting: Setting, progress: Callable[[float], None]) -> Section:
                     f"width {sizes[-1]}",
                     [
                         Line("measured", ranks, found.eigenvalues.tolist(), "markers", "full"),
-                        Line(
-                            "predicted largest",
-                            [1.0, float(len(ranks))],
-                            [found.prediction.largest] * 2,
-                            "reference",
-                        ),
+                        Line.level("predicted largest", found.prediction.largest, ranks),
                     ],
                 )
             ],
@@ -108,30 +99,26 @@ def spectrum(setting: Setting, progress: Callable[[float], None]) -> Section:
         )
     ]  # fmt: skip
     section.findings = [
-        f"The largest eigenvalue grows like M^{slope(measured['largest']):.2f} (theory: 1), so the "
-        f"learning rate of gradient descent must fall like 1/M; the mean eigenvalue falls like "
-        f"M^{slope(measured['mean']):.2f} (theory: −1).",
+        f"The largest eigenvalue grows like M^{measured['largest'].exponent():.2f} (theory: 1), so "
+        f"the learning rate of gradient descent must fall like 1/M; the mean eigenvalue falls like "
+        f"M^{measured['mean'].exponent():.2f} (theory: −1).",
         f"At width {sizes[-1]} the largest eigenvalue is {float(found.largest[0]):.3g}; κ measured "
         f"on the network predicts {found.prediction.largest:.3g}, κ of infinite width "
-        f"{limit['largest'][sizes[-1]][0]:.3g}.",
+        f"{limit['largest'].mean(sizes[-1]):.3g}.",
     ]
     return section
 
 
-def _network(setting: Setting, size: int) -> nn.Module:
+def _network(problem: Problem, size: int) -> nn.Module:
     """Return a ReLU network in standard parameterisation, weights of variance 2/fan-in."""
-    hidden = [size] * (setting.config.depth - 1)
-    sizes = [setting.x.shape[1], *hidden, setting.outputs]
-    activation = ntk.ACTIVATIONS[setting.config.activation]
+    hidden = [size] * (problem.config.depth - 1)
+    sizes = [problem.x.shape[1], *hidden, problem.outputs]
+    activation = ntk.ACTIVATIONS[problem.config.activation]
     layers: list[nn.Module] = []
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(setting.config.seed)
+        torch.manual_seed(problem.config.seed)
         for index in range(len(sizes) - 1):
             layer = nn.Linear(sizes[index], sizes[index + 1], bias=False)
             nn.init.normal_(layer.weight, std=(2.0 / sizes[index]) ** 0.5)
             layers += [layer, activation.module()]
-    return nn.Sequential(*layers[:-1]).double().to(setting.x.device)
-
-
-def _line(label: str, values: dict[int, list[float]], style: str) -> Line:
-    return Line(label, [float(s) for s in values], [v[0] for v in values.values()], style, "full")
+    return nn.Sequential(*layers[:-1]).double().to(problem.x.device)

@@ -1,0 +1,33 @@
+"""Checks of arguments, each with one clear sentence."""
+
+from __future__ import annotations
+
+import math
+
+__all__ = ["check_choice", "check_damping", "check_interval", "check_range"]
+
+
+def check_choice(name: str, value: object, *choices: str) -> None:
+    """Raise a ValueError unless an option has one of its values."""
+    if value not in choices:
+        listed = ", ".join(map(repr, choices[:-1]))
+        raise ValueError(f"{name} must be {listed} or {choices[-1]!r}, got {value!r}")
+
+
+def check_damping(damping: float) -> None:
+    """Raise a ValueError if a damping is negative or not finite."""
+    if not damping >= 0 or damping == math.inf:
+        raise ValueError(f"damping must be a finite number >= 0, got {damping}")
+
+
+def check_interval(name: str, value: object) -> None:
+    """Raise a ValueError unless a value is a whole number of at least 1."""
+    if not (isinstance(value, int) and value >= 1):
+        raise ValueError(f"{name} must be an integer of at least 1, got {value}")
+
+
+def check_range(name: str, value: float, below: float = math.inf) -> None:
+    """Raise a ValueError unless ``0 <= value < below``."""
+    if not 0 <= value < below:
+        bound = "a finite number >= 0" if below == math.inf else f"in [0, {below:g})"
+        raise ValueError(f"{name} must be {bound}, got {value}")

@@ -1,0 +1,382 @@
+"""The estimate of a Fisher matrix over batches: statistics, their average, and inverses."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natgrad import linalg
+from natgrad.curvature.cost import Cost, Workload
+from natgrad.curvature.structure import Part, Structure
+from natgrad.jacobians import Jacobians
+from natgrad.layouts import BlockLayout, ParameterLayout
+from natgrad.linalg import FactorizationError
+from natgrad.operators import FisherMatrix, GradientSource, Operator
+from natgrad.operators.block_diagonal import damping_of, inverses_together
+from natgrad.records import Record
+from natgrad.statistics import Statistics
+
+__all__ = ["Curvature", "Estimate"]
+
+Damping = float | Mapping[str, float]
+
+#: Factorisations of up to so many parameters together are batched; larger ones go part by part, so
+#: that no more than one is in the making at a time.
+BATCHED_PARAMETERS = 2**15
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """What is known of one part.
+
+    Attributes:
+        average: Statistics of all batches so far, decayed.
+        batch: Statistics of the present step, not yet part of the average.
+        inverse: The last inverse.
+        damping: Damping of the last inverse.
+        draws: Updates so far.
+        absent: Count of batches of a sum in which the part had no rows.
+        rejected: Whether rows of the present step were left out, as not finite.
+    """
+
+    average: Statistics | None = None
+    batch: Statistics | None = None
+    inverse: Operator | None = None
+    damping: float = 0.0
+    draws: int = 0
+    absent: Tensor | float = 0.0
+    rejected: bool = False
+
+
+class Curvature:
+    """Statistics of every part of a model's Fisher matrix, and what is made of them.
+
+    The way of the data is always the same: :meth:`observe` turns rows into the statistics of the
+    present step; :meth:`join` makes them part of the average; :meth:`matrix` reads the average as
+    an operator, :meth:`refresh` inverts it; :meth:`natural_gradient` applies the inverse. State is
+    one immutable :class:`Estimate` per part, so :meth:`snapshot` and :meth:`rollback` copy nothing.
+
+    Args:
+        structure: Which entries are kept.
+        blocks: Block name → layout.
+        layout: Order of all trainable parameters.
+
+    Attributes:
+        parts: The structure's parts, by name.
+        estimates: What is known of each.
+        reduce: Applied to the statistics of a step before they join the average, with the part's
+            name; where processes share a batch it sums over them. By default nothing happens.
+    """
+
+    def __init__(
+        self, structure: Structure, blocks: Mapping[str, BlockLayout], layout: ParameterLayout
+    ) -> None:
+        if not blocks:
+            raise ValueError("the model has no trainable parameter that natgrad can cover")
+        self.structure, self.layout, self.blocks = structure, layout, dict(blocks)
+        self.parts: dict[str, Part] = structure.parts(blocks, layout)
+        self.estimates: dict[str, Estimate] = {name: Estimate() for name in self.parts}
+        self.reduce: Callable[[str, Statistics], Statistics] = lambda name, batch: batch
+        self._warned: set[str] = set()
+
+    @property
+    def additive(self) -> bool:
+        """Whether rows may come in chunks."""
+        return self.structure.additive
+
+    # Rows to statistics.
+
+    def observe(
+        self, jacobians: Jacobians, count: Tensor | float, *, continued: bool = False
+    ) -> None:
+        """Add the rows of a batch to the statistics of the present step.
+
+        Rows that are not finite are left out; inside :func:`natgrad.linalg.unawaited` nobody waits
+        to see, and :meth:`drop_failed` leaves them out later.
+
+        Args:
+            jacobians: Rows with ``F = (1/count) Σ rows rowsᵀ``.
+            count: The sum of event weights.
+            continued: Whether they are a further chunk of directions of samples that an earlier
+                call has counted.
+        """
+        weight = torch.as_tensor(count, dtype=torch.float64, device=self.layout.device)
+        if continued:
+            weight = torch.zeros_like(weight)
+        for name, part in self.parts.items():
+            present = self.estimates[name]
+            rows = jacobians.of_blocks(part.blocks, part.layout)
+            if not len(rows) or (continued and present.batch is None):
+                continue  # What a left-out chunk began is left out whole.
+            draw = present.draws + (not continued)
+            found = self.structure.statistics(
+                part,
+                rows,
+                weight,
+                previous=present.average,
+                draw=draw,
+                continued=continued,
+            )
+            try:
+                linalg.require(found.is_finite(), "rows are NaN or infinite")
+            except FactorizationError:
+                self.estimates[name] = replace(present, rejected=True)
+                continue
+            batch = found if present.batch is None else present.batch.followed_by(found)
+            self.estimates[name] = replace(present, batch=batch, draws=draw)
+        jacobians.moments.clear()
+
+    # Statistics to their average.
+
+    def join(self, decay: float = 1.0, *, absent: Tensor | None = None) -> None:
+        """Make the statistics of the present step part of the average.
+
+        Args:
+            decay: Weight of what was there before: 1 for a sum over batches, below 1 for a moving
+                average, 0 to start afresh.
+            absent: Count of the batch for parts that had no rows in it, whose mean is then over its
+                samples, too, as in the Fisher matrix of a data set. By default such a part stays as
+                it is.
+        """
+        for name, present in self.estimates.items():
+            average, batch = present.average, present.batch
+            if batch is None:
+                missed = absent if isinstance(absent, Tensor) and not present.rejected else 0.0
+                count = present.absent + missed
+                self.estimates[name] = replace(present, absent=count, rejected=False)
+                continue
+            batch = self.reduce(name, batch)
+            if average is not None:
+                batch = average.followed_by(batch, decay)
+            self.estimates[name] = replace(present, average=batch, batch=None, rejected=False)
+
+    def update(self, jacobians: Jacobians, count: Tensor | float) -> None:
+        """Add the rows of a batch to a sum over batches."""
+        self.observe(jacobians, count)
+        self.join(absent=torch.as_tensor(count, dtype=torch.float64, device=self.layout.device))
+
+    def restore_unusable(self, before: Mapping[str, Estimate]) -> None:
+        """Return the parts whose average is not finite to what they were before.
+
+        Args:
+            before: Estimates of a :meth:`snapshot`.
+        """
+        for name, present in self.estimates.items():
+            average, old = present.average, before[name]
+            if average is not None and average is not old.average:
+                if not bool(average.is_finite()):
+                    self.estimates[name] = replace(old, draws=present.draws)
+
+    # The matrix.
+
+    def operator(self, name: str) -> Operator:
+        """Return the matrix of one part."""
+        present, part = self.estimates[name], self.parts[name]
+        average = present.average
+        if average is not None:
+            average = self.structure.settled(part, average)
+            self.estimates[name] = replace(present, average=average)
+            if isinstance(present.absent, Tensor):
+                average = average.with_count(average.count + present.absent)
+        return self.structure.operator(part, average)
+
+    def matrix(self) -> FisherMatrix:
+        """Return the matrix of the whole model."""
+        beside = self.structure.companion
+        operators = {name: self.operator(name) for name in self.parts if name != beside}
+        companion = None if beside is None else self.estimates[beside].average
+        return self.structure.matrix(self.layout, self.parts, operators, companion)
+
+    # Inverses.
+
+    def refresh(self, damping: Damping, names: Collection[str] | None = None) -> None:
+        """Invert; a part that cannot be keeps its last inverse, which one warning says by name.
+
+        Args:
+            damping: λ in the units of F, one value or one per block name.
+            names: Parts to invert; all by default.
+        """
+        together: list[str] = []
+        for name in self.parts if names is None else names:
+            if self.estimates[name].average is None or name == self.structure.companion:
+                continue
+            size = sum(block.numel for block in self.parts[name].blocks.values())
+            batched = size <= BATCHED_PARAMETERS or self.layout.device.type != "cpu"
+            if batched and self.structure.solver == "direct":
+                together.append(name)
+            else:
+                self._invert([name], damping)
+        if together:
+            self._invert(together, damping)
+
+    def _invert(self, names: list[str], damping: Damping) -> None:
+        """Invert parts together; one by one if that fails, to find out which it is."""
+        dampings = [damping_of(name, damping) for name in names]
+        estimates = [self.estimates[name] for name in names]
+        try:
+            parts, structure = [self.parts[name] for name in names], self.structure
+            averages = structure.renewed(parts, [e.average for e in estimates], dampings)
+            operators = [structure.operator(p, a) for p, a in zip(parts, averages, strict=True)]
+            inner = [structure.inverse_damping(value) for value in dampings]
+            if structure.solver == "direct":
+                inverses = inverses_together(operators, inner)
+            else:
+                inverses = [
+                    one.inverse(value, structure.solver).continuing(old.inverse)
+                    for one, value, old in zip(operators, inner, estimates, strict=True)
+                ]
+        except FactorizationError as error:
+            if len(names) > 1:
+                for name in names:
+                    self._invert([name], damping)
+                return
+            if linalg.waits():
+                self.warn_kept(names[0], error)
+            else:
+                linalg.note_failure(error)
+            return
+        for name, average, inverse, value in zip(names, averages, inverses, dampings, strict=True):
+            self.estimates[name] = replace(
+                self.estimates[name], average=average, inverse=inverse, damping=value
+            )
+
+    def warn_kept(self, name: str, error: FactorizationError) -> None:
+        """Warn, once per part, that an old factorisation stays in use."""
+        if name not in self._warned:
+            self._warned.add(name)
+            warnings.warn(
+                f"the curvature of {name!r} could not be factorised ({error}); its last good "
+                "factorisation stays in use",
+                stacklevel=4,
+            )
+
+    def follow_update(self, factorised: Collection[str] = ()) -> None:
+        """Invert what follows every update, with the damping of the last factorisation.
+
+        Args:
+            factorised: Parts that this step factorises anew, which is more.
+        """
+        if not self.structure.follows_updates:
+            return
+        for name, present in self.estimates.items():
+            if present.inverse is not None and name not in factorised:
+                inverse = self.operator(name).inverse(present.damping)
+                self.estimates[name] = replace(self.estimates[name], inverse=inverse)
+
+    def staggered(self, slots: int) -> list[list[str]]:
+        """Return the parts in ``slots`` lists that cost about the same to factorise.
+
+        The dearest parts come first, each into the list that is cheapest so far.
+        """
+        costs = {n: cost.refresh for n, cost in self.costs(Workload(0, 1, {})).items()}
+        lists: list[list[str]] = [[] for _ in range(slots)]
+        totals = [0.0] * slots
+        costs.pop(self.structure.companion or "", None)
+        for name in sorted(costs, key=lambda n: -costs[n]):
+            cheapest = totals.index(min(totals))
+            lists[cheapest].append(name)
+            totals[cheapest] += max(costs[name], 1.0)
+        return lists
+
+    # Directions.
+
+    def natural_gradient(self, source: GradientSource) -> dict[str, Tensor]:
+        """Return the natural gradient by the last inverses, parameter name → tensor.
+
+        Parts without an inverse yet return the gradient itself.
+        """
+        natural = self._by_parts(source)
+        return self.structure.corrected(self.parts, self.estimates, source, natural, self._by_parts)
+
+    def _by_parts(self, source: GradientSource) -> dict[str, Tensor]:
+        result: dict[str, Tensor] = {}
+        for name, part in self.parts.items():
+            inverse = self.estimates[name].inverse
+            if name == self.structure.companion:
+                continue
+            if inverse is None or name in source.natural:
+                names = (n for block in part.blocks.values() for n in block.names)
+                result.update({n: source.gradients[n] for n in names})
+            else:
+                result.update(inverse.natural_gradient(source))
+        return result
+
+    def quadratic(self, direction: dict[str, Tensor], inner: Tensor) -> Tensor:
+        """Return ``ΔᵀFΔ`` of a natural gradient, as nearly as can be told.
+
+        Structures that hold the rows of the batch return the exact form ``‖JΔ‖²/count``; others
+        ``⟨Δ, ∇L⟩ = Δᵀ(F̂ + λI)Δ``, which is known already.
+
+        Args:
+            direction: ``Δ = (F̂ + λI)⁻¹∇L``, parameter name → tensor.
+            inner: ``⟨Δ, ∇L⟩``.
+        """
+        known = self.structure.quadratic(self.parts, self.estimates, direction, inner)
+        if known is not None:
+            return known
+        total: Tensor | None = None
+        count: Tensor | float = 0.0
+        for present in self.estimates.values():
+            found = None if present.inverse is None else present.inverse.row_products(direction)
+            if found is None or (total is not None and found[0].shape != total.shape):
+                return inner.abs()
+            total, count = found[0] if total is None else total + found[0], found[1]
+        return inner.abs() if total is None else total.square().sum() / count
+
+    def costs(self, workload: Workload) -> dict[str, Cost]:
+        """Return what each part costs."""
+        return {name: self.structure.cost(part, workload) for name, part in self.parts.items()}
+
+    # State.
+
+    def snapshot(self) -> dict[str, Estimate]:
+        """Return the present state by reference, for :meth:`rollback`; it costs no copy."""
+        return {
+            name: replace(e, inverse=None if e.inverse is None else e.inverse.frozen())
+            for name, e in self.estimates.items()
+        }
+
+    def rollback(self, saved: Mapping[str, Estimate]) -> None:
+        """Return to a snapshot."""
+        self.estimates = dict(saved)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return part name → averages and inverses, as tensors and plain values."""
+        result: dict[str, Any] = {}
+        for name, present in self.estimates.items():
+            average = None if present.average is None else present.average.for_checkpoint()
+            inverse = None if present.inverse is None else present.inverse.for_checkpoint()
+            result[name] = {
+                "average": None if average is None else average.state_dict(),
+                "inverse": None if inverse is None else inverse.state_dict(),
+                "damping": present.damping,
+                "draws": present.draws,
+            }
+        return result
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned, on the device of the parameters.
+
+        Raises:
+            ValueError: If the state has other parts than this structure.
+        """
+        if set(state) != set(self.parts):
+            differing = sorted(set(state) ^ set(self.parts))
+            raise ValueError(
+                f"the checkpoint's curvature has other layers than the model: {differing}"
+            )
+        device, restored = self.layout.device, {}
+        for name, entry in state.items():
+            layout = self.structure.vector_layout(self.parts[name])
+            average, inverse = (
+                None if entry[key] is None else Record.from_state(entry[key], device, layout)
+                for key in ("average", "inverse")
+            )
+            self.structure.check_restored(self.parts[name], average)
+            restored[name] = Estimate(average, None, inverse, entry["damping"], entry["draws"])
+        self.estimates = restored

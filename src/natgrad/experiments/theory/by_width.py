@@ -1,0 +1,58 @@
+"""Quantities as functions of the width of a network."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+from natgrad.experiments.theory.results import Line, Panel, Plot
+
+__all__ = ["ByWidth", "plot_by_width"]
+
+
+class ByWidth(dict[int, list[float]]):
+    """A quantity at several widths: width → its values for several draws of the weights."""
+
+    def add(self, width: int, value: float) -> None:
+        """Add the value of one draw."""
+        self.setdefault(width, []).append(value)
+
+    def mean(self, width: int) -> float:
+        """Return the mean over the draws at a width."""
+        return statistics.fmean(self[width])
+
+    @property
+    def means(self) -> list[float]:
+        """The means over the draws, width by width."""
+        return [self.mean(width) for width in self]
+
+    def exponent(self) -> float:
+        """Return the exponent of the power law fitted to the means; NaN for a single width."""
+        if len(self) < 2:
+            return math.nan
+        logarithms = [math.log(width) for width in self], [math.log(mean) for mean in self.means]
+        return statistics.linear_regression(*logarithms).slope
+
+    def line(self, label: str, method: str = "", style: str = "both") -> Line:
+        """Return the means as a curve."""
+        return Line(label, [float(width) for width in self], self.means, style, method)
+
+    def power_law(self, exponent: float) -> Line:
+        """Return the power law through the first mean, for reference."""
+        widths, first = list(self), self.means[0]
+        guide = [first * (width / widths[0]) ** exponent for width in widths]
+        return Line("", [float(width) for width in widths], guide, "reference")
+
+
+def plot_by_width(
+    name: str,
+    title: str,
+    caption: str,
+    panels: list[Panel],
+    y_label: str,
+    *,
+    x_label: str = "width M",
+    y_log: bool = True,
+) -> Plot:
+    """Return a plot against the width, which is on a logarithmic axis."""
+    return Plot(name, title, caption, panels, x_label, y_label, True, y_log)

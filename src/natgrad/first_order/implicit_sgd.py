@@ -1,0 +1,180 @@
+"""Implicit (proximal) stochastic gradient descent, a rival on stiff problems."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from natgrad.arguments import check_choice, check_range
+
+__all__ = ["ImplicitSGD"]
+
+
+class ImplicitSGD(torch.optim.Optimizer):
+    r"""Gradient descent with the gradient of the point it arrives at.
+
+    .. math:: \theta^+ = \theta - \eta \nabla L(\theta^+), \qquad \theta^+ = \arg\min_\phi
+              L(\phi) + \tfrac{1}{2\eta} \|\phi - \theta\|^2
+
+    On a quadratic loss with Hessian H the step is ``(I + ηH)⁻¹θ``: stable for every η, where plain
+    gradient descent needs ``η < 2/λ_max``. The inner problem is solved by an ordinary optimizer of
+    :mod:`torch.optim`; one Gauss-Newton step on it would be the natural gradient with damping
+    ``λ = 1/η``.
+
+    The closure is evaluated several times per step, always on the same batch. A step that ends at
+    a loss that is not finite is taken back.
+
+    Args:
+        params: Parameters or parameter groups, with rates of their own.
+        lr: η.
+        inner: ``"lbfgs"``, or ``"adam"`` or ``"gradient"`` for losses that are not smooth.
+        inner_steps: Most iterations on the inner problem.
+        tolerance: The inner problem counts as solved where the largest entry of its gradient
+            ``∇L(φ) + (φ − θ)/η`` is at most ``tolerance`` times that of ``∇L(θ)``.
+        inner_lr: Rate of the inner optimizer; 1 for L-BFGS, which searches for its own, and 1e-3
+            by default for the others. ``"gradient"`` takes ``η / (1 + η/inner_lr)``.
+        history: Pairs that L-BFGS keeps.
+
+    Attributes:
+        converged: Whether the last inner problem was solved. The first that is not is warned of.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Source: Li et al., Implicit stochastic gradient descent for training physics-informed neural
+    networks (2023); as an algorithm it is the proximal point method.
+
+    Example:
+        >>> optimizer = natgrad.ImplicitSGD(model.parameters(), lr=1.0)
+        >>> def closure():
+        ...     optimizer.zero_grad()
+        ...     loss = residual_loss(model)
+        ...     loss.backward()
+        ...     return loss
+        >>> loss = optimizer.step(closure)
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1.0,
+        inner: Literal["lbfgs", "adam", "gradient"] = "lbfgs",
+        inner_steps: int = 20,
+        tolerance: float = 1e-6,
+        inner_lr: float | None = None,
+        history: int = 20,
+    ) -> None:
+        if not 0 < lr < math.inf:
+            raise ValueError(f"lr must be a finite number > 0, got {lr}")
+        check_choice("inner", inner, "lbfgs", "adam", "gradient")
+        if inner_steps < 1 or history < 1:
+            raise ValueError(
+                f"inner_steps and history must be at least 1, got {inner_steps} and {history}"
+            )
+        check_range("tolerance", tolerance)
+        if inner_lr is not None and not 0 < inner_lr < math.inf:
+            raise ValueError(f"inner_lr must be a finite number > 0, got {inner_lr}")
+        super().__init__(params, {"lr": lr})
+        self.inner, self.inner_steps, self.tolerance = inner, inner_steps, tolerance
+        self.inner_lr = inner_lr if inner_lr is not None else 1.0 if inner == "lbfgs" else 1e-3
+        self.history = history
+        self.converged = True
+        self._warned = False
+
+    def step(self, closure: Callable[[], Any] | None = None) -> float:  # type: ignore[override]
+        """Take one step.
+
+        Args:
+            closure: Clears gradients, evaluates the loss, backpropagates and returns it.
+
+        Returns:
+            The loss before the step.
+
+        Raises:
+            ValueError: If there is no closure.
+        """
+        if closure is None:
+            raise ValueError(
+                "ImplicitSGD.step() needs a closure that clears gradients, evaluates the loss, "
+                "calls backward() and returns it"
+            )
+        rates = [group["lr"] for group in self.param_groups for _ in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        start = [p.detach().clone() for p in parameters]
+        losses: list[float] = []
+        fresh = False  # Whether the gradients are those of the present parameters.
+
+        def evaluate() -> float:
+            """Return the inner objective; its gradients are left in ``.grad``."""
+            nonlocal fresh
+            if fresh:
+                fresh = False
+                return losses[-1]  # The first value is asked for twice, and nothing moved yet.
+            with torch.enable_grad():
+                loss = closure()
+            losses.append(float(loss.detach() if isinstance(loss, Tensor) else loss))
+            distance = 0.0
+            with torch.no_grad():
+                for p, old, rate in zip(parameters, start, rates, strict=True):
+                    moved = p - old
+                    distance += float(moved.square().sum()) / (2 * rate)
+                    p.grad = moved / rate if p.grad is None else p.grad.add_(moved, alpha=1 / rate)
+            return losses[-1] + distance
+
+        evaluate()
+        fresh = True
+        limit = self.tolerance * _largest_gradient(parameters)
+        optimizer = self._inner_optimizer(parameters, min(rates), limit)
+        for _ in range(1 if self.inner == "lbfgs" else self.inner_steps):
+            optimizer.step(evaluate)
+            if _largest_gradient(parameters) <= limit:
+                break
+        evaluate()  # At the end of a line search gradients are those of the last point tried.
+        self._judge(parameters, start, losses[-1], limit)
+        return losses[0]
+
+    def _inner_optimizer(
+        self, parameters: list[Tensor], rate: float, limit: float
+    ) -> torch.optim.Optimizer:
+        if self.inner == "lbfgs":
+            return torch.optim.LBFGS(
+                parameters, lr=self.inner_lr, max_iter=self.inner_steps,
+                max_eval=2 * self.inner_steps + 5, history_size=self.history,
+                tolerance_grad=limit, tolerance_change=0.0,
+                line_search_fn="strong_wolfe",
+            )  # fmt: skip
+        if self.inner == "adam":
+            return torch.optim.Adam(parameters, self.inner_lr)
+        # The proximal term alone has curvature 1/η, the loss is trusted to have 1/inner_lr.
+        return torch.optim.SGD(parameters, rate / (1 + rate / self.inner_lr))
+
+    @torch.no_grad()
+    def _judge(
+        self, parameters: list[Tensor], start: list[Tensor], loss: float, limit: float
+    ) -> None:
+        """Take back what is not finite; report what is not solved, once."""
+        finite = math.isfinite(loss) and all(bool(p.isfinite().all()) for p in parameters)
+        self.converged = finite and _largest_gradient(parameters) <= limit
+        if not finite:
+            for p, old in zip(parameters, start, strict=True):
+                p.copy_(old)
+        if self.converged or self._warned:
+            return
+        self._warned = True
+        what = "did not converge" if finite else "diverged, so the step was taken back"
+        warnings.warn(
+            f"the inner problem of ImplicitSGD {what} within {self.inner_steps} iterations: raise "
+            "inner_steps, lower lr, or accept steps that are only partly implicit",
+            stacklevel=3,
+        )
+
+
+def _largest_gradient(parameters: list[Tensor]) -> float:
+    """Return the largest entry of all gradients."""
+    gradients = [p.grad for p in parameters if p.grad is not None and p.numel()]
+    return max((float(gradient.abs().max()) for gradient in gradients), default=0.0)

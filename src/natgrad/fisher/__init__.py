@@ -1,0 +1,26 @@
+"""Fisher matrices: which vectors are pulled back, and from data to a matrix."""
+
+from natgrad.fisher.estimation import Batch, RowReceiver, fisher_matrix, update_from_output
+from natgrad.fisher.types import (
+    FISHER_TYPES,
+    EmpiricalFisher,
+    ExactFisher,
+    FisherType,
+    ImprovedFisher,
+    MonteCarloFisher,
+    as_fisher_type,
+)
+
+__all__ = [
+    "FISHER_TYPES",
+    "Batch",
+    "EmpiricalFisher",
+    "ExactFisher",
+    "FisherType",
+    "ImprovedFisher",
+    "MonteCarloFisher",
+    "RowReceiver",
+    "as_fisher_type",
+    "fisher_matrix",
+    "update_from_output",
+]

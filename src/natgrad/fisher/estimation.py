@@ -1,0 +1,211 @@
+"""From a model and data, or from one recorded pass, to a Fisher matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.capture import Capture
+from natgrad.capture.evaluation import evaluated
+from natgrad.curvature import Curvature, Structure, as_structure
+from natgrad.fisher.types import FisherType, as_fisher_type
+from natgrad.jacobians import Jacobians, LinearJacobian
+from natgrad.jacobians.scaled import ScaledRows
+from natgrad.likelihoods import Likelihood, as_likelihood
+from natgrad.operators import FisherMatrix
+
+__all__ = ["Batch", "RowReceiver", "fisher_matrix", "update_from_output"]
+
+#: Vectors are pulled back in chunks whose gradients at all layers' outputs have at most this many
+#: entries together (2^26 float32 = 256 MiB).
+PULL_BACK_ELEMENTS = 2**26
+
+
+class RowReceiver(Protocol):
+    """What takes the rows that are pulled back from the output, as curvature does."""
+
+    @property
+    def additive(self) -> bool:
+        """Whether rows may come in chunks."""
+
+    def observe(
+        self, jacobians: Jacobians, count: Tensor | float, *, continued: bool = False
+    ) -> None:
+        """Take rows; see :meth:`natgrad.curvature.Curvature.observe`."""
+
+
+def update_from_output(
+    receiver: RowReceiver,
+    capture: Capture,
+    likelihood: Likelihood,
+    fisher: FisherType,
+    output: Tensor,
+    weights: Tensor,
+    count: Tensor,
+    *,
+    skip_silent: bool | None = None,
+    generator: torch.Generator | None = None,
+    target: Tensor | None = None,
+    cotangent: Tensor | None = None,
+    retain_graph: bool = True,
+) -> None:
+    """Pull the Fisher's vectors back through a recorded pass and hand the rows on.
+
+    Receivers that sum over rows take the vectors in chunks, so that memory stays bounded for many
+    classes or tokens.
+
+    Args:
+        receiver: What takes the rows.
+        capture: What recorded the pass.
+        likelihood: What the output means.
+        fisher: Which vectors are pulled back.
+        output: The pass's output, with its graph.
+        weights: Event weights, ``(N, E)``.
+        count: Their sum, as a mean-reduced loss divides by it.
+        skip_silent: Whether some event weights are zero, so that positions no vector reaches are
+            left out of input factors; looked up if it is not known.
+        generator: Source of randomness.
+        target: True target, where it is known.
+        cotangent: Gradient of the user's loss with respect to the output, where it is known.
+        retain_graph: Keep the graph for a later backward pass.
+    """
+    with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+        detached = output.detach()
+        vectors = fisher.vectors(likelihood, detached, weights, generator, target, cotangent)
+        scaled = fisher.row_scales(likelihood, detached, weights, target, cotangent)
+    if skip_silent is None:
+        skip_silent = bool((weights == 0).any())
+    total = vectors.shape[0]
+    step = total
+    if receiver.additive:
+        step = max(1, min(total, PULL_BACK_ELEMENTS // max(1, capture.find_pass(output).elements)))
+    active: dict[str, Tensor | None] = {}
+    if skip_silent and step < total:
+        # Which positions any of the vectors reaches: those a random combination of them reaches.
+        probe = torch.Generator(vectors.device).manual_seed(0)
+        mix = torch.randn(total, generator=probe, device=vectors.device, dtype=vectors.dtype)
+        combined = torch.tensordot(mix, vectors, dims=1).unsqueeze(0)
+        found = capture.pull_back(output, combined, skip_silent=True)
+        active = _active_positions(found)
+    for start in range(0, total, step):
+        stop = min(start + step, total)
+        jacobians = capture.pull_back(
+            output,
+            vectors[start:stop],
+            retain_graph=retain_graph or stop < total,
+            skip_silent=skip_silent,
+            independent=fisher.independent and receiver.additive,
+        )
+        for name, positions in active.items():
+            block = jacobians.get(name)
+            if isinstance(block, LinearJacobian):
+                block.active_positions = positions
+        if scaled is not None:
+            jacobians = ScaledRows(jacobians, *scaled)
+        receiver.observe(jacobians, count, continued=start > 0)
+
+
+def _active_positions(jacobians: Jacobians) -> dict[str, Tensor | None]:
+    return {
+        name: block.active_positions
+        for name, block in jacobians.items()
+        if isinstance(block, LinearJacobian)
+    }
+
+
+Batch = tuple[Any, "Tensor | None"]
+
+
+def fisher_matrix(
+    model: nn.Module,
+    data: Batch | Iterable[Batch],
+    likelihood: str | Likelihood | nn.Module = "categorical",
+    structure: str | Structure = "kfac",
+    fisher: str | FisherType = "exact",
+    *,
+    seed: int = 0,
+    output: Callable[[Any], Tensor] | None = None,
+    **structure_options: Any,
+) -> FisherMatrix:
+    r"""Return the Fisher matrix of a model on some data, in a chosen structure.
+
+    .. math:: F = \frac{1}{count} \sum_n J_n^\top \Lambda_n J_n
+
+    Args:
+        model: Any module; it runs in its present train or eval mode. Gradients, the random state
+            and the hooks of the model are left as they were.
+        data: A pair ``(inputs, targets)`` or an iterable of such pairs. Inputs may be a tensor, a
+            tuple of positional arguments or a dict of keyword arguments. Targets give ignored
+            events and weights, and the labels of the empirical and improved Fisher; they may be
+            None for ``exact`` and ``mc``.
+        likelihood: A name, a :class:`natgrad.Likelihood`, or a torch loss module.
+        structure: A name in :data:`natgrad.curvature.STRUCTURES`, or a
+            :class:`natgrad.curvature.Structure`.
+        fisher: ``"exact"``, ``"mc"``, ``"empirical"``, ``"improved"`` or a :class:`FisherType` with
+            options of its own, such as ``MonteCarloFisher(samples=10)``.
+        seed: Seed of sampled labels.
+        output: Picks the tensor the likelihood looks at out of the model's output.
+        **structure_options: Options of the structure, e.g. ``weight_sharing="reduce"`` for kfac.
+
+    Returns:
+        The Fisher matrix, ``P × P`` with ``P`` the number of trainable parameters, in the order of
+        :func:`torch.nn.utils.parameters_to_vector`.
+
+    Raises:
+        ValueError: If a name is unknown, the data is empty, or a parameter cannot be covered.
+
+    Example:
+        >>> F = natgrad.fisher_matrix(model, (x, y), structure="kfac")
+        >>> P = F.inverse(damping=1e-3)  # factorised once
+        >>> step = P @ gradient
+    """
+    likelihood = as_likelihood(likelihood)
+    fisher = as_fisher_type(fisher)
+    with Capture(model, output) as capture:
+        capture.check_covered()
+        layouts = {name: block.layout for name, block in capture.blocks.items()}
+        chosen = as_structure(structure, **structure_options)
+        curvature = Curvature(chosen, layouts, capture.layout)
+        generators: dict[torch.device, torch.Generator] = {}
+        batches = 0
+        for inputs, target in _batches(data):
+            batches += 1
+            with evaluated(capture, inputs) as found:
+                generator = generators.setdefault(
+                    found.device, torch.Generator(found.device).manual_seed(seed)
+                )
+                detached = found.detach()
+                count = likelihood.count(detached, target)
+                update_from_output(
+                    curvature,
+                    capture,
+                    likelihood,
+                    fisher,
+                    found,
+                    likelihood.event_weights(detached, target),
+                    count,
+                    generator=generator,
+                    target=target,
+                    retain_graph=False,
+                )
+            curvature.join(absent=count.double())
+    if batches == 0:
+        raise ValueError("data has no batches, so there is nothing to estimate a Fisher from")
+    return curvature.matrix()
+
+
+def _batches(data: Any) -> Iterator[Batch]:
+    pair = isinstance(data, (tuple, list)) and len(data) == 2
+    if pair and (data[1] is None or isinstance(data[1], Tensor)):
+        yield data[0], data[1]
+        return
+    for batch in data:
+        if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+            raise ValueError(
+                "data must be a pair (inputs, targets) or an iterable of such pairs, got a batch "
+                f"of type {type(batch).__name__}"
+            )
+        yield batch[0], batch[1]

@@ -1,0 +1,204 @@
+"""The products of which the backward pass of a linear map is made, with a weight per sample."""
+
+from __future__ import annotations
+
+import threading
+from abc import abstractmethod
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.capture.convolution import ConvolutionKind
+from natgrad.capture.embedding import EmbeddingKind
+from natgrad.capture.kinds import LayerKind
+from natgrad.capture.linear import LinearKind, TransposedLinearKind
+from natgrad.optim.fused.own_backward import Gradients, LayerProduct, LinearProduct
+
+__all__ = ["WeightedProduct", "find_product"]
+
+
+class WeightedProduct(LayerProduct):
+    """Products in which every sample's share has a weight."""
+
+    @abstractmethod
+    def weighted(
+        self, inputs: Tensor, weight: Tensor, delta: Tensor, factors: Tensor, needs_inputs: bool
+    ) -> Gradients:
+        """Return gradients, where those of weight and bias have each sample's share times a factor.
+
+        Args:
+            inputs: ``a``, ``(n·r, ...)``.
+            weight: The layer's weight.
+            delta: ``δ``, ``(n·r, ...)``.
+            factors: One factor per sample, ``(n,)``.
+            needs_inputs: Whether the gradient at the input is asked for.
+        """
+
+
+_CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
+_EMBEDDING_BACKWARD = torch.ops.aten.embedding_dense_backward.default
+
+#: Views remembered at most; batches of many lengths would fill memory with them.
+MAX_VIEWS = 1024
+
+
+class _Scratch(threading.local):
+    """One tensor per dtype and the views of it that were used, for every thread its own.
+
+    On the CPU fresh memory for every layer would cost page faults.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: dict[torch.dtype, Tensor] = {}
+        self.views: dict[tuple[torch.dtype, torch.Size, int], tuple[Tensor, Tensor]] = {}
+
+    def like(self, rows: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+        """Return memory in the shape of the rows, and the same as ``(samples, ...)``."""
+        key, size = (rows.dtype, rows.shape, samples), rows.numel()
+        found = self.views.get(key)
+        if found is None:
+            if rows.dtype not in self.tensors or self.tensors[rows.dtype].numel() < size:
+                self.tensors[rows.dtype] = rows.new_empty(size)
+                self.views.clear()
+            if len(self.views) >= MAX_VIEWS:
+                self.views.clear()
+            out = self.tensors[rows.dtype][:size]
+            found = self.views[key] = out.view(rows.shape), out.view(samples, -1)
+        return found
+
+
+_scratch = _Scratch()
+
+
+def _scaled_copy(rows: Tensor, factors: Tensor) -> Tensor:
+    """Return rows times one factor per sample; on the CPU valid until the thread's next call.
+
+    Args:
+        rows: ``(n·r, ...)``.
+        factors: ``(n,)``.
+    """
+    samples = len(factors)
+    by_sample, column = rows.reshape(samples, -1), factors.to(rows.dtype).view(-1, 1)
+    if rows.device.type != "cpu":
+        return (by_sample * column).view(rows.shape)
+    shaped, out = _scratch.like(rows, samples)
+    torch.mul(by_sample, column, out=out)
+    return shaped
+
+
+def _weighted_sum(rows: Tensor, factors: Tensor) -> Tensor:
+    """Return the sum of rows ``(n·r, d)``, each sample's times its factor."""
+    total = factors.to(rows.dtype) @ rows.reshape(len(factors), -1)
+    return total.view(-1, rows.shape[-1]).sum(0)
+
+
+class WeightedLinear(WeightedProduct, LinearProduct):
+    """``y = x Wᵀ + b``, or ``y = x W + b``.
+
+    Args:
+        has_bias: Whether there is a bias.
+        transposed: Whether the weight is stored as ``(in, out)``.
+    """
+
+    def __init__(self, has_bias: bool, transposed: bool = False) -> None:
+        super().__init__(transposed)
+        self.has_bias = has_bias
+
+    def input_gradient(self, inputs: Tensor, weight: Tensor, delta: Tensor) -> Tensor:
+        """Return ``δ W``."""
+        return LinearProduct.input_gradient(self, inputs, weight, delta)
+
+    def weighted(
+        self, inputs: Tensor, weight: Tensor, delta: Tensor, factors: Tensor, needs_inputs: bool
+    ) -> Gradients:
+        """Scale δ, which has just been made and is in the cache, or a if it is much smaller."""
+        to_inputs = self.input_gradient(inputs, weight, delta) if needs_inputs else None
+        a = inputs.reshape(-1, inputs.shape[-1]).to(delta.dtype)
+        d = delta.reshape(-1, delta.shape[-1])
+        bias: Tensor | None = None
+        if 2 * a.shape[1] < d.shape[1]:
+            bias = _weighted_sum(d, factors) if self.has_bias else None
+            a = _scaled_copy(a, factors)
+        else:
+            d = _scaled_copy(d, factors)
+            bias = d.sum(0) if self.has_bias else None
+        return to_inputs, (a.T @ d if self.transposed else d.T @ a), bias
+
+
+class WeightedConvolution(WeightedProduct):
+    """Conv1d, Conv2d and Conv3d with zero padding.
+
+    Args:
+        module: The layer.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        convolution = cast(nn.Conv2d, module)
+        padding = convolution._reversed_padding_repeated_twice[::-2]
+        self.has_bias = convolution.bias is not None
+        self.options = (
+            list(convolution.stride), list(padding), list(convolution.dilation), False,
+            [0] * len(padding), convolution.groups,
+        )  # fmt: skip
+
+    def input_gradient(self, inputs: Tensor, weight: Tensor, delta: Tensor) -> Tensor:
+        """Return the transposed convolution of δ."""
+        weight = weight.to(delta.dtype)
+        mask = [True, False, False]
+        return self._backward(delta, inputs.to(delta.dtype), weight, None, mask)[0]
+
+    def weighted(
+        self, inputs: Tensor, weight: Tensor, delta: Tensor, factors: Tensor, needs_inputs: bool
+    ) -> Gradients:
+        """Scale a: the gradient at the input does not depend on it, so one call makes both."""
+        a = _scaled_copy(inputs.to(delta.dtype), factors)
+        mask = [needs_inputs, True, False]
+        found = self._backward(delta, a, weight.to(delta.dtype), None, mask)
+        bias = None
+        if self.has_bias:
+            samples = factors.to(delta.dtype) @ delta.reshape(len(factors), -1)
+            bias = samples.view(-1, *delta.shape[1:]).transpose(0, 1).flatten(1).sum(1)
+        return found[0] if needs_inputs else None, found[1], bias
+
+    def _backward(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *tensors, mask = arguments
+        return cast(
+            "tuple[Tensor, Tensor, Tensor]", _CONVOLUTION_BACKWARD(*tensors, *self.options, mask)
+        )
+
+
+class WeightedEmbedding(WeightedProduct):
+    """A table of vectors.
+
+    Args:
+        module: The layer.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        table = cast(nn.Embedding, module)
+        self.size = table.num_embeddings
+        self.padding = -1 if table.padding_idx is None else table.padding_idx
+
+    def weighted(
+        self, inputs: Tensor, weight: Tensor, delta: Tensor, factors: Tensor, needs_inputs: bool
+    ) -> Gradients:
+        """Scale δ."""
+        scaled = _scaled_copy(delta, factors)
+        return None, _EMBEDDING_BACKWARD(scaled, inputs, self.size, self.padding, False), None
+
+
+def find_product(module: nn.Module, kind: LayerKind) -> WeightedProduct | None:
+    """Return how a layer's products are made, or None where that is not known."""
+    if type(kind) is LinearKind:
+        return WeightedLinear(module.bias is not None)
+    if type(kind) is TransposedLinearKind:
+        return WeightedLinear(module.bias is not None, transposed=True)
+    if isinstance(kind, ConvolutionKind):
+        padding = cast(nn.Conv2d, module)._reversed_padding_repeated_twice
+        symmetric = list(padding[::2]) == list(padding[1::2])
+        plain = cast(nn.Conv2d, module).padding_mode == "zeros"
+        return WeightedConvolution(module) if plain and symmetric else None
+    if isinstance(kind, EmbeddingKind):
+        return None if cast(nn.Embedding, module).sparse else WeightedEmbedding(module)
+    return None

@@ -1,0 +1,126 @@
+"""Layers whose backward pass weighs the samples with kept coefficients.
+
+The weights enter the product that makes the weight's gradient, ``Σ_n c_n δ_nᵀ a_n``, by scaling the
+smaller one of its two factors: no gradient per sample is formed and no second pass is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.capture.blocks import Use
+from natgrad.capture.hooks import ModelHook, inside_backward, outside_graphs
+from natgrad.fngd.coefficients import Coefficients
+from natgrad.fngd.layer_products import WeightedProduct, find_product
+from natgrad.layouts import BlockLayout, inner_product
+from natgrad.optim.fused.own_backward import Gradients, LayerProduct, OwnBackward
+
+__all__ = ["CoefficientClock", "WeightedGradient", "weighable_layers"]
+
+
+class CoefficientClock:
+    """Knows which samples the present forward pass of a model is about.
+
+    Args:
+        model: The model.
+        counts: Whether passes are counted.
+
+    Attributes:
+        weighing: Whether kept coefficients are in use.
+        passes: Forward passes since they are, where they are counted.
+        samples: Samples of the present pass: the first dimension of the model's first tensor.
+        indices: Their indices in the data set, where the user gave them.
+    """
+
+    def __init__(self, model: nn.Module, counts: bool) -> None:
+        self.counts = counts
+        self.weighing = False
+        self.passes = 0
+        self.samples = 0
+        self.indices: Tensor | None = None
+        hook = ModelHook(self, CoefficientClock._before_model)
+        model.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+
+    @outside_graphs
+    def _before_model(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not torch.is_grad_enabled() or inside_backward():
+            return
+        if self.weighing and self.counts:
+            self.passes += 1
+        self.samples = next((len(t) for t in _tensors((args, kwargs)) if t.dim()), 0)
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, dict):
+        yield from _tensors(tuple(values.values()))
+    elif isinstance(values, (tuple, list)):
+        for value in values:
+            yield from _tensors(value)
+
+
+class WeightedGradient(OwnBackward):
+    """Makes the ``.grad`` of one block the weighted sum of its samples' gradients.
+
+    Args:
+        layout: The block's layout.
+        coefficients: Returns what is kept of its coefficients.
+        layers: The layers that use the block, with how their products are made.
+        clock: Knows the present batch.
+    """
+
+    def __init__(
+        self,
+        layout: BlockLayout,
+        coefficients: Callable[[], Coefficients],
+        layers: Iterable[tuple[nn.Module, WeightedProduct]],
+        clock: CoefficientClock,
+    ) -> None:
+        super().__init__(layout.names, layers)
+        self.coefficients, self.clock = coefficients, clock
+
+    def call(self, module: nn.Module, inputs: Tensor) -> Tensor | None:
+        """Return the coefficients of the batch, or None while there are none."""
+        clock = self.clock
+        if not clock.weighing:
+            return None
+        return self.coefficients().of_batch(clock.samples, clock.passes - 1, clock.indices)
+
+    def gradients(
+        self,
+        product: LayerProduct,
+        inputs: Tensor,
+        weight: Tensor,
+        delta: Tensor,
+        call: Tensor,
+        needs_inputs: bool,
+    ) -> Gradients:
+        """Return weighted gradients; see :class:`OwnBackward`."""
+        assert isinstance(product, WeightedProduct)
+        self.active = True
+        factors = call
+        if len(delta) % len(factors):
+            factors = factors.mean().reshape(1)
+        return product.weighted(inputs, weight, delta, factors, needs_inputs)
+
+    def inner_product(self, natural: dict[str, Tensor]) -> Tensor:
+        """Return ``‖Δ‖²``: the plain gradient is not known, and only finiteness is asked for."""
+        own = {name: natural[name] for name in self.names}
+        return inner_product(own, own)
+
+
+def weighable_layers(uses: Iterable[Use]) -> list[tuple[nn.Module, WeightedProduct]] | None:
+    """Return a block's layers with their products, or None if one of them has none."""
+    result: list[tuple[nn.Module, WeightedProduct]] = []
+    for use in uses:
+        own = {name for name, p in use.module.named_parameters(recurse=False) if p.requires_grad}
+        product = find_product(use.module, use.kind)
+        if product is None or own != set(use.names):
+            return None
+        result.append((use.module, product))
+    return result

@@ -1,0 +1,139 @@
+"""The sums that are K-FAC's factors, as rows, before they are multiplied out.
+
+A structured factor K sees a sum ``S = Σ x xᵀ`` only as ``Π(Kᵀ S K)``, which the rows ``x K`` give
+without any d × d matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from natgrad.jacobians.embedding import EmbeddingJacobian
+from natgrad.jacobians.layer import CHUNK_ELEMENTS, LayerJacobian, WeightSharing
+from natgrad.jacobians.linear import LinearJacobian, mean_inputs
+from natgrad.jacobians.tied import SumJacobian, is_other_way_round
+
+__all__ = ["FactorTerm", "FactorTerms", "factor_terms"]
+
+
+@dataclass(frozen=True)
+class FactorTerm:
+    """One term of a K-FAC factor's sum: ``Σ x xᵀ`` of rows, or a diagonal.
+
+    Attributes:
+        rows: ``(G, R, d)`` without the bias coordinate, or the diagonal, ``(G, d)``.
+        bias: The input a bias sees; None without one.
+        kept: Which rows count, ``(R,)`` of 0 and 1; None for all.
+        weight: Factor on the sum.
+    """
+
+    rows: Tensor
+    bias: float | None = None
+    kept: Tensor | None = None
+    weight: Tensor | float = 1.0
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether it is given by its diagonal."""
+        return self.rows.dim() == 2
+
+    def chunks(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Yield rows with their bias coordinate, some at a time, in a type."""
+        size = self.rows.shape[2] + (self.bias is not None)
+        step = max(1, CHUNK_ELEMENTS // max(1, size * self.rows.shape[0]))
+        for start in range(0, max(1, self.rows.shape[1]), step):
+            rows = self.rows[:, start : start + step]
+            if self.bias is not None:
+                rows = torch.cat([rows, rows.new_full((*rows.shape[:2], 1), self.bias)], dim=2)
+            if self.kept is not None:
+                rows = rows * self.kept[start : start + step].to(rows.dtype).unsqueeze(1)
+            yield rows.to(dtype)
+
+    def trace(self) -> Tensor:
+        """Return the trace, groups summed."""
+        if self.diagonal:
+            total = self.rows.sum()
+        else:
+            total = torch.stack([x.square().sum() for x in self.chunks(self.rows.dtype)]).sum()
+        return total * self.weight
+
+
+@dataclass(frozen=True)
+class FactorTerms:
+    """K-FAC's sums of one layer, as :class:`natgrad.jacobians.layer.KroneckerSums` in rows.
+
+    Attributes:
+        inputs: Terms of ``Σ a aᵀ``; None where an earlier chunk has brought it.
+        positions: How many rows ``inputs`` sums.
+        outputs: Terms of ``Σ δ δᵀ``.
+    """
+
+    inputs: list[FactorTerm] | None
+    positions: Tensor
+    outputs: list[FactorTerm]
+
+
+def factor_terms(rows: LayerJacobian, sharing: WeightSharing, continued: bool) -> FactorTerms:
+    """Return what :meth:`LayerJacobian.kronecker_factors` sums, before it is multiplied out."""
+    if isinstance(rows, SumJacobian):
+        return _tied_terms(rows, sharing)
+    if isinstance(rows, LinearJacobian):
+        return _linear_terms(rows, sharing, continued)
+    # Rows without a factored form: the whole block is the input factor.
+    flat = torch.cat([rows.per_sample_gradients(*chunk).flatten(0, 1) for chunk in rows.chunks()])
+    count = flat.new_tensor(0.0 if continued else float(rows.samples))
+    return FactorTerms(
+        [FactorTerm(flat[:, 0].transpose(0, 1))], count, [FactorTerm(count.reshape(1, 1))]
+    )
+
+
+def _linear_terms(rows: LinearJacobian, sharing: WeightSharing, continued: bool) -> FactorTerms:
+    delta, active = rows.output_gradients, rows.active_positions
+    reduced = sharing == "reduce" and rows.positions > 1
+    inputs: list[FactorTerm] | None = None
+    positions = delta.new_zeros(())
+    if not continued and isinstance(rows, EmbeddingJacobian):
+        # With a size limit of 0 its sums are diagonals, which those of one-hot inputs are anyway.
+        sums = rows.kronecker_factors(sharing, 0)
+        assert sums.inputs is not None
+        inputs, positions = [FactorTerm(sums.inputs)], sums.positions
+    elif not continued:
+        a, kept = rows.inputs, active
+        if reduced:
+            a, kept = mean_inputs(a, active)
+        bias = rows.bias_value if rows.layout.has_bias else None
+        mask = None if kept is None else kept.flatten()
+        inputs = [FactorTerm(a.permute(2, 0, 1, 3).flatten(1, 2), bias, mask)]
+        positions = delta.new_tensor(float(a.shape[0] * a.shape[1])) if kept is None else kept.sum()
+    if reduced:
+        delta = delta.sum(2, keepdim=True)
+    outputs = [FactorTerm(delta.permute(3, 0, 1, 2, 4).flatten(1, 3))]
+    return FactorTerms(inputs, positions, outputs)
+
+
+def _tied_terms(rows: SumJacobian, sharing: WeightSharing) -> FactorTerms:
+    """Merge the uses' products by their traces, as :meth:`SumJacobian.kronecker_factors` does."""
+    inputs: list[FactorTerm] = []
+    outputs: list[FactorTerm] = []
+    total = torch.zeros((), dtype=rows.dtype, device=rows.device)
+    for part in rows.parts:
+        moments = factor_terms(part, sharing, False)
+        assert moments.inputs is not None
+        positions = moments.positions.clamp(min=1.0)
+        a = [replace(term, weight=term.weight / positions) for term in moments.inputs]
+        b = moments.outputs
+        if is_other_way_round(part.layout, rows.layout):
+            a, b = b, a
+        trace_a = torch.stack([term.trace() for term in a]).sum()
+        trace_b = torch.stack([term.trace() for term in b]).sum()
+        inputs += [replace(term, weight=term.weight * trace_b) for term in a]
+        outputs += [replace(term, weight=term.weight * trace_a) for term in b]
+        total = total + trace_a * trace_b
+    scale = torch.where(total > 0, total, torch.ones_like(total))
+    count = total.new_tensor(float(rows.samples))
+    scaled = [replace(term, weight=term.weight * (count / scale)) for term in inputs]
+    return FactorTerms(scaled, count, outputs)

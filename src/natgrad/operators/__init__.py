@@ -1,0 +1,21 @@
+"""Symmetric matrices in structured form: products, traces, inverses, sums. They know no layers."""
+
+from natgrad.operators.block_diagonal import FisherMatrix
+from natgrad.operators.combined import ScaledOperator, SumOperator
+from natgrad.operators.dense import DenseOperator
+from natgrad.operators.diagonal import DiagonalOperator
+from natgrad.operators.eigen_kronecker import EigenKroneckerOperator
+from natgrad.operators.kronecker import KroneckerOperator
+from natgrad.operators.operator import GradientSource, Operator
+
+__all__ = [
+    "DenseOperator",
+    "DiagonalOperator",
+    "EigenKroneckerOperator",
+    "FisherMatrix",
+    "GradientSource",
+    "KroneckerOperator",
+    "Operator",
+    "ScaledOperator",
+    "SumOperator",
+]

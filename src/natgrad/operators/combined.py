@@ -1,0 +1,134 @@
+"""Sums and multiples of operators of one layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from natgrad import linalg
+from natgrad.operators.dense import DenseOperator
+from natgrad.operators.operator import GradientSource, Operator, VectorLayout
+
+__all__ = ["ScaledOperator", "SumOperator"]
+
+
+@dataclass(frozen=True, eq=False)
+class ScaledOperator(Operator):
+    """``c F``, solved as F is: ``(cF + λI)⁻¹ = (F + λ/c I)⁻¹/c``.
+
+    Attributes:
+        layout: How vectors are cut into parameters.
+        operator: F.
+        factor: c.
+    """
+
+    layout: VectorLayout
+    operator: Operator
+    factor: float
+
+    def multiply(self, columns: Tensor) -> Tensor:
+        """Return ``c F V``."""
+        return self.operator.multiply(columns) * self.factor
+
+    def trace(self) -> Tensor:
+        """Return ``c tr F``."""
+        return self.operator.trace() * self.factor
+
+    def diagonal(self) -> Tensor:
+        """Return c times the diagonal."""
+        return self.operator.diagonal() * self.factor
+
+    def eigenvalues(self) -> Tensor:
+        """Return c times the eigenvalues."""
+        return self.operator.eigenvalues() * self.factor
+
+    def to_dense(self) -> Tensor:
+        """Return the matrix."""
+        return self.operator.to_dense() * self.factor
+
+    def direct_inverse(self, damping: float) -> Operator:
+        """Return ``(F + λ/c I)⁻¹/c``; the pseudo-inverse of 0 for ``c = 0`` without damping."""
+        if self.factor > 0:
+            inverse = self.operator.direct_inverse(damping / self.factor)
+            return replace(self, operator=inverse, factor=1.0 / self.factor)
+        return DenseOperator(self.layout, self.to_dense()).direct_inverse(damping)
+
+    def inverse_root(self, damping: float) -> Operator:
+        """Return ``(F + λ/c I)^(−1/2)/√c``."""
+        if self.factor > 0:
+            root = self.operator.inverse_root(damping / self.factor)
+            return replace(self, operator=root, factor=self.factor**-0.5)
+        return DenseOperator(self.layout, self.to_dense()).inverse_root(damping)
+
+    def natural_gradient(self, source: GradientSource) -> dict[str, Tensor]:
+        """Return c times that of F."""
+        natural = self.operator.natural_gradient(source)
+        return {name: value * self.factor for name, value in natural.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class SumOperator(Operator):
+    """``Σ_i F_i``; products and traces add, everything else goes through the dense matrix.
+
+    Its inverse takes ``P × P``, or products alone with ``solver="conjugate_gradient"``.
+
+    Attributes:
+        layout: How vectors are cut into parameters.
+        terms: The ``F_i``.
+    """
+
+    layout: VectorLayout
+    terms: tuple[Operator, ...]
+
+    @classmethod
+    def of(cls, *operators: Operator) -> SumOperator:
+        """Return the sum of operators of one layout, sums among them flattened.
+
+        Raises:
+            ValueError: If their layouts differ.
+        """
+        terms: list[Operator] = []
+        for one in operators:
+            terms += one.terms if isinstance(one, SumOperator) else [one]
+        first = terms[0].layout
+        for term in terms[1:]:
+            if term.layout.names != first.names or term.layout.sizes != first.sizes:
+                raise ValueError(
+                    "only matrices of the same parameters add: one is about "
+                    f"{', '.join(first.names)}, the other about {', '.join(term.layout.names)}"
+                )
+        return cls(first, tuple(terms))
+
+    def multiply(self, columns: Tensor) -> Tensor:
+        """Return ``Σ F_i V``."""
+        return torch.stack([term.multiply(columns) for term in self.terms]).sum(0)
+
+    def trace(self) -> Tensor:
+        """Return ``Σ tr F_i``."""
+        return torch.stack([term.trace() for term in self.terms]).sum()
+
+    def diagonal(self) -> Tensor:
+        """Return the sum of the diagonals."""
+        return torch.stack([term.diagonal() for term in self.terms]).sum(0)
+
+    def to_dense(self) -> Tensor:
+        """Return the matrix."""
+        linalg.check_memory(self.layout.numel, len(self.terms) + 1, self.dtype, self.device)
+        return torch.stack([term.to_dense() for term in self.terms]).sum(0)
+
+    def _dense(self) -> DenseOperator:
+        return DenseOperator(self.layout, self.to_dense())
+
+    def eigenvalues(self) -> Tensor:
+        """Return the eigenvalues of the dense matrix."""
+        return self._dense().eigenvalues()
+
+    def direct_inverse(self, damping: float) -> Operator:
+        """Invert the dense matrix."""
+        return self._dense().direct_inverse(damping)
+
+    def inverse_root(self, damping: float) -> Operator:
+        """Return the root of the dense matrix."""
+        return self._dense().inverse_root(damping)

@@ -1,0 +1,62 @@
+"""Diagonal matrices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from natgrad.linalg import require_finite
+from natgrad.operators.operator import GradientSource, Operator, VectorLayout
+
+__all__ = ["DiagonalOperator"]
+
+
+@dataclass(frozen=True, eq=False)
+class DiagonalOperator(Operator):
+    """``diag(f)``.
+
+    Attributes:
+        layout: How vectors are cut into parameters.
+        entries: f, ``(P,)``.
+    """
+
+    layout: VectorLayout
+    entries: Tensor
+
+    def multiply(self, columns: Tensor) -> Tensor:
+        """Return ``f ∘ V``."""
+        return self.entries.unsqueeze(1) * columns
+
+    def trace(self) -> Tensor:
+        """Return ``Σ f``."""
+        return self.entries.sum()
+
+    def diagonal(self) -> Tensor:
+        """Return f."""
+        return self.entries
+
+    def eigenvalues(self) -> Tensor:
+        """Return f."""
+        return self.entries
+
+    def to_dense(self) -> Tensor:
+        """Return the matrix."""
+        return torch.diag(self.entries)
+
+    def direct_inverse(self, damping: float) -> DiagonalOperator:
+        """Divide entry by entry; zero damping leaves out zero entries."""
+        damped = self.entries + damping
+        inverse = torch.where(damped != 0, 1.0 / damped, 0.0)
+        require_finite(inverse, "an entry of the diagonal is NaN or infinite")
+        return replace(self, entries=inverse)
+
+    def inverse_root(self, damping: float) -> DiagonalOperator:
+        """Divide by the root entry by entry."""
+        return replace(self, entries=(self.entries + damping).rsqrt())
+
+    def natural_gradient(self, source: GradientSource) -> dict[str, Tensor]:
+        """Multiply entry by entry."""
+        entries = self.layout.to_dict(self.entries)
+        return {name: source.gradients[name] * value for name, value in entries.items()}

@@ -1,0 +1,307 @@
+"""What every structured symmetric matrix can do."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from natgrad import linalg
+from natgrad.arguments import check_damping
+from natgrad.jacobians import CHUNK_ELEMENTS, Jacobians, LayerJacobian
+from natgrad.layouts import ParameterLayout
+from natgrad.records import Record
+from natgrad.solvers import IterativeSolver, Solver, TruncatedEigh, as_solver
+
+__all__ = ["GradientSource", "Operator", "VectorLayout", "map_by_columns", "map_jointly"]
+
+
+class VectorLayout(Protocol):
+    """How a flat vector is cut into parameters: a block's layout or a whole model's."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Qualified parameter names in order."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Their numbers of entries."""
+
+    @property
+    def numel(self) -> int:
+        """Their sum."""
+
+    def to_flat(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Concatenate tensors by name into one vector."""
+
+    def to_dict(self, flat: Tensor) -> dict[str, Tensor]:
+        """Split a vector into tensors by name."""
+
+
+@dataclass
+class GradientSource:
+    """A loss gradient together with how it came about.
+
+    Attributes:
+        gradients: Parameter name → gradient.
+        rows: First parameter name of a block → Jacobian whose rows sum to the block's gradient.
+            Present only while the gradients are exactly what the last backward pass left.
+        natural: Blocks whose gradients the backward pass has preconditioned already.
+        coordinates: ``u`` (N, K) with ``∇L = Jᵀu`` for the rows of the last batch.
+    """
+
+    gradients: dict[str, Tensor]
+    rows: Mapping[str, LayerJacobian] | None = None
+    coordinates: Tensor | None = None
+    natural: Set[str] = frozenset()
+
+
+class Operator(Record, ABC):
+    """A symmetric ``P × P`` matrix in structured form; it never changes.
+
+    A subclass is a frozen dataclass with a ``layout``, which says how its vectors are cut into
+    parameters. It knows no layers, no damping and no training. :meth:`inverse` factorises once and
+    returns another operator, which is applied as often as wanted.
+    """
+
+    layout: VectorLayout
+
+    # What a structured matrix implements.
+
+    @abstractmethod
+    def multiply(self, columns: Tensor) -> Tensor:
+        """Return ``F V`` for ``(P, k)``."""
+
+    @abstractmethod
+    def trace(self) -> Tensor:
+        """Return ``tr F``."""
+
+    @abstractmethod
+    def diagonal(self) -> Tensor:
+        """Return the diagonal, ``(P,)``."""
+
+    @abstractmethod
+    def eigenvalues(self) -> Tensor:
+        """Return all ``P`` eigenvalues, in any order."""
+
+    @abstractmethod
+    def direct_inverse(self, damping: float) -> Operator:
+        """Return ``(F + damping I)⁻¹`` by the matrix's own factorisation; the pseudo-inverse for 0.
+
+        Raises:
+            FactorizationError: If that is impossible.
+        """
+
+    def inverse_root(self, damping: float) -> Operator:
+        """Return the symmetric ``(F + damping I)^(−1/2)``, for ``damping > 0``.
+
+        Raises:
+            NotImplementedError: If the structure has no square root at hand.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} has no square root of its inverse at hand"
+        )
+
+    # What follows from it.
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(P, P)``."""
+        return self.layout.numel, self.layout.numel
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the entries."""
+        return next(self.tensors()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the entries are."""
+        return next(self.tensors()).device
+
+    def inverse(self, damping: float = 0.0, solver: str | Solver = "direct") -> Operator:
+        """Return ``(F + damping I)⁻¹``, factorised once; the pseudo-inverse for 0.
+
+        Args:
+            damping: λ ≥ 0, in the units of F.
+            solver: ``"direct"`` (default), the structure's own factorisation; ``"eigh"``, on the
+                space of nonzero eigenvalues; ``"conjugate_gradient"`` or ``"thermodynamic"``, which
+                need products with F only; or a :class:`natgrad.solvers.Solver` with options.
+
+        Raises:
+            ValueError: If the damping is negative or not finite, or the solver unknown.
+            FactorizationError: If a factorisation is impossible.
+        """
+        check_damping(damping)
+        chosen = as_solver(solver)
+        if isinstance(chosen, IterativeSolver):
+            from natgrad.operators.iterative import IterativeInverse
+
+            return IterativeInverse.of(self, damping, chosen)
+        if isinstance(chosen, TruncatedEigh):
+            return self.truncated_inverse(damping, chosen.cutoff)
+        return self.direct_inverse(damping)
+
+    def truncated_inverse(self, damping: float, cutoff: float) -> Operator:
+        """Return ``(F + damping I)⁻¹`` on eigenvectors with values above ``cutoff`` the largest.
+
+        It is zero on all others.
+        """
+        from natgrad.operators.dense import SpectralOperator
+
+        values, vectors = linalg.eigh(self.to_dense())
+        kept = values > cutoff * values[-1].clamp(min=0.0)
+        inverse = torch.where(kept, 1.0 / torch.where(kept, values + damping, 1.0), 0.0)
+        return SpectralOperator(self.layout, inverse, vectors)
+
+    def continuing(self, previous: Operator | None) -> Operator:
+        """Return the operator as one that goes on from what an earlier one has reached.
+
+        Only iterative inverses carry something from one solution to the next.
+        """
+        return self
+
+    @classmethod
+    def inverses(cls, operators: Sequence[Self], dampings: Sequence[float]) -> list[Operator]:
+        """Return the inverses of several operators of one class, if possible made together."""
+        return [one.inverse(damping) for one, damping in zip(operators, dampings, strict=True)]
+
+    def solve(self, columns: Tensor, damping: float = 0.0) -> Tensor:
+        """Return ``(F + damping I)⁻¹ V``; keep :meth:`inverse` where it is wanted again."""
+        return self.inverse(damping) @ columns
+
+    def __matmul__(self, columns: Any) -> Any:
+        """Return ``F v`` for a vector ``(P,)`` or columns ``(P, k)``."""
+        if columns.dim() == 1:
+            return self.multiply(columns.unsqueeze(1))[:, 0]
+        return self.multiply(columns)
+
+    def logdet(self, damping: float = 0.0) -> Tensor:
+        """Return ``log det(F + damping I)``; −inf where that is singular."""
+        check_damping(damping)
+        return (self.eigenvalues().clamp(min=0.0) + damping).log().sum()
+
+    def to_dense(self) -> Tensor:
+        """Return the matrix, ``(P, P)``."""
+        return self.multiply(torch.eye(self.layout.numel, dtype=self.dtype, device=self.device))
+
+    def __add__(self, other: Operator) -> Operator:
+        """Return the sum with a matrix of the same layout."""
+        from natgrad.operators.combined import SumOperator
+
+        return SumOperator.of(self, other)
+
+    def __mul__(self, factor: float) -> Operator:
+        """Return a multiple."""
+        from natgrad.operators.combined import ScaledOperator
+
+        return ScaledOperator(self.layout, self, float(factor))
+
+    def __rmul__(self, factor: float) -> Operator:
+        """Return a multiple."""
+        return self * factor
+
+    def natural_gradient(self, source: GradientSource) -> dict[str, Tensor]:
+        """Return ``F ∇L`` of the operator's parameters by the cheapest route, in F's type.
+
+        Inverses are what is applied so. Matrices that know one make use of how the gradient came
+        about.
+        """
+        flat = self.flat_gradient(source).to(self.dtype)
+        return self.layout.to_dict(self.multiply(flat.unsqueeze(1))[:, 0])
+
+    def flat_gradient(self, source: GradientSource) -> Tensor:
+        """Return the gradient of the operator's parameters, ``(P,)``."""
+        return self.layout.to_flat({name: source.gradients[name] for name in self.layout.names})
+
+    def row_products(self, direction: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+        """Return ``JΔ`` and the count, for the rows the matrix was made of; None where unknown.
+
+        Args:
+            direction: Parameter name → Δ; parameters without one do not move.
+        """
+        return None
+
+    def frozen(self) -> Operator:
+        """Return the operator as it is now, for going back to it."""
+        return self
+
+    def for_checkpoint(self) -> Operator | None:
+        """Return what a checkpoint keeps of it; None if it belongs to one batch."""
+        return self
+
+    def function_space_map(
+        self, names: Collection[str], rows: Jacobians, other: Jacobians, damping: float
+    ) -> dict[str, Tensor]:
+        """Return block name → ``J'_l [(F + damping I)⁻¹ Jᵀ]_l``, ``(R', R)``.
+
+        Args:
+            names: The blocks whose parameters the matrix is about.
+            rows: ``J``.
+            other: ``J'``.
+            damping: λ.
+        """
+        inverse = self.direct_inverse(damping)
+        if isinstance(self.layout, ParameterLayout):
+            mine = [name for name in names if name in rows and name in other]
+            return map_jointly(mine, rows, other, inverse, self.layout)
+        (name,) = names
+        return map_by_columns(name, rows, other, inverse)
+
+
+def map_by_columns(
+    name: str, rows: Jacobians, other: Jacobians, inverse: Operator
+) -> dict[str, Tensor]:
+    """Return ``{name: J' H Jᵀ}`` of one block, applying ``H`` to some rows of ``J`` at a time.
+
+    Args:
+        name: Block name.
+        rows: ``J``; a block missing here or in ``other`` contributes nothing.
+        other: ``J'``.
+        inverse: ``H``.
+    """
+    if name not in rows or name not in other:
+        return {}
+    left, right = other[name], rows[name]
+    pieces = []
+    for start, stop in right.chunks():
+        columns = right.layout.flat(right.per_sample_gradients(start, stop)).flatten(0, 1).T
+        pieces.append(left.matvec(inverse.multiply(columns)))
+    return {name: torch.cat(pieces, dim=1)}
+
+
+def map_jointly(
+    names: Collection[str],
+    rows: Jacobians,
+    other: Jacobians,
+    inverse: Operator,
+    layout: ParameterLayout,
+) -> dict[str, Tensor]:
+    """Return block name → ``J'_l [H Jᵀ]_l`` of several blocks, some rows of ``J`` at a time.
+
+    Args:
+        names: Blocks that both have rows of.
+        rows: ``J``.
+        other: ``J'``.
+        inverse: ``H``.
+        layout: The parameters ``H`` is about.
+    """
+    pieces: dict[str, list[Tensor]] = {name: [] for name in names}
+    step = max(1, CHUNK_ELEMENTS // max(1, layout.numel * rows.directions))
+    for start in range(0, rows.samples if names else 0, step):
+        stop = min(start + step, rows.samples)
+        columns = layout.zeros(layout.numel, (stop - start) * rows.directions)
+        for name in names:
+            block = rows[name]
+            flat = block.layout.flat(block.per_sample_gradients(start, stop)).flatten(0, 1)
+            layout.scatter(block.layout, flat.T, columns)
+        solution = inverse.multiply(columns)
+        for name in names:
+            block = other[name]
+            pieces[name].append(block.matvec(layout.gather(block.layout, solution)))
+    return {name: torch.cat(columns, dim=1) for name, columns in pieces.items()}

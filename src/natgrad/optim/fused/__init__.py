@@ -1,0 +1,1 @@
+"""Layers whose backward pass leaves another gradient than the plain one."""

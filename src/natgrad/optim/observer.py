@@ -1,0 +1,294 @@
+"""Which passes of a model are seen, and when their rows are pulled back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from natgrad import linalg
+from natgrad.capture import Capture, ForwardPass
+from natgrad.fisher import FisherType, RowReceiver, update_from_output
+from natgrad.likelihoods import Likelihood
+from natgrad.optim.options import Refresh
+from natgrad.optim.step.isotropic_rate import IsotropyProbe
+from natgrad.optim.step.quadratic_model import BatchFisher, RowReceivers
+
+__all__ = ["Observer", "SeenPass"]
+
+
+_NOTHING = torch.empty(0)
+
+
+@dataclass(frozen=True, eq=False)
+class SeenPass:
+    """A forward pass whose output the user's backward pass has reached.
+
+    Attributes:
+        recorded: What the capture recorded.
+        weights: Event weights, ``(N, E)``; this and all that follows on steps that take rows.
+        count: Their sum, as a mean-reduced loss divides by it.
+        scale: Scale of the user's loss.
+        is_empty: Whether no event counts.
+        has_silent: Whether some event does not.
+    """
+
+    recorded: ForwardPass
+    weights: Tensor = _NOTHING
+    count: Tensor = _NOTHING
+    scale: Tensor = _NOTHING
+    is_empty: bool = False
+    has_silent: bool = False
+
+
+class Observer:
+    """Watches a model's passes and hands the Fisher's rows to whoever is due for them.
+
+    When the user's backward pass reaches the model's output and an update is due, the Fisher's
+    vectors are pulled back through the same graph to the layers' outputs: no second forward pass,
+    no parameter ``.grad`` touched. Ignored tokens and class weights are read off the gradient that
+    arrives at the output.
+
+    Args:
+        capture: The hooks on the model.
+        likelihood: What the output means.
+        fisher: Which vectors are pulled back.
+        refresh: When.
+        curvature: Receives the rows of steps with an update.
+        seed: Seed of sampled labels.
+
+    Attributes:
+        steps: Steps taken.
+        warmup: Steps still to come that update the curvature only.
+        seen: Passes of the present step.
+        failures: Whether rows taken so far were not finite: scalars on the device.
+        schedule: Says at which steps curvature is updated; None for every ``refresh.factors``.
+        row_modules: Layers whose own gradients are recorded at every step.
+        isotropy_probe: Set while the learning rate 1/α is still to be measured.
+        batch_fisher_interval: The rows of the batch itself are kept on every so many steps; 0 for
+            never.
+        batch_fisher: The Fisher matrix of the present step's batch, where its rows are kept.
+    """
+
+    def __init__(
+        self,
+        capture: Capture,
+        likelihood: Likelihood,
+        fisher: FisherType,
+        refresh: Refresh,
+        curvature: RowReceiver,
+        seed: int,
+    ) -> None:
+        self.capture, self.likelihood, self.fisher = capture, likelihood, fisher
+        self.refresh, self.curvature = refresh, curvature
+        self.generator = torch.Generator(capture.layout.device).manual_seed(seed)
+        self.steps = 0
+        self.warmup = refresh.warmup
+        self.schedule: Callable[[int], bool] | None = None
+        self.row_modules: frozenset[nn.Module] = frozenset()
+        self.isotropy_probe: IsotropyProbe | None = None
+        self.batch_fisher_interval = 0
+        self.batch_fisher: BatchFisher | None = None
+        self.seen: list[SeenPass] = []
+        self.failures: list[Tensor] = []
+        #: Called before anything of a step changes.
+        self.before_change: Callable[[], None] = lambda: None
+        capture.on_forward = self._on_forward
+        capture.on_backward = self._on_backward
+
+    # What is due.
+
+    @property
+    def update_due(self) -> bool:
+        """Whether this step updates the curvature."""
+        if self.warmup > 0:
+            return True
+        if self.schedule is not None:
+            return self.schedule(self.steps)
+        return self.refresh.is_turn(self.steps, self.refresh.factors)
+
+    @property
+    def keeps_batch_fisher(self) -> bool:
+        """Whether this step keeps the rows of its batch."""
+        interval = self.batch_fisher_interval
+        return self.warmup == 0 and interval > 0 and (self.steps + 1) % interval == 0
+
+    @property
+    def rows_due(self) -> bool:
+        """Whether this step wants rows."""
+        return self.update_due or self.keeps_batch_fisher
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """See nothing of the passes inside."""
+        capture = self.capture
+        kept = capture.on_forward, capture.recording, capture.watching
+        capture.on_forward, capture.recording, capture.watching = None, False, False
+        try:
+            yield
+        finally:
+            capture.on_forward, capture.recording, capture.watching = kept
+
+    # Passes.
+
+    def _on_forward(self) -> None:
+        due, own = self.rows_due, self.fisher.from_user_gradients
+        self.capture.recording = (due and not own) or self.isotropy_probe is not None
+        self.capture.watching = True if due and own else self.row_modules or False
+
+    def _on_backward(self, recorded: ForwardPass) -> None:
+        """Take rows at the start of the user's backward pass."""
+        if any(one.recorded is recorded for one in self.seen):
+            return
+        one = self._see(recorded)
+        if any(call.edges for call in recorded.calls):
+            self._take_rows(one)
+
+    def _see(self, recorded: ForwardPass) -> SeenPass:
+        """Note a pass; weigh its events on steps that take rows."""
+        one = SeenPass(recorded)
+        if self.rows_due or self.isotropy_probe is not None:
+            one = self._weighed(recorded)
+        self.seen.append(one)
+        return one
+
+    def _weighed(self, recorded: ForwardPass) -> SeenPass:
+        """Return a pass with the weights of its events; the one place where it is waited for."""
+        assert recorded.output is not None
+        output, cotangent, target = recorded.output.detach(), recorded.cotangent, recorded.target
+        likelihood = self.likelihood
+        with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+            if cotangent is None:
+                weights = likelihood.event_weights(output, target)
+                scale = torch.ones_like(weights[0, 0])
+            else:
+                weights, scale = likelihood.infer_event_weights(output, cotangent, target)
+            if cotangent is None or target is not None:
+                count = likelihood.count(output, target)
+            else:  # Without a target the count of all events, less those that are ignored.
+                count = likelihood.count(output) * (weights.sum() / weights.numel())
+            empty, silent = torch.stack([count == 0, (weights == 0).any()]).tolist()
+        return SeenPass(recorded, weights, count, scale, empty, silent)
+
+    def _take_rows(self, one: SeenPass) -> None:
+        """Pull the Fisher's vectors back through a pass, if this step wants them."""
+        if one.is_empty:
+            return
+        output = one.recorded.output
+        assert output is not None
+        if self.isotropy_probe is not None:
+            self.isotropy_probe.observe(
+                self.capture, self.likelihood, output, one.weights, float(one.count)
+            )
+        if not self.rows_due or self.fisher.from_user_gradients:
+            return
+        with self._unawaited():
+            update_from_output(
+                self._receiver(),
+                self.capture,
+                self.likelihood,
+                self.fisher,
+                output,
+                one.weights,
+                one.count,
+                generator=self.generator,
+                target=one.recorded.target,
+                cotangent=one.recorded.cotangent,
+                skip_silent=one.has_silent,
+            )
+
+    @contextmanager
+    def _unawaited(self) -> Iterator[None]:
+        with linalg.unawaited() as failures:
+            yield
+        self.failures += failures
+
+    def _receiver(self) -> RowReceiver:
+        """Return what takes the rows of a pass of this step."""
+        self.before_change()
+        if not self.keeps_batch_fisher:
+            return self.curvature
+        if self.batch_fisher is None:
+            self.batch_fisher = BatchFisher(self.capture.layout)
+        if not self.update_due:
+            return self.batch_fisher
+        return RowReceivers(self.curvature, self.batch_fisher)
+
+    def take_user_rows(self) -> None:
+        """Take the rows that the user's own backward pass left, for Fisher types made of them."""
+        if not (self.fisher.from_user_gradients and self.rows_due):
+            return
+        for one in self.seen:
+            if one.recorded.cotangent is None or one.recorded.output is None or one.is_empty:
+                continue
+            with self._unawaited():
+                rows = self.capture.user_jacobians(one.recorded, 1.0 / one.scale, one.has_silent)
+                self._receiver().observe(rows, one.count)
+
+    def coordinates(self) -> Tensor | None:
+        """Return ``u`` with ``∇L = Jᵀu`` where the passes of this step made rows and gradient."""
+        found: list[Tensor] = []
+        for one in self.seen:
+            output, cotangent = one.recorded.output, one.recorded.cotangent
+            if output is None or cotangent is None:
+                return None
+            if one.is_empty:
+                continue
+            if self.fisher.from_user_gradients:
+                found.append(one.scale.expand(output.shape[0], 1))
+                continue
+            coordinates = self.fisher.coordinates(
+                self.likelihood, output.detach(), cotangent, one.weights
+            )
+            if coordinates is None:
+                return None
+            found.append(coordinates)
+        return torch.cat(found) if found else None
+
+    def update_fisher(self, output: Tensor, target: Tensor | None = None) -> None:
+        """Take the rows of a model output now, before ``loss.backward()``.
+
+        Args:
+            output: What the likelihood looks at, with its graph.
+            target: The true target; gives ignored events and class weights.
+        """
+        if not self.rows_due or self.capture.on_forward is None:
+            return
+        found = self.capture.find_pass(output)
+        found.output, found.target = output, target
+        if self.fisher.from_user_gradients:
+            output.register_hook(self._see_later(found))
+        else:
+            self._take_rows(self._see(found))
+
+    def _see_later(self, recorded: ForwardPass) -> Callable[[Tensor], None]:
+        def keep(cotangent: Tensor) -> None:
+            recorded.cotangent = cotangent.detach()
+            if all(one.recorded is not recorded for one in self.seen):
+                self._see(recorded)
+
+        return keep
+
+    # The end of a step.
+
+    def finish(self) -> None:
+        """Count the step and forget its passes.
+
+        Steps of the warm-up are not counted, so that the first one after it updates and factorises
+        whatever the intervals.
+        """
+        if self.warmup > 0:
+            self.warmup -= 1
+        else:
+            self.steps += 1
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget the passes of the step."""
+        if self.isotropy_probe is not None:
+            self.isotropy_probe.clear()
+        self.seen, self.failures, self.batch_fisher = [], [], None
+        self.capture.clear()

@@ -1,0 +1,194 @@
+"""Options of optimizers, grouped by what they concern. They are frozen and checked."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from natgrad.arguments import check_choice, check_interval, check_range
+from natgrad.optim.step.line_search import LineSearch
+
+__all__ = ["Fallback", "Graft", "MomentumOn", "Refresh", "StepRule", "WeightDecayMode"]
+
+Graft = Literal["sgd", "adam"]
+MomentumOn = Literal["natural_gradient", "gradient"]
+WeightDecayMode = Literal["decoupled", "model"]
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """When the curvature is updated, averaged and inverted.
+
+    Attributes:
+        factors: Steps between updates of the curvature.
+        inverses: Steps between factorisations.
+        decay: Decay of the moving average over updates; 0 keeps the last batch alone.
+        early: Update and factorise also at steps 1, 2, 4, 8, … of the first interval, while the
+            network changes fastest and the average holds little.
+        stagger: Spread factorisations evenly over the steps of ``inverses``, so that no single step
+            takes much longer than the others; for structures made of independent layers.
+        warmup: Steps at the start that update curvature, every time, and move no preconditioned
+            parameter; the fallback trains as usual. The intervals count from the first step after
+            them.
+
+    Raises:
+        ValueError: If an option is out of range.
+    """
+
+    factors: int = 1
+    inverses: int = 1
+    decay: float = 0.0
+    early: bool = False
+    stagger: bool = False
+    warmup: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        check_interval("factors", self.factors)
+        check_interval("inverses", self.inverses)
+        check_range("decay", self.decay, below=1.0)
+        if self.warmup < 0 or (self.warmup > 0 and self.decay == 0):
+            raise ValueError(
+                "warmup must be 0, or positive with decay > 0 (without an average curvature "
+                f"forgets the warm-up), got {self.warmup} with decay={self.decay:g}"
+            )
+
+    @property
+    def every_step(self) -> bool:
+        """Whether the curvature is that of the present batch alone, at every step."""
+        return self.factors == self.inverses == 1 and self.decay == 0
+
+    def is_turn(self, step: int, interval: int) -> bool:
+        """Return whether something done at an interval is due at a step, counted from 0."""
+        early = self.early and step < interval
+        return step % interval == 0 or (early and step & (step - 1) == 0)
+
+
+@dataclass(frozen=True)
+class StepRule:
+    """How a natural gradient becomes a step, for all parameters together.
+
+    Attributes:
+        length: ``"lr"``, the learning rate; ``"quadratic_model"``: the step is η times
+            ``δ = −αΔ + μδ₀``, with δ₀ the step before, where α, and with ``momentum > 0`` also μ,
+            minimise the quadratic model of the loss with damping and the Fisher matrix of the
+            present batch, by ``fisher``. The minimiser itself needs ``lr=1`` and ``kl_clip=None``;
+            the clips bound all of ηδ. It costs the rows of every batch and one product with them,
+            and the loss must be a mean over samples (Martens & Grosse 2015, sections 6.4 and 7).
+            A :class:`natgrad.LineSearch`: the step is ``−tm``, along the direction m (momentum and
+            clips included) that ``"lr"`` would take, with t searched from ``lr`` on; groups with
+            different ``lr`` are shortened by one factor. ``step`` needs a closure. Momentum that
+            would not descend is forgotten, and so it is where no length lowers the loss: then
+            nothing moves (the fallback's parameters apart), and adaptive damping rises. Decoupled
+            weight decay takes the rate found and no part in the search.
+        nesterov: Whether momentum looks ahead, as in :class:`torch.optim.SGD`; without effect
+            where there is none, or where the quadratic model chooses it.
+        momentum_on: ``"natural_gradient"``, or ``"gradient"``: the sum of past gradients is what
+            is preconditioned.
+        averaged_momentum: Whether momentum is a bias-corrected average,
+            ``m ← μm + (1 − μ)Δ``, rather than a sum.
+        weight_decay_mode: ``"decoupled"``, ``θ ← (1 − ηw)θ``, or ``"model"``: the loss gains
+            ``½w‖θ‖²``, so its gradient ``wθ`` and its curvature ``F + wI``. Losses must be means
+            over samples.
+        norm_clip: Bound on the Euclidean norm of ηΔ over all preconditioned parameters together,
+            after ``kl_clip``. None for no bound.
+        graft: Optimizer whose length each parameter tensor's direction takes: ``"sgd"`` (the norm
+            of the gradient, or of the sum of gradients with ``momentum_on="gradient"``),
+            ``"adam"``, or None for the natural gradient's own.
+        graft_betas: Decays of Adam's moments for ``graft="adam"``.
+
+    Raises:
+        ValueError: If an option is out of range or two exclude each other.
+    """
+
+    length: Literal["lr", "quadratic_model"] | LineSearch = "lr"
+    nesterov: bool = False
+    momentum_on: MomentumOn = "natural_gradient"
+    averaged_momentum: bool = False
+    weight_decay_mode: WeightDecayMode = "decoupled"
+    norm_clip: float | None = None
+    graft: Graft | None = None
+    graft_betas: tuple[float, float] = (0.9, 0.999)
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if not isinstance(self.length, LineSearch) and self.length not in ("lr", "quadratic_model"):
+            raise ValueError(
+                "length must be 'lr', 'quadratic_model' or a natgrad.LineSearch, got "
+                f"{self.length!r}"
+            )
+        if self.norm_clip is not None:
+            check_range("norm_clip", self.norm_clip)
+        check_choice("momentum_on", self.momentum_on, "natural_gradient", "gradient")
+        check_choice("weight_decay_mode", self.weight_decay_mode, "decoupled", "model")
+        if self.graft is not None:
+            check_choice("graft", self.graft, "sgd", "adam")
+        for index, beta in enumerate(self.graft_betas):
+            check_range(f"graft_betas[{index}]", beta, below=1.0)
+        if self.uses_model and self.momentum_on == "gradient":
+            raise ValueError(
+                "length='quadratic_model' chooses the momentum of steps itself, so it does not "
+                "take momentum_on='gradient'"
+            )
+
+    @property
+    def uses_model(self) -> bool:
+        """Whether the quadratic model chooses the step."""
+        return self.length == "quadratic_model"
+
+    @property
+    def search(self) -> LineSearch | None:
+        """The line search, if the loss itself chooses the length of the step."""
+        return self.length if isinstance(self.length, LineSearch) else None
+
+    @property
+    def decays_in_model(self) -> bool:
+        """Whether weight decay is part of the loss."""
+        return self.weight_decay_mode == "model"
+
+    def check_isotropic(self) -> None:
+        """Raise a ValueError if the learning rate cannot be ``"isotropic"``."""
+        if self.uses_model or self.graft is not None:
+            raise ValueError(
+                "lr='isotropic' is the length of natural gradients by theory, so it takes neither "
+                "length='quadratic_model' nor graft: give lr as a number"
+            )
+
+    def check_fused(self) -> None:
+        """Raise a ValueError if the plain gradient is needed, which fused layers never form."""
+        plain = {
+            "length='quadratic_model'": self.uses_model,
+            "a line search": self.search is not None,
+            "momentum_on='gradient'": self.momentum_on == "gradient",
+            "weight_decay_mode='model'": self.decays_in_model,
+            f"graft={self.graft!r}": self.graft is not None,
+        }
+        for option, chosen in plain.items():
+            if chosen:
+                raise ValueError(
+                    f"fused=True never forms the plain gradient, which {option} needs: leave out "
+                    "one of the two"
+                )
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """The first-order optimizer of parameters that are not preconditioned.
+
+    Attributes:
+        name: ``"adamw"``, or ``"sgd"`` (momentum 0.9).
+        lr: Its learning rate; 1e-3 for AdamW and 1e-2 for SGD by default.
+
+    Raises:
+        ValueError: If the name is unknown or the rate out of range.
+    """
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        check_choice("fallback", self.name, "adamw", "sgd")
+        if self.lr is not None and not 0 <= self.lr < math.inf:
+            raise ValueError(f"the fallback's lr must be a finite number >= 0, got {self.lr}")

@@ -1,0 +1,145 @@
+"""The preconditioned parameters of an optimizer, as the parts of a step see them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.optim.step.levenberg_marquardt import LevenbergMarquardt
+
+if TYPE_CHECKING:
+    from natgrad.optim.options import StepRule
+
+__all__ = ["PreconditionedGroups"]
+
+
+@dataclass(frozen=True)
+class PreconditionedGroups:
+    """Preconditioned parameter groups, and what belongs to their parameters.
+
+    Attributes:
+        groups: The groups, with their ``"lr"``, ``"momentum"``, ``"damping"``, …
+        names: Parameter → name.
+        parameters: Name → parameter.
+        states: Parameter → its state in the optimizer.
+        rule: How a natural gradient becomes a step, for all groups together.
+    """
+
+    groups: list[dict[str, Any]]
+    names: Mapping[nn.Parameter, str]
+    parameters: Mapping[str, nn.Parameter]
+    states: MutableMapping[Tensor, dict[str, Any]]
+    rule: StepRule
+
+    @property
+    def group_names(self) -> list[list[str]]:
+        """Parameter names of each group."""
+        return [[self.names[p] for p in group["params"]] for group in self.groups]
+
+    @property
+    def dampings(self) -> list[float]:
+        """What is added to F on each group's parameters."""
+        in_model = self.rule.decays_in_model
+        return [
+            float(group["damping"] + (group["weight_decay"] if in_model else 0.0))
+            for group in self.groups
+        ]
+
+    @property
+    def penalties(self) -> dict[str, float]:
+        """Parameter name → w of the penalty ``½w‖θ‖²`` in the loss; empty if there is none."""
+        if not self.rule.decays_in_model:
+            return {}
+        return {
+            self.names[p]: group["weight_decay"]
+            for group in self.groups
+            for p in group["params"]
+            if group["weight_decay"] > 0
+        }
+
+    def adapt_damping(self, rule: LevenbergMarquardt, actual: float, predicted: float) -> None:
+        """Let every group's damping follow a step's actual and predicted change of the loss."""
+        for group in self.groups:
+            group["damping"] = rule.adapted(group["damping"], actual, predicted)
+
+    def forget_momentum(self, names: Iterable[str]) -> None:
+        """Drop the sums over past steps."""
+        for name in names:
+            state = self.states.get(self.parameters[name], {})
+            for entry in ("momentum_buffer", "momentum_steps"):
+                state.pop(entry, None)
+
+    def copied_states(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """Return copies of parameters' states."""
+        return {
+            name: {
+                key: value.clone() if isinstance(value, Tensor) else value
+                for key, value in self.states.get(self.parameters[name], {}).items()
+            }
+            for name in names
+        }
+
+    def restore(self, values: Mapping[str, Tensor], states: Mapping[str, dict[str, Any]]) -> None:
+        """Set parameters and their states to what they were."""
+        for name, value in values.items():
+            parameter = self.parameters[name]
+            parameter.copy_(value)
+            if states[name] or parameter in self.states:
+                self.states[parameter] = states[name]
+
+    def previous_steps(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Return the last step of those named parameters whose group has momentum."""
+        return {
+            self.names[p]: self.states[p]["previous_step"]
+            for group in self.groups
+            for p in group["params"]
+            if group["momentum"] > 0
+            and self.names[p] in names
+            and "previous_step" in self.states.get(p, {})
+        }
+
+    # The gradient that is preconditioned.
+
+    def with_penalty(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return gradients of the loss with the penalty on the weights."""
+        penalties = self.penalties
+        if not any(name in penalties for name in gradients):
+            return gradients
+        return {
+            name: torch.add(gradient, self.parameters[name], alpha=penalties.get(name, 0.0))
+            for name, gradient in gradients.items()
+        }
+
+    def penalty_change(self, start: Mapping[str, Tensor]) -> float:
+        """Return by how much the penalty has changed since parameters were ``start``."""
+        total = 0.0
+        for name, decay in self.penalties.items():
+            if name in start:
+                now, before = self.parameters[name].flatten(), start[name].flatten()
+                total += 0.5 * decay * float((now + before) @ (now - before))
+        return total
+
+    def summed(
+        self, gradients: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+        """Return gradients summed over past steps, and the new entries of the states.
+
+        Nothing is changed yet.
+        """
+        result, entries = dict(gradients), {}
+        for group in self.groups:
+            momentum = group["momentum"]
+            for p in group["params"]:
+                name = self.names[p]
+                if name not in gradients or momentum == 0:
+                    continue
+                gradient, old = gradients[name], self.states.get(p, {}).get("momentum_buffer")
+                buffer = gradient.clone() if old is None else gradient + momentum * old
+                entries[name] = {"momentum_buffer": buffer}
+                ahead = self.rule.nesterov
+                result[name] = gradient + momentum * buffer if ahead else buffer
+        return result, entries

@@ -1,0 +1,161 @@
+"""The numbers a step depends on: measured on the device, brought to the host at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from natgrad.optim.step.groups import PreconditionedGroups
+from natgrad.optim.step.quadratic_model import (
+    BatchFisher,
+    QuadraticModel,
+    group_grams,
+    quadratic_form,
+    slopes,
+)
+from natgrad.replicas import average_over_replicas
+
+if TYPE_CHECKING:
+    from natgrad.optim.preconditioner import Preconditioner
+
+__all__ = ["Measures", "clip_scales", "damped_model", "measure", "on_host", "predicted_change"]
+
+#: Values measured on the device for one step, by name.
+Measures = dict[str, Any]
+
+
+def measure(
+    preconditioner: Preconditioner,
+    grouped: PreconditionedGroups,
+    directions: Sequence[dict[str, Tensor]],
+    gradients: dict[str, Tensor],
+    source: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    """Return what the size of a step depends on, on the device.
+
+    Args:
+        preconditioner: Where the natural gradient comes from.
+        grouped: The parameters the step moves.
+        directions: Δ and further directions.
+        gradients: Parameter name → gradient of the loss.
+        source: What Δ is the preconditioned form of.
+    """
+    natural = directions[0]
+    if not natural:
+        return {}
+    batch, rule = preconditioner.observer.batch_fisher, grouped.rule
+    inner = preconditioner.inner_product(natural, source)
+    measures: dict[str, Tensor] = {}
+    if rule.uses_model and batch is not None:
+        measures["fisher"] = batch.gram(directions)
+        measures["slopes"] = slopes(directions, gradients)
+    elif any(group["kl_clip"] is not None for group in grouped.groups):
+        curvature = preconditioner.curvature
+        if rule.graft is None:
+            measures["quadratic"] = curvature.quadratic(natural, inner)
+        else:
+            column = curvature.layout.to_column(natural)
+            measures["quadratic"] = (column * curvature.matrix().multiply(column)).sum()
+    average_over_replicas(measures)
+    if rule.uses_model or rule.norm_clip is not None:
+        measures["grams"] = group_grams(directions, grouped.group_names)
+    return {"inner": inner, **measures}
+
+
+def on_host(values: dict[str, Tensor]) -> Measures:
+    """Return measures as floats and nested lists; the one place where a step waits for the device.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    device = next((v.device for v in values.values() if v.device.type != "cpu"), None)
+    flat = [value.detach().to(device, torch.float64).reshape(-1) for value in values.values()]
+    numbers: list[float] = torch.cat(flat).tolist()
+    result: Measures = {}
+    for name, value in values.items():
+        piece, numbers = numbers[: value.numel()], numbers[value.numel() :]
+        result[name] = _nested(piece, value.shape) if value.dim() else piece[0]
+    return result
+
+
+def _nested(numbers: list[float], shape: Sequence[int]) -> Any:
+    if len(shape) == 1:
+        return numbers
+    step = len(numbers) // max(1, shape[0])
+    return [_nested(numbers[i * step : (i + 1) * step], shape[1:]) for i in range(shape[0])]
+
+
+def all_finite(measures: Any) -> bool:
+    """Return whether a number, or every one of nested lists and dicts of them, is finite."""
+    if isinstance(measures, dict):
+        return all(all_finite(value) for value in measures.values())
+    if isinstance(measures, list):
+        return all(all_finite(value) for value in measures)
+    return math.isfinite(measures)
+
+
+def damped_model(measures: Measures, dampings: Sequence[float]) -> QuadraticModel:
+    """Return the quadratic model, with the damping of every group."""
+    size = len(measures["slopes"])
+    damping = [
+        [
+            sum(d * gram[i][j] for d, gram in zip(dampings, measures["grams"], strict=True))
+            for j in range(size)
+        ]
+        for i in range(size)
+    ]
+    return QuadraticModel(measures["fisher"], damping, measures["slopes"])
+
+
+def clip_scales(
+    measures: Measures, coefficients: Sequence[float], grouped: PreconditionedGroups
+) -> list[float]:
+    """Return the factor, at most 1, by which the clips shorten every group's step.
+
+    ``kl_clip`` bounds ``η²δᵀFδ``; then ``norm_clip`` the norm of all groups' ηδ together.
+
+    Args:
+        measures: What was measured of the directions.
+        coefficients: Those of the step along them.
+        grouped: The parameters the step moves.
+    """
+    quadratic = abs(measures.get("quadratic", 0.0))
+    if "fisher" in measures:
+        quadratic = quadratic_form(coefficients, measures["fisher"])
+    rates = [group["lr"] * group["unit"] for group in grouped.groups]
+    scales = [1.0] * len(rates)
+    for index, (group, lr) in enumerate(zip(grouped.groups, rates, strict=True)):
+        if group["kl_clip"] is not None and quadratic > 0 and lr:
+            scales[index] = min(1.0, (group["kl_clip"] / (quadratic * lr**2)) ** 0.5)
+    norm_clip = grouped.rule.norm_clip
+    if norm_clip is not None and "grams" in measures:
+        squares = [quadratic_form(coefficients, gram) for gram in measures["grams"]]
+        terms = zip(rates, scales, squares, strict=True)
+        total = sum((lr * scale) ** 2 * square for lr, scale, square in terms)
+        if total > norm_clip**2:
+            scales = [scale * norm_clip / total**0.5 for scale in scales]
+    return scales
+
+
+def predicted_change(
+    batch: BatchFisher,
+    grouped: PreconditionedGroups,
+    step: dict[str, Tensor],
+    gradients: dict[str, Tensor],
+) -> float:
+    """Return what the quadratic model predicts for a step, ``M(δ) − M(0)``.
+
+    Args:
+        batch: The Fisher matrix of the batch.
+        grouped: The parameters the step moves.
+        step: Parameter name → δ.
+        gradients: Parameter name → gradient of the loss.
+    """
+    measures = {"fisher": batch.gram([step]), "slopes": slopes([step], gradients)}
+    average_over_replicas(measures)
+    measures["grams"] = group_grams([step], grouped.group_names)
+    return damped_model(on_host(measures), grouped.dampings).value([1.0])

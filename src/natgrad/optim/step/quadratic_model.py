@@ -1,0 +1,173 @@
+r"""The quadratic model of the loss with the Fisher matrix of the present batch.
+
+.. math:: M(\delta) = \tfrac12 \delta^\top (F + D) \delta + \langle g, \delta \rangle
+
+D is the damping, a diagonal matrix that is constant on every parameter group. F is never formed:
+what the model says about a few directions ``V`` follows from the products ``JV`` with the rows of
+the batch. Source: Martens & Grosse, Optimizing neural networks with Kronecker-factored approximate
+curvature (2015), sections 6.4 and 7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from natgrad.fisher import RowReceiver
+from natgrad.jacobians import Jacobians
+from natgrad.layouts import ParameterLayout, inner_product
+
+__all__ = [
+    "BatchFisher",
+    "QuadraticModel",
+    "RowReceivers",
+    "group_grams",
+    "quadratic_form",
+    "slopes",
+]
+
+#: Two directions count as one if the squared sine of their angle, in the metric of the model, is
+#: less than this.
+LEAST_ANGLE = 1e-6
+
+Matrix = list[list[float]]
+
+
+class BatchFisher:
+    """The Fisher matrix of one batch, kept as its factored rows.
+
+    Args:
+        layout: Order of all trainable parameters.
+    """
+
+    #: Products with directions need every sample's own rows, all of them.
+    additive = False
+
+    def __init__(self, layout: ParameterLayout) -> None:
+        self.layout = layout
+        self._rows: list[Jacobians] = []
+        self._count: Tensor | float = 0.0
+
+    def observe(
+        self, jacobians: Jacobians, count: Tensor | float, *, continued: bool = False
+    ) -> None:
+        """Keep rows; see :meth:`natgrad.curvature.Curvature.observe`."""
+        self._rows.append(jacobians)
+        self._count = self._count + count
+
+    def gram(self, directions: Sequence[dict[str, Tensor]]) -> Tensor:
+        """Return ``VᵀFV``, ``(k, k)`` in float64.
+
+        Args:
+            directions: k directions, parameter name → tensor; zero where a name is missing.
+        """
+        size = len(directions)
+        total = torch.zeros(size, size, dtype=torch.float64, device=self.layout.device)
+        columns = [self.layout.to_column(direction)[:, 0] for direction in directions]
+        for rows in self._rows:
+            products = torch.stack([rows.matvec(column).flatten() for column in columns]).double()
+            total += products @ products.T
+        return total / self._count if self._rows else total
+
+
+class RowReceivers:
+    """Hands rows to several receivers.
+
+    Args:
+        *receivers: The receivers.
+    """
+
+    def __init__(self, *receivers: RowReceiver) -> None:
+        self.receivers = receivers
+
+    @property
+    def additive(self) -> bool:
+        """Whether rows may come in chunks: only if all receivers are content with that."""
+        return all(one.additive for one in self.receivers)
+
+    def observe(
+        self, jacobians: Jacobians, count: Tensor | float, *, continued: bool = False
+    ) -> None:
+        """Hand rows on."""
+        for one in self.receivers:
+            one.observe(jacobians, count, continued=continued)
+
+
+def group_grams(directions: Sequence[dict[str, Tensor]], groups: Sequence[Sequence[str]]) -> Tensor:
+    """Return every group's ``VᵀV``, ``(G, k, k)`` in float64.
+
+    Args:
+        directions: k directions, parameter name → tensor; zero where a name is missing.
+        groups: Parameter names of each group.
+    """
+    size = len(directions)
+    device = next((v.device for direction in directions for v in direction.values()), None)
+    result = torch.zeros(len(groups), size, size, dtype=torch.float64, device=device)
+    for group, names in enumerate(groups):
+        for i, left in enumerate(directions):
+            for j, right in enumerate(directions[: i + 1]):
+                shared = {n: left[n] for n in names if n in left and n in right}
+                if shared:
+                    result[group, i, j] = result[group, j, i] = inner_product(shared, right)
+    return result
+
+
+def slopes(directions: Sequence[dict[str, Tensor]], gradient: dict[str, Tensor]) -> Tensor:
+    """Return ``Vᵀg``, ``(k,)`` in float64."""
+    return torch.stack([inner_product(direction, gradient).double() for direction in directions])
+
+
+def quadratic_form(coefficients: Sequence[float], matrix: Matrix) -> float:
+    """Return ``cᵀAc``."""
+    return sum(
+        left * entry * right
+        for left, row in zip(coefficients, matrix, strict=True)
+        for right, entry in zip(coefficients, row, strict=True)
+    )
+
+
+@dataclass(frozen=True)
+class QuadraticModel:
+    """The model on the span of one or two directions, ``δ = Σ_i c_i v_i``.
+
+    Attributes:
+        fisher: ``VᵀFV``.
+        damping: ``VᵀDV``.
+        slopes: ``Vᵀg``.
+    """
+
+    fisher: Matrix
+    damping: Matrix
+    slopes: list[float]
+
+    def value(self, coefficients: Sequence[float]) -> float:
+        """Return ``M(δ) − M(0)``."""
+        square = quadratic_form(coefficients, self.fisher)
+        square += quadratic_form(coefficients, self.damping)
+        return 0.5 * square + sum(c * b for c, b in zip(coefficients, self.slopes, strict=True))
+
+    def minimiser(self) -> list[float] | None:
+        """Return the coefficients with the least M.
+
+        Of two directions that are nearly the same in the metric of the model only the first is
+        used. None if the model has no minimum below ``M(0)``, or is not finite.
+        """
+        a = [
+            [f + d for f, d in zip(*rows, strict=True)]
+            for rows in zip(self.fisher, self.damping, strict=True)
+        ]
+        b = self.slopes
+        found = [0.0] * len(b)
+        if not a[0][0] > 0:
+            return None
+        if len(b) == 2 and a[1][1] > 0:
+            determinant = a[0][0] * a[1][1] - a[0][1] * a[1][0]
+            if determinant > LEAST_ANGLE * a[0][0] * a[1][1]:
+                found[0] = (a[0][1] * b[1] - a[1][1] * b[0]) / determinant
+                found[1] = (a[1][0] * b[0] - a[0][0] * b[1]) / determinant
+        if not any(found):
+            found[0] = -b[0] / a[0][0]
+        return found if -float("inf") < self.value(found) < 0 else None

@@ -1,0 +1,47 @@
+"""What `import natgrad` loads: no more than training needs."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import natgrad
+
+LIST_NEW_MODULES = """
+import json, sys
+import torch
+before = set(sys.modules)
+import natgrad
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    command = [sys.executable, "-c", LIST_NEW_MODULES]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", ["experiments", "laplace", "ntk", "quality", "residuals"])
+def test_what_training_does_not_need_is_not_loaded(loaded, name):
+    assert "natgrad.optim" in loaded
+    assert not [module for module in loaded if module.startswith(f"natgrad.{name}")]
+
+
+def test_no_other_package_is_loaded(loaded):
+    known = {"natgrad", *sys.stdlib_module_names}
+    assert not {module.split(".")[0] for module in loaded} - known
+
+
+def test_every_public_name_is_there():
+    assert set(natgrad.__all__) <= set(dir(natgrad))
+    for name in natgrad.__all__:
+        assert getattr(natgrad, name) is not None
+    assert natgrad.residuals.Residual is natgrad.Residual
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(AttributeError, match="KFACC"):
+        natgrad.KFACC  # noqa: B018
