@@ -58,12 +58,11 @@ def make_optimizer(name: str, model: nn.Module, lr: float) -> torch.optim.Optimi
             likelihood="categorical",
             lr=lr,
             momentum=0.9,
-            nesterov=True,
             weight_decay=5e-4,
             damping=1e-4,
             kl_clip=1e-4,
-            factor_interval=10,
-            inverse_interval=20,
+            refresh=natgrad.Refresh(factors=10, inverses=20, decay=0.95, early=True),
+            step_rule=natgrad.StepRule(nesterov=True),
         )
     if name == "adamw":
         return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)

@@ -195,7 +195,8 @@ def make_optimizer(name: str, model: nn.Module, lr: float) -> torch.optim.Optimi
     steps, so the small factors are renewed on every one.
     """
     if name == "kfac":
-        return natgrad.KFAC(model, lr=lr, damping=1e-3, factor_interval=1, inverse_interval=1)
+        refresh = natgrad.Refresh(factors=1, inverses=1, decay=0.95)
+        return natgrad.KFAC(model, lr=lr, damping=1e-3, refresh=refresh)
     trainable = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(trainable, lr, weight_decay=0.0)
 

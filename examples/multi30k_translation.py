@@ -49,6 +49,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 import natgrad
+from natgrad.curvature import EigenKronecker, KroneckerFactors
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
@@ -61,6 +62,7 @@ LONGEST = 40  # Words of a sentence; the few longer ones are cut.
 # EKFAC takes K-FAC's.
 RATES = {"kfac": 0.1, "ekfac": 0.1, "adamw": 3e-3, "sgd": 0.1}
 NATURAL = {"kfac": natgrad.KFAC, "ekfac": natgrad.EKFAC}
+STRUCTURES = {"kfac": KroneckerFactors, "ekfac": EigenKronecker}
 
 
 def make_optimizer(
@@ -72,14 +74,13 @@ def make_optimizer(
             model,
             likelihood=criterion,
             lr=lr,
+            structure=STRUCTURES[name](max_factor_size=max_factor_size),
             momentum=0.9,
-            nesterov=True,
             damping=1e-4,
             kl_clip=1e-4,
-            factor_interval=10,
-            inverse_interval=20,
-            curvature_warmup=10,  # Ten batches before the first step: one has few of the words.
-            max_factor_size=max_factor_size,
+            # Ten batches before the first step, as a warm-up: one has few of the words.
+            refresh=natgrad.Refresh(factors=10, inverses=20, decay=0.95, early=True, warmup=10),
+            step_rule=natgrad.StepRule(nesterov=True),
         )
     if name == "adamw":
         return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98))

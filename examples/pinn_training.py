@@ -30,8 +30,6 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import natgrad
-from natgrad.optim.implicit_sgd import ImplicitSGD
-from natgrad.optim.residual_ngd import ResidualNGD
 from natgrad.residuals import Residual, ResidualNetwork, TaylorNetwork
 
 matplotlib.use("Agg")
@@ -161,7 +159,7 @@ def lbfgs(network: nn.Module, problem: Problem) -> Step:
 
 def implicit(network: nn.Module, problem: Problem, lr: float) -> Step:
     """Implicit SGD on all points, its inner problems by L-BFGS."""
-    optimizer = ImplicitSGD(network.parameters(), lr=lr, inner_steps=50, history=50)
+    optimizer = natgrad.ImplicitSGD(network.parameters(), lr=lr, inner_steps=50, history=50)
     closure = closure_of(optimizer, lambda: problem.loss(network))
     return lambda: optimizer.step(closure)
 
@@ -170,9 +168,10 @@ def kfac(network: nn.Sequential, problem: Problem) -> Step:
     """K-FAC with the step and momentum that minimise the quadratic model."""
     model = ResidualNetwork(problem.taylor(network), problem.residuals)
     optimizer = natgrad.KFAC(
-        model, "gaussian", fisher="exact", lr=1.0, momentum=0.9, step_rule="quadratic_model",
+        model, "gaussian", fisher="exact", lr=1.0, momentum=0.9, kl_clip=None,
         damping=natgrad.LevenbergMarquardt(initial=1.0, interval=1, minimum=1e-10),
-        kl_clip=None, factor_interval=1, inverse_interval=1,
+        refresh=natgrad.Refresh(factors=1, inverses=1, decay=0.95),
+        step_rule=natgrad.StepRule(length="quadratic_model"),
     )  # fmt: skip
     closure = closure_of(optimizer, model.loss)
     return lambda: optimizer.step(closure)
@@ -182,10 +181,10 @@ def natural(
     network: nn.Sequential, problem: Problem, structure: str, options: argparse.Namespace
 ) -> Step:
     """Natural gradient with an exact matrix, line search and adaptive damping."""
-    optimizer = ResidualNGD(
+    optimizer = natgrad.ResidualNGD(
         problem.taylor(network), problem.residuals, structure=structure, damping=options.damping,
         damping_rule=options.damping_rule, damping_decay=options.damping_decay,
-        line_search=options.line_search,
+        line_search=natgrad.LineSearch(options.line_search, max_trials=30),
     )  # fmt: skip
     return lambda: optimizer.step()
 
@@ -194,8 +193,12 @@ def egn(network: nn.Sequential, problem: Problem, options: argparse.Namespace) -
     """Exact Gauss-Newton by natgrad's optimizer for any loss."""
     model = ResidualNetwork(problem.taylor(network), problem.residuals)
     optimizer = natgrad.EGN(
-        model, "gaussian", damping=options.damping, damping_range=(1e-14, 1e3), max_trials=20
-    )
+        model, "gaussian",
+        damping=natgrad.LevenbergMarquardt(
+            initial=options.damping, interval=1, decay=0.5, minimum=1e-14, maximum=1e3
+        ),
+        step_rule=natgrad.StepRule(length=natgrad.LineSearch(max_trials=20)),
+    )  # fmt: skip
     return lambda: optimizer.step(model.loss)
 
 
