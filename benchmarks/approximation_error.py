@@ -9,9 +9,9 @@ structure is compared with them:
   gradient u. A step of length zero has error 1;
 * direction: the same at the best length of û, which leaves the angle between û and u: its sine.
 
-All structures damp exactly (``damping_rule="tikhonov"``), so that approximations are compared and
-not damping rules. Two-level K-FAC has K-FAC's matrix. But for what rounding does to the training,
-the numbers do not depend on the machine.
+All structures damp exactly, as they do by default outside training, so that approximations are
+compared and not ways of damping. Two-level K-FAC has K-FAC's matrix. But for what rounding does to
+the training, the numbers do not depend on the machine.
 
     python benchmarks/approximation_error.py                       # a minute, one thread
     python benchmarks/approximation_error.py --model cnn
@@ -31,15 +31,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter
 from torch import Tensor, nn
 from torch.nn import functional
 
 import natgrad
 from natgrad import fisher_matrix
-from natgrad.experiments.data import load_dataset
-from natgrad.experiments.drawing import new_figure, save_figure
 
 OUTPUT = Path(__file__).parent.parent / "docs" / "images" / "approximation-error.png"
 
@@ -108,11 +104,14 @@ def trained(
         optimizer.step()
 
 
-def block_diagonal(matrix: Tensor, fisher: natgrad.FisherMatrix) -> Tensor:
+def block_diagonal(matrix: Tensor, model: nn.Module) -> Tensor:
     """Keep what is between parameters of the same layer."""
     result = torch.zeros_like(matrix)
-    for block in fisher.blocks.values():
-        slices = fisher.layout.slices(block)
+    with natgrad.Capture(model) as capture:
+        layout = capture.layout
+        layers = [block.layout for block in capture.blocks.values()]
+    for layer in layers:
+        slices = layout.slices(layer)
         for i in slices:
             for j in slices:
                 result[i, j] = matrix[i, j]
@@ -123,7 +122,7 @@ def measure(model: nn.Module, data: tuple[Tensor, Tensor], damping: float) -> di
     """Return the errors of every structure."""
     full = fisher_matrix(model, data, structure="full")
     exact = full.to_dense()
-    blocks = block_diagonal(exact, full)
+    blocks = block_diagonal(exact, model)
     loss = functional.cross_entropy(model(data[0]), data[1])
     gradients = torch.autograd.grad(loss, list(model.parameters()))
     gradient = torch.cat([g.flatten() for g in gradients])
@@ -135,10 +134,7 @@ def measure(model: nn.Module, data: tuple[Tensor, Tensor], damping: float) -> di
     square = product(solution, solution)
     result = {}
     for title, (structure, options) in STRUCTURES.items():
-        damped: dict[str, Any] = {}
-        if structure in ("kfac", "kpsvd", "two_level"):
-            damped["damping_rule"] = "tikhonov"
-        found = fisher_matrix(model, data, structure=structure, **options, **damped)
+        found = fisher_matrix(model, data, structure=structure, **options)
         error = None
         if structure not in ("two_level", "block_tridiagonal"):
             error = float((found.to_dense() - blocks).norm() / blocks.norm())
@@ -169,6 +165,11 @@ def print_table(name: str, points: dict[int, dict[str, Errors]], kind: str) -> N
 
 def draw(points: dict[int, dict[str, Errors]], title: str, path: Path) -> None:
     """Draw one row of points per structure, the worst matrix at the top; darker is later."""
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import FuncFormatter
+
+    from natgrad.experiments.drawing import new_figure, save_figure
+
     last = points[max(points)]
     panels = {
         "matrix": "matrix: error to the block diagonal",
@@ -216,6 +217,8 @@ def _minor_label(value: float, _: int) -> str:
 
 
 def main() -> None:
+    from natgrad.experiments.data import load_dataset
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=("mlp", "cnn"), default="mlp")
     parser.add_argument("--steps", default="0,10,100,1000", help="when to measure")

@@ -26,7 +26,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import natgrad
+from natgrad.curvature import Full
 from natgrad.experiments.memory import PeakMemory
+from natgrad.solvers import ConjugateGradient, Thermodynamic
 
 #: Units of the input.
 INPUTS = 64
@@ -170,21 +172,26 @@ Step = Callable[[], Any]
 
 def methods() -> dict[str, Callable[[nn.Module], Any]]:
     """Return name → maker of the optimizer, at rates that leave the network about where it is."""
-    every_step: dict[str, Any] = {"factor_interval": 1, "lr": 1e-4}
+
+    def every_step(kind: type[natgrad.NaturalGradient], model: nn.Module) -> Any:
+        return kind(model, lr=1e-4, refresh=replace(kind.method.refresh, factors=1, inverses=1))
+
+    conjugate = Full(solver=ConjugateGradient(tolerance=0.0, max_iterations=ITERATIONS))
+    process = Full(solver=Thermodynamic(time=SIMULATED))
     return {
         "sgd": lambda m: torch.optim.SGD(m.parameters(), lr=1e-4, momentum=0.9),
-        "kfac": lambda m: natgrad.KFAC(m, inverse_interval=1, **every_step),
+        "kfac": lambda m: every_step(natgrad.KFAC, m),
         "exact": lambda m: natgrad.ExactNGD(m, lr=1e-4),
-        "egn": lambda m: natgrad.EGN(m, lr=1e-4, damping=1.0, adaptive_damping=False),
+        "egn": lambda m: natgrad.EGN(m, lr=1e-4, damping=1.0),
         "block_diagonal": lambda m: natgrad.BlockDiagonalNGD(m, lr=1e-4),
         "improved": lambda m: natgrad.ImprovedEmpiricalNGD(m, lr=1e-4),
         "conjugate_gradient": lambda m: natgrad.ConjugateGradientNGD(
-            m, lr=1e-4, tolerance=0.0, max_iterations=ITERATIONS
+            m, lr=1e-4, structure=conjugate
         ),
-        "thermodynamic": lambda m: natgrad.ThermodynamicNGD(m, lr=1e-4, time=SIMULATED),
+        "thermodynamic": lambda m: natgrad.ThermodynamicNGD(m, lr=1e-4, structure=process),
         "fngd_first": lambda m: natgrad.FNGD(m, lr=1e-4, coefficient_steps=10**6),
         "fngd": lambda m: natgrad.FNGD(m, lr=1e-4, coefficient_steps=1),
-        "singd": lambda m: natgrad.SINGD(m, **every_step),
+        "singd": lambda m: every_step(natgrad.SINGD, m),
     }
 
 

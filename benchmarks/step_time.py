@@ -24,6 +24,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import torch
@@ -31,24 +32,56 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import natgrad
+from natgrad.curvature import InverseFactors, KroneckerFactors, Structure
 
 Step = Callable[[Tensor, Tensor], None]
 
 #: Other libraries, each named by its module.
 PEERS = ("asdl", "singd", "curvlinops", "nngeometry")
 
-#: Ways to run natgrad with curvature at intervals: name → optimizer and options.
+
+@dataclass(frozen=True)
+class Ours:
+    """A way to run natgrad with curvature at intervals.
+
+    Attributes:
+        kind: Optimizer.
+        structure: The method's own where None.
+        stagger: Whether factorisations are spread over the steps between them.
+    """
+
+    kind: type[natgrad.NaturalGradient]
+    structure: Structure | None = None
+    stagger: bool = False
+
+    def make(self, model: nn.Module, factor: int, inverse: int) -> natgrad.NaturalGradient:
+        """Return the optimizer, at a rate that leaves the network about where it is."""
+        if self.kind is natgrad.SINGD:
+            inverse = factor  # Its factors take a step with every update, by products alone.
+        method = self.kind.method
+        return self.kind(
+            model,
+            lr=1e-4,
+            momentum=0.9,
+            structure=self.structure or method.structure,
+            refresh=replace(method.refresh, factors=factor, inverses=inverse, stagger=self.stagger),
+        )
+
+
+BF16 = torch.bfloat16
+
 OURS = {
-    "kfac": (natgrad.KFAC, {}),
-    "kfac_fused": (natgrad.KFAC, {"fused": True}),
-    "kfac_bf16": (natgrad.KFAC, {"precondition_dtype": torch.bfloat16}),
-    "kfac_fused_bf16": (natgrad.KFAC, {"fused": True, "precondition_dtype": torch.bfloat16}),
-    "kfac_staggered": (natgrad.KFAC, {"stagger": True}),
-    "ekfac": (natgrad.EKFAC, {}),
-    "singd_ours": (natgrad.SINGD, {}),
-    "singd_ours_diagonal": (natgrad.SINGD, {"factor_structures": "diagonal"}),
-    "singd_ours_block": (natgrad.SINGD, {"factor_structures": "block_diagonal"}),
-    "singd_ours_hierarchical": (natgrad.SINGD, {"factor_structures": "hierarchical"}),
+    "kfac": Ours(natgrad.KFAC),
+    "kfac_fused": Ours(natgrad.KFAC, KroneckerFactors(fused=True)),
+    "kfac_bf16": Ours(natgrad.KFAC, KroneckerFactors(product_dtype=BF16)),
+    "kfac_fused_bf16": Ours(natgrad.KFAC, KroneckerFactors(fused=True, product_dtype=BF16)),
+    "kfac_staggered": Ours(natgrad.KFAC, stagger=True),
+    "ekfac": Ours(natgrad.EKFAC),
+    "tkfac": Ours(natgrad.TKFAC),
+    "singd_ours": Ours(natgrad.SINGD),
+    "singd_ours_diagonal": Ours(natgrad.SINGD, InverseFactors("diagonal")),
+    "singd_ours_block": Ours(natgrad.SINGD, InverseFactors("block_diagonal")),
+    "singd_ours_hierarchical": Ours(natgrad.SINGD, InverseFactors("hierarchical")),
 }
 
 #: Steps of FNGD that compute coefficients: one ("fngd" is timed after it), or all.
@@ -127,36 +160,37 @@ class Transformer(nn.Module):
         self.norm, self.head = nn.LayerNorm(size), nn.Linear(size, vocabulary)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        places = torch.arange(tokens.shape[1]).expand_as(tokens)
+        places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         return self.head(self.norm(self.layers(self.characters(tokens) + self.places(places))))
 
 
-def make_model(name: str) -> nn.Module:
+def make_model(name: str, narrow: int = 1) -> nn.Module:
+    """Return a network of its usual width, or of a fraction of it."""
     torch.manual_seed(0)
     if name == "mlp":
-        sizes = (784, 1024, 1024, 10)
+        sizes = (784, 1024 // narrow, 1024 // narrow, 10)
         layers: list[nn.Module] = []
         for d_in, d_out in zip(sizes, sizes[1:], strict=False):
             layers += [nn.Linear(d_in, d_out), nn.ReLU()]
         return nn.Sequential(*layers[:-1])
     if name == "cnn":
         return nn.Sequential(
-            nn.Conv2d(3, 32, 3, padding=1),
+            nn.Conv2d(3, 32 // narrow, 3, padding=1),
             nn.ReLU(),
             nn.MaxPool2d(2),
-            nn.Conv2d(32, 64, 3, padding=1),
+            nn.Conv2d(32 // narrow, 64 // narrow, 3, padding=1),
             nn.ReLU(),
             nn.MaxPool2d(2),
             nn.Flatten(),
-            nn.Linear(64 * 64, 128),
+            nn.Linear(64 * 64 // narrow, 128 // narrow),
             nn.ReLU(),
-            nn.Linear(128, 10),
+            nn.Linear(128 // narrow, 10),
         )
     if name == "resnet":
-        return resnet18(16)
+        return resnet18(16 // narrow)
     if name == "resnet18":
-        return resnet18(64)
-    return Transformer(65, 256, 64, 4)
+        return resnet18(64 // narrow)
+    return Transformer(65, 256 // narrow, 64, 4)
 
 
 #: Batch sizes the models are timed with unless told otherwise.
@@ -295,19 +329,23 @@ def singd(model: nn.Module, factor: int) -> Step:
     return plain(model, SINGD(model, T=factor, lr=1e-4, loss_average="batch"))
 
 
-def make_step(name: str, model_name: str, batch: int, factor: int, inverse: int) -> Step:
-    model = make_model(model_name)
+def make_step(
+    name: str,
+    model_name: str,
+    batch: int,
+    factor: int,
+    inverse: int,
+    device: str | torch.device = "cpu",
+    narrow: int = 1,
+) -> Step:
+    model = make_model(model_name, narrow).to(device)
     parameters = model.parameters()
     if name == "sgd":
         return plain(model, torch.optim.SGD(parameters, lr=1e-4, momentum=0.9))
     if name == "adamw":
         return plain(model, torch.optim.AdamW(parameters, lr=1e-4))
     if name in OURS:
-        kind, own = OURS[name]
-        options = {"factor_interval": factor, "inverse_interval": inverse, **own}
-        if kind is natgrad.SINGD:
-            del options["inverse_interval"]
-        return plain(model, kind(model, lr=1e-4, momentum=0.9, **options))
+        return plain(model, OURS[name].make(model, factor, inverse))
     if name in COEFFICIENT_STEPS:
         steps = COEFFICIENT_STEPS[name]
         return plain(model, natgrad.FNGD(model, lr=1e-4, coefficient_steps=steps))
@@ -332,6 +370,29 @@ def available(names: list[str]) -> list[str]:
     return kept
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def take_turns(
+    steps: dict[str, Step], batch: tuple[Tensor, Tensor], cycle: int, turns: int
+) -> dict[str, list[float]]:
+    """Return the mean seconds of a step, by method and turn of one cycle."""
+    device = batch[0].device
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(turns):
+        for name, step in steps.items():
+            synchronize(device)
+            start = time.perf_counter()
+            for _ in range(cycle):
+                step(*batch)
+            synchronize(device)
+            seconds[name].append((time.perf_counter() - start) / cycle)
+    return seconds
+
+
 def measure(arguments: argparse.Namespace) -> None:
     names = available(arguments.methods.split(","))
     batch = make_batch(arguments.model, arguments.batch_size)
@@ -344,6 +405,7 @@ def measure(arguments: argparse.Namespace) -> None:
             arguments.batch_size,
             arguments.factor_interval,
             arguments.inverse_interval,
+            narrow=arguments.narrow,
         )
         try:
             for _ in range(3):
@@ -353,16 +415,9 @@ def measure(arguments: argparse.Namespace) -> None:
                 raise
             print(f"# {name} cannot train this network, left out: {error}", file=sys.stderr)
             del steps[name]
-    names = list(steps)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(arguments.turns):
-        for name in names:
-            start = time.perf_counter()
-            for _ in range(cycle):
-                steps[name](*batch)
-            seconds[name].append((time.perf_counter() - start) / cycle)
+    seconds = take_turns(steps, batch, cycle, arguments.turns)
     print(f"{'method':<10} {'ms/step':>9} {'ratio to sgd':>13} {'min':>6} {'max':>6}")
-    for name in names:
+    for name in steps:
         ratios = [s / b for s, b in zip(seconds[name], seconds["sgd"], strict=True)]
         print(
             f"{name:<10} {1e3 * statistics.median(seconds[name]):9.2f} "
@@ -375,7 +430,7 @@ def measure_memory(arguments: argparse.Namespace) -> None:
     print(f"{'method':<10} {'peak MiB':>9} {'above import MiB':>17}")
     for name in names:
         command = [sys.executable, __file__, "--one", name, "--model", arguments.model]
-        command += ["--batch-size", str(arguments.batch_size)]
+        command += ["--batch-size", str(arguments.batch_size), "--narrow", str(arguments.narrow)]
         found = subprocess.run(command, capture_output=True, text=True, check=True)
         before, peak = json.loads(found.stdout.splitlines()[-1])
         print(f"{name:<10} {peak:9.0f} {peak - before:17.0f}")
@@ -383,7 +438,9 @@ def measure_memory(arguments: argparse.Namespace) -> None:
 
 def one_for_memory(arguments: argparse.Namespace) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    step = make_step(arguments.one, arguments.model, arguments.batch_size, 2, 4)
+    step = make_step(
+        arguments.one, arguments.model, arguments.batch_size, 2, 4, narrow=arguments.narrow
+    )
     batch = make_batch(arguments.model, arguments.batch_size)
     for _ in range(6):
         step(*batch)
@@ -394,6 +451,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=tuple(BATCH_SIZES), default="mlp")
     parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--narrow", type=int, default=1, help="what widths are divided by")
     parser.add_argument("--factor-interval", type=int, default=10)
     parser.add_argument("--inverse-interval", type=int, default=100)
     parser.add_argument("--methods", default="sgd,adamw,kfac,kfac_fused,asdl,singd")
@@ -408,7 +466,8 @@ def main() -> None:
         return
     print(
         f"# torch {torch.__version__}, {torch.get_num_threads()} threads, "
-        f"Python {platform.python_version()}, {platform.machine()}; {arguments.model}, batch "
+        f"Python {platform.python_version()}, {platform.machine()}; {arguments.model}, "
+        f"{f'widths / {arguments.narrow}, ' if arguments.narrow > 1 else ''}batch "
         f"{arguments.batch_size}, factors every {arguments.factor_interval}, inverses every "
         f"{arguments.inverse_interval} steps"
     )
