@@ -53,7 +53,7 @@ def state(found) -> dict:
 
 
 @pytest.mark.parametrize(
-    "solver", [ConjugateGradient(1e-12, 500), Thermodynamic(time=20_000.0)], ids=["cg", "thermal"]
+    "solver", [ConjugateGradient(1e-12, 500), Thermodynamic(time=600.0)], ids=["cg", "thermal"]
 )
 @pytest.mark.parametrize("name", ["mlp", "conv2d", "tied_embedding", "layer_norm", "generic"])
 def test_inverses_are_those_of_the_exact_fisher_matrix(solver, name):
@@ -61,9 +61,9 @@ def test_inverses_are_those_of_the_exact_fisher_matrix(solver, name):
     y = case.target("categorical")
     exact = fisher_matrix(case.model, (case.x, y), "categorical", "full")
     v = normal(exact.shape[0], 2, seed=2)
-    found = exact.inverse(0.1, solver)
-    dense.assert_same(found @ v, exact.solve(v, 0.1), 1e-8)
-    dense.assert_same(found @ v[:, 0], exact.solve(v[:, 0], 0.1), 1e-8)
+    found = exact.inverse(1.0, solver)
+    dense.assert_same(found @ v, exact.solve(v, 1.0), 1e-8)
+    dense.assert_same(found @ v[:, 0], exact.solve(v[:, 0], 1.0), 1e-8)
 
 
 @pytest.mark.parametrize("damping", [1e-3, 0.1])
