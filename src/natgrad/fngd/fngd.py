@@ -21,9 +21,9 @@ from natgrad.fngd.coefficients import (
 )
 from natgrad.fngd.weighted_gradients import CoefficientClock, WeightedGradient, weighable_layers
 from natgrad.likelihoods import Likelihood
-from natgrad.optim.natural_gradient import NaturalGradient, scalar_checks
+from natgrad.optim.natural_gradient import NaturalGradient
 from natgrad.optim.options import Fallback, StepRule
-from natgrad.optim.step.measures import all_finite, on_host
+from natgrad.optim.step.measures import all_finite, on_host, scalar_checks
 from natgrad.optim.step.plan import StepPlan
 from natgrad.replicas import average_over_replicas
 
@@ -226,7 +226,7 @@ class FNGD(NaturalGradient):
         own = self.preconditioner.own_backward.items()
         natural = self._coefficients.scaled(covered, {name for name, one in own if one.active})
         average_over_replicas(natural)
-        values = scalar_checks(rest, loss)
+        values = scalar_checks(rest.values(), loss)
         if natural:
             values["size"] = _squared_norm(natural.values())
         if values and not all_finite(on_host(values)):

@@ -195,10 +195,6 @@ class BlockTridiagonalOperator(Operator):
             return self.dense() @ columns
         return self.transposed_times(self.couple(self.rows_times(columns))) / self.count
 
-    def trace(self) -> Tensor:
-        """Return the trace; neighbours do not enter it."""
-        return self.diagonal().sum()
-
     def diagonal(self) -> Tensor:
         """Return the diagonal."""
         result = self.layout.zeros(self.layout.numel)
@@ -396,18 +392,6 @@ class _Solver(Operator):
 
     def for_checkpoint(self) -> None:
         """Return None: rows belong to one batch."""
-
-    def diagonal(self) -> Tensor:
-        """Return the diagonal of the dense matrix."""
-        return self.to_dense().diagonal()
-
-    def trace(self) -> Tensor:
-        """Return its trace."""
-        return self.diagonal().sum()
-
-    def eigenvalues(self) -> Tensor:
-        """Return its eigenvalues."""
-        return torch.linalg.eigvalsh(self.to_dense())
 
     def direct_inverse(self, damping: float) -> Operator:
         """Return ``F`` itself without further damping."""

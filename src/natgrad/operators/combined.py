@@ -53,7 +53,7 @@ class ScaledOperator(Operator):
         if self.factor > 0:
             inverse = self.operator.direct_inverse(damping / self.factor)
             return replace(self, operator=inverse, factor=1.0 / self.factor)
-        return DenseOperator(self.layout, self.to_dense()).direct_inverse(damping)
+        return super().direct_inverse(damping)
 
     def inverse_root(self, damping: float) -> Operator:
         """Return ``(F + λ/c I)^(−1/2)/√c``."""
@@ -118,17 +118,6 @@ class SumOperator(Operator):
         linalg.check_memory(self.layout.numel, len(self.terms) + 1, self.dtype, self.device)
         return torch.stack([term.to_dense() for term in self.terms]).sum(0)
 
-    def _dense(self) -> DenseOperator:
-        return DenseOperator(self.layout, self.to_dense())
-
-    def eigenvalues(self) -> Tensor:
-        """Return the eigenvalues of the dense matrix."""
-        return self._dense().eigenvalues()
-
-    def direct_inverse(self, damping: float) -> Operator:
-        """Invert the dense matrix."""
-        return self._dense().direct_inverse(damping)
-
     def inverse_root(self, damping: float) -> Operator:
         """Return the root of the dense matrix."""
-        return self._dense().inverse_root(damping)
+        return DenseOperator(self.layout, self.to_dense()).inverse_root(damping)

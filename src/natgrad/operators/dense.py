@@ -116,10 +116,6 @@ class CholeskyInverse(Operator):
         """Solve with the factor."""
         return torch.cholesky_solve(columns, self.factor)
 
-    def trace(self) -> Tensor:
-        """Return the trace."""
-        return self.diagonal().sum()
-
     def diagonal(self) -> Tensor:
         """Return the diagonal."""
         return torch.cholesky_inverse(self.factor).diagonal()
@@ -127,7 +123,3 @@ class CholeskyInverse(Operator):
     def eigenvalues(self) -> Tensor:
         """Return the eigenvalues."""
         return torch.linalg.svdvals(self.factor).square().reciprocal()
-
-    def direct_inverse(self, damping: float) -> Operator:
-        """Invert the dense matrix."""
-        return DenseOperator(self.layout, self.to_dense()).direct_inverse(damping)

@@ -53,7 +53,7 @@ class EigenKroneckerOperator(Operator):
 
     def trace(self) -> Tensor:
         """Return the trace, ``Σ s`` in orthogonal bases."""
-        return self.scale.sum() if self.orthogonal else self.diagonal().sum()
+        return self.scale.sum() if self.orthogonal else super().trace()
 
     def diagonal(self) -> Tensor:
         """Return ``Σ_ij s_ij (U_B)²_oi (U_A)²_pj``."""
@@ -63,14 +63,12 @@ class EigenKroneckerOperator(Operator):
 
     def eigenvalues(self) -> Tensor:
         """Return s, in orthogonal bases."""
-        return self.scale.flatten() if self.orthogonal else torch.linalg.eigvalsh(self.to_dense())
+        return self.scale.flatten() if self.orthogonal else super().eigenvalues()
 
     def direct_inverse(self, damping: float) -> Operator:
         """Divide by ``s + damping``; zero damping is the pseudo-inverse."""
         if not self.orthogonal:
-            from natgrad.operators.dense import DenseOperator
-
-            return DenseOperator(self.layout, self.to_dense()).direct_inverse(damping)
+            return super().direct_inverse(damping)
         if damping > 0:
             scale = 1.0 / (self.scale + damping)
         else:

@@ -91,23 +91,3 @@ class IterativeInverse(Operator):
     def state_dict(self) -> dict[str, Any]:
         """Return the solver's state alone, as rows belong to one batch."""
         return {"kind": type(self).__name__, "damping": self.damping, "state": dict(self.state)}
-
-    # What there is no short way to.
-
-    def diagonal(self) -> Tensor:
-        """Return the diagonal of the dense matrix."""
-        return self.to_dense().diagonal()
-
-    def trace(self) -> Tensor:
-        """Return its trace."""
-        return self.diagonal().sum()
-
-    def eigenvalues(self) -> Tensor:
-        """Return its eigenvalues."""
-        return torch.linalg.eigvalsh(self.to_dense())
-
-    def direct_inverse(self, damping: float) -> Operator:
-        """Return the inverse of the dense matrix."""
-        from natgrad.operators.dense import DenseOperator
-
-        return DenseOperator(self.layout, self.to_dense()).direct_inverse(damping)

@@ -77,25 +77,29 @@ class Operator(Record, ABC):
     def multiply(self, columns: Tensor) -> Tensor:
         """Return ``F V`` for ``(P, k)``."""
 
-    @abstractmethod
+    # What it implements where there is a shorter way than the dense matrix.
+
     def trace(self) -> Tensor:
         """Return ``tr F``."""
+        return self.diagonal().sum()
 
-    @abstractmethod
     def diagonal(self) -> Tensor:
         """Return the diagonal, ``(P,)``."""
+        return self.to_dense().diagonal()
 
-    @abstractmethod
     def eigenvalues(self) -> Tensor:
         """Return all ``P`` eigenvalues, in any order."""
+        return torch.linalg.eigvalsh(self.to_dense())
 
-    @abstractmethod
     def direct_inverse(self, damping: float) -> Operator:
         """Return ``(F + damping I)⁻¹`` by the matrix's own factorisation; the pseudo-inverse for 0.
 
         Raises:
             FactorizationError: If that is impossible.
         """
+        from natgrad.operators.dense import DenseOperator
+
+        return DenseOperator(self.layout, self.to_dense()).direct_inverse(damping)
 
     def inverse_root(self, damping: float) -> Operator:
         """Return the symmetric ``(F + damping I)^(−1/2)``, for ``damping > 0``.

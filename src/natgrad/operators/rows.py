@@ -95,10 +95,6 @@ class RowsOperator(Operator):
         product = transposed_times(self.pieces, times(self.pieces, columns))
         return product / self.count.to(product.dtype)
 
-    def trace(self) -> Tensor:
-        """Return the trace."""
-        return self.diagonal().sum()
-
     def diagonal(self) -> Tensor:
         """Return the diagonal."""
         result: Tensor | None = None
@@ -288,26 +284,6 @@ class RowsInverse(Operator):
 
     def for_checkpoint(self) -> None:
         """Return None: rows belong to one batch."""
-
-    # What there is no short way to.
-
-    def diagonal(self) -> Tensor:
-        """Return the diagonal of the dense matrix."""
-        return self.to_dense().diagonal()
-
-    def trace(self) -> Tensor:
-        """Return its trace."""
-        return self.diagonal().sum()
-
-    def eigenvalues(self) -> Tensor:
-        """Return its eigenvalues."""
-        return torch.linalg.eigvalsh(self.to_dense())
-
-    def direct_inverse(self, damping: float) -> Operator:
-        """Return the inverse of the dense matrix."""
-        from natgrad.operators.dense import DenseOperator
-
-        return DenseOperator(self.layout, self.to_dense()).direct_inverse(damping)
 
 
 @dataclass(frozen=True, eq=False)

@@ -63,10 +63,6 @@ class UnitBlocksOperator(Operator):
         """Return ``F V``."""
         return columns_of(self.layout, self.blocks @ units_of(self.layout, columns))
 
-    def trace(self) -> Tensor:
-        """Return the trace."""
-        return self.diagonal().sum()
-
     def diagonal(self) -> Tensor:
         """Return the diagonal."""
         diagonal = self.blocks.diagonal(dim1=1, dim2=2)
@@ -157,10 +153,6 @@ class UnitRowsOperator(Operator):
             weights = a @ values[units] * root.square().unsqueeze(-1)
             result[units] = a.T @ weights / self._count
         return columns_of(self.layout, result)
-
-    def trace(self) -> Tensor:
-        """Return the trace."""
-        return self.diagonal().sum()
 
     def diagonal(self) -> Tensor:
         """Return the diagonal."""
@@ -301,21 +293,3 @@ class _UnitRowsInverse(Operator):
             product = a.T @ (a @ solution * r.square()) / count
             result[units] = solution + once(v - product - damping * solution)
         return columns_of(self.layout, result)
-
-    def diagonal(self) -> Tensor:
-        """Return the diagonal of the dense matrix."""
-        return self.to_dense().diagonal()
-
-    def trace(self) -> Tensor:
-        """Return its trace."""
-        return self.diagonal().sum()
-
-    def eigenvalues(self) -> Tensor:
-        """Return its eigenvalues."""
-        return torch.linalg.eigvalsh(self.to_dense())
-
-    def direct_inverse(self, damping: float) -> Operator:
-        """Return the inverse of the dense matrix."""
-        from natgrad.operators.dense import DenseOperator
-
-        return DenseOperator(self.layout, self.to_dense()).direct_inverse(damping)

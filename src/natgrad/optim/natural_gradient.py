@@ -26,13 +26,20 @@ from natgrad.optim.step.grafting import AdamMoments, grafted
 from natgrad.optim.step.groups import PreconditionedGroups
 from natgrad.optim.step.isotropic_rate import IsotropyProbe, is_isotropic
 from natgrad.optim.step.levenberg_marquardt import LevenbergMarquardt
-from natgrad.optim.step.measures import all_finite, clip_scales, damped_model, measure, on_host
+from natgrad.optim.step.measures import (
+    all_finite,
+    clip_scales,
+    damped_model,
+    measure,
+    on_host,
+    scalar_checks,
+)
 from natgrad.optim.step.plan import StepPlan
 from natgrad.optim.step.reevaluation import Reevaluation, as_float
 from natgrad.optim.summary import Summary, summarize
 from natgrad.replicas import average_over_replicas
 
-__all__ = ["Method", "NaturalGradient", "scalar_checks"]
+__all__ = ["Method", "NaturalGradient"]
 
 
 class _Default:
@@ -397,7 +404,7 @@ class NaturalGradient(torch.optim.Optimizer, CopiedByState):
                 natural = self._graft(natural, gradients, source, state)
             directions = self._directions(natural, grouped)
             values = measure(preconditioner, grouped, directions, gradients, source)
-            found = on_host({**values, **scalar_checks(rest, loss), "failed": failed})
+            found = on_host({**values, **scalar_checks(rest.values(), loss), "failed": failed})
             if not found.pop("failed"):
                 break
         if not all_finite(found):
@@ -473,7 +480,7 @@ class NaturalGradient(torch.optim.Optimizer, CopiedByState):
     def _warm_up(self, gradients: list[Tensor], loss: float | Tensor | None) -> None:
         """Update the curvature and let the fallback alone train."""
         self.preconditioner.update_curvature()
-        sums = scalar_checks(dict(enumerate(gradients)), loss)  # type: ignore[arg-type]
+        sums = scalar_checks(gradients, loss)
         if sums and not all_finite(on_host(sums)):
             self._skip()
             return
@@ -588,18 +595,6 @@ class NaturalGradient(torch.optim.Optimizer, CopiedByState):
             samples: Batch size the costs are stated for.
         """
         return summarize(self.preconditioner, samples)
-
-
-def scalar_checks(values: dict[str, Tensor], loss: float | Tensor | None) -> dict[str, Tensor]:
-    """Return scalars that are finite if some tensors, and the loss, are."""
-    result: dict[str, Tensor] = {}
-    if values:  # A sum is finite only if every entry is, but for overflow, and costs one pass.
-        device = next(iter(values.values())).device
-        sums = [value.sum(dtype=torch.float32).to(device) for value in values.values()]
-        result["rest"] = torch.stack(sums).sum()
-    if loss is not None:
-        result["loss"] = torch.as_tensor(loss).detach().reshape(-1)[:1].sum()
-    return result
 
 
 def _signature(method: Method) -> inspect.Signature:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad import linalg
+from natgrad.arguments import check_damping
 from natgrad.capture import Capture
 from natgrad.curvature import Curvature, KroneckerFactors, Structure, as_structure
 from natgrad.curvature.curvature import Estimate
@@ -24,6 +25,7 @@ from natgrad.optim.fused.kronecker_gradients import FusedGradient
 from natgrad.optim.fused.own_backward import OwnBackward
 from natgrad.optim.observer import Observer
 from natgrad.optim.options import Refresh
+from natgrad.optim.step.measures import all_finite, on_host, scalar_checks
 
 __all__ = ["Preconditioner"]
 
@@ -74,8 +76,7 @@ class Preconditioner(CopiedByState):
         output: Callable[[Any], Tensor] | None = None,
         seed: int = 0,
     ) -> None:
-        if not 0 <= damping < float("inf"):
-            raise ValueError(f"damping must be a finite number >= 0, got {damping}")
+        check_damping(damping)
         refresh = Refresh() if refresh is None else refresh
         structure = as_structure(structure, training=True)
         self.capture = Capture(model, output)
@@ -138,11 +139,11 @@ class Preconditioner(CopiedByState):
         }
         for carefully in (False, True):
             natural, failed = self.natural_gradient(gradients, carefully=carefully)
-            finite = [v.sum(dtype=torch.float32) for v in (*gradients.values(), *natural.values())]
-            values = torch.stack([*finite, failed.to(torch.float32)]).tolist()
-            if not values.pop():
+            checks = scalar_checks([*gradients.values(), *natural.values()])
+            found = on_host({**checks, "failed": failed})
+            if not found.pop("failed"):
                 break
-        if not all(map(_is_finite, values)):
+        if not all_finite(found):
             self.skip()
             return
         for name, gradient in gradients.items():
@@ -442,10 +443,6 @@ def _any(flags: list[Tensor]) -> Tensor:
         return torch.tensor(0.0)
     device = next((flag.device for flag in flags if flag.device.type != "cpu"), flags[0].device)
     return torch.stack([flag.to(device) for flag in flags]).any().to(torch.float32)
-
-
-def _is_finite(number: float) -> bool:
-    return number - number == 0
 
 
 @functools.lru_cache(maxsize=64)

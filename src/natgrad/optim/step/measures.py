@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +22,16 @@ from natgrad.replicas import average_over_replicas
 if TYPE_CHECKING:
     from natgrad.optim.preconditioner import Preconditioner
 
-__all__ = ["Measures", "clip_scales", "damped_model", "measure", "on_host", "predicted_change"]
+__all__ = [
+    "Measures",
+    "all_finite",
+    "clip_scales",
+    "damped_model",
+    "measure",
+    "on_host",
+    "predicted_change",
+    "scalar_checks",
+]
 
 #: Values measured on the device for one step, by name.
 Measures = dict[str, Any]
@@ -96,6 +105,20 @@ def all_finite(measures: Any) -> bool:
     if isinstance(measures, list):
         return all(all_finite(value) for value in measures)
     return math.isfinite(measures)
+
+
+def scalar_checks(
+    tensors: Iterable[Tensor], loss: float | Tensor | None = None
+) -> dict[str, Tensor]:
+    """Return scalars that are finite if some tensors, and the loss, are."""
+    result: dict[str, Tensor] = {}
+    # A sum is finite only if every entry is, but for overflow, and costs one pass.
+    sums = [tensor.sum(dtype=torch.float32) for tensor in tensors]
+    if sums:
+        result["rest"] = torch.stack([one.to(sums[0].device) for one in sums]).sum()
+    if loss is not None:
+        result["loss"] = torch.as_tensor(loss).detach().reshape(-1)[:1].sum()
+    return result
 
 
 def damped_model(measures: Measures, dampings: Sequence[float]) -> QuadraticModel:
