@@ -95,16 +95,17 @@ def test_layers_of_one_shape_are_factorised_together(monkeypatch):
     assert sorted(shapes) == [(1, 3, 3), (2, 1, 4, 4), (3, 1, 5, 5)]
 
 
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(3, 2).double(), nn.Linear(3, 2).double()
+
+    def forward(self, x: torch.Tensor, both: bool) -> torch.Tensor:
+        return self.left(x) + self.right(x) if both else self.left(x)
+
+
 @pytest.mark.parametrize("structure", ["kfac", "ekfac", "tkfac", "diagonal", "unit_wise", "kpsvd"])
 def test_a_layer_that_a_batch_leaves_out_keeps_its_average(structure):
-    class Branches(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.left, self.right = nn.Linear(3, 2).double(), nn.Linear(3, 2).double()
-
-        def forward(self, x: torch.Tensor, both: bool) -> torch.Tensor:
-            return self.left(x) + self.right(x) if both else self.left(x)
-
     torch.manual_seed(0)
     model = Branches()
     with Capture(model) as capture:
@@ -120,6 +121,24 @@ def test_a_layer_that_a_batch_leaves_out_keeps_its_average(structure):
         after = curvature.matrix()
     assert torch.equal(before.parts["right"].to_dense(), after.parts["right"].to_dense())
     assert not torch.equal(before.parts["left"].to_dense(), after.parts["left"].to_dense())
+
+
+@pytest.mark.parametrize("structure", ["block_diagonal", "kfac", "ekfac", "tkfac", "diagonal"])
+def test_batches_without_rows_count_in_matrix_and_inverse_alike(structure):
+    """A sum over batches is a mean over all of them, whichever layers some leave out."""
+    torch.manual_seed(0)
+    model = Branches()
+    with Capture(model) as capture:
+        curvature = curvature_of(structure, capture)
+        for both in (True, False):
+            capture.clear()
+            output = model(normal(6, 3, seed=int(both)), both)
+            curvature.update(capture.pull_back(output, normal(2, 6, 2, seed=2)), 6.0)
+    curvature.refresh(0.1)
+    gradients = {name: normal(*p.shape) for name, p in model.named_parameters()}
+    found = curvature.natural_gradient(GradientSource(gradients))
+    for name, value in curvature.matrix().solve(gradients, 0.1).items():
+        dense.assert_same(found[name], value)
 
 
 @pytest.mark.parametrize("solver", ["eigh", TruncatedEigh(1e-10), ConjugateGradient(1e-12, 200)])

@@ -176,14 +176,19 @@ class Curvature:
 
     def operator(self, name: str) -> Operator:
         """Return the matrix of one part."""
-        present, part = self.estimates[name], self.parts[name]
+        present = self.estimates[name]
         average = present.average
         if average is not None:
-            average = self.structure.settled(part, average)
+            average = self.structure.settled(self.parts[name], average)
             self.estimates[name] = replace(present, average=average)
-            if isinstance(present.absent, Tensor):
-                average = average.with_count(average.count + present.absent)
-        return self.structure.operator(part, average)
+        return self._read(name, average)
+
+    def _read(self, name: str, average: Statistics | None) -> Operator:
+        """Return what an average stands for, batches in which the part had no rows included."""
+        absent = self.estimates[name].absent
+        if average is not None and isinstance(absent, Tensor):
+            average = average.with_count(average.count + absent)
+        return self.structure.operator(self.parts[name], average)
 
     def matrix(self) -> FisherMatrix:
         """Return the matrix of the whole model."""
@@ -221,7 +226,7 @@ class Curvature:
         try:
             parts, structure = [self.parts[name] for name in names], self.structure
             averages = structure.renewed(parts, [e.average for e in estimates], dampings)
-            operators = [structure.operator(p, a) for p, a in zip(parts, averages, strict=True)]
+            operators = [self._read(name, a) for name, a in zip(names, averages, strict=True)]
             inner = [structure.inverse_damping(value) for value in dampings]
             if structure.solver == "direct":
                 inverses = inverses_together(operators, inner)
