@@ -951,6 +951,11 @@ def test_errors_are_clear():
     ):
         with pytest.raises(kind, match=words):
             make("kfac", model, **options)
+    for options in ({"refresh": 10}, {"refresh": {"factors": 1}}, {"step_rule": "lr"}):
+        with pytest.raises(TypeError, match="must be a natgrad"):
+            natgrad.KFAC(model, **options)
+    with pytest.raises(TypeError, match="must be a natgrad.Refresh"):
+        natgrad.Preconditioner(model, refresh=10)
     with pytest.raises(TypeError, match="model"):
         natgrad.KFAC(model.parameters())
     with pytest.raises(ValueError, match="categorical"):

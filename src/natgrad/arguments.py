@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["check_choice", "check_damping", "check_interval", "check_range"]
+__all__ = ["check_choice", "check_damping", "check_interval", "check_kind", "check_range"]
 
 
 def check_choice(name: str, value: object, *choices: str) -> None:
@@ -24,6 +24,12 @@ def check_interval(name: str, value: object) -> None:
     """Raise a ValueError unless a value is a whole number of at least 1."""
     if not (isinstance(value, int) and value >= 1):
         raise ValueError(f"{name} must be an integer of at least 1, got {value}")
+
+
+def check_kind(name: str, value: object, kind: type) -> None:
+    """Raise a TypeError unless an argument is one of natgrad's objects of a kind."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a natgrad.{kind.__name__}, got {value!r}")
 
 
 def check_range(name: str, value: float, below: float = math.inf) -> None:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from natgrad.arguments import check_range
+from natgrad.arguments import check_kind, check_range
 from natgrad.curvature import Structure, as_structure
 from natgrad.fisher import FisherType
 from natgrad.likelihoods import Likelihood
@@ -77,6 +77,11 @@ class Method:
     kl_clip: float | None = None
     refresh: Refresh = Refresh()  # noqa: RUF009, frozen
     step_rule: StepRule = StepRule()  # noqa: RUF009, frozen
+
+    def __post_init__(self) -> None:
+        """Check that groups of options are groups of options."""
+        check_kind("refresh", self.refresh, Refresh)
+        check_kind("step_rule", self.step_rule, StepRule)
 
 
 class NaturalGradient(torch.optim.Optimizer, CopiedByState):

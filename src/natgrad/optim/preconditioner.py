@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad import linalg
-from natgrad.arguments import check_damping
+from natgrad.arguments import check_damping, check_kind
 from natgrad.capture import Capture
 from natgrad.curvature import Curvature, KroneckerFactors, Structure, as_structure
 from natgrad.curvature.curvature import Estimate
@@ -78,6 +78,7 @@ class Preconditioner(CopiedByState):
     ) -> None:
         check_damping(damping)
         refresh = Refresh() if refresh is None else refresh
+        check_kind("refresh", refresh, Refresh)
         structure = as_structure(structure, training=True)
         self.capture = Capture(model, output)
         self.model = self.capture.model
