@@ -33,10 +33,10 @@ from natgrad.operators.structured_factors import StructuredMatrix
 from natgrad.optim import SINGD
 from tests import dense
 from tests.cases import CASES, Case, generator, normal
+from tests.curvature.test_structures import KFAC_CASES, check_interface
 from tests.methods import curvature_of
 from tests.methods import make_optimizer as make_any_optimizer
-from tests.test_structured_factors import STRUCTURES, Largest, projection
-from tests.test_structures import KFAC_CASES, check_interface
+from tests.operators.test_structured_factors import STRUCTURES, Largest, projection
 
 #: The recursion of the paper, with nothing added.
 PLAIN: dict[str, Any] = {

@@ -21,7 +21,7 @@ import natgrad
 from natgrad.optim.step.quadratic_model import QuadraticModel
 from tests import dense
 from tests.cases import CASES, normal
-from tests.test_optimizers import (
+from tests.optim.test_optimizers import (
     AVERAGING,
     OPTIMIZERS,
     Reference,

@@ -26,8 +26,8 @@ from natgrad.operators.coarse_level import leading_eigenvector as found_eigenvec
 from natgrad.optim import KFAC, TwoLevelKFAC
 from tests import dense
 from tests.cases import CASES, Case, generator, normal
+from tests.curvature.test_structures import build, labels
 from tests.methods import curvature_of, make_optimizer
-from tests.test_structures import build, labels
 
 FACTORED = [name for name in CASES if CASES[name]().has_kfac]
 SPACES = ["nicolaides", "spectral", "residual", "krylov"]

@@ -28,8 +28,14 @@ from natgrad.optim import EKFAC, TEKFAC, TKFAC
 from tests import dense
 from tests import dense_kronecker as reference
 from tests.cases import CASES, Case, normal
+from tests.curvature.test_structures import (
+    build,
+    check_interface,
+    check_pseudo_inverse,
+    labels,
+    stacks,
+)
 from tests.methods import curvature_of, make_optimizer
-from tests.test_structures import build, check_interface, check_pseudo_inverse, labels, stacks
 
 EIGEN = ["ekfac", "tekfac"]
 STRUCTURES = [*EIGEN, "tkfac"]

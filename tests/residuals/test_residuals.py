@@ -743,7 +743,7 @@ def test_kfac_on_the_captured_route():
 
 
 def test_the_guide_runs():
-    guide = Path(__file__).parent.parent / "docs" / "pinns.md"
+    guide = Path(__file__).parents[2] / "docs" / "pinns.md"
     blocks = re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL)
     names: dict[str, Any] = {}
     with warnings.catch_warnings():

@@ -20,7 +20,7 @@ import natgrad
 from natgrad.optim.step.line_search import LineSearch
 from tests import dense
 from tests.cases import CASES, generator, normal
-from tests.test_optimizers import OPTIMIZERS, Reference, batches_of, flat, make, same
+from tests.optim.test_optimizers import OPTIMIZERS, Reference, batches_of, flat, make, same
 
 STRUCTURES = ["full", "block_diagonal", "kfac", "diagonal"]
 SEARCH: dict[str, Any] = {"length": natgrad.LineSearch(), "fisher": "exact", "lr": 4.0}

@@ -25,8 +25,8 @@ from natgrad.optim import KPSVD
 from tests import dense
 from tests import dense_kronecker as reference
 from tests.cases import CASES, normal
+from tests.curvature.test_structures import build, check_interface, check_pseudo_inverse, labels
 from tests.methods import curvature_of, make_optimizer
-from tests.test_structures import build, check_interface, check_pseudo_inverse, labels
 
 FACTORED = [name for name in CASES if CASES[name]().has_kfac]
 KINDS = ["exact", "empirical"]
