@@ -88,8 +88,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         yield value
     elif isinstance(value, Record):
         yield from value.tensors()
-    elif isinstance(value, tuple):
-        for item in value:
+    elif isinstance(value, (tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
             yield from _tensors(item)
 
 
@@ -100,6 +100,8 @@ def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
         return value.mapped(function)
     if isinstance(value, tuple):
         return tuple(_mapped(item, function) for item in value)
+    if isinstance(value, dict):
+        return {key: _mapped(item, function) for key, item in value.items()}
     return value
 
 

@@ -14,6 +14,7 @@ from natgrad import linalg
 from natgrad.curvature.cost import Cost, Workload
 from natgrad.curvature.structure import Part, Structure
 from natgrad.jacobians import Jacobians
+from natgrad.jacobians.packing import in_type
 from natgrad.layouts import BlockLayout, ParameterLayout
 from natgrad.linalg import FactorizationError
 from natgrad.operators import FisherMatrix, GradientSource, Operator
@@ -110,7 +111,7 @@ class Curvature:
             weight = torch.zeros_like(weight)
         for name, part in self.parts.items():
             present = self.estimates[name]
-            rows = jacobians.of_blocks(part.blocks, part.layout)
+            rows = in_type(jacobians.of_blocks(part.blocks, part.layout), part.dtype)
             if not len(rows) or (continued and present.batch is None):
                 continue  # What a left-out chunk began is left out whole.
             draw = present.draws + (not continued)
@@ -299,7 +300,8 @@ class Curvature:
         return self.structure.corrected(self.parts, self.estimates, source, natural, self._by_parts)
 
     def _by_parts(self, source: GradientSource) -> dict[str, Tensor]:
-        result: dict[str, Tensor] = {}
+        # Parameters without entries are in no part.
+        result = {n: g for n, g in source.gradients.items() if not g.numel()}
         for name, part in self.parts.items():
             inverse = self.estimates[name].inverse
             if name == self.structure.companion:
@@ -361,14 +363,27 @@ class Curvature:
                 "inverse": None if inverse is None else inverse.state_dict(),
                 "damping": present.damping,
                 "draws": present.draws,
+                "sizes": self._sizes(name),
             }
         return result
 
+    def _sizes(self, name: str) -> dict[str, list[int]]:
+        """Return parameter name → shape of a part."""
+        blocks = self.parts[name].blocks.values()
+        shapes = [pair for b in blocks for pair in zip(b.names, b.shapes, strict=True)]
+        return {name: list(shape) for name, shape in shapes}
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned, on the device of the parameters.
+        """Restore what :meth:`state_dict` returned; see :meth:`restored`."""
+        self.estimates = self.restored(state)
+
+    def restored(self, state: Mapping[str, Any]) -> dict[str, Estimate]:
+        """Return the estimates that :meth:`state_dict` described; nothing is changed yet.
+
+        They are on the device of the parameters, and in the types this estimate itself works in.
 
         Raises:
-            ValueError: If the state has other parts than this structure.
+            ValueError: If the state has other parts than this structure, or parts of other sizes.
         """
         if set(state) != set(self.parts):
             differing = sorted(set(state) ^ set(self.parts))
@@ -377,11 +392,19 @@ class Curvature:
             )
         device, restored = self.layout.device, {}
         for name, entry in state.items():
-            layout = self.structure.vector_layout(self.parts[name])
+            part, own = self.parts[name], self._sizes(name)
+            if entry.get("sizes", own) != own:
+                raise ValueError(
+                    f"the checkpoint's curvature of {name!r} is of parameters {entry['sizes']}, "
+                    f"and this model's are {own}"
+                )
+            layout = self.structure.vector_layout(part)
             average, inverse = (
-                None if entry[key] is None else Record.from_state(entry[key], device, layout)
+                None
+                if entry[key] is None
+                else self.structure.cast(part, Record.from_state(entry[key], device, layout))
                 for key in ("average", "inverse")
             )
-            self.structure.check_restored(self.parts[name], average)
+            self.structure.check_restored(part, average)
             restored[name] = Estimate(average, None, inverse, entry["damping"], entry["draws"])
-        self.estimates = restored
+        return restored

@@ -126,7 +126,7 @@ def lanczos(
 def _signed(u: Tensor, v: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``(√σ U, √σ V)``, symmetric, with the signs that make ``tr V ≥ 0``."""
     trace = v.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    scale = torch.where(trace < 0, -1.0, 1.0) * sigma.sqrt()
+    scale = torch.where(trace < 0, -sigma.sqrt(), sigma.sqrt())
     return symmetric_part(u * scale), symmetric_part(v * scale)
 
 

@@ -164,6 +164,7 @@ class InverseFactors(Structure):
 
     name: ClassVar[str] = "singd"
     object_options: ClassVar[Mapping[str, Any]] = {"rows_per_unit": None}
+    recursive: ClassVar[bool] = True
 
     factor_structures: FactorStructure | tuple[FactorStructure, FactorStructure] = "dense"
     factor_lr: float = 0.05
@@ -237,10 +238,12 @@ class InverseFactors(Structure):
 
     def _factors_of(self, part: Part) -> Factors:
         """Return the identities of a layer, in its factors' type."""
+        return self.initial_factors(part.block, self._dtype_of(part), part.parameters.device)
+
+    def _dtype_of(self, part: Part) -> torch.dtype:
         dtype = self.factor_dtype or part.parameters.dtypes[part.block.names[0]]
         # The range of float16 is small.
-        dtype = part.parameters.dtype if dtype == torch.float16 else dtype
-        return self.initial_factors(part.block, dtype, part.parameters.device)
+        return part.parameters.dtype if dtype == torch.float16 else dtype
 
     # Statistics.
 
@@ -377,6 +380,13 @@ class InverseFactors(Structure):
     def _shapes(self, block: BlockLayout) -> Factors:
         """Return factors without numbers, for what depends on their shapes alone."""
         return _meta_factors(self, block)
+
+    def cast(self, part: Part, record: Any) -> Any:
+        """Return a record of a checkpoint in the factors' type."""
+        record = record.to(dtype=self._dtype_of(part))
+        if isinstance(record, MetricKroneckerOperator):
+            record = replace(record, precision=part.parameters.dtype)
+        return record
 
     def check_restored(self, part: Part, statistics: Any) -> None:
         """Raise a ValueError if factors of a checkpoint have another structure or size."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor
 
 from natgrad.curvature.cost import Cost, Workload
@@ -44,6 +46,12 @@ class Part:
         return block
 
     @cached_property
+    def dtype(self) -> torch.dtype:
+        """Type of the part's rows: that of its parameters, at least float32."""
+        types = (self.parameters.dtypes[n] for b in self.blocks.values() for n in b.names)
+        return functools.reduce(torch.promote_types, types, torch.float32)
+
+    @cached_property
     def layout(self) -> ParameterLayout:
         """Order of the part's own parameters."""
         return self.parameters.subset(n for block in self.blocks.values() for n in block.names)
@@ -72,6 +80,8 @@ class Structure(ABC):
     object_options: ClassVar[Mapping[str, Any]] = {}
     #: Name of a part whose statistics are kept beside the others' and that is none of the matrix.
     companion: ClassVar[str | None] = None
+    #: Whether the matrix follows from steps of a recursion alone, and not from data by themselves.
+    recursive: ClassVar[bool] = False
     #: Whether inverses follow every update, between the factorisations, as they cost little.
     follows_updates: ClassVar[bool] = False
 
@@ -139,6 +149,10 @@ class Structure(ABC):
     def vector_layout(self, part: Part) -> VectorLayout:
         """Return the layout that a part's operators have."""
         return part.layout if self.joint else part.block
+
+    def cast(self, part: Part, record: Any) -> Any:
+        """Return a record of a checkpoint in the types that this structure works in."""
+        return record.to(dtype=part.dtype)
 
     def check_restored(self, part: Part, statistics: Any) -> None:  # noqa: B027
         """Raise a ValueError if statistics of a checkpoint are not those of these options."""

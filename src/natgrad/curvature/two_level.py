@@ -24,7 +24,7 @@ from natgrad.curvature.cost import Cost, Workload
 from natgrad.curvature.kfac import KroneckerFactors
 from natgrad.curvature.structure import Part, register_structure
 from natgrad.jacobians import Jacobians
-from natgrad.jacobians.packing import copied, pack, unpack
+from natgrad.jacobians.packing import copied, in_type, pack, unpack
 from natgrad.layouts import BlockLayout, ParameterLayout
 from natgrad.operators import GradientSource, Operator
 from natgrad.operators.block_diagonal import FisherMatrix
@@ -69,6 +69,11 @@ class KeptRows(Statistics):
     def mapped(self, function: Callable[[Tensor], Tensor]) -> Self:
         """Return the same rows with a function applied to the count."""
         return replace(self, count=function(self.count))
+
+    def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Return the rows in a type, and the count on a device."""
+        rows = self.rows if dtype is None else tuple(in_type(one, dtype) for one in self.rows)
+        return replace(super().to(device, dtype), rows=rows)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rows as tensors and plain values."""
@@ -210,7 +215,7 @@ class TwoLevelKronecker(KroneckerFactors):
             smoother,
         )
         found = coarse.layout.to_dict(corrected[:, 0])
-        return {name: found[name] for name in natural}
+        return {name: found.get(name, value) for name, value in natural.items()}
 
     def quadratic(
         self,

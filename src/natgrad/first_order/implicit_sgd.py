@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from natgrad.arguments import check_choice, check_range
+from natgrad.optim.checkpoints import only_initialises
 
 __all__ = ["ImplicitSGD"]
 
@@ -98,6 +99,9 @@ class ImplicitSGD(torch.optim.Optimizer):
         Raises:
             ValueError: If there is no closure.
         """
+        if closure is None and only_initialises(self):
+            self._count(0)
+            return math.nan
         if closure is None:
             raise ValueError(
                 "ImplicitSGD.step() needs a closure that clears gradients, evaluates the loss, "
@@ -136,7 +140,20 @@ class ImplicitSGD(torch.optim.Optimizer):
                 break
         evaluate()  # At the end of a line search gradients are those of the last point tried.
         self._judge(parameters, start, losses[-1], limit)
+        self._count(1)
         return losses[0]
+
+    def _count(self, steps: int) -> None:
+        """Count steps: distributed checkpoints want some state of every parameter."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["step"] = self.state[p].get("step", 0) + steps
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle the options, too, which torch.optim leaves out."""
+        options = ("inner", "inner_steps", "tolerance", "inner_lr", "history", "converged")
+        own = {name: getattr(self, name) for name in (*options, "_warned")}
+        return {**super().__getstate__(), **own}
 
     def _inner_optimizer(
         self, parameters: list[Tensor], rate: float, limit: float

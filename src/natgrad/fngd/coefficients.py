@@ -13,7 +13,7 @@ natural gradient descent, 2024).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -358,13 +358,19 @@ class CoefficientPreconditioner(Preconditioner):
         kept = {name: one.state_dict() for name, one in self.coefficients.items()}
         return {**super().state_dict(), "coefficients": kept}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
-        super().load_state_dict(state)
-        device = self.capture.layout.device
-        self.coefficients = {
-            name: Record.from_state(one, device) for name, one in state["coefficients"].items()
+    def checked(self, state: Mapping[str, Any]) -> Callable[[], None]:
+        """Return what restores a state; see :meth:`natgrad.Preconditioner.checked`."""
+        rest, device = super().checked(state), self.capture.layout.device
+        coefficients = {
+            name: Record.from_state(one, device).to(dtype=self.curvature.parts[name].dtype)
+            for name, one in state["coefficients"].items()
         }
+
+        def restore() -> None:
+            rest()
+            self.coefficients = coefficients
+
+        return restore
 
 
 def _weighted(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -243,16 +243,18 @@ class FNGD(NaturalGradient):
         if computes == self.clock.weighing:
             self.clock.weighing, self.clock.passes = not computes, 0
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state, coefficients included; see :class:`natgrad.NaturalGradient`."""
-        return {**super().state_dict(), "coefficient_passes": self.clock.passes}
+    def _own_state(self) -> dict[str, Any]:
+        return {**super()._own_state(), "coefficient_passes": self.clock.passes}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
-        rest = {key: value for key, value in state_dict.items() if key != "coefficient_passes"}
-        super().load_state_dict(rest)
-        self.clock.weighing = not self.computes_coefficients(self.preconditioner.observer.steps)
-        self.clock.passes = state_dict.get("coefficient_passes", 0)
+    def _checked(self, own: Mapping[str, Any], state_dict: Mapping[str, Any]) -> Callable[[], None]:
+        rest, passes = super()._checked(own, state_dict), own.get("coefficient_passes", 0)
+
+        def restore() -> None:
+            rest()
+            self.clock.weighing = not self.computes_coefficients(self.preconditioner.observer.steps)
+            self.clock.passes = passes
+
+        return restore
 
 
 def _kept(keeper: CoefficientPreconditioner, name: str) -> Coefficients:

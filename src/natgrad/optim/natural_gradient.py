@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import inspect
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, overload
 
@@ -17,6 +16,7 @@ from natgrad.arguments import check_kind, check_range
 from natgrad.curvature import Structure, as_structure
 from natgrad.fisher import FisherType
 from natgrad.likelihoods import Likelihood
+from natgrad.optim.checkpoints import CheckpointedOptimizer, only_initialises
 from natgrad.optim.copying import CopiedByState
 from natgrad.optim.options import Fallback, Refresh, StepRule
 from natgrad.optim.parameter_groups import make_fallback, split_groups
@@ -84,7 +84,7 @@ class Method:
         check_kind("step_rule", self.step_rule, StepRule)
 
 
-class NaturalGradient(torch.optim.Optimizer, CopiedByState):
+class NaturalGradient(CheckpointedOptimizer, CopiedByState):
     r"""Natural gradient descent with any structure of the Fisher matrix.
 
     .. math::
@@ -315,6 +315,9 @@ class NaturalGradient(torch.optim.Optimizer, CopiedByState):
             ValueError: If damping is adaptive or lengths are searched, and there is no closure, or
                 none that makes gradients.
         """
+        if closure is None and not self.preconditioner.observer.seen and only_initialises(self):
+            self._initialise()
+            return None
         reevaluation = self._reevaluation(closure)
         loss, backpropagates = self._evaluated(closure)
         gradients = self._gradients(preconditioned=True)
@@ -567,31 +570,38 @@ class NaturalGradient(torch.optim.Optimizer, CopiedByState):
             self._fallback.param_groups = groups
             self._fallback.state = self.state
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return momentum, groups, curvature and random state, as tensors and plain values.
+    def _initialise(self) -> None:
+        """Make the state that a step would make, for distributed checkpoints to look at."""
+        self._mark()
+        grouped = self._grouped()
+        for group in grouped.groups:
+            for p in group["params"]:
+                self.state[p].update(grouped.initial_state(p, group["momentum"]))
+                if self.step_rule.graft == "adam":
+                    self.state[p].update(self._adam_moments.initial(p))
+        if self._fallback is not None:
+            self._fallback.step()
 
-        It loads with ``torch.load(..., weights_only=True)``, and a resumed run continues exactly
-        as an uninterrupted one.
-        """
-        return {**super().state_dict(), "natgrad": self.preconditioner.state_dict()}
+    def _own_state(self) -> dict[str, Any]:
+        return self.preconditioner.state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned.
-
-        Raises:
-            ValueError: If it comes from another structure, model or library.
-        """
-        if "natgrad" not in state_dict:
+    def _checked(self, own: Mapping[str, Any], state_dict: Mapping[str, Any]) -> Callable[[], None]:
+        kinds = [group.get("preconditioned") for group in state_dict["param_groups"]]
+        if kinds != [group["preconditioned"] for group in self.param_groups]:
             raise ValueError(
-                "this state dict has no natgrad curvature: it was not saved by a natgrad optimizer"
+                "the checkpoint's parameter groups are not preconditioned where this optimizer's "
+                "are: make the optimizer with the params= the checkpoint was saved with"
             )
-        plain = {key: value for key, value in state_dict.items() if key != "natgrad"}
-        super().load_state_dict(copy.deepcopy(plain))  # Momentum changes in place.
-        self.preconditioner.load_state_dict(state_dict["natgrad"])
-        self._link_fallback()
-        self._set_damping()
-        pending = any(g["unit"] is None for g in self.param_groups if g["preconditioned"])
-        self.preconditioner.observer.isotropy_probe = IsotropyProbe() if pending else None
+        rest = self.preconditioner.checked(own)
+
+        def restore() -> None:
+            rest()
+            self._link_fallback()
+            self._set_damping()
+            pending = any(g["unit"] is None for g in self.param_groups if g["preconditioned"])
+            self.preconditioner.observer.isotropy_probe = IsotropyProbe() if pending else None
+
+        return restore
 
     def summary(self, samples: int = 128) -> Summary:
         """Return, layer by layer, what is preconditioned, its factors, memory and cost.

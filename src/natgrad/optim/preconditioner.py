@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Collection, Set
+from collections.abc import Callable, Collection, Mapping, Set
 from typing import Any
 
 import torch
@@ -311,9 +311,13 @@ class Preconditioner(CopiedByState):
     def loss(
         self, criterion: Callable[[Tensor, Tensor], Tensor], output: Tensor, target: Tensor
     ) -> Tensor:
-        """Return ``criterion(output, target)`` and update curvature with the true target."""
-        self.update_fisher(output, target)
-        return criterion(output, target)
+        """Return ``criterion(output, target)`` and update curvature with the true target.
+
+        The weights or mask that the criterion multiplies by are seen in its gradient.
+        """
+        loss = criterion(output, target)
+        self.observer.update_fisher(output, target, loss)
+        return loss
 
     def _warn_unseen(self) -> None:
         if not self._warned:
@@ -418,8 +422,16 @@ class Preconditioner(CopiedByState):
             "curvature": self.curvature.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned, in the types this preconditioner works in.
+
+        Raises:
+            ValueError: If it belongs to another structure or other layers; nothing is changed.
+        """
+        self.checked(state)()
+
+    def checked(self, state: Mapping[str, Any]) -> Callable[[], None]:
+        """Return what restores a state of :meth:`state_dict`, which is read but not taken yet.
 
         Raises:
             ValueError: If it belongs to another structure or other layers.
@@ -431,11 +443,19 @@ class Preconditioner(CopiedByState):
             raise ValueError(
                 f"the checkpoint holds structure {state['structure']!r}, but this one is {own!r}"
             )
-        self.curvature.load_state_dict(state["curvature"])
-        self.observer.steps, self.observer.warmup = state["steps"], state["warmup"]
-        self.observer.generator.set_state(state["generator"].cpu())
-        self._close()
-        self.observer.forget()
+        estimates, observer = self.curvature.restored(state["curvature"]), self.observer
+        steps, warmup, random = state["steps"], state["warmup"], state["generator"].cpu()
+
+        def restore() -> None:
+            self.curvature.estimates = estimates
+            observer.steps, observer.warmup = steps, warmup
+            # Generators of other kinds of devices have states of another size, and other numbers.
+            if random.shape == observer.generator.get_state().shape:
+                observer.generator.set_state(random)
+            self._close()
+            observer.forget()
+
+        return restore
 
 
 def _any(flags: list[Tensor]) -> Tensor:

@@ -17,6 +17,7 @@ from natgrad.curvature import Curvature, Structure, as_structure
 from natgrad.curvature.full import ExactRows
 from natgrad.jacobians import Jacobians
 from natgrad.operators import GradientSource
+from natgrad.optim.checkpoints import CheckpointedOptimizer, only_initialises
 from natgrad.optim.copying import CopiedByState
 from natgrad.optim.step.levenberg_marquardt import by_reduction_ratio
 from natgrad.optim.step.line_search import LineSearch
@@ -49,7 +50,7 @@ class ResidualStep:
     slope: float
 
 
-class ResidualNGD(torch.optim.Optimizer, CopiedByState):
+class ResidualNGD(CheckpointedOptimizer, CopiedByState):
     r"""Natural gradient descent on a loss of residuals at points, as of physics-informed networks.
 
     .. math:: L = \sum_b \frac{w_b}{2N_b} \sum_n \|r_{bn}\|^2, \qquad
@@ -198,6 +199,11 @@ class ResidualNGD(torch.optim.Optimizer, CopiedByState):
         """
         if closure is not None:
             raise ValueError("ResidualNGD.step() takes no closure: it evaluates the residuals")
+        if only_initialises(self):
+            self._mark()
+            if self.param_groups[0]["momentum"]:
+                self._keep(self.rows.layout.zeros(self.rows.layout.numel), 0.0)
+            return self.loss()
         saved = self.curvature.snapshot()
         group = self.param_groups[0]
         damping = group["damping"]
@@ -356,26 +362,17 @@ class ResidualNGD(torch.optim.Optimizer, CopiedByState):
         for name, step in self.rows.layout.to_dict(direction * length).items():
             self.state[self.rows.parameters[name]]["previous_step"] = step.clone()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return damping, rate, momentum and what solvers start from.
+    def _own_state(self) -> dict[str, Any]:
+        """Return what solvers start from: with the same residuals a resumed run is the same."""
+        return self.curvature.state_dict()
 
-        With the same residuals, points and weights a resumed run continues exactly.
-        """
-        return {**super().state_dict(), "natgrad": self.curvature.state_dict()}
+    def _checked(self, own: Mapping[str, Any], state_dict: Mapping[str, Any]) -> Callable[[], None]:
+        estimates = self.curvature.restored(own)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned.
+        def restore() -> None:
+            self.curvature.estimates = estimates
 
-        Raises:
-            ValueError: If it comes from another optimizer or another model.
-        """
-        if "natgrad" not in state_dict:
-            raise ValueError(
-                "this state dict was not saved by ResidualNGD: it has no curvature of natgrad"
-            )
-        plain = {key: value for key, value in state_dict.items() if key != "natgrad"}
-        super().load_state_dict(plain)
-        self.curvature.load_state_dict(state_dict["natgrad"])
+        return restore
 
 
 @dataclass(frozen=True)

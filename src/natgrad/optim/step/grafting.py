@@ -50,13 +50,17 @@ class AdamMoments:
         Returns:
             ``graft_steps``, ``graft_mean`` and ``graft_square``; nothing is changed in place.
         """
-        (beta1, beta2), zero = self.betas, torch.zeros_like(gradient)
-        mean, square = state.get("graft_mean", zero), state.get("graft_square", zero)
+        (beta1, beta2), old = self.betas, {**self.initial(gradient), **state}
         return {
-            "graft_steps": state.get("graft_steps", 0) + 1,
-            "graft_mean": torch.lerp(mean, gradient, 1.0 - beta1),
-            "graft_square": torch.lerp(square, gradient.square(), 1.0 - beta2),
+            "graft_steps": old["graft_steps"] + 1,
+            "graft_mean": torch.lerp(old["graft_mean"], gradient, 1.0 - beta1),
+            "graft_square": torch.lerp(old["graft_square"], gradient.square(), 1.0 - beta2),
         }
+
+    def initial(self, like: Tensor) -> dict[str, Any]:
+        """Return the moments before the first gradient, in the form of a tensor."""
+        mean, square = torch.zeros_like(like), torch.zeros_like(like)
+        return {"graft_steps": 0, "graft_mean": mean, "graft_square": square}
 
     def direction(self, moments: dict[str, Any]) -> Tensor:
         """Return ``m̂ / (√v̂ + ε)`` with bias-corrected moments."""

@@ -66,6 +66,16 @@ class PreconditionedGroups:
         for group in self.groups:
             group["damping"] = rule.adapted(group["damping"], actual, predicted)
 
+    def initial_state(self, parameter: nn.Parameter, momentum: float) -> dict[str, Any]:
+        """Return the state of a parameter before the first step of a run with momentum."""
+        if momentum == 0:
+            return {}
+        zero = torch.zeros_like(parameter)
+        if self.rule.uses_model:
+            return {"previous_step": zero}
+        steps = {"momentum_steps": 0} if self.rule.averaged_momentum else {}
+        return {"momentum_buffer": zero, **steps}
+
     def forget_momentum(self, names: Iterable[str]) -> None:
         """Drop the sums over past steps."""
         for name in names:

@@ -18,6 +18,7 @@ from torch import Tensor
 from natgrad.capture import Capture
 from natgrad.fisher import ExactFisher
 from natgrad.jacobians import Jacobians
+from natgrad.jacobians.packing import in_type
 from natgrad.layouts import inner_product
 from natgrad.likelihoods import Likelihood
 
@@ -69,6 +70,7 @@ class IsotropyProbe:
             norms = torch.einsum("dnk,nkj,dnj->d", signs.to(seen), seen, signs.to(seen))
             mixed = torch.einsum("dnk,nkc->dnc", signs, roots)
         rows = capture.pull_back(output, mixed.reshape(DRAWS, *output.shape))
+        rows = in_type(rows, rows.layout.dtype)
         for draw in range(DRAWS):
             self._add(draw, rows)
             self._norms[draw] += float(norms[draw])

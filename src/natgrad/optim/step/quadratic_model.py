@@ -18,6 +18,7 @@ from torch import Tensor
 
 from natgrad.fisher import RowReceiver
 from natgrad.jacobians import Jacobians
+from natgrad.jacobians.packing import in_type
 from natgrad.layouts import ParameterLayout, inner_product
 
 __all__ = [
@@ -55,7 +56,7 @@ class BatchFisher:
         self, jacobians: Jacobians, count: Tensor | float, *, continued: bool = False
     ) -> None:
         """Keep rows; see :meth:`natgrad.curvature.Curvature.observe`."""
-        self._rows.append(jacobians)
+        self._rows.append(in_type(jacobians, self.layout.dtype))
         self._count = self._count + count
 
     def gram(self, directions: Sequence[dict[str, Tensor]]) -> Tensor:

@@ -1,0 +1,158 @@
+"""State dicts that hold more than torch.optim's: for its hooks, and for distributed checkpoints."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+__all__ = ["CheckpointedOptimizer", "only_initialises"]
+
+#: The entry of a state dict, and of one parameter's state in it, that holds what is natgrad's own.
+ENTRY = "natgrad"
+
+
+class Carried(int):
+    """A state entry that :mod:`torch.distributed.checkpoint` saves and loads as a whole.
+
+    It takes dicts apart and restores those of their entries only that a fresh optimizer has, too,
+    while which tensors make up a curvature is not known before the first update. Numbers it leaves
+    alone. Copied or pickled this one is a plain dict.
+
+    Args:
+        record: What is carried.
+    """
+
+    record: dict[str, Any]
+
+    def __new__(cls, record: dict[str, Any]) -> Carried:
+        """Keep the record."""
+        carried = super().__new__(cls, 1)
+        carried.record = record
+        return carried
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Become a dict that ``torch.load(weights_only=True)`` knows."""
+        return OrderedDict, (), None, None, iter(self.record.items())
+
+
+class CheckpointedOptimizer(torch.optim.Optimizer):
+    """Keeps more than groups and per-parameter state in its state dict.
+
+    Hooks see all of it, a pre hook may repair it, a post hook runs when everything is loaded. A
+    state dict that is refused changes nothing.
+    """
+
+    @abstractmethod
+    def _own_state(self) -> dict[str, Any]:
+        """Return what is saved beside groups and per-parameter state."""
+
+    @abstractmethod
+    def _checked(self, own: Mapping[str, Any], state_dict: Mapping[str, Any]) -> Callable[[], None]:
+        """Return what restores a state of :meth:`_own_state`, changing nothing yet.
+
+        Args:
+            own: The state.
+            state_dict: The whole state dict.
+
+        Raises:
+            ValueError: If it comes from another structure, model or library.
+        """
+
+    def _carrier(self) -> torch.Tensor:
+        """Return the parameter in whose state distributed checkpoints keep what is natgrad's."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        return next((p for p in parameters if p.requires_grad), parameters[0])
+
+    def _mark(self) -> None:
+        """Make the entry known to those who look at the live state."""
+        self.state[self._carrier()].setdefault(ENTRY, 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return groups, per-parameter state and, under ``"natgrad"``, all the rest.
+
+        It holds tensors and plain values, so that ``torch.load(..., weights_only=True)`` loads it,
+        and a resumed run continues exactly as an uninterrupted one. The same is in the state of one
+        parameter, by reference, for :mod:`torch.distributed.checkpoint`, which sees nothing else.
+        """
+        handle = self.register_state_dict_post_hook(_complete, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned, in the types this optimizer works in.
+
+        Raises:
+            ValueError: If it comes from another structure, model or library; nothing is changed.
+        """
+        restore: list[Callable[[], None]] = []
+
+        def check(_: Any, given: dict[str, Any]) -> dict[str, Any]:
+            own = _found(given)
+            if own is None:
+                raise ValueError(
+                    "this state dict has no natgrad curvature: it was not saved by "
+                    f"{type(self).__name__}, or went through a tool that dropped it"
+                )
+            restore.append(self._checked(own, given))
+            state = {
+                key: {k: v for k, v in entry.items() if k != ENTRY}
+                for key, entry in given["state"].items()
+            }
+            # Momentum changes in place.
+            return copy.deepcopy({"state": state, "param_groups": given["param_groups"]})
+
+        def finish(_: Any) -> None:
+            restore[-1]()
+            self._mark()
+
+        before = self.register_load_state_dict_pre_hook(check)
+        after = self.register_load_state_dict_post_hook(finish, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+
+def _complete(optimizer: Any, state_dict: dict[str, Any]) -> None:
+    """Add to a state dict of torch.optim what it does not know."""
+    own = optimizer._own_state()
+    state_dict[ENTRY] = own
+    numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = state_dict["state"]
+    carrier = optimizer._carrier()
+    for number, parameter in zip(numbers, parameters, strict=True):
+        # Distributed checkpoints want an entry for every parameter if there is one for any.
+        entry = {key: value for key, value in state.get(number, {}).items() if key != ENTRY}
+        state[number] = {**entry, ENTRY: Carried(own)} if parameter is carrier else entry
+
+
+def _found(state_dict: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return what a state dict holds of natgrad's own."""
+    entries = [state_dict, *state_dict["state"].values()]
+    for entry in entries:
+        own = entry.get(ENTRY) if isinstance(entry, Mapping) else None
+        own = own.record if isinstance(own, Carried) else own
+        if isinstance(own, Mapping):
+            return own
+    return None
+
+
+def only_initialises(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether a step is one by which state is made and nothing else.
+
+    :mod:`torch.distributed.checkpoint` takes it, with all gradients and learning rates zero.
+    """
+    groups = optimizer.param_groups
+    if any(float(group["lr"]) != 0 for group in groups):
+        return False
+    gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+    return bool(gradients) and not any(bool(gradient.any()) for gradient in gradients)
