@@ -19,11 +19,13 @@ __all__ = [
     "eigh",
     "inverse",
     "inverse_on_range",
+    "log_determinant",
     "lower_gram",
     "map_stacked",
     "note_failure",
     "require",
     "require_finite",
+    "rounding",
     "symmetric",
     "symmetric_pseudo_solve",
     "unawaited",
@@ -270,7 +272,24 @@ def symmetric_pseudo_solve(values: Tensor, vectors: Tensor, rhs: Tensor, power: 
 
 def inverse_on_range(values: Tensor) -> Tensor:
     """Return ``1/E`` where an eigenvalue is above ``d · eps · max``, and 0 elsewhere."""
-    largest = values.abs().amax(-1, keepdim=True)
-    threshold = values.shape[-1] * torch.finfo(values.dtype).eps * largest
-    keep = values > threshold
+    keep = values > rounding(values)
     return torch.where(keep, 1.0 / torch.where(keep, values, torch.ones_like(values)), 0.0)
+
+
+def log_determinant(values: Tensor, damping: float = 0.0) -> Tensor:
+    """Return ``Σ log(E + damping)`` of positive matrices by their eigenvalues ``(..., d)``.
+
+    Without damping it is −inf where an eigenvalue is none above ``d · eps · max``, the maximum of
+    its own matrix: what the pseudo-inverse leaves out.
+    """
+    if damping > 0:
+        return (values.clamp(min=0.0) + damping).log().sum()
+    return torch.where(values > rounding(values), values, 0.0).log().sum()
+
+
+def rounding(values: Tensor) -> Tensor:
+    """Return ``d · eps · max``, ``(..., 1)``, up to which eigenvalues ``(..., d)`` are rounding."""
+    if values.shape[-1] == 0:
+        return values.new_zeros(*values.shape[:-1], 1)
+    largest = values.abs().amax(-1, keepdim=True)
+    return values.shape[-1] * torch.finfo(values.dtype).eps * largest

@@ -55,7 +55,8 @@ def find_blocks(model: nn.Module) -> tuple[dict[str, Block], dict[str, str]]:
     Returns:
         Block name → block, and parameter name → why no block covers it.
     """
-    names = {p: n for n, p in model.named_parameters() if p.requires_grad}
+    # A parameter without entries has nothing to train: it is in no block, and not missing.
+    names = {p: n for n, p in model.named_parameters() if p.requires_grad and p.numel()}
     uses: dict[nn.Parameter, list[tuple[str, nn.Module, LayerKind, str]]] = {}
     groups: list[tuple[str, nn.Module, LayerKind, tuple[str, ...]]] = []
     uncovered: dict[str, str] = {}

@@ -32,10 +32,13 @@ class LinearKind(LayerKind):
         rows: list[tuple[Tensor, Tensor]] = []
         for call, delta in block.single_outputs():
             inputs = call.inputs[0]
-            a = fold_inputs(inputs, block.samples, inputs.shape[-1])[..., : block.layout.d_in]
+            d = fold_gradients(delta, block.samples, block.layout.d_out)
+            if block.layout.d_in:
+                a = fold_inputs(inputs, block.samples, inputs.shape[-1])
+            else:  # A lone bias; a layer without inputs has nothing to fold.
+                a = inputs.new_zeros(block.samples, d.shape[2], 0)
             if weight_scale != 1.0:
                 a = a * weight_scale
-            d = fold_gradients(delta, block.samples, block.layout.d_out)
             rows.append((a.unsqueeze(2), d.unsqueeze(3)))
         return block.linear(rows, bias_scale)
 

@@ -155,7 +155,8 @@ def fisher_matrix(
         :func:`torch.nn.utils.parameters_to_vector`.
 
     Raises:
-        ValueError: If a name is unknown, the data is empty, or a parameter cannot be covered.
+        ValueError: If a name is unknown, the data is empty, a parameter cannot be covered, or the
+            structure is one that only training fills (SINGD's).
 
     Example:
         >>> F = natgrad.fisher_matrix(model, (x, y), structure="kfac")
@@ -168,6 +169,11 @@ def fisher_matrix(
         capture.check_covered()
         layouts = {name: block.layout for name, block in capture.blocks.items()}
         chosen = as_structure(structure, **structure_options)
+        if chosen.recursive:
+            raise ValueError(
+                f"structure {chosen.name!r} is the state of a recursion, which one look at data "
+                "leaves at the identity: take 'kfac', which it follows in training"
+            )
         curvature = Curvature(chosen, layouts, capture.layout)
         generators: dict[torch.device, torch.Generator] = {}
         batches = 0

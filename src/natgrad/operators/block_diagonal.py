@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -92,7 +93,7 @@ class FisherMatrix(Operator):
                 f"expected a vector of length {size} or columns ({size}, k), got shape "
                 f"{tuple(vector.shape)}"
             )
-        return super().__matmul__(vector.to(self.dtype)).to(vector.dtype)
+        return super().__matmul__(vector)
 
     def solve(self, vector: Vector, damping: float = 0.0) -> Vector:
         """Return ``(F + damping I)⁻¹ v``; keep :meth:`inverse` where it is wanted again.
@@ -191,18 +192,24 @@ class FisherMatrix(Operator):
     def logdet(self, damping: float = 0.0) -> Tensor:
         """Return ``log det(F + damping I)``; −inf where that is singular.
 
+        Without damping eigenvalues up to ``d · eps`` times the largest are taken for rounding, d
+        being the size of the matrix that they are eigenvalues of: a part's, a unit's, a factor's.
+
         Raises:
             ValueError: If the damping is negative or not finite.
         """
         check_damping(damping)
-        return torch.stack([one.logdet(damping) for one in self.parts.values()]).sum()
+        values = torch.stack([one.logdet(damping) for one in self.parts.values()])
+        # An indefinite part without a logarithm takes nothing from the zero of another.
+        return torch.where((values == -math.inf).any(), -math.inf, values.sum())
 
     def diagonal(self) -> Tensor:
         """Return the diagonal, flat ``(P,)``."""
         pieces: dict[str, Tensor] = {}
         for one in self.parts.values():
             pieces.update(one.layout.to_dict(one.diagonal()))
-        return torch.cat([pieces[name].reshape(-1) for name in self.layout.names])
+        # Parameters without entries are in no part.
+        return torch.cat([pieces[n].reshape(-1) for n in self.layout.names if n in pieces])
 
     def eigenvalues(self) -> Tensor:
         """Return all ``P`` eigenvalues, largest first."""

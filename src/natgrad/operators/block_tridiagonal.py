@@ -11,6 +11,7 @@ and single layers may be moved uphill (Karakida & Osawa 2020).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -218,13 +219,16 @@ class BlockTridiagonalOperator(Operator):
         return torch.cat([values, values.new_zeros(self.layout.numel - values.shape[0])])
 
     def logdet(self, damping: float = 0.0) -> Tensor:
-        """Return ``log det(F + damping I)``.
+        """Return ``log det(F + damping I)``; −inf where that is singular.
 
         Raises:
-            ValueError: If that matrix is not positive definite, as F is indefinite.
+            ValueError: If that matrix is regular but not positive definite, as F is indefinite.
         """
         check_damping(damping)
-        values = self.eigenvalues() + damping
+        values = self.eigenvalues()
+        values = torch.where(values.abs() <= linalg.rounding(values), 0.0, values) + damping
+        if bool((values == 0).any()):
+            return values.new_tensor(-math.inf)
         if bool((values < 0).any()):
             raise ValueError(
                 "the block tri-diagonal Fisher matrix plus damping is not positive definite "

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from natgrad import linalg
+from natgrad.arguments import check_damping
 from natgrad.operators.dense import DenseOperator
 from natgrad.operators.operator import GradientSource, Operator, VectorLayout
 
@@ -28,6 +30,16 @@ class ScaledOperator(Operator):
     operator: Operator
     factor: float
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the entries."""
+        return self.operator.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the entries are."""
+        return self.operator.device
+
     def multiply(self, columns: Tensor) -> Tensor:
         """Return ``c F V``."""
         return self.operator.multiply(columns) * self.factor
@@ -43,6 +55,14 @@ class ScaledOperator(Operator):
     def eigenvalues(self) -> Tensor:
         """Return c times the eigenvalues."""
         return self.operator.eigenvalues() * self.factor
+
+    def logdet(self, damping: float = 0.0) -> Tensor:
+        """Return ``P log c + log det(F + λ/c I)``."""
+        check_damping(damping)
+        if self.factor > 0:
+            scale = self.layout.numel * math.log(self.factor)
+            return self.operator.logdet(damping / self.factor) + scale
+        return super().logdet(damping)
 
     def to_dense(self) -> Tensor:
         """Return the matrix."""
@@ -81,6 +101,16 @@ class SumOperator(Operator):
 
     layout: VectorLayout
     terms: tuple[Operator, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the entries."""
+        return self.terms[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the entries are."""
+        return self.terms[0].device
 
     @classmethod
     def of(cls, *operators: Operator) -> SumOperator:

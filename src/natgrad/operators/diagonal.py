@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from natgrad.arguments import check_damping
 from natgrad.linalg import require_finite
 from natgrad.operators.operator import GradientSource, Operator, VectorLayout
 
@@ -40,6 +41,11 @@ class DiagonalOperator(Operator):
     def eigenvalues(self) -> Tensor:
         """Return f."""
         return self.entries
+
+    def logdet(self, damping: float = 0.0) -> Tensor:
+        """Return ``Σ log(f + damping)``; no entry is rounding, however small beside others."""
+        check_damping(damping)
+        return (self.entries.clamp(min=0.0) + damping).log().sum()
 
     def to_dense(self) -> Tensor:
         """Return the matrix."""

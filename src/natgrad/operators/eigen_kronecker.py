@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from natgrad import linalg
+from natgrad.arguments import check_damping
 from natgrad.layouts import BlockLayout
 from natgrad.operators.operator import Operator
 
@@ -64,6 +65,13 @@ class EigenKroneckerOperator(Operator):
     def eigenvalues(self) -> Tensor:
         """Return s, in orthogonal bases."""
         return self.scale.flatten() if self.orthogonal else super().eigenvalues()
+
+    def logdet(self, damping: float = 0.0) -> Tensor:
+        """Return ``Σ log(s + damping)`` in orthogonal bases, group by group."""
+        check_damping(damping)
+        if not self.orthogonal:
+            return super().logdet(damping)
+        return linalg.log_determinant(self.scale.flatten(1), damping)
 
     def direct_inverse(self, damping: float) -> Operator:
         """Divide by ``s + damping``; zero damping is the pseudo-inverse."""

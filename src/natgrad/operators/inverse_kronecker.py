@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from natgrad.arguments import check_damping
 from natgrad.jacobians import LinearJacobian
 from natgrad.layouts import BlockLayout
 from natgrad.operators.eigen_kronecker import EigenKroneckerOperator
@@ -147,6 +148,11 @@ class InverseKroneckerOperator(Operator):
     def eigenvalues(self) -> Tensor:
         """Return all products of the factors' eigenvalues."""
         return self._spectrum.eigenvalues()
+
+    def logdet(self, damping: float = 0.0) -> Tensor:
+        """Return ``log det(F + damping I)``; an inverse is regular, however ill-conditioned."""
+        check_damping(damping)
+        return (self.eigenvalues() + damping).log().sum()
 
     def direct_inverse(self, damping: float) -> Operator:
         """Return the inverse; with *further* damping by the spectrum, without it the metric."""

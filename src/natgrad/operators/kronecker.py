@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from natgrad import linalg
+from natgrad.arguments import check_damping
 from natgrad.jacobians import Jacobians, LinearJacobian
 from natgrad.layouts import BlockLayout
 from natgrad.operators.eigen_kronecker import EigenKroneckerOperator, eigenbasis, eigenvalues
@@ -81,6 +82,15 @@ class KroneckerOperator(Operator):
         """Return all products of the factors' eigenvalues, negatives cut to 0."""
         a, b = eigenvalues(self.inputs), eigenvalues(self.outputs)
         return (b.unsqueeze(-1) * a.unsqueeze(-2)).flatten()
+
+    def logdet(self, damping: float = 0.0) -> Tensor:
+        """Return ``log det(B ⊗ A + damping I)``; each factor by itself decides what is singular."""
+        check_damping(damping)
+        if damping > 0:
+            return super().logdet(damping)
+        (_, a), (_, b) = eigenbasis([self.inputs, self.outputs])
+        log_a, log_b = linalg.log_determinant(a), linalg.log_determinant(b)
+        return log_a * b.shape[-1] + log_b * a.shape[-1]
 
     def __add__(self, other: Operator) -> Operator:
         """Return the sum, as a sum of Kronecker products where the other is one, too."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass, replace
 
@@ -105,12 +106,14 @@ class KroneckerSumOperator(Operator):
         return self._leading().eigenvalues()
 
     def logdet(self, damping: float = 0.0) -> Tensor:
-        """Return ``log det(F + damping I)``; NaN where that is not positive definite."""
+        """Return ``log det(F + damping I)``; −inf where singular, NaN where not definite."""
         check_damping(damping)
+        if self.rank == 1:
+            return self._leading().logdet(damping)
         values = self.eigenvalues()
-        rounding = len(values) * torch.finfo(values.dtype).eps * values.abs().amax()
-        values = torch.where(values.abs() <= rounding, 0.0, values)
-        return (values + damping).log().sum()
+        rounding = linalg.rounding(values)
+        values = torch.where(values.abs() <= rounding, 0.0, values) + damping
+        return torch.where((values == 0).any(), -math.inf, values.log().sum())
 
     # Inverses.
 

@@ -180,15 +180,19 @@ class Operator(Record, ABC):
         return self.inverse(damping) @ columns
 
     def __matmul__(self, columns: Any) -> Any:
-        """Return ``F v`` for a vector ``(P,)`` or columns ``(P, k)``."""
-        if columns.dim() == 1:
-            return self.multiply(columns.unsqueeze(1))[:, 0]
-        return self.multiply(columns)
+        """Return ``F v`` for a vector ``(P,)`` or columns ``(P, k)``, in the type of v."""
+        own = columns.to(self.dtype)
+        product = self.multiply(own.unsqueeze(1))[:, 0] if own.dim() == 1 else self.multiply(own)
+        return product.to(columns.dtype)
 
     def logdet(self, damping: float = 0.0) -> Tensor:
-        """Return ``log det(F + damping I)``; −inf where that is singular."""
+        """Return ``log det(F + damping I)``; −inf where that is singular.
+
+        Without damping eigenvalues up to ``d · eps`` times the largest are taken for rounding, d
+        being the size of the matrix that they are eigenvalues of: a part's, a unit's, a factor's.
+        """
         check_damping(damping)
-        return (self.eigenvalues().clamp(min=0.0) + damping).log().sum()
+        return linalg.log_determinant(self.eigenvalues(), damping)
 
     def to_dense(self) -> Tensor:
         """Return the matrix, ``(P, P)``."""

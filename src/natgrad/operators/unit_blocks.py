@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from natgrad import linalg
+from natgrad.arguments import check_damping
 from natgrad.jacobians import CHUNK_ELEMENTS, Jacobians, LinearJacobian
 from natgrad.layouts import BlockLayout
 from natgrad.operators.operator import Operator, map_by_columns
@@ -70,7 +71,15 @@ class UnitBlocksOperator(Operator):
 
     def eigenvalues(self) -> Tensor:
         """Return every unit's eigenvalues."""
-        return torch.linalg.eigvalsh(self.blocks).clamp(min=0).flatten()
+        return self._spectra().flatten()
+
+    def _spectra(self) -> Tensor:
+        return torch.linalg.eigvalsh(self.blocks).clamp(min=0)
+
+    def logdet(self, damping: float = 0.0) -> Tensor:
+        """Return the sum of the units' log-determinants."""
+        check_damping(damping)
+        return linalg.log_determinant(self._spectra(), damping)
 
     def direct_inverse(self, damping: float) -> Operator:
         """Factorise by Cholesky, all units together; eigendecompose for the pseudo-inverse."""
@@ -96,9 +105,8 @@ class _UnitCholesky(UnitBlocksOperator):
         diagonal = torch.cholesky_inverse(self.blocks).diagonal(dim1=1, dim2=2)
         return columns_of(self.layout, diagonal.unsqueeze(-1))[:, 0]
 
-    def eigenvalues(self) -> Tensor:
-        """Return every unit's eigenvalues."""
-        return torch.linalg.svdvals(self.blocks).square().reciprocal().flatten()
+    def _spectra(self) -> Tensor:
+        return torch.linalg.svdvals(self.blocks).square().reciprocal()
 
     def direct_inverse(self, damping: float) -> Operator:
         """Return the inverse of the blocks."""
