@@ -59,7 +59,7 @@ class FisherType(ABC):
         Args:
             likelihood: The likelihood.
             output: Model output, ``(N, ...)``, detached.
-            weights: Event weights ``(N, E)``.
+            weights: Event weights ``(N, E)``, or ``(N, E, C)`` where entries have their own.
             generator: Source of randomness.
             target: True target, where it is known.
             cotangent: Gradient of the user's loss with respect to the output, where it is known.
@@ -115,15 +115,14 @@ class ExactFisher(FisherType):
         cotangent: Tensor | None = None,
     ) -> Tensor:
         """Return the columns of the square root of the output Hessian."""
-        return likelihood.root_vectors(output) * _like_output(likelihood, output, weights.sqrt())
+        return likelihood.root_vectors(output) * likelihood.spread(weights.sqrt(), output)
 
     def coordinates(
         self, likelihood: Likelihood, output: Tensor, cotangent: Tensor, weights: Tensor
     ) -> Tensor | None:
         """Return ``S⁺ r``."""
         plain = likelihood.root_inverse_apply(output, cotangent)
-        columns = plain.shape[1] // weights.shape[1]
-        scale = weights.sqrt().repeat_interleave(columns, dim=1)
+        scale = likelihood.root_weights(weights.sqrt(), plain.shape[1])
         return torch.where(scale > 0, plain / scale, torch.zeros_like(plain))
 
 
@@ -158,7 +157,7 @@ class MonteCarloFisher(FisherType):
     ) -> Tensor:
         """Return one pseudo-gradient per draw, scaled by ``1/√samples``."""
         drawn = likelihood.sampled_vectors(output, generator, self.samples)
-        return drawn * _like_output(likelihood, output, weights.sqrt())
+        return drawn * likelihood.spread(weights.sqrt(), output)
 
 
 @dataclass(frozen=True)
@@ -267,6 +266,7 @@ class ImprovedFisher(FisherType):
             gradient = cotangent.to(weights.dtype)
         else:
             raise ValueError("the improved empirical Fisher matrix needs the true targets")
+        weights = _of_events(weights)
         events = likelihood.split_events(gradient)  # (N, E, C)
         squares = events.square().sum(-1)
         # Fitted events have s → 0 with a bounded ratio; the mean sets the scale of rounding.
@@ -312,7 +312,7 @@ class ImprovedFisher(FisherType):
                 f"damping_on='gram' needs one event per sample, and there are {weights.shape[1]} "
                 "(tokens or pixels): use damping_on='fisher'"
             )
-        roots = weights[:, 0].sqrt()
+        roots = _of_events(weights)[:, 0].sqrt()
         if target is not None:
             gradient = likelihood.gradient(output, target)
         elif cotangent is not None:
@@ -347,8 +347,6 @@ def as_fisher_type(fisher: str | FisherType) -> FisherType:
     return FISHER_TYPES[fisher]()
 
 
-def _like_output(likelihood: Likelihood, output: Tensor, per_event: Tensor) -> Tensor:
-    """Spread event values ``(N, E)`` over the output's shape."""
-    events = likelihood.split_events(output)
-    spread = per_event.to(output.device).unsqueeze(-1).expand(events.shape)
-    return likelihood.merge_events(spread, output)
+def _of_events(weights: Tensor) -> Tensor:
+    """Return the weights of events, ``(N, E)``; 1 where entries have theirs, as gradients do."""
+    return weights if weights.dim() == 2 else weights.any(-1).to(weights.dtype)

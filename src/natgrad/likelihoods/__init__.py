@@ -6,15 +6,18 @@ One file per likelihood; :mod:`natgrad.likelihoods.base` holds the interface a n
 from natgrad.likelihoods.base import Likelihood
 from natgrad.likelihoods.bernoulli import Bernoulli
 from natgrad.likelihoods.categorical import Categorical
-from natgrad.likelihoods.conversion import as_likelihood, from_loss
+from natgrad.likelihoods.conversion import LikelihoodLike, as_likelihood, from_loss
 from natgrad.likelihoods.gaussian import Gaussian
+from natgrad.likelihoods.heads import Heads
 from natgrad.likelihoods.poisson import Poisson
 
 __all__ = [
     "Bernoulli",
     "Categorical",
     "Gaussian",
+    "Heads",
     "Likelihood",
+    "LikelihoodLike",
     "Poisson",
     "as_likelihood",
     "from_loss",

@@ -107,6 +107,20 @@ class Likelihood(ABC):
         """Return what a mean-reduced loss divides by, the sum of the event weights: a scalar."""
         return self.event_weights(output, target).sum()
 
+    def seen_count(self, output: Tensor, weights: Tensor, target: Tensor | None = None) -> Tensor:
+        """Return the count behind weights that :meth:`infer_event_weights` read off a gradient."""
+        if target is not None:
+            return self.count(output, target)
+        # That of all events, less those that are ignored.
+        return self.count(output) * (weights.sum() / weights.numel())
+
+    def is_foreign(self, output: Tensor, cotangent: Tensor) -> Tensor | None:
+        """Return whether a gradient cannot be that of this likelihood's loss: a scalar, or None.
+
+        None (default) where no gradient tells.
+        """
+        return None
+
     # -- what follows ------------------------------------------------------------------------------
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
@@ -191,7 +205,8 @@ class Likelihood(ABC):
             target: Target y if it is known; None (default) infers what can be inferred.
 
         Returns:
-            ``(weights, scale)``: the event weights (N, E) and a scalar c such that the cotangent is
+            ``(weights, scale)``: the event weights, (N, E), or (N, E, C) where the entries of an
+            event have weights of their own, and a scalar c such that the cotangent is
             ``c · gradient(output, y)`` for the true target y. Where c cannot be read off the
             cotangent it follows :attr:`reduction`: 1/count for "mean", 1 for "sum".
 
@@ -217,6 +232,19 @@ class Likelihood(ABC):
     def merge_events(self, events: Tensor, output: Tensor) -> Tensor:
         """Undo :meth:`split_events`: (..., N, E, C) becomes (..., *output.shape)."""
         return events.reshape(*events.shape[:-3], *output.shape)
+
+    def spread(self, weights: Tensor, output: Tensor) -> Tensor:
+        """Return event weights, (N, E) or (N, E, C), as one per entry of the output."""
+        events = self.split_events(output)
+        weights = weights.to(output.device)
+        weights = weights if weights.dim() == 3 else weights.unsqueeze(-1)
+        return self.merge_events(weights.expand(events.shape), output)
+
+    def root_weights(self, weights: Tensor, vectors: int) -> Tensor:
+        """Return the weight of every one of so many :meth:`root_vectors`, (N, K)."""
+        if weights.dim() == 3:
+            return weights.flatten(1)
+        return weights.repeat_interleave(vectors // weights.shape[1], dim=1)
 
     # -- helpers -----------------------------------------------------------------------------------
 

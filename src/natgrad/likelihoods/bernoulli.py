@@ -19,8 +19,9 @@ class Bernoulli(Elementwise):
     Targets may be soft, in [0, 1].
 
     Args:
-        reduce_outputs: "sum" (default) or "mean" over the C outputs of a sample;
-            ``nn.BCEWithLogitsLoss()`` is ``Bernoulli("mean")``.
+        reduce_outputs: "sum" or "mean" over the C outputs of a sample; ``nn.BCEWithLogitsLoss()``
+            is ``Bernoulli("mean")``. None (default) is "sum" until an optimizer sees a loss that
+            averages over outputs.
         reduction: How the user's loss reduces over samples, "mean" (default) or "sum".
 
     Raises:
@@ -29,7 +30,7 @@ class Bernoulli(Elementwise):
     Source: Martens, New insights and perspectives on the natural gradient method (2020), §9.
     """
 
-    reduce_outputs: ReduceOutputs = "sum"
+    reduce_outputs: ReduceOutputs = None
     reduction: Reduction = "mean"
 
     @full_precision
@@ -40,12 +41,25 @@ class Bernoulli(Elementwise):
         weights, usual = super().infer_event_weights(output, cotangent, target)
         if target is not None:
             return weights, usual
+        scale, hard = self._hard_scale(output, cotangent, usual)
+        return weights, torch.where(hard, scale, usual)
+
+    def _hard_scale(
+        self, output: Tensor, cotangent: Tensor, usual: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the scale of the loss if all labels are hard, and whether they are."""
         cotangent = cotangent.to(output.dtype)
         gradient = self.gradient(output, (cotangent < 0).to(output.dtype))
         gradient = torch.where(cotangent == 0, 0, gradient)
         scale = positive_ratio(cotangent.abs().sum(), gradient.abs().sum(), usual)
         hard = (cotangent - scale * gradient).abs().sum() <= 0.05 * cotangent.abs().sum()
-        return weights, torch.where(hard, scale, usual)
+        return scale, hard
+
+    def _fitted(self, output: Tensor, cotangent: Tensor) -> Tensor:
+        info = torch.finfo(cotangent.dtype)
+        scale, _ = self._hard_scale(output, cotangent, cotangent.new_ones((), dtype=output.dtype))
+        smallest = info.smallest_normal * info.eps / (scale * self._scale(output))
+        return self._hessian(output) <= 4 * smallest.clamp_min(info.eps)
 
     def _nll(self, output: Tensor, target: Tensor) -> Tensor:
         return functional.binary_cross_entropy_with_logits(output, target, reduction="none")
@@ -59,8 +73,8 @@ class Bernoulli(Elementwise):
     def _sample(self, output: Tensor, generator: torch.Generator | None) -> Tensor:
         return (random_like(output, generator, "uniform") < torch.sigmoid(output)).to(output.dtype)
 
-    def _checked(self, output: Tensor, target: Tensor) -> Tensor:
-        target = super()._checked(output, target)
+    def _checked(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        target, missing = super()._checked(output, target)
         if target.device.type == "cpu" and not bool(((target >= 0) & (target <= 1)).all()):
             raise ValueError("Bernoulli needs targets between 0 and 1.")
-        return target
+        return target, missing

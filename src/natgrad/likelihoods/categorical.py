@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -29,13 +29,20 @@ class Categorical(Likelihood):
     ignored; :meth:`count` is the divisor of the mean-reduced cross-entropy, Σ ω_y over the events
     that are not ignored (the number of events for class probabilities).
 
+    Outputs may also be log-probabilities, as ``F.nll_loss`` and ``F.kl_div`` take them: softmax
+    leaves them as they are, so Λ is that of the logits they came from.
+
     Args:
         ignore_index: Label of the events to leave out, default -100.
         class_weights: C non-negative numbers, or None (default) for ones; kept as a tuple.
         label_smoothing: s in [0, 1], default 0.
         class_dim: Dimension of the output that holds the C classes. None (default) means 1 for
-            outputs of rank 2, the last for rank 3 (sequences), and 1 for rank 4 and more (images).
+            outputs of rank 2, the last for rank 3 (sequences), and 1 for rank 4 and more (images);
+            ``nn.CrossEntropyLoss()`` is ``Categorical(class_dim=1)``, whatever the rank.
         reduction: How the user's loss reduces over events, "mean" (default) or "sum".
+        divisor: What :meth:`count` counts: "events" (default), "samples" or "entries" of the
+            output, as ``nn.KLDivLoss`` does with reduction "batchmean" and "mean".
+        log_target: Whether targets are the logarithms of class probabilities, default False.
 
     Raises:
         ValueError: If an option is out of range.
@@ -49,9 +56,15 @@ class Categorical(Likelihood):
     label_smoothing: float = 0.0
     class_dim: int | None = None
     reduction: Reduction = "mean"
+    divisor: Literal["events", "samples", "entries"] = "events"
+    log_target: bool = False
 
     def __post_init__(self) -> None:
         self._check_reduction()
+        if self.divisor not in ("events", "samples", "entries"):
+            raise ValueError(
+                f"divisor must be 'events', 'samples' or 'entries' but is {self.divisor!r}."
+            )
         if not 0 <= self.label_smoothing <= 1:
             raise ValueError(f"label_smoothing must be in [0, 1] but is {self.label_smoothing}.")
         if self.class_dim == 0:
@@ -136,6 +149,9 @@ class Categorical(Likelihood):
     @full_precision
     def count(self, output: Tensor, target: Tensor | None = None) -> Tensor:
         """Return what ``F.cross_entropy(reduction="mean")`` divides by, a scalar tensor."""
+        if self.divisor != "events":
+            self._check_class_dim(output)
+            return output.new_tensor(len(output) if self.divisor == "samples" else output.numel())
         if target is None or target.is_floating_point():
             return super().event_weights(output).sum()
         labels, kept = self._labels(output, target)
@@ -148,11 +164,14 @@ class Categorical(Likelihood):
     def root_inverse_apply(
         self, output: Tensor, cotangent: Tensor, target: Tensor | None = None
     ) -> Tensor:
-        """Return ``r_c / √(w p_c)``, (N, E·C), which solves S u = r as Σ r = 0; see the base."""
+        """Return ``r_c / √(w p_c)``, (N, E·C), which solves S u = r as Σ r = 0; see the base.
+
+        At log-probabilities r need not sum to 0: of it counts what they let through, r − p Σ r.
+        """
         self._check_cotangent(output, cotangent)
         p, _ = self._probabilities(output)
         scale = self._column_scale(p, output, target)
-        events = self.split_events(cotangent.to(output.dtype))
+        events = self._at_logits(output, p, self.split_events(cotangent.to(output.dtype)))
         return torch.where(scale > 0, events / scale, 0).flatten(1)
 
     @full_precision
@@ -192,8 +211,8 @@ class Categorical(Likelihood):
                 "target."
             )
         smallest = min(torch.finfo(cotangent.dtype).tiny, 1.2e-7)
-        residual = self.split_events(cotangent.to(output.dtype))
         p, others = self._probabilities(output)
+        residual = self._at_logits(output, p, self.split_events(cotangent.to(output.dtype)))
         active = (residual != 0).any(-1)
         labels = torch.where(active, residual.argmin(-1), p.argmax(-1)).unsqueeze(-1)
         weights = self._label_weights(output, labels.squeeze(-1))
@@ -201,7 +220,7 @@ class Categorical(Likelihood):
         count_weights = torch.ones_like(weights) if omega is None else omega[labels.squeeze(-1)]
         other = others.gather(-1, labels).squeeze(-1)
 
-        usual = self._usual_scale((count_weights * active).sum())
+        usual = self._usual_scale(self._seen_count(output, count_weights * active))
         at_label = -residual.gather(-1, labels).squeeze(-1)
         scale = positive_ratio(at_label.sum(), (weights * other * active).sum(), usual)
         error = (scale * weights * active).unsqueeze(-1) * p
@@ -210,7 +229,7 @@ class Categorical(Likelihood):
         hard = (error <= 0.05 * residual.abs().sum()) & (self.label_smoothing == 0)
         expected = torch.where(hard, scale, usual).nan_to_num(posinf=1.0)
         kept = active | (expected * other <= smallest)
-        usual = self._usual_scale((count_weights * kept).sum())
+        usual = self._usual_scale(self._seen_count(output, count_weights * kept))
         return weights * kept, torch.where(hard & active.any(), scale, usual)
 
     # -- layout ------------------------------------------------------------------------------------
@@ -293,7 +312,8 @@ class Categorical(Likelihood):
                     "Categorical needs class probabilities of the output's shape "
                     f"{tuple(output.shape)} but got {tuple(target.shape)}."
                 )
-            mixture, kept = self.split_events(target.to(output.dtype)), None
+            given = self.split_events(target.to(output.dtype))
+            mixture, kept = given.exp() if self.log_target else given, None
         else:
             labels, kept = self._labels(output, target)
             mixture = output.new_zeros(*labels.shape, classes)
@@ -318,27 +338,50 @@ class Categorical(Likelihood):
             p = p * self.event_weights(output, target).unsqueeze(-1)
         return p.sqrt()
 
-    def _check_class_dim(self, output: Tensor, cotangent: Tensor) -> None:
-        """Raise if the cotangent sums to 0 over another dimension than that of the classes.
+    def _seen_count(self, output: Tensor, weights: Tensor) -> Tensor:
+        """Return what the loss divides by, by the weights of the events that are not ignored."""
+        return weights.sum() if self.divisor == "events" else self.count(output)
 
-        Softmax gradients sum to 0 over the classes. The check synchronises with the device, so it
-        is made only where the class dimension is in doubt, for outputs of rank 3 and more.
+    def _at_logits(self, output: Tensor, p: Tensor, events: Tensor) -> Tensor:
+        """Return the gradient at the logits from that at their log-probabilities, (N, E, C)."""
+        total = events.sum(-1, keepdim=True)
+        normalized = self._is_normalized(output, self._class_dim(output))
+        return torch.where(normalized, events - p * total, events)
+
+    def _is_normalized(self, output: Tensor, dim: int) -> Tensor:
+        """Return whether the output is logarithms of probabilities along a dimension, a scalar."""
+        return (output.exp().sum(dim) - 1).abs().mean() < 0.01
+
+    def _check_class_dim(self, output: Tensor, cotangent: Tensor | None = None) -> None:
+        """Raise if the classes lie along another dimension than they are taken to.
+
+        Softmax gradients sum to 0 over the classes, and log-probabilities are normalised over
+        them. The check synchronises with the device, so it is made only where the class dimension
+        is in doubt, for outputs of rank 3 and more.
         """
         if output.dim() < 3:
             return
-        cotangent = cotangent.to(output.dtype)
-        allowed = 0.02 * cotangent.abs().sum()
         dims = range(1, output.dim())
-        sums = torch.stack([cotangent.sum(dim).abs().sum() for dim in dims])
-        vanishing = [
-            dim for dim, small in zip(dims, (sums <= allowed).tolist(), strict=True) if small
-        ]
-        if vanishing and self._class_dim(output) not in vanishing:
-            raise ValueError(
-                f"The loss gradient sums to zero over dimension {vanishing[0]} of the output of "
-                f"shape {tuple(output.shape)}, not over dimension {self._class_dim(output)}: pass "
-                f"likelihood=Categorical(class_dim={vanishing[0]})."
-            )
+        signs = {"output holds log-probabilities": [self._is_normalized(output, d) for d in dims]}
+        if cotangent is not None:
+            cotangent = cotangent.to(output.dtype)
+            sums = [self._sums_to_zero(cotangent, dim) for dim in dims]
+            signs = {"loss gradient sums to zero": sums, **signs}
+        found = torch.stack([torch.stack(one) for one in signs.values()]).tolist()
+        for what, shown in zip(signs, found, strict=True):
+            fitting = [dim for dim, fits in zip(dims, shown, strict=True) if fits]
+            if self._class_dim(output) in fitting:
+                return
+            if fitting:
+                raise ValueError(
+                    f"The {what} over dimension {fitting[0]} of the output of shape "
+                    f"{tuple(output.shape)}, not over dimension {self._class_dim(output)}: pass "
+                    f"likelihood=Categorical(class_dim={fitting[0]})."
+                )
+
+    @staticmethod
+    def _sums_to_zero(cotangent: Tensor, dim: int) -> Tensor:
+        return cotangent.sum(dim).abs().sum() <= 0.02 * cotangent.abs().sum()
 
 
 def _draw(p: Tensor, generator: torch.Generator | None) -> Tensor:

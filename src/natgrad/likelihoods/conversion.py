@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeAlias
+
 from torch import nn
+from torch.nn import functional
 
 from natgrad.likelihoods.base import Likelihood, Reduction
 from natgrad.likelihoods.bernoulli import Bernoulli
 from natgrad.likelihoods.categorical import Categorical
 from natgrad.likelihoods.gaussian import Gaussian
+from natgrad.likelihoods.heads import Heads
 from natgrad.likelihoods.poisson import Poisson
+
+#: What :func:`as_likelihood` takes.
+LikelihoodLike: TypeAlias = str | Likelihood | nn.Module | Callable[..., Any] | Mapping[Any, Any]
 
 LIKELIHOODS: dict[str, type[Likelihood]] = {
     "categorical": Categorical,
@@ -18,12 +26,44 @@ LIKELIHOODS: dict[str, type[Likelihood]] = {
 }
 
 
-def as_likelihood(specification: str | Likelihood | nn.Module) -> Likelihood:
-    """Return a likelihood from its name, a torch loss module, or itself.
+#: Reduction of KLDivLoss → what it divides by.
+DIVISORS: dict[str, Literal["events", "samples", "entries"]] = {
+    "mean": "entries",
+    "batchmean": "samples",
+    "sum": "events",
+}
+
+#: Functional losses → the modules they stand for.
+FUNCTIONAL_LOSSES: dict[Callable[..., Any], type[nn.Module]] = {
+    functional.cross_entropy: nn.CrossEntropyLoss,
+    functional.nll_loss: nn.NLLLoss,
+    functional.kl_div: nn.KLDivLoss,
+    functional.mse_loss: nn.MSELoss,
+    functional.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
+    functional.poisson_nll_loss: nn.PoissonNLLLoss,
+}
+
+#: Losses of torch that are refused → what to do instead.
+NOT_LIKELIHOODS: dict[type[nn.Module], str] = {
+    nn.BCELoss: "let the model return logits and pass nn.BCEWithLogitsLoss()",
+    nn.GaussianNLLLoss: (
+        "its variance is a second output: pass Gaussian(variance) for a fixed one, or Heads of a "
+        "mean and a logarithm of the variance with a Likelihood of your own"
+    ),
+    nn.L1Loss: "its second derivative is zero: pass Gaussian() to precondition by squared error",
+    nn.SmoothL1Loss: "pass Gaussian(beta), its curvature where residuals are small",
+    nn.HuberLoss: "pass Gaussian(1.0), its curvature where residuals are small",
+}
+
+
+def as_likelihood(specification: LikelihoodLike) -> Likelihood:
+    """Return a likelihood from its name, a torch loss, a mapping of heads, or itself.
 
     Args:
         specification: "categorical", "gaussian", "bernoulli" or "poisson" with their defaults; a
-            :class:`Likelihood`, returned as it is; or a loss that :func:`from_loss` takes.
+            :class:`Likelihood`, returned as it is; a loss that :func:`from_loss` takes, or its
+            function, e.g. ``torch.nn.functional.mse_loss``; or a mapping from the keys of a model's
+            outputs to such, for :class:`Heads`.
 
     Raises:
         ValueError: If the name is unknown.
@@ -33,6 +73,8 @@ def as_likelihood(specification: str | Likelihood | nn.Module) -> Likelihood:
         return specification
     if isinstance(specification, nn.Module):
         return from_loss(specification)
+    if isinstance(specification, Mapping):
+        return Heads(specification)
     if isinstance(specification, str):
         if specification.lower() not in LIKELIHOODS:
             raise ValueError(
@@ -40,9 +82,11 @@ def as_likelihood(specification: str | Likelihood | nn.Module) -> Likelihood:
                 f"{', '.join(LIKELIHOODS)}."
             )
         return LIKELIHOODS[specification.lower()]()
+    if callable(specification) and specification in FUNCTIONAL_LOSSES:
+        return from_loss(FUNCTIONAL_LOSSES[specification]())
     raise TypeError(
-        f"A likelihood is a name ({', '.join(LIKELIHOODS)}), a Likelihood or a torch loss module, "
-        f"not {specification!r}."
+        f"A likelihood is a name ({', '.join(LIKELIHOODS)}), a Likelihood, a torch loss or a "
+        f"mapping from output keys to such, not {specification!r}."
     )
 
 
@@ -50,21 +94,33 @@ def from_loss(criterion: nn.Module) -> Likelihood:
     """Return the likelihood whose negative logarithm is the given torch loss.
 
     Args:
-        criterion: ``nn.CrossEntropyLoss``, ``nn.MSELoss``, ``nn.BCEWithLogitsLoss`` or
-            ``nn.PoissonNLLLoss(log_input=True)``, with reduction "mean" or "sum".
+        criterion: ``nn.CrossEntropyLoss``, ``nn.NLLLoss``, ``nn.KLDivLoss``, ``nn.MSELoss``,
+            ``nn.BCEWithLogitsLoss`` or ``nn.PoissonNLLLoss(log_input=True)``, with reduction "mean"
+            or "sum" (or "batchmean").
 
     Returns:
         A likelihood with ``loss(output, target)`` equal to the mean-reduced criterion (up to
-        PoissonNLLLoss's constants) and the criterion's ``reduction``. With reduction "mean",
-        losses that also average over the outputs of a sample keep that factor: MSELoss gives
-        Λ = (2/C) I.
+        constants of PoissonNLLLoss and KLDivLoss) and the criterion's ``reduction``. With reduction
+        "mean", losses that also average over the outputs of a sample keep that factor: MSELoss
+        gives Λ = (2/C) I, and KLDivLoss divides by the number of classes. CrossEntropyLoss and
+        NLLLoss have their classes along dimension 1, whatever the rank. NLLLoss and KLDivLoss take
+        log-probabilities; Λ is that of their logits.
 
     Raises:
         TypeError: If the criterion is of another type.
         ValueError: If it has reduction "none" or options with no likelihood behind them.
     """
     name = type(criterion).__name__
+    for kind, advice in NOT_LIKELIHOODS.items():
+        if isinstance(criterion, kind):
+            raise TypeError(f"{name} is no likelihood that natgrad knows: {advice}.")
     reduction: Reduction = getattr(criterion, "reduction", "mean")
+    if isinstance(criterion, nn.KLDivLoss) and criterion.reduction in DIVISORS:
+        return Categorical(
+            reduction="sum" if criterion.reduction == "sum" else "mean",
+            divisor=DIVISORS[criterion.reduction],
+            log_target=criterion.log_target,
+        )
     if reduction not in ("mean", "sum"):
         raise ValueError(f"{name} needs reduction 'mean' or 'sum', not {reduction!r}.")
     if isinstance(criterion, nn.CrossEntropyLoss):
@@ -72,19 +128,24 @@ def from_loss(criterion: nn.Module) -> Likelihood:
             ignore_index=criterion.ignore_index,
             class_weights=criterion.weight,
             label_smoothing=criterion.label_smoothing,
+            class_dim=1,
             reduction=reduction,
         )
+    if isinstance(criterion, nn.NLLLoss):
+        return Categorical(
+            criterion.ignore_index, criterion.weight, class_dim=1, reduction=reduction
+        )
     if isinstance(criterion, nn.MSELoss):
-        return Gaussian(variance=0.5, reduce_outputs=reduction, reduction=reduction)
+        return Gaussian(0.5, "mean" if reduction == "mean" else None, reduction)
     if isinstance(criterion, nn.BCEWithLogitsLoss):
         if criterion.weight is not None or criterion.pos_weight is not None:
             raise ValueError("BCEWithLogitsLoss with weight or pos_weight is not a likelihood.")
-        return Bernoulli(reduce_outputs=reduction, reduction=reduction)
+        return Bernoulli("mean" if reduction == "mean" else None, reduction)
     if isinstance(criterion, nn.PoissonNLLLoss):
         if not criterion.log_input:
             raise ValueError("PoissonNLLLoss needs log_input=True: the output is the log rate.")
-        return Poisson(reduce_outputs=reduction, reduction=reduction)
+        return Poisson("mean" if reduction == "mean" else None, reduction)
     raise TypeError(
-        "Likelihoods are known for CrossEntropyLoss, MSELoss, BCEWithLogitsLoss and "
-        f"PoissonNLLLoss, not for {name}; pass a Likelihood instead."
+        "Likelihoods are known for CrossEntropyLoss, NLLLoss, KLDivLoss, MSELoss, "
+        f"BCEWithLogitsLoss and PoissonNLLLoss, not for {name}; pass a Likelihood instead."
     )

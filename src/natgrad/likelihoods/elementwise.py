@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
-from natgrad.likelihoods.base import Likelihood, full_precision, root_floor
+from natgrad.likelihoods.base import Likelihood, full_precision, positive_ratio, root_floor
 
-ReduceOutputs = Literal["sum", "mean"]
+ReduceOutputs = Literal["sum", "mean"] | None
 
 
 class Elementwise(Likelihood):
@@ -18,13 +19,22 @@ class Elementwise(Likelihood):
 
     Subclasses define the four functions of one output; this class adds shapes and scaling.
 
+    Entries that are missing, NaN in a target, leave the loss, the Fisher matrix and the count, as
+    ignored labels do: with "sum" the count is the number of samples with any entry left, with
+    "mean" that of the entries left, divided by C.
+
     Attributes:
-        reduce_outputs: "sum" (default) adds the outputs' negative log-likelihoods, "mean" divides
-            the sum by the number C of outputs per sample, as torch's mean-reduced losses do; Λ is
-            then divided by C too.
+        reduce_outputs: "sum" adds the outputs' negative log-likelihoods, "mean" divides the sum by
+            the number C of outputs per sample, as torch's mean-reduced losses do; Λ is then divided
+            by C too. None (default) is "sum" until an optimizer sees a loss that averages over
+            outputs, and then what :meth:`averaging` returns.
     """
 
-    reduce_outputs: ReduceOutputs = "sum"
+    reduce_outputs: ReduceOutputs = None
+
+    def averaging(self) -> Elementwise:
+        """Return the likelihood of torch's own loss that averages over outputs."""
+        return dataclasses.replace(cast(Any, self), reduce_outputs="mean")
 
     @abstractmethod
     def _nll(self, output: Tensor, target: Tensor) -> Tensor:
@@ -44,39 +54,127 @@ class Elementwise(Likelihood):
 
     def __post_init__(self) -> None:
         self._check_reduction()
-        if self.reduce_outputs not in ("sum", "mean"):
+        if self.reduce_outputs not in ("sum", "mean", None):
             raise ValueError(
-                f"reduce_outputs must be 'sum' or 'mean' but is {self.reduce_outputs!r}."
+                f"reduce_outputs must be 'sum', 'mean' or None but is {self.reduce_outputs!r}."
             )
 
     @full_precision
     def nll(self, output: Tensor, target: Tensor) -> Tensor:
         """Return the negative log-likelihood of each sample, (N,); see the base class."""
-        values = self._nll(output, self._checked(output, target)).flatten(1).sum(1)
-        return values * self._scale(output)
+        target, missing = self._checked(output, target)
+        values = self._nll(output, target).masked_fill(missing, 0)
+        return values.flatten(1).sum(1) * self._scale(output)
+
+    @full_precision
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """Return ``Σ nll / count``, a scalar differentiable in the output."""
+        return self.nll(output, target).sum() / self.count(output, target)
 
     @full_precision
     def gradient(self, output: Tensor, target: Tensor) -> Tensor:
         """Return ``∂nll/∂z``, of the output's shape; see the base class."""
-        return self._gradient(output, self._checked(output, target)) * self._scale(output)
+        target, missing = self._checked(output, target)
+        return self._gradient(output, target).masked_fill(missing, 0) * self._scale(output)
+
+    @full_precision
+    def event_weights(self, output: Tensor, target: Tensor | None = None) -> Tensor:
+        """Return ones, (N, 1), or where entries of a target are missing their mask, (N, 1, C)."""
+        if target is None or not target.is_floating_point():
+            return super().event_weights(output, target)
+        _, missing = self._checked(output, target)
+        return _smallest((~missing).flatten(1).to(output.dtype))
+
+    @full_precision
+    def count(self, output: Tensor, target: Tensor | None = None) -> Tensor:
+        """Return the number of samples, or with "mean" of entries left over C; a scalar."""
+        return self.seen_count(output, self.event_weights(output, target))
+
+    def seen_count(self, output: Tensor, weights: Tensor, target: Tensor | None = None) -> Tensor:
+        """Return the count behind event weights; see the base class."""
+        if weights.dim() == 2:
+            return weights.sum()
+        if self.reduce_outputs == "mean":
+            return weights.sum() / weights[0].numel()
+        return weights.any(-1).to(weights.dtype).sum()
 
     @full_precision
     def output_hessian(self, output: Tensor, target: Tensor | None = None) -> Tensor:
         """Return the diagonal Λ as (N, 1, C, C)."""
-        return torch.diag_embed(self.split_events(self._hessian(output) * self._scale(output)))
+        diagonal = self._hessian(output) * self._scale(output)
+        return torch.diag_embed(self.split_events(diagonal * self._weights(output, target)))
 
     @full_precision
     def output_hessian_root(self, output: Tensor, target: Tensor | None = None) -> Tensor:
         """Return the diagonal square root of Λ as (N, 1, C, C)."""
-        return torch.diag_embed(self.split_events(self._root(output)))
+        return torch.diag_embed(self.split_events(self._root(output, target)))
 
     @full_precision
     def root_inverse_apply(
         self, output: Tensor, cotangent: Tensor, target: Tensor | None = None
     ) -> Tensor:
-        """Return ``cotangent / √Λ``, (N, C); see the base class."""
+        """Return ``cotangent / √Λ``, (N, C), 0 where an entry is missing; see the base class."""
         self._check_cotangent(output, cotangent)
-        return (cotangent.to(output.dtype) / self._root(output)).flatten(1)
+        root = self._root(output, target)
+        return torch.where(root > 0, cotangent.to(output.dtype) / root, 0).flatten(1)
+
+    @full_precision
+    def infer_event_weights(
+        self, output: Tensor, cotangent: Tensor, target: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Read masks and, with a target, weights and the loss scale off the cotangent.
+
+        Without a target, entries whose cotangent is exactly zero, though rounding does not explain
+        it, were masked. With one, the ratio of the cotangent to the plain gradient tells the
+        weight of every sample or entry. Weights are normalised to a mean of 1 over samples or
+        entries that have any, as their common factor is one of the loss.
+        """
+        self._check_cotangent(output, cotangent)
+        if target is None:
+            weights = _smallest((~self._masked(output, cotangent)).flatten(1).to(output.dtype))
+            return weights, self._usual_scale(self.seen_count(output, weights))
+        gradient = self.gradient(output, target).flatten(1)
+        cotangent = cotangent.flatten(1)
+        tolerance = max(8 * torch.finfo(cotangent.dtype).eps, 1e-5)
+        cotangent = cotangent.to(gradient.dtype)
+        weights = self.event_weights(output, target)
+        usual = self._usual_scale(self.seen_count(output, weights))
+        scale = positive_ratio((cotangent * gradient).sum(), gradient.square().sum(), usual)
+
+        def explains(ratio: Tensor) -> bool:
+            rest = (cotangent - ratio * gradient).norm()
+            return bool((rest <= tolerance * cotangent.norm()) & (ratio >= 0).all())
+
+        if explains(scale):
+            return weights, scale
+        present = gradient != 0
+        samples = (cotangent * gradient).sum(1, True) / gradient.square().sum(1, True)
+        entries = torch.where(present, cotangent / gradient, 0)
+        for ratio in (samples.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0), entries):
+            if explains(ratio):
+                scale = ratio.sum() / (ratio > 0).sum()
+                return _smallest((ratio / scale).expand_as(gradient)), scale
+        return weights, scale
+
+    def _masked(self, output: Tensor, cotangent: Tensor) -> Tensor:
+        """Return which entries are exactly zero in the cotangent for no reason of rounding."""
+        zero = cotangent == 0
+        info = torch.finfo(cotangent.dtype)
+        size = cotangent.abs().to(output.dtype)
+        mean = size.sum() / (~zero).sum().clamp_min(1)
+        # An entry may vanish by coincidence of output and target, or by underflow.
+        chance = info.eps + info.smallest_normal * info.eps / mean.clamp_min(info.tiny)
+        whole = zero.flatten(1).all(1).view(-1, *[1] * (zero.dim() - 1))
+        often = zero.double().mean() > 16 * chance
+        masked = zero & (often | (whole & (chance ** output[0].numel() < 1e-6)))
+        # Saturated outputs are fitted to the last bit, and so are zeros of a last ReLU.
+        off = output == 0
+        clamped = (off.double().mean() > 16 * info.eps) & ~off.all()
+        return masked & ~self._fitted(output, cotangent) & ~(off & clamped)
+
+    def _fitted(self, output: Tensor, cotangent: Tensor) -> Tensor:
+        """Return at which entries the gradient may vanish because the output is saturated."""
+        return torch.zeros_like(output, dtype=torch.bool)
 
     @full_precision
     def sample(self, output: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -94,22 +192,38 @@ class Elementwise(Likelihood):
         """Return sampled pseudo-gradients, (samples, *output.shape); see the base class."""
         many = output.detach().expand(samples, *output.shape)
         vectors = self._gradient(many, self._sample(many, generator))
-        return vectors * (self._scale(output) / samples) ** 0.5
+        return vectors * (self._scale(output) / samples * self._weights(output, target)) ** 0.5
 
     def _scale(self, output: Tensor) -> float:
         return len(output) / output.numel() if self.reduce_outputs == "mean" else 1.0
 
-    def _root(self, output: Tensor) -> Tensor:
-        floor = root_floor(output.dtype)
-        return (self._hessian(output).clamp_min(floor) * self._scale(output)).sqrt()
+    def _root(self, output: Tensor, target: Tensor | None = None) -> Tensor:
+        curvature = self._hessian(output).clamp_min(root_floor(output.dtype))
+        return (curvature * self._scale(output) * self._weights(output, target)).sqrt()
 
-    def _checked(self, output: Tensor, target: Tensor) -> Tensor:
+    def _weights(self, output: Tensor, target: Tensor | None) -> Tensor | float:
+        return 1.0 if target is None else self.spread(self.event_weights(output, target), output)
+
+    def _checked(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a target with zeros for missing entries, and which these are."""
         if target.shape != output.shape:
             raise ValueError(
                 f"{type(self).__name__} needs a target of the output's shape "
                 f"{tuple(output.shape)} but got {tuple(target.shape)}."
             )
-        return target.to(output.dtype)
+        target = target.to(output.dtype)
+        missing = target.isnan()
+        return target.masked_fill(missing, 0), missing
+
+
+def _smallest(weights: Tensor) -> Tensor:
+    """Return weights of entries, (N, C), as (N, 1) where those of a sample agree, else (N, 1, C).
+
+    It waits for the device.
+    """
+    first = weights[:, :1]
+    alike = (weights - first).abs().max() <= 1e-6 * first.abs().max() if len(weights) else True
+    return first if bool(alike) else weights.unsqueeze(1)
 
 
 def random_like(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +18,9 @@ class Gaussian(Elementwise):
 
     Args:
         variance: σ² in squared units of the output, default 1.
-        reduce_outputs: "sum" (default) or "mean" over the C outputs of a sample; with "mean" the
-            variance is in effect C σ². ``nn.MSELoss()`` is ``Gaussian(0.5, "mean")``.
+        reduce_outputs: "sum" or "mean" over the C outputs of a sample; with "mean" the variance is
+            in effect C σ². ``nn.MSELoss()`` is ``Gaussian(0.5, "mean")``. None (default) is "sum"
+            until an optimizer sees a loss that averages over outputs.
         reduction: How the user's loss reduces over samples, "mean" (default) or "sum".
 
     Raises:
@@ -28,7 +30,7 @@ class Gaussian(Elementwise):
     """
 
     variance: float = 1.0
-    reduce_outputs: ReduceOutputs = "sum"
+    reduce_outputs: ReduceOutputs = None
     reduction: Reduction = "mean"
 
     def __post_init__(self) -> None:
@@ -36,9 +38,16 @@ class Gaussian(Elementwise):
             raise ValueError(f"variance must be positive and finite but is {self.variance}.")
         super().__post_init__()
 
+    def averaging(self) -> Gaussian:
+        """Return the likelihood of ``F.mse_loss``, whose variance is ½ if none other was given."""
+        variance = 0.5 if self.variance == 1 else self.variance
+        return dataclasses.replace(self, variance=variance, reduce_outputs="mean")
+
     @full_precision
     def root_vectors(self, output: Tensor, target: Tensor | None = None) -> Tensor:
         """Return the scaled unit vectors, a view without a copy per sample; see the base."""
+        if target is not None:
+            return super().root_vectors(output, target)
         shape, size = output.shape, output[0].numel()
         scale = (self._scale(output) / self.variance) ** 0.5
         eye = torch.eye(size, dtype=output.dtype, device=output.device) * scale

@@ -16,8 +16,9 @@ class Poisson(Elementwise):
     """y ~ Poisson(exp z) for every output: nll = exp(z) − y z, Λ = diag(exp z).
 
     Args:
-        reduce_outputs: "sum" (default) or "mean" over the C outputs of a sample;
-            ``nn.PoissonNLLLoss()`` is ``Poisson("mean")``.
+        reduce_outputs: "sum" or "mean" over the C outputs of a sample; ``nn.PoissonNLLLoss()`` is
+            ``Poisson("mean")``. None (default) is "sum" until an optimizer sees a loss that
+            averages over outputs.
         reduction: How the user's loss reduces over samples, "mean" (default) or "sum".
 
     Raises:
@@ -26,7 +27,7 @@ class Poisson(Elementwise):
     Source: McCullagh and Nelder, Generalized Linear Models (1989), ch. 6.
     """
 
-    reduce_outputs: ReduceOutputs = "sum"
+    reduce_outputs: ReduceOutputs = None
     reduction: Reduction = "mean"
 
     def _nll(self, output: Tensor, target: Tensor) -> Tensor:
@@ -42,8 +43,8 @@ class Poisson(Elementwise):
         device = output.device if generator is None else generator.device
         return torch.poisson(output.exp().to(device), generator).to(output.device)
 
-    def _checked(self, output: Tensor, target: Tensor) -> Tensor:
-        target = super()._checked(output, target)
+    def _checked(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        target, missing = super()._checked(output, target)
         if target.device.type == "cpu" and not bool((target >= 0).all()):
             raise ValueError("Poisson needs targets that are counts, not negative numbers.")
-        return target
+        return target, missing

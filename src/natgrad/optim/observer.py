@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from natgrad import linalg
 from natgrad.capture import Capture, ForwardPass
+from natgrad.capture.hooks import pulling_back
 from natgrad.fisher import FisherType, RowReceiver, update_from_output
 from natgrad.likelihoods import Likelihood
 from natgrad.optim.options import Refresh
@@ -29,8 +30,9 @@ class SeenPass:
 
     Attributes:
         recorded: What the capture recorded.
-        weights: Event weights, ``(N, E)``; this and all that follows on steps that take rows.
-        count: Their sum, as a mean-reduced loss divides by it.
+        weights: Event weights, ``(N, E)`` or ``(N, E, C)``; this and all that follows on steps
+            that take rows.
+        count: What a mean-reduced loss divides by.
         scale: Scale of the user's loss.
         is_empty: Whether no event counts.
         has_silent: Whether some event does not.
@@ -143,33 +145,30 @@ class Observer:
         """Take rows at the start of the user's backward pass."""
         if any(one.recorded is recorded for one in self.seen):
             return
-        one = self._see(recorded)
+        one = self._see(recorded, recorded.cotangent)
         if any(call.edges for call in recorded.calls):
             self._take_rows(one)
 
-    def _see(self, recorded: ForwardPass) -> SeenPass:
+    def _see(self, recorded: ForwardPass, cotangent: Tensor | None) -> SeenPass:
         """Note a pass; weigh its events on steps that take rows."""
         one = SeenPass(recorded)
         if self.rows_due or self.isotropy_probe is not None:
-            one = self._weighed(recorded)
+            one = self._weighed(recorded, cotangent)
         self.seen.append(one)
         return one
 
-    def _weighed(self, recorded: ForwardPass) -> SeenPass:
+    def _weighed(self, recorded: ForwardPass, cotangent: Tensor | None) -> SeenPass:
         """Return a pass with the weights of its events; the one place where it is waited for."""
         assert recorded.output is not None
-        output, cotangent, target = recorded.output.detach(), recorded.cotangent, recorded.target
+        output, target = recorded.output.detach(), recorded.target
         likelihood = self.likelihood
         with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
             if cotangent is None:
                 weights = likelihood.event_weights(output, target)
-                scale = torch.ones_like(weights[0, 0])
+                scale, count = weights.new_ones(()), likelihood.count(output, target)
             else:
                 weights, scale = likelihood.infer_event_weights(output, cotangent, target)
-            if cotangent is None or target is not None:
-                count = likelihood.count(output, target)
-            else:  # Without a target the count of all events, less those that are ignored.
-                count = likelihood.count(output) * (weights.sum() / weights.numel())
+                count = likelihood.seen_count(output, weights, target)
             empty, silent = torch.stack([count == 0, (weights == 0).any()]).tolist()
         return SeenPass(recorded, weights, count, scale, empty, silent)
 
@@ -248,12 +247,15 @@ class Observer:
             found.append(coordinates)
         return torch.cat(found) if found else None
 
-    def update_fisher(self, output: Tensor, target: Tensor | None = None) -> None:
+    def update_fisher(
+        self, output: Tensor, target: Tensor | None = None, loss: Tensor | None = None
+    ) -> None:
         """Take the rows of a model output now, before ``loss.backward()``.
 
         Args:
             output: What the likelihood looks at, with its graph.
             target: The true target; gives ignored events and class weights.
+            loss: The user's loss, whose gradient at the output shows masks, weights and its scale.
         """
         if not self.rows_due or self.capture.on_forward is None:
             return
@@ -262,13 +264,20 @@ class Observer:
         if self.fisher.from_user_gradients:
             output.register_hook(self._see_later(found))
         else:
-            self._take_rows(self._see(found))
+            cotangent = None
+            # Without the scaling of mixed precision small gradients of float16 vanish.
+            if loss is not None and loss.requires_grad and output.dtype != torch.float16:
+                with pulling_back():
+                    (cotangent,) = torch.autograd.grad(
+                        loss, output, retain_graph=True, allow_unused=True
+                    )
+            self._take_rows(self._see(found, cotangent))
 
     def _see_later(self, recorded: ForwardPass) -> Callable[[Tensor], None]:
         def keep(cotangent: Tensor) -> None:
             recorded.cotangent = cotangent.detach()
             if all(one.recorded is not recorded for one in self.seen):
-                self._see(recorded)
+                self._see(recorded, recorded.cotangent)
 
         return keep
 

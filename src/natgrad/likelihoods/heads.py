@@ -1,0 +1,287 @@
+"""Several outputs of one model, each with a likelihood of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natgrad.likelihoods.base import Likelihood
+
+
+class Heads(Likelihood):
+    """Independent likelihoods of several outputs: the Fisher matrix is the sum over the heads.
+
+    ``F = Σ_h (1/count_h) Σ_n J_hᵀ Λ_h J_h``: every head counts its own samples or tokens, as in a
+    sum of mean-reduced losses. A head without a gradient in a batch adds nothing. Factors of the
+    losses in the sum (``0.5 * value_loss``) are no part of F, as those of a single loss are not:
+    where they matter, give them by the likelihood (``Gaussian(variance)``).
+
+    Args:
+        heads: Key in the model's output → likelihood, a name or a torch loss. A key is that of a
+            mapping, the name of an attribute, or the index in a tuple or list.
+
+    Raises:
+        ValueError: If there are no heads.
+
+    Example:
+        >>> optimizer = natgrad.KFAC(model, {"logits": "categorical", "value": "gaussian"})
+    """
+
+    def __init__(self, heads: Mapping[Any, Any]) -> None:
+        if not heads:
+            raise ValueError("Heads need at least one output with its likelihood.")
+        from natgrad.likelihoods.conversion import as_likelihood  # It knows Heads, too.
+
+        self.heads = {key: as_likelihood(one) for key, one in heads.items()}
+
+    def __repr__(self) -> str:
+        return f"Heads({self.heads!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Heads) and self.heads == other.heads
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.heads.items()))
+
+    def selection(self, output: Callable[[Any], Any] | None) -> Callable[[Any], dict[Any, Tensor]]:
+        """Return what picks the heads out of a model's output."""
+        return Selection(tuple(self.heads), output)
+
+    def of_shapes(self, shapes: Mapping[Any, torch.Size]) -> Likelihood:
+        """Return the likelihood of some heads' outputs, flattened and laid side by side.
+
+        Args:
+            shapes: Key → shape ``(N, ...)``, in the order of the columns.
+        """
+        return JoinedHeads([self.heads[key] for key in shapes], list(shapes.values()), list(shapes))
+
+    def _unjoined(self, *_: Any, **__: Any) -> Any:
+        raise NotImplementedError(
+            "Heads are asked through of_shapes(...), which says how the outputs lie side by side."
+        )
+
+    nll = gradient = output_hessian_root = sample = split_events = _unjoined
+
+
+class Selection:
+    """Picks heads out of a model's output by key, attribute or index.
+
+    Args:
+        keys: The keys.
+        output: Applied first, if it is given.
+    """
+
+    def __init__(self, keys: Sequence[Any], output: Callable[[Any], Any] | None) -> None:
+        self.keys, self.output = keys, output
+
+    def __call__(self, output: Any) -> dict[Any, Tensor]:
+        """Return key → tensor.
+
+        Raises:
+            ValueError: If a head is not there, or is no tensor.
+        """
+        output = output if self.output is None else self.output(output)
+        return {key: _pick(output, key) for key in self.keys}
+
+
+def _pick(output: Any, key: Any) -> Tensor:
+    try:
+        is_attribute = isinstance(key, str) and not isinstance(output, Mapping)
+        found = getattr(output, key) if is_attribute else output[key]
+    except (AttributeError, KeyError, IndexError, TypeError):
+        found = None
+    if not isinstance(found, Tensor):
+        raise ValueError(
+            f"The likelihood has a head {key!r}, but the model's output, a "
+            f"{type(output).__name__}, has no tensor under that key."
+        )
+    return found
+
+
+def side_by_side(heads: Mapping[Any, Tensor]) -> Tensor:
+    """Return outputs ``(N, ...)`` flattened and concatenated, ``(N, Σ C)``.
+
+    Raises:
+        ValueError: If they differ in their numbers of samples.
+    """
+    sizes = {len(one) if one.dim() else 0 for one in heads.values()}
+    if len(sizes) != 1:
+        shapes = {key: tuple(one.shape) for key, one in heads.items()}
+        raise ValueError(f"Heads need outputs of the same number of samples but got {shapes}.")
+    return torch.cat([one.reshape(len(one), -1) for one in heads.values()], 1)
+
+
+class JoinedHeads(Likelihood):
+    """The likelihood of heads laid side by side, ``(N, Σ C_h)``; every entry is an event.
+
+    Its event weights hold what differs between the heads' own counts, so that :meth:`count` is N.
+    Targets are given as a mapping or a tuple, one per head; None or a missing one where unknown.
+    """
+
+    def __init__(
+        self, parts: Sequence[Likelihood], shapes: Sequence[torch.Size], keys: Sequence[Any]
+    ) -> None:
+        self.parts, self.shapes, self.keys = parts, shapes, keys
+        self.sizes = [shape[1:].numel() for shape in shapes]
+
+    def pieces(self, flat: Tensor) -> list[Tensor]:
+        """Return the heads' outputs, or vectors like them with leading dimensions."""
+        lead = flat.shape[:-2]
+        split = flat.split(self.sizes, -1)
+        return [
+            one.reshape(*lead, -1, *shape[1:])
+            for one, shape in zip(split, self.shapes, strict=True)
+        ]
+
+    def targets(self, target: Any) -> list[Any]:
+        """Return the target of every head."""
+        if target is None:
+            return [None] * len(self.parts)
+        if isinstance(target, Mapping):
+            return [target.get(key) for key in self.keys]
+        if isinstance(target, (tuple, list)) and len(target) == len(self.parts):
+            return list(target)
+        raise ValueError(
+            f"Targets of heads are a mapping with keys {self.keys} or a tuple of "
+            f"{len(self.parts)}, not a {type(target).__name__}."
+        )
+
+    def _each(self, output: Tensor, target: Any) -> list[tuple[Likelihood, Tensor, Any]]:
+        return list(zip(self.parts, self.pieces(output), self.targets(target), strict=True))
+
+    def _flat(self, vectors: Sequence[Tensor]) -> Tensor:
+        """Lay vectors ``(K, N, ...)`` of every head side by side, ``(K, N, Σ C)``."""
+        return torch.cat([one.flatten(2) for one in vectors], -1)
+
+    # -- counts and weights ------------------------------------------------------------------------
+
+    def count(self, output: Tensor, target: Any = None) -> Tensor:
+        """Return N; 0 if every event of every head is ignored."""
+        counts = [part.count(z, y) for part, z, y in self._each(output, target)]
+        return self._samples(output, torch.stack([one.double() for one in counts]).sum())
+
+    def seen_count(self, output: Tensor, weights: Tensor, target: Any = None) -> Tensor:
+        """Return N; see :meth:`count`."""
+        return self._samples(output, weights.abs().sum())
+
+    def _samples(self, output: Tensor, events: Tensor) -> Tensor:
+        return torch.where(events > 0, float(len(output)), 0.0)
+
+    def event_weights(self, output: Tensor, target: Any = None) -> Tensor:
+        """Return the weights of all entries, ``(N, Σ C)``: the heads' own, times N/count."""
+        return torch.cat(
+            [
+                self._share(part, z, part.event_weights(z, y), part.count(z, y))
+                for part, z, y in self._each(output, target)
+            ],
+            1,
+        )
+
+    def infer_event_weights(
+        self, output: Tensor, cotangent: Tensor, target: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the weights read off every head's gradient, and the scale 1/N; see the base."""
+        weights = []
+        for (part, z, y), c in zip(self._each(output, target), self.pieces(cotangent), strict=True):
+            own, _ = part.infer_event_weights(z, c, y)
+            weights.append(self._share(part, z, own, part.seen_count(z, own, y)))
+        joined = torch.cat(weights, 1)
+        return joined, joined.new_tensor(1 / max(1, len(output)))
+
+    def is_foreign(self, output: Tensor, cotangent: Tensor) -> Tensor | None:
+        """Return whether a head's gradient cannot be that of its likelihood."""
+        each = zip(self.parts, self.pieces(output), self.pieces(cotangent), strict=True)
+        found = [one for part, z, c in each if (one := part.is_foreign(z, c)) is not None]
+        return torch.stack(found).any() if found else None
+
+    def _share(self, part: Likelihood, z: Tensor, weights: Tensor, count: Tensor) -> Tensor:
+        factor = torch.where(count > 0, len(z) / count, 0)
+        return (part.spread(weights, z) * factor).reshape(len(z), -1)
+
+    def root_weights(self, weights: Tensor, vectors: int) -> Tensor:
+        """Return the weights of the root vectors, head by head."""
+        found = []
+        for part, own in zip(self.parts, self.pieces(weights), strict=True):
+            # The events' entries lie next to each other, and have one weight.
+            events = part.split_events(own)
+            found.append(events.flatten(1))
+        return torch.cat(found, 1)
+
+    # -- the distribution --------------------------------------------------------------------------
+
+    def nll(self, output: Tensor, target: Any) -> Tensor:
+        """Return the sum over heads of each sample's share in the mean loss, times N, ``(N,)``."""
+        total = output.new_zeros(len(output))
+        for part, z, y in self._each(output, target):
+            weights = part.event_weights(z, y)
+            values = part.nll(z, y).reshape(len(z), -1)
+            if weights.dim() == 2:  # Weights of entries are part of nll already.
+                values = values * weights
+            total = total + values.sum(1) * len(z) / part.count(z, y)
+        return total
+
+    def loss(self, output: Tensor, target: Any) -> Tensor:
+        """Return the sum of the heads' mean losses; heads without a target have none."""
+        each = [one for one in self._each(output, target) if one[2] is not None]
+        return torch.stack([part.loss(z, y) for part, z, y in each]).sum()
+
+    def gradient(self, output: Tensor, target: Any) -> Tensor:
+        """Return ``N ∂loss/∂z``."""
+        return self._flat(
+            [
+                part.gradient(z, y).unsqueeze(0) * len(z) / part.count(z, y)
+                for part, z, y in self._each(output, target)
+            ]
+        )[0]
+
+    def output_hessian_root(self, output: Tensor, target: Any = None) -> Tensor:
+        """Return the root of the joint output Hessian, ``(N, 1, Σ C, K)``."""
+        return self.root_vectors(output, target).permute(1, 2, 0).unsqueeze(1)
+
+    def root_vectors(self, output: Tensor, target: Any = None) -> Tensor:
+        """Return the root vectors of every head, zero at the others."""
+        columns = []
+        for index, (part, z, y) in enumerate(self._each(output, target)):
+            own = part.root_vectors(z, y).flatten(2)
+            if y is not None:
+                own = own * (len(z) / part.count(z, y)).sqrt()
+            before, after = sum(self.sizes[:index]), sum(self.sizes[index + 1 :])
+            columns.append(torch.nn.functional.pad(own, (before, after)))
+        return torch.cat(columns)
+
+    def root_inverse_apply(self, output: Tensor, cotangent: Tensor, target: Any = None) -> Tensor:
+        """Return coordinates in the root vectors, ``(N, K)``."""
+        found = []
+        for (part, z, y), c in zip(self._each(output, target), self.pieces(cotangent), strict=True):
+            own = part.root_inverse_apply(z, c, y)
+            found.append(own if y is None else own / (len(z) / part.count(z, y)).sqrt())
+        return torch.cat(found, 1)
+
+    def sample(self, output: Tensor, generator: torch.Generator | None = None) -> Any:
+        """Draw a target for every head, independently."""
+        return tuple(part.sample(z, generator) for part, z, _ in self._each(output, None))
+
+    def sampled_vectors(
+        self,
+        output: Tensor,
+        generator: torch.Generator | None = None,
+        samples: int = 1,
+        target: Any = None,
+    ) -> Tensor:
+        """Return pseudo-gradients of labels drawn for every head, side by side."""
+        return self._flat(
+            [
+                part.sampled_vectors(z, generator, samples, y)
+                * (1.0 if y is None else (len(z) / part.count(z, y)).sqrt())
+                for part, z, y in self._each(output, target)
+            ]
+        )
+
+    # -- layout ------------------------------------------------------------------------------------
+
+    def split_events(self, tensor: Tensor) -> Tensor:
+        """Return ``(N, Σ C, 1)``."""
+        return tensor.unsqueeze(-1)
