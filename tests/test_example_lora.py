@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import processes
 
 for package in ("matplotlib", "peft", "rich", "transformers"):
     pytest.importorskip(package)
@@ -19,18 +19,18 @@ TINY = (
 )
 
 
-def run(*arguments: str) -> str:
+def run(folder: Path, *arguments: str) -> str:
     environment = {k: v for k, v in os.environ.items() if k != "NATGRAD_DATA"}
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *TINY.split(), *arguments],
-        check=True, timeout=240, capture_output=True, text=True,
-        env={**environment, "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+    environment["HF_HUB_OFFLINE"] = "1"
+    done = processes.run_script(
+        SCRIPT, *TINY.split(), *arguments, folder=folder, environment=environment
+    )
+    assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_script_without_data(tmp_path):
-    shown = run("--output", str(tmp_path))
+    shown = run(tmp_path, "--output", str(tmp_path))
     assert "lora_A" in shown and "of curvature" in shown  # the summary
     results = json.loads((tmp_path / "lora.json").read_text())
     assert [r["name"] for r in results["runs"]] == ["adamw", "kfac"]
@@ -48,6 +48,6 @@ def test_script_with_a_folder_of_text(tmp_path):
     folder.mkdir()
     (folder / "some.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
     output = tmp_path / "out"
-    run("--data", str(folder), "--optimizer", "kfac", "--output", str(output))
+    run(tmp_path, "--data", str(folder), "--optimizer", "kfac", "--output", str(output))
     (result,) = json.loads((output / "lora.json").read_text())["runs"]
     assert result["name"] == "kfac" and result["test"][-1] < result["test"][0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from natgrad.residuals import ResidualNetwork
-from tests import dense
+from tests import dense, processes
 
 for package in ("matplotlib", "rich"):
     pytest.importorskip(package)
@@ -116,12 +115,11 @@ def test_points_lie_where_they_should(examples, name):
 )
 def test_scripts_run_and_every_loss_falls(tmp_path, examples, script, sizes):
     settings = f"--fast --width 8 --depth 1 --steps 6 --seconds 20 --adam-lr 0.01 {sizes}"
-    subprocess.run(
-        [sys.executable, str(EXAMPLES / f"{script}.py"), *settings.split(),
-         "--output", str(tmp_path)],
-        check=True, timeout=240, capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    done = processes.run_script(
+        EXAMPLES / f"{script}.py", *settings.split(), "--output", tmp_path,
+        folder=tmp_path, environment=dict(os.environ),
     )  # fmt: skip
+    assert done.returncode == 0, done.stderr
     runs = json.loads((tmp_path / "pinn.json").read_text())
     assert [run["name"] for run in runs] == list(examples["pinn"].OPTIMIZERS)
     for run in runs:

@@ -12,7 +12,6 @@ import os
 import pickle
 import random
 import subprocess
-import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+
+from tests import processes
 
 for package in ("matplotlib", "rich"):
     pytest.importorskip(package)
@@ -86,19 +87,14 @@ FILES: dict[str, Callable[[Path], None]] = {
 
 
 def run(
-    file: str, *arguments: str | Path, data: str | None = None
+    file: str, *arguments: str | Path, folder: Path, data: str | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run an example, with nothing but ``data`` in NATGRAD_DATA."""
     environment = {k: v for k, v in os.environ.items() if k != "NATGRAD_DATA"}
-    environment["OMP_NUM_THREADS"] = "1"
     if data is not None:
         environment["NATGRAD_DATA"] = data
-    return subprocess.run(
-        [sys.executable, str(EXAMPLES_FOLDER / file), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=600,
+    return processes.run_script(
+        EXAMPLES_FOLDER / file, *arguments, folder=folder, environment=environment
     )
 
 
@@ -118,7 +114,7 @@ def test_example_runs_on_made_up_files(
     if file in FILES:
         FILES[file](tmp_path)
         arguments = [*arguments, "--data", str(tmp_path)]
-    result = run(file, *arguments, "--output", tmp_path / "out")
+    result = run(file, *arguments, "--output", tmp_path / "out", folder=tmp_path)
     check(result, tmp_path / "out", written)
 
 
@@ -130,7 +126,8 @@ def test_example_runs_on_made_up_files(
 def test_example_runs_on_real_files(
     file: str, arguments: list[str], written: list[str], tmp_path: Path
 ) -> None:
-    result = run(file, *arguments, "--output", tmp_path, data=os.environ["NATGRAD_DATA"])
+    data = os.environ["NATGRAD_DATA"]
+    result = run(file, *arguments, "--output", tmp_path, folder=tmp_path, data=data)
     check(result, tmp_path, written)
 
 
@@ -138,7 +135,7 @@ def test_example_runs_on_real_files(
 @pytest.mark.parametrize("given", [False, True])
 def test_missing_files_are_named_in_one_sentence(file: str, given: bool, tmp_path: Path) -> None:
     arguments = ["--data", tmp_path] if given else []
-    result = run(file, "--fast", *arguments)
+    result = run(file, "--fast", *arguments, folder=tmp_path)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert "train." in result.stderr

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import natgrad
-from tests import dense
+from tests import dense, processes
 from tests.cases import CASES, generator, normal
 from tests.methods import make_optimizer
 
@@ -61,7 +61,7 @@ def replica(rank: int, world: int, path: str) -> None:
 
 @pytest.mark.slow
 def test_two_replicas(tmp_path: Path):
-    torch.multiprocessing.spawn(replica, (2, str(tmp_path)), nprocs=2)
+    processes.replicas(replica, tmp_path)
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     case = CASES["mlp"]()
     gradients = []

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import natgrad
 from natgrad.fngd.layer_products import _scaled_copy
 from natgrad.fngd.weighted_gradients import WeightedGradient
-from tests import dense
+from tests import dense, processes
 from tests.cases import generator, normal
 
 CLASSES = 3
@@ -721,7 +721,7 @@ def replica(rank: int, world: int, path: str) -> None:
 
 @pytest.mark.slow
 def test_replicas_average_their_weighted_gradients(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(replica, (2, str(tmp_path)), nprocs=2)
+    processes.replicas(replica, tmp_path)
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     model = make("mlp")
     kept: list[dict[str, list[Tensor]]] = [{}, {}]

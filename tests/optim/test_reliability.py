@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import gc
-import os
 import random
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import natgrad
+from tests import processes
 from tests.methods import make_optimizer
+from tests.optim import interrupted_run
 
 AVERAGING: dict[str, Any] = {
     "kfac": natgrad.KFAC,
@@ -424,70 +425,36 @@ def test_five_thousand_steps_with_faults(name):
 
 # -- crashes ---------------------------------------------------------------------------------------
 
-WORKER = """
-import os, sys, torch, natgrad
-from pathlib import Path
 
-torch.set_num_threads(1)
-path, total = Path(sys.argv[1]), int(sys.argv[2])
-
-
-def save(path, state):
-    temporary = path.with_name(path.name + ".partial")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+def worker(path: Path, total: int) -> tuple[BaseProcess, Connection]:
+    """Start a run; return its process and what it reports."""
+    reports, report = processes.CONTEXT.Pipe(duplex=False)
+    process = processes.start(interrupted_run.train, path, total, report)
+    report.close()
+    return process, reports
 
 
-torch.manual_seed(0)
-model = torch.nn.Sequential(torch.nn.Linear(6, 32), torch.nn.Tanh(), torch.nn.Linear(32, 3))
-optimizer = natgrad.KFAC(model, lr=0.05, refresh=natgrad.Refresh(factors=2, inverses=3))
-step = 0
-if path.exists():
-    state = torch.load(path, weights_only=True)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    step = state["step"]
-print("ready", step, flush=True)
-while step < total:
-    generator = torch.Generator().manual_seed(step)
-    x = torch.randn(8, 6, generator=generator)
-    optimizer.zero_grad()
-    torch.nn.functional.cross_entropy(model(x), (x[:, 0] > 0).long()).backward()
-    optimizer.step()
-    step += 1
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-    save(path, state)
-    print("saved", step, flush=True)
-"""
-
-
-def worker(path: Path, total: int) -> subprocess.Popen[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(WORKER), str(path), str(total)],
-        stdout=subprocess.PIPE, text=True, env=environment,
-    )  # fmt: skip
+def finished(path: Path, total: int) -> dict[str, Any]:
+    """Run to the end; return what was saved."""
+    process, reports = worker(path, total)
+    assert processes.finish(process) == 0
+    assert reports.poll()
+    return torch.load(path, weights_only=True)
 
 
 def killed_run(folder: Path, kills: int, total: int) -> None:
-    whole = worker(folder / "whole.pt", total)
-    assert whole.wait(timeout=120) == 0
+    whole = finished(folder / "whole.pt", total)
     path, dice, reached = folder / "parted.pt", random.Random(1), 0
     for _ in range(kills):
-        process = worker(path, 10**6)
-        assert process.stdout is not None
-        assert process.stdout.readline() == f"ready {reached}\n"
+        process, reports = worker(path, 10**6)
+        last = int(reports.recv_bytes())
+        assert last == reached
         time.sleep(dice.uniform(0.0, 0.03))
-        os.kill(process.pid, signal.SIGKILL)
-        said = process.communicate()[0].splitlines()
-        assert process.returncode == -signal.SIGKILL
-        last = int(said[-1].split()[1]) if said else reached
+        process.kill()
+        assert processes.finish(process) == -signal.SIGKILL
+        with contextlib.suppress(EOFError, OSError):  # The last report may be cut in two.
+            while True:
+                last = int(reports.recv_bytes())
         if path.exists():
             state = torch.load(path, weights_only=True)
             # What was said to be saved is there, or the save after it.
@@ -496,15 +463,12 @@ def killed_run(folder: Path, kills: int, total: int) -> None:
         else:
             assert last == 0
     end = max(total, reached)
-    final = worker(path, end)
-    assert final.wait(timeout=120) == 0
+    parted = finished(path, end)
     if end > total:
-        again = worker(folder / "whole.pt", end)
-        assert again.wait(timeout=120) == 0
-    left, right = (torch.load(folder / f, weights_only=True) for f in ("whole.pt", "parted.pt"))
-    assert left["step"] == right["step"] == end
-    assert same(left["model"], right["model"])
-    assert same(left["optimizer"], right["optimizer"])
+        whole = finished(folder / "whole.pt", end)
+    assert whole["step"] == parted["step"] == end
+    assert same(whole["model"], parted["model"])
+    assert same(whole["optimizer"], parted["optimizer"])
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")

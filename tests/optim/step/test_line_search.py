@@ -18,7 +18,7 @@ from torch.nn import functional
 
 import natgrad
 from natgrad.optim.step.line_search import LineSearch
-from tests import dense
+from tests import dense, processes
 from tests.cases import CASES, generator, normal
 from tests.optim.test_optimizers import OPTIMIZERS, Reference, batches_of, flat, make, same
 
@@ -639,7 +639,7 @@ def replica(rank: int, world: int, path: str) -> None:
 
 @pytest.mark.slow
 def test_replicas_take_the_same_length(tmp_path: Path):
-    torch.multiprocessing.spawn(replica, (2, str(tmp_path)), nprocs=2)
+    processes.replicas(replica, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     for name, (parameters, shares) in first.items():
         assert torch.equal(parameters, second[name][0]) and shares == second[name][1]

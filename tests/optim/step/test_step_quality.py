@@ -19,7 +19,7 @@ from torch.nn import functional
 
 import natgrad
 from natgrad.optim.step.quadratic_model import QuadraticModel
-from tests import dense
+from tests import dense, processes
 from tests.cases import CASES, normal
 from tests.optim.test_optimizers import (
     AVERAGING,
@@ -762,7 +762,7 @@ def replica(rank: int, world: int, path: str) -> None:
 
 @pytest.mark.slow
 def test_replicas_stay_equal(tmp_path: Path):
-    torch.multiprocessing.spawn(replica, (2, str(tmp_path)), nprocs=2)
+    processes.replicas(replica, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     start = flat(CASES["mlp"]().model.parameters())
     for name in CONFIGURATIONS:
