@@ -370,8 +370,7 @@ def transposed_convolution() -> Case:
         nn.Linear(4, 3),
     )
     blocks = (
-        BlockSpec(("0.weight",), "0", "transposed"),
-        BlockSpec(("0.bias",), "0"),
+        BlockSpec(("0.weight", "0.bias"), "0", "transposed"),
         rows("3"),
     )
     return Case(model, normal(2, 2, 3, 2), blocks)

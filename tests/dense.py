@@ -254,8 +254,8 @@ class BlockSpec:
         names: Qualified parameter names.
         layer: Qualified name of the layer, for Kronecker factors.
         unit: What an output unit is: "rows" (first dimension of every parameter), "columns" (second
-            dimension of the weight), "entries", "transposed" (an output channel and kernel entry
-            of a transposed convolution), or "whole" (the block is one unit).
+            dimension of the weight), "entries", "transposed" (an output channel of a transposed
+            convolution, and a kernel entry if it has no bias), or "whole" (the block is one unit).
     """
 
     names: tuple[str, ...]
@@ -426,6 +426,8 @@ def pairs(layer: nn.Module, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(layer, nn.Linear):
         return x.reshape(n, -1, 1, x.shape[-1]), delta.reshape(k, n, -1, 1, delta.shape[-1])
     if isinstance(layer, nn.modules.conv._ConvTransposeNd):
+        if layer.bias is not None:
+            return _stamped(layer, x), _channels_last(delta, 2, layer.groups)
         dims = x.dim() - 2
         amounts = [p for p in reversed(_tuple(layer.padding, dims)) for _ in range(2)]
         padded = functional.pad(delta.flatten(0, 1), amounts)
@@ -451,6 +453,18 @@ def pairs(layer: nn.Module, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     return normalized.reshape(n, -1, width, 1), delta.reshape(k, n, -1, width, 1)
 
 
+def _stamped(layer: Any, x: Tensor) -> Tensor:
+    """Return what every kernel entry alone makes of every channel, (N, T, G, C/G · kernel)."""
+    transposed = (functional.conv_transpose1d, functional.conv_transpose2d,
+                  functional.conv_transpose3d)[x.dim() - 3]  # fmt: skip
+    size = int(torch.Size(layer.kernel_size).numel())
+    kernels = torch.eye(size, dtype=x.dtype).reshape(1, size, *layer.kernel_size)
+    options = (layer.stride, layer.padding, layer.output_padding, 1, layer.dilation)
+    images = transposed(x.flatten(0, 1).unsqueeze(1), kernels, None, *options)
+    moved = images.reshape(*x.shape[:2], size, -1).permute(0, 3, 1, 2)
+    return moved.reshape(len(x), moved.shape[1], layer.groups, -1)
+
+
 def augmented_indices(model: nn.Module, spec: BlockSpec) -> Tensor:
     """Return the flat index of every entry of the matrices [W | b], (G, d_out, d_in + bias)."""
     where = indices(model)
@@ -465,7 +479,11 @@ def augmented_indices(model: nn.Module, spec: BlockSpec) -> Tensor:
         elif isinstance(layer, nn.Embedding):
             parts.append(index.T.unsqueeze(0))
         elif isinstance(layer, nn.modules.conv._ConvTransposeNd):
-            parts.append(index.reshape(groups, layer.in_channels // groups, -1).mT)
+            if len(spec.names) == 1:
+                parts.append(index.reshape(groups, layer.in_channels // groups, -1).mT)
+                continue
+            d_in, d_out = layer.in_channels // groups, layer.out_channels // groups
+            parts.append(index.reshape(groups, d_in, d_out, -1).transpose(1, 2).flatten(2))
         elif index.dim() == 1:
             parts.append(index.reshape(-1, 1, 1))
         else:
@@ -570,10 +588,6 @@ def kfac_pairs(
         if not recorded[spec.layer].inputs:
             continue
         layer = fixed.get_submodule(spec.layer)
-        transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
-        if transposed and spec.names[0].endswith("bias"):
-            result.append(_transposed_bias(model, spec, recorded[spec.layer], count, sharing))
-            continue
         factors = kfac_factors(
             layer,
             recorded[spec.layer],
@@ -625,19 +639,6 @@ def pi_damped_inverse(
             inverses.append((torch.linalg.inv(damped_a), torch.linalg.inv(damped_b)))
         total += kron(size, where, inverses)
     return total
-
-
-def _transposed_bias(
-    model: nn.Module, spec: BlockSpec, recorded: Recorded, count: float, sharing: str
-) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """Return index and factors of a transposed convolution's bias, shared over output positions."""
-    delta = torch.cat([_channels_last(d, 2, 1)[..., 0, :] for d in recorded.gradients], 2)
-    if sharing == "reduce":
-        delta = delta.sum(2, keepdim=True)
-    flat = delta.flatten(0, 2)
-    one = torch.ones(1, 1, dtype=flat.dtype)
-    index = indices(model)[spec.names[0]].reshape(1, -1, 1)
-    return index, [(one, flat.T @ flat / count)]
 
 
 # -- comparing -------------------------------------------------------------------------------------

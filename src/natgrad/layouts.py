@@ -17,6 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from natgrad.arguments import check_parameters
+
 __all__ = ["BlockLayout", "ParameterLayout", "inner_product"]
 
 
@@ -37,6 +39,8 @@ class BlockLayout:
         has_bias: Whether the block holds a bias.
         transposed: The weight is stored as ``(G, d_in, d_out)`` (embeddings, transposed
             convolutions).
+        kernel: Of a transposed weight, how many entries of a kernel belong to each input: it is
+            stored as ``(G, d_in/kernel, d_out, kernel)``.
         one_hot: Inputs are one-hot, so that their second moment is diagonal.
     """
 
@@ -49,6 +53,7 @@ class BlockLayout:
     has_bias: bool = True
     transposed: bool = False
     one_hot: bool = False
+    kernel: int = 1
 
     @cached_property
     def numel(self) -> int:
@@ -73,7 +78,8 @@ class BlockLayout:
         if self.has_weight:
             weight = flat[..., :weight_size]
             if self.transposed:
-                parts.append(weight.reshape(*lead, self.groups, self.d_in, self.d_out).mT)
+                shape = (self.groups, self.d_in // self.kernel, self.d_out, self.kernel)
+                parts.append(weight.reshape(*lead, *shape).transpose(-3, -2).flatten(-2))
             else:
                 parts.append(weight.reshape(*lead, self.groups, self.d_out, self.d_in))
         if self.has_bias:
@@ -85,15 +91,19 @@ class BlockLayout:
         """Turn matrices ``(..., G, d_out, d_in + bias)`` into flat vectors ``(..., P_l)``."""
         lead = matrix.shape[:-3]
         if not self.has_bias:
-            weight = matrix.mT if self.transposed else matrix
-            return weight.reshape(*lead, -1)
+            return self._stored(matrix).reshape(*lead, -1)
         if not self.has_weight:
             return matrix.reshape(*lead, -1)
-        weight = matrix[..., : self.d_in]
-        weight = weight.mT if self.transposed else weight
+        weight = self._stored(matrix[..., : self.d_in])
         return torch.cat(
             [weight.reshape(*lead, -1), matrix[..., self.d_in].reshape(*lead, -1)], dim=-1
         )
+
+    def _stored(self, weight: Tensor) -> Tensor:
+        """Return weights ``(..., G, d_out, d_in)`` in the order they are stored in."""
+        if not self.transposed:
+            return weight
+        return weight.unflatten(-1, (self.d_in // self.kernel, self.kernel)).transpose(-3, -2)
 
     def gather(self, tensors: list[Tensor]) -> Tensor:
         """Concatenate one tensor per parameter into the block's flat vector ``(P_l,)``."""
@@ -177,8 +187,13 @@ class ParameterLayout:
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> ParameterLayout:
-        """Return the layout of a model's trainable parameters."""
+        """Return the layout of a model's trainable parameters.
+
+        Raises:
+            ValueError: If one is complex or sharded.
+        """
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        check_parameters(parameters)
         dtype = torch.float32
         for parameter in parameters.values():
             dtype = torch.promote_types(dtype, parameter.dtype)

@@ -141,8 +141,8 @@ def transposed_convolutions(draw):
         )
 
     model = seeded(make, draw(st.integers(0, 99)))
-    specs = [dense.BlockSpec(("layer.weight",), "layer", "transposed")]
-    specs += [rows("layer", "bias")] if bias else []
+    names = ("layer.weight", "layer.bias") if bias else ("layer.weight",)
+    specs = [dense.BlockSpec(names, "layer", "transposed")]
     return model, normal(draw(st.integers(1, 3)), channels_in, *size), specs
 
 

@@ -138,47 +138,42 @@ def _channels_last(gradients: Tensor, samples: int, groups: int) -> Tensor:
 
 
 class TransposedConvolutionKind(LayerKind):
-    """ConvTranspose1d/2d/3d: each input position meets a window of output gradients.
+    """ConvTranspose1d/2d/3d.
 
-    The weight's positions are those of the input, the bias's those of the output, so they form
-    two blocks.
+    With its bias it is a convolution of the input with zeros between its entries: a linear map of
+    patches, shared over output positions, so that weight and bias are one block. A weight alone
+    takes a shorter way: each input position meets a window of output gradients.
     """
-
-    def parameter_groups(self, module: nn.Module) -> list[tuple[str, ...]]:
-        """Return weight and bias as separate blocks."""
-        groups: list[tuple[str, ...]] = [("weight",)]
-        return groups if module.bias is None else [*groups, ("bias",)]
 
     def layout(
         self, module: nn.Module, names: tuple[str, ...], qualified: tuple[str, ...]
     ) -> BlockLayout:
-        """Return ``C_out/G·kernel × C_in/G`` per group for the weight, stored transposed."""
+        """Return ``C_out/G × C_in/G·kernel`` per group, stored transposed.
+
+        Of a weight without bias, ``C_out/G·kernel × C_in/G``.
+        """
         shapes = parameter_shapes(module, names)
-        if names == ("bias",):
-            return BlockLayout(qualified, shapes, 1, shapes[0][0], 0, False, True)
         convolution = cast(nn.ConvTranspose2d, module)
-        groups = convolution.groups
+        groups, d_out = convolution.groups, convolution.out_channels // convolution.groups
+        if names == ("bias",):
+            return BlockLayout(qualified, shapes, groups, d_out, 0, False, True)
+        d_in, kernel = convolution.in_channels // groups, convolution.weight[0, 0].numel()
+        if names == ("weight",):
+            return BlockLayout(
+                qualified, shapes, groups, d_out * kernel, d_in, True, False, transposed=True
+            )
         return BlockLayout(
-            qualified,
-            shapes,
-            groups,
-            convolution.weight[0].numel(),
-            convolution.in_channels // groups,
-            True,
-            False,
-            transposed=True,
+            qualified, shapes, groups, d_out, d_in * kernel, transposed=True, kernel=kernel
         )
 
     def jacobian(self, block: BlockRecord) -> LayerJacobian:
-        """Form rows from inputs and windows of output gradients."""
+        """Form rows from inputs and windows of output gradients, or from patches of inputs."""
         layout, samples = block.layout, block.samples
+        if layout.has_bias:
+            return self._by_outputs(block)
         rows: list[tuple[Tensor, Tensor]] = []
         for call, delta in block.single_outputs():
             images = call.inputs[0]
-            if not layout.has_weight:
-                d = _channels_last(delta, samples, 1)
-                rows.append((images.new_zeros(samples, d.shape[2], 1, 0), d))
-                continue
             module = cast(nn.ConvTranspose2d, call.module)
             padding: list[int] = []
             for amount in reversed(cast("tuple[int, ...]", module.padding)):
@@ -193,6 +188,66 @@ class TransposedConvolutionKind(LayerKind):
             a = images.movedim(1, -1).reshape(samples, -1, layout.groups, layout.d_in)
             rows.append((a, d))
         return block.linear(rows)
+
+    def _by_outputs(self, block: BlockRecord) -> LayerJacobian:
+        layout, samples = block.layout, block.samples
+        calls, gradients = zip(*block.single_outputs(), strict=True)
+        # Last positions first, as patches come: kernels are applied the other way round.
+        flipped = [g.flip(list(range(3, g.dim()))) for g in gradients]
+        deltas = [_channels_last(gradient, samples, layout.groups) for gradient in flipped]
+        delta = deltas[0] if len(deltas) == 1 else torch.cat(deltas, dim=2)
+        spatial = [g.shape[3:] for g in gradients]
+        make = partial(_transposed_inputs, calls, spatial, layout, samples)
+        return LinearJacobian(layout, make, delta, skip_silent=block.skip_silent)
+
+
+def _transposed_inputs(
+    calls: Sequence[LayerCall],
+    spatial: Sequence[torch.Size],
+    layout: BlockLayout,
+    samples: int,
+    chosen: Tensor | None,
+    positions: Tensor | None,
+) -> Tensor:
+    """Return patches ``(N, T, G, d_in)``, output positions from the last to the first.
+
+    Args:
+        calls: The calls.
+        spatial: Shapes of their outputs' positions.
+        layout: The block's layout.
+        samples: ``N``.
+        chosen: Which samples; all for None.
+        positions: Which positions; all for None.
+    """
+    rows = []
+    count = samples if chosen is None else len(chosen)
+    for call, shape in zip(calls, spatial, strict=True):
+        module = cast(nn.ConvTranspose2d, call.module)
+        images = of_samples(call.inputs[0], samples, chosen)
+        spread = images.new_zeros(
+            *images.shape[:2],
+            *((n - 1) * s + 1 for n, s in zip(images.shape[2:], module.stride, strict=True)),
+        )
+        spread[(..., *(slice(None, None, s) for s in module.stride))] = images
+        spread = spread.flip(list(range(2, spread.dim())))
+        padding: list[int] = []
+        for size, p, k, d, n in zip(
+            spread.shape[2:], cast("tuple[int, ...]", module.padding), module.kernel_size,
+            module.dilation, shape, strict=True,
+        ):  # fmt: skip
+            before = d * (k - 1) - p
+            padding = [n + p - size, before, *padding]
+        windows = patches(
+            nn.functional.pad(spread, padding),
+            module.kernel_size,
+            (1,) * len(shape),
+            module.dilation,
+            tuple(shape),
+        )
+        row = _window_rows(windows, count, layout.groups, positions if len(calls) == 1 else None)
+        rows.append(row if layout.has_weight else row[..., :0])
+    joined = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+    return joined if positions is None or len(calls) == 1 else joined[:, positions]
 
 
 _CONVOLUTIONS: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
