@@ -15,7 +15,7 @@ and the evidence of the data, for choosing δ without a validation set (MacKay 1
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, cast
 
@@ -30,10 +30,17 @@ from natgrad.capture.evaluation import (
     take_samples,
     undisturbed,
 )
-from natgrad.capture.model_output import require_output, unwrap
+from natgrad.capture.model_output import Selection, require_output, unwrap
 from natgrad.curvature import Structure
 from natgrad.fisher import Batch, FisherType, fisher_matrix
-from natgrad.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, as_likelihood
+from natgrad.likelihoods import (
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    Likelihood,
+    LikelihoodLike,
+    as_likelihood,
+)
 
 __all__ = ["Laplace"]
 
@@ -77,7 +84,7 @@ class Laplace:
         self,
         model: nn.Module,
         data: Batch | Iterable[Batch],
-        likelihood: str | Likelihood | nn.Module = "categorical",
+        likelihood: LikelihoodLike = "categorical",
         structure: str | Structure = "kfac",
         *,
         prior_precision: float = 1.0,
@@ -90,7 +97,7 @@ class Laplace:
             raise ValueError(f"parameters must be 'all' or 'last_layer', got {parameters!r}")
         self.model = unwrap(model)
         self.likelihood = as_likelihood(likelihood)
-        self.output = output
+        self.output = self.likelihood.selection(output)
         self.prior_precision = prior_precision
         if iter(data) is data:
             raise ValueError(
@@ -115,11 +122,11 @@ class Laplace:
         for inputs, target in batches:
             if target is None:
                 raise ValueError("the posterior needs targets with every batch")
-            outputs = self._outputs(inputs)
-            count = float(self.likelihood.count(outputs, target))
+            outputs, own = self._outputs(inputs)
+            count = float(own.count(outputs, target))
             if count > 0:
                 self.count += count
-                self.log_likelihood -= float(self.likelihood.loss(outputs, target)) * count
+                self.log_likelihood -= float(own.loss(outputs, target)) * count
 
     @property
     def prior_precision(self) -> float:
@@ -286,9 +293,13 @@ class Laplace:
                 total += self.likelihood.merge_events(torch.softmax(events, -1), drawn)
         return total / samples
 
-    def _outputs(self, inputs: Any) -> Tensor:
+    def _outputs(self, inputs: Any) -> tuple[Tensor, Likelihood]:
+        """Return the outputs, and the likelihood of them."""
         with undisturbed(self.model), torch.no_grad():
-            return require_output(call_model(self.model, inputs), self.output)
+            found = call_model(self.model, inputs)
+            heads = self.output(found) if isinstance(self.output, Selection) else None
+            shapes = None if heads is None else {key: one.shape for key, one in heads.items()}
+            return require_output(found, self.output), self.likelihood.of_shapes(shapes)
 
     def _last_layer(self, inputs: Any) -> frozenset[str]:
         with Capture(self.model, self.output) as capture:
@@ -322,4 +333,4 @@ def _standard_normal(
 
 def _is_pair(data: Any) -> bool:
     pair = isinstance(data, (tuple, list)) and len(data) == 2
-    return bool(pair and isinstance(data[1], Tensor))
+    return bool(pair and isinstance(data[1], (Tensor, Mapping)))

@@ -24,7 +24,13 @@ from natgrad.capture.hooks import (
     pulling_back,
 )
 from natgrad.capture.kinds import BlockRecord, CallGradients, LayerCall, LayerKind, find_kind
-from natgrad.capture.model_output import select_output, unwrap
+from natgrad.capture.model_output import (
+    select_output,
+    separated,
+    side_by_side,
+    substituted,
+    unwrap,
+)
 from natgrad.capture.normalization import batch_norms, fix_statistics
 from natgrad.jacobians import Jacobians, LayerJacobian, SumJacobian
 from natgrad.layouts import BlockLayout, ParameterLayout
@@ -54,6 +60,7 @@ class ForwardPass:
         cotangent: Gradient of the user's loss with respect to it, once backpropagated.
         target: The true target, where the user told it.
         elements: Total number of entries of all recorded layer outputs.
+        heads: Key → shape of the heads that are laid side by side in the output, if it has several.
     """
 
     calls: list[RecordedCall] = field(default_factory=list)
@@ -61,6 +68,7 @@ class ForwardPass:
     cotangent: Tensor | None = None
     target: Tensor | None = None
     elements: int = 0
+    heads: dict[Any, torch.Size] | None = None
 
     @property
     def samples(self) -> int:
@@ -518,19 +526,27 @@ def _before_model(capture: Capture, module: nn.Module, args: Any) -> None:
 
 
 @outside_graphs
-def _after_model(capture: Capture, module: nn.Module, args: Any, output: Any) -> None:
+def _after_model(capture: Capture, module: nn.Module, args: Any, output: Any) -> Any:
+    """Watch the output; where it has several heads, return it with heads made of one tensor."""
     current = capture._open
     if current is None or not capture._active():
-        return
+        return None
     capture._open = None
-    selected = select_output(output, capture.select)
+    selected, replaced = select_output(output, capture.select), None
+    if isinstance(selected, dict):
+        heads, selected = selected, side_by_side(selected)
+        current.heads = {key: one.shape for key, one in heads.items()}
+        if capture.on_backward is not None:
+            copies = separated(selected, heads)
+            old = [id(one) for one in heads.values()]
+            replaced = substituted(output, dict(zip(old, copies, strict=True)))
     if selected is None or not selected.requires_grad:
         if current in capture.passes:
             capture.passes.remove(current)
-        return
+        return None
     current.output = selected
     if capture.on_backward is None:
-        return
+        return None
     owner, waiting = weakref.ref(capture), weakref.ref(current)
 
     def reached(cotangent: Tensor) -> None:
@@ -546,6 +562,7 @@ def _after_model(capture: Capture, module: nn.Module, args: Any, output: Any) ->
             found.on_backward(recorded)
 
     selected.register_hook(reached)
+    return replaced
 
 
 @outside_graphs

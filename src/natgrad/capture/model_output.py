@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["require_output", "select_output", "unwrap"]
+__all__ = [
+    "Selection",
+    "require_output",
+    "select_output",
+    "separated",
+    "side_by_side",
+    "substituted",
+    "unwrap",
+]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -23,12 +33,16 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def select_output(output: Any, select: Callable[[Any], Tensor] | None) -> Tensor | None:
-    """Pick the tensor the likelihood looks at out of a model's output.
+def select_output(
+    output: Any, select: Callable[[Any], Any] | None
+) -> Tensor | dict[Any, Tensor] | None:
+    """Pick the tensor the likelihood looks at, or several heads, out of a model's output.
 
     Raises:
         TypeError: If ``select`` returns something else than a tensor.
     """
+    if isinstance(select, Selection):
+        return select(output)
     if select is not None:
         chosen = select(output)
         if not isinstance(chosen, Tensor):
@@ -48,8 +62,10 @@ def select_output(output: Any, select: Callable[[Any], Tensor] | None) -> Tensor
     return None
 
 
-def require_output(output: Any, select: Callable[[Any], Tensor] | None) -> Tensor:
+def require_output(output: Any, select: Callable[[Any], Any] | None) -> Tensor:
     """Pick the tensor the likelihood looks at out of a model's output, which must hold one.
+
+    Several heads are laid side by side.
 
     Raises:
         ValueError: If it holds none.
@@ -59,4 +75,85 @@ def require_output(output: Any, select: Callable[[Any], Tensor] | None) -> Tenso
         raise ValueError(
             "no tensor was found in the model's output; pass output=lambda out: ... to pick it"
         )
-    return chosen
+    return side_by_side(chosen) if isinstance(chosen, dict) else chosen
+
+
+class Selection:
+    """Picks several heads out of a model's output.
+
+    Args:
+        keys: Keys of a mapping, names of attributes, or indices in a tuple or list.
+        output: Applied first, if it is given.
+    """
+
+    def __init__(self, keys: Sequence[Any], output: Callable[[Any], Any] | None = None) -> None:
+        self.keys, self.output = tuple(keys), output
+
+    def __call__(self, output: Any) -> dict[Any, Tensor]:
+        """Return key → tensor.
+
+        Raises:
+            ValueError: If a head is not there, or is no tensor.
+        """
+        output = output if self.output is None else self.output(output)
+        return {key: _pick(output, key) for key in self.keys}
+
+
+def _pick(output: Any, key: Any) -> Tensor:
+    try:
+        is_attribute = isinstance(key, str) and not isinstance(output, Mapping)
+        found = getattr(output, key) if is_attribute else output[key]
+    except (AttributeError, KeyError, IndexError, TypeError):
+        found = None
+    if isinstance(output, Tensor) or not isinstance(found, Tensor):
+        raise ValueError(
+            f"The likelihood has a head {key!r}, but the model's output, a "
+            f"{type(output).__name__}, has no tensor under that key."
+        )
+    return found
+
+
+def side_by_side(heads: Mapping[Any, Tensor]) -> Tensor:
+    """Return outputs ``(N, ...)`` flattened and concatenated, ``(N, Σ C)``.
+
+    Raises:
+        ValueError: If they differ in their numbers of samples.
+    """
+    if len({one.shape[:1] for one in heads.values()} | {torch.Size([])}) != 2:
+        shapes = {key: tuple(one.shape) for key, one in heads.items()}
+        raise ValueError(f"Heads need outputs of the same number of samples but got {shapes}.")
+    return torch.cat([one.reshape(len(one), -1) for one in heads.values()], 1)
+
+
+def separated(joined: Tensor, heads: Mapping[Any, Tensor]) -> list[Tensor]:
+    """Return copies of the heads that were laid side by side, made of the joined tensor.
+
+    Their gradients then meet in the joined tensor before any layer of the model is reached.
+    """
+    pieces = joined.split([one[0].numel() for one in heads.values()], 1)
+    return [
+        piece.reshape(one.shape).to(one.dtype, copy=True)
+        for piece, one in zip(pieces, heads.values(), strict=True)
+    ]
+
+
+def substituted(output: Any, new: Mapping[int, Tensor]) -> Any:
+    """Return a model's output with other tensors in the place of some, found by their ``id``."""
+    if isinstance(output, Tensor):
+        return new.get(id(output), output)
+    if isinstance(output, (tuple, list)):
+        items = [substituted(item, new) for item in output]
+        return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+    is_mapping = isinstance(output, Mapping)
+    if not is_mapping and not hasattr(output, "__dict__"):
+        return output
+    result: Any = copy.copy(output)
+    for key, value in dict(output if is_mapping else vars(output)).items():
+        replaced = substituted(value, new)
+        if replaced is value:
+            continue
+        if is_mapping:
+            result[key] = replaced
+        else:
+            object.__setattr__(result, key, replaced)
+    return result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +14,7 @@ from natgrad.curvature import Curvature, Structure, as_structure
 from natgrad.fisher.types import FisherType, as_fisher_type
 from natgrad.jacobians import Jacobians, LinearJacobian
 from natgrad.jacobians.scaled import ScaledRows
-from natgrad.likelihoods import Likelihood, as_likelihood
+from natgrad.likelihoods import Likelihood, LikelihoodLike, as_likelihood
 from natgrad.operators import FisherMatrix
 
 __all__ = ["Batch", "RowReceiver", "fisher_matrix", "update_from_output"]
@@ -116,13 +116,13 @@ def _active_positions(jacobians: Jacobians) -> dict[str, Tensor | None]:
     }
 
 
-Batch = tuple[Any, "Tensor | None"]
+Batch = tuple[Any, Any]
 
 
 def fisher_matrix(
     model: nn.Module,
     data: Batch | Iterable[Batch],
-    likelihood: str | Likelihood | nn.Module = "categorical",
+    likelihood: LikelihoodLike = "categorical",
     structure: str | Structure = "kfac",
     fisher: str | FisherType = "exact",
     *,
@@ -140,8 +140,10 @@ def fisher_matrix(
         data: A pair ``(inputs, targets)`` or an iterable of such pairs. Inputs may be a tensor, a
             tuple of positional arguments or a dict of keyword arguments. Targets give ignored
             events and weights, and the labels of the empirical and improved Fisher; they may be
-            None for ``exact`` and ``mc``.
-        likelihood: A name, a :class:`natgrad.Likelihood`, or a torch loss module.
+            None for ``exact`` and ``mc``. NaN in a target of a regression means that it is missing.
+        likelihood: A name, a :class:`natgrad.Likelihood`, or a torch loss module, whose mean over
+            outputs is then in F as in the loss (names stand for sums over outputs); for several
+            outputs a mapping from their keys to such, and targets are a mapping, too.
         structure: A name in :data:`natgrad.curvature.STRUCTURES`, or a
             :class:`natgrad.curvature.Structure`.
         fisher: ``"exact"``, ``"mc"``, ``"empirical"``, ``"improved"`` or a :class:`FisherType` with
@@ -165,7 +167,7 @@ def fisher_matrix(
     """
     likelihood = as_likelihood(likelihood)
     fisher = as_fisher_type(fisher)
-    with Capture(model, output) as capture:
+    with Capture(model, likelihood.selection(output)) as capture:
         capture.check_covered()
         layouts = {name: block.layout for name, block in capture.blocks.items()}
         chosen = as_structure(structure, **structure_options)
@@ -184,14 +186,15 @@ def fisher_matrix(
                     found.device, torch.Generator(found.device).manual_seed(seed)
                 )
                 detached = found.detach()
-                count = likelihood.count(detached, target)
+                own = likelihood.of_shapes(capture.find_pass(found).heads)
+                count = own.count(detached, target)
                 update_from_output(
                     curvature,
                     capture,
-                    likelihood,
+                    own,
                     fisher,
                     found,
-                    likelihood.event_weights(detached, target),
+                    own.event_weights(detached, target),
                     count,
                     generator=generator,
                     target=target,
@@ -205,7 +208,7 @@ def fisher_matrix(
 
 def _batches(data: Any) -> Iterator[Batch]:
     pair = isinstance(data, (tuple, list)) and len(data) == 2
-    if pair and (data[1] is None or isinstance(data[1], Tensor)):
+    if pair and (data[1] is None or isinstance(data[1], (Tensor, Mapping))):
         yield data[0], data[1]
         return
     for batch in data:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, cast
 
 import torch
@@ -122,6 +122,18 @@ class Likelihood(ABC):
         return None
 
     # -- what follows ------------------------------------------------------------------------------
+
+    def selection(self, output: Callable[[Any], Any] | None) -> Callable[[Any], Any] | None:
+        """Return what picks the outputs this likelihood is about out of a model's, given a wish."""
+        return output
+
+    def of_shapes(self, shapes: Mapping[Any, torch.Size] | None) -> Likelihood:
+        """Return the likelihood of an output; :class:`natgrad.likelihoods.Heads` need its parts.
+
+        Args:
+            shapes: Key of a head → shape ``(N, ...)``; None for a single output.
+        """
+        return self
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Return ``Σ w nll / count``, a scalar differentiable in the output."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from natgrad.capture.model_output import Selection
 from natgrad.likelihoods.base import Likelihood
 
 
@@ -46,78 +47,34 @@ class Heads(Likelihood):
     def __hash__(self) -> int:
         return hash(tuple(self.heads.items()))
 
-    def selection(self, output: Callable[[Any], Any] | None) -> Callable[[Any], dict[Any, Tensor]]:
-        """Return what picks the heads out of a model's output."""
+    def selection(self, output: Callable[[Any], Any] | None) -> Selection:
+        """Return what picks the heads out of a model's output; see the base."""
         return Selection(tuple(self.heads), output)
 
-    def of_shapes(self, shapes: Mapping[Any, torch.Size]) -> Likelihood:
-        """Return the likelihood of some heads' outputs, flattened and laid side by side.
+    def of_shapes(self, shapes: Mapping[Any, torch.Size] | None) -> Likelihood:
+        """Return the likelihood of the heads' outputs, flattened and laid side by side.
 
         Args:
             shapes: Key → shape ``(N, ...)``, in the order of the columns.
         """
+        if shapes is None:
+            return self
         return JoinedHeads([self.heads[key] for key in shapes], list(shapes.values()), list(shapes))
 
     def _unjoined(self, *_: Any, **__: Any) -> Any:
         raise NotImplementedError(
-            "Heads are asked through of_shapes(...), which says how the outputs lie side by side."
+            "Likelihoods of several heads work with optimizers, fisher_matrix and Laplace only: "
+            "for anything else pick one head by output=... and give its likelihood."
         )
 
     nll = gradient = output_hessian_root = sample = split_events = _unjoined
 
 
-class Selection:
-    """Picks heads out of a model's output by key, attribute or index.
-
-    Args:
-        keys: The keys.
-        output: Applied first, if it is given.
-    """
-
-    def __init__(self, keys: Sequence[Any], output: Callable[[Any], Any] | None) -> None:
-        self.keys, self.output = keys, output
-
-    def __call__(self, output: Any) -> dict[Any, Tensor]:
-        """Return key → tensor.
-
-        Raises:
-            ValueError: If a head is not there, or is no tensor.
-        """
-        output = output if self.output is None else self.output(output)
-        return {key: _pick(output, key) for key in self.keys}
-
-
-def _pick(output: Any, key: Any) -> Tensor:
-    try:
-        is_attribute = isinstance(key, str) and not isinstance(output, Mapping)
-        found = getattr(output, key) if is_attribute else output[key]
-    except (AttributeError, KeyError, IndexError, TypeError):
-        found = None
-    if not isinstance(found, Tensor):
-        raise ValueError(
-            f"The likelihood has a head {key!r}, but the model's output, a "
-            f"{type(output).__name__}, has no tensor under that key."
-        )
-    return found
-
-
-def side_by_side(heads: Mapping[Any, Tensor]) -> Tensor:
-    """Return outputs ``(N, ...)`` flattened and concatenated, ``(N, Σ C)``.
-
-    Raises:
-        ValueError: If they differ in their numbers of samples.
-    """
-    sizes = {len(one) if one.dim() else 0 for one in heads.values()}
-    if len(sizes) != 1:
-        shapes = {key: tuple(one.shape) for key, one in heads.items()}
-        raise ValueError(f"Heads need outputs of the same number of samples but got {shapes}.")
-    return torch.cat([one.reshape(len(one), -1) for one in heads.values()], 1)
-
-
 class JoinedHeads(Likelihood):
-    """The likelihood of heads laid side by side, ``(N, Σ C_h)``; every entry is an event.
+    """The likelihood of heads laid side by side, ``(N, Σ C_h)``; a sample is one event.
 
-    Its event weights hold what differs between the heads' own counts, so that :meth:`count` is N.
+    Its weights of entries hold what differs between the heads' own counts, so that :meth:`count`
+    is N.
     Targets are given as a mapping or a tuple, one per head; None or a missing one where unknown.
     """
 
@@ -171,14 +128,12 @@ class JoinedHeads(Likelihood):
         return torch.where(events > 0, float(len(output)), 0.0)
 
     def event_weights(self, output: Tensor, target: Any = None) -> Tensor:
-        """Return the weights of all entries, ``(N, Σ C)``: the heads' own, times N/count."""
-        return torch.cat(
-            [
-                self._share(part, z, part.event_weights(z, y), part.count(z, y))
-                for part, z, y in self._each(output, target)
-            ],
-            1,
-        )
+        """Return the weights of entries, ``(N, 1, Σ C)``: the heads' own, times N/count."""
+        shares = [
+            self._share(part, z, part.event_weights(z, y), part.count(z, y))
+            for part, z, y in self._each(output, target)
+        ]
+        return torch.cat(shares, 1).unsqueeze(1)
 
     def infer_event_weights(
         self, output: Tensor, cotangent: Tensor, target: Any = None
@@ -188,7 +143,7 @@ class JoinedHeads(Likelihood):
         for (part, z, y), c in zip(self._each(output, target), self.pieces(cotangent), strict=True):
             own, _ = part.infer_event_weights(z, c, y)
             weights.append(self._share(part, z, own, part.seen_count(z, own, y)))
-        joined = torch.cat(weights, 1)
+        joined = torch.cat(weights, 1).unsqueeze(1)
         return joined, joined.new_tensor(1 / max(1, len(output)))
 
     def is_foreign(self, output: Tensor, cotangent: Tensor) -> Tensor | None:
@@ -203,12 +158,8 @@ class JoinedHeads(Likelihood):
 
     def root_weights(self, weights: Tensor, vectors: int) -> Tensor:
         """Return the weights of the root vectors, head by head."""
-        found = []
-        for part, own in zip(self.parts, self.pieces(weights), strict=True):
-            # The events' entries lie next to each other, and have one weight.
-            events = part.split_events(own)
-            found.append(events.flatten(1))
-        return torch.cat(found, 1)
+        pieces = zip(self.parts, self.pieces(weights.squeeze(1)), strict=True)
+        return torch.cat([part.split_events(own).flatten(1) for part, own in pieces], 1)
 
     # -- the distribution --------------------------------------------------------------------------
 
@@ -279,9 +230,3 @@ class JoinedHeads(Likelihood):
                 for part, z, y in self._each(output, target)
             ]
         )
-
-    # -- layout ------------------------------------------------------------------------------------
-
-    def split_events(self, tensor: Tensor) -> Tensor:
-        """Return ``(N, Σ C, 1)``."""
-        return tensor.unsqueeze(-1)

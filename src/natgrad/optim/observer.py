@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from natgrad import linalg
 from natgrad.capture import Capture, ForwardPass
 from natgrad.capture.hooks import pulling_back
+from natgrad.capture.model_output import Selection, side_by_side
 from natgrad.fisher import FisherType, RowReceiver, update_from_output
 from natgrad.likelihoods import Likelihood
 from natgrad.optim.options import Refresh
@@ -161,7 +163,7 @@ class Observer:
         """Return a pass with the weights of its events; the one place where it is waited for."""
         assert recorded.output is not None
         output, target = recorded.output.detach(), recorded.target
-        likelihood = self.likelihood
+        likelihood = self.likelihood.of_shapes(recorded.heads)
         with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
             if cotangent is None:
                 weights = likelihood.event_weights(output, target)
@@ -178,9 +180,10 @@ class Observer:
             return
         output = one.recorded.output
         assert output is not None
+        likelihood = self.likelihood.of_shapes(one.recorded.heads)
         if self.isotropy_probe is not None:
             self.isotropy_probe.observe(
-                self.capture, self.likelihood, output, one.weights, float(one.count)
+                self.capture, likelihood, output, one.weights, float(one.count)
             )
         if not self.rows_due or self.fisher.from_user_gradients:
             return
@@ -188,7 +191,7 @@ class Observer:
             update_from_output(
                 self._receiver(),
                 self.capture,
-                self.likelihood,
+                likelihood,
                 self.fisher,
                 output,
                 one.weights,
@@ -239,26 +242,31 @@ class Observer:
             if self.fisher.from_user_gradients:
                 found.append(one.scale.expand(output.shape[0], 1))
                 continue
+            likelihood = self.likelihood.of_shapes(one.recorded.heads)
             coordinates = self.fisher.coordinates(
-                self.likelihood, output.detach(), cotangent, one.weights
+                likelihood, output.detach(), cotangent, one.weights
             )
             if coordinates is None:
                 return None
             found.append(coordinates)
         return torch.cat(found) if found else None
 
-    def update_fisher(
-        self, output: Tensor, target: Tensor | None = None, loss: Tensor | None = None
-    ) -> None:
+    def update_fisher(self, output: Any, target: Any = None, loss: Tensor | None = None) -> None:
         """Take the rows of a model output now, before ``loss.backward()``.
 
         Args:
-            output: What the likelihood looks at, with its graph.
-            target: The true target; gives ignored events and class weights.
+            output: What the likelihood looks at, with its graph; with several heads, the model's
+                output.
+            target: The true target; gives ignored events and class weights. With several heads, a
+                mapping with their keys.
             loss: The user's loss, whose gradient at the output shows masks, weights and its scale.
         """
         if not self.rows_due or self.capture.on_forward is None:
             return
+        parts = [output]
+        if isinstance(self.capture.select, Selection):
+            heads = self.capture.select(output)
+            output, parts = side_by_side(heads), list(heads.values())
         found = self.capture.find_pass(output)
         found.output, found.target = output, target
         if self.fisher.from_user_gradients:
@@ -268,9 +276,11 @@ class Observer:
             # Without the scaling of mixed precision small gradients of float16 vanish.
             if loss is not None and loss.requires_grad and output.dtype != torch.float16:
                 with pulling_back():
-                    (cotangent,) = torch.autograd.grad(
-                        loss, output, retain_graph=True, allow_unused=True
+                    found_parts = torch.autograd.grad(
+                        loss, parts, retain_graph=True, materialize_grads=True
                     )
+                cotangent = side_by_side(dict(enumerate(found_parts)))
+                cotangent = cotangent.view_as(output)
             self._take_rows(self._see(found, cotangent))
 
     def _see_later(self, recorded: ForwardPass) -> Callable[[Tensor], None]:

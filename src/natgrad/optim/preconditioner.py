@@ -18,7 +18,7 @@ from natgrad.curvature.curvature import Estimate
 from natgrad.fisher import FisherType, as_fisher_type
 from natgrad.jacobians import LayerJacobian, LinearJacobian
 from natgrad.layouts import inner_product
-from natgrad.likelihoods import Likelihood, as_likelihood
+from natgrad.likelihoods import LikelihoodLike, as_likelihood
 from natgrad.operators import GradientSource
 from natgrad.optim.copying import CopiedByState
 from natgrad.optim.fused.kronecker_gradients import FusedGradient
@@ -67,7 +67,7 @@ class Preconditioner(CopiedByState):
     def __init__(
         self,
         model: nn.Module,
-        likelihood: str | Likelihood | nn.Module = "categorical",
+        likelihood: LikelihoodLike = "categorical",
         *,
         structure: str | Structure = "kfac",
         fisher: str | FisherType = "mc",
@@ -80,7 +80,8 @@ class Preconditioner(CopiedByState):
         refresh = Refresh() if refresh is None else refresh
         check_kind("refresh", refresh, Refresh)
         structure = as_structure(structure, training=True)
-        self.capture = Capture(model, output)
+        likelihood = as_likelihood(likelihood)
+        self.capture = Capture(model, likelihood.selection(output))
         self.model = self.capture.model
         self.parameters = dict(self.model.named_parameters())
         layouts = {name: block.layout for name, block in self.capture.blocks.items()}
@@ -108,7 +109,7 @@ class Preconditioner(CopiedByState):
         self.damping: float | dict[str, float] = damping
         self.observer = Observer(
             self.capture,
-            as_likelihood(likelihood),
+            likelihood,
             as_fisher_type(fisher),
             refresh,
             self.curvature,
@@ -134,7 +135,7 @@ class Preconditioner(CopiedByState):
         With a gradient that is not finite nothing is changed, curvature included.
         """
         gradients = {
-            name: p.grad
+            name: p.grad.to_dense()
             for name, p in self.parameters.items()
             if p.grad is not None and name not in self.capture.uncovered
         }
@@ -296,7 +297,7 @@ class Preconditioner(CopiedByState):
 
     # What users may tell.
 
-    def update_fisher(self, output: Tensor, target: Tensor | None = None) -> None:
+    def update_fisher(self, output: Any, target: Any = None) -> None:
         """Update curvature from a model output, before ``loss.backward()``.
 
         Needed only where the hooks cannot find the output, or where targets must be known (label
@@ -308,9 +309,7 @@ class Preconditioner(CopiedByState):
         """
         self.observer.update_fisher(output, target)
 
-    def loss(
-        self, criterion: Callable[[Tensor, Tensor], Tensor], output: Tensor, target: Tensor
-    ) -> Tensor:
+    def loss(self, criterion: Callable[[Any, Any], Tensor], output: Any, target: Any) -> Tensor:
         """Return ``criterion(output, target)`` and update curvature with the true target.
 
         The weights or mask that the criterion multiplies by are seen in its gradient.

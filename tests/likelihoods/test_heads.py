@@ -1,0 +1,294 @@
+"""Several outputs with a likelihood each: F is the sum over the heads."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import natgrad
+from natgrad.likelihoods import Categorical, Gaussian, Heads
+from tests.cases import generator, normal
+from tests.methods import make_optimizer
+
+DOUBLE = torch.float64
+HEADS = {"logits": "categorical", "value": "gaussian", "tokens": nn.CrossEntropyLoss()}
+Named = collections.namedtuple("Named", HEADS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    logits: Tensor
+    value: Tensor
+    tokens: Tensor
+
+
+class Model(nn.Module):
+    """A trunk with three heads: (N, 4), (N, 2), and (N, 3, T) with classes in dimension 1."""
+
+    def __init__(self, form=dict) -> None:
+        super().__init__()
+        self.form = form
+        self.trunk, self.pi = nn.Linear(5, 4), nn.Linear(4, 4)
+        self.v, self.t = nn.Linear(4, 2), nn.Linear(4, 6)
+        self.double()
+        for index, p in enumerate(self.parameters()):
+            p.data = normal(*p.shape, seed=index) / 2
+
+    def heads(self, x: Tensor) -> dict[str, Tensor]:
+        h = self.trunk(x).tanh()
+        tokens = self.t(h).view(-1, 3, 2)
+        return {"logits": self.pi(h), "value": self.v(h), "tokens": tokens}
+
+    def forward(self, x: Tensor):
+        heads = self.heads(x)
+        return heads if self.form is dict else self.form(*heads.values())
+
+
+def tuple_of(*items):
+    return items
+
+
+def list_of(*items):
+    return list(items)
+
+
+def data(n: int = 6):
+    x = normal(n, 5)
+    y = {
+        "logits": torch.randint(0, 4, (n,), generator=generator(1)),
+        "value": normal(n, 2, seed=2),
+        "tokens": torch.randint(0, 3, (n, 2), generator=generator(3)),
+    }
+    return x, y
+
+
+def losses(out, y):
+    """The mean loss of every head."""
+    get = (lambda k: out[k]) if isinstance(out, dict) else (lambda k: getattr(out, k))
+    if isinstance(out, (tuple, list)) and not hasattr(out, "_fields"):
+        get = dict(zip(HEADS, out, strict=True)).__getitem__
+    return {
+        "logits": functional.cross_entropy(get("logits"), y["logits"]),
+        "value": (get("value") - y["value"]).square().sum(1).mean() / 2,
+        "tokens": functional.cross_entropy(get("tokens"), y["tokens"]),
+    }
+
+
+def dense(model: Model, x: Tensor, y: dict, names=tuple(HEADS)) -> Tensor:
+    """Σ_h Jᵀ (∂²L_h/∂z²) J by torch.func."""
+    values = {n: p.detach() for n, p in model.named_parameters()}
+    total = 0
+    for name in names:
+        z = model.heads(x)[name].detach()
+
+        def output(v, name=name):
+            model.form = dict
+            return torch.func.functional_call(model, v, (x,))[name].flatten()
+
+        form = model.form
+        jacobian = torch.func.jacrev(output)(values)
+        model.form = form
+        rows = torch.cat([j.flatten(1) for j in jacobian.values()], 1)
+        outputs = model.heads(x)
+
+        def loss(flat, name=name, z=z, outputs=outputs):
+            return losses({**outputs, name: flat.view(z.shape)}, y)[name]
+
+        curvature = torch.func.hessian(loss)(z.flatten())
+        total = total + rows.T @ curvature.detach() @ rows
+    return total
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    assert (actual - expected).norm() <= 1e-10 * expected.norm()
+
+
+FORMS = {
+    "dict": (dict, HEADS),
+    "attributes": (Record, HEADS),
+    "named tuple": (Named, HEADS),
+    "tuple": (tuple_of, dict(enumerate(HEADS.values()))),
+    "list": (list_of, dict(enumerate(HEADS.values()))),
+}
+
+
+def masked(y):
+    y = {name: one.clone() for name, one in y.items()}
+    y["tokens"][0] = y["tokens"][2, 1] = y["logits"][3] = -100
+    y["value"][1] = torch.nan
+    return y
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_fisher_matrix_is_the_sum_over_heads(form):
+    kind, likelihood = FORMS[form]
+    model, (x, y) = Model(kind), data()
+    keyed = dict(zip(likelihood, y.values(), strict=True))
+    expected = dense(model, x, y)
+    for target in (None, keyed):
+        F = natgrad.fisher_matrix(model, (x, target), likelihood, "full")
+        assert_same(F.to_dense(), expected)
+    F = natgrad.fisher_matrix(model, [(x, tuple(y.values()))], likelihood, "block_diagonal")
+    blocks = F.to_dense()
+    assert_same(blocks, expected * (blocks != 0))
+
+
+def test_masks_count_for_their_own_head():
+    model, (x, y) = Model(), data()
+    y = masked(y)
+    kept = {**y, "value": y["value"].nan_to_num()}
+    shares = [dense(model, x, kept, (name,)) for name in ("logits", "tokens")]
+    without = [i for i in range(6) if i != 1]
+    shares.append(dense(model, x[without], {n: v[without] for n, v in kept.items()}, ("value",)))
+    F = natgrad.fisher_matrix(model, (x, y), HEADS, "full")
+    assert_same(F.to_dense(), sum(shares))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_optimizer_sees_all_heads(form):
+    kind, likelihood = FORMS[form]
+    model, (x, y) = Model(kind), data()
+    expected = dense(model, x, y)
+    optimizer = natgrad.ExactNGD(model, likelihood, lr=0.1, damping=1e-2, kl_clip=None)
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    plain = sum(losses(Model(kind)(x), y).values())
+    loss = sum(losses(model(x), y).values())
+    torch.testing.assert_close(loss, plain, rtol=0, atol=0)
+    gradients = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    gradient = torch.cat([g.flatten() for g in gradients])
+    loss.backward()
+    optimizer.step()
+    assert_same(optimizer.preconditioner.curvature.matrix().to_dense(), expected)
+    after = torch.cat([p.detach().flatten() for p in model.parameters()])
+    damped = expected + 1e-2 * torch.eye(len(expected), dtype=DOUBLE)
+    step = torch.linalg.solve(damped, gradient)
+    torch.testing.assert_close(before - after, 0.1 * step, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("names", [("logits",), ("value", "tokens"), ("tokens", "logits")])
+def test_heads_may_be_off(names):
+    model, (x, y) = Model(), data()
+    optimizer = natgrad.ExactNGD(model, HEADS, lr=0.0, kl_clip=None)
+    found = losses(model(x), y)
+    sum(found[name] for name in names).backward()
+    optimizer.step()
+    F = optimizer.preconditioner.curvature.matrix().to_dense()
+    assert_same(F, dense(model, x, y, names))
+
+
+def test_ignored_tokens_and_accumulation():
+    model, (x, y) = Model(), data()
+    y["tokens"][0] = y["tokens"][2, 1] = y["logits"][3] = -100
+    optimizer = natgrad.ExactNGD(model, HEADS, lr=0.0, kl_clip=None)
+    sum(losses(model(x), y).values()).backward()
+    optimizer.step()
+    F = optimizer.preconditioner.curvature.matrix().to_dense()
+    assert_same(F, dense(model, x, y))
+    optimizer.zero_grad()
+    parts = [(x[i : i + 3], {n: v[i : i + 3] for n, v in y.items()}) for i in (0, 3)]
+    for xs, ys in parts:
+        (sum(losses(model(xs), ys).values()) / 2).backward()
+    optimizer.step()
+    F = optimizer.preconditioner.curvature.matrix().to_dense()
+    assert_same(F, sum(dense(model, *part) for part in parts) / 2)
+
+
+@pytest.mark.parametrize("structure", ["kfac", "full"])
+def test_sampled_labels_of_the_heads_are_independent(structure):
+    model, (x, _) = Model(), data()
+    many = natgrad.fisher.MonteCarloFisher(samples=4000)
+    F = natgrad.fisher_matrix(model, (x, None), HEADS, structure, many).to_dense()
+    exact = natgrad.fisher_matrix(model, (x, None), HEADS, structure).to_dense()
+    assert (F - exact).norm() < 0.08 * exact.norm()
+
+
+@pytest.mark.parametrize("fisher", ["exact", "mc", "empirical", "improved"])
+@pytest.mark.parametrize(
+    "kind", [natgrad.KFAC, natgrad.EKFAC, natgrad.SINGD, natgrad.BlockDiagonalNGD, natgrad.FNGD]
+)
+def test_optimizers_train_all_heads(kind, fisher):
+    model, (x, y) = Model(tuple_of), data(32)
+    options = {} if kind is natgrad.FNGD else {"fisher": fisher}
+    optimizer = make_optimizer(kind, model, FORMS["tuple"][1], **options)
+    values = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        found = losses(model(x), y)
+        sum(found.values()).backward()
+        optimizer.step()
+        values.append([float(one.detach()) for one in found.values()])
+    assert sum(values[-1]) < sum(values[0])
+    assert values[-1][1] < values[0][1]
+
+
+def test_outputs_may_be_changed_in_place_and_stay_of_their_types():
+    class Mixed(Model):
+        def forward(self, x):
+            heads = self.heads(x)
+            return {**heads, "value": heads["value"].to(torch.bfloat16), "rest": [heads["logits"]]}
+
+    model, (x, y) = Mixed(), data()
+    optimizer = natgrad.KFAC(model, HEADS)
+    out = model(x)
+    assert out["value"].dtype == torch.bfloat16 and out["rest"][0] is out["logits"]
+    out["logits"][:, 0] -= 1.0
+    sum(losses(out, y).values()).backward()
+    optimizer.step()
+
+
+def test_the_target_may_be_told():
+    model, (x, y) = Model(), data()
+    y["tokens"][0] = -100
+    likelihood = {**HEADS, "logits": Categorical(class_weights=[1.0, 2, 3, 4], label_smoothing=0.1)}
+    optimizer = natgrad.ExactNGD(model, likelihood, lr=0.0, kl_clip=None)
+
+    def criterion(out, y):
+        found = losses(out, y)
+        own = functional.cross_entropy(
+            out["logits"],
+            y["logits"],
+            weight=torch.tensor([1.0, 2, 3, 4], dtype=DOUBLE),
+            label_smoothing=0.1,
+        )
+        return own + found["value"] + found["tokens"]
+
+    optimizer.loss(criterion, model(x), y).backward()
+    optimizer.step()
+    F = optimizer.preconditioner.curvature.matrix().to_dense()
+    assert_same(F, natgrad.fisher_matrix(model, (x, y), likelihood, "full").to_dense())
+
+
+def test_laplace_of_several_heads():
+    model, (x, y) = Model(), data()
+    posterior = natgrad.Laplace(model, [(x, y)], HEADS, "full", prior_precision=2.0)
+    total = sum(float(one.detach()) for one in losses(model(x), y).values())
+    assert posterior.log_likelihood == pytest.approx(-6 * total, rel=1e-12)
+    precision = 6 * dense(model, x, y) + 2 * torch.eye(posterior.matrix.shape[0], dtype=DOUBLE)
+    _, covariance = posterior.functional_variance(x)
+    assert covariance.shape == (6, 12, 12)
+    values = {n: p.detach() for n, p in model.named_parameters()}
+    jacobian = torch.func.jacrev(
+        lambda v: torch.func.functional_call(model, v, (x,))["value"].flatten(1)
+    )(values)
+    rows = torch.cat([j.flatten(2) for j in jacobian.values()], 2)
+    expected = rows @ torch.linalg.inv(precision) @ rows.mT
+    torch.testing.assert_close(covariance[:, 4:6, 4:6], expected, rtol=1e-8, atol=1e-12)
+
+
+def test_wrong_heads_are_named():
+    model, (x, y) = Model(), data()
+    with pytest.raises(ValueError, match="at least one output"):
+        Heads({})
+    for likelihood in ({"logit": "categorical"}, {0: "categorical"}):
+        with pytest.raises(ValueError, match="no tensor under that key"):
+            natgrad.fisher_matrix(model, (x, None), likelihood, "full")
+    with pytest.raises(ValueError, match="mapping with keys"):
+        natgrad.fisher_matrix(model, (x, y["logits"]), HEADS, "full")
+    with pytest.raises(ValueError, match="Unknown likelihood 'cat'"):
+        natgrad.KFAC(model, {"logits": "cat"})
+    assert Heads({"a": "gaussian"}) == Heads({"a": Gaussian()})
