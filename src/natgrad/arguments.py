@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
-__all__ = ["check_choice", "check_damping", "check_interval", "check_kind", "check_range"]
+from torch import Tensor
+
+__all__ = [
+    "check_choice",
+    "check_damping",
+    "check_interval",
+    "check_kind",
+    "check_parameters",
+    "check_range",
+    "check_rate",
+]
 
 
 def check_choice(name: str, value: object, *choices: str) -> None:
@@ -30,6 +41,32 @@ def check_kind(name: str, value: object, kind: type) -> None:
     """Raise a TypeError unless an argument is one of natgrad's objects of a kind."""
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be a natgrad.{kind.__name__}, got {value!r}")
+
+
+def check_parameters(parameters: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError, by name, for trainable parameters that there is no real matrix of."""
+    for name, parameter in parameters.items():
+        if parameter.is_complex():
+            raise ValueError(
+                f"parameter {name!r} is {parameter.dtype}, and natgrad takes real parameters only: "
+                "hold real and imaginary part as two (torch.view_as_real), or freeze it"
+            )
+        if hasattr(parameter, "device_mesh"):
+            raise ValueError(
+                f"parameter {name!r} is a DTensor, as fully_shard (FSDP2) makes them, and natgrad "
+                "needs whole parameters on every process: wrap the model in "
+                "DistributedDataParallel instead"
+            )
+
+
+def check_rate(name: str, value: float | Tensor) -> None:
+    """Raise a ValueError unless a learning rate is a number, or a tensor of one, of at least 0."""
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(
+            f"{name} must be a number or a tensor of one element, got a tensor of shape "
+            f"{tuple(value.shape)}"
+        )
+    check_range(name, float(value))
 
 
 def check_range(name: str, value: float, below: float = math.inf) -> None:

@@ -10,8 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from natgrad.arguments import check_choice, check_range
+from natgrad.arguments import check_choice, check_parameters, check_range, check_rate
 from natgrad.optim.checkpoints import only_initialises
+from natgrad.optim.step.reevaluation import evaluated
 
 __all__ = ["ImplicitSGD"]
 
@@ -63,14 +64,15 @@ class ImplicitSGD(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 1.0,
+        lr: float | Tensor = 1.0,
         inner: Literal["lbfgs", "adam", "gradient"] = "lbfgs",
         inner_steps: int = 20,
         tolerance: float = 1e-6,
         inner_lr: float | None = None,
         history: int = 20,
     ) -> None:
-        if not 0 < lr < math.inf:
+        check_rate("lr", lr)
+        if not float(lr) > 0:
             raise ValueError(f"lr must be a finite number > 0, got {lr}")
         check_choice("inner", inner, "lbfgs", "adam", "gradient")
         if inner_steps < 1 or history < 1:
@@ -87,11 +89,23 @@ class ImplicitSGD(torch.optim.Optimizer):
         self.converged = True
         self._warned = False
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in torch.optim.
+
+        Raises:
+            ValueError: If the rate is out of range or a parameter is complex or sharded.
+        """
+        super().add_param_group(param_group)
+        check_rate("lr", param_group["lr"])
+        names = param_group.get("param_names", range(len(param_group["params"])))
+        check_parameters({n: p for n, p in zip(names, param_group["params"], strict=True)})
+
     def step(self, closure: Callable[[], Any] | None = None) -> float:  # type: ignore[override]
         """Take one step.
 
         Args:
-            closure: Clears gradients, evaluates the loss, backpropagates and returns it.
+            closure: Evaluates the loss, backpropagates and returns it; or it returns the loss with
+                its graph.
 
         Returns:
             The loss before the step.
@@ -107,7 +121,7 @@ class ImplicitSGD(torch.optim.Optimizer):
                 "ImplicitSGD.step() needs a closure that clears gradients, evaluates the loss, "
                 "calls backward() and returns it"
             )
-        rates = [group["lr"] for group in self.param_groups for _ in group["params"]]
+        rates = [float(group["lr"]) for group in self.param_groups for _ in group["params"]]
         parameters = [p for group in self.param_groups for p in group["params"]]
         start = [p.detach().clone() for p in parameters]
         losses: list[float] = []
@@ -119,15 +133,19 @@ class ImplicitSGD(torch.optim.Optimizer):
             if fresh:
                 fresh = False
                 return losses[-1]  # The first value is asked for twice, and nothing moved yet.
-            with torch.enable_grad():
-                loss = closure()
+            for p in parameters:  # So that the closure's own can be told.
+                p.grad = None
+            loss, _ = evaluated(closure, parameters)
             losses.append(float(loss.detach() if isinstance(loss, Tensor) else loss))
             distance = 0.0
             with torch.no_grad():
                 for p, old, rate in zip(parameters, start, rates, strict=True):
                     moved = p - old
                     distance += float(moved.square().sum()) / (2 * rate)
-                    p.grad = moved / rate if p.grad is None else p.grad.add_(moved, alpha=1 / rate)
+                    gradient = None if p.grad is None else p.grad.to_dense()
+                    p.grad = (
+                        moved / rate if gradient is None else gradient.add_(moved, alpha=1 / rate)
+                    )
             return losses[-1] + distance
 
         evaluate()

@@ -8,7 +8,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from natgrad.arguments import check_range
+from natgrad.arguments import check_parameters, check_range, check_rate
+from natgrad.optim.step.reevaluation import evaluated
 
 __all__ = ["Padam"]
 
@@ -31,6 +32,7 @@ class Padam(torch.optim.Optimizer):
         partial: p, in [0, ½].
         eps: ε.
         weight_decay: Decoupled weight decay w.
+        maximize: Climb instead of descending.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -42,13 +44,14 @@ class Padam(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 0.1,
+        lr: float | Tensor = 0.1,
         betas: tuple[float, float] = (0.9, 0.999),
         partial: float = 0.125,
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        maximize: bool = False,
     ) -> None:
-        check_range("lr", lr)
+        check_rate("lr", lr)
         for index, beta in enumerate(betas):
             check_range(f"betas[{index}]", beta, below=1.0)
         check_range("eps", eps)
@@ -61,8 +64,26 @@ class Padam(torch.optim.Optimizer):
             "partial": partial,
             "eps": eps,
             "weight_decay": weight_decay,
+            "maximize": maximize,
         }
         super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy, a pickle or a state dict, also one that knew no ``maximize``."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("maximize", False)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in torch.optim.
+
+        Raises:
+            ValueError: If an option is out of range or a parameter is complex.
+        """
+        super().add_param_group(param_group)
+        check_rate("lr", param_group["lr"])
+        names = param_group.get("param_names", range(len(param_group["params"])))
+        check_parameters({n: p for n, p in zip(names, param_group["params"], strict=True)})
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -75,15 +96,15 @@ class Padam(torch.optim.Optimizer):
         """Take one step.
 
         Args:
-            closure: Evaluates the model, backpropagates and returns the loss.
+            closure: Evaluates the model, backpropagates and returns the loss; or it returns the
+                loss with its graph.
 
         Returns:
             The closure's loss, or None.
         """
         loss: float | None = None
         if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+            loss, _ = evaluated(closure, [p for g in self.param_groups for p in g["params"]])
         for group in self.param_groups:
             self._update(group)
         return loss
@@ -100,8 +121,10 @@ class Padam(torch.optim.Optimizer):
                 state.update({name: torch.zeros_like(p) for name in names})
             for name in names:
                 states[name].append(state[name])
-        gradients = [p.grad for p in parameters]
-        (beta1, beta2), lr = group["betas"], group["lr"]
+        gradients: list[Any] = [p.grad.to_dense() for p in parameters]
+        if group["maximize"]:
+            gradients = list(torch._foreach_neg(gradients))
+        (beta1, beta2), lr = group["betas"], float(group["lr"])
         momentum, second, largest = (states[name] for name in names)
         torch._foreach_lerp_(momentum, gradients, 1.0 - beta1)
         torch._foreach_mul_(second, beta2)

@@ -20,9 +20,10 @@ from natgrad.fngd.coefficients import (
     SharedCoefficients,
 )
 from natgrad.fngd.weighted_gradients import CoefficientClock, WeightedGradient, weighable_layers
-from natgrad.likelihoods import Likelihood
+from natgrad.likelihoods import LikelihoodLike
 from natgrad.optim.natural_gradient import NaturalGradient
 from natgrad.optim.options import Fallback, StepRule
+from natgrad.optim.step.isotropic_rate import is_isotropic
 from natgrad.optim.step.measures import all_finite, on_host, scalar_checks
 from natgrad.optim.step.plan import StepPlan
 from natgrad.replicas import average_over_replicas
@@ -83,7 +84,8 @@ class FNGD(NaturalGradient):
         seed: Seed of the signs of ``fisher="improved"``.
 
     Raises:
-        ValueError: If an argument is out of range or excluded.
+        ValueError: If an argument is out of range or excluded; from ``step``, if ``share="sample"``
+            and the indices are missing.
 
     Source: Ou, Zhu, Huang & Liu, Fast natural gradient descent (2024).
 
@@ -100,9 +102,9 @@ class FNGD(NaturalGradient):
     def __init__(
         self,
         model: nn.Module,
-        likelihood: str | Likelihood | nn.Module = "categorical",
+        likelihood: LikelihoodLike = "categorical",
         *,
-        lr: float = 0.1,
+        lr: float | Tensor = 0.1,
         damping: float = 1.0,
         coefficient_steps: int = 100,
         share: Share = "position",
@@ -125,7 +127,7 @@ class FNGD(NaturalGradient):
                 f"refresh_interval must be above coefficient_steps={coefficient_steps}, or None, "
                 f"got {refresh_interval}"
             )
-        if not isinstance(lr, (int, float)) or not isinstance(damping, (int, float)):
+        if is_isotropic(lr) or not isinstance(damping, (int, float)):
             raise ValueError(
                 "FNGD does not take lr='isotropic' or an adaptive damping: after its first steps "
                 "it knows neither curvature nor the plain gradient"
@@ -194,12 +196,8 @@ class FNGD(NaturalGradient):
         self.clock.indices = indices
         self._indices.append(indices)
 
-    def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """Take one step; see :meth:`natgrad.NaturalGradient.step`.
-
-        Raises:
-            ValueError: If ``share="sample"`` and the indices are missing.
-        """
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
+        """Take one step with the coefficients of its samples, and choose the next one's phase."""
         if self.share == "sample" and not self._indices:
             raise ValueError(
                 "share='sample' got indices of no samples: call set_indices(indices) with the "
@@ -207,7 +205,7 @@ class FNGD(NaturalGradient):
             )
         self._coefficients.indices = torch.cat(self._indices) if self._indices else None
         try:
-            result = super().step(closure)
+            result = super()._step(closure)
         except ValueError:
             self.preconditioner.skip()
             raise

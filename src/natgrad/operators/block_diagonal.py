@@ -70,7 +70,7 @@ class FisherMatrix(Operator):
         """Return ``F V`` for ``(P, k)`` in the matrix's own type."""
         result = torch.zeros_like(columns)
         for one in self.parts.values():
-            values = one.multiply(self.layout.gather(one.layout, columns))
+            values = one @ self.layout.gather(one.layout, columns)
             self.layout.scatter(one.layout, values, result)
         return result
 

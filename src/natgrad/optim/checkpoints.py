@@ -105,8 +105,13 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
                 key: {k: v for k, v in entry.items() if k != ENTRY}
                 for key, entry in given["state"].items()
             }
-            # Momentum changes in place.
-            return copy.deepcopy({"state": state, "param_groups": given["param_groups"]})
+            own_groups = self.param_groups
+            # Options that the checkpoint does not know stay as they are; momentum changes in place.
+            groups = [
+                {**(own_groups[i] if i < len(own_groups) else {}), **group}
+                for i, group in enumerate(copy.deepcopy(given["param_groups"]))
+            ]
+            return {"state": copy.deepcopy(state), "param_groups": groups}
 
         def finish(_: Any) -> None:
             restore[-1]()

@@ -12,10 +12,10 @@ from typing import Any, ClassVar, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from natgrad.arguments import check_kind, check_range
+from natgrad.arguments import check_kind, check_range, check_rate
 from natgrad.curvature import Structure, as_structure
 from natgrad.fisher import FisherType
-from natgrad.likelihoods import Likelihood
+from natgrad.likelihoods import LikelihoodLike
 from natgrad.optim.checkpoints import CheckpointedOptimizer, only_initialises
 from natgrad.optim.copying import CopiedByState
 from natgrad.optim.options import Fallback, Refresh, StepRule
@@ -35,7 +35,7 @@ from natgrad.optim.step.measures import (
     scalar_checks,
 )
 from natgrad.optim.step.plan import StepPlan
-from natgrad.optim.step.reevaluation import Reevaluation, as_float
+from natgrad.optim.step.reevaluation import Reevaluation, as_float, evaluated
 from natgrad.optim.summary import Summary, summarize
 from natgrad.replicas import average_over_replicas
 
@@ -69,7 +69,7 @@ class Method:
     """
 
     structure: str | Structure = "kfac"
-    lr: float | Literal["isotropic"] = 0.1
+    lr: float | Tensor | Literal["isotropic"] = 0.1
     damping: float | LevenbergMarquardt = 1e-3
     momentum: float = 0.0
     weight_decay: float = 0.0
@@ -98,13 +98,15 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
     Args:
         model: The model to train (not its parameters: curvature comes from its layers).
         likelihood: ``"categorical"``, ``"gaussian"``, ``"bernoulli"``, ``"poisson"``, a
-            :class:`natgrad.Likelihood`, or a torch loss module such as ``nn.MSELoss()``.
+            :class:`natgrad.Likelihood`, or a torch loss module such as ``nn.MSELoss()``; for a
+            model with several outputs a mapping from their keys to such, see
+            :class:`natgrad.likelihoods.Heads`.
         structure: A name in :data:`natgrad.curvature.STRUCTURES`, or a
             :class:`natgrad.curvature.Structure` with options of its own.
-        lr: Learning rate η. ``"isotropic"`` takes 1/α, with α measured on the first batch (see
-            :func:`natgrad.ntk.isotropy`): the rate at which a wide network fits the batch in one
-            step of the squared loss. The groups' ``lr`` is then 1, in units of 1/α, so that
-            schedulers work as factors.
+        lr: Learning rate η, a number or a tensor of one. ``"isotropic"`` takes 1/α, with α measured
+            on the first batch (see :func:`natgrad.ntk.isotropy`): the rate at which a wide network
+            fits the batch in one step of the squared loss. The groups' ``lr`` is then 1, in units
+            of 1/α, so that schedulers work as factors.
         damping: λ, in the units of F, or a :class:`natgrad.LevenbergMarquardt` rule that adapts it;
             ``step`` then needs a closure. The λ of all groups rise and fall together.
         momentum: μ.
@@ -147,10 +149,10 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
     def __init__(
         self,
         model: nn.Module,
-        likelihood: str | Likelihood | nn.Module = "categorical",
+        likelihood: LikelihoodLike = "categorical",
         *,
         structure: str | Structure = _DEFAULT,
-        lr: float | Literal["isotropic"] = _DEFAULT,
+        lr: float | Tensor | Literal["isotropic"] = _DEFAULT,
         damping: float | LevenbergMarquardt = _DEFAULT,
         momentum: float = _DEFAULT,
         weight_decay: float = _DEFAULT,
@@ -176,7 +178,7 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
         rule, damping = method.step_rule, method.damping
         measured = is_isotropic(method.lr)
         lr = 1.0 if isinstance(method.lr, str) else method.lr
-        check_range("lr", lr)
+        check_rate("lr", lr)
         check_range("momentum", method.momentum, below=1.0)
         check_range("weight_decay", method.weight_decay)
         if method.kl_clip is not None:
@@ -264,17 +266,15 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
 
     # What users may tell.
 
-    def loss(
-        self, criterion: Callable[[Tensor, Tensor], Tensor], output: Tensor, target: Tensor
-    ) -> Tensor:
+    def loss(self, criterion: Callable[[Any, Any], Tensor], output: Any, target: Any) -> Tensor:
         """Return ``criterion(output, target)`` and let curvature see the true target.
 
         The plain loop needs this only where targets cannot be read off the loss gradient: label
-        smoothing together with class weights.
+        smoothing together with class weights, or weights of samples in a regression.
         """
         return self.preconditioner.loss(criterion, output, target)
 
-    def update_fisher(self, output: Tensor, target: Tensor | None = None) -> None:
+    def update_fisher(self, output: Any, target: Any = None) -> None:
         """Update curvature from ``output`` now, before ``loss.backward()``.
 
         The plain loop needs this only where the hooks cannot see the model's output.
@@ -305,8 +305,8 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
             closure: Evaluates the model, backpropagates and returns the loss. Adaptive damping
                 evaluates it a second time on steps that adapt, a line search once per length
                 tried: with the same random numbers, and without a trace in buffers and gradients.
-                For a line search it may also return the loss with its graph and leave ``backward``
-                to this method, which saves the backward passes of all trials.
+                It may also return the loss with its graph and leave ``backward`` to this method,
+                which saves the backward passes of a line search's trials.
 
         Returns:
             The closure's loss, or None.
@@ -315,6 +315,9 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
             ValueError: If damping is adaptive or lengths are searched, and there is no closure, or
                 none that makes gradients.
         """
+        return self._step(closure)  # Which subclasses extend: around this one torch calls hooks.
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         if closure is None and not self.preconditioner.observer.seen and only_initialises(self):
             self._initialise()
             return None
@@ -357,27 +360,23 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
         """Return a closure's loss, backpropagated, and whether the closure itself did that."""
         if closure is None:
             return None, True
-        if self.step_rule.search is None:
-            with torch.enable_grad():
-                return closure(), True
-        self.searched_share = None
-        self.zero_grad()  # The gradient must be that of the loss the trials are compared with.
-        with torch.enable_grad():
-            loss: Any = closure()
-            if any(p.grad is not None for group in self.param_groups for p in group["params"]):
-                return loss, True
-            if not (isinstance(loss, Tensor) and loss.requires_grad):
-                raise ValueError(
-                    "the closure must call backward(), or return the loss as a tensor with its "
-                    "graph: it did neither, so there is no gradient"
-                )
-            loss.backward()
-        return loss.detach(), False
+        searches = self.step_rule.search is not None
+        if searches:
+            self.searched_share = None
+            self.zero_grad()  # The gradient must be that of the loss the trials are compared with.
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        loss, backpropagates = evaluated(closure, parameters)
+        if searches and backpropagates and all(p.grad is None for p in parameters):
+            raise ValueError(
+                "the closure must call backward(), or return the loss as a tensor with its graph: "
+                "it did neither, so there is no gradient"
+            )
+        return loss, backpropagates
 
     def _gradients(self, preconditioned: bool) -> dict[str, Tensor]:
         """Return parameter name → ``.grad`` of the preconditioned or of all other parameters."""
         return {
-            self._names[p]: p.grad
+            self._names[p]: p.grad.to_dense()
             for group in self.param_groups
             if group["preconditioned"] is preconditioned
             for p in group["params"]

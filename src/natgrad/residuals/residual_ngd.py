@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from natgrad.arguments import check_choice, check_interval, check_range
+from natgrad.arguments import check_choice, check_interval, check_range, check_rate
 from natgrad.curvature import Curvature, Structure, as_structure
 from natgrad.curvature.full import ExactRows
 from natgrad.jacobians import Jacobians
@@ -124,7 +124,7 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
         structure: str | Structure = "full",
         jacobians: Literal["captured", "vmap"] | None = None,
         solver: str | Solver = "direct",
-        lr: float = 1.0,
+        lr: float | Tensor = 1.0,
         damping: float = 1e-2,
         damping_rule: DampingRule = "step_length",
         damping_decay: float = 0.3,
@@ -133,7 +133,7 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
         line_search: LineSearch | None = LineSearch(max_trials=30),  # noqa: B008, frozen
         chunk_size: int | None = None,
     ) -> None:
-        check_range("lr", lr)
+        check_rate("lr", lr)
         check_range("damping", damping)
         check_range("momentum", momentum, below=1.0)
         check_choice("damping_rule", damping_rule, "step_length", "reduction_ratio", "loss",
@@ -206,7 +206,7 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
             return self.loss()
         saved = self.curvature.snapshot()
         group = self.param_groups[0]
-        damping = group["damping"]
+        damping, lr = group["damping"], float(group["lr"])
         previous = self._previous() if group["momentum"] else None
         try:
             gathered = self._gather(group["momentum"], previous)
@@ -225,7 +225,7 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
             self.curvature.rollback(saved)
             self._refuse(loss, damping)
             return loss
-        length, after = self._move(direction, slope, loss, group["lr"])
+        length, after = self._move(direction, slope, loss, lr)
         if group["momentum"]:
             self._keep(direction, length)
         self.last = ResidualStep(loss, after, length, damping, slope)
@@ -305,17 +305,18 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
         """Choose the next λ by what the step did."""
         assert self.last is not None
         length, group = self.last.length, self.param_groups[0]
+        lr = float(group["lr"])
         if self.damping_rule in ("fixed", "loss"):
             return
         damping, decay = group["damping"], self.damping_decay
         if self.damping_rule == "step_length":
-            relative = length / group["lr"] if group["lr"] else 0.0
+            relative = length / lr if lr else 0.0
             factor = decay if relative >= 0.5 else 1 / decay if relative < 0.25 else 1.0
             damping *= factor
         else:
             curvature = self._curvature(direction, gathered)
             # Of a whole step: short ones always keep what the model promises.
-            predicted = 0.5 * group["lr"] ** 2 * curvature - group["lr"] * self.last.slope
+            predicted = 0.5 * lr**2 * curvature - lr * self.last.slope
             actual = self.last.loss_after - self.last.loss
             damping = by_reduction_ratio(damping, actual, predicted, decay)
         if damping != group["damping"]:

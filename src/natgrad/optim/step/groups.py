@@ -14,7 +14,12 @@ from natgrad.optim.step.levenberg_marquardt import LevenbergMarquardt
 if TYPE_CHECKING:
     from natgrad.optim.options import StepRule
 
-__all__ = ["PreconditionedGroups"]
+__all__ = ["PreconditionedGroups", "rate_of"]
+
+
+def rate_of(group: Mapping[str, Any]) -> float:
+    """Return the learning rate of a preconditioned group, a number or a tensor, in its unit."""
+    return float(group["lr"]) * float(group["unit"])
 
 
 @dataclass(frozen=True)

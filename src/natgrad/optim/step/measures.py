@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from natgrad.optim.step.groups import PreconditionedGroups
+from natgrad.optim.step.groups import PreconditionedGroups, rate_of
 from natgrad.optim.step.quadratic_model import (
     BatchFisher,
     QuadraticModel,
@@ -149,7 +149,7 @@ def clip_scales(
     quadratic = abs(measures.get("quadratic", 0.0))
     if "fisher" in measures:
         quadratic = quadratic_form(coefficients, measures["fisher"])
-    rates = [group["lr"] * group["unit"] for group in grouped.groups]
+    rates = [rate_of(group) for group in grouped.groups]
     scales = [1.0] * len(rates)
     for index, (group, lr) in enumerate(zip(grouped.groups, rates, strict=True)):
         if group["kl_clip"] is not None and quadratic > 0 and lr:

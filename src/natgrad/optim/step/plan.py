@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from natgrad.layouts import inner_product
-from natgrad.optim.step.groups import PreconditionedGroups
+from natgrad.optim.step.groups import PreconditionedGroups, rate_of
 
 __all__ = ["GroupUpdate", "StepPlan"]
 
@@ -52,7 +52,7 @@ class StepPlan:
         names = [grouped.names[p] for p in parameters]
         natural = self.directions[0]
         directions = [natural[n].to(p.dtype) for n, p in zip(names, parameters, strict=True)]
-        lr, momentum, rule = group["lr"] * group["unit"], group["momentum"], grouped.rule
+        lr, momentum, rule = rate_of(group), group["momentum"], grouped.rule
         if momentum > 0 and rule.momentum_on == "natural_gradient":
             states = [grouped.states[p] for p in parameters]
             for p, state in zip(parameters, states, strict=True):
@@ -82,7 +82,7 @@ class StepPlan:
         if not parameters:
             return None
         names = [grouped.names[p] for p in parameters]
-        lr, steps = group["lr"] * group["unit"], []
+        lr, steps = rate_of(group), []
         for name, p in zip(names, parameters, strict=True):
             step = torch.zeros_like(p)
             for direction, coefficient in zip(self.directions, self.coefficients, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -10,12 +10,27 @@ from torch import Tensor, nn
 
 from natgrad.capture.evaluation import undisturbed
 
-__all__ = ["Reevaluation", "as_float"]
+__all__ = ["Reevaluation", "as_float", "evaluated"]
 
 
 def as_float(loss: Any) -> float:
     """Return a loss, a number or a tensor with or without its graph, as a number."""
     return float(loss.detach() if isinstance(loss, Tensor) else loss)
+
+
+def evaluated(closure: Callable[[], Any], parameters: Iterable[Tensor]) -> tuple[Any, bool]:
+    """Return a closure's loss, backpropagated, and whether the closure itself did that.
+
+    It may leave ``backward`` to the optimizer by returning the loss with its graph; it is taken to
+    do so where no parameter has a gradient afterwards.
+    """
+    with torch.enable_grad():
+        loss = closure()
+        graph = isinstance(loss, Tensor) and loss.requires_grad
+        if not graph or any(p.grad is not None for p in parameters):
+            return loss, True
+        loss.backward()
+    return loss.detach(), False
 
 
 class Reevaluation:
