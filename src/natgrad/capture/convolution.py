@@ -228,7 +228,8 @@ def _transposed_inputs(
             *images.shape[:2],
             *((n - 1) * s + 1 for n, s in zip(images.shape[2:], module.stride, strict=True)),
         )
-        spread[(..., *(slice(None, None, s) for s in module.stride))] = images
+        every: Any = (..., *(slice(None, None, step) for step in module.stride))
+        spread[every] = images
         spread = spread.flip(list(range(2, spread.dim())))
         padding: list[int] = []
         for size, p, k, d, n in zip(

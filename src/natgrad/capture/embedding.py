@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from natgrad.capture.kinds import BlockRecord, LayerKind, fold_gradients, register_kind
+from natgrad.capture.kinds import (
+    BlockRecord,
+    LayerCall,
+    LayerKind,
+    fold_gradients,
+    register_kind,
+)
 from natgrad.jacobians import EmbeddingJacobian, LayerJacobian
 from natgrad.layouts import BlockLayout
 
-__all__ = ["EmbeddingKind"]
+__all__ = ["EmbeddingBagKind", "EmbeddingKind"]
 
 
 class EmbeddingKind(LayerKind):
@@ -49,4 +55,84 @@ class EmbeddingKind(LayerKind):
         )
 
 
+class EmbeddingBagKind(EmbeddingKind):
+    """:class:`torch.nn.EmbeddingBag`: every token of a bag is a position, with its weight in δ.
+
+    Weights are those of the call, one over the size of the bag, or per dimension 1 for the token
+    that is the largest.
+    """
+
+    may_be_shared: ClassVar[bool] = False
+
+    def observe(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> list[LayerCall]:
+        """Keep ``(B, T, 1 + w)``: a token, −1 for none, and its ``w`` weights, 1 or ``d``.
+
+        Both are one tensor, so that they are moved together where samples are laid out.
+        """
+        bag = cast(nn.EmbeddingBag, module)
+        given = dict(zip(("input", "offsets", "per_sample_weights"), args, strict=False)) | kwargs
+        with torch.no_grad():
+            tokens = given["input"].detach()
+            weights = given.get("per_sample_weights")
+            weights = torch.ones_like(tokens, dtype=torch.float64) if weights is None else weights
+            weights = weights.detach().double()
+            if tokens.dim() == 1:
+                inside, slots = _slots(tokens, given["offsets"], bag.include_last_offset)
+                tokens = torch.where(inside, tokens[slots], -1)
+                weights = weights[slots]
+            if bag.padding_idx is not None:
+                tokens = torch.where(tokens == bag.padding_idx, -1, tokens)
+            real = tokens >= 0
+            weights = torch.where(real, weights, 0.0)
+            if bag.mode == "mean":
+                weights = weights / real.sum(1, keepdim=True).clamp(min=1)
+            weights = weights.unsqueeze(2)
+            if bag.mode == "max":
+                values = bag.weight.detach()[tokens.clamp(min=0)]
+                values = values.masked_fill(~real.unsqueeze(2), -torch.inf)
+                largest = (values == values.amax(1, keepdim=True)) & real.unsqueeze(2)
+                # Of equal values the first counts.
+                weights = (largest & (largest.cumsum(1) == 1)).double()
+        packed = torch.cat([tokens.unsqueeze(2).double(), weights], 2)
+        return [LayerCall(module, "", (packed,), (output,))]
+
+    def jacobian(self, block: BlockRecord) -> LayerJacobian:
+        """Form rows from tokens, their weights and the bags' output gradients."""
+        indices: list[Tensor] = []
+        deltas: list[Tensor] = []
+        for call, delta in block.single_outputs():
+            packed = call.inputs[0]
+            indices.append(packed[..., 0].long().reshape(block.samples, -1))
+            weighted = delta.unsqueeze(2) * packed[..., 1:].to(delta.dtype)
+            d = fold_gradients(weighted, block.samples, block.layout.d_out)
+            deltas.append(d.unsqueeze(3))
+        index = torch.cat(indices, 1)
+        rows = EmbeddingJacobian(
+            block.layout, index.clamp(min=0), torch.cat(deltas, 2), skip_silent=block.skip_silent
+        )
+        real, active = (index >= 0).to(rows.dtype), rows.active_positions
+        rows.active_positions = real if active is None else real * active
+        return rows
+
+
+def _slots(tokens: Tensor, offsets: Tensor, include_last: bool) -> tuple[Tensor, Tensor]:
+    """Return which places ``(B, T)`` of bags hold a token, and which one.
+
+    Args:
+        tokens: All bags' tokens, one bag after the other.
+        offsets: Where each begins.
+        include_last: Whether offsets end with the number of tokens.
+    """
+    ends = offsets.new_tensor([len(tokens)])
+    borders = offsets if include_last else torch.cat([offsets, ends])
+    sizes = borders.diff()
+    longest = int(sizes.max()) if len(sizes) else 0
+    places = torch.arange(longest, device=tokens.device)
+    inside = places < sizes.unsqueeze(1)
+    return inside, torch.where(inside, borders[:-1].unsqueeze(1) + places, 0)
+
+
 register_kind(EmbeddingKind(), nn.Embedding)
+register_kind(EmbeddingBagKind(), nn.EmbeddingBag)

@@ -150,6 +150,7 @@ class Preconditioner(CopiedByState):
             return
         for name, gradient in gradients.items():
             gradient.copy_(natural[name])
+            self.parameters[name].grad = gradient  # Dense, also where it was sparse.
         self.finish()
 
     def natural_gradient(
