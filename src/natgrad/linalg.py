@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -276,12 +277,16 @@ def inverse_on_range(values: Tensor) -> Tensor:
     return torch.where(keep, 1.0 / torch.where(keep, values, torch.ones_like(values)), 0.0)
 
 
-def log_determinant(values: Tensor, damping: float = 0.0) -> Tensor:
-    """Return ``Σ log(E + damping)`` of positive matrices by their eigenvalues ``(..., d)``.
+def log_determinant(values: Tensor, damping: float = 0.0, *, positive: bool = True) -> Tensor:
+    """Return ``Σ log(E + damping)`` of matrices by their eigenvalues ``(..., d)``.
 
     Without damping it is −inf where an eigenvalue is none above ``d · eps · max``, the maximum of
-    its own matrix: what the pseudo-inverse leaves out.
+    its own matrix: what the pseudo-inverse leaves out. Negative eigenvalues are rounding where the
+    matrix is positive; where it need not be, the result is NaN unless damping makes it definite.
     """
+    if not positive:
+        shifted = torch.where(values.abs() <= rounding(values), 0.0, values) + damping
+        return torch.where((shifted == 0).any(), -math.inf, shifted.log().sum())
     if damping > 0:
         return (values.clamp(min=0.0) + damping).log().sum()
     return torch.where(values > rounding(values), values, 0.0).log().sum()

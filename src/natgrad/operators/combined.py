@@ -57,12 +57,12 @@ class ScaledOperator(Operator):
         return self.operator.eigenvalues() * self.factor
 
     def logdet(self, damping: float = 0.0) -> Tensor:
-        """Return ``P log c + log det(F + λ/c I)``."""
+        """Return ``P log c + log det(F + λ/c I)``; NaN where ``cF + λI`` is not definite."""
         check_damping(damping)
         if self.factor > 0:
             scale = self.layout.numel * math.log(self.factor)
             return self.operator.logdet(damping / self.factor) + scale
-        return super().logdet(damping)
+        return linalg.log_determinant(self.eigenvalues(), damping, positive=False)
 
     def to_dense(self) -> Tensor:
         """Return the matrix."""
@@ -142,6 +142,11 @@ class SumOperator(Operator):
     def diagonal(self) -> Tensor:
         """Return the sum of the diagonals."""
         return torch.stack([term.diagonal() for term in self.terms]).sum(0)
+
+    def logdet(self, damping: float = 0.0) -> Tensor:
+        """Return ``log det(F + damping I)``; −inf where singular, NaN where not definite."""
+        check_damping(damping)
+        return linalg.log_determinant(self.eigenvalues(), damping, positive=False)
 
     def to_dense(self) -> Tensor:
         """Return the matrix."""

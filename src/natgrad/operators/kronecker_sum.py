@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import dataclass, replace
 
@@ -110,10 +109,7 @@ class KroneckerSumOperator(Operator):
         check_damping(damping)
         if self.rank == 1:
             return self._leading().logdet(damping)
-        values = self.eigenvalues()
-        rounding = linalg.rounding(values)
-        values = torch.where(values.abs() <= rounding, 0.0, values) + damping
-        return torch.where((values == 0).any(), -math.inf, values.log().sum())
+        return linalg.log_determinant(self.eigenvalues(), damping, positive=False)
 
     # Inverses.
 
