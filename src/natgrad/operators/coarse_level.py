@@ -255,7 +255,7 @@ class CoarseLevel:
         return result
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TwoLevelMatrix(FisherMatrix):
     """K-FAC's matrix, whose inverses are corrected on a coarse space.
 
