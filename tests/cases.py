@@ -19,6 +19,11 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def labels(count: int, classes: int, seed: int) -> Tensor:
+    """Return reproducible class labels."""
+    return torch.randint(0, classes, (count,), generator=generator(seed))
+
+
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
 

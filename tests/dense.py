@@ -1,7 +1,7 @@
 """The dense reference: Fisher matrices written out by autograd, in float64.
 
 Nothing here imports natgrad. Jacobians come from one backward pass per output, output Hessians from
-differentiating torch's own losses twice, Kronecker factors from explicit sums over samples, vectors
+differentiating torch's own losses twice, Kronecker factors from sums over samples, vectors
 and positions of inputs and output gradients recorded with plain forward hooks. Everything is slow
 and meant for models of a few hundred parameters.
 """
@@ -507,7 +507,7 @@ def kfac_factors(
     sharing: str = "expand",
     skip_silent: bool = False,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Return one pair (A, B) per group by explicit sums over samples, vectors and positions.
+    """Return one pair (A, B) per group by sums over samples, vectors and positions.
 
     Args:
         layer: The layer.
@@ -525,32 +525,44 @@ def kfac_factors(
         a = a[..., :0]
     if bias:
         a = torch.cat([a, torch.ones_like(delta[0, ..., :1])], -1)
-    samples, positions, groups, d_in = a.shape
-    result = []
-    for g in range(groups):
-        factor_a = torch.zeros(d_in, d_in, dtype=a.dtype)
-        factor_b = torch.zeros(delta.shape[-1], delta.shape[-1], dtype=a.dtype)
-        terms = 0
-        for n in range(samples):
-            loud = [
-                t for t in range(positions) if not skip_silent or bool((delta[:, n, t] != 0).any())
-            ]
-            if sharing == "reduce":
-                if loud:
-                    mean = sum(a[n, t, g] for t in loud) / len(loud)
-                    factor_a += torch.outer(mean, mean)
-                    terms += 1
-                for vector in delta:
-                    total = vector[n, :, g].sum(0)
-                    factor_b += torch.outer(total, total)
-                continue
-            for t in loud:
-                factor_a += torch.outer(a[n, t, g], a[n, t, g])
-                terms += 1
-            for vector, t in itertools.product(delta, range(positions)):
-                factor_b += torch.outer(vector[n, t, g], vector[n, t, g])
-        result.append((factor_a / terms, factor_b / count))
-    return result
+    return [
+        (factor_a, factor_b / count)
+        for factor_a, factor_b in (
+            second_moments(a[:, :, g], delta[:, :, :, g], sharing, skip_silent)
+            for g in range(a.shape[2])
+        )
+    ]
+
+
+def second_moments(
+    a: Tensor, delta: Tensor, sharing: str = "expand", skip_silent: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return the mean of ``a aᵀ`` and the sum of ``δ δᵀ`` of one group.
+
+    Args:
+        a: Inputs, (N, T, d_in + bias).
+        delta: Output gradients, (K, N, T, d_out).
+        sharing: "expand" or "reduce".
+        skip_silent: Leave positions that no vector reaches out of the mean.
+    """
+    a, delta, counted = shared(a, delta, sharing, skip_silent)
+    inputs = torch.einsum("nt,nti,ntj->ij", counted, a, a) / counted.sum()
+    return inputs, torch.einsum("knto,kntp->op", delta, delta)
+
+
+def shared(
+    a: Tensor, delta: Tensor, sharing: str = "expand", skip_silent: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return inputs, output gradients and which positions count, (N, T), in a setting.
+
+    "reduce" leaves one position: the mean input over those that count, the summed gradient.
+    """
+    loud = (delta != 0).any(3).any(0) if skip_silent else torch.ones_like(a[..., 0], dtype=bool)
+    counted = loud.to(a.dtype)
+    if sharing == "expand":
+        return a, delta, counted
+    mean = torch.einsum("nt,nti->ni", counted, a) / counted.sum(1, keepdim=True).clamp(min=1)
+    return mean.unsqueeze(1), delta.sum(2, keepdim=True), loud.any(1, keepdim=True).to(a.dtype)
 
 
 def kron(size: int, where: Tensor, factors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

@@ -26,6 +26,7 @@ class DenseBlock:
         rows: The dense rows as matrices, (N·K, G, d_out, d_in + bias).
         inputs: (N, T, G, d_in + bias); None where rows have no factored form.
         gradients: (K, N, T, G, d_out).
+        one_hot: Whether inputs are tokens.
     """
 
     names: tuple[str, ...]
@@ -33,14 +34,18 @@ class DenseBlock:
     rows: Tensor
     inputs: Tensor | None = None
     gradients: Tensor | None = None
+    one_hot: bool = False
 
 
-def blocks(
-    case: Case, likelihood: str, kind: str, factored: bool = True
-) -> tuple[list[DenseBlock], float]:
+def blocks(case: Case, likelihood: str, kind: str) -> tuple[list[DenseBlock], float]:
     """Return the blocks that the output depends on, and what means over events divide by."""
     y, loss = case.target(likelihood), case.loss(likelihood)
     vectors = dense.fisher_vectors(loss, case.z, y, kind)
+    return blocks_of(case, vectors), float(loss.count(case.z, y))
+
+
+def blocks_of(case: Case, vectors: Tensor) -> list[DenseBlock]:
+    """Return the blocks that the output depends on, for vectors (K, N, ...) at the output."""
     rows = dense.rows(case.jacobian[1], vectors).flatten(0, 1)
     layers = list(dict.fromkeys(s.layer for s in case.blocks if s.unit != "whole"))
     model, recorded = dense.record(case.model, case.x, vectors, layers, case.output)
@@ -52,19 +57,11 @@ def blocks(
             result.append(DenseBlock(spec.names, where, rows[:, where]))
         elif recorded[spec.layer].inputs:
             layer = model.get_submodule(spec.layer)
-            bias_only = spec.names[0].endswith("bias")
-            if isinstance(layer, nn.modules.conv._ConvTransposeNd) and bias_only:
-                where = indices[spec.names[0]].reshape(1, -1, 1)
-                moved = [
-                    dense._channels_last(d, 2, 1)[..., 0, :] for d in recorded[spec.layer].gradients
-                ]
-                delta = torch.cat(moved, 2).unsqueeze(3)
-                a = torch.ones_like(delta[0, ..., :1])
-            else:
-                where = dense.augmented_indices(case.model, spec)
-                a, delta = _pairs(layer, recorded[spec.layer], spec.names)
-            result.append(DenseBlock(spec.names, where, rows[:, where], a, delta))
-    return result, float(loss.count(case.z, y))
+            where = dense.augmented_indices(case.model, spec)
+            a, delta = _pairs(layer, recorded[spec.layer], spec.names)
+            one_hot = spec.unit == "columns"
+            result.append(DenseBlock(spec.names, where, rows[:, where], a, delta, one_hot))
+    return result
 
 
 def _pairs(
@@ -82,20 +79,20 @@ def _pairs(
     return a, delta
 
 
-def kfac_factors(block: DenseBlock, count: float, sharing: str) -> list[tuple[Tensor, Tensor]]:
+def kfac_factors(
+    block: DenseBlock, count: float, sharing: str, skip_silent: bool = False
+) -> list[tuple[Tensor, Tensor]]:
     """Return K-FAC's pair (A, B) of every group."""
     if block.inputs is None:
         flat = block.rows.flatten(1)
         return [(flat.T @ flat / count, torch.ones(1, 1, dtype=flat.dtype))]
-    result = []
-    for a, delta in _groups(block, sharing):
-        factor_a = torch.einsum("nti,ntj->ij", a, a) / (a.shape[0] * a.shape[1])
-        factor_b = torch.einsum("knto,kntp->op", delta, delta) / count
-        result.append((factor_a, factor_b))
-    return result
+    found = [dense.second_moments(*pair, sharing, skip_silent) for pair in _groups(block)]
+    return [(a, b / count) for a, b in found]
 
 
-def tkfac_factors(block: DenseBlock, count: float, sharing: str) -> list[tuple[Tensor, Tensor]]:
+def tkfac_factors(
+    block: DenseBlock, count: float, sharing: str, skip_silent: bool = False
+) -> list[tuple[Tensor, Tensor]]:
     """Return TKFAC's pair (√δ Φ, √δ Ψ) of every group.
 
     Identities stand for Φ and Ψ whose summed gradients cancel, up to rounding.
@@ -107,7 +104,7 @@ def tkfac_factors(block: DenseBlock, count: float, sharing: str) -> list[tuple[T
             phi = torch.einsum("roi,roj->ij", rows, rows)
             psi = torch.einsum("roi,rpi->op", rows, rows)
         else:
-            a, delta = _groups(block, sharing)[group]
+            a, delta, _ = dense.shared(*_groups(block)[group], sharing, skip_silent)
             phi = torch.einsum("knto,knto,nti,ntj->ij", delta, delta, a, a)
             psi = torch.einsum("nti,nti,knto,kntp->op", a, a, delta, delta)
         trace = rows.square().sum() / count
@@ -121,12 +118,41 @@ def tkfac_factors(block: DenseBlock, count: float, sharing: str) -> list[tuple[T
     return result
 
 
-def _groups(block: DenseBlock, sharing: str) -> list[tuple[Tensor, Tensor]]:
+def _groups(block: DenseBlock) -> list[tuple[Tensor, Tensor]]:
+    """Return inputs (N, T, d_in + bias) and gradients (K, N, T, d_out) of every group."""
     assert block.inputs is not None and block.gradients is not None
     a, delta = block.inputs, block.gradients
-    if sharing == "reduce":
-        a, delta = a.mean(1, keepdim=True), delta.sum(2, keepdim=True)
     return [(a[:, :, g], delta[:, :, :, g]) for g in range(a.shape[2])]
+
+
+def rearranged(block: Tensor, d_out: int, d_in: int) -> Tensor:
+    """Return Z (d_in², d_out²), on which B ⊗ A is vec(A) vec(B)ᵀ."""
+    z = block.reshape(d_out, d_in, d_out, d_in).permute(1, 3, 0, 2)
+    return z.reshape(d_in**2, d_out**2)
+
+
+def truncated(block: Tensor, d_out: int, d_in: int, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the pairs (A, B) of the truncated decomposition among symmetric factors."""
+    z = rearranged(block, d_out, d_in).reshape(d_in, d_in, -1)
+    z = ((z + z.transpose(0, 1)) / 2).reshape(d_in**2, -1)
+    u, s, v = torch.linalg.svd(z, full_matrices=False)
+    rank = min(rank, len(s))
+    a = (u[:, :rank] * s[:rank].sqrt()).T.reshape(rank, d_in, d_in)
+    b = (v[:rank] * s[:rank].sqrt().unsqueeze(1)).reshape(rank, d_out, d_out)
+    return a, b
+
+
+def kron_sum(a: Tensor, b: Tensor) -> Tensor:
+    """Return ``Σ_r B_r ⊗ A_r``."""
+    return sum(torch.kron(y.contiguous(), x.contiguous()) for x, y in zip(a, b, strict=True))
+
+
+def pi_shifts(a: Tensor, b: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Return ``A + π√λ I`` and ``B + √λ/π I``, π² = mean(A_ii) / mean(B_jj)."""
+    pi = (a.diagonal().mean() / b.diagonal().mean()).sqrt()
+    root = damping**0.5
+    eye_a, eye_b = (torch.eye(len(m), dtype=m.dtype) for m in (a, b))
+    return a + root * pi * eye_a, b + root / pi * eye_b
 
 
 def place(matrix: Tensor, where: Tensor, block: Tensor) -> None:

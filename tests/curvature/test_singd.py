@@ -33,7 +33,7 @@ from natgrad.operators.structured_factors import StructuredMatrix
 from natgrad.optim import SINGD
 from tests import dense
 from tests.cases import CASES, Case, generator, normal
-from tests.curvature.test_structures import KFAC_CASES, check_interface
+from tests.curvature.structures_table import FACTORED
 from tests.methods import curvature_of
 from tests.methods import make_optimizer as make_any_optimizer
 from tests.operators.test_structured_factors import STRUCTURES, Largest, projection
@@ -232,7 +232,7 @@ def one_hot_blocks(case: Case) -> list[int]:
 
 FORMULA_CASES = [
     name
-    for name in KFAC_CASES
+    for name in FACTORED
     if name not in ("generic", "lstm", "bilinear", "dictionary_output", "other_head")
 ]
 
@@ -651,50 +651,6 @@ def test_only_plain_weight_matrices_take_rows():
     ):
         with watched(CASES[name]().model) as (f, _):
             assert [f.structure.takes_rows(block, 0) for block in f.blocks.values()] == expected
-
-
-# -- the matrix as an object -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["mlp", "conv1d", "embedding", "layer_norm", "self_attention"])
-@pytest.mark.parametrize("structure", ["dense", "hierarchical"])
-def test_interface(name, structure):
-    case = CASES[name]()
-    f = estimated(
-        case.model, (case.x, case.target("categorical")), "categorical",
-        output=case.output, factor_structures=structure, **SIZES,
-    )  # fmt: skip
-    eye = torch.eye(f.layout.numel, dtype=torch.float64)
-    dense.assert_same(f.matrix().to_dense(), eye)
-    f.refresh(0.1)
-    found = f.matrix()
-    matrix = found.to_dense()
-    assert (matrix - eye).norm() > 0.1
-    torch.testing.assert_close(matrix, matrix.mT, rtol=0, atol=1e-10)
-    check_interface(found, matrix, True)
-    source, flat = gradient_source(f, 1)
-    dense.assert_same(f.layout.to_flat(f.natural_gradient(source)), found.solve(flat))
-    dense.assert_same(found.solve(flat), torch.linalg.solve(matrix, flat))
-    root = found.inverse_root(0.3) @ eye
-    torch.testing.assert_close(root, root.mT, rtol=0, atol=1e-10)
-    dense.assert_same(root @ root, torch.linalg.inv(matrix + 0.3 * eye))
-
-
-def test_function_space_map():
-    case = CASES["conv1d"]()
-    y = case.target("categorical")
-    estimate = estimated(case.model, (case.x, y), "categorical")
-    estimate.refresh(0.1)
-    f = estimate.matrix()
-    with Capture(case.model) as capture, evaluated(capture, case.x) as z:
-        vectors = torch.eye(z.shape[1], dtype=z.dtype).unsqueeze(1).expand(-1, *z.shape)
-        rows = capture.pull_back(z, vectors)
-        for damping in (0.0, 0.3):
-            jacobian = rows.to_dense()
-            eye = torch.eye(f.shape[0], dtype=torch.float64)
-            inverse = torch.linalg.inv(f.to_dense() + damping * eye)
-            found = f.function_space_map(rows, damping=damping)
-            dense.assert_same(sum(found.values()), jacobian @ inverse @ jacobian.T)
 
 
 # -- memory ----------------------------------------------------------------------------------------

@@ -13,22 +13,13 @@ from torch.nn import functional
 
 import natgrad
 from natgrad import linalg
-from natgrad.fisher import estimation as fisher_module
 from natgrad.fisher import fisher_matrix
-from natgrad.likelihoods import Categorical, Gaussian, Likelihood
+from natgrad.likelihoods import Categorical
 from tests import dense
-from tests.cases import CASES, Attention, BlockSpec, Case, MeanPool, generator, normal, rows
+from tests.cases import CASES, Attention, BlockSpec, Case, MeanPool, normal, rows
 
-EXACT_STRUCTURES = ["full", "block_diagonal", "block_tridiagonal", "unit_wise", "diagonal"]
-STRUCTURES = [*EXACT_STRUCTURES, "kfac"]
-POSITIVE = [s for s in STRUCTURES if s != "block_tridiagonal"]
 LIKELIHOODS = ["categorical", "gaussian", "bernoulli", "poisson"]
 KINDS = ["exact", "empirical"]
-
-
-@pytest.fixture(params=list(CASES))
-def case(request) -> Case:
-    return CASES[request.param]()
 
 
 def build(case: Case, likelihood="gaussian", structure="full", kind="exact", **options):
@@ -50,56 +41,6 @@ def expected_matrix(case: Case, likelihood: str, structure: str, kind: str) -> T
 
 
 # -- every structure, Fisher type, likelihood and layer kind ---------------------------------------
-
-
-@pytest.mark.parametrize("structure", EXACT_STRUCTURES)
-def test_is_the_masked_dense_fisher(case, structure):
-    for likelihood in LIKELIHOODS:
-        for kind in KINDS:
-            f = build(case, likelihood, structure, kind)
-            dense.assert_same(f.to_dense(), expected_matrix(case, likelihood, structure, kind))
-
-
-KFAC_CASES = [
-    name
-    for name in CASES
-    if "attention" not in name and not name.startswith(("tied", "transformer"))
-]
-
-
-@pytest.mark.parametrize("name", KFAC_CASES)
-def test_kfac_is_explicit_sums_of_outer_products(name):
-    case = CASES[name]()
-    assert case.has_kfac
-    for likelihood in LIKELIHOODS:
-        for kind in KINDS:
-            y = case.target(likelihood)
-            for sharing in ("expand", "reduce"):
-                if sharing == "reduce" and name in ("embedding", "language_model"):
-                    continue  # the reduced factor of an embedding keeps its diagonal; see below
-                f = build(case, likelihood, "kfac", kind, weight_sharing=sharing)
-                expected = dense.kfac(
-                    case.model, case.x, y, case.loss(likelihood), case.blocks, kind,
-                    sharing=sharing, output=case.output,
-                )  # fmt: skip
-                dense.assert_same(f.to_dense(), expected)
-
-
-@pytest.mark.parametrize("structure", STRUCTURES)
-def test_loss_modules_stand_for_their_likelihoods(structure):
-    case = CASES["mlp"]()
-    y = case.target("gaussian")
-    for criterion, factor in ((nn.MSELoss(), 2 / 3), (nn.MSELoss(reduction="sum"), 2)):
-        f = fisher_matrix(case.model, (case.x, y), criterion, structure)
-        dense.assert_same(
-            f.to_dense(), factor * expected_matrix(case, "gaussian", structure, "exact")
-        )
-    labels = case.target("categorical")
-    expected = expected_matrix(case, "categorical", structure, "empirical")
-    for reduction in ("mean", "sum"):
-        criterion = nn.CrossEntropyLoss(reduction=reduction)
-        f = fisher_matrix(case.model, (case.x, labels), criterion, structure, "empirical")
-        dense.assert_same(f.to_dense(), expected)
 
 
 def test_attention_is_made_of_linear_layers():
@@ -163,178 +104,7 @@ def test_tied_kfac_keeps_the_trace_of_its_uses():
     dense.assert_same(block.trace(), scale)
 
 
-def test_reduced_embedding_keeps_the_diagonal_of_its_input_factor():
-    case = CASES["embedding"]()
-    y = case.target("gaussian")
-    z = case.z
-    vectors = dense.fisher_vectors(dense.gaussian(), z, y, "exact")
-    model, recorded = dense.record(case.model, case.x, vectors, ["0"])
-    ((a, b),) = dense.kfac_factors(model[0], recorded["0"], len(z), bias=False, sharing="reduce")
-    f = build(case, "gaussian", "kfac", weight_sharing="reduce")
-    where = dense.augmented_indices(case.model, case.blocks[0])
-    size = f.shape[0]
-    index = dense.indices(case.model)["0.weight"].flatten()
-    expected = dense.kron(size, where, [(torch.diag(a.diagonal()), b)])
-    dense.assert_same(f.to_dense()[index.unsqueeze(1), index], expected[index.unsqueeze(1), index])
-
-
-def test_large_factors_are_kept_as_diagonals():
-    case = CASES["mlp"]()
-    y = case.target("categorical")
-    loss = case.loss("categorical")
-    vectors = dense.fisher_vectors(loss, case.z, y, "exact")
-    model, recorded = dense.record(case.model, case.x, vectors, ["0", "2", "4"])
-    size = case.jacobian[1].shape[-1]
-    expected = torch.zeros(size, size, dtype=torch.float64)
-    for spec in case.blocks:
-        layer = model.get_submodule(spec.layer)
-        ((a, b),) = dense.kfac_factors(layer, recorded[spec.layer], len(case.z))
-        a, b = (m if len(m) <= 4 else torch.diag(m.diagonal()) for m in (a, b))
-        expected += dense.kron(size, dense.augmented_indices(case.model, spec), [(a, b)])
-    f = build(case, "categorical", "kfac", max_factor_size=4)
-    dense.assert_same(f.to_dense(), expected)
-    check_interface(f, expected, positive=True)
-
-
-# -- the interface ---------------------------------------------------------------------------------
-
-
-def pseudo_inverse(matrix: Tensor, threshold: float = 1e-11) -> Tensor:
-    values, vectors = torch.linalg.eigh(matrix)
-    keep = values.abs() > threshold * values.abs().max()
-    return (vectors[:, keep] / values[keep]) @ vectors[:, keep].T
-
-
-def check_interface(f, matrix: Tensor, positive: bool, damping: float = 0.05) -> None:
-    """Check every method against the dense matrix."""
-    size = len(matrix)
-    eye = torch.eye(size, dtype=matrix.dtype)
-    assert f.shape == (size, size)
-    vector, columns = normal(size, seed=1), normal(size, 3, seed=2)
-    dense.assert_same(f.to_dense(), matrix)
-    dense.assert_same(f @ vector, matrix @ vector)
-    dense.assert_same(f @ columns, matrix @ columns)
-    dense.assert_same(f.diagonal(), matrix.diagonal())
-    dense.assert_same(f.trace(), matrix.trace())
-    eigenvalues = torch.linalg.eigvalsh(matrix).flip(0)
-    actual = f.eigenvalues()
-    assert actual.shape == (size,) and (actual.diff() <= 0).all()
-    assert (actual - eigenvalues).abs().max() <= 1e-9 * eigenvalues.abs().max()
-    inverse = torch.linalg.inv(matrix + damping * eye)
-    dense.assert_same(f.solve(vector, damping), inverse @ vector, 1e-8)
-    dense.assert_same(f.solve(columns, damping), inverse @ columns, 1e-8)
-    sign, logarithm = torch.linalg.slogdet(matrix + damping * eye)
-    if positive:
-        assert sign == 1
-        torch.testing.assert_close(f.logdet(damping), logarithm, rtol=1e-9, atol=1e-9)
-    import numpy
-    import scipy.sparse.linalg
-
-    operator = f.to_scipy()
-    assert isinstance(operator, scipy.sparse.linalg.LinearOperator)
-    assert operator.shape == f.shape and operator.dtype == numpy.float64
-    numpy.testing.assert_allclose(operator @ numpy.eye(size), matrix.numpy(), rtol=0, atol=1e-11)
-    numpy.testing.assert_allclose(operator @ vector.numpy(), (matrix @ vector).numpy(), atol=1e-10)
-    numpy.testing.assert_allclose(
-        operator.T @ vector.numpy(), (matrix @ vector).numpy(), atol=1e-10
-    )
-    start = 0
-    named, preconditioned, product = {}, f.solve(vector, damping), f @ vector
-    shapes = [tuple(f.layout.shapes[name]) for name in f.parameter_names]
-    for name, shape in zip(f.parameter_names, shapes, strict=True):
-        named[name] = vector[start : start + torch.Size(shape).numel()].reshape(shape)
-        start += named[name].numel()
-    assert start == size
-    for result, flat in ((f.solve(named, damping), preconditioned), (f @ named, product)):
-        assert list(result) == list(f.parameter_names)
-        assert [tuple(t.shape) for t in result.values()] == shapes
-        assert torch.equal(torch.cat([t.flatten() for t in result.values()]), flat)
-
-
-@pytest.mark.parametrize("structure", STRUCTURES)
-def test_interface(case, structure):
-    f = build(case, "categorical", structure)
-    matrix = f.to_dense()
-    assert list(f.parameter_names) == list(dense.parameters(case.model))
-    torch.testing.assert_close(matrix, matrix.T, rtol=1e-12, atol=1e-14)
-    check_interface(f, matrix, positive=structure in POSITIVE)
-
-
-@pytest.mark.parametrize("structure", POSITIVE)
-@pytest.mark.parametrize("name", ["mlp", "batch_of_one", "conv2d", "frozen", "language_model"])
-def test_zero_damping_is_the_pseudo_inverse(name, structure):
-    case = CASES[name]()
-    data = [(case.x, case.target("categorical"))]
-    check_pseudo_inverse(fisher_matrix(case.model, data, "categorical", structure))
-
-
-@pytest.mark.parametrize("structure", POSITIVE)
-def test_zero_damping_with_more_rows_than_parameters(structure):
-    """The softmax's shift invariance keeps even this Fisher matrix singular."""
-    data = [(normal(9, 3, seed=s), labels(9, 3, s)) for s in range(30)]
-    f = fisher_matrix(CASES["mlp"]().model, data, "categorical", structure)
-    check_pseudo_inverse(f)
-
-
-def check_pseudo_inverse(f) -> None:
-    """Check solve(v, 0) on the range, outside it, and as the limit of small damping."""
-    matrix = f.to_dense()
-    inverse = pseudo_inverse(matrix)
-    vector = matrix @ normal(len(matrix), seed=1)  # in the range
-    solution = f.solve(vector)
-    dense.assert_same(matrix @ solution, vector, 1e-8)
-    dense.assert_same(solution, inverse @ vector, 1e-6)
-    anything = normal(len(matrix), seed=2)
-    outside = anything - inverse @ (matrix @ anything)
-    largest = torch.linalg.matrix_norm(inverse, 2)
-    assert f.solve(outside).norm() <= 1e-8 * largest * anything.norm()
-    small = f.solve(vector, 1e-4 / float(largest))
-    dense.assert_same(small, inverse @ vector, 2e-4)
-
-
-def labels(count: int, classes: int, seed: int) -> Tensor:
-    return torch.randint(0, classes, (count,), generator=generator(seed))
-
-
-@pytest.mark.parametrize("structure", STRUCTURES)
-def test_logdet_without_damping(structure):
-    x, y = normal(40, 2), normal(40, 2, seed=1)
-    f = fisher_matrix(regular_net(), (x, y), "gaussian", structure)
-    matrix = f.to_dense()
-    sign, logarithm = torch.linalg.slogdet(matrix)
-    if sign > 0:
-        torch.testing.assert_close(f.logdet(), logarithm, rtol=1e-8, atol=1e-8)
-    singular = build(CASES["batch_of_one"](), "gaussian", structure)
-    if structure in POSITIVE and structure != "diagonal":
-        assert singular.logdet() < -100  # −∞ up to rounding of zero eigenvalues
-
-
-def regular_net() -> nn.Module:
-    """A net whose Fisher matrix on enough data has full rank."""
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2)).double()
-
-
 # -- limits ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("likelihood", LIKELIHOODS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_one_layer_block_diagonal_is_full(likelihood, kind):
-    case = CASES["one_layer"]()
-    full = build(case, likelihood, "full", kind).to_dense()
-    for structure in ("block_diagonal", "block_tridiagonal"):
-        dense.assert_same(build(case, likelihood, structure, kind).to_dense(), full)
-
-
-@pytest.mark.parametrize("likelihood", LIKELIHOODS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_one_sample_kfac_is_exact(likelihood, kind):
-    case = CASES["batch_of_one"]()
-    expected = build(case, likelihood, "block_diagonal", kind).to_dense()
-    for sharing in ("expand", "reduce"):
-        f = build(case, likelihood, "kfac", kind, weight_sharing=sharing)
-        dense.assert_same(f.to_dense(), expected)
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 6), st.booleans())
@@ -371,79 +141,7 @@ def test_deep_linear_kfac_with_shared_weights():
         assert (wrong - exact).norm() > 1e-2 * exact.norm()
 
 
-# -- invariance ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("chunk", [None, 1, 60, 200])
-def test_batches_of_any_size_and_order_add_up(structure, kind, chunk, monkeypatch):
-    if chunk is not None:
-        monkeypatch.setattr(fisher_module, "PULL_BACK_ELEMENTS", chunk)
-    for name in ("mlp", "conv2d"):
-        case = CASES[name]()
-        x, y = normal(7, *case.x.shape[1:], seed=4), labels(7, 3, 5)
-        together = fisher_matrix(case.model, (x, y), "categorical", structure, kind).to_dense()
-        eye = torch.eye(len(together), dtype=torch.float64)
-        splits = [[4, 3], [3, 4], [1, 5, 1], [7]]
-        for sizes in splits:
-            batches = list(zip(x.split(sizes), y.split(sizes), strict=True))
-            for data in (batches, batches[::-1]):
-                parts = fisher_matrix(case.model, iter(data), "categorical", structure, kind)
-                dense.assert_same(parts.to_dense(), together)
-                vector = normal(len(together), seed=6)
-                expected = torch.linalg.solve(together + 0.1 * eye, vector)
-                dense.assert_same(parts.solve(vector, 0.1), expected, 1e-8)
-        order = torch.randperm(7, generator=generator(8))
-        shuffled = fisher_matrix(case.model, (x[order], y[order]), "categorical", structure, kind)
-        dense.assert_same(shuffled.to_dense(), together)
-
-
-@pytest.mark.parametrize("structure", STRUCTURES)
-def test_batches_with_masked_events_add_up(structure):
-    case = CASES["tokens"]()
-    x, y = normal(6, 4, 3, seed=1), torch.randint(0, 3, (6, 4), generator=generator(2))
-    y[torch.rand(6, 4, generator=generator(3)) < 0.4] = -100
-    whole = fisher_matrix(case.model, (x, y), structure=structure).to_dense()
-    halves = fisher_matrix(case.model, [(x[:2], y[:2]), (x[2:], y[2:])], structure=structure)
-    dense.assert_same(halves.to_dense(), whole)
-
-
 # -- events that are ignored, weighted or smoothed -------------------------------------------------
-
-
-@pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("chunk", [None, 1, 60])
-@pytest.mark.parametrize("name", ["tokens", "pixels", "mixed_pixels", "conv2d"])
-def test_masks_weights_and_smoothing(name, structure, kind, chunk, monkeypatch):
-    if chunk is not None:
-        monkeypatch.setattr(fisher_module, "PULL_BACK_ELEMENTS", chunk)
-    case = CASES[name]()
-    y = case.target("categorical")
-    weights = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
-    masked = y.clone()
-    masked.view(-1)[::3] = -100
-    for target, options in (
-        (masked, {}),
-        (y, {"weight": weights}),
-        (masked, {"weight": weights, "label_smoothing": 0.1}),
-    ):
-        loss = dense.categorical(case.class_dim, **options)
-        likelihood = Categorical(
-            class_weights=options.get("weight"),
-            label_smoothing=options.get("label_smoothing", 0.0),
-        )
-        f = fisher_matrix(case.model, (case.x, target), likelihood, structure, kind)
-        if structure == "kfac":
-            expected = dense.kfac(
-                case.model, case.x, target, loss, case.blocks, kind,
-                skip_silent=target is masked,
-            )  # fmt: skip
-        else:
-            expected = dense.fisher(case.model, case.x, target, loss, kind, computed=case.jacobian)
-            expected = dense.structured(expected, structure, case.model, case.blocks)
-        dense.assert_same(f.to_dense(), expected)
 
 
 def test_class_dim_and_missing_targets():
@@ -497,25 +195,6 @@ def test_monte_carlo_is_exact_in_expectation(name, likelihood):
     assert relative < 0.15
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
-def test_monte_carlo_error_falls_with_draws(structure):
-    case = CASES["mlp"]()
-    exact = build(case, "categorical", structure).to_dense()
-    few = build(case, "categorical", structure, seed=1, kind=natgrad.MonteCarloFisher(2)).to_dense()
-    many = build(
-        case, "categorical", structure, seed=1, kind=natgrad.MonteCarloFisher(2000)
-    ).to_dense()
-    again = build(
-        case, "categorical", structure, seed=1, kind=natgrad.MonteCarloFisher(2)
-    ).to_dense()
-    other = build(
-        case, "categorical", structure, seed=2, kind=natgrad.MonteCarloFisher(2)
-    ).to_dense()
-    assert torch.equal(few, again) and not torch.equal(few, other)
-    assert (many - exact).norm() < 0.12 * exact.norm()
-    assert (many - exact).norm() < 0.3 * (few - exact).norm()
-
-
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_monte_carlo_of_weighted_and_averaged_losses(reduction):
     case = CASES["mlp"]()
@@ -566,23 +245,6 @@ def test_it_works_without_gradients_enabled():
         f = build(case, "categorical", "block_diagonal").to_dense()
     dense.assert_same(f, expected_matrix(case, "categorical", "block_diagonal", "exact"))
     assert not f.requires_grad
-
-
-@pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lower_precision(structure, dtype):
-    case = CASES["mlp"]()
-    model, x = copy.deepcopy(case.model).to(dtype), case.x.to(dtype)
-    y = case.target("categorical")
-    f = fisher_matrix(model, (x, y), "categorical", structure)
-    reference = copy.deepcopy(model).double()
-    expected = fisher_matrix(reference, (x.double(), y), "categorical", structure).to_dense()
-    actual = f.to_dense()
-    assert actual.dtype == torch.float32
-    error = (actual.double() - expected).norm() / expected.norm()
-    assert error < (1e-5 if dtype == torch.float32 else 3e-2)
-    vector = normal(len(expected), seed=1).float()
-    assert f.solve(vector, 0.1).dtype == torch.float32
 
 
 # -- block-tridiagonal specials --------------------------------------------------------------------
@@ -657,87 +319,7 @@ def test_errors_are_clear():
         fisher_matrix(dropout, data)
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
-def test_vectors_are_checked(structure):
-    f = build(CASES["mlp"](), "categorical", structure)
-    size = f.shape[0]
-    vector = normal(size)
-    for wrong, kind in (
-        (normal(size + 1), ValueError),
-        (normal(2, size), ValueError),
-        (normal(size, 1, 1), ValueError),
-        ({"0.weight": normal(5, 3)}, ValueError),
-        ([1.0] * size, TypeError),
-    ):
-        with pytest.raises(kind):
-            f.solve(wrong, 0.1)
-        with pytest.raises(kind):
-            f @ wrong
-    for damping in (-1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="damping"):
-            f.solve(vector, damping)
-        with pytest.raises(ValueError, match="damping"):
-            f.logdet(damping)
-    assert "mlp" not in repr(f) and str(size) in repr(f) and structure in repr(f)
-
-
-def test_likelihood_objects_of_ones_own():
-    """A user's likelihood with curvature twice the Gaussian's gives twice its Fisher matrix."""
-
-    class Twice(Likelihood):
-        def nll(self, output, target):
-            return (output - target).square().sum(1)
-
-        def gradient(self, output, target):
-            return 2 * (output - target)
-
-        def output_hessian_root(self, output, target=None):
-            eye = torch.eye(output.shape[1], dtype=output.dtype)
-            return (2**0.5 * eye).expand(len(output), 1, *eye.shape)
-
-        def sample(self, output, generator=None):
-            return output + 0.5**0.5 * torch.randn(output.shape, generator=generator).to(output)
-
-    case = CASES["mlp"]()
-    data = (case.x, case.target("gaussian"))
-    for structure in STRUCTURES:
-        mine = fisher_matrix(case.model, data, Twice(), structure).to_dense()
-        theirs = fisher_matrix(case.model, data, Gaussian(0.5), structure).to_dense()
-        dense.assert_same(mine, theirs)
-
-
 # -- random architectures --------------------------------------------------------------------------
-
-
-@st.composite
-def stacks(draw):
-    """A random stack of linear layers and nonlinearities, with data."""
-    sizes = draw(st.lists(st.integers(1, 4), min_size=2, max_size=4))
-    torch.manual_seed(draw(st.integers(0, 1000)))
-    layers, specs = [], []
-    for a, b in zip(sizes[:-1], sizes[1:], strict=True):
-        bias = draw(st.booleans())
-        specs.append(rows(str(len(layers)), *(["weight", "bias"] if bias else ["weight"])))
-        layers += [nn.Linear(a, b, bias=bias), draw(st.sampled_from([nn.Tanh, nn.ReLU, nn.GELU]))()]
-    model = nn.Sequential(*layers[:-1]).double()
-    lead = draw(st.sampled_from([(), (1,), (3,), (2, 2)]))
-    x = normal(draw(st.integers(1, 4)), *lead, sizes[0], seed=draw(st.integers(0, 100)))
-    return Case(model, x, tuple(specs))
-
-
-@given(stacks(), st.sampled_from(["gaussian", "bernoulli", "poisson"]), st.sampled_from(KINDS))
-def test_random_stacks(case: Case, likelihood: str, kind: str):
-    for structure in EXACT_STRUCTURES:
-        f = build(case, likelihood, structure, kind)
-        expected = expected_matrix(case, likelihood, structure, kind)
-        torch.testing.assert_close(f.to_dense(), expected, rtol=1e-9, atol=1e-12)
-    for sharing in ("expand", "reduce"):
-        f = build(case, likelihood, "kfac", kind, weight_sharing=sharing)
-        expected = dense.kfac(
-            case.model, case.x, case.target(likelihood), case.loss(likelihood), case.blocks, kind,
-            sharing=sharing,
-        )  # fmt: skip
-        torch.testing.assert_close(f.to_dense(), expected, rtol=1e-9, atol=1e-12)
 
 
 def test_unknown_module_blocks_match_attention_in_eval_mode():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import warnings
 
 import pytest
@@ -20,95 +19,18 @@ from natgrad.curvature.cost import Workload
 from natgrad.fisher import estimation as fisher_module
 from natgrad.fisher import fisher_matrix
 from natgrad.jacobians import DenseJacobian, LinearJacobian
-from natgrad.likelihoods import Categorical, Gaussian, Likelihood
+from natgrad.likelihoods import Categorical, Likelihood
 from natgrad.operators import GradientSource
-from natgrad.operators.coarse_level import leading_eigenvector as found_eigenvector
 from natgrad.optim import KFAC, TwoLevelKFAC
 from tests import dense
-from tests.cases import CASES, Case, generator, normal
-from tests.curvature.test_structures import build, labels
+from tests.cases import CASES, Case, generator, labels, normal
+from tests.curvature.test_structures import build
+from tests.dense_two_level import coarse_basis, damped, two_level
 from tests.methods import curvature_of, make_optimizer
 
-FACTORED = [name for name in CASES if CASES[name]().has_kfac]
 SPACES = ["nicolaides", "spectral", "residual", "krylov"]
 FORMS = ["residual", "additive"]
-LINEAR = ["nicolaides", "spectral"]
 DAMPING = 0.05
-
-
-def damped(matrix: Tensor, damping: float) -> Tensor:
-    return matrix + damping * torch.eye(len(matrix), dtype=matrix.dtype)
-
-
-def coarse_basis(
-    space: str, gradient: Tensor, f: Tensor, kfac: Tensor, inverse: Tensor, damping, indices,
-    found=None,
-) -> Tensor:  # fmt: skip
-    """Return R, (P, m), for blocks that F reaches, given by their flat indices.
-
-    Where the leading eigenvalue of a block of K-FAC's matrix is not simple, which of its
-    eigenvectors is taken is up to the structure ``found``.
-    """
-    first = inverse @ gradient
-    if space == "residual":
-        wholes = [inverse @ (gradient - damped(f, damping) @ first)]
-    elif space == "krylov":
-        wholes = [first, inverse @ (f @ first)]
-    else:
-        wholes = [torch.ones_like(gradient)]
-    columns = []
-    for index in indices:
-        i = index.flatten()
-        if not bool(f.diagonal()[i].any()):
-            continue
-        for whole in wholes:
-            column = torch.zeros_like(gradient)
-            if space == "spectral":
-                column[i] = leading_eigenvector(kfac, i, found)
-            else:
-                column[i] = whole[i]
-            columns.append(column)
-    return torch.stack(columns, 1)
-
-
-def leading_eigenvector(kfac: Tensor, index: Tensor, found) -> Tensor:
-    block = kfac[index.unsqueeze(1), index]
-    values, vectors = torch.linalg.eigh(block)
-    if len(values) == 1 or values[-1] - values[-2] > 1e-6 * values[-1]:
-        return vectors[:, -1]
-    assert found is not None
-    whole = torch.zeros(len(kfac), 1, dtype=kfac.dtype)
-    coarse = found.coarse
-    basis = coarse.fixed_basis(lambda name: found_eigenvector(found.parts[name]))
-    for name, vector in basis.items():
-        found.layout.scatter(coarse.blocks[name], vector, whole)
-    vector = whole[index, 0]
-    dense.assert_same(block @ vector, values[-1] * vector)
-    return vector
-
-
-def two_level(
-    space: str, form: str, gradient: Tensor, f: Tensor, kfac: Tensor, inverse: Tensor, damping,
-    indices, found=None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return the solution and R by dense algebra; columns of R are scaled to length 1."""
-    r = coarse_basis(space, gradient, f, kfac, inverse, damping, indices, found)
-    norms = r.norm(dim=0)
-    r = r[:, norms > 0] / norms[norms > 0]
-    matrix = damped(f, damping)
-    first = inverse @ gradient
-    right = gradient if form == "additive" else gradient - matrix @ first
-    coarse = torch.linalg.pinv(r.T @ matrix @ r, hermitian=True, rtol=1e-13)
-    return first + r @ (coarse @ (r.T @ right)), r
-
-
-def dense_matrices(case: Case, kind: str = "exact") -> tuple[Tensor, Tensor, Tensor]:
-    """Return the Fisher matrix, K-FAC's and the inverse of that, damped."""
-    y, f = case.fisher("categorical", kind)
-    kfac = dense.kfac(
-        case.model, case.x, y, case.loss("categorical"), case.blocks, kind, output=case.output
-    )
-    return f, kfac, torch.linalg.inv(damped(kfac, DAMPING))
 
 
 def estimated(case: Case, likelihood: Likelihood | None = None, **options) -> Curvature:
@@ -130,22 +52,6 @@ def natural_gradient(curvature: Curvature, gradient: Tensor) -> Tensor:
 
 
 # -- the solution ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("space", SPACES)
-@pytest.mark.parametrize("name", FACTORED)
-def test_dense_formula(name, space):
-    case = CASES[name]()
-    indices = dense.block_indices(case.model, case.blocks)
-    for kind in ("exact", "empirical"):
-        f, kfac, inverse = dense_matrices(case, kind)
-        gradient = normal(len(f), seed=4)
-        for form in FORMS:
-            found = build(case, "categorical", "two_level", kind, coarse_space=space, form=form)
-            expected, _ = two_level(
-                space, form, gradient, f, kfac, inverse, DAMPING, indices, found
-            )
-            dense.assert_same(found.solve(gradient, DAMPING), expected, 1e-8)
 
 
 @pytest.mark.parametrize("space", SPACES)
@@ -229,109 +135,19 @@ def test_coarse_space_that_is_the_whole_space_gives_the_exact_solution(model, sp
 
 
 @pytest.mark.parametrize("space", SPACES)
-def test_several_columns_are_solved_one_by_one(space):
-    found = build(CASES["mlp"](), "categorical", "two_level", coarse_space=space)
-    columns = normal(found.shape[0], 3)
-    single = [found.solve(column, DAMPING) for column in columns.T]
-    dense.assert_same(found.solve(columns, DAMPING), torch.stack(single, 1))
-    named = found.layout.to_dict(columns[:, 0])
-    dense.assert_same(found.layout.to_flat(found.solve(named, DAMPING)), single[0])
-
-
-@pytest.mark.parametrize("name", ["mlp", "conv2d", "tied_embedding"])
-def test_the_matrix_is_that_of_kfac(name):
-    found, kfac = (build(CASES[name](), "categorical", s) for s in ("two_level", "kfac"))
-    assert torch.equal(found.to_dense(), kfac.to_dense())
-    assert torch.equal(found.eigenvalues(), kfac.eigenvalues())
-    assert torch.equal(found.diagonal(), kfac.diagonal())
-    assert found.trace() == kfac.trace() and found.logdet(0.1) == kfac.logdet(0.1)
-    vector = normal(found.shape[0])
-    assert torch.equal(found @ vector, kfac @ vector)
-    assert "two_level" in repr(found)
-
-
-@pytest.mark.parametrize("factored", [True, False])
-@pytest.mark.parametrize("space", SPACES)
-def test_refreshed_inverses_are_those_of_the_matrix(space, factored):
+def test_refreshed_inverses_with_factored_damping_are_those_of_the_matrix(space):
     for name in ("mlp", "conv2d", "embedding", "tied_embedding", "self_attention", "generic"):
-        found = estimated(CASES[name](), coarse_space=space, factored_damping=factored)
+        found = estimated(CASES[name](), coarse_space=space, factored_damping=True)
         gradient = normal(found.layout.numel)
         found.refresh(0.4)
         dense.assert_same(natural_gradient(found, gradient), found.matrix().solve(gradient, 0.4))
 
 
-@pytest.mark.parametrize("space", LINEAR)
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", ["mlp", "tokens", "conv2d", "embedding", "tied_linear", "generic"])
-def test_function_space_map(name, form, space):
-    case = CASES[name]()
-    capture = Capture(case.model, case.output)
-    dense.call(case.model, case.x, case.output)
-    output = capture.passes[-1].output
-    jacobians = capture.pull_back(output, Gaussian().root_vectors(output.detach()))
-    found = build(case, "gaussian", "two_level", coarse_space=space, form=form)
-    shares = found.function_space_map(jacobians, damping=0.7)
-    jacobian = jacobians.to_dense()
-    columns = found.solve(jacobian.T.contiguous(), 0.7)
-    dense.assert_same(sum(shares.values()), jacobian @ columns, 1e-8)
-    for layer, share in shares.items():
-        index = torch.cat([torch.arange(s.start, s.stop) for s in found.layout.slices(
-            found.coarse.blocks[layer])])  # fmt: skip
-        dense.assert_same(share, jacobian[:, index] @ columns[index], 1e-7)
-
-
-@pytest.mark.parametrize("space", ["residual", "krylov"])
-def test_no_function_space_map_where_the_operator_is_not_linear(space):
-    case = CASES["mlp"]()
-    with Capture(case.model) as capture:
-        output = case.model(case.x)
-        jacobians = capture.pull_back(output, Gaussian().root_vectors(output.detach()))
-    found = build(case, "gaussian", "two_level", coarse_space=space)
-    with pytest.raises(ValueError, match="depends on the gradient"):
-        found.function_space_map(jacobians, damping=0.1)
-
-
-@pytest.mark.parametrize("space", SPACES)
-def test_every_block_may_have_its_own_damping(space):
-    case = CASES["mlp"]()
-    curvature = estimated(case, coarse_space=space)
-    values = dict(zip(curvature.blocks, (0.01, 0.3, 2.0), strict=True))
-    curvature.refresh(values)
-    f, kfac, _ = dense_matrices(case)
-    indices = dense.block_indices(case.model, case.blocks)
-    shift = torch.zeros(len(f), dtype=f.dtype)
-    for index, value in zip(indices, values.values(), strict=True):
-        shift[index] = value
-    gradient = normal(len(f))
-    inverse = torch.linalg.inv(kfac + torch.diag(shift))
-    # With the damping inside F, what is left is undamped.
-    expected, _ = two_level(
-        space if space != "krylov" else "nicolaides", "residual", gradient,
-        f + torch.diag(shift), kfac, inverse, 0.0, indices,
-    )  # fmt: skip
-    natural = natural_gradient(curvature, gradient)
-    dense.assert_same(curvature.matrix().inverse(values) @ gradient, natural)
-    if space != "krylov":
-        dense.assert_same(natural, expected, 1e-8)
-    else:
-        first = inverse @ gradient
-        vectors = [first, inverse @ (f @ first)]
-        r = torch.zeros(len(f), 6, dtype=f.dtype)
-        for number, index in enumerate(indices):
-            for k, vector in enumerate(vectors):
-                r[index, 2 * number + k] = vector[index]
-        left = r.T @ (gradient - (f + torch.diag(shift)) @ natural)
-        assert (left / r.norm(dim=0)).abs().max() <= 1e-9 * gradient.norm()
-
-
-@pytest.mark.parametrize("space", SPACES)
-def test_parts_may_be_refreshed_one_by_one(space):
-    found, other = (estimated(CASES["mlp"](), coarse_space=space) for _ in range(2))
-    found.refresh(0.4)
-    for name in other.parts:
-        other.refresh(0.4, [name])
-    gradient = normal(found.layout.numel)
-    assert torch.equal(natural_gradient(found, gradient), natural_gradient(other, gradient))
+def test_without_rows_the_inner_product_is_the_quadratic_form():
+    with Capture(CASES["mlp"]().model) as capture:
+        found = curvature_of("two_level", capture, coarse_space="spectral")
+    gradients = found.layout.to_dict(normal(found.layout.numel))
+    assert float(found.quadratic(gradients, torch.tensor(-2.0))) == 2.0
 
 
 @pytest.mark.parametrize("space", SPACES)
@@ -432,34 +248,6 @@ def test_without_damping_the_coarse_level_is_a_pseudo_inverse():
     assert solution.norm() < 10 * gradient.norm()
 
 
-def test_before_any_update():
-    case = CASES["mlp"]()
-    with Capture(case.model) as capture:
-        found = curvature_of("two_level", capture, coarse_space="spectral")
-    vector = normal(found.layout.numel)
-    assert torch.equal(natural_gradient(found, vector), vector)
-    found.refresh(0.1)
-    assert torch.equal(natural_gradient(found, vector), vector)
-    dense.assert_same(found.matrix().solve(vector, 0.5), 2 * vector)
-    gradients = found.layout.to_dict(vector)
-    assert float(found.quadratic(gradients, torch.tensor(-2.0))) == 2.0
-
-
-@pytest.mark.parametrize("space", SPACES)
-def test_batches_with_nan_are_left_out(space, monkeypatch):
-    case = CASES["mlp"]()
-    good, other = ((normal(*case.x.shape, seed=s), labels(len(case.x), 3, s)) for s in (0, 1))
-    bad = (good[0] * float("nan"), good[1])
-    vector = normal(build(case, "categorical", "kfac").shape[0])
-    for _ in range(2):
-        found, expected = (
-            fisher_matrix(case.model, data, structure="two_level", coarse_space=space)
-            for data in ([good, bad, other], [good, other])
-        )
-        assert torch.equal(found.solve(vector, 0.1), expected.solve(vector, 0.1))
-        monkeypatch.setattr(fisher_module, "PULL_BACK_ELEMENTS", 1)
-
-
 def test_a_gradient_with_nan_stays_nan():
     for space in SPACES:
         found = estimated(CASES["mlp"](), coarse_space=space)
@@ -473,15 +261,10 @@ def test_a_gradient_with_nan_stays_nan():
 # -- training --------------------------------------------------------------------------------------
 
 
-def train(optimizer, model: nn.Module, steps: range, x_like: Tensor, classes: int = 3) -> None:
+def train(optimizer, model: nn.Module, steps: range) -> None:
     for step in steps:
         optimizer.zero_grad()
-        n = len(x_like)
-        if x_like.is_floating_point():
-            x = normal(*x_like.shape, seed=step)
-        else:
-            x = torch.randint(0, 5, x_like.shape, generator=generator(step))
-        functional.cross_entropy(model(x), labels(n, classes, step)).backward()
+        functional.cross_entropy(model(normal(4, 3, seed=step)), labels(4, 3, step)).backward()
         optimizer.step()
 
 
@@ -535,115 +318,27 @@ def test_life_cycle(factors, inverses, decay, space, form):
 SETTINGS = {"fisher": "mc", "factors": 2, "inverses": 3, "damping": 0.5}
 
 
-def net(kind: str) -> tuple[nn.Module, Tensor]:
+def net() -> nn.Module:
     torch.manual_seed(1)
-    if kind == "mlp":
-        return copy.deepcopy(CASES["mlp"]().model), normal(4, 3)
-    if kind == "convolution":
-        layers = [nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(2 * 16, 3)]
-        return nn.Sequential(*layers).double(), normal(4, 1, 5, 5)
-    layers = [nn.Embedding(5, 6), nn.LayerNorm(6), nn.Flatten(), nn.Linear(12, 3)]
-    return nn.Sequential(*layers).double(), torch.zeros(4, 2, dtype=torch.long)
-
-
-@pytest.mark.parametrize("kind", ["mlp", "convolution", "embedding"])
-@pytest.mark.parametrize("space", SPACES)
-def test_state_dict_round_trip(space, kind):
-    """A resumed run goes on bit for bit, also between updates and between refreshes."""
-    for saved_at in (1, 2, 3, 4):
-        model, x = net(kind)
-        optimizer = make_optimizer(TwoLevelKFAC, model, coarse_space=space, **SETTINGS)
-        train(optimizer, model, range(saved_at), x)
-        file = io.BytesIO()
-        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
-        file.seek(0)
-        state = torch.load(file, weights_only=True)
-        twin, _ = net(kind)
-        twin.load_state_dict(state["model"])
-        other = make_optimizer(TwoLevelKFAC, twin, coarse_space=space, **SETTINGS)
-        other.load_state_dict(state["optimizer"])
-        for each, copied in ((optimizer, model), (other, twin)):
-            train(each, copied, range(saved_at, 8), x)
-        assert torch.equal(flat(model), flat(twin))
-
-
-def test_state_of_tied_layers_round_trips():
-    for name in ("tied_embedding", "tied_linear", "generic", "self_attention"):
-        case = CASES[name]()
-        first = estimated(case)
-        with Capture(case.model, case.output) as capture:
-            second = curvature_of("two_level", capture)
-        file = io.BytesIO()
-        torch.save(first.state_dict(), file)
-        file.seek(0)
-        second.load_state_dict(torch.load(file, weights_only=True))
-        vector = normal(first.layout.numel)
-        expected = first.matrix().solve(vector, 0.1)
-        assert torch.equal(second.matrix().solve(vector, 0.1), expected)
+    return copy.deepcopy(CASES["mlp"]().model)
 
 
 def test_a_state_of_other_layers_is_refused():
-    model, x = net("mlp")
+    model = net()
     optimizer = make_optimizer(TwoLevelKFAC, model, **SETTINGS)
-    train(optimizer, model, range(1), x)
+    train(optimizer, model, range(1))
     other = TwoLevelKFAC(nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3)).double())
     with pytest.raises(ValueError):
         other.load_state_dict(optimizer.state_dict())
 
 
-@pytest.mark.parametrize("space", SPACES)
-def test_steps_with_nan_are_taken_back(space):
-    (model, x_like), (twin, _) = net("mlp"), net("mlp")
-    optimizer, undisturbed = (
-        make_optimizer(TwoLevelKFAC, m, coarse_space=space, **SETTINGS) for m in (model, twin)
-    )
-    for step in range(5):
-        parameters = flat(model)
-        x, y = normal(4, 3, seed=step), labels(4, 3, step)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            optimizer.zero_grad()
-            functional.cross_entropy(model(x * float("nan")), y).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            functional.cross_entropy(model(x), y).backward()
-            model[2].bias.grad[0] = float("inf")  # Rows are finite here, the gradient is not.
-            optimizer.step()
-        assert torch.equal(flat(model), parameters)
-        train(optimizer, model, range(step, step + 1), x_like)
-        train(undisturbed, twin, range(step, step + 1), x_like)
-        assert torch.equal(flat(model), flat(twin))
-
-
-@pytest.mark.parametrize("space", SPACES)
-@pytest.mark.parametrize("convolution", [False, True])
-def test_training_reduces_the_loss(convolution, space):
-    torch.manual_seed(0)
-    if convolution:
-        first = [nn.Unflatten(1, (1, 8)), nn.Conv1d(1, 4, 3), nn.Tanh(), nn.Flatten()]
-        model = nn.Sequential(*first, nn.Linear(24, 3))
-    else:
-        model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
-    x = torch.randn(64, 8)
-    y = (x @ torch.randn(8, 3)).argmax(1)
-    optimizer = make_optimizer(TwoLevelKFAC, model, coarse_space=space)
-    losses = []
-    for _ in range(60):
-        optimizer.zero_grad()
-        loss = functional.cross_entropy(model(x), y)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
-
-
 @pytest.mark.parametrize("fisher", ["exact", "mc", "empirical", "improved"])
 def test_every_fisher_type_and_uncovered_parameters(fisher):
     """The quadratic form sees the larger of inner product and exact form."""
-    model, x = net("mlp")
+    model = net()
     model[2].bias.requires_grad_(False)
     optimizer = TwoLevelKFAC(model, fisher=fisher)
-    train(optimizer, model, range(3), x)
+    train(optimizer, model, range(3))
     curvature = optimizer.preconditioner.curvature
     layout, coarse = curvature.layout, curvature.matrix().coarse
     direction = layout.to_dict(normal(layout.numel))
@@ -655,37 +350,19 @@ def test_every_fisher_type_and_uncovered_parameters(fisher):
 
 
 def test_measured_learning_rate():
-    model, x = net("mlp")
+    model = net()
     optimizer = make_optimizer(TwoLevelKFAC, model, lr="isotropic", fisher="exact", factors=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        train(optimizer, model, range(3), x)
+        train(optimizer, model, range(3))
     assert bool(torch.isfinite(flat(model)).all())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("space", SPACES)
-def test_lower_precision(space, dtype):
-    case = CASES["mlp"]()
-    model, x = copy.deepcopy(case.model).to(dtype), case.x.to(dtype)
-    y = case.target("categorical")
-    found = fisher_matrix(model, (x, y), structure="two_level", coarse_space=space)
-    vector = normal(found.shape[0]).float()
-    solution = found.solve(vector, 0.1)
-    exact = copy.deepcopy(model).double()
-    reference = fisher_matrix(exact, (x.double(), y), structure="two_level", coarse_space=space)
-    expected = reference.solve(vector.double(), 0.1)
-    assert solution.dtype == torch.float32
-    assert (solution - expected).norm() <= (1e-3 if dtype == torch.float32 else 0.1) * (
-        expected.norm()
-    )
-
-
 def test_training_takes_the_krylov_space_and_the_matrix_all_ones():
-    model, _ = net("mlp")
+    model = net()
     assert TwoLevelKFAC(model).preconditioner.curvature.structure.coarse_space == "krylov"
     assert build(CASES["mlp"](), "categorical", "two_level").coarse.space == "nicolaides"
-    preconditioner = natgrad.Preconditioner(net("mlp")[0], structure="two_level")
+    preconditioner = natgrad.Preconditioner(net(), structure="two_level")
     assert preconditioner.curvature.structure.coarse_space == "krylov"
 
 
@@ -697,7 +374,6 @@ def test_training_takes_the_krylov_space_and_the_matrix_all_ones():
     [
         ({"coarse_space": "fine"}, ValueError),
         ({"form": "deflated"}, ValueError),
-        ({"colour": "red"}, TypeError),
     ],
 )
 def test_bad_options(options, error):

@@ -56,24 +56,6 @@ def assert_map(matrix, rows, other, damping, inverse, tolerance=1e-8):
         assert error < tolerance, (name, float(error))
 
 
-@pytest.fixture(params=list(CASES))
-def case(request) -> Case:
-    return CASES[request.param]()
-
-
-@pytest.mark.parametrize("structure", STRUCTURES)
-def test_damped_map_is_the_dense_one(case, structure):
-    capture, rows = pulled_back(case)
-    with capture:
-        matrix = built(structure, capture, rows)
-        weights = normal(rows.samples, rows.directions, 2, seed=3)
-        damped = matrix.to_dense() + 0.3 * torch.eye(matrix.shape[0], dtype=torch.float64)
-        inverse = torch.linalg.inv(damped)
-        assert_map(matrix, rows, None, 0.3, inverse)
-        assert_map(matrix, rows, rows.combined(weights), 0.3, inverse)
-        assert_map(matrix, rows.combined(weights), rows, 0.3, inverse)
-
-
 @pytest.mark.parametrize("structure", ["full", "block_diagonal", "unit_wise", "kfac"])
 @pytest.mark.parametrize("name", ["mlp", "mlp_without_bias", "tokens", "conv2d", "layer_norm"])
 def test_map_without_damping_is_that_of_the_pseudo_inverse(name, structure):

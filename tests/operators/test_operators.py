@@ -41,22 +41,6 @@ def matrices(
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("samples", [2, 20])
-def test_matrices_add_and_scale(structure, samples):
-    first, second = matrices(structure, samples)
-    combined = 0.5 * (first + second * 3.0)
-    expected = 0.5 * (first.to_dense() + 3.0 * second.to_dense())
-    dense.assert_same(combined.to_dense(), expected)
-    columns = normal(len(expected), 2, seed=3)
-    dense.assert_same(combined @ columns, expected @ columns)
-    dense.assert_same(combined.trace(), expected.trace())
-    dense.assert_same(combined.diagonal(), expected.diagonal())
-    damped = expected + 0.1 * torch.eye(len(expected)).double()
-    dense.assert_same(combined.solve(columns, 0.1), torch.linalg.solve(damped, columns), 1e-8)
-    dense.assert_same(combined.logdet(0.1), torch.logdet(damped), 1e-8)
-
-
-@pytest.mark.parametrize("structure", STRUCTURES)
 def test_inverses_are_factorised_once(structure, monkeypatch):
     options = {"coarse_space": "nicolaides"} if structure == "two_level" else {}
     first, _ = matrices(structure, **options)

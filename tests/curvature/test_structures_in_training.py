@@ -1,0 +1,159 @@
+"""Structures inside an optimizer: checkpoints, looks between steps, faulty steps, loss.
+
+What is common to all is tried out where the state is richest: bases, sums of products, kept rows.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import natgrad
+from tests.cases import CASES, generator, labels, normal
+from tests.methods import make_optimizer
+
+OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "ekfac": (natgrad.EKFAC, {}),
+    "tkfac": (natgrad.TKFAC, {}),
+    "tekfac": (natgrad.TEKFAC, {}),
+    "kpsvd[1]": (natgrad.KPSVD, {}),
+    "kpsvd[2]": (natgrad.KPSVD, {"rank": 2}),
+    "two_level[nicolaides]": (natgrad.TwoLevelKFAC, {"coarse_space": "nicolaides"}),
+    "two_level[spectral]": (natgrad.TwoLevelKFAC, {"coarse_space": "spectral"}),
+    "two_level[residual]": (natgrad.TwoLevelKFAC, {"coarse_space": "residual"}),
+    "two_level[krylov]": (natgrad.TwoLevelKFAC, {"coarse_space": "krylov"}),
+}
+#: Updates and refreshes at different steps, so that a checkpoint falls between them.
+SETTINGS = {"factors": 2, "inverses": 3, "damping": 0.5}
+
+
+def make(name: str, model: nn.Module, **options: Any) -> Any:
+    kind, own = OPTIMIZERS[name]
+    return make_optimizer(kind, model, **own, **options)
+
+
+def network(kind: str) -> nn.Module:
+    torch.manual_seed(1)
+    if kind == "mlp":
+        return copy.deepcopy(CASES["mlp"]().model)
+    if kind == "convolution":
+        layers = [nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(2 * 16, 3)]
+    else:
+        layers = [nn.Embedding(5, 6), nn.LayerNorm(6), nn.Flatten(), nn.Linear(12, 3)]
+    return nn.Sequential(*layers).double()
+
+
+def batch(kind: str, step: int) -> tuple[Tensor, Tensor]:
+    if kind == "embedding":
+        x = torch.randint(0, 5, (4, 2), generator=generator(step))
+    else:
+        x = normal(4, *((3,) if kind == "mlp" else (1, 5, 5)), seed=step)
+    return x, labels(4, 3, step)
+
+
+def train(optimizer: Any, model: nn.Module, steps: range, kind: str = "mlp") -> None:
+    for step in steps:
+        optimizer.zero_grad()
+        x, y = batch(kind, step)
+        functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+
+def flat(model: nn.Module) -> Tensor:
+    return nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+
+
+@pytest.mark.parametrize("fisher", ["exact", "mc"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, "mlp") for name in OPTIMIZERS]
+    + [("two_level[krylov]", "convolution"), ("two_level[spectral]", "embedding")],
+)
+def test_a_resumed_run_goes_on_bit_by_bit(name, kind, fisher):
+    """Also between updates and between refreshes."""
+    for saved_at in (1, 2, 3, 4):
+        model = network(kind)
+        optimizer = make(name, model, fisher=fisher, **SETTINGS)
+        train(optimizer, model, range(saved_at), kind)
+        file = io.BytesIO()
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+        file.seek(0)
+        state = torch.load(file, weights_only=True)
+        twin = network(kind)
+        twin.load_state_dict(state["model"])
+        other = make(name, twin, fisher=fisher, **SETTINGS)
+        other.load_state_dict(state["optimizer"])
+        for each, net in ((optimizer, model), (other, twin)):
+            train(each, net, range(saved_at, 7), kind)
+        assert torch.equal(flat(model), flat(twin))
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_looking_at_the_curvature_between_steps_changes_nothing(name):
+    models = [network("mlp") for _ in range(2)]
+    watched, other = (make(name, model, fisher="exact", **SETTINGS) for model in models)
+    for step in range(7):
+        train(watched, models[0], range(step, step + 1))
+        train(other, models[1], range(step, step + 1))
+        matrix = watched.preconditioner.curvature.matrix()
+        matrix.solve(flat(models[0]), 1.0)
+        matrix.eigenvalues()
+        watched.state_dict()
+    assert torch.equal(flat(models[0]), flat(models[1]))
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_steps_with_nan_are_taken_back(name):
+    models = [network("mlp") for _ in range(2)]
+    optimizer, undisturbed = (make(name, model, fisher="exact", **SETTINGS) for model in models)
+    for step in range(7):
+        parameters = flat(models[0])
+        x, y = batch("mlp", step)
+        optimizer.zero_grad()
+        functional.cross_entropy(models[0](x / (0 if step % 2 else float("nan"))), y).backward()
+        if step == 0:
+            with pytest.warns(UserWarning, match="skipped"):
+                optimizer.step()
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                optimizer.step()
+        assert torch.equal(flat(models[0]), parameters)
+        optimizer.zero_grad()
+        functional.cross_entropy(models[0](x), y).backward()
+        models[0][2].bias.grad[0] = float("inf")  # Rows are finite here, the gradient is not.
+        optimizer.step()
+        assert torch.equal(flat(models[0]), parameters)
+        for each, net in ((optimizer, models[0]), (undisturbed, models[1])):
+            train(each, net, range(step, step + 1))
+        assert torch.equal(flat(models[0]), flat(models[1]))
+
+
+@pytest.mark.parametrize("convolution", [False, True])
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+@pytest.mark.filterwarnings("ignore:the curvature of")
+def test_training_reduces_the_loss(name, convolution):
+    torch.manual_seed(0)
+    if convolution:
+        first = [nn.Unflatten(1, (1, 8)), nn.Conv1d(1, 4, 3), nn.Tanh(), nn.Flatten()]
+        model = nn.Sequential(*first, nn.Linear(24, 3))
+    else:
+        model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
+    x = torch.randn(64, 8)
+    y = (x @ torch.randn(8, 3)).argmax(1)
+    optimizer = make(name, model)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
