@@ -263,6 +263,30 @@ def test_the_target_may_be_told():
     assert_same(F, natgrad.fisher_matrix(model, (x, y), likelihood, "full").to_dense())
 
 
+def test_the_empirical_fisher_matrix_is_that_of_the_sum_of_the_losses():
+    model, (x, y) = Model(tuple_of), data()
+    rows = []
+    for i in range(6):
+        found = losses(model(x[i : i + 1]), {n: v[i : i + 1] for n, v in y.items()})
+        gradients = torch.autograd.grad(sum(found.values()), list(model.parameters()))
+        rows.append(torch.cat([g.flatten() for g in gradients]))
+    rows = torch.stack(rows)
+    likelihood = FORMS["tuple"][1]
+    for told in (False, True):
+        optimizer = natgrad.BlockDiagonalNGD(
+            model, likelihood, fisher="empirical", lr=0.0, kl_clip=None
+        )
+        out = model(x)
+        if told:
+            optimizer.update_fisher(out, tuple(y.values()))
+        sum(losses(out, y).values()).backward()
+        optimizer.step()
+        F = optimizer.preconditioner.curvature.matrix().to_dense()
+        assert_same(F, rows.T @ rows / 6 * (F != 0))
+        optimizer.zero_grad()
+        del optimizer
+
+
 def test_laplace_of_several_heads():
     model, (x, y) = Model(), data()
     posterior = natgrad.Laplace(model, [(x, y)], HEADS, "full", prior_precision=2.0)

@@ -13,6 +13,13 @@ from torch import Tensor
 
 Reduction = Literal["mean", "sum"]
 
+#: What is said of a loss that has nothing to do with the likelihood.
+FOREIGN = (
+    "the gradient of the loss {fault}, so it is no loss of {name!r} (but perhaps a contrastive, an "
+    "adversarial or a residual one), and the Fisher matrix does not belong to it: say what the "
+    "output means by likelihood=..., or train losses made of residuals by ResidualNGD"
+)
+
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _L = TypeVar("_L", bound="Likelihood")
@@ -114,14 +121,37 @@ class Likelihood(ABC):
         # That of all events, less those that are ignored.
         return self.count(output) * (weights.sum() / weights.numel())
 
-    def is_foreign(self, output: Tensor, cotangent: Tensor) -> Tensor | None:
-        """Return whether a gradient cannot be that of this likelihood's loss: a scalar, or None.
+    # -- what follows ------------------------------------------------------------------------------
 
-        None (default) where no gradient tells.
-        """
+    @property
+    def decision(self) -> Any:
+        """What :meth:`seen_with` has decided, for checkpoints; None for nothing."""
         return None
 
-    # -- what follows ------------------------------------------------------------------------------
+    @property
+    def undecided(self) -> bool:
+        """Whether :meth:`seen_with` has still something to decide."""
+        return False
+
+    def decided(self, decision: Any) -> Likelihood:
+        """Return the likelihood with a :attr:`decision` that was made before."""
+        return self
+
+    def seen_with(
+        self, output: Tensor, cotangent: Tensor, target: Any = None
+    ) -> tuple[Likelihood, list[str]]:
+        """Return the likelihood of the user's own loss, as its gradient at the output shows it.
+
+        Args:
+            output: Model output z.
+            cotangent: Gradient of the user's loss with respect to the output.
+            target: Target y if it is known.
+
+        Returns:
+            The likelihood, this one if nothing is left open, and sentences for the user: what is
+            taken for granted, or that no loss of this likelihood has such a gradient.
+        """
+        return self, []
 
     def selection(self, output: Callable[[Any], Any] | None) -> Callable[[Any], Any] | None:
         """Return what picks the outputs this likelihood is about out of a model's, given a wish."""

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from natgrad.likelihoods.base import Reduction, full_precision, positive_ratio
-from natgrad.likelihoods.elementwise import Elementwise, ReduceOutputs, random_like
+from natgrad.likelihoods.elementwise import (
+    Elementwise,
+    ReduceOutputs,
+    plausible_scale,
+    random_like,
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -54,6 +60,24 @@ class Bernoulli(Elementwise):
         scale = positive_ratio(cotangent.abs().sum(), gradient.abs().sum(), usual)
         hard = (cotangent - scale * gradient).abs().sum() <= 0.05 * cotangent.abs().sum()
         return scale, hard
+
+    def _tells_average(self, output: Tensor, cotangent: Tensor, target: Any) -> bool | None:
+        if target is not None:
+            return super()._tells_average(output, cotangent, target)
+        scale, hard = self._hard_scale(output, cotangent, output.new_ones(()))
+        if not bool(hard):
+            return None
+        weights, _ = super().infer_event_weights(output, cotangent)
+        count = float(self.seen_count(output, weights))
+        entries = float(weights.sum()) if weights.dim() == 3 else count * output[0].numel()
+        summed, averaged = float(scale) * count, float(scale) * entries
+        return plausible_scale(averaged, len(output)) < plausible_scale(summed, len(output))
+
+    def _looks_average(self, output: Tensor, cotangent: Tensor) -> bool:
+        """Return whether soft labels of a mean would lie between 0 and 1."""
+        labels = torch.sigmoid(output) - cotangent.to(output.dtype) * output.numel()
+        tolerance = 16 * torch.finfo(cotangent.dtype).eps
+        return bool((labels >= -tolerance).all() & (labels <= 1 + tolerance).all())
 
     def _fitted(self, output: Tensor, cotangent: Tensor) -> Tensor:
         info = torch.finfo(cotangent.dtype)

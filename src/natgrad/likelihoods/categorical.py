@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from natgrad.likelihoods.base import (
+    FOREIGN,
     Likelihood,
     Reduction,
     full_precision,
@@ -231,6 +232,22 @@ class Categorical(Likelihood):
         kept = active | (expected * other <= smallest)
         usual = self._usual_scale(self._seen_count(output, count_weights * kept))
         return weights * kept, torch.where(hard & active.any(), scale, usual)
+
+    @full_precision
+    def seen_with(
+        self, output: Tensor, cotangent: Tensor, target: Any = None
+    ) -> tuple[Likelihood, list[str]]:
+        """Say so if the gradient does not sum to zero over classes; see the base class."""
+        self._check_class_dim(output, cotangent)
+        # What vanishes in float16 is missing in the sum.
+        if cotangent.dtype == torch.float16 or output.shape[self._class_dim(output)] == 1:
+            return self, []
+        events = self.split_events(cotangent.to(output.dtype))
+        tolerance = max(0.01, 2 * torch.finfo(cotangent.dtype).eps)
+        sums = events.sum(-1).abs().sum() > tolerance * events.abs().sum()
+        foreign = sums & ~self._is_normalized(output, self._class_dim(output))
+        fault = "does not sum to zero over the classes"
+        return self, [FOREIGN.format(fault=fault, name=self)] if bool(foreign) else []
 
     # -- layout ------------------------------------------------------------------------------------
 

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import abstractmethod
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
-from natgrad.likelihoods.base import Likelihood, full_precision, positive_ratio, root_floor
+from natgrad.likelihoods.base import (
+    FOREIGN,
+    Likelihood,
+    full_precision,
+    positive_ratio,
+    root_floor,
+)
 
 ReduceOutputs = Literal["sum", "mean"] | None
+
+#: From so many outputs per sample on, their sum and their mean are told apart without a target.
+MANY = 16
 
 
 class Elementwise(Likelihood):
@@ -35,6 +45,77 @@ class Elementwise(Likelihood):
     def averaging(self) -> Elementwise:
         """Return the likelihood of torch's own loss that averages over outputs."""
         return dataclasses.replace(cast(Any, self), reduce_outputs="mean")
+
+    @property
+    def decision(self) -> Any:
+        """What the losses of a sample's outputs are reduced to: "sum", "mean" or None."""
+        return self.reduce_outputs
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the loss may average over outputs."""
+        return self.reduce_outputs is None and self.reduction == "mean"
+
+    def decided(self, decision: Any) -> Likelihood:
+        """Return the likelihood with a reduction over outputs, if it has none of its own."""
+        if self.reduce_outputs is not None or decision is None:
+            return self
+        return self.averaging() if decision == "mean" else self._summing()
+
+    def _summing(self) -> Elementwise:
+        return dataclasses.replace(cast(Any, self), reduce_outputs="sum")
+
+    @full_precision
+    def seen_with(
+        self, output: Tensor, cotangent: Tensor, target: Any = None
+    ) -> tuple[Likelihood, list[str]]:
+        """Decide between the sum and the mean over outputs; see the base class.
+
+        With a target, hard labels or counts the gradient tells. Else it is held against what is to
+        be expected of a model that is not trained yet, and the sentence says so.
+        """
+        said = []
+        if self._is_foreign(output, cotangent):
+            said.append(FOREIGN.format(fault="is the same at every output", name=self))
+        told = cotangent.any() & cotangent.isfinite().all()
+        if not self.undecided or not bool(told):
+            return self, said
+        size, summing = output[0].numel(), self._summing()
+        if size == 1:
+            return summing, said
+        averages = summing._tells_average(output, cotangent, target)
+        if averages is None:
+            averages = not said and size >= MANY and summing._looks_average(output, cotangent)
+            if averages:
+                found = self.averaging()
+                said.append(
+                    f"the gradient of the loss looks like that of a mean over the {size} outputs "
+                    f"of a sample, as torch's losses take it, so the Fisher matrix is that of "
+                    f"{found!r}; if the loss sums over outputs, pass {summing!r}"
+                )
+        return self.averaging() if averages else summing, said
+
+    def _is_foreign(self, output: Tensor, cotangent: Tensor) -> bool:
+        """Return whether a gradient is one number where that of any target would differ."""
+        if output.numel() < 4:
+            return False
+        largest = cotangent.abs().max()
+        constant = cotangent.max() - cotangent.min() <= 1e-6 * largest
+        base = self._gradient(output, torch.zeros_like(output))
+        varies = base.max() - base.min() > 1e-3 * base.abs().max()
+        return bool(constant & varies & (largest > 0))
+
+    def _tells_average(self, output: Tensor, cotangent: Tensor, target: Any) -> bool | None:
+        """Return whether a gradient is certainly that of a mean over outputs; None if unclear."""
+        if target is None:
+            return None
+        weights, scale = self.infer_event_weights(output, cotangent, target)
+        count = float(self.seen_count(output, weights, target))
+        return count > 0 and float(scale) * count * output[0].numel() ** 0.5 < 1
+
+    def _looks_average(self, output: Tensor, cotangent: Tensor) -> bool:
+        """Return whether a mean over outputs is the better explanation of a gradient."""
+        return False
 
     @abstractmethod
     def _nll(self, output: Tensor, target: Tensor) -> Tensor:
@@ -224,6 +305,26 @@ def _smallest(weights: Tensor) -> Tensor:
     first = weights[:, :1]
     alike = (weights - first).abs().max() <= 1e-6 * first.abs().max() if len(weights) else True
     return first if bool(alike) else weights.unsqueeze(1)
+
+
+def plausible_scale(scale: float, samples: int) -> float:
+    """Return how far-fetched a factor of a loss is: 0 for none, more the less usual it is.
+
+    Usual are sums over samples, a k-th of accumulated batches, and powers of two near 65536, with
+    which mixed precision begins.
+    """
+    if not scale > 0:
+        return math.inf
+    power, inverse = math.log2(scale), 1 / scale
+    if abs(scale - 1) < 0.01:
+        return 0.0
+    if abs(scale / samples - 1) < 0.01:
+        return 0.5
+    if scale < 1 and abs(inverse - round(inverse)) < 0.01 * inverse:
+        return 1 - power / 8
+    if 1 <= power <= 24 and abs(power - round(power)) < 0.01:
+        return 1 + abs(power - 16) / 8
+    return 4.0
 
 
 def random_like(

@@ -43,6 +43,24 @@ class Gaussian(Elementwise):
         variance = 0.5 if self.variance == 1 else self.variance
         return dataclasses.replace(self, variance=variance, reduce_outputs="mean")
 
+    def _looks_average(self, output: Tensor, cotangent: Tensor) -> bool:
+        """Return whether the gradient is too small for the sum of an untrained model's errors.
+
+        Its outputs have as yet nothing to do with the targets, so N times the gradient of a sum
+        grows with the output at a rate of about 1, and is about as large as outputs and targets
+        are; that of a mean is C/2 times smaller. Both must speak for the mean.
+        """
+        # Half precision goes with scaled losses, at first by 2^16.
+        factor = 2.0**-16 if cotangent.dtype == torch.float16 else 1.0
+        residual = cotangent.to(output.dtype).flatten(1) * (len(output) * self.variance * factor)
+        z = output.flatten(1)
+        centered = z - z.mean(0)
+        slope = (residual * centered).sum() / centered.square().sum()
+        extent = z.square().mean().sqrt().clamp_min(0.5)
+        between = output[0].numel() ** -0.5
+        small = residual.square().mean().sqrt() < between * extent
+        return bool(small & ~(slope.abs() >= between))  # There is no slope if z is constant.
+
     @full_precision
     def root_vectors(self, output: Tensor, target: Tensor | None = None) -> Tensor:
         """Return the scaled unit vectors, a view without a copy per sample; see the base."""

@@ -47,6 +47,23 @@ class Heads(Likelihood):
     def __hash__(self) -> int:
         return hash(tuple(self.heads.items()))
 
+    @property
+    def decision(self) -> Any:
+        """The decisions of the heads, in their order."""
+        return [one.decision for one in self.heads.values()]
+
+    @property
+    def undecided(self) -> bool:
+        """Whether any head is."""
+        return any(one.undecided for one in self.heads.values())
+
+    def decided(self, decision: Any) -> Likelihood:
+        """Return the heads with decisions that were made before."""
+        if decision is None:
+            return self
+        pairs = zip(self.heads.items(), decision, strict=True)
+        return Heads({key: one.decided(made) for (key, one), made in pairs})
+
     def selection(self, output: Callable[[Any], Any] | None) -> Selection:
         """Return what picks the heads out of a model's output; see the base."""
         return Selection(tuple(self.heads), output)
@@ -146,11 +163,16 @@ class JoinedHeads(Likelihood):
         joined = torch.cat(weights, 1).unsqueeze(1)
         return joined, joined.new_tensor(1 / max(1, len(output)))
 
-    def is_foreign(self, output: Tensor, cotangent: Tensor) -> Tensor | None:
-        """Return whether a head's gradient cannot be that of its likelihood."""
-        each = zip(self.parts, self.pieces(output), self.pieces(cotangent), strict=True)
-        found = [one for part, z, c in each if (one := part.is_foreign(z, c)) is not None]
-        return torch.stack(found).any() if found else None
+    def seen_with(
+        self, output: Tensor, cotangent: Tensor, target: Any = None
+    ) -> tuple[Likelihood, list[str]]:
+        """Return the heads as their own gradients show them; see the base."""
+        found, said = {}, []
+        each = zip(self.keys, self._each(output, target), self.pieces(cotangent), strict=True)
+        for key, (part, z, y), c in each:
+            found[key], own = part.seen_with(z, c, y)
+            said += [f"head {key!r}: {sentence}" for sentence in own]
+        return Heads(found), said
 
     def _share(self, part: Likelihood, z: Tensor, weights: Tensor, count: Tensor) -> Tensor:
         factor = torch.where(count > 0, len(z) / count, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,25 @@ class Poisson(Elementwise):
 
     reduce_outputs: ReduceOutputs = None
     reduction: Reduction = "mean"
+
+    def _tells_average(self, output: Tensor, cotangent: Tensor, target: Any) -> bool | None:
+        """Return by which factor the gradient is that of counts."""
+        if target is not None:
+            return super()._tells_average(output, cotangent, target)
+        rate, tolerance = output.exp(), 64 * torch.finfo(cotangent.dtype).eps
+        found = []
+        for factor in (output.numel(), len(output)):
+            counts = rate - cotangent.to(output.dtype) * factor
+            error = (counts - counts.round().clamp_min(0)).abs()
+            found.append(bool((error <= tolerance * factor * (1 + rate)).all()))
+        averages, sums = found
+        return averages if averages != sums else None
+
+    def _looks_average(self, output: Tensor, cotangent: Tensor) -> bool:
+        """Return whether targets of a mean would not be negative."""
+        rate = output.exp()
+        targets = rate - cotangent.to(output.dtype) * output.numel()
+        return bool((targets >= -16 * torch.finfo(cotangent.dtype).eps * (1 + rate)).all())
 
     def _nll(self, output: Tensor, target: Tensor) -> Tensor:
         return output.exp() - target * output

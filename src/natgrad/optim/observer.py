@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from natgrad import linalg
 from natgrad.capture import Capture, ForwardPass
 from natgrad.capture.hooks import pulling_back
-from natgrad.capture.model_output import Selection, side_by_side
+from natgrad.capture.model_output import Selection
 from natgrad.fisher import FisherType, RowReceiver, update_from_output
 from natgrad.likelihoods import Likelihood
 from natgrad.optim.options import Refresh
@@ -87,6 +88,8 @@ class Observer:
         seed: int,
     ) -> None:
         self.capture, self.likelihood, self.fisher = capture, likelihood, fisher
+        #: The likelihood as it was given, before any loss was seen.
+        self.given = likelihood
         self.refresh, self.curvature = refresh, curvature
         self.generator = torch.Generator(capture.layout.device).manual_seed(seed)
         self.steps = 0
@@ -98,6 +101,9 @@ class Observer:
         self.batch_fisher: BatchFisher | None = None
         self.seen: list[SeenPass] = []
         self.failures: list[Tensor] = []
+        #: Whether the likelihood has been held against the gradient of the loss.
+        self.compared = False
+        self._said: set[str] = set()
         #: Called before anything of a step changes.
         self.before_change: Callable[[], None] = lambda: None
         capture.on_forward = self._on_forward
@@ -165,6 +171,9 @@ class Observer:
         output, target = recorded.output.detach(), recorded.target
         likelihood = self.likelihood.of_shapes(recorded.heads)
         with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+            if cotangent is not None and (not self.compared or self.likelihood.undecided):
+                self._compare(likelihood, output, cotangent, target)
+                likelihood = self.likelihood.of_shapes(recorded.heads)
             if cotangent is None:
                 weights = likelihood.event_weights(output, target)
                 scale, count = weights.new_ones(()), likelihood.count(output, target)
@@ -173,6 +182,17 @@ class Observer:
                 count = likelihood.seen_count(output, weights, target)
             empty, silent = torch.stack([count == 0, (weights == 0).any()]).tolist()
         return SeenPass(recorded, weights, count, scale, empty, silent)
+
+    def _compare(
+        self, likelihood: Likelihood, output: Tensor, cotangent: Tensor, target: Any
+    ) -> None:
+        """Hold the likelihood against the gradient of the loss."""
+        self.likelihood, sentences = likelihood.seen_with(output, cotangent, target)
+        self.compared = self.compared or bool(cotangent.any())
+        for sentence in sentences:
+            if sentence not in self._said:
+                self._said.add(sentence)
+                warnings.warn(f"natgrad: {sentence}", stacklevel=2)
 
     def _take_rows(self, one: SeenPass) -> None:
         """Pull the Fisher's vectors back through a pass, if this step wants them."""
@@ -263,10 +283,8 @@ class Observer:
         """
         if not self.rows_due or self.capture.on_forward is None:
             return
-        parts = [output]
-        if isinstance(self.capture.select, Selection):
-            heads = self.capture.select(output)
-            output, parts = side_by_side(heads), list(heads.values())
+        if isinstance(self.capture.select, Selection) and self.capture.passes:
+            output = self.capture.passes[-1].output  # The heads were made of it.
         found = self.capture.find_pass(output)
         found.output, found.target = output, target
         if self.fisher.from_user_gradients:
@@ -276,11 +294,9 @@ class Observer:
             # Without the scaling of mixed precision small gradients of float16 vanish.
             if loss is not None and loss.requires_grad and output.dtype != torch.float16:
                 with pulling_back():
-                    found_parts = torch.autograd.grad(
-                        loss, parts, retain_graph=True, materialize_grads=True
+                    (cotangent,) = torch.autograd.grad(
+                        loss, output, retain_graph=True, allow_unused=True
                     )
-                cotangent = side_by_side(dict(enumerate(found_parts)))
-                cotangent = cotangent.view_as(output)
             self._take_rows(self._see(found, cotangent))
 
     def _see_later(self, recorded: ForwardPass) -> Callable[[Tensor], None]:

@@ -419,6 +419,7 @@ class Preconditioner(CopiedByState):
             "steps": self.observer.steps,
             "warmup": self.observer.warmup,
             "generator": self.observer.generator.get_state(),
+            "likelihood": self.observer.likelihood.decision,
             "curvature": self.curvature.state_dict(),
         }
 
@@ -444,11 +445,12 @@ class Preconditioner(CopiedByState):
                 f"the checkpoint holds structure {state['structure']!r}, but this one is {own!r}"
             )
         estimates, observer = self.curvature.restored(state["curvature"]), self.observer
+        likelihood = observer.given.decided(state.get("likelihood"))
         steps, warmup, random = state["steps"], state["warmup"], state["generator"].cpu()
 
         def restore() -> None:
             self.curvature.estimates = estimates
-            observer.steps, observer.warmup = steps, warmup
+            observer.steps, observer.warmup, observer.likelihood = steps, warmup, likelihood
             # Generators of other kinds of devices have states of another size, and other numbers.
             if random.shape == observer.generator.get_state().shape:
                 observer.generator.set_state(random)

@@ -1,0 +1,264 @@
+"""Whether a loss adds or averages over outputs, and whether it is one at all, is seen."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import natgrad
+from natgrad.likelihoods import Bernoulli, Gaussian, Poisson
+from tests.cases import generator, normal
+from tests.likelihoods.test_torch_losses import assert_same, loss_hessian, seen_by_optimizer
+
+SCALES = [1 / 2, 1 / 3, 1 / 8, 65536.0, 1024.0]
+
+
+def labels(name: str, n: int, size: int) -> Tensor:
+    y = normal(n, size, seed=1)
+    return {
+        "gaussian": y,
+        "bernoulli": (y > 0).double(),
+        "poisson": (1.5 + y).square().round(),
+        "soft": torch.sigmoid(3 * y),
+        "rates": (1.5 + y).square(),
+    }[name]
+
+
+MEANS = {
+    "gaussian": functional.mse_loss,
+    "bernoulli": functional.binary_cross_entropy_with_logits,
+    "poisson": functional.poisson_nll_loss,
+    "soft": functional.binary_cross_entropy_with_logits,
+    "rates": functional.poisson_nll_loss,
+}
+MODULES = {
+    "gaussian": nn.MSELoss(),
+    "bernoulli": nn.BCEWithLogitsLoss(),
+    "poisson": nn.PoissonNLLLoss(),
+}
+LIKELIHOODS = {"soft": "bernoulli", "rates": "poisson"}
+
+
+def loss_of(name: str, x: Tensor, y: Tensor, averages: bool, factor: float = 1.0):
+    """A loss of torch, or its sum over outputs (for squares half of it, as in the likelihood)."""
+
+    def loss(f):
+        z = f(x)
+        if averages:
+            return factor * MEANS[name](z, y)
+        total = MEANS[name](z, y, reduction="sum") / len(z)
+        return factor * (total / 2 if name == "gaussian" else total)
+
+    return loss
+
+
+def network(size: int) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(6, size).double()
+
+
+@pytest.mark.parametrize("factor", SCALES)
+@pytest.mark.parametrize("averages", [False, True])
+@pytest.mark.parametrize("size", [7, 10])  # A third of the sum over 3 is their mean.
+def test_hard_labels_tell_the_scale_of_scaled_losses(size, averages, factor):
+    check_told("bernoulli", size, averages, factor)
+
+
+@pytest.mark.parametrize("averages", [False, True])
+@pytest.mark.parametrize("size", [2, 3, 20])
+@pytest.mark.parametrize("name", ["bernoulli", "poisson"])
+def test_labels_and_counts_tell_the_scale(name, size, averages):
+    check_told(name, size, averages, 1.0)
+
+
+def check_told(name: str, size: int, averages: bool, factor: float) -> None:
+    model, x, y = network(size), normal(24, 6), labels(name, 24, size)
+    expected = loss_hessian(model, loss_of(name, x, y, averages))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fisher = seen_by_optimizer(model, name, loss_of(name, x, y, averages, factor))
+    assert_same(fisher, expected)
+
+
+@pytest.mark.parametrize("averages", [False, True])
+@pytest.mark.parametrize("size", [2, 24])
+@pytest.mark.parametrize("name", ["gaussian", "soft", "rates"])
+def test_a_told_target_tells_the_scale(name, size, averages):
+    model, x, y = network(size), normal(24, 6), labels(name, 24, size)
+    loss = loss_of(name, x, y, averages)
+    expected = loss_hessian(model, loss)
+    optimizer = natgrad.ExactNGD(model, LIKELIHOODS.get(name, name), lr=0.0, kl_clip=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.loss(lambda z, y: loss(lambda x: z), model(x), y).backward()
+    optimizer.step()
+    assert_same(optimizer.preconditioner.curvature.matrix().to_dense(), expected)
+
+
+@pytest.mark.parametrize("size", [20, 64])
+@pytest.mark.parametrize("name", ["gaussian", "soft", "rates"])
+def test_a_mean_over_outputs_is_taken_for_one_and_said(name, size):
+    model, x, y = network(size), normal(24, 6), labels(name, 24, size)
+    expected = loss_hessian(model, loss_of(name, x, y, True))
+    with pytest.warns(UserWarning, match=f"mean over the {size} outputs"):
+        fisher = seen_by_optimizer(model, LIKELIHOODS.get(name, name), loss_of(name, x, y, True))
+    assert_same(fisher, expected)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("size", [1, 4, 20, 300])
+@pytest.mark.parametrize("name", ["gaussian", "bernoulli", "poisson", "soft", "rates"])
+def test_a_sum_over_outputs_stays_one_without_a_word(name, size, seed):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, size)).double()
+    x, y = normal(24, 6, seed=seed), labels(name, 24, size)
+    optimizer = natgrad.KFAC(model, LIKELIHOODS.get(name, name))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss_of(name, x, y, False)(model).backward()
+    if size > 1:
+        assert optimizer.preconditioner.observer.likelihood.reduce_outputs == "sum"
+
+
+@pytest.mark.parametrize("size", [32, 64, 576])
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_autoencoders(size, depth, seed):
+    torch.manual_seed(seed)
+    layers = [m for _ in range(depth) for m in (nn.Linear(size, size), nn.ReLU())]
+    model = nn.Sequential(*layers, nn.Linear(size, size))
+    x = torch.rand(64, size, generator=generator(seed))
+    decided = {}
+    for averages in (False, True):
+        optimizer = natgrad.KFAC(model, "gaussian")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loss_of("gaussian", x, x, averages)(model).backward()
+        decided[averages] = optimizer.preconditioner.observer.likelihood.reduce_outputs
+        del optimizer
+    assert decided == {False: "sum", True: "mean"}
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_an_explicit_likelihood_is_left_alone(name):
+    model, x, y = network(32), normal(24, 6), labels(name, 24, 32)
+    for averages in (False, True):
+        loss = loss_of(name, x, y, averages)
+        for likelihood in (
+            MODULES[name],
+            {"gaussian": Gaussian, "bernoulli": Bernoulli, "poisson": Poisson}[name](
+                reduce_outputs="sum"
+            ),
+        ):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                fisher = seen_by_optimizer(model, likelihood, loss)
+            expected = natgrad.fisher_matrix(model, (x, None), likelihood, "full").to_dense()
+            assert_same(fisher, expected)
+
+
+def test_masks_do_not_hide_it():
+    model, x, y = network(12), normal(24, 6), labels("bernoulli", 24, 12)
+    mask = torch.rand(24, 12, generator=generator(0)) < 0.5
+
+    def loss(f):
+        values = MEANS["bernoulli"](f(x), y, reduction="none")
+        return (values * mask).sum() / mask.sum()
+
+    assert_same(seen_by_optimizer(model, "bernoulli", loss), loss_hessian(model, loss))
+
+
+def test_what_was_seen_is_saved():
+    model, x, y = network(64), normal(24, 6), labels("gaussian", 24, 64)
+    optimizer = natgrad.KFAC(model, "gaussian")
+    with pytest.warns(UserWarning, match="mean over the 64"):
+        loss_of("gaussian", x, y, True)(model).backward()
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    other = natgrad.KFAC(copy.deepcopy(model), "gaussian")
+    other.load_state_dict(state)
+    assert other.preconditioner.observer.likelihood == Gaussian(0.5, "mean")
+
+
+# -- losses that are none of the likelihood ------------------------------------------------------
+
+
+def contrastive(z: Tensor) -> Tensor:
+    same = torch.arange(len(z))
+    return functional.cross_entropy(z, same) + functional.cross_entropy(z.T, same)
+
+
+FOREIGN = {
+    "contrastive": ("categorical", 8, contrastive),
+    "squares of logits": ("categorical", 4, lambda z: z.square().mean()),
+    "critic": ("gaussian", 1, lambda z: -z.mean()),
+    "two critics": ("bernoulli", 3, lambda z: z.mean()),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_a_loss_that_is_no_likelihood_is_named_once(case):
+    likelihood, size, loss = FOREIGN[case]
+    model, x = network(size), normal(8, 6)
+    optimizer = natgrad.KFAC(model, likelihood)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss(model(x)).backward()
+            optimizer.step()
+    (sentence,) = [str(one.message) for one in said if "no loss of" in str(one.message)]
+    assert "ResidualNGD" in sentence and "likelihood=" in sentence
+
+
+CROSS_ENTROPIES = {
+    "plain": {},
+    "smoothed": {"label_smoothing": 0.1},
+    "weighted": {"weight": torch.tensor([0.1, 1.0, 3.0, 10.0], dtype=torch.float64)},
+    "summed": {"reduction": "sum"},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", CROSS_ENTROPIES)
+def test_cross_entropies_are_not(options, dtype):
+    options = {
+        k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in CROSS_ENTROPIES[options].items()
+    }
+    model, x = network(4).to(dtype), normal(64, 6).to(dtype)
+    y = torch.randint(0, 4, (64,), generator=generator(1))
+    y[::5] = -100
+    optimizer = natgrad.KFAC(model, nn.CrossEntropyLoss(**options))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        functional.cross_entropy(model(x), y, **options).backward()
+        optimizer.step()
+
+
+def test_each_head_is_seen():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 64).double(), nn.Linear(6, 3).double()
+
+        def forward(self, x):
+            return self.a(x), self.b(x)
+
+    torch.manual_seed(0)
+    model, x, y = Two(), normal(24, 6), labels("gaussian", 24, 64)
+    optimizer = natgrad.KFAC(model, {0: "gaussian", 1: "categorical"})
+    target = torch.randint(0, 3, (24,), generator=generator(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        functional.cross_entropy(model(x)[1], target).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    with pytest.warns(UserWarning, match=r"head 0: .*mean over the 64"):
+        functional.mse_loss(model(x)[0], y).backward()
+    optimizer.step()
+    assert optimizer.preconditioner.observer.likelihood.heads[0] == Gaussian(0.5, "mean")
