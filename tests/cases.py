@@ -589,8 +589,8 @@ class LastOutput(nn.Module):
 @case
 def lstm() -> Case:
     model = nn.Sequential(nn.LSTM(2, 2, batch_first=True), LastOutput(), nn.Linear(2, 3)).eval()
-    names = ("0.weight_ih_l0", "0.weight_hh_l0", "0.bias_ih_l0", "0.bias_hh_l0")
-    return Case(model, normal(3, 3, 2), (whole(*names, layer="0"), rows("2")))
+    maps = (rows("0", f"weight_{part}_l0", f"bias_{part}_l0") for part in ("ih", "hh"))
+    return Case(model, normal(3, 3, 2), (*maps, rows("2")), has_kfac=False)
 
 
 @case

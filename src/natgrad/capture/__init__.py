@@ -1,6 +1,13 @@
 """Watching a model: hooks that record what layer Jacobians are made of."""
 
-from natgrad.capture import attention, convolution, embedding, linear, normalization  # noqa: F401
+from natgrad.capture import (  # noqa: F401
+    attention,
+    convolution,
+    embedding,
+    linear,
+    normalization,
+    recurrent,
+)
 from natgrad.capture.blocks import Block
 from natgrad.capture.capture import Capture, ForwardPass
 from natgrad.capture.kinds import LayerCall, LayerKind, register_kind, register_layer
