@@ -752,7 +752,7 @@ def test_a_step_with_nan_is_skipped_and_changes_nothing(structure, kind, poison)
             with pytest.warns(UserWarning, match="skipped"):
                 bad_step(optimizer, model, x, y, poison)
             assert torch.equal(flat(model.parameters()), parameters)
-            assert same(copy.deepcopy(optimizer.state_dict()), before)
+            assert same(optimizer.state_dict(), before)
         train(optimizer, [lambda: functional.cross_entropy(model(x), y)])  # noqa: B023
         train(undisturbed, [lambda: functional.cross_entropy(twin(x), y)])  # noqa: B023
         assert torch.equal(flat(model.parameters()), flat(twin.parameters()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import nn
@@ -49,14 +50,24 @@ class Block:
     uses: tuple[Use, ...]
 
 
-def find_blocks(model: nn.Module) -> tuple[dict[str, Block], dict[str, str]]:
+def find_blocks(
+    model: nn.Module, excluded: Collection[str] = ()
+) -> tuple[dict[str, Block], dict[str, str]]:
     """Group a model's trainable parameters into blocks.
+
+    Args:
+        model: The model.
+        excluded: Names of parameters to leave out.
 
     Returns:
         Block name → block, and parameter name → why no block covers it.
     """
     # A parameter without entries has nothing to train: it is in no block, and not missing.
-    names = {p: n for n, p in model.named_parameters() if p.requires_grad and p.numel()}
+    names = {
+        p: n
+        for n, p in model.named_parameters()
+        if p.requires_grad and p.numel() and n not in excluded
+    }
     uses: dict[nn.Parameter, list[tuple[str, nn.Module, LayerKind, str]]] = {}
     groups: list[tuple[str, nn.Module, LayerKind, tuple[str, ...]]] = []
     uncovered: dict[str, str] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -25,6 +25,7 @@ from natgrad.capture.hooks import (
 )
 from natgrad.capture.kinds import BlockRecord, CallGradients, LayerCall, LayerKind, find_kind
 from natgrad.capture.model_output import (
+    check_watched,
     select_output,
     separated,
     side_by_side,
@@ -91,6 +92,7 @@ class Capture:
         output: Function that picks the tensor the likelihood looks at out of the model's output,
             e.g. ``lambda out: out.logits``. By default the output itself, its ``logits``, or its
             first tensor.
+        excluded: Names of parameters that get no rows.
 
     Attributes:
         blocks: Block name → :class:`Block`, in the order of ``model.named_modules()``.
@@ -105,10 +107,15 @@ class Capture:
         ...     jacobians = capture.pull_back(out, vectors)
     """
 
-    def __init__(self, model: nn.Module, output: Callable[[Any], Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        output: Callable[[Any], Tensor] | None = None,
+        *,
+        excluded: Collection[str] = (),
+    ) -> None:
         self.model = unwrap(model)
-        self.select = output
-        self.layout = ParameterLayout.of(self.model)
+        self.select, self.excluded = output, frozenset(excluded)
         self.recording = True
         self.passes: list[ForwardPass] = []
         #: Called at the start of every forward pass of the root module.
@@ -122,11 +129,44 @@ class Capture:
         self._modes: list[RecordProjections] = []
         self._warned: set[str] = set()
         self._shared: dict[nn.Module, bool] = {}  # As found for calls whose shape does not tell.
-        self.blocks, self.uncovered = find_blocks(self.model)
         self._handles: list[Any] = []
-        self._install()
+        self._find()
 
     # Life cycle.
+
+    def _find(self) -> None:
+        """Find the blocks of the model as it is now, and watch their layers."""
+        self.layout = ParameterLayout.of(self.model)
+        self.blocks, self.uncovered = find_blocks(self.model, self.excluded)
+        self._present = self._signature()
+        self._install()
+
+    def _signature(self) -> list[tuple[str, int, bool]]:
+        """Return what tells whether other parameters are to be captured, or by other modules."""
+        return [
+            (name, id(module), p.requires_grad)
+            for name, module in self.model.named_modules(remove_duplicate=False)
+            for p in module.parameters(recurse=False)
+        ] + [(n, id(p), n in self.excluded) for n, p in self.model.named_parameters()]
+
+    def rescan(self, excluded: Collection[str] | None = None) -> bool:
+        """Find blocks anew if parameters were frozen, unfrozen, added, replaced or excluded.
+
+        Recorded passes are forgotten then.
+
+        Args:
+            excluded: Names of parameters that get no rows from now on; as before by default.
+
+        Returns:
+            Whether anything changed.
+        """
+        if excluded is not None:
+            self.excluded = frozenset(excluded)
+        if self._signature() == self._present:
+            return False
+        self.remove()
+        self._find()
+        return True
 
     def _install(self) -> None:
         modules: dict[nn.Module, LayerKind] = {}
@@ -540,6 +580,7 @@ def _after_model(capture: Capture, module: nn.Module, args: Any, output: Any) ->
             copies = separated(selected, heads)
             old = [id(one) for one in heads.values()]
             replaced = substituted(output, dict(zip(old, copies, strict=True)))
+            check_watched(capture.select, replaced, copies)
     if selected is None or not selected.requires_grad:
         if current in capture.passes:
             capture.passes.remove(current)

@@ -82,6 +82,8 @@ class Curvature:
         self.structure, self.layout, self.blocks = structure, layout, dict(blocks)
         self.parts: dict[str, Part] = structure.parts(blocks, layout)
         self.estimates: dict[str, Estimate] = {name: Estimate() for name in self.parts}
+        #: What is known of parts that the model had and may have again, as of layers frozen now.
+        self.resting: dict[str, dict[str, Any]] = {}
         self.reduce: Callable[[str, Statistics], Statistics] = lambda name, batch: batch
         self._warned: set[str] = set()
 
@@ -89,6 +91,31 @@ class Curvature:
     def additive(self) -> bool:
         """Whether rows may come in chunks."""
         return self.structure.additive
+
+    def follow(self, blocks: Mapping[str, BlockLayout], layout: ParameterLayout) -> set[str]:
+        """Go on with other blocks, as where layers were frozen, unfrozen or replaced.
+
+        What is known of blocks that stay, or that were there before, stays.
+
+        Returns:
+            Names of the parts that stay.
+
+        Raises:
+            ValueError: If there are no blocks.
+        """
+        old, held = self.parts, self.estimates
+        fresh = Curvature(self.structure, blocks, layout)
+        staying = {n for n, p in fresh.parts.items() if n in old and old[n].blocks == p.blocks}
+        fresh.estimates.update({name: held[name] for name in staying})
+        if self.additive:  # Rows of one batch are nothing to come back to.
+            gone = old.keys() - staying - {self.structure.companion}
+            self.resting.update({name: _packed(old[name], held[name]) for name in gone})
+        for name, part in fresh.parts.items():
+            if name in self.resting and self.resting[name]["sizes"] == _sizes(part):
+                fresh.estimates[name] = self._restored(part, self.resting.pop(name))
+        self.layout, self.blocks = layout, fresh.blocks
+        self.parts, self.estimates = fresh.parts, fresh.estimates
+        return staying
 
     # Rows to statistics.
 
@@ -354,24 +381,7 @@ class Curvature:
 
     def state_dict(self) -> dict[str, Any]:
         """Return part name → averages and inverses, as tensors and plain values."""
-        result: dict[str, Any] = {}
-        for name, present in self.estimates.items():
-            average = None if present.average is None else present.average.for_checkpoint()
-            inverse = None if present.inverse is None else present.inverse.for_checkpoint()
-            result[name] = {
-                "average": None if average is None else average.state_dict(),
-                "inverse": None if inverse is None else inverse.state_dict(),
-                "damping": present.damping,
-                "draws": present.draws,
-                "sizes": self._sizes(name),
-            }
-        return result
-
-    def _sizes(self, name: str) -> dict[str, list[int]]:
-        """Return parameter name → shape of a part."""
-        blocks = self.parts[name].blocks.values()
-        shapes = [pair for b in blocks for pair in zip(b.names, b.shapes, strict=True)]
-        return {name: list(shape) for name, shape in shapes}
+        return {name: _packed(self.parts[name], one) for name, one in self.estimates.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned; see :meth:`restored`."""
@@ -390,21 +400,45 @@ class Curvature:
             raise ValueError(
                 f"the checkpoint's curvature has other layers than the model: {differing}"
             )
-        device, restored = self.layout.device, {}
-        for name, entry in state.items():
-            part, own = self.parts[name], self._sizes(name)
-            if entry.get("sizes", own) != own:
-                raise ValueError(
-                    f"the checkpoint's curvature of {name!r} is of parameters {entry['sizes']}, "
-                    f"and this model's are {own}"
-                )
-            layout = self.structure.vector_layout(part)
-            average, inverse = (
-                None
-                if entry[key] is None
-                else self.structure.cast(part, Record.from_state(entry[key], device, layout))
-                for key in ("average", "inverse")
+        return {name: self._restored(self.parts[name], entry) for name, entry in state.items()}
+
+    def _restored(self, part: Part, entry: Mapping[str, Any]) -> Estimate:
+        own = _sizes(part)
+        if entry.get("sizes", own) != own:
+            raise ValueError(
+                f"the checkpoint's curvature of {part.name!r} is of parameters {entry['sizes']}, "
+                f"and this model's are {own}"
             )
-            self.structure.check_restored(part, average)
-            restored[name] = Estimate(average, None, inverse, entry["damping"], entry["draws"])
-        return restored
+        device, layout = self.layout.device, self.structure.vector_layout(part)
+        average, inverse = (
+            None
+            if entry[key] is None
+            else self.structure.cast(part, Record.from_state(entry[key], device, layout))
+            for key in ("average", "inverse")
+        )
+        self.structure.check_restored(part, average)
+        return Estimate(average, None, inverse, entry["damping"], entry["draws"])
+
+
+def _packed(part: Part, estimate: Estimate) -> dict[str, Any]:
+    """Return what is known of a part as tensors and plain values."""
+    average, inverse = (
+        None if one is None else one.for_checkpoint()
+        for one in (estimate.average, estimate.inverse)
+    )
+    return {
+        "average": None if average is None else average.state_dict(),
+        "inverse": None if inverse is None else inverse.state_dict(),
+        "damping": estimate.damping,
+        "draws": estimate.draws,
+        "sizes": _sizes(part),
+    }
+
+
+def _sizes(part: Part) -> dict[str, list[int]]:
+    """Return parameter name → shape of a part."""
+    return {
+        name: list(shape)
+        for block in part.blocks.values()
+        for name, shape in zip(block.names, block.shapes, strict=True)
+    }

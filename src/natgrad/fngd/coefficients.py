@@ -30,7 +30,7 @@ from natgrad.operators import GradientSource
 from natgrad.operators.rows import RowsOperator, split_gradient, transposed_times
 from natgrad.optim.preconditioner import Preconditioner
 from natgrad.records import Record
-from natgrad.replicas import average_over_replicas
+from natgrad.replicas import Replicas
 from natgrad.statistics.rows import Pieces, RowStatistics
 
 __all__ = [
@@ -220,18 +220,25 @@ class CoefficientPreconditioner(Preconditioner):
         structure = self.curvature.structure
         assert isinstance(structure, SharedCoefficients)
         self.structure = structure
-        self.forget()
         self.indices: Tensor | None = None
         self._kept: dict[str, Coefficients] | None = None
 
     def forget(self) -> None:
         """Drop all coefficients kept so far."""
-        empty = Coefficients(self.structure.share)
-        self.coefficients = dict.fromkeys(self.curvature.blocks, empty)
+        self.coefficients: dict[str, Coefficients] = {}
+        self._plan_layers()
+
+    def _plan_layers(self) -> None:
+        super()._plan_layers()
+        structure, known = self.curvature.structure, getattr(self, "coefficients", {})
+        assert isinstance(structure, SharedCoefficients)
+        # Those of layers that are frozen now stay.
+        empty = dict.fromkeys(self.curvature.blocks, Coefficients(structure.share))
+        self.coefficients = {**empty, **known}
 
     def means(self) -> dict[str, Tensor]:
         """Return block name → mean coefficient, where there is one."""
-        means = {name: one.mean for name, one in self.coefficients.items()}
+        means = {name: self.coefficients[name].mean for name in self.curvature.blocks}
         return {name: mean for name, mean in means.items() if mean is not None}
 
     def _weighted_mean(self, means: Mapping[str, Tensor]) -> Tensor:
@@ -275,7 +282,8 @@ class CoefficientPreconditioner(Preconditioner):
             for name, found in fresh.items():
                 assert source.coordinates is not None
                 operator = rows[name]
-                result.update(_weighted(operator, complete, source.coordinates, found))
+                u, replicas = source.coordinates, self.replicas
+                result.update(_weighted(operator, complete, u, found, replicas))
                 kept = self.coefficients[name].with_batches(operator.pieces, found, self.indices)
                 self.coefficients = {**self.coefficients, name: kept}
             natural = {**self.scaled(complete, source.natural | set(fresh)), **result}
@@ -361,8 +369,9 @@ class CoefficientPreconditioner(Preconditioner):
     def checked(self, state: Mapping[str, Any]) -> Callable[[], None]:
         """Return what restores a state; see :meth:`natgrad.Preconditioner.checked`."""
         rest, device = super().checked(state), self.capture.layout.device
+        types = {name: part.dtype for name, part in self.curvature.parts.items()}
         coefficients = {
-            name: Record.from_state(one, device).to(dtype=self.curvature.parts[name].dtype)
+            name: Record.from_state(one, device).to(dtype=types.get(name))
             for name, one in state["coefficients"].items()
         }
 
@@ -374,12 +383,16 @@ class CoefficientPreconditioner(Preconditioner):
 
 
 def _weighted(
-    operator: RowsOperator, gradients: dict[str, Tensor], coordinates: Tensor, found: Tensor
+    operator: RowsOperator,
+    gradients: dict[str, Tensor],
+    coordinates: Tensor,
+    found: Tensor,
+    replicas: Replicas,
 ) -> dict[str, Tensor]:
     """Return ``Σ_n c_n u_n g_n``, beside what the rows do not explain of the gradient."""
     u = coordinates.reshape(-1, 1).to(found.dtype)
     plain = transposed_times(operator.pieces, u)
-    average_over_replicas({"plain": plain})
+    replicas.average({"plain": plain})
     column = operator.layout.to_flat({name: gradients[name] for name in operator.layout.names})
     rest, share = split_gradient(column.to(plain.dtype).unsqueeze(1), plain)
     weighted = transposed_times(operator.pieces, u * found.unsqueeze(1) * share)

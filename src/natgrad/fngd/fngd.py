@@ -26,7 +26,6 @@ from natgrad.optim.options import Fallback, StepRule
 from natgrad.optim.step.isotropic_rate import is_isotropic
 from natgrad.optim.step.measures import all_finite, on_host, scalar_checks
 from natgrad.optim.step.plan import StepPlan
-from natgrad.replicas import average_over_replicas
 
 __all__ = ["FNGD"]
 
@@ -82,6 +81,7 @@ class FNGD(NaturalGradient):
         params: Parameter groups with options of their own.
         output: Picks the tensor the likelihood looks at out of the model's output.
         seed: Seed of the signs of ``fisher="improved"``.
+        process_group: See :class:`natgrad.NaturalGradient`.
 
     Raises:
         ValueError: If an argument is out of range or excluded; from ``step``, if ``share="sample"``
@@ -120,6 +120,7 @@ class FNGD(NaturalGradient):
         params: Iterable[dict[str, Any]] | None = None,
         output: Callable[[Any], Tensor] | None = None,
         seed: int = 0,
+        process_group: Any = None,
     ) -> None:
         check_interval("coefficient_steps", coefficient_steps)
         if refresh_interval is not None and not refresh_interval > coefficient_steps:
@@ -150,6 +151,7 @@ class FNGD(NaturalGradient):
             params=params,
             output=output,
             seed=seed,
+            process_group=process_group,
         )
         found = self.preconditioner.observer.fisher.name
         if found not in ("empirical", "improved"):
@@ -173,9 +175,16 @@ class FNGD(NaturalGradient):
         keeper = self._coefficients
         for name, block in keeper.capture.blocks.items():
             layers, layout = weighable_layers(block.uses), block.layout
-            if layers and self.share != "mean" and self._first_order_names.isdisjoint(layout.names):
+            if layers and self.share != "mean":
                 kept = functools.partial(_kept, keeper, name)
                 keeper.own_backward[name] = WeightedGradient(layout, kept, layers, self.clock)
+
+    def _follow_model(self) -> None:
+        super()._follow_model()
+        for own in self.preconditioner.own_backward.values():
+            own.remove()
+        self.preconditioner.own_backward.clear()
+        self._lay_backward_passes()
 
     def computes_coefficients(self, step: int) -> bool:
         """Return whether a step computes coefficients, counted from 0."""
@@ -223,7 +232,7 @@ class FNGD(NaturalGradient):
             return super()._plan(covered, rest, loss)
         own = self.preconditioner.own_backward.items()
         natural = self._coefficients.scaled(covered, {name for name, one in own if one.active})
-        average_over_replicas(natural)
+        self.preconditioner.replicas.average(natural)
         values = scalar_checks(rest.values(), loss)
         if natural:
             values["size"] = _squared_norm(natural.values())

@@ -35,6 +35,14 @@ class Carried(int):
         carried.record = record
         return carried
 
+    def __eq__(self, other: object) -> bool:
+        """Compare bit by bit with another one, or with the dict it becomes."""
+        return _same(self.record, other.record if isinstance(other, Carried) else other)
+
+    def __hash__(self) -> int:
+        """Return the hash of the number it stands for."""
+        return super().__hash__()
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Become a dict that ``torch.load(weights_only=True)`` knows."""
         return OrderedDict, (), None, None, iter(self.record.items())
@@ -124,6 +132,19 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
         finally:
             before.remove()
             after.remove()
+
+
+def _same(left: Any, right: Any) -> bool:
+    """Compare nested dicts and lists of tensors and plain values."""
+    if isinstance(left, torch.Tensor):
+        return isinstance(right, torch.Tensor) and torch.equal(left, right)
+    if isinstance(left, Mapping):
+        named = isinstance(right, Mapping) and left.keys() == right.keys()
+        return named and all(_same(left[key], right[key]) for key in left)
+    if isinstance(left, (list, tuple)):
+        alike = isinstance(right, (list, tuple)) and len(left) == len(right)
+        return alike and all(map(_same, left, right))
+    return bool(left == right)
 
 
 def _complete(optimizer: Any, state_dict: dict[str, Any]) -> None:

@@ -13,13 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.arguments import check_kind, check_range, check_rate
+from natgrad.capture.model_output import unwrap
 from natgrad.curvature import Structure, as_structure
 from natgrad.fisher import FisherType
 from natgrad.likelihoods import LikelihoodLike
 from natgrad.optim.checkpoints import CheckpointedOptimizer, only_initialises
 from natgrad.optim.copying import CopiedByState
 from natgrad.optim.options import Fallback, Refresh, StepRule
-from natgrad.optim.parameter_groups import make_fallback, split_groups
+from natgrad.optim.parameter_groups import (
+    check_group,
+    first_order_names,
+    make_fallback,
+    members,
+    split_groups,
+)
 from natgrad.optim.preconditioner import Preconditioner
 from natgrad.optim.step.compared_step import ComparedStep
 from natgrad.optim.step.grafting import AdamMoments, grafted
@@ -37,7 +44,6 @@ from natgrad.optim.step.measures import (
 from natgrad.optim.step.plan import StepPlan
 from natgrad.optim.step.reevaluation import Reevaluation, as_float, evaluated
 from natgrad.optim.summary import Summary, summarize
-from natgrad.replicas import average_over_replicas
 
 __all__ = ["Method", "NaturalGradient"]
 
@@ -128,6 +134,8 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
             the fallback). All other parameters form the last group.
         output: Picks the tensor the likelihood looks at out of the model's output.
         seed: Seed of the sampled labels; the global random state is never used.
+        process_group: Processes that train replicas of the model and take the same steps; by
+            default those of a model in DistributedDataParallel, and no others.
 
     Raises:
         TypeError: If ``model`` is not a module, or the structure is of another kind than the
@@ -164,6 +172,7 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
         params: Iterable[dict[str, Any]] | None = None,
         output: Callable[[Any], Tensor] | None = None,
         seed: int = 0,
+        process_group: Any = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(
@@ -191,6 +200,7 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
         self.levenberg_marquardt = damping if isinstance(damping, LevenbergMarquardt) else None
         if isinstance(damping, LevenbergMarquardt):
             damping = damping.initial
+        params = list(params or [])
         self.preconditioner = self.preconditioner_type(
             model,
             likelihood,
@@ -200,6 +210,8 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
             refresh=method.refresh,
             output=output,
             seed=seed,
+            excluded=first_order_names(unwrap(model), params),
+            process_group=process_group,
         )
         self.preconditioner.observer.fisher.check_method(method)
         self.model = self.preconditioner.model
@@ -222,14 +234,20 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
                 "the optimizer's damping, adapts that of all groups together"
             )
         chosen = fallback if isinstance(fallback, Fallback) else Fallback(fallback)
-        self._fallback: torch.optim.Optimizer | None = None
+        self.fallback_name = chosen.name
+        self._fallback = make_fallback(chosen, first_order or [{"params": []}])
         if first_order:
-            self._fallback = make_fallback(chosen, first_order)
             groups += self._fallback.param_groups
+        #: Parameters that joined a group by themselves, and those of natural groups without rows.
+        self._joined: set[Tensor] = set()
+        self._left_out: set[str] = set()
+        self._constructed = False
         super().__init__(groups, defaults)
+        self._constructed = True
+        self._told = set(uncovered)
         self._link_fallback()
-        self.preconditioner.unfuse(self._first_order_names)
         self._set_damping()
+        self.preconditioner.on_change = self._follow_model
         self._skipped = 0
         self._adam_moments = AdamMoments(rule.graft_betas)
         #: Share of ``lr`` that the last line search took; 0 if nothing moved, None without one.
@@ -242,11 +260,7 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
         if measured:
             observer.isotropy_probe = IsotropyProbe(seed)
         if uncovered:
-            reasons = "; ".join(f"{name} ({why})" for name, why in uncovered.items())
-            warnings.warn(
-                f"{type(self).__name__} trains these parameters by {chosen.name}: {reasons}",
-                stacklevel=3,
-            )
+            self._tell_first_order(uncovered)
 
     def _composed(self, **given: Any) -> Method:
         """Return the method with what was given in place of its defaults."""
@@ -323,6 +337,7 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
             return None
         reevaluation = self._reevaluation(closure)
         loss, backpropagates = self._evaluated(closure)
+        self.preconditioner.newly_untrusted()
         gradients = self._gradients(preconditioned=True)
         rest = self._gradients(preconditioned=False)
         self._set_damping()
@@ -352,8 +367,7 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
                     self.searched_share = compared.search(self.step_rule.search)
                 else:
                     compared.take()
-        if self._fallback is not None:
-            self._fallback.step()
+        self._step_fallback()
         return loss
 
     def _evaluated(self, closure: Callable[[], Any] | None) -> tuple[Any, bool]:
@@ -375,13 +389,14 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
 
     def _gradients(self, preconditioned: bool) -> dict[str, Tensor]:
         """Return parameter name → ``.grad`` of the preconditioned or of all other parameters."""
-        return {
-            self._names[p]: p.grad.to_dense()
-            for group in self.param_groups
-            if group["preconditioned"] is preconditioned
-            for p in group["params"]
-            if p.grad is not None
-        }
+        found = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                name = self._names[p]
+                natural = group["preconditioned"] and name not in self._left_out
+                if natural is preconditioned and p.grad is not None and p.requires_grad:
+                    found[name] = p.grad
+        return found
 
     def _plan(
         self, covered: dict[str, Tensor], rest: dict[str, Tensor], loss: float | Tensor | None
@@ -406,7 +421,7 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
                 source, backpropagated=source is covered, carefully=carefully
             )
             natural = {n: natural[n] for n in covered}
-            average_over_replicas(natural)
+            grouped.replicas.average(natural)
             if rule.graft is not None:
                 natural = self._graft(natural, gradients, source, state)
             directions = self._directions(natural, grouped)
@@ -435,6 +450,8 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
             self.preconditioner.parameters,
             self.state,
             self.step_rule,
+            self.preconditioner.replicas,
+            self._left_out,
         )
 
     def _directions(
@@ -493,15 +510,14 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
             return
         self.preconditioner.drop_unusable()
         self.preconditioner.finish()
-        if self._fallback is not None:
-            self._fallback.step()
+        self._step_fallback()
 
     def _set_unit(self) -> None:
         """Measure α and take 1/α as the unit of the learning rates."""
         measured = self.preconditioner.measure_isotropy()
         alpha, deviation = measured if measured is not None else (float("nan"), 0.0)
         value = {"alpha": torch.tensor(alpha, dtype=torch.float64)}
-        average_over_replicas(value)
+        self.preconditioner.replicas.average(value)
         alpha = float(value["alpha"])
         if not 0 < alpha < float("inf"):
             self.preconditioner.skip()
@@ -562,12 +578,118 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
     # State.
 
     def _link_fallback(self) -> None:
-        """Let the fallback work on this optimizer's groups and state."""
-        groups = [g for g in self.param_groups if not g["preconditioned"]]
-        self._first_order_names = {self._names[p] for g in groups for p in g["params"]}
-        if self._fallback is not None:
-            self._fallback.param_groups = groups
-            self._fallback.state = self.state
+        """Let the fallback work on its own groups, and on parameters of others without rows."""
+        natural = [group for group in self.param_groups if group["preconditioned"]]
+        before, covered = self._left_out, self.preconditioner.covered
+        self._left_out = {self._names[p] for g in natural for p in g["params"]} - covered
+        self._shadows = []
+        for group in natural:
+            own = [p for p in group["params"] if p.numel() and p.requires_grad]
+            own = [p for p in own if self._names[p] in self._left_out]
+            shadow = {**self._fallback.defaults, "params": own}
+            self._shadows += [(shadow, group)] if own else []
+        for name in before ^ self._left_out:  # One rule's momentum is not the other's.
+            parameter = self.preconditioner.parameters.get(name)
+            if parameter is not None and parameter.requires_grad:
+                self.state.pop(parameter, None)
+        first_order = [group for group in self.param_groups if not group["preconditioned"]]
+        self._fallback.param_groups = first_order + [shadow for shadow, _ in self._shadows]
+        self._fallback.state = self.state
+
+    def _step_fallback(self) -> None:
+        """Let the fallback train what is not preconditioned, at rates that follow their groups'."""
+        if not any(group["params"] for group in self._fallback.param_groups):
+            return
+        for shadow, group in self._shadows:
+            relative = float(group["lr"]) / group["first_lr"] if group["first_lr"] else 1.0
+            shadow["lr"] = self._fallback.defaults["lr"] * relative
+        step = type(self._fallback).step
+        getattr(step, "__wrapped__", step)(self._fallback)  # Without hooks: they are of this step.
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters of the model, as of a layer that is trained from now on.
+
+        Args:
+            param_group: What a group of ``params`` may be: a dict with ``"params"`` (a parameter,
+                parameters, pairs of names and parameters, or name patterns) or ``"modules"``, and
+                options. Parameters that had joined another group by themselves leave it.
+
+        Raises:
+            TypeError: If it is no dict.
+            ValueError: If it holds something else than parameters of the model, parameters of
+                another group, or an option that is unknown or out of range.
+        """
+        if not self._constructed:
+            super().add_param_group(param_group)
+            param_group.setdefault("first_lr", float(param_group["lr"]))
+            return
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but got {type(param_group).__name__}")
+        self.preconditioner.parameters = dict(self.model.named_parameters())
+        self._names.update({p: n for n, p in self.preconditioner.parameters.items()})
+        chosen = members(self.model, param_group)
+        options = {k: v for k, v in param_group.items() if k not in ("params", "modules")}
+        check_group({**options, "params": []}, self.defaults)
+        moving = {self.preconditioner.parameters[name] for name in chosen} & self._joined
+        for group in self.param_groups:
+            kept = [p for p in group["params"] if p not in moving]
+            group["params"], group["param_names"] = kept, [self._names[p] for p in kept]
+        self._joined -= moving
+        found = [self.preconditioner.parameters[name] for name in chosen]
+        if not options.get("preconditioned", True):
+            options = {**self._fallback.defaults, **options, "preconditioned": False}
+            self.preconditioner.excluded |= set(chosen)
+        super().add_param_group({**options, "params": found, "param_names": chosen})
+        self.param_groups[-1].setdefault("first_lr", float(self.param_groups[-1]["lr"]))
+        param_group.update(self.param_groups[-1])
+        self.preconditioner.find_layers()
+
+    def _follow_model(self) -> None:
+        """Take up parameters that are trainable now, and those that replaced others."""
+        present = self.preconditioner.parameters
+        for group in self.param_groups:  # A parameter of the same name takes an old one's place.
+            pairs = [(p, present.get(self._names[p], p)) for p in group["params"]]
+            for old, new in pairs:
+                if new is not old:
+                    self.state.pop(old, None)
+            group["params"] = [new for _, new in pairs]
+        names = {p: n for n, p in present.items()}
+        self._names = {**self._names, **names}
+        held = {p for group in self.param_groups for p in group["params"]}
+        joining = [p for p in names if p.requires_grad and p not in held]
+        if joining:
+            home = [g for g in self.param_groups if g["preconditioned"]] or self.param_groups
+            home[-1]["params"] += joining
+            home[-1]["param_names"] += [names[p] for p in joining]
+            self._joined.update(joining)
+            listed = ", ".join(names[p] for p in joining)
+            warnings.warn(
+                f"{type(self).__name__} trains from now on, with the options of its last group, "
+                f"parameters that were frozen or absent before: {listed} (add_param_group gives "
+                "them options of their own)",
+                stacklevel=2,
+            )
+        self._link_fallback()
+        self._set_damping()
+        reasons = {**self.preconditioner.capture.uncovered, **self.preconditioner.untrusted}
+        new = {n: reasons[n] for n in self._left_out if n in reasons and n not in self._told}
+        if new:
+            self._told.update(new)
+            self._tell_first_order(new)
+
+    def _tell_first_order(self, reasons: Mapping[str, str]) -> None:
+        listed = "; ".join(f"{name} ({why})" for name, why in reasons.items())
+        warnings.warn(
+            f"{type(self).__name__} trains these parameters by {self.fallback_name}: {listed}",
+            stacklevel=4,
+        )
+
+    def _carrier(self) -> Tensor:
+        for group in self.param_groups:  # The fallback looks whether a parameter has state.
+            for p in group["params"] if group["preconditioned"] else ():
+                if p.requires_grad and self._names[p] not in self._left_out:
+                    return p
+        return super()._carrier()
 
     def _initialise(self) -> None:
         """Make the state that a step would make, for distributed checkpoints to look at."""
@@ -578,8 +700,7 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
                 self.state[p].update(grouped.initial_state(p, group["momentum"]))
                 if self.step_rule.graft == "adam":
                     self.state[p].update(self._adam_moments.initial(p))
-        if self._fallback is not None:
-            self._fallback.step()
+        self._step_fallback()
 
     def _own_state(self) -> dict[str, Any]:
         return self.preconditioner.state_dict()
@@ -594,7 +715,9 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
         rest = self.preconditioner.checked(own)
 
         def restore() -> None:
+            loaded = dict(self.state)
             rest()
+            self.state.update(loaded)
             self._link_fallback()
             self._set_damping()
             pending = any(g["unit"] is None for g in self.param_groups if g["preconditioned"])
@@ -608,7 +731,7 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
         Args:
             samples: Batch size the costs are stated for.
         """
-        return summarize(self.preconditioner, samples)
+        return summarize(self.preconditioner, samples, fallback=self.fallback_name)
 
 
 def _signature(method: Method) -> inspect.Signature:

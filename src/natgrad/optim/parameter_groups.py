@@ -3,15 +3,42 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from natgrad.arguments import check_range, check_rate
 from natgrad.optim.options import Fallback
 
-__all__ = ["make_fallback", "split_groups"]
+__all__ = ["check_group", "first_order_names", "make_fallback", "members", "split_groups"]
+
+#: What torch and its schedulers keep in a group beside options.
+NOTES = {"params", "modules", "param_names", "name", "initial_lr", "first_lr"}
+
+
+def check_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raise a ValueError if a group has an unknown option, or one that is out of range."""
+    known = {*defaults} - {"unit"} | {"params", "modules"}
+    unknown = set(group) - known - NOTES
+    if unknown:
+        raise ValueError(
+            f"unknown option {sorted(unknown)[0]!r} in a parameter group; known: "
+            f"{', '.join(sorted(known))}"
+        )
+    check_rate("lr", group.get("lr", 0.0))
+    check_range("momentum", group.get("momentum", 0.0), below=1.0)
+    check_range("weight_decay", group.get("weight_decay", 0.0))
+
+
+def first_order_names(model: nn.Module, params: Iterable[dict[str, Any]]) -> list[str]:
+    """Return the names of the parameters in groups that ask for the fallback."""
+    taken: dict[str, bool] = {}
+    for group in params:
+        for name in members(model, group):
+            taken.setdefault(name, group.get("preconditioned", True))
+    return [name for name, preconditioned in taken.items() if not preconditioned]
 
 
 def split_groups(
@@ -42,21 +69,17 @@ def split_groups(
         rest = [n for n in chosen if n not in covered]
         taken.update(chosen)
         if covered:
-            groups.append({**options, "params": [names[n] for n in covered]})
+            here = {"params": [names[n] for n in covered], "param_names": covered}
+            groups.append({**options, **here})
         if rest:
             keep = {} if preconditioned else options
             plain = {k: v for k, v in keep.items() if k in ("lr", "weight_decay", "momentum")}
-            first_order.append({**plain, "params": [names[n] for n in rest]})
+            here = {"params": [names[n] for n in rest], "param_names": rest}
+            first_order.append({**plain, **here})
 
-    known = {*defaults, "params", "modules"} - {"unit"}
     for group in params or []:
-        unknown = set(group) - known
-        if unknown:
-            raise ValueError(
-                f"unknown option {sorted(unknown)[0]!r} in a parameter group; known: "
-                f"{', '.join(sorted(known))}"
-            )
-        chosen = [n for n in _members(model, names, group) if n not in taken]
+        check_group(group, defaults)
+        chosen = [n for n in members(model, group) if n in names and n not in taken]
         if not chosen:
             raise ValueError(f"the parameter group {_describe(group)} matches no parameter")
         add(chosen, {k: v for k, v in group.items() if k not in ("params", "modules")})
@@ -68,26 +91,38 @@ def split_groups(
     return groups, first_order
 
 
-def _members(model: nn.Module, names: dict[str, nn.Parameter], group: dict[str, Any]) -> list[str]:
+def members(model: nn.Module, group: Mapping[str, Any]) -> list[str]:
+    """Return the names of a group's parameters, frozen ones included, in the model's order.
+
+    Raises:
+        ValueError: If it says neither or both of ``"params"`` and ``"modules"``, or holds tensors
+            that are no parameters of the model.
+    """
     if ("params" in group) == ("modules" in group):
         raise ValueError("a parameter group needs either 'params' or 'modules'")
-    wanted: set[int] = set()
     patterns: list[str] = []
+    wanted: list[Any] = []
     if "modules" in group:
-        for module in group["modules"]:
-            wanted.update(id(p) for p in module.parameters())
-    elif isinstance(group["params"], str):
-        patterns = [group["params"]]
+        wanted = [p for module in group["modules"] for p in module.parameters()]
     else:
-        for item in group["params"]:
+        given = group["params"]
+        for item in [given] if isinstance(given, (str, Tensor)) else given:
             if isinstance(item, str):
                 patterns.append(item)
             else:
-                wanted.add(id(item))
+                wanted.append(item[1] if isinstance(item, tuple) else item)
+    names = {n: p for n, p in model.named_parameters()}
+    strange = len(set(map(id, wanted)) - set(map(id, names.values())))
+    if strange:
+        raise ValueError(
+            f"{strange} tensors of a parameter group are no parameters of the model: natgrad "
+            "trains the model it was made with"
+        )
+    held = set(map(id, wanted))
     return [
         n
         for n, p in names.items()
-        if id(p) in wanted or any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)
+        if id(p) in held or any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Collection, Mapping, Set
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from natgrad import linalg
 from natgrad.arguments import check_damping, check_kind
 from natgrad.capture import Capture
+from natgrad.capture.blocks import find_blocks
 from natgrad.curvature import Curvature, KroneckerFactors, Structure, as_structure
 from natgrad.curvature.curvature import Estimate
 from natgrad.fisher import FisherType, as_fisher_type
@@ -23,9 +24,11 @@ from natgrad.operators import GradientSource
 from natgrad.optim.copying import CopiedByState
 from natgrad.optim.fused.kronecker_gradients import FusedGradient
 from natgrad.optim.fused.own_backward import OwnBackward
+from natgrad.optim.model_watch import ModelWatch
 from natgrad.optim.observer import Observer
 from natgrad.optim.options import Refresh
 from natgrad.optim.step.measures import all_finite, on_host, scalar_checks
+from natgrad.replicas import Replicas
 
 __all__ = ["Preconditioner"]
 
@@ -54,6 +57,13 @@ class Preconditioner(CopiedByState):
             one batch take the default only.
         output: Picks the tensor the likelihood looks at out of the model's output.
         seed: Seed of the sampled labels; the global random state is never used.
+        excluded: Names of parameters that are left alone: no rows are formed for them.
+        process_group: Processes that train replicas of the model, over which natural gradients are
+            averaged; by default those of a model in DistributedDataParallel, and no others.
+
+    Attributes:
+        untrusted: Parameter name → why its rows do not explain its gradient, so that it is left
+            alone from then on.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -75,13 +85,15 @@ class Preconditioner(CopiedByState):
         refresh: Refresh | None = None,
         output: Callable[[Any], Tensor] | None = None,
         seed: int = 0,
+        excluded: Collection[str] = (),
+        process_group: Any = None,
     ) -> None:
         check_damping(damping)
         refresh = Refresh() if refresh is None else refresh
         check_kind("refresh", refresh, Refresh)
         structure = as_structure(structure, training=True)
         likelihood = as_likelihood(likelihood)
-        self.capture = Capture(model, likelihood.selection(output))
+        self.capture = Capture(model, likelihood.selection(output), excluded=excluded)
         self.model = self.capture.model
         self.parameters = dict(self.model.named_parameters())
         layouts = {name: block.layout for name, block in self.capture.blocks.items()}
@@ -97,9 +109,11 @@ class Preconditioner(CopiedByState):
                 "stagger=True needs a structure made of independent layers, and "
                 f"{structure.name!r} couples them"
             )
-        self._row_layers = self._layers_by_rows()
+        self.replicas = Replicas.of(model, process_group)
+        self.excluded = frozenset(excluded)
+        self.untrusted: dict[str, str] = {}
+        self._watch = ModelWatch(self.model)
         self._row_rest = 0
-        self._slots = self.curvature.staggered(refresh.inverses) if refresh.stagger else []
         self._saved: tuple[dict[str, Estimate], Tensor] | None = None
         self._with_update: dict[str, Estimate] | None = None
         self._updated = False  # Rows of the present step have been taken,
@@ -116,11 +130,66 @@ class Preconditioner(CopiedByState):
             seed,
         )
         self.observer.before_change = self._open
+        self.capture.on_forward = self._before_pass
+        #: Called when the model has other parameters or blocks than before.
+        self.on_change: Callable[[], None] = lambda: None
         #: Block name → what makes its natural gradient in the backward pass already.
         self.own_backward: dict[str, OwnBackward] = {}
+        self._plan_layers()
+
+    # Layers that come and go.
+
+    def _before_pass(self) -> None:
+        """Look at the model as a forward pass finds it."""
+        self.replicas = self.replicas.found_around(self.model)
+        if self._watch.sees_change():
+            self.find_layers()
+        self.observer._on_forward()
+
+    def find_layers(self) -> None:
+        """Take the model as it is now, with what is known of the layers that stay.
+
+        Raises:
+            ValueError: If it has no parameter left that a structure can cover.
+        """
+        self.parameters = dict(self.model.named_parameters())
+        if self.capture.rescan(self.excluded | set(self.untrusted)):
+            layouts = {name: block.layout for name, block in self.capture.blocks.items()}
+            staying = self.curvature.follow(layouts, self.capture.layout)
+            if self._saved is not None:
+                before, random = self._saved
+                kept = {
+                    n: before[n] if n in staying & set(before) else Estimate()
+                    for n in self.curvature.parts
+                }
+                self._saved = kept, random
+            for own in self.own_backward.values():
+                own.remove()
+            self.own_backward = {}
+            self._plan_layers()
+        self._watch = ModelWatch(self.model)
+        self.on_change()
+
+    def _plan_layers(self) -> None:
+        """Choose how each layer is preconditioned, and when."""
+        structure, refresh = self.curvature.structure, self.refresh
+        self._row_layers = self._layers_by_rows()
+        self._slots = self.curvature.staggered(refresh.inverses) if refresh.stagger else []
         if isinstance(structure, KroneckerFactors) and structure.fused:
             self._fuse(structure)
         self.observer.row_modules = frozenset(self._row_layers.values())
+
+    @property
+    def covered(self) -> set[str]:
+        """Names of the parameters that have rows."""
+        return {name for block in self.curvature.blocks.values() for name in block.names}
+
+    def newly_untrusted(self) -> dict[str, str]:
+        """Return those untrusted parameters that had rows until now, which they lose."""
+        new = {n: why for n, why in self.untrusted.items() if n not in self.capture.excluded}
+        if new:
+            self.find_layers()
+        return new
 
     # The step.
 
@@ -134,10 +203,18 @@ class Preconditioner(CopiedByState):
 
         With a gradient that is not finite nothing is changed, curvature included.
         """
+        new = self.newly_untrusted()
+        if new:
+            reasons = "; ".join(f"{name} ({why})" for name, why in new.items())
+            warnings.warn(
+                f"Preconditioner leaves the plain gradients of these parameters: {reasons}",
+                stacklevel=2,
+            )
+        covered = self.covered
         gradients = {
             name: p.grad.to_dense()
             for name, p in self.parameters.items()
-            if p.grad is not None and name not in self.capture.uncovered
+            if p.grad is not None and name in covered
         }
         for carefully in (False, True):
             natural, failed = self.natural_gradient(gradients, carefully=carefully)
@@ -385,13 +462,6 @@ class Preconditioner(CopiedByState):
     def _inverse_of(self, name: str) -> Any:
         return self.curvature.estimates[name].inverse
 
-    def unfuse(self, names: Set[str]) -> None:
-        """Let the layers of the named parameters make plain gradients."""
-        for name, own in list(self.own_backward.items()):
-            if not names.isdisjoint(own.names):
-                own.remove()
-                del self.own_backward[name]
-
     def measure_isotropy(self) -> tuple[float, float] | None:
         """Return α of the present curvature and its estimated deviation from isotropy.
 
@@ -421,6 +491,8 @@ class Preconditioner(CopiedByState):
             "generator": self.observer.generator.get_state(),
             "likelihood": self.observer.likelihood.decision,
             "curvature": self.curvature.state_dict(),
+            "resting": dict(self.curvature.resting),
+            "untrusted": dict(self.untrusted),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -444,12 +516,21 @@ class Preconditioner(CopiedByState):
             raise ValueError(
                 f"the checkpoint holds structure {state['structure']!r}, but this one is {own!r}"
             )
-        estimates, observer = self.curvature.restored(state["curvature"]), self.observer
+        curvature, observer = self.curvature, self.observer
+        untrusted, resting = dict(state.get("untrusted", {})), dict(state.get("resting", {}))
+        if untrusted.keys() != self.untrusted.keys():
+            blocks, _ = find_blocks(self.model, self.excluded | untrusted.keys())
+            layouts = {name: block.layout for name, block in blocks.items()}
+            curvature = Curvature(curvature.structure, layouts, self.capture.layout)
+        estimates = curvature.restored(state["curvature"])
         likelihood = observer.given.decided(state.get("likelihood"))
         steps, warmup, random = state["steps"], state["warmup"], state["generator"].cpu()
 
         def restore() -> None:
-            self.curvature.estimates = estimates
+            self.untrusted = untrusted
+            if curvature is not self.curvature:
+                self.find_layers()
+            self.curvature.estimates, self.curvature.resting = estimates, resting
             observer.steps, observer.warmup, observer.likelihood = steps, warmup, likelihood
             # Generators of other kinds of devices have states of another size, and other numbers.
             if random.shape == observer.generator.get_state().shape:

@@ -47,7 +47,7 @@ class Summary:
         structure: Structure name.
         fisher: Name of the Fisher type.
         samples: Batch size the costs are stated for.
-        layers: One entry per block, then one per uncovered parameter.
+        layers: One entry per block, then one per parameter that is not preconditioned.
         joint: Cost of a structure that couples layers, if it does.
         backward: Multiplications of the plain backward pass's weight gradients, for comparison.
     """
@@ -121,6 +121,7 @@ def summarize(
     preconditioner: Preconditioner,
     samples: int,
     positions: Mapping[str, int] | None = None,
+    fallback: str = "not preconditioned",
 ) -> Summary:
     """Return the summary of a preconditioner.
 
@@ -128,6 +129,7 @@ def summarize(
         preconditioner: The preconditioner.
         samples: Batch size.
         positions: Block name → shared positions (pixels, tokens); 1 where unknown.
+        fallback: What happens to parameters that are excluded.
     """
     curvature, capture = preconditioner.curvature, preconditioner.capture
     structure = curvature.structure.name
@@ -151,7 +153,9 @@ def summarize(
                 cost.step if cost else 0.0,
             )
         )
-    for name, reason in capture.uncovered.items():
+    excluded = dict.fromkeys(sorted(preconditioner.excluded), fallback)
+    why = {n: f"{fallback}: {reason}" for n, reason in preconditioner.untrusted.items()}
+    for name, reason in {**capture.uncovered, **excluded, **why}.items():
         parameter = preconditioner.parameters[name]
         layers.append(LayerSummary(name, "-", parameter.numel(), reason, "", 0, 0.0, 0.0))
     joint = costs.get("all layers")

@@ -15,9 +15,8 @@ from natgrad.optim.step.line_search import LineSearch
 from natgrad.optim.step.measures import predicted_change
 from natgrad.optim.step.plan import GroupUpdate, StepPlan
 from natgrad.optim.step.quadratic_model import BatchFisher
-from natgrad.replicas import average_over_replicas
 
-__all__ = ["ComparedStep", "averaged"]
+__all__ = ["ComparedStep"]
 
 
 @dataclass(frozen=True)
@@ -96,23 +95,19 @@ class ComparedStep:
             return 0.0
         slopes = [update.slope(self.plan.gradients) for update in updates]
         total = {"slope": torch.stack(slopes).sum()}
-        average_over_replicas(total)
+        self.grouped.replicas.average(total)
         return float(total["slope"])
 
     def _actual(self) -> float:
         """Return by how much the loss, penalties included, has changed."""
         change = self.change() + self.grouped.penalty_change(self.start)
-        return averaged(change, next(iter(self.start.values())).device)
+        device = next(iter(self.start.values())).device
+        value = {"change": torch.tensor(change, dtype=torch.float64, device=device)}
+        self.grouped.replicas.average(value)
+        return float(value["change"])
 
     def _predicted(self, batch: BatchFisher) -> float:
         """Return ``M(δ) − M(0)`` of the quadratic model for the way gone so far."""
         parameters = self.grouped.parameters
         step = {name: parameters[name] - old for name, old in self.start.items()}
         return predicted_change(batch, self.grouped, step, self.plan.gradients)
-
-
-def averaged(number: float, device: torch.device) -> float:
-    """Return the mean of a number over all replicas, which talk through ``device``."""
-    value = {"number": torch.tensor(number, dtype=torch.float64, device=device)}
-    average_over_replicas(value)
-    return float(value["number"])

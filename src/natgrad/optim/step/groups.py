@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.optim.step.levenberg_marquardt import LevenbergMarquardt
+from natgrad.replicas import Replicas
 
 if TYPE_CHECKING:
     from natgrad.optim.options import StepRule
@@ -32,6 +33,8 @@ class PreconditionedGroups:
         parameters: Name → parameter.
         states: Parameter → its state in the optimizer.
         rule: How a natural gradient becomes a step, for all groups together.
+        replicas: Processes that take the same step.
+        left_out: Names of parameters in the groups that something else trains.
     """
 
     groups: list[dict[str, Any]]
@@ -39,11 +42,17 @@ class PreconditionedGroups:
     parameters: Mapping[str, nn.Parameter]
     states: MutableMapping[Tensor, dict[str, Any]]
     rule: StepRule
+    replicas: Replicas = Replicas()  # noqa: RUF009, frozen
+    left_out: Collection[str] = ()
+
+    def members(self, group: Mapping[str, Any]) -> list[Any]:
+        """Return a group's parameters, but for those left out."""
+        return [p for p in group["params"] if self.names[p] not in self.left_out]
 
     @property
     def group_names(self) -> list[list[str]]:
         """Parameter names of each group."""
-        return [[self.names[p] for p in group["params"]] for group in self.groups]
+        return [[self.names[p] for p in self.members(group)] for group in self.groups]
 
     @property
     def dampings(self) -> list[float]:
@@ -62,7 +71,7 @@ class PreconditionedGroups:
         return {
             self.names[p]: group["weight_decay"]
             for group in self.groups
-            for p in group["params"]
+            for p in self.members(group)
             if group["weight_decay"] > 0
         }
 
@@ -111,7 +120,7 @@ class PreconditionedGroups:
         return {
             self.names[p]: self.states[p]["previous_step"]
             for group in self.groups
-            for p in group["params"]
+            for p in self.members(group)
             if group["momentum"] > 0
             and self.names[p] in names
             and "previous_step" in self.states.get(p, {})
@@ -148,7 +157,7 @@ class PreconditionedGroups:
         result, entries = dict(gradients), {}
         for group in self.groups:
             momentum = group["momentum"]
-            for p in group["params"]:
+            for p in self.members(group):
                 name = self.names[p]
                 if name not in gradients or momentum == 0:
                     continue

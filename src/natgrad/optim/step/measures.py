@@ -17,7 +17,6 @@ from natgrad.optim.step.quadratic_model import (
     quadratic_form,
     slopes,
 )
-from natgrad.replicas import average_over_replicas
 
 if TYPE_CHECKING:
     from natgrad.optim.preconditioner import Preconditioner
@@ -69,7 +68,7 @@ def measure(
         else:
             column = curvature.layout.to_column(natural)
             measures["quadratic"] = (column * curvature.matrix().multiply(column)).sum()
-    average_over_replicas(measures)
+    grouped.replicas.average(measures)
     if rule.uses_model or rule.norm_clip is not None:
         measures["grams"] = group_grams(directions, grouped.group_names)
     return {"inner": inner, **measures}
@@ -179,6 +178,6 @@ def predicted_change(
         gradients: Parameter name → gradient of the loss.
     """
     measures = {"fisher": batch.gram([step]), "slopes": slopes([step], gradients)}
-    average_over_replicas(measures)
+    grouped.replicas.average(measures)
     measures["grams"] = group_grams([step], grouped.group_names)
     return damped_model(on_host(measures), grouped.dampings).value([1.0])

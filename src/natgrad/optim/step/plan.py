@@ -46,7 +46,7 @@ class StepPlan:
         self, grouped: PreconditionedGroups, group: dict[str, Any], scale: float
     ) -> GroupUpdate | None:
         """Return the step along ``scale·Δ`` with momentum."""
-        parameters = [p for p in group["params"] if p.grad is not None]
+        parameters = [p for p in grouped.members(group) if p.grad is not None]
         if not parameters:
             return None
         names = [grouped.names[p] for p in parameters]
@@ -78,7 +78,7 @@ class StepPlan:
         self, grouped: PreconditionedGroups, group: dict[str, Any], scale: float
     ) -> GroupUpdate | None:
         """Return the step ``scale·η Σ_i c_i v_i``."""
-        parameters = [p for p in group["params"] if p.grad is not None]
+        parameters = [p for p in grouped.members(group) if p.grad is not None]
         if not parameters:
             return None
         names = [grouped.names[p] for p in parameters]
