@@ -304,6 +304,39 @@ def test_laplace_of_several_heads():
     torch.testing.assert_close(covariance[:, 4:6, 4:6], expected, rtol=1e-8, atol=1e-12)
 
 
+def test_nested_outputs_and_those_of_transformers():
+    utils = pytest.importorskip("transformers.utils")
+
+    @dataclasses.dataclass
+    class Output(utils.ModelOutput):
+        logits: Tensor | None = None
+        value: Tensor | None = None
+        tokens: Tensor | None = None
+
+    model, (x, y) = Model(lambda *heads: Output(**dict(zip(HEADS, heads, strict=True)))), data()
+    expected = dense(model, x, y)
+    optimizer = natgrad.ExactNGD(model, HEADS, lr=0.0, kl_clip=None)
+    out = model(x)
+    assert isinstance(out, Output) and out["logits"] is out.logits
+    sum(losses(out, y).values()).backward()
+    optimizer.step()
+    assert_same(optimizer.preconditioner.curvature.matrix().to_dense(), expected)
+
+    class Nested(Model):
+        def forward(self, x):
+            heads = self.heads(x)
+            return {"policy": [heads["logits"], None], "rest": (heads["value"], heads["tokens"])}
+
+    def flat(out):
+        return dict(zip(HEADS, (out["policy"][0], *out["rest"]), strict=True))
+
+    model = Nested()
+    optimizer = natgrad.ExactNGD(model, HEADS, lr=0.0, kl_clip=None, output=flat)
+    sum(losses(flat(model(x)), y).values()).backward()
+    optimizer.step()
+    assert_same(optimizer.preconditioner.curvature.matrix().to_dense(), expected)
+
+
 def test_wrong_heads_are_named():
     model, (x, y) = Model(), data()
     with pytest.raises(ValueError, match="at least one output"):
@@ -316,3 +349,9 @@ def test_wrong_heads_are_named():
     with pytest.raises(ValueError, match="Unknown likelihood 'cat'"):
         natgrad.KFAC(model, {"logits": "cat"})
     assert Heads({"a": "gaussian"}) == Heads({"a": Gaussian()})
+    with pytest.raises(ValueError, match="one likelihood, not a mapping"):
+        Heads({"a": {"b": "gaussian"}})
+    optimizer = natgrad.KFAC(model, HEADS, output=lambda out: {**out, "value": out["value"][:, :1]})
+    with pytest.raises(ValueError, match="'value' is computed from the model's output"):
+        model(x)
+    del optimizer

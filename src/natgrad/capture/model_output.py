@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "Selection",
+    "check_watched",
     "require_output",
     "select_output",
     "separated",
@@ -157,3 +158,20 @@ def substituted(output: Any, new: Mapping[int, Tensor]) -> Any:
         else:
             object.__setattr__(result, key, replaced)
     return result
+
+
+def check_watched(
+    select: Callable[[Any], Any] | None, output: Any, copies: Sequence[Tensor]
+) -> None:
+    """Make sure that the heads of an output are the tensors whose gradients are watched.
+
+    Raises:
+        ValueError: If one is computed from the model's output instead of being part of it.
+    """
+    assert isinstance(select, Selection)
+    for (key, found), watched in zip(select(output).items(), copies, strict=True):
+        if found is not watched:
+            raise ValueError(
+                f"The head {key!r} is computed from the model's output and not a tensor in it, so "
+                "that the gradient of the loss cannot be seen there: let the model return it."
+            )

@@ -25,7 +25,7 @@ class Heads(Likelihood):
             mapping, the name of an attribute, or the index in a tuple or list.
 
     Raises:
-        ValueError: If there are no heads.
+        ValueError: If there are no heads, or one has heads itself.
 
     Example:
         >>> optimizer = natgrad.KFAC(model, {"logits": "categorical", "value": "gaussian"})
@@ -37,6 +37,11 @@ class Heads(Likelihood):
         from natgrad.likelihoods.conversion import as_likelihood  # It knows Heads, too.
 
         self.heads = {key: as_likelihood(one) for key, one in heads.items()}
+        if any(isinstance(one, Heads) for one in self.heads.values()):
+            raise ValueError(
+                "A head has one likelihood, not a mapping: pass output=lambda out: {...} to bring "
+                "nested outputs into one mapping."
+            )
 
     def __repr__(self) -> str:
         return f"Heads({self.heads!r})"
