@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import natgrad
 from natgrad import Capture, fisher_matrix
+from natgrad.capture.recurrent import RecurrentKind
 from natgrad.curvature import STRUCTURES
 from tests import dense
 from tests.cases import normal
@@ -258,10 +259,11 @@ def test_what_has_no_rows_is_named():
     model = nn.GRU(2, 2)
     # Whatever this is, it is no GRU any more.
     model.register_forward_hook(lambda module, args, output: (output[0] + 1, output[1]))
-    with pytest.raises(ValueError, match="formula"):
-        fisher_matrix(
-            model, (normal(3, 2, 2).float(), None), "gaussian", output=lambda o: o[0][0].flatten(1)
-        )
+    x = normal(3, 2, 2).float()
+    with pytest.raises(ValueError, match="formula"), Capture(model) as capture:
+        (recorded,) = capture.find_pass(model(x)[0]).calls
+        call = recorded.call
+        RecurrentKind()._rows(call, [torch.ones(1, *call.options["shapes"][0]), None])
 
 
 @pytest.mark.parametrize("kind", ["KFAC", "EKFAC", "ExactNGD", "SINGD", "FNGD", "TwoLevelKFAC"])
