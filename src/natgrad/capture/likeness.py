@@ -1,0 +1,126 @@
+"""Modules of other authors that compute what a layer of a known kind does.
+
+Libraries write linear maps and norms of their own. A module with a ``weight`` and perhaps a
+``bias`` is tried: it runs once more with both changed at random, and if its output changes as that
+of a known layer would, its rows are those of such a layer, whatever else it adds.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
+
+from natgrad.capture.kinds import LayerCall, LayerKind
+from natgrad.capture.linear import LinearKind, TransposedLinearKind
+from natgrad.capture.normalization import NormalizationKind
+
+__all__ = ["kind_alike"]
+
+#: Standard deviation of inputs that show the ε of a norm.
+SMALL = 1e-3
+
+
+def kind_alike(module: nn.Module, inputs: Tensor, output: Tensor) -> LayerKind | None:
+    """Return the kind of layer that a module computes as, or None.
+
+    Known are ``x Wᵀ + b`` and ``x W + b`` of a matrix, and layer norm and RMS norm over the last
+    dimension, each up to terms without the parameters (``1 + weight``, a frozen part). The module
+    runs again a few times, on copies of its buffers; its hooks run, too.
+
+    Args:
+        module: A module of unknown kind.
+        inputs: What one call was given.
+        output: What it returned.
+    """
+    own = {name: p.detach() for name, p in module.named_parameters()}
+    if "weight" not in own or not set(own) <= {"weight", "bias"} or not inputs.dim():
+        return None
+    if not (inputs.is_floating_point() and inputs.numel() and isinstance(output, Tensor)):
+        return None
+    weight, bias, features = own["weight"], own.get("bias"), inputs.shape[-1]
+    found: LayerKind | None = None
+    try:
+        devices = [inputs.device] if inputs.is_cuda else []
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            if weight.dim() == 2:
+                found = _linear(module, inputs.detach(), output.detach(), own)
+            elif weight.shape == (features,) and (bias is None or bias.shape == weight.shape):
+                found = _norm(module, inputs.detach(), output.detach(), own)
+    except Exception:  # Whatever a strange module raises: it is not of a known kind.
+        return None
+    return found
+
+
+def _linear(
+    module: nn.Module, inputs: Tensor, output: Tensor, own: dict[str, Tensor]
+) -> LayerKind | None:
+    changes = {name: _noise(p, inputs.shape[-1] ** -0.5) for name, p in own.items()}
+    difference = _output(module, inputs, own, changes) - output
+    for kind, weight in (
+        (LinearKind(), changes["weight"]),
+        (TransposedLinearKind(), changes["weight"].T),
+    ):
+        if weight.shape == (output.shape[-1], inputs.shape[-1]):
+            expected = functional.linear(inputs, weight, changes.get("bias"))
+            if _same(difference, expected):
+                return kind
+    return None
+
+
+def _norm(
+    module: nn.Module, inputs: Tensor, output: Tensor, own: dict[str, Tensor]
+) -> LayerKind | None:
+    if output.shape != inputs.shape:
+        return None
+    changes = {name: _noise(p, 1.0) for name, p in own.items()}
+    difference = _output(module, inputs, own, changes) - output
+    # Inputs as small as ε: their normalised form tells ε, which stands in no parameter.
+    probe = SMALL * (torch.randn(64, inputs.shape[-1], device=inputs.device) + 1.0)
+    probe = probe.to(inputs.dtype)
+    only = {"weight": torch.ones_like(own["weight"])}
+    normalized = _output(module, probe, own, only) - _output(module, probe, own, {})
+    for center in (True, False):
+        centered = probe - probe.mean(-1, keepdim=True) if center else probe
+        centered, variance = centered.double(), centered.double().square().mean(-1)
+        scale = (normalized * centered).sum(-1) / centered.square().sum(-1)
+        eps = max(float((scale.square().reciprocal() - variance).median()), 0.0)
+        expected = normalize(inputs, center, eps) * changes["weight"] + changes.get("bias", 0.0)
+        if _same(normalized, normalize(probe, center, eps)) and _same(difference, expected):
+            rows = partial(_normalized, center=center, eps=eps)
+            return NormalizationKind(rows, channels_first=False, by_rows=True)
+    return None
+
+
+def normalize(inputs: Tensor, center: bool, eps: float) -> Tensor:
+    """Return ``x̂``, by layer norm if ``center``, else by RMS norm."""
+    norm = functional.layer_norm if center else functional.rms_norm
+    return norm(inputs, inputs.shape[-1:], eps=eps)
+
+
+def _normalized(call: LayerCall, rows: Tensor, center: bool, eps: float) -> Tensor:
+    return normalize(rows, center, eps)
+
+
+def _noise(like: Tensor, scale: float) -> Tensor:
+    return scale * torch.randn_like(like)
+
+
+def _output(
+    module: nn.Module, inputs: Tensor, own: dict[str, Tensor], changes: dict[str, Tensor]
+) -> Tensor:
+    state = {name: p + changes[name] if name in changes else p for name, p in own.items()}
+    state |= {name: buffer.clone() for name, buffer in module.named_buffers()}
+    result: Tensor = functional_call(module, state, (inputs,))
+    return result
+
+
+def _same(found: Tensor, expected: Tensor) -> bool:
+    """Return whether tensors differ by rounding."""
+    if found.shape != expected.shape:
+        return False
+    limit = 4 * torch.finfo(found.dtype).eps ** 0.5 * expected.double().norm()
+    return bool((found.double() - expected.double()).norm() <= limit)
