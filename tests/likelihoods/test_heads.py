@@ -7,6 +7,8 @@ import dataclasses
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -179,6 +181,57 @@ def test_heads_may_be_off(names):
     optimizer.step()
     F = optimizer.preconditioner.curvature.matrix().to_dense()
     assert_same(F, dense(model, x, y, names))
+
+
+@given(
+    st.lists(st.sampled_from(list(HEADS)), min_size=1, max_size=3, unique=True),
+    st.integers(2, 5),
+    st.integers(0, 2**16),
+    st.sampled_from([0.0, 0.3, 0.8]),
+)
+@settings(deadline=None, max_examples=25)
+def test_any_heads_with_any_masks(names, samples, seed, share):
+    """Masks of labels and of entries; heads that are off, or masked whole."""
+    model, (x, y) = Model(), data(samples)
+    g = generator(seed)
+    for name in ("logits", "tokens"):
+        y[name][torch.rand(y[name].shape, generator=g) < share] = -100
+    mask = torch.rand(samples, 1, generator=g) >= share
+
+    def total(f):
+        out = f(x)
+        found = [
+            functional.cross_entropy(out[name], y[name], reduction="sum")
+            / (y[name] != -100).sum().clamp_min(1)
+            for name in names
+            if name != "value"
+        ]
+        if "value" in names:
+            squares = ((out["value"] - y["value"]).square() * mask).sum() / 2
+            found.append(squares / mask.sum().clamp_min(1))
+        return sum(found)
+
+    values = {n: p.detach() for n, p in model.named_parameters()}
+
+    def output(v):
+        return torch.func.functional_call(model, v, (x,))
+
+    jacobians = torch.func.jacrev(output)(values)
+    z = {name: one.detach() for name, one in model(x).items()}
+    expected = 0.0
+    for name in names:
+        rows = torch.cat([j.flatten(z[name].dim()) for j in jacobians[name].values()], -1)
+        rows = rows.reshape(z[name].numel(), -1)
+
+        def loss(one, name=name):
+            return total(lambda x: {**z, name: one.view(z[name].shape)})
+
+        expected = expected + rows.T @ torch.func.hessian(loss)(z[name].flatten()) @ rows
+    optimizer = natgrad.ExactNGD(model, HEADS, lr=0.0, kl_clip=None)
+    total(model).backward()
+    optimizer.step()
+    F = optimizer.preconditioner.curvature.matrix().to_dense()
+    assert (F - expected).norm() <= 1e-10 * expected.norm()
 
 
 def test_ignored_tokens_and_accumulation():

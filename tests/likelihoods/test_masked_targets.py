@@ -148,3 +148,16 @@ def test_saturated_outputs_are_no_mask():
         (cotangent,) = torch.autograd.grad(loss, output)
         weights, _ = Bernoulli().infer_event_weights(output.detach(), cotangent)
         assert torch.equal(weights, torch.ones(3, 1))
+
+
+@pytest.mark.parametrize("last", [nn.Tanh(), nn.Sigmoid(), nn.ReLU()])
+def test_outputs_fitted_to_the_last_bit_are_no_mask(last):
+    # Images whose background is the end of the range of a last layer that saturates.
+    z = last(torch.cat([torch.full((8, 6), -200.0), torch.randn(8, 4, generator=generator(0))], 1))
+    y = z.clone()
+    y[:, 6:] = torch.rand(8, 4, generator=generator(1))
+    output = z.requires_grad_()
+    (cotangent,) = torch.autograd.grad(functional.mse_loss(output, y), output)
+    assert not cotangent[:, :6].any()
+    weights, _ = Gaussian(0.5, "mean").infer_event_weights(output.detach(), cotangent)
+    assert torch.equal(weights, torch.ones(8, 1))

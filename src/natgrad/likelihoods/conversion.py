@@ -47,8 +47,8 @@ FUNCTIONAL_LOSSES: dict[Callable[..., Any], type[nn.Module]] = {
 NOT_LIKELIHOODS: dict[type[nn.Module], str] = {
     nn.BCELoss: "let the model return logits and pass nn.BCEWithLogitsLoss()",
     nn.GaussianNLLLoss: (
-        "its variance is a second output: pass Gaussian(variance) for a fixed one, or Heads of a "
-        "mean and a logarithm of the variance with a Likelihood of your own"
+        "its variance is a second output: pass Gaussian(variance) for a fixed one, or a Likelihood "
+        "of your own for both outputs together"
     ),
     nn.L1Loss: "its second derivative is zero: pass Gaussian() to precondition by squared error",
     nn.SmoothL1Loss: "pass Gaussian(beta), its curvature where residuals are small",

@@ -102,7 +102,8 @@ class Elementwise(Likelihood):
         largest = cotangent.abs().max()
         constant = cotangent.max() - cotangent.min() <= 1e-6 * largest
         base = self._gradient(output, torch.zeros_like(output))
-        varies = base.max() - base.min() > 1e-3 * base.abs().max()
+        rounding = max(1e-3, 4 * torch.finfo(cotangent.dtype).eps)
+        varies = base.max() - base.min() > rounding * base.abs().max()
         return bool(constant & varies & (largest > 0))
 
     def _tells_average(self, output: Tensor, cotangent: Tensor, target: Any) -> bool | None:
@@ -248,8 +249,8 @@ class Elementwise(Likelihood):
         whole = zero.flatten(1).all(1).view(-1, *[1] * (zero.dim() - 1))
         often = zero.double().mean() > 16 * chance
         masked = zero & (often | (whole & (chance ** output[0].numel() < 1e-6)))
-        # Saturated outputs are fitted to the last bit, and so are zeros of a last ReLU.
-        off = output == 0
+        # Saturated outputs are fitted to the last bit, as those of a last ReLU, sigmoid or tanh.
+        off = (output == 0) | (output.abs() == 1)
         clamped = (off.double().mean() > 16 * info.eps) & ~off.all()
         return masked & ~self._fitted(output, cotangent) & ~(off & clamped)
 
