@@ -216,6 +216,36 @@ def test_a_loss_that_is_no_likelihood_is_named_once(case):
     assert "ResidualNGD" in sentence and "likelihood=" in sentence
 
 
+def test_probabilities_in_the_place_of_logits_are_named():
+    model = nn.Sequential(network(3), nn.Sigmoid())
+    x, y = normal(16, 6), labels("bernoulli", 16, 3)
+    optimizer = natgrad.KFAC(model, "bernoulli")
+    with pytest.warns(UserWarning, match="not of logits"):
+        functional.binary_cross_entropy(model(x), y).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_class_weights_of_class_probabilities_need_the_target(soft):
+    weight = torch.tensor([0.2, 1.0, 4.0], dtype=torch.float64)
+    model, x, criterion = network(3), normal(16, 6), nn.CrossEntropyLoss(weight)
+    y = normal(16, 3, seed=1).softmax(1) if soft else torch.arange(16) % 3
+    optimizer = natgrad.ExactNGD(model, criterion, lr=0.0, kl_clip=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if soft:
+            with pytest.raises(UserWarning, match="class probabilities"):
+                criterion(model(x), y).backward()
+            optimizer.zero_grad()
+            optimizer = natgrad.ExactNGD(model, criterion, lr=0.0, kl_clip=None)
+            optimizer.loss(criterion, model(x), y).backward()
+        else:
+            criterion(model(x), y).backward()
+    optimizer.step()
+    expected = loss_hessian(model, lambda f: criterion(f(x), y))
+    assert_same(optimizer.preconditioner.curvature.matrix().to_dense(), expected)
+
+
 CROSS_ENTROPIES = {
     "plain": {},
     "smoothed": {"label_smoothing": 0.1},

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from natgrad.likelihoods.base import Reduction, full_precision, positive_ratio
+from natgrad.likelihoods.base import (
+    FOREIGN,
+    Likelihood,
+    Reduction,
+    full_precision,
+    positive_ratio,
+)
 from natgrad.likelihoods.elementwise import (
     Elementwise,
     ReduceOutputs,
@@ -60,6 +66,24 @@ class Bernoulli(Elementwise):
         scale = positive_ratio(cotangent.abs().sum(), gradient.abs().sum(), usual)
         hard = (cotangent - scale * gradient).abs().sum() <= 0.05 * cotangent.abs().sum()
         return scale, hard
+
+    @full_precision
+    def seen_with(
+        self, output: Tensor, cotangent: Tensor, target: Any = None
+    ) -> tuple[Likelihood, list[str]]:
+        """Decide on the reduction, and say so if the output holds probabilities; see the base."""
+        found, said = super().seen_with(output, cotangent, target)
+        if bool(((output > 0) & (output < 1)).all()):
+            cotangent = cotangent.to(output.dtype)
+            wrong = torch.where(cotangent < 0, -1 / output, 1 / (1 - output))
+            wrong = torch.where(cotangent == 0, 0, wrong)
+            wrong = wrong * (cotangent.abs().sum() / wrong.abs().sum())
+            _, right = self._hard_scale(output, cotangent, cotangent.new_ones(()))
+            fits = (cotangent - wrong).abs().sum() <= 1e-3 * cotangent.abs().sum()
+            if bool(fits & ~right):
+                fault = "is that of probabilities, not of logits as the model should return"
+                return self, [FOREIGN.format(fault=fault, name=self)]
+        return found, said
 
     def _tells_average(self, output: Tensor, cotangent: Tensor, target: Any) -> bool | None:
         if target is not None:

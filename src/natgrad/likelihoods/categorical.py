@@ -237,17 +237,34 @@ class Categorical(Likelihood):
     def seen_with(
         self, output: Tensor, cotangent: Tensor, target: Any = None
     ) -> tuple[Likelihood, list[str]]:
-        """Say so if the gradient does not sum to zero over classes; see the base class."""
+        """Say so if the gradient does not sum to zero over classes; see the base class.
+
+        Also if class weights meet class probabilities, whose weights only the target tells.
+        """
         self._check_class_dim(output, cotangent)
         # What vanishes in float16 is missing in the sum.
         if cotangent.dtype == torch.float16 or output.shape[self._class_dim(output)] == 1:
             return self, []
+        said = []
         events = self.split_events(cotangent.to(output.dtype))
         tolerance = max(0.01, 2 * torch.finfo(cotangent.dtype).eps)
         sums = events.sum(-1).abs().sum() > tolerance * events.abs().sum()
-        foreign = sums & ~self._is_normalized(output, self._class_dim(output))
-        fault = "does not sum to zero over the classes"
-        return self, [FOREIGN.format(fault=fault, name=self)] if bool(foreign) else []
+        if bool(sums & ~self._is_normalized(output, self._class_dim(output))):
+            fault = "does not sum to zero over the classes"
+            said.append(FOREIGN.format(fault=fault, name=self))
+        elif self.class_weights is not None and self.label_smoothing == 0 and target is None:
+            weights, scale = self.infer_event_weights(output, cotangent)
+            labels = torch.where(weights > 0, events.argmin(-1), self.ignore_index)
+            hard = scale * self.gradient(output, labels.reshape(self._target_shape(output)))
+            rest = self._at_logits(output, self._probabilities(output)[0], events)
+            rest = rest - self.split_events(hard)
+            if bool(rest.abs().sum() > 0.05 * events.abs().sum()):
+                said.append(
+                    "class weights of targets that are class probabilities cannot be read off the "
+                    "gradient of the loss: call loss = optimizer.loss(criterion, output, target), "
+                    "which tells the target"
+                )
+        return self, said
 
     # -- layout ------------------------------------------------------------------------------------
 
