@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -22,7 +23,13 @@ settings.register_profile(
     derandomize=False,
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("NATGRAD_TEST_THREADS", "1")))
+
+
+def pytest_collection_finish() -> None:
+    """Leave modules and collected tests out of every garbage collection that follows."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
