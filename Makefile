@@ -17,7 +17,7 @@ demo: $(VENV)/.natgrad-cli ## Train one network with every method on real data; 
 	$(BIN)/natgrad compare --output $(OUTPUT)
 
 test: lint ## Run lint, type check and the whole test suite.
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 lint: $(VENV)/.natgrad-dev ## Run ruff and mypy only.
 	$(BIN)/ruff check .

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -54,6 +54,7 @@ class Problem:
         loss: The reference's loss.
         kind: Fisher type.
         vectors: What is pulled back from the output, (K, N, ...).
+        name: Name of the case in the table of cases, if it has one.
         skip_silent: Whether some events are ignored, so that positions which no vector reaches are
             left out of input factors.
     """
@@ -64,6 +65,7 @@ class Problem:
     loss: dense.Loss
     kind: str
     vectors: Tensor
+    name: str = ""
     skip_silent: bool = False
 
     @cached_property
@@ -98,7 +100,7 @@ class Problem:
 @functools.lru_cache(maxsize=64)
 def problem(name: str, likelihood: str = "categorical", kind: str = "exact") -> Problem:
     """Return the problem of a case by name."""
-    return problem_of(CASES[name](), likelihood, kind)
+    return replace(problem_of(CASES[name](), likelihood, kind), name=name)
 
 
 def problem_of(
@@ -118,7 +120,7 @@ def problem_of(
         drawn = fisher_type(kind).vectors(own, case.z, weights, generator(0), y)
     else:
         drawn = dense.fisher_vectors(loss, case.z, y, kind)
-    return Problem(case, y, likelihood, loss, kind, drawn, skip_silent)
+    return Problem(case, y, likelihood, loss, kind, drawn, skip_silent=skip_silent)
 
 
 def fisher_type(kind: str) -> Any:

@@ -73,11 +73,12 @@ def flatten(named: dict[str, Tensor]) -> Tensor:
 @table("layers")
 def test_it_is_its_definition(entry, name):
     """For every likelihood, Fisher type and setting of shared weights."""
-    likelihoods = LIKELIHOODS if entry.everywhere or name in SOME else LIKELIHOODS[:1]
+    likelihoods = LIKELIHOODS if entry.everywhere or name in SOME[:4] else LIKELIHOODS[:1]
     for likelihood in likelihoods:
         for kind in ("exact", "empirical"):
             compare(entry, problem(name, likelihood, kind))
-    compare(entry, problem(name, "categorical", "mc"))
+    if len(likelihoods) > 1:
+        compare(entry, problem(name, "categorical", "mc"))
     if entry.sharings:
         for likelihood in LIKELIHOODS if entry.everywhere else LIKELIHOODS[:1]:
             for kind in ("exact", "empirical"):
@@ -258,7 +259,8 @@ def check_interface(entry: Entry, given: Problem, found: FisherMatrix) -> None:
         root = found.inverse_root(damping) @ eye
         torch.testing.assert_close(root, root.mT, rtol=0, atol=1e-10)
         dense.assert_same(root @ root, entry.solve(given, found, matrix, damping, eye), 1e-8)
-    check_forms(found, matrix, inverse)
+    if given.name in SOME:
+        check_forms(found, matrix, inverse)
 
 
 def check_forms(found: FisherMatrix, matrix: Tensor, inverse: FisherMatrix) -> None:
