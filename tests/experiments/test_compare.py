@@ -10,7 +10,13 @@ from natgrad.experiments.config import CompareConfig
 from natgrad.experiments.methods import METHODS
 
 TINY = dict(
-    train_samples=30, test_samples=20, width=8, steps=5, first_order_steps=5, search_steps=2
+    train_samples=30,
+    test_samples=20,
+    width=8,
+    steps=5,
+    first_order_steps=5,
+    search_steps=2,
+    quality=False,
 )
 
 

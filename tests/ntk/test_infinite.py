@@ -173,7 +173,7 @@ def test_wide_networks_have_these_kernels(name, bias):
 
 @pytest.mark.parametrize(("name", "bias"), CASES)
 def test_errors_fall_with_the_root_of_the_width(name, bias):
-    widths, seeds = (128, 512, 2048), 30
+    widths, seeds = (64, 256, 1024), 30
     x = normal(6, 5)
     expected = infinite_kernel(architecture(name, 3, bias=bias), x).layers
     errors = torch.zeros(len(widths), 3, dtype=torch.float64)

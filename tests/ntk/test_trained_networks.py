@@ -112,7 +112,7 @@ def test_trained_networks_follow_the_prediction(structure):
     divides by it. So they get damping far below the blocks' typical eigenvalues, of order 1/M.
     """
     samples, dim = 12, 20
-    widths, seeds = [128, 512, 2048], 4
+    widths, seeds = [64, 256, 1024], 4
     if structure in ("kfac", "unit_wise"):
         widths, seeds = [64, 128, 256, 512], 6
     x, x_test = inputs(samples, dim), inputs(4, dim, seed=1)
@@ -133,7 +133,7 @@ def test_trained_networks_follow_the_prediction(structure):
         errors.append(math.sqrt(total / seeds))
     # The tangent kernel of gradient descent may move less than the bound, by 1/M.
     assert (-1.1 if structure == "gd" else -0.9) < slope(widths, errors) < -0.35, errors
-    assert errors[-1] < 0.05, errors
+    assert errors[-1] < 2 / widths[-1] ** 0.5, errors
 
 
 # -- the published figure --------------------------------------------------------------------------
