@@ -292,3 +292,45 @@ def test_wrong_input():
     counts = torch.ones(6, 2).double()
     with pytest.raises(TypeError, match="functional_variance"):
         Laplace(model, (x, counts), Poisson(), "diagonal").predict(x)
+
+
+def ridge(variance: float, delta: float) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """Return a linear model at the maximum of its posterior, and its data."""
+    x = normal(8, 3)
+    y = x @ normal(3, 1, seed=2) + 0.5 * normal(8, 1, seed=3)
+    model = nn.Linear(3, 1, bias=False).double()
+    precision = x.T @ x / variance + delta * torch.eye(3).double()
+    model.weight.data = torch.linalg.solve(precision, x.T @ y / variance).T
+    return model, x, y
+
+
+def marginal(x: torch.Tensor, y: torch.Tensor, variance: float, delta: float) -> float:
+    """Return ``log N(y; 0, XXᵀ/δ + σ²I)`` without its constant."""
+    covariance = x @ x.T / delta + variance * torch.eye(len(x)).double()
+    fit = y.T @ torch.linalg.solve(covariance, y)
+    return -0.5 * float(fit + torch.logdet(covariance))
+
+
+@pytest.mark.parametrize("variance", [0.05, 0.3, 2.0])
+@pytest.mark.parametrize("delta", [0.2, 3.0])
+def test_evidence_of_a_linear_model_is_exact_in_noise_and_prior(variance, delta):
+    model, x, y = ridge(variance, delta)
+    posterior = Laplace(model, (x, y), Gaussian(variance), "full", prior_precision=delta)
+    expected = marginal(x, y, variance, delta)
+    assert posterior.log_marginal_likelihood() == pytest.approx(expected, rel=1e-10)
+    # Averaging over outputs is a variance that is larger by their number, here 1.
+    posterior = Laplace(model, (x, y), Gaussian(variance, "mean"), "full", prior_precision=delta)
+    assert posterior.log_marginal_likelihood() == pytest.approx(expected, rel=1e-10)
+
+
+def test_missing_targets_leave_the_evidence_and_the_count():
+    model, x, y = ridge(0.3, 1.0)
+    masked = y.clone()
+    masked[[2, 5]] = torch.nan
+    kept = [0, 1, 3, 4, 6, 7]
+    found = Laplace(model, (x, masked), Gaussian(0.3), "full")
+    expected = Laplace(model, (x[kept], y[kept]), Gaussian(0.3), "full")
+    assert found.count == 6
+    assert found.log_marginal_likelihood() == pytest.approx(expected.log_marginal_likelihood())
+    for one, other in zip(found.predict(x), expected.predict(x), strict=True):
+        dense.assert_same(one, other)

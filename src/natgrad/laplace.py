@@ -26,6 +26,7 @@ from natgrad.capture import Capture
 from natgrad.capture.evaluation import (
     call_model,
     count_samples,
+    evaluated,
     output_rows,
     take_samples,
     undisturbed,
@@ -41,10 +42,12 @@ from natgrad.likelihoods import (
     LikelihoodLike,
     as_likelihood,
 )
+from natgrad.likelihoods.heads import JoinedHeads
+from natgrad.operators import FisherMatrix
 
 __all__ = ["Laplace"]
 
-#: Samples whose covariances are computed at a time; those between samples come along.
+#: Samples whose outputs are pulled back at a time.
 CHUNK_SAMPLES = 16
 
 
@@ -69,7 +72,8 @@ class Laplace:
     Attributes:
         matrix: The Fisher matrix, the mean over data points.
         count: N, the number of data points.
-        log_likelihood: ``log p(D | θ*)``, up to constants of the likelihood.
+        log_likelihood: ``log p(D | θ*)``, up to constants that depend on neither the parameters nor
+            the variance of Gaussian noise.
 
     Raises:
         ValueError: If an argument is out of range or the data cannot be used.
@@ -99,6 +103,7 @@ class Laplace:
         self.likelihood = as_likelihood(likelihood)
         self.output = self.likelihood.selection(output)
         self.prior_precision = prior_precision
+        self._factorised: tuple[float, FisherMatrix] | None = None
         if iter(data) is data:
             raise ValueError(
                 "data must be re-iterable, as a list or a data loader: it is read twice"
@@ -127,6 +132,7 @@ class Laplace:
             if count > 0:
                 self.count += count
                 self.log_likelihood -= float(own.loss(outputs, target)) * count
+                self.log_likelihood += _log_normalizer(own, outputs, target)
 
     @property
     def prior_precision(self) -> float:
@@ -144,7 +150,10 @@ class Laplace:
         self._prior_precision = float(value)
 
     def log_marginal_likelihood(self, prior_precision: float | None = None) -> float:
-        """Return the evidence ``log p(D)`` of the data, up to constants of the likelihood.
+        """Return the evidence ``log p(D)`` of the data, up to constants.
+
+        It contains the observation noise, so that σ can be chosen by it, too: compare posteriors
+        with ``Gaussian(variance=σ²)``.
 
         Args:
             prior_precision: δ; the present one by default.
@@ -187,21 +196,33 @@ class Laplace:
         Returns:
             ``f(x, θ*)``, ``(N, …)``, and the covariance of each sample's outputs, ``(N, C, C)``.
         """
-        means, covariances = [], []
-        damping = self.prior_precision / self.count
+        return self._moments(x, diagonal=False)
+
+    def _moments(self, x: Any, diagonal: bool) -> tuple[Tensor, Tensor]:
+        """Return the mean outputs and their covariances ``(N, C, C)``, or variances ``(N, C)``."""
+        inverse, samples = self._inverse(), count_samples(x)
+        result: tuple[Tensor, Tensor] | None = None
         with self._only_trainable(), Capture(self.model, self.output) as capture:
-            for start in range(0, count_samples(x), CHUNK_SAMPLES):
+            for start in range(0, samples, CHUNK_SAMPLES):
                 mean, rows = output_rows(
                     capture, take_samples(x, slice(start, start + CHUNK_SAMPLES))
                 )
-                # J(NF + δI)⁻¹Jᵀ = J(F + δ/N I)⁻¹Jᵀ/N, of which each sample's own block is wanted.
-                shares = self.matrix.function_space_map(rows, None, damping)
-                total = torch.stack(list(shares.values())).sum(0) / self.count
-                n, k = rows.samples, rows.directions
-                index = torch.arange(n, device=total.device)
-                means.append(mean)
-                covariances.append(total.view(n, k, n, k)[index, :, index])
-        return torch.cat(means), torch.cat(covariances)
+                # J(NF + δI)⁻¹Jᵀ = J(F + δ/N I)⁻¹Jᵀ/N.
+                found = mean, inverse.sample_forms(rows, diagonal=diagonal) / self.count
+                if result is None:  # Pieces and their concatenation would be two copies.
+                    whole = [one.new_empty(samples, *one.shape[1:]) for one in found]
+                    result = whole[0], whole[1]
+                for one, piece in zip(result, found, strict=True):
+                    one[start : start + len(piece)] = piece
+        assert result is not None
+        return result
+
+    def _inverse(self) -> FisherMatrix:
+        """Return ``(F + δ/N I)⁻¹``, factorised once for each δ."""
+        damping = self.prior_precision / self.count
+        if self._factorised is None or self._factorised[0] != damping:
+            self._factorised = damping, self.matrix.inverse(damping)
+        return self._factorised[1]
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Return samples of the parameters from ``N(θ*, (NF + δI)⁻¹)``.
@@ -258,10 +279,10 @@ class Laplace:
         """
         if samples is not None and samples < 1:
             raise ValueError(f"the number of samples must be at least 1, got {samples}")
-        mean, covariance = self.functional_variance(x)
         if samples is not None and isinstance(self.likelihood, (Bernoulli, Categorical)):
-            return self._mean_probabilities(mean, covariance, samples, generator)
-        variance = covariance.diagonal(dim1=1, dim2=2).view(mean.shape)
+            return self._mean_probabilities(*self._moments(x, False), samples, generator)
+        mean, variance = self._moments(x, diagonal=True)
+        variance = variance.view(mean.shape)
         scaled = mean / (1.0 + math.pi / 8.0 * variance).sqrt()
         if isinstance(self.likelihood, Gaussian):
             noise = 1.0 / self.likelihood.output_hessian(mean).diagonal(dim1=2, dim2=3)
@@ -302,8 +323,8 @@ class Laplace:
             return require_output(found, self.output), self.likelihood.of_shapes(shapes)
 
     def _last_layer(self, inputs: Any) -> frozenset[str]:
-        with Capture(self.model, self.output) as capture:
-            _, rows = output_rows(capture, inputs)
+        with Capture(self.model, self.output) as capture, evaluated(capture, inputs) as output:
+            rows = capture.pull_back(output, torch.ones_like(output.detach()).unsqueeze(0))
             return frozenset(rows[list(rows)[-1]].layout.names)
 
     @contextmanager
@@ -321,6 +342,29 @@ class Laplace:
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(True)
+
+
+def _log_normalizer(likelihood: Likelihood, output: Tensor, target: Any) -> float:
+    """Return the part of ``log p(D)`` beside the loss that depends on the noise, ``−Σ log σ``.
+
+    Gaussian noise has it, once per observed output.
+    """
+    if isinstance(likelihood, JoinedHeads):
+        heads = zip(
+            likelihood.parts, likelihood.pieces(output), likelihood.targets(target), strict=True
+        )
+        total = 0.0
+        for part, z, y in heads:
+            count = float(part.count(z, y))
+            # Losses of heads are means over their own events, times N.
+            total += _log_normalizer(part, z, y) * len(output) / count if count > 0 else 0.0
+        return total
+    if not isinstance(likelihood, Gaussian):
+        return 0.0
+    precision = likelihood.output_hessian(output).diagonal(dim1=2, dim2=3)
+    weights = likelihood.event_weights(output, target).to(precision)
+    weights = weights if weights.dim() == 3 else weights.unsqueeze(-1)
+    return float((weights * precision.log()).sum() / 2)
 
 
 def _standard_normal(

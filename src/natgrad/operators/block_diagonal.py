@@ -281,6 +281,24 @@ class FisherMatrix(Operator):
             result.update(one.function_space_map(self.members[name], rows, other, damping))
         return result
 
+    def sample_forms(  # type: ignore[override]
+        self, rows: Jacobians, *, diagonal: bool = False
+    ) -> Tensor:
+        """Return ``J_n F J_nᵀ`` of every sample, ``(N, K, K)``, or its diagonal, ``(N, K)``.
+
+        Of a damped inverse these are the covariances of a sample's outputs under the Laplace
+        approximation. Nothing of the size ``(N·K)²`` or ``K × P`` is formed.
+
+        Args:
+            rows: ``J``, of N samples with K vectors each.
+            diagonal: Whether the diagonal is all that is wanted, default False.
+        """
+        parts = (one.sample_forms(self.members[n], rows, diagonal) for n, one in self.parts.items())
+        result = next(parts)
+        for part in parts:
+            result = result.add_(part)
+        return result
+
     def __repr__(self) -> str:
         """Show structure, size and number of blocks."""
         blocks = sum(map(len, self.members.values()))

@@ -327,12 +327,7 @@ class TwoLevelMatrix(FisherMatrix):
         Raises:
             ValueError: If the coarse space depends on the gradient.
         """
-        coarse = self.coarse
-        if coarse is not None and not coarse.is_linear:
-            raise ValueError(
-                f"coarse_space {coarse.space!r} depends on the gradient, so that no linear map "
-                "tells how a step moves the outputs: use 'nicolaides' or 'spectral'"
-            )
+        coarse = self._linear_coarse()
         result = super().function_space_map(rows, other, damping)
         if coarse is None:
             return result
@@ -344,6 +339,27 @@ class TwoLevelMatrix(FisherMatrix):
         for name, value in found.items():
             result[name] = result[name] + value if name in result else value
         return result
+
+    def sample_forms(  # type: ignore[override]
+        self, rows: Jacobians, *, diagonal: bool = False
+    ) -> Tensor:
+        """Return ``J_n F J_nᵀ`` of every sample; see :meth:`FisherMatrix.sample_forms`.
+
+        Raises:
+            ValueError: If this is an inverse and the coarse space depends on the gradient.
+        """
+        if self._linear_coarse() is None or self.damping is None:
+            return super().sample_forms(rows, diagonal=diagonal)
+        return Operator.sample_forms(self, list(rows), rows, diagonal)
+
+    def _linear_coarse(self) -> CoarseLevel | None:
+        coarse = self.coarse
+        if coarse is not None and not coarse.is_linear:
+            raise ValueError(
+                f"coarse_space {coarse.space!r} depends on the gradient, so that no linear map "
+                "tells how a step moves the outputs: use 'nicolaides' or 'spectral'"
+            )
+        return coarse
 
     def __add__(self, other: Operator) -> FisherMatrix:
         """Return the sum of the matrices, without a coarse level."""

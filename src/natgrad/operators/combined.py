@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from natgrad import linalg
 from natgrad.arguments import check_damping
+from natgrad.jacobians import Jacobians
 from natgrad.operators.dense import DenseOperator
 from natgrad.operators.operator import GradientSource, Operator, VectorLayout
 
@@ -74,6 +76,12 @@ class ScaledOperator(Operator):
             inverse = self.operator.direct_inverse(damping / self.factor)
             return replace(self, operator=inverse, factor=1.0 / self.factor)
         return super().direct_inverse(damping)
+
+    def sample_forms(
+        self, names: Collection[str], rows: Jacobians, diagonal: bool = False
+    ) -> Tensor:
+        """Return ``c J_n F J_nᵀ``."""
+        return self.operator.sample_forms(names, rows, diagonal) * self.factor
 
     def inverse_root(self, damping: float) -> Operator:
         """Return ``(F + λ/c I)^(−1/2)/√c``."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from natgrad.arguments import check_damping
+from natgrad.jacobians import Jacobians
+from natgrad.layouts import BlockLayout
 from natgrad.linalg import require_finite
+from natgrad.operators.eigen_kronecker import EigenKroneckerOperator
 from natgrad.operators.operator import GradientSource, Operator, VectorLayout
 
 __all__ = ["DiagonalOperator"]
@@ -57,6 +61,17 @@ class DiagonalOperator(Operator):
         inverse = torch.where(damped != 0, 1.0 / damped, 0.0)
         require_finite(inverse, "an entry of the diagonal is NaN or infinite")
         return replace(self, entries=inverse)
+
+    def sample_forms(
+        self, names: Collection[str], rows: Jacobians, diagonal: bool = False
+    ) -> Tensor:
+        """Return ``J_n diag(f) J_nᵀ``."""
+        if not isinstance(self.layout, BlockLayout):
+            return super().sample_forms(names, rows, diagonal)
+        scale = self.layout.matrix(self.entries)
+        return EigenKroneckerOperator(self.layout, None, None, scale).sample_forms(
+            names, rows, diagonal
+        )
 
     def inverse_root(self, damping: float) -> DiagonalOperator:
         """Divide by the root entry by entry."""

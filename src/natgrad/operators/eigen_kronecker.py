@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,8 +10,9 @@ from torch import Tensor
 
 from natgrad import linalg
 from natgrad.arguments import check_damping
+from natgrad.jacobians import Jacobians, LinearJacobian
 from natgrad.layouts import BlockLayout
-from natgrad.operators.operator import Operator
+from natgrad.operators.operator import Operator, scaled_forms
 
 __all__ = [
     "EigenKroneckerOperator",
@@ -72,6 +73,23 @@ class EigenKroneckerOperator(Operator):
         if not self.orthogonal:
             return super().logdet(damping)
         return linalg.log_determinant(self.scale.flatten(1), damping)
+
+    def sample_forms(
+        self, names: Collection[str], rows: Jacobians, diagonal: bool = False
+    ) -> Tensor:
+        """Return ``J_n F J_nᵀ``; of linear maps in the bases, without a column of ``F Jᵀ``."""
+        found = [rows[name] for name in names if name in rows]
+        block = found[0] if found else None
+        if type(block) is not LinearJacobian or block.positions != 1:
+            return super().sample_forms(names, rows, diagonal)
+        a = block.augmented_inputs()[:, 0].to(self.dtype)  # (N, G, d_in + bias)
+        delta = block.output_gradients[:, :, 0].to(self.dtype)  # (N, K, G, d_out)
+        if self.input_basis is not None:
+            a = torch.einsum("ngi,gij->ngj", a, self.input_basis)
+        if self.output_basis is not None:
+            delta = torch.einsum("nkgo,gop->nkgp", delta, self.output_basis)
+        weights = torch.einsum("goi,ngi->ngo", self.scale, a.square())
+        return scaled_forms(delta.flatten(2), weights.flatten(1), diagonal)
 
     def direct_inverse(self, damping: float) -> Operator:
         """Divide by ``s + damping``; zero damping is the pseudo-inverse."""

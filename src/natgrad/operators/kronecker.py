@@ -170,6 +170,19 @@ class KroneckerOperator(Operator):
         gradients = _solve_rows(right.output_gradients, b, shifts[1])
         return {name: left.augmented().gram(right.replaced(inputs, gradients))}
 
+    def sample_forms(
+        self, names: Collection[str], rows: Jacobians, diagonal: bool = False
+    ) -> Tensor:
+        """Return ``(δ_n B δ_nᵀ) (a_nᵀ A a_n)``, summed over groups, for linear maps."""
+        return self._spectral.sample_forms(names, rows, diagonal)
+
+    @cached_property
+    def _spectral(self) -> EigenKroneckerOperator:
+        """The same matrix in the eigenvectors of its factors."""
+        (basis_a, a), (basis_b, b) = eigenbasis([self.inputs, self.outputs])
+        scale = b.unsqueeze(-1) * a.unsqueeze(-2)
+        return EigenKroneckerOperator(self.layout, basis_a, basis_b, scale)
+
     # Preconditioning gradients.
 
     @property

@@ -13,12 +13,25 @@ from typing_extensions import Self
 
 from natgrad import linalg
 from natgrad.arguments import check_damping
-from natgrad.jacobians import CHUNK_ELEMENTS, Jacobians, LayerJacobian
+from natgrad.jacobians import (
+    CHUNK_ELEMENTS,
+    DenseJacobian,
+    Jacobians,
+    LayerJacobian,
+    LinearJacobian,
+)
 from natgrad.layouts import ParameterLayout
 from natgrad.records import Record
 from natgrad.solvers import IterativeSolver, Solver, TruncatedEigh, as_solver
 
-__all__ = ["GradientSource", "Operator", "VectorLayout", "map_by_columns", "map_jointly"]
+__all__ = [
+    "GradientSource",
+    "Operator",
+    "VectorLayout",
+    "map_by_columns",
+    "map_jointly",
+    "scaled_forms",
+]
 
 
 class VectorLayout(Protocol):
@@ -260,6 +273,79 @@ class Operator(Record, ABC):
             return map_jointly(mine, rows, other, inverse, self.layout)
         (name,) = names
         return map_by_columns(name, rows, other, inverse)
+
+    def sample_forms(
+        self, names: Collection[str], rows: Jacobians, diagonal: bool = False
+    ) -> Tensor:
+        """Return ``J_n F J_nᵀ`` of every sample, ``(N, K, K)``, or its diagonal, ``(N, K)``.
+
+        Memory is that of the result and of some columns of ``F Jᵀ`` at a time.
+
+        Args:
+            names: The blocks whose parameters the matrix is about.
+            rows: ``J``; blocks missing here contribute nothing.
+            diagonal: Whether the diagonal is all that is wanted.
+        """
+        samples, directions = rows.samples, rows.directions
+        shape = (samples, directions) if diagonal else (samples, directions, directions)
+        blocks = [rows[name] for name in names if name in rows]
+        if not blocks:
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        result = torch.empty(shape, dtype=self.dtype, device=self.device)
+        together = CHUNK_ELEMENTS // max(1, directions * self.layout.numel)
+        for start in range(0, samples, together) if together else ():
+            stop = min(start + together, samples)
+            pieces = [b.layout.flat(b.per_sample_gradients(start, stop)) for b in blocks]
+            columns = self._columns(blocks, [piece.flatten(0, 1).T for piece in pieces])
+            left, right = (
+                one.T.unflatten(0, (-1, directions)) for one in (columns, self.multiply(columns))
+            )
+            result[start:stop] = (left * right).sum(-1) if diagonal else left @ right.mT
+        if together:
+            return result
+        eye = torch.eye(directions, dtype=self.dtype, device=self.device)
+        step = max(1, CHUNK_ELEMENTS // self.layout.numel)
+        for n in range(samples):
+            own = [_of_sample(block, n) for block in blocks]
+            for some in torch.arange(directions, device=self.device).split(step):
+                columns = self._columns(own, [one.rmatvec(eye[:, some]) for one in own])
+                solved = self.multiply(columns)
+                if diagonal:
+                    result[n, some] = (columns * solved).sum(0)
+                    continue
+                result[n, :, some] = sum(
+                    (one.matvec(self._part(one, solved)) for one in own), torch.zeros(())
+                )
+        return result
+
+    def _columns(self, blocks: Sequence[LayerJacobian], pieces: Sequence[Tensor]) -> Tensor:
+        """Lay columns ``(P_l, k)`` of blocks out as columns of the matrix, ``(P, k)``."""
+        if not isinstance(self.layout, ParameterLayout):
+            return pieces[0].to(self.dtype)
+        columns = pieces[0].new_zeros(self.layout.numel, pieces[0].shape[1], dtype=self.dtype)
+        for block, piece in zip(blocks, pieces, strict=True):
+            self.layout.scatter(block.layout, piece, columns)
+        return columns
+
+    def _part(self, block: LayerJacobian, columns: Tensor) -> Tensor:
+        """Return a block's part of columns, in the type of its rows."""
+        if isinstance(self.layout, ParameterLayout):
+            columns = self.layout.gather(block.layout, columns)
+        return columns.to(block.dtype)
+
+
+def _of_sample(block: LayerJacobian, n: int) -> LayerJacobian:
+    """Return the rows of one sample."""
+    if isinstance(block, LinearJacobian):
+        return block.of_samples(torch.tensor([n], device=block.device))
+    return DenseJacobian(block.layout, block.layout.flat(block.per_sample_gradients(n, n + 1)))
+
+
+def scaled_forms(rows: Tensor, scale: Tensor, diagonal: bool) -> Tensor:
+    """Return ``δ_n diag(s_n) δ_nᵀ``, or its diagonal, for ``(N, K, d)`` and ``(N, d)``."""
+    if diagonal:
+        return (rows.square() @ scale.unsqueeze(2)).squeeze(2)
+    return (rows * scale.unsqueeze(1)) @ rows.mT
 
 
 def map_by_columns(
