@@ -30,6 +30,10 @@ Damping = float | Mapping[str, float]
 #: that no more than one is in the making at a time.
 BATCHED_PARAMETERS = 2**15
 
+#: Weight that an average keeps however long its part has been away, and that from which on its
+#: inverse stays in use when the part is back.
+LEAST_WEIGHT, LEAST_WEIGHT_IN_USE = 1e-6, 0.5
+
 
 @dataclass(frozen=True, eq=False)
 class Estimate:
@@ -95,10 +99,12 @@ class Curvature:
     def follow(self, blocks: Mapping[str, BlockLayout], layout: ParameterLayout) -> set[str]:
         """Go on with other blocks, as where layers were frozen, unfrozen or replaced.
 
-        What is known of blocks that stay, or that were there before, stays.
+        What is known of blocks that stay, or that were there before, stays. After many updates
+        without them it weighs as little as a moving average would leave of it, and waits to be
+        inverted anew.
 
         Returns:
-            Names of the parts that stay.
+            Names of the parts whose inverse stays in use.
 
         Raises:
             ValueError: If there are no blocks.
@@ -109,10 +115,18 @@ class Curvature:
         fresh.estimates.update({name: held[name] for name in staying})
         if self.additive:  # Rows of one batch are nothing to come back to.
             gone = old.keys() - staying - {self.structure.companion}
-            self.resting.update({name: _packed(old[name], held[name]) for name in gone})
+            rest = {name: {**_packed(old[name], held[name]), "weight": 1.0} for name in gone}
+            self.resting.update(rest)
         for name, part in fresh.parts.items():
             if name in self.resting and self.resting[name]["sizes"] == _sizes(part):
-                fresh.estimates[name] = self._restored(part, self.resting.pop(name))
+                entry = self.resting.pop(name)
+                found = self._restored(part, entry)
+                if entry["weight"] > LEAST_WEIGHT_IN_USE:
+                    staying.add(name)
+                elif found.average is not None:
+                    average = found.average.scaled(entry["weight"])
+                    found = replace(found, average=average, inverse=None)
+                fresh.estimates[name] = found
         self.layout, self.blocks = layout, fresh.blocks
         self.parts, self.estimates = fresh.parts, fresh.estimates
         return staying
@@ -171,6 +185,8 @@ class Curvature:
                 samples, too, as in the Fisher matrix of a data set. By default such a part stays as
                 it is.
         """
+        for entry in self.resting.values():
+            entry["weight"] = max(entry["weight"] * decay, LEAST_WEIGHT)
         for name, present in self.estimates.items():
             average, batch = present.average, present.batch
             if batch is None:

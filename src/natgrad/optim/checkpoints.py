@@ -119,6 +119,8 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
                 {**(own_groups[i] if i < len(own_groups) else {}), **group}
                 for i, group in enumerate(copy.deepcopy(given["param_groups"]))
             ]
+            for group, present in zip(groups, own_groups, strict=False):
+                _order(group, present)
             return {"state": copy.deepcopy(state), "param_groups": groups}
 
         def finish(_: Any) -> None:
@@ -132,6 +134,26 @@ class CheckpointedOptimizer(torch.optim.Optimizer):
         finally:
             before.remove()
             after.remove()
+
+
+def _order(group: dict[str, Any], present: Mapping[str, Any]) -> None:
+    """Bring a saved group's parameters into the order of the present group, by their names.
+
+    Raises:
+        ValueError: If it holds others.
+    """
+    saved, own = group.get("param_names"), present.get("param_names")
+    if not saved or not own or saved == own:
+        return
+    if set(saved) != set(own):
+        raise ValueError(
+            "a parameter group of the state dict holds other parameters than this optimizer's: "
+            f"{sorted(set(saved) ^ set(own))}"
+        )
+    if not isinstance(group["params"][0], str):  # Distributed checkpoints have done it.
+        numbers = dict(zip(saved, group["params"], strict=True))
+        group["params"] = [numbers[name] for name in own]
+    group["param_names"] = list(own)
 
 
 def _same(left: Any, right: Any) -> bool:

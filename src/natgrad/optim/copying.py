@@ -34,5 +34,7 @@ def _rebuild(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # The original has said it all.
         result = kind(*args, **kwargs)
+        if hasattr(result, "regroup"):
+            result.regroup(state["param_groups"])  # Groups may have been added.
     result.load_state_dict(state)
     return result

@@ -243,7 +243,7 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
         self._left_out: set[str] = set()
         self._constructed = False
         super().__init__(groups, defaults)
-        self._constructed = True
+        self._constructed, self._groups_made = True, len(self.param_groups)
         self._told = set(uncovered)
         self._link_fallback()
         self._set_damping()
@@ -337,8 +337,10 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
             return None
         reevaluation = self._reevaluation(closure)
         loss, backpropagates = self._evaluated(closure)
-        self.preconditioner.newly_untrusted()
+        lost = self.preconditioner.newly_untrusted()
         gradients = self._gradients(preconditioned=True)
+        if lost and self.preconditioner.curvature.structure.joint:
+            gradients = {}  # What is known of this batch is of other parameters together.
         rest = self._gradients(preconditioned=False)
         self._set_damping()
         if self.preconditioner.observer.warmup > 0:
@@ -644,6 +646,20 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
         param_group.update(self.param_groups[-1])
         self.preconditioner.find_layers()
 
+    def regroup(self, groups: Iterable[Mapping[str, Any]]) -> None:
+        """Take the parameter groups of a state dict, by the names of their parameters."""
+        present, preconditioner = self.preconditioner.parameters, self.preconditioner
+        self.param_groups = [
+            {**group, "params": [present[name] for name in group["param_names"]]}
+            for group in groups
+        ]
+        first_order = [g["param_names"] for g in self.param_groups if not g["preconditioned"]]
+        left = preconditioner.covered & {name for names in first_order for name in names}
+        if left:
+            preconditioner.excluded |= left
+            preconditioner.find_layers()
+        self._link_fallback()
+
     def _follow_model(self) -> None:
         """Take up parameters that are trainable now, and those that replaced others."""
         present = self.preconditioner.parameters
@@ -658,13 +674,14 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
         held = {p for group in self.param_groups for p in group["params"]}
         joining = [p for p in names if p.requires_grad and p not in held]
         if joining:
-            home = [g for g in self.param_groups if g["preconditioned"]] or self.param_groups
-            home[-1]["params"] += joining
-            home[-1]["param_names"] += [names[p] for p in joining]
+            made = self.param_groups[: self._groups_made]  # The last of these held all the rest.
+            home = ([g for g in made if g["preconditioned"]] or made)[-1]
+            home["params"] += joining
+            home["param_names"] += [names[p] for p in joining]
             self._joined.update(joining)
             listed = ", ".join(names[p] for p in joining)
             warnings.warn(
-                f"{type(self).__name__} trains from now on, with the options of its last group, "
+                f"{type(self).__name__} trains from now on, with the options it was made with, "
                 f"parameters that were frozen or absent before: {listed} (add_param_group gives "
                 "them options of their own)",
                 stacklevel=2,

@@ -94,6 +94,8 @@ class Observer:
         self.generator = torch.Generator(capture.layout.device).manual_seed(seed)
         self.steps = 0
         self.warmup = refresh.warmup
+        #: The step from which intervals are counted: when layers were last new, or back.
+        self.start = 0
         self.schedule: Callable[[int], bool] | None = None
         self.row_modules: frozenset[nn.Module] = frozenset()
         self.isotropy_probe: IsotropyProbe | None = None
@@ -118,7 +120,7 @@ class Observer:
             return True
         if self.schedule is not None:
             return self.schedule(self.steps)
-        return self.refresh.is_turn(self.steps, self.refresh.factors)
+        return self.refresh.is_turn(self.steps - self.start, self.refresh.factors)
 
     @property
     def keeps_batch_fisher(self) -> bool:

@@ -156,6 +156,8 @@ class Preconditioner(CopiedByState):
         if self.capture.rescan(self.excluded | set(self.untrusted)):
             layouts = {name: block.layout for name, block in self.capture.blocks.items()}
             staying = self.curvature.follow(layouts, self.capture.layout)
+            if staying != set(self.curvature.parts):
+                self.observer.start = self.observer.steps
             if self._saved is not None:
                 before, random = self._saved
                 kept = {
@@ -295,13 +297,16 @@ class Preconditioner(CopiedByState):
 
     def _invert(self) -> None:
         """Factorise what is due at this step, and let the other inverses follow an update."""
-        step, interval = self.observer.steps, self.refresh.inverses
+        step, interval = self.observer.steps - self.observer.start, self.refresh.inverses
         due: Collection[str] = ()
         if self._slots and step >= interval:
             due = self._slots[step % interval]
         elif self.refresh.is_turn(step, interval):
             due = self.curvature.parts
-        self.curvature.refresh(self.damping, due)
+        # Parts that are new, or back, are not left without an inverse until it is their turn.
+        ready = {n for n, one in self.curvature.estimates.items() if one.average is not None}
+        fresh = {n for n in ready - set(due) if self.curvature.estimates[n].inverse is None}
+        self.curvature.refresh(self.damping, [*due, *sorted(fresh)])
         if self._with_update is not None:
             self.curvature.follow_update(due)
 
@@ -487,6 +492,7 @@ class Preconditioner(CopiedByState):
             "version": 2,
             "structure": self.curvature.structure.name,
             "steps": self.observer.steps,
+            "start": self.observer.start,
             "warmup": self.observer.warmup,
             "generator": self.observer.generator.get_state(),
             "likelihood": self.observer.likelihood.decision,
@@ -525,6 +531,7 @@ class Preconditioner(CopiedByState):
         estimates = curvature.restored(state["curvature"])
         likelihood = observer.given.decided(state.get("likelihood"))
         steps, warmup, random = state["steps"], state["warmup"], state["generator"].cpu()
+        start = state.get("start", 0)
 
         def restore() -> None:
             self.untrusted = untrusted
@@ -532,6 +539,7 @@ class Preconditioner(CopiedByState):
                 self.find_layers()
             self.curvature.estimates, self.curvature.resting = estimates, resting
             observer.steps, observer.warmup, observer.likelihood = steps, warmup, likelihood
+            observer.start = start
             # Generators of other kinds of devices have states of another size, and other numbers.
             if random.shape == observer.generator.get_state().shape:
                 observer.generator.set_state(random)

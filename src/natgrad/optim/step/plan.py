@@ -46,11 +46,11 @@ class StepPlan:
         self, grouped: PreconditionedGroups, group: dict[str, Any], scale: float
     ) -> GroupUpdate | None:
         """Return the step along ``scale·Δ`` with momentum."""
-        parameters = [p for p in grouped.members(group) if p.grad is not None]
+        natural = self.directions[0]
+        parameters = [p for p in grouped.members(group) if grouped.names[p] in natural]
         if not parameters:
             return None
         names = [grouped.names[p] for p in parameters]
-        natural = self.directions[0]
         directions = [natural[n].to(p.dtype) for n, p in zip(names, parameters, strict=True)]
         lr, momentum, rule = rate_of(group), group["momentum"], grouped.rule
         if momentum > 0 and rule.momentum_on == "natural_gradient":
