@@ -38,6 +38,9 @@ OPTIMIZERS: dict[str, Any] = AVERAGING | ROWS | FIRST_STEPS
 #: Padam, which knows no model.
 ALL: list[str] = [*OPTIMIZERS, "egn", "padam"]
 
+#: One of each kind of loop: base classes do the same for all that share them.
+REPRESENTATIVES: list[str] = ["kfac", "exact", "fngd", "egn", "padam"]
+
 
 def make(name: str, model: nn.Module, likelihood: Any = "categorical", **options: Any) -> Any:
     """Make an optimizer; averaging ones update and factorise at different steps."""

@@ -14,6 +14,7 @@ from torch.optim import swa_utils
 import natgrad
 from tests.ecosystem.loops import (
     ALL,
+    REPRESENTATIVES,
     ROWS,
     batches,
     flat,
@@ -31,7 +32,7 @@ def normalized(seed: int = 0) -> nn.Module:
     ).double()
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", REPRESENTATIVES)
 @pytest.mark.parametrize("kind", ["swa", "ema"])
 def test_averaged_models(name, kind):
     """The average is that of the weights seen; neither training nor curvature notices it."""
@@ -71,7 +72,7 @@ def test_swa_schedule():
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", REPRESENTATIVES)
 def test_model_and_optimizer_are_copied_together(name, how):
     """The copy watches its own model and goes on exactly as the original does."""
     data = batches(9)
