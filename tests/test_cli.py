@@ -53,7 +53,7 @@ def test_compare_writes_documented_results_and_prints_a_table(tmp_path, capsys):
 
 
 def test_given_learning_rates_are_used(tmp_path):
-    assert compare(tmp_path, "--methods=sgd", "--learning-rate=sgd=0.25") == 0
+    assert compare(tmp_path, "--methods=sgd", "--learning-rate=sgd=0.25", "--no-quality") == 0
     stored = json.loads((tmp_path / "out" / "results.json").read_text())
     assert stored["methods"][0]["learning_rate"] == 0.25
 
@@ -106,7 +106,7 @@ def test_ctrl_c_writes_what_is_there(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ProgressBars, "step", stop)
-    assert compare(tmp_path, "--methods=sgd", "--learning-rate=sgd=0.1") == 130
+    assert compare(tmp_path, "--methods=sgd", "--learning-rate=sgd=0.1", "--no-quality") == 130
     stored = json.loads((tmp_path / "out" / "results.json").read_text())
     check(stored)
     assert stored["interrupted"] is True

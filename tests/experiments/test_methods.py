@@ -97,7 +97,7 @@ def test_first_order_methods_are_searched_everywhere():
 
 
 def run(**options):
-    base = dict(train_samples=30, test_samples=50, width=128, steps=6)
+    base = dict(train_samples=30, test_samples=50, width=128, steps=6, quality=False)
     return compare(CompareConfig(**{**base, **options})).methods
 
 
@@ -113,7 +113,7 @@ def test_wide_networks_obey_the_theory():
 
 @pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
 def test_every_method_learns_on_the_full_batch(loss):
-    for result in run(methods=tuple(NATURAL), loss=loss, width=64, steps=12):
+    for result in run(methods=tuple(NATURAL), loss=loss, width=64, steps=12, search_steps=6):
         assert result.status == "completed", f"{result.name}: {result.message}"
         assert result.train.loss[-1] < 0.7 * result.train.loss[0], result.name
 
@@ -121,7 +121,7 @@ def test_every_method_learns_on_the_full_batch(loss):
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
 def test_every_method_learns_from_mini_batches(model):
     width = 32 if model == "mlp" else 8
-    options = dict(batch_size=15, loss="cross_entropy", steps=20)
+    options = dict(batch_size=15, loss="cross_entropy", steps=20, search_steps=15)
     for result in run(methods=tuple(NATURAL), model=model, width=width, **options):
         assert result.status == "completed", f"{result.name}: {result.message}"
         assert result.train.loss[-1] < 0.9 * result.train.loss[0], result.name
