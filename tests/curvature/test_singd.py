@@ -1072,10 +1072,10 @@ def test_adaptive_damping():
             loss.backward()
             return loss.item()
 
-        losses.append([optimizer.step(closure) for _ in range(60)])
+        losses.append([optimizer.step(closure) for _ in range(120)])
         dampings.append(optimizer.param_groups[0]["damping"])
     assert dampings[0] < 1.0 and dampings[1] == 10.0
-    assert losses[0][-1] < 0.5 * losses[1][-1]
+    assert min(losses[0]) < 0.5 * min(losses[1])  # Steps as long as these are not steady.
 
 
 def test_early_and_staggered_steps():

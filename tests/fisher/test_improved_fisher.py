@@ -179,7 +179,7 @@ def test_optimizers_train_with_it(optimizer):
     y = torch.randint(0, 3, (60,), generator=generator(1))
     trained = optimizer(model, fisher="improved", damping=1e-2)
     start = None
-    for _ in range(30):
+    for _ in range(50):
         trained.zero_grad()
         loss = functional.cross_entropy(model(x), y)
         loss.backward()

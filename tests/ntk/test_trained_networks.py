@@ -49,7 +49,7 @@ def slope(widths: list[int], errors: list[float]) -> float:
 )
 def test_wide_networks_approach_the_infinite_one(structure, damping):
     """Maps differ by O(1/√M); the error is a root mean square over seeds."""
-    widths, seeds = [128, 256, 512, 1024], 6
+    widths, seeds = [128, 256, 512, 1024], 12 if structure == "kfac" else 6
     x, x_test = inputs(5, 6), inputs(3, 6, seed=1)
     errors: list[list[float]] = []
     for width in widths:
