@@ -56,6 +56,8 @@ class Gaussian(Elementwise):
         z = output.flatten(1)
         centered = z - z.mean(0)
         slope = (residual * centered).sum() / centered.square().sum()
+        # The mean of the targets may lie anywhere.
+        residual = torch.where(centered.any(), residual - residual.mean(0), residual)
         extent = z.square().mean().sqrt().clamp_min(0.5)
         between = output[0].numel() ** -0.5
         small = residual.square().mean().sqrt() < between * extent
