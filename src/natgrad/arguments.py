@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import NoReturn
 
 from torch import Tensor
 
@@ -15,6 +16,7 @@ __all__ = [
     "check_parameters",
     "check_range",
     "check_rate",
+    "refuse_shards",
 ]
 
 
@@ -52,11 +54,15 @@ def check_parameters(parameters: Mapping[str, Tensor]) -> None:
                 "hold real and imaginary part as two (torch.view_as_real), or freeze it"
             )
         if hasattr(parameter, "device_mesh"):
-            raise ValueError(
-                f"parameter {name!r} is a DTensor, as fully_shard (FSDP2) makes them, and natgrad "
-                "needs whole parameters on every process: wrap the model in "
-                "DistributedDataParallel instead"
-            )
+            refuse_shards(f"parameter {name!r}")
+
+
+def refuse_shards(what: str) -> NoReturn:
+    """Raise a ValueError for something that is spread over processes."""
+    raise ValueError(
+        f"{what} is sharded, as by fully_shard (FSDP2), and natgrad needs whole parameters on "
+        "every process: wrap the model in DistributedDataParallel instead"
+    )
 
 
 def check_rate(name: str, value: float | Tensor) -> None:

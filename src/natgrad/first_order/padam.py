@@ -83,7 +83,8 @@ class Padam(torch.optim.Optimizer):
         super().add_param_group(param_group)
         check_rate("lr", param_group["lr"])
         names = param_group.get("param_names", range(len(param_group["params"])))
-        check_parameters({n: p for n, p in zip(names, param_group["params"], strict=True)})
+        pairs = zip(names, param_group["params"], strict=True)
+        check_parameters({n: p for n, p in pairs if not hasattr(p, "device_mesh")})
 
     @overload
     def step(self, closure: None = None) -> None: ...

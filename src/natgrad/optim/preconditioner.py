@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad import linalg
-from natgrad.arguments import check_damping, check_kind
+from natgrad.arguments import check_damping, check_kind, refuse_shards
 from natgrad.capture import Capture
 from natgrad.capture.blocks import find_blocks
 from natgrad.curvature import Curvature, KroneckerFactors, Structure, as_structure
@@ -150,8 +150,11 @@ class Preconditioner(CopiedByState):
         """Take the model as it is now, with what is known of the layers that stay.
 
         Raises:
-            ValueError: If it has no parameter left that a structure can cover.
+            ValueError: If it has no parameter left that a structure can cover, or is sharded.
         """
+        for name, module in self.model.named_modules():
+            if hasattr(module, "unshard"):  # In a forward pass the parameters are whole.
+                refuse_shards(f"module {name!r}" if name else "the model")
         self.parameters = dict(self.model.named_parameters())
         if self.capture.rescan(self.excluded | set(self.untrusted)):
             layouts = {name: block.layout for name, block in self.capture.blocks.items()}

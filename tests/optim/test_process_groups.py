@@ -1,0 +1,150 @@
+"""Optimizers in processes that know of others: whom they wait for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import natgrad
+from natgrad.replicas import Replicas
+from tests import processes
+from tests.optim.every_optimizer import KINDS, loss, make_model, weights
+
+NAMES = [name for name, kind in KINDS.items() if kind.takes != "residuals"]
+
+
+def start(rank: int, world: int, path: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{path}/rendezvous", rank=rank, world_size=world
+    )
+
+
+def alone(rank: int, world: int, path: str) -> None:
+    """Train on the first process only, with every optimizer, then tell the other."""
+    start(rank, world, path)
+    if rank == 0:
+        for name in NAMES:
+            model = make_model()
+            optimizer = KINDS[name].make(model)
+            for _ in range(2):
+                KINDS[name].step(optimizer, model)
+            torch.save(weights(model), f"{path}/{name}.pt")
+        natgrad.fisher_matrix(model, (torch.zeros(2, 5).double(), torch.zeros(2, 3).double()))
+    torch.distributed.barrier()
+    os._exit(0)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_process_group_is_no_replica(tmp_path: Path):
+    processes.replicas(alone, tmp_path)
+    for name in NAMES:
+        model = make_model()
+        optimizer = KINDS[name].make(model)
+        for _ in range(2):
+            KINDS[name].step(optimizer, model)
+        torch.testing.assert_close(
+            torch.load(tmp_path / f"{name}.pt"), weights(model), rtol=1e-9, atol=1e-12
+        )
+
+
+def together(rank: int, world: int, path: str) -> None:
+    """Train replicas on data of their own, told of in three ways."""
+    start(rank, world, path)
+    result = {}
+    for way in ("wrapped", "wrapped later", "named"):
+        model = make_model()
+        wrapped = nn.parallel.DistributedDataParallel(model) if way == "wrapped" else model
+        options = {"process_group": torch.distributed.group.WORLD} if way == "named" else {}
+        optimizer = natgrad.KFAC(wrapped, "gaussian", **options)
+        if way == "wrapped later":
+            wrapped = nn.parallel.DistributedDataParallel(model)
+        for step in range(3):
+            generator = torch.Generator().manual_seed(10 * step + rank)
+            x = torch.randn(6, 5, generator=generator, dtype=torch.float64)
+            optimizer.zero_grad()
+            wrapped(x).square().sum(1).mean().backward()
+            if way == "named":
+                for p in model.parameters():
+                    torch.distributed.all_reduce(p.grad)
+                    p.grad.div_(world)
+            optimizer.step()
+        result[way] = weights(model)
+    torch.save(result, f"{path}/{rank}.pt")
+    torch.distributed.barrier()
+    os._exit(0)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_replicas_stay_equal_however_they_are_told_of(tmp_path: Path):
+    processes.replicas(together, tmp_path)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for way, found in first.items():
+        assert torch.equal(found, second[way])
+        torch.testing.assert_close(found, first["wrapped"], rtol=1e-9, atol=1e-12)
+
+
+def test_one_process_waits_for_nobody():
+    model = make_model()
+    assert Replicas.of(model).group is None
+    assert natgrad.KFAC(model, "gaussian").preconditioner.replicas == Replicas()
+    value = {"x": torch.ones(2)}
+    Replicas().average(value)
+    assert torch.equal(value["x"], torch.ones(2))
+
+
+def sharded(rank: int, world: int, path: str) -> None:
+    """Try every optimizer on a sharded model, and on one that is sharded later."""
+    start(rank, world, path)
+    from torch.distributed.fsdp import fully_shard
+
+    said: dict[str, str] = {}
+    for name in (*NAMES, "Preconditioner", "fisher_matrix", "later", "ResidualNGD"):
+        model = make_model()
+        data = torch.zeros(2, 5).double(), torch.zeros(2, 3).double()
+        optimizer = natgrad.KFAC(model, "gaussian") if name == "later" else None
+        fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (world,)))
+        try:
+            if optimizer is not None:
+                loss(model)
+            elif name == "Preconditioner":
+                natgrad.Preconditioner(model, "gaussian")
+            elif name == "fisher_matrix":
+                natgrad.fisher_matrix(model, data, "gaussian")
+            elif name == "ResidualNGD":
+                natgrad.ResidualNGD(model, natgrad.Residual(lambda u, x: u(x), data[0]))
+            else:
+                optimizer = KINDS[name].make(model)
+                for _ in range(2 * (name == "Padam")):
+                    KINDS[name].step(optimizer, model)
+            said[name] = "nothing"
+        except Exception as error:
+            said[name] = f"{type(error).__name__}: {error}"
+        if name == "Padam":
+            result = [p.full_tensor() for p in model.parameters()]
+    if rank == 0:
+        torch.save((said, torch.cat([p.detach().flatten() for p in result])), f"{path}/said.pt")
+    torch.distributed.barrier()
+    os._exit(0)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_sharded_models_are_refused(tmp_path: Path):
+    processes.replicas(sharded, tmp_path)
+    said, trained = torch.load(tmp_path / "said.pt")
+    assert said.pop("Padam") == "nothing"  # It works entry by entry, so that shards do.
+    model = make_model()
+    optimizer = KINDS["Padam"].make(model)
+    for _ in range(2):
+        KINDS["Padam"].step(optimizer, model)
+    torch.testing.assert_close(trained, weights(model), rtol=1e-9, atol=1e-12)
+    for name, sentence in said.items():
+        assert "is sharded, as by fully_shard (FSDP2)" in sentence, (name, sentence)
+        assert sentence.startswith("ValueError: ")
