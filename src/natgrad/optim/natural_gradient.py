@@ -397,7 +397,7 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
                 name = self._names[p]
                 natural = group["preconditioned"] and name not in self._left_out
                 if natural is preconditioned and p.grad is not None and p.requires_grad:
-                    found[name] = p.grad
+                    found[name] = p.grad.to_dense()
         return found
 
     def _plan(
