@@ -49,6 +49,7 @@ def test_unfrozen_layers_are_trained_and_told(name: str):
         kind.step(optimizer, model)
 
 
+@pytest.mark.filterwarnings("ignore:.*trains from now on")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("form", ["list", "generator", "named", "module", "pattern", "one"])
 def test_added_groups_are_trained_at_their_rate(name: str, form: str):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 __all__ = ["ModelWatch"]
 
@@ -18,21 +20,18 @@ class ModelWatch:
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
-        tables: list[dict[str, Any]] = [m._parameters for m in modules]
-        tables += [m._modules for m in modules if m._modules]
-        self._tables = [(table, list(table.values())) for table in tables]
-        self._flags = [(p, p.requires_grad) for p in model.parameters()]
+        self._tables: list[dict[str, Any]] = [m._parameters for m in modules]
+        self._tables += [m._modules for m in modules if m._modules]
+        self._parameters = list(model.parameters())
+        self._flags = [p.requires_grad for p in self._parameters]
+        self._entries = list(self._present())  # Held, so that no other object gets their identity.
+        self._identities = list(map(id, self._entries))
+
+    def _present(self) -> Iterator[Any]:
+        return chain.from_iterable(map(dict.values, self._tables))
 
     def sees_change(self) -> bool:
         """Return whether anything is not as it was."""
-        for parameter, flag in self._flags:
-            if parameter.requires_grad is not flag:
-                return True
-        for table, values in self._tables:
-            if len(table) != len(values):
-                return True
-            for new, old in zip(table.values(), values, strict=True):
-                if new is not old:
-                    # ``torch.func.functional_call`` lends plain tensors for one pass.
-                    return isinstance(new, nn.Parameter) or not isinstance(new, Tensor)
-        return False
+        if [p.requires_grad for p in self._parameters] != self._flags:
+            return True
+        return list(map(id, self._present())) != self._identities
