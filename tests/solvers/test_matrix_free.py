@@ -334,14 +334,23 @@ def test_a_bound_on_steps_of_some_of_the_parameters(cls, options, missing):
     model, x, y = network()
     structure = "block_diagonal" if cls is natgrad.BlockDiagonalNGD else "full"
     kind = "improved" if cls is natgrad.ImprovedEmpiricalNGD else "exact"
-    f = fisher_matrix(model, (x, y), "categorical", structure, kind).to_dense()
-    whole = fisher_matrix(model, (x, y), "categorical", "full", kind).to_dense()
+    seen = copy.deepcopy(model)
+    seen[2].bias.requires_grad_(missing == "no gradient")  # The other group has no rows.
+    f, whole = (
+        fisher_matrix(seen, (x, y), "categorical", name, kind).to_dense()
+        for name in (structure, "full")
+    )
+    if missing == "other group":
+        f, whole = (functional.pad(matrix, (0, 2, 0, 2)) for matrix in (f, whole))
     before = nn.utils.parameters_to_vector(model.parameters()).detach()
     functional.cross_entropy(model(x), y).backward()
     gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
     kept = torch.arange(len(gradient)) < len(gradient) - 2  # all but the last bias
     natural = torch.linalg.solve(f + 0.3 * torch.eye(len(f)).double(), gradient * kept) * kept
-    scale = min(1.0, (1e-3 / float(natural @ whole @ natural)) ** 0.5)
+    change = natural @ whole @ natural
+    if cls is natgrad.BlockDiagonalNGD and missing == "other group":
+        change = natural @ gradient  # A block smaller than its Gram matrix keeps no rows.
+    scale = min(1.0, (1e-3 / float(change)) ** 0.5)
     assert scale < 1
     groups = [{"params": "2.bias", "preconditioned": False}] if missing == "other group" else None
     optimizer = make_optimizer(
