@@ -203,6 +203,10 @@ def test_models_with_parameters_without_entries_train(kind):
     assert losses[2] < losses[0]
 
 
-def test_what_only_training_fills_is_no_matrix_of_data():
-    with pytest.raises(ValueError, match="recursion"):
-        fisher_matrix(network(), (normal(8, 5), None), structure="singd")
+def test_what_only_training_fills_is_named_as_such():
+    with pytest.warns(UserWarning, match="recursion"):
+        matrix = fisher_matrix(network(), (normal(8, 5), None), structure="singd")
+    vector = torch.randn(matrix.shape[0], generator=generator(1)).bfloat16()
+    for found in (*applied(matrix, vector), *applied(matrix.inverse(), vector)):
+        dense.assert_same(found, vector.double())
+    assert float(matrix.logdet()) == 0.0

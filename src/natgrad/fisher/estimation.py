@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -145,7 +146,8 @@ def fisher_matrix(
             outputs is then in F as in the loss (names stand for sums over outputs); for several
             outputs a mapping from their keys to such, and targets are a mapping, too.
         structure: A name in :data:`natgrad.curvature.STRUCTURES`, or a
-            :class:`natgrad.curvature.Structure`.
+            :class:`natgrad.curvature.Structure`. SINGD's is filled by training alone: here it is
+            the identity, with a warning.
         fisher: ``"exact"``, ``"mc"``, ``"empirical"``, ``"improved"`` or a :class:`FisherType` with
             options of its own, such as ``MonteCarloFisher(samples=10)``.
         seed: Seed of sampled labels.
@@ -157,8 +159,7 @@ def fisher_matrix(
         :func:`torch.nn.utils.parameters_to_vector`.
 
     Raises:
-        ValueError: If a name is unknown, the data is empty, a parameter cannot be covered, or the
-            structure is one that only training fills (SINGD's).
+        ValueError: If a name is unknown, the data is empty, or a parameter cannot be covered.
 
     Example:
         >>> F = natgrad.fisher_matrix(model, (x, y), structure="kfac")
@@ -172,9 +173,10 @@ def fisher_matrix(
         layouts = {name: block.layout for name, block in capture.blocks.items()}
         chosen = as_structure(structure, **structure_options)
         if chosen.recursive:
-            raise ValueError(
+            warnings.warn(
                 f"structure {chosen.name!r} is the state of a recursion, which one look at data "
-                "leaves at the identity: take 'kfac', which it follows in training"
+                "leaves at the identity: take 'kfac', which it follows in training",
+                stacklevel=2,
             )
         curvature = Curvature(chosen, layouts, capture.layout)
         generators: dict[torch.device, torch.Generator] = {}
