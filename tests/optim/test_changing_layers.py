@@ -178,6 +178,18 @@ def test_steps_after_a_long_freeze_are_those_of_a_fresh_optimizer(name: str):
     assert sizes[0] < 2 * sizes[1]
 
 
+def test_momentum_outlives_a_freeze():
+    model = make_model()
+    optimizer = natgrad.KFAC(model, "gaussian")
+    KINDS["KFAC"].step(optimizer, model)
+    buffer = optimizer.state[model[0].weight]["momentum_buffer"].clone()
+    model[0].requires_grad_(False)
+    KINDS["KFAC"].step(optimizer, model)
+    model[0].requires_grad_(True)
+    loss(model)
+    assert torch.equal(optimizer.state[model[0].weight]["momentum_buffer"], buffer)
+
+
 # -- replaced modules ------------------------------------------------------------------------------
 
 

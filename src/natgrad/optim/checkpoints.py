@@ -173,6 +173,7 @@ def _complete(optimizer: Any, state_dict: dict[str, Any]) -> None:
     """Add to a state dict of torch.optim what it does not know."""
     own = optimizer._own_state()
     state_dict[ENTRY] = own
+    optimizer._mark()
     numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = state_dict["state"]

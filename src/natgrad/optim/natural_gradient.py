@@ -241,6 +241,7 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
         #: Parameters that joined a group by themselves, and those of natural groups without rows.
         self._joined: set[Tensor] = set()
         self._left_out: set[str] = set()
+        self._shadowed: set[Tensor] = set()
         self._constructed = False
         super().__init__(groups, defaults)
         self._constructed, self._groups_made = True, len(self.param_groups)
@@ -582,7 +583,7 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
     def _link_fallback(self) -> None:
         """Let the fallback work on its own groups, and on parameters of others without rows."""
         natural = [group for group in self.param_groups if group["preconditioned"]]
-        before, covered = self._left_out, self.preconditioner.covered
+        before, covered = self._shadowed, self.preconditioner.covered
         self._left_out = {self._names[p] for g in natural for p in g["params"]} - covered
         self._shadows = []
         for group in natural:
@@ -590,10 +591,9 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
             own = [p for p in own if self._names[p] in self._left_out]
             shadow = {**self._fallback.defaults, "params": own}
             self._shadows += [(shadow, group)] if own else []
-        for name in before ^ self._left_out:  # One rule's momentum is not the other's.
-            parameter = self.preconditioner.parameters.get(name)
-            if parameter is not None and parameter.requires_grad:
-                self.state.pop(parameter, None)
+        self._shadowed = {p for shadow, _ in self._shadows for p in shadow["params"]}
+        for parameter in before ^ self._shadowed:  # One rule's momentum is not the other's.
+            self.state.pop(parameter, None)
         first_order = [group for group in self.param_groups if not group["preconditioned"]]
         self._fallback.param_groups = first_order + [shadow for shadow, _ in self._shadows]
         self._fallback.state = self.state
