@@ -109,7 +109,7 @@ def test_true_labels_leave_the_table_out_and_say_so():
     twin = copy.deepcopy(model)
     x, y = normal(3, 4, 3), torch.tensor([0, 1, 2])
     optimizer = natgrad.KFAC(model, fisher="empirical", lr=0.1)
-    with pytest.warns(UserWarning, match="'table' is called once for all samples"):
+    with pytest.warns(UserWarning, match="table.weight .the samples of a batch are coupled"):
         functional.cross_entropy(model(x), y).backward()
         optimizer.step()
     with warnings.catch_warnings():

@@ -662,32 +662,32 @@ def test_groups_can_leave_the_curvature():
             assert not torch.equal(model[2].weight, twin[2].weight)
 
 
-class WithDropoutLSTM(nn.Module):
-    """An LSTM with dropout has no rows in training mode."""
+class ByFrequency(nn.Module):
+    """Gradients of a table that are divided by token frequency are no sums of rows."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.lstm = nn.LSTM(2, 3, 2, dropout=0.5, batch_first=True)
+        self.table = nn.Embedding(4, 3, scale_grad_by_freq=True)
         self.head = nn.Linear(3, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.lstm(x)[0][:, -1])
+        return self.head(self.table(x))
 
 
 def test_uncovered_parameters_are_reported_once_and_trained():
     torch.manual_seed(0)
-    model = WithDropoutLSTM().double()
-    with pytest.warns(UserWarning, match="lstm.weight_ih_l0") as record:
+    model = ByFrequency().double()
+    with pytest.warns(UserWarning, match="table.weight") as record:
         optimizer = make("kfac", model)
-    assert len(record) == 1 and "dropout" in str(record[0].message)
+    assert len(record) == 1 and "frequency" in str(record[0].message)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    x, y = normal(6, 4, 2), torch.randint(0, 3, (6,), generator=generator(1))
+    x, y = torch.arange(6) % 4, torch.randint(0, 3, (6,), generator=generator(1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(optimizer, [lambda: functional.cross_entropy(model(x), y)] * 2)
     for name, parameter in model.named_parameters():
         assert not torch.equal(parameter, before[name]), name
-    assert "lstm" in str(optimizer.summary())
+    assert "table" in str(optimizer.summary())
 
 
 @pytest.mark.parametrize("kind", ["exact", "mc", "empirical"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import FunctionType
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ class AttentionKind(LayerKind):
     """
 
     owned_children = ("out_proj",)
+    own_layout: ClassVar[bool] = True
 
     def parameter_groups(self, module: nn.Module) -> list[tuple[str, ...]]:
         """Return the input projections and the output projection."""
@@ -61,6 +62,13 @@ class AttentionKind(LayerKind):
             "k_proj_weight": ("key",),
             "v_proj_weight": ("value",),
         }.get(first, ("packed", "query", "key", "value"))
+
+    def samples_first(self, call: LayerCall, gradients: Tensor) -> Tensor:
+        """Turn ``(K, T, B, d)`` or ``(K, T·B, d)`` into ``(K, B, T, d)``."""
+        features = gradients.shape[-1]
+        return gradients.reshape(len(gradients), -1, call.options["batch"], features).transpose(
+            1, 2
+        )
 
     def jacobian(self, block: BlockRecord) -> LayerJacobian:
         """Form rows; a projection that fills only some output rows is padded with zeros."""

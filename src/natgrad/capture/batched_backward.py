@@ -2,29 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-__all__ = ["batched_gradients"]
+from natgrad.capture.hooks import own_backward
+
+__all__ = ["RowsUnavailable", "batched_gradients"]
+
+
+class RowsUnavailable(RuntimeError):
+    """Vectors cannot be pulled back through a pass; the message says why and what to do."""
 
 
 def batched_gradients(
-    output: Tensor, edges: list[GradientEdge], vectors: Tensor, retain_graph: bool
+    output: Tensor,
+    targets: Sequence[GradientEdge | Tensor],
+    vectors: Tensor,
+    retain_graph: bool,
+    *,
+    fixed_statistics: bool = True,
 ) -> list[Tensor | None]:
-    """Return the gradient at every edge for every vector, stacked over vectors."""
+    """Return the gradient at every edge or tensor for every vector, stacked over vectors.
+
+    Args:
+        output: What vectors are pulled back from.
+        targets: Where the gradients are wanted.
+        vectors: ``(K, *output.shape)``.
+        retain_graph: Keep the graph for a later backward pass.
+        fixed_statistics: Whether batch norms take their statistics for constants.
+
+    Raises:
+        RowsUnavailable: If the graph allows the loss's own backward pass only.
+    """
 
     def backward(cotangent: Tensor, batched: bool, keep: bool) -> tuple[Tensor | None, ...]:
-        return torch.autograd.grad(
-            [output],
-            edges,
-            [cotangent],
-            retain_graph=keep,
-            allow_unused=True,
-            is_grads_batched=batched,
-        )
+        try:
+            with own_backward(output, fixed_statistics=fixed_statistics) as root:
+                return torch.autograd.grad(
+                    [root],
+                    cast("Sequence[Tensor]", targets),
+                    [cotangent],
+                    retain_graph=keep,
+                    allow_unused=True,
+                    is_grads_batched=batched,
+                )
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+            raise RowsUnavailable(
+                "gradient checkpointing with use_reentrant=True lets no vectors through but the "
+                "loss's own: use torch.utils.checkpoint with use_reentrant=False"
+            ) from error
 
     if vectors.shape[0] == 1:
         single = backward(vectors[0], False, retain_graph)

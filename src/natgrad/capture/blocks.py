@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from natgrad.capture.generic import GenericKind
+from natgrad.capture.generic import GenericKind, free_layout
 from natgrad.capture.kinds import LayerKind, find_kind
+from natgrad.capture.likeness import kind_by_trial
 from natgrad.layouts import BlockLayout
 
 __all__ = ["Block", "Use", "find_blocks"]
@@ -41,7 +42,7 @@ class Block:
         name: Qualified layer name; a qualified parameter name where layers share a parameter.
         kind: Layer class name, or the names joined by ``+`` for tied layers.
         layout: Names, shapes and matrix form.
-        uses: The layers that use it.
+        uses: The layers that use it; none if its rows are had at the parameters only.
     """
 
     name: str
@@ -72,16 +73,18 @@ def find_blocks(
     groups: list[tuple[str, nn.Module, LayerKind, tuple[str, ...]]] = []
     uncovered: dict[str, str] = {}
     owned: set[nn.Module] = set()
+    free: dict[nn.Parameter, str] = {}  # Parameters that stand in no formula of their layer.
     generic = GenericKind()
     for module_name, module in model.named_modules():
         if module in owned:
             continue
-        kind = find_kind(module) or generic
+        kind = find_kind(module) or kind_by_trial(module) or generic
         owned.update(module.get_submodule(child) for child in kind.owned_children)
         covered: set[nn.Parameter] = set()
         reason = kind.refuse(module)
+        present = {n for n, p in module.named_parameters(remove_duplicate=False) if p in names}
         for group in kind.parameter_groups(module):
-            trainable = tuple(n for n in group if module.get_parameter(n) in names)
+            trainable = tuple(n for n in group if n in present)
             if not trainable:
                 continue
             if reason is None:
@@ -93,11 +96,9 @@ def find_blocks(
                     uses.setdefault(parameter, []).append((module_name, module, kind, local))
                 else:
                     uncovered[names[parameter]] = f"{type(module).__name__}: {reason}"
-        for local, parameter in module.named_parameters(recurse=False):
+        for parameter in module.parameters(recurse=False):
             if parameter in names and parameter not in covered:
-                uncovered[names[parameter]] = (
-                    f"{type(module).__name__} has no formula for its parameter {local!r}"
-                )
+                free[parameter] = type(module).__name__
     for parameter in list(uses):
         if names[parameter] in uncovered:
             del uses[parameter]  # A tied parameter is covered by all its layers or not at all.
@@ -122,6 +123,15 @@ def find_blocks(
             kinds = "+".join(dict.fromkeys(type(u.module).__name__ for u in shared))
             layout = min(shared, key=_preference).layout
             blocks[name] = Block(name, kinds, layout, shared)
+    for parameter, kind_name in free.items():
+        name = names[parameter]
+        if name not in uncovered:
+            # Uses by layers count at the parameter itself, too.
+            for one in [b for b in blocks.values() if name in b.layout.names]:
+                del blocks[one.name]
+            blocks[name] = Block(
+                name, kind_name, free_layout((name,), (tuple(parameter.shape),)), ()
+            )
     return blocks, uncovered
 
 

@@ -5,25 +5,19 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 
 from natgrad.capture.attention import RecordProjections
-from natgrad.capture.batched_backward import batched_gradients
 from natgrad.capture.blocks import Block, find_blocks
-from natgrad.capture.hooks import (
-    ModelHook,
-    inside_backward,
-    is_pulling_back,
-    outside_graphs,
-    pulling_back,
-)
-from natgrad.capture.kinds import BlockRecord, CallGradients, LayerCall, LayerKind, find_kind
+from natgrad.capture.hooks import ModelHook, inside_backward, is_pulling_back, outside_graphs
+from natgrad.capture.kinds import LayerCall, LayerKind
 from natgrad.capture.model_output import (
     check_watched,
     select_output,
@@ -33,22 +27,17 @@ from natgrad.capture.model_output import (
     unwrap,
 )
 from natgrad.capture.normalization import batch_norms, fix_statistics
-from natgrad.jacobians import Jacobians, LayerJacobian, SumJacobian
-from natgrad.layouts import BlockLayout, ParameterLayout
+from natgrad.capture.rows import RecordedCall, RowBuilder
+from natgrad.jacobians import Jacobians
+from natgrad.layouts import ParameterLayout
 
 __all__ = ["Block", "Capture", "ForwardPass"]
 
-#: Forward passes kept while waiting for their backward pass.
-MAX_WAITING_PASSES = 4
-
-
-@dataclass(eq=False)
-class RecordedCall:
-    """A layer call together with the places its output gradients can be had from."""
-
-    call: LayerCall
-    edges: list[GradientEdge]
-    user_gradients: list[Tensor | None] = field(default_factory=list)
+#: Forward passes that wait for their backward pass are kept up to so many entries of layers'
+#: outputs (2^24 float32 = 64 MiB); beyond, up to so many passes in training and in evaluation mode.
+#: A loss may sum many, but those of an evaluation never get one, and hold their graph.
+WAITING_ELEMENTS = 2**24
+WAITING_PASSES = {True: 64, False: 4}
 
 
 @dataclass(eq=False)
@@ -57,16 +46,24 @@ class ForwardPass:
 
     Attributes:
         calls: Recorded layer calls in order.
-        output: The model output the likelihood looks at.
+        has_edges: Whether vectors can be pulled back to them.
+        source: The model output the likelihood looks at.
+        batch_dim: The dimension of it that holds the samples.
+        output: The same with samples in the first dimension.
         cotangent: Gradient of the user's loss with respect to it, once backpropagated.
+        retained: Whether that came from a backward pass with ``create_graph=True``.
         target: The true target, where the user told it.
         elements: Total number of entries of all recorded layer outputs.
         heads: Key → shape of the heads that are laid side by side in the output, if it has several.
     """
 
     calls: list[RecordedCall] = field(default_factory=list)
+    has_edges: bool = True
+    source: Tensor | None = None
+    batch_dim: int = 0
     output: Tensor | None = None
     cotangent: Tensor | None = None
+    retained: bool = False
     target: Tensor | None = None
     elements: int = 0
     heads: dict[Any, torch.Size] | None = None
@@ -77,6 +74,11 @@ class ForwardPass:
         assert self.output is not None
         return int(self.output.shape[0])
 
+    def samples_first(self, tensor: Tensor) -> Tensor:
+        """Return a tensor laid out like the model's output with samples in the first dimension."""
+        fits = self.batch_dim and tensor.dim() > self.batch_dim
+        return tensor.movedim(self.batch_dim, 0) if fits else tensor
+
 
 class Capture:
     """Records layer inputs and output gradients of a model through hooks.
@@ -84,7 +86,8 @@ class Capture:
     Hooks are installed once, cost next to nothing while ``recording`` is off, never change what
     the model computes, and disappear with :meth:`remove`. Copies and pickles of the model carry
     inert hooks. Recomputations by non-reentrant gradient checkpointing are not recorded twice.
-    Under ``torch.compile`` every captured layer is a graph break.
+    Under ``torch.compile`` every captured layer is a graph break. What rows rest on is checked; see
+    :class:`natgrad.capture.rows.RowBuilder`.
 
     Args:
         model: The model; wrappers of DistributedDataParallel and ``torch.compile`` are looked
@@ -93,11 +96,14 @@ class Capture:
             e.g. ``lambda out: out.logits``. By default the output itself, its ``logits``, or its
             first tensor.
         excluded: Names of parameters that get no rows.
+        batch_dim: The dimension of that tensor that holds the samples; by default the first, or
+            the second where samples turn out to lie there, as in ``(time, batch, features)``.
 
     Attributes:
         blocks: Block name → :class:`Block`, in the order of ``model.named_modules()``.
         uncovered: Parameter name → why no block covers it.
         layout: Order of all trainable parameters.
+        rows: Makes rows from what a pass recorded, and checks them.
         recording: Whether forward passes are recorded.
 
     Example:
@@ -113,22 +119,25 @@ class Capture:
         output: Callable[[Any], Tensor] | None = None,
         *,
         excluded: Collection[str] = (),
+        batch_dim: int | None = None,
     ) -> None:
         self.model = unwrap(model)
-        self.select, self.excluded = output, frozenset(excluded)
+        self.select, self.excluded, self.batch_dim = output, frozenset(excluded), batch_dim
+        _check_usable(self.model)
         self.recording = True
         self.passes: list[ForwardPass] = []
         #: Called at the start of every forward pass of the root module.
         self.on_forward: Callable[[], None] | None = None
         #: Called when the user's backward pass reaches the output of a recorded pass.
         self.on_backward: Callable[[ForwardPass], None] | None = None
+        #: Called with one sentence about whatever the user should know; a warning by default.
+        self.on_finding: Callable[[str], None] = _warn
         #: Whether the user's own output gradients are recorded, and for which blocks.
         self.watching: frozenset[nn.Module] | bool = False
         self._open: ForwardPass | None = None
         self._suspended = False
         self._modes: list[RecordProjections] = []
-        self._warned: set[str] = set()
-        self._shared: dict[nn.Module, bool] = {}  # As found for calls whose shape does not tell.
+        self._told: set[str] = set()
         self._handles: list[Any] = []
         self._find()
 
@@ -136,8 +145,9 @@ class Capture:
 
     def _find(self) -> None:
         """Find the blocks of the model as it is now, and watch their layers."""
-        self.layout = ParameterLayout.of(self.model)
         self.blocks, self.uncovered = find_blocks(self.model, self.excluded)
+        self.layout = ParameterLayout.of(self.model)
+        self.rows = RowBuilder(self.model, self.blocks, self.layout, self._unrecorded, self.tell)
         self._present = self._signature()
         self._install()
 
@@ -168,6 +178,20 @@ class Capture:
         self._find()
         return True
 
+    def tell(self, sentence: str) -> None:
+        """Tell the user something, once."""
+        if sentence not in self._told:
+            self._told.add(sentence)
+            self.on_finding(sentence)
+
+    @contextmanager
+    def _unrecorded(self) -> Iterator[None]:
+        before, self._suspended = self._suspended, True
+        try:
+            yield
+        finally:
+            self._suspended = before
+
     def _install(self) -> None:
         modules: dict[nn.Module, LayerKind] = {}
         for block in self.blocks.values():
@@ -175,7 +199,7 @@ class Capture:
                 modules[use.module] = use.kind
         for module, kind in modules.items():
             if isinstance(module, nn.MultiheadAttention):
-                before = ModelHook(self, _before_attention)
+                before = ModelHook(self, functools.partial(_before_attention, kind))
                 after = ModelHook(self, _after_attention)
                 self._handles.append(module.register_forward_pre_hook(before))
                 self._handles.append(module.register_forward_hook(after, always_call=True))
@@ -239,39 +263,36 @@ class Capture:
         if self._active() and batch_norms(module):
             fix_statistics(module, args[0], output)
 
-    def _record(self, call: LayerCall) -> None:
+    def _record(self, kind: LayerKind, call: LayerCall) -> None:
         """Keep a layer call and the autograd edges of its outputs."""
         outputs = call.outputs
         call.outputs = ()
         live = [o if o.requires_grad else None for o in outputs]
         if not any(o is not None for o in live):
             return
-        recorded = RecordedCall(call, [])
+        recorded = RecordedCall(call, kind, [o.shape for o in outputs])
         if self.recording:
-            recorded.edges = [cast(Any, None if o is None else get_gradient_edge(o)) for o in live]
+            recorded.edges = [None if o is None else get_gradient_edge(o) for o in live]
         watching = self.watching
         if watching is True or (watching and call.module in watching):
             recorded.user_gradients = [None] * len(outputs)
             for index, output in enumerate(live):
                 if output is not None:
-                    output.register_hook(self._user_hook(recorded, index))
+                    output.register_hook(_user_hook(recorded, index))
         if self._open is None:
             self._open_pass()
         assert self._open is not None
         self._open.calls.append(recorded)
         self._open.elements += sum(o.numel() for o in live if o is not None)
 
-    def _user_hook(self, recorded: RecordedCall, index: int) -> Callable[[Tensor], None]:
-        def keep(gradient: Tensor) -> None:
-            if not is_pulling_back(gradient):
-                recorded.user_gradients[index] = gradient.detach()
-
-        return keep
-
     def _open_pass(self) -> None:
-        self._open = ForwardPass()
+        self._open = ForwardPass(has_edges=self.recording)
         self.passes.append(self._open)
-        del self.passes[:-MAX_WAITING_PASSES]
+        number = WAITING_PASSES[self.model.training]
+        while len(self.passes) > number:
+            if sum(one.elements for one in self.passes) <= WAITING_ELEMENTS:
+                break
+            del self.passes[0]
 
     # Pulling back.
 
@@ -282,16 +303,33 @@ class Capture:
             RuntimeError: If nothing was recorded.
         """
         for candidate in reversed(self.passes):
-            if candidate.output is output:
+            if candidate.output is output or candidate.source is output:
                 return candidate
         if not self.passes:
             raise RuntimeError(
-                "no forward pass was recorded: call the model with gradients enabled while the "
-                "capture is recording, then pull back"
+                "no forward pass was recorded: call the model with gradients enabled (outside "
+                "torch.no_grad and torch.inference_mode) while the capture is recording, then "
+                "pull back"
             )
         last = self.passes[-1]
-        last.output = output
+        last.source, last.batch_dim = output, self.batch_dim or 0
+        last.output = last.samples_first(output)
         return last
+
+    def settle(self, recorded: ForwardPass) -> None:
+        """Check the rows of a pass, and bring the samples of its output to the first dimension.
+
+        Does nothing on most passes; see :class:`natgrad.capture.rows.RowBuilder`.
+        """
+        assert recorded.output is not None
+        self.rows.check(recorded.calls, recorded.output)
+        if self.rows.time_first and self.batch_dim is None and recorded.batch_dim == 0:
+            recorded.batch_dim = 1
+            with torch.enable_grad():  # Backward passes run their hooks without.
+                recorded.output = recorded.samples_first(recorded.output)
+            if recorded.cotangent is not None:
+                recorded.cotangent = recorded.samples_first(recorded.cotangent)
+            self.rows.check(recorded.calls, recorded.output)
 
     def pull_back(
         self,
@@ -311,9 +349,9 @@ class Capture:
             skip_silent: Leave positions no vector reaches (ignored or padded tokens) out of the
                 Kronecker input factors.
             independent: Whether the vectors of different samples are independent with mean zero.
-                A layer called once for all samples (a table of positions) then gets the sum of
-                their rows as one row: sums of squares of rows are right on average, and it takes
-                no backward pass per sample.
+                A layer that couples samples (a table of positions called once for all) then gets
+                the sum of their rows as one row: sums of squares of rows are right on average, and
+                it takes no backward pass per sample.
 
         Returns:
             The Jacobian rows of every block that ``output`` depends on. Parameters' ``.grad``
@@ -329,76 +367,24 @@ class Capture:
                 f"got {tuple(vectors.shape)}"
             )
         found = self.find_pass(output)
-        edges = [edge for call in found.calls for edge in call.edges if edge is not None]
-        if not edges or not output.requires_grad:
-            return Jacobians(self.layout, {}, int(output.shape[0]), int(vectors.shape[0]))
-        vectors = vectors.to(output.dtype)
-        with pulling_back():
-            shared = self._shared_calls(found, output)
-            split = {} if independent else _sample_by_sample(output, shared, vectors)
-            gradients = batched_gradients(output, edges, vectors, retain_graph)
-        remaining = iter(gradients)
-        calls = []
-        for recorded in found.calls:
-            own = [None if edge is None else next(remaining) for edge in recorded.edges]
-            call = recorded.call
-            if recorded in shared:
-                call, own = _for_each_sample(
-                    call, split.get(recorded, own), recorded in split, int(output.shape[0])
-                )
-            calls.append((call, own))
-        return self._jacobians(calls, int(output.shape[0]), int(vectors.shape[0]), skip_silent)
-
-    def _shared_calls(self, found: ForwardPass, output: Tensor) -> list[RecordedCall]:
-        """Return the calls that serve all samples at once.
-
-        Where the size of the input could be that of a batch, the samples that a backward pass from
-        the first sample reaches decide, once per layer.
-        """
-        samples = int(output.shape[0])
-        candidates = [
-            recorded
-            for recorded in found.calls
-            if samples > 1
-            and any(edge is not None for edge in recorded.edges)
-            and _may_be_shared(recorded.call)
-        ]
-        unknown = [
-            recorded
-            for recorded in candidates
-            if recorded.call.inputs[0].shape[:1].numel() % samples == 0
-            and recorded.call.module not in self._shared
-        ]
-        if unknown:
-            probe = torch.zeros_like(output)
-            generator = torch.Generator(output.device).manual_seed(0)
-            probe[0].normal_(generator=generator)
-            edges = [recorded.edges[0] for recorded in unknown]
-            reached = batched_gradients(output, edges, probe.unsqueeze(0), True)
-            for recorded, gradient in zip(unknown, reached, strict=True):
-                if gradient is not None and bool(gradient.isfinite().all()):
-                    others = gradient[0, gradient.shape[1] // samples :]
-                    self._shared[recorded.call.module] = bool(others.any())
-        return [recorded for recorded in candidates if self._is_shared(recorded.call, samples)]
-
-    def _is_shared(self, call: LayerCall, samples: int) -> bool:
-        size = call.inputs[0].shape[:1].numel()
-        return size % samples != 0 or self._shared.get(call.module, False)
-
-    def _warn_shared(self, module: nn.Module) -> None:
-        name = next((n for n, m in self.model.named_modules() if m is module), "")
-        if name in self._warned:
-            return
-        self._warned.add(name)
-        warnings.warn(
-            f"{name!r} is called once for all samples, so the training gradient has no rows of "
-            "single samples for it and the curvature leaves it out: use fisher='exact' or 'mc', or "
-            "give it an index per sample",
-            stacklevel=4,
+        assert found.output is not None
+        if found.output is not output:
+            vectors = vectors.movedim(1 + found.batch_dim, 1)
+        return self.rows.pull_back(
+            found.calls,
+            found.output,
+            vectors.to(output.dtype),
+            retain_graph=retain_graph,
+            skip_silent=skip_silent,
+            independent=independent,
         )
 
     def user_jacobians(
-        self, recorded: ForwardPass, scale: float | Tensor = 1.0, skip_silent: bool = False
+        self,
+        recorded: ForwardPass,
+        scale: float | Tensor = 1.0,
+        skip_silent: bool = False,
+        separate: bool = True,
     ) -> Jacobians:
         """Form rows (``K = 1``) from the gradients the user's own backward pass left.
 
@@ -406,123 +392,41 @@ class Capture:
             recorded: A pass recorded with ``watching`` on, after the user's backward pass.
             scale: Factor that turns the user's gradients into per-sample ones.
             skip_silent: As in :meth:`pull_back`.
+            separate: Leave out blocks whose rows that backward pass has summed over samples; they
+                are then in ``rows.inseparable``.
         """
-        calls = []
-        for call in recorded.calls:
-            own = [
-                None if g is None else _scaled(g, scale).unsqueeze(0) for g in call.user_gradients
-            ]
-            if not any(g is not None for g in own):
-                continue
-            if _may_be_shared(call.call) and self._is_shared(call.call, recorded.samples):
-                self._warn_shared(call.call.module)
-                continue
-            calls.append((call.call, own))
-        return self._jacobians(calls, recorded.samples, 1, skip_silent)
-
-    def _jacobians(
-        self,
-        calls: list[CallGradients],
-        samples: int,
-        directions: int,
-        skip_silent: bool,
-    ) -> Jacobians:
-        by_module: dict[nn.Module, list[CallGradients]] = {}
-        order: dict[nn.Module, int] = {}
-        for call, gradients in calls:
-            order.setdefault(call.module, len(order))
-            if any(g is not None for g in gradients):
-                by_module.setdefault(call.module, []).append((call, gradients))
-        result: dict[str, LayerJacobian] = {}
-        self._suspended = True
-        try:
-            with torch.no_grad(), torch.autocast(_device_type(calls), enabled=False):
-                for name in self._call_order(order):
-                    jacobian = _block_jacobian(self.blocks[name], by_module, samples, skip_silent)
-                    if jacobian is not None:
-                        result[name] = jacobian
-        finally:
-            self._suspended = False
-        return Jacobians(self.layout, result, samples, directions)
-
-    def _call_order(self, order: dict[nn.Module, int]) -> list[str]:
-        """Return block names in order of their layers' first call."""
-
-        def first_call(name: str) -> int:
-            return min(order.get(use.module, len(order)) for use in self.blocks[name].uses)
-
-        return sorted(self.blocks, key=first_call)
+        return self.rows.user_rows(recorded.calls, recorded.samples, scale, skip_silent, separate)
 
 
-def _may_be_shared(call: LayerCall) -> bool:
-    kind = find_kind(call.module)
-    return kind is not None and kind.may_be_shared
+def _warn(sentence: str) -> None:
+    warnings.warn(f"natgrad: {sentence}", stacklevel=2)
 
 
-def _sample_by_sample(
-    output: Tensor, shared: list[RecordedCall], vectors: Tensor
-) -> dict[RecordedCall, list[Tensor | None]]:
-    """Return the output gradients ``(K, N, *output.shape)`` of calls that serve all samples."""
-    if not shared:
-        return {}
-    edges = [recorded.edges[0] for recorded in shared]
-    columns: list[list[Tensor | None]] = []
-    for sample in range(vectors.shape[1]):
-        single = torch.zeros_like(vectors)
-        single[:, sample] = vectors[:, sample]
-        columns.append(batched_gradients(output, edges, single, True))
-    result: dict[RecordedCall, list[Tensor | None]] = {}
-    for index, recorded in enumerate(shared):
-        column = [gradients[index] for gradients in columns]
-        whole = next((g for g in column if g is not None), None)
-        if whole is not None:
-            filled = [torch.zeros_like(whole) if g is None else g for g in column]
-            result[recorded] = [torch.stack(filled, 1)]
-    return result
+def _check_usable(model: nn.Module) -> None:
+    """Refuse parameters whose gradients natgrad cannot work with.
 
-
-def _for_each_sample(
-    call: LayerCall, gradients: list[Tensor | None], split: bool, samples: int
-) -> CallGradients:
-    """Write a call that serves all samples as one call per sample.
-
-    Its output gradients are ``(K, N, *output.shape)`` if ``split``, otherwise
-    ``(K, *output.shape)``, summed over samples; these become the first sample's.
+    Raises:
+        ValueError: If there are some; the message names one.
     """
-    inputs = call.inputs[0]
-    inputs = inputs.expand(samples, *inputs.shape)
-    (gradient,) = gradients
-    if gradient is not None and not split:
-        rest = gradient.new_zeros(gradient.shape[0], samples - 1, *gradient.shape[1:])
-        gradient = torch.cat([gradient.unsqueeze(1), rest], 1)
-    return replace(call, inputs=(inputs,)), [gradient]
+    for name, parameter in model.named_parameters():
+        if torch.nn.parameter.is_lazy(parameter):
+            raise ValueError(
+                f"parameter {name!r} has no shape yet: run the model once on a batch, so that its "
+                "lazy modules are initialised, and then hand it over"
+            )
+        if parameter.is_inference():
+            raise ValueError(
+                f"parameter {name!r} was made inside torch.inference_mode(), where nothing can be "
+                "differentiated: make the model outside of it"
+            )
 
 
-def _block_jacobian(
-    block: Block,
-    by_module: Mapping[nn.Module, list[CallGradients]],
-    samples: int,
-    skip_silent: bool,
-) -> LayerJacobian | None:
-    records: dict[tuple[LayerKind, BlockLayout], BlockRecord] = {}
-    for use in block.uses:
-        calls = [one for one in by_module.get(use.module, []) if one[0].key in use.keys]
-        if calls:
-            # Layers of one kind that share a parameter are calls of one layer.
-            empty = BlockRecord(use.layout, use.names, [], samples, skip_silent)
-            records.setdefault((use.kind, use.layout), empty).calls.extend(calls)
-    parts = [kind.jacobian(record) for (kind, _), record in records.items()]
-    if not parts:
-        return None
-    if len(parts) == 1 and (len(block.uses) == 1 or _same_form(parts[0].layout, block.layout)):
-        return parts[0]
-    return SumJacobian(parts, block.layout)
+def _user_hook(recorded: RecordedCall, index: int) -> Callable[[Tensor], None]:
+    def keep(gradient: Tensor) -> None:
+        if not is_pulling_back(gradient):
+            recorded.user_gradients[index] = gradient.detach()
 
-
-def _same_form(left: BlockLayout, right: BlockLayout) -> bool:
-    """Return whether two layouts of one parameter have matrices of the same form."""
-    forms = [(item.groups, item.d_out, item.d_augmented, item.transposed) for item in (left, right)]
-    return forms[0] == forms[1]
+    return keep
 
 
 # Hook bodies run outside compiled graphs: autograd edges are only there in eager code.
@@ -541,17 +445,12 @@ def _after_layer(
         return
     reason = kind.refuse(module)
     if reason is not None:
-        name = type(module).__name__
-        if name not in capture._warned:
-            capture._warned.add(name)
-            warnings.warn(
-                f"natgrad does not record a {name} layer in this mode: {reason}", stacklevel=3
-            )
+        capture.tell(f"a {type(module).__name__} layer is not recorded in this mode: {reason}")
         return
     if batch_norms(module):
         fix_statistics(module, args[0], output)
     for call in kind.observe(module, args, kwargs, output):
-        capture._record(call)
+        capture._record(kind, call)
 
 
 @outside_graphs
@@ -585,21 +484,31 @@ def _after_model(capture: Capture, module: nn.Module, args: Any, output: Any) ->
         if current in capture.passes:
             capture.passes.remove(current)
         return None
-    current.output = selected
+    time_first = capture.rows.time_first and selected.dim() > 1
+    current.batch_dim = int(time_first) if capture.batch_dim is None else capture.batch_dim
+    current.source = selected
+    current.output = current.samples_first(selected)
     if capture.on_backward is None:
         return None
     owner, waiting = weakref.ref(capture), weakref.ref(current)
 
     def reached(cotangent: Tensor) -> None:
         found, recorded = owner(), waiting()
-        # create_graph=True means the user differentiates the output itself (as in a
-        # physics-informed loss), not that training backpropagates.
-        if found is None or recorded is None or torch.is_grad_enabled():
+        if found is None or is_pulling_back(cotangent):
             return
-        if is_pulling_back(cotangent):
+        if recorded is None:
+            found.tell(
+                "a backward pass reached the output of a forward pass that was forgotten, so its "
+                "rows are missing: an optimizer step came between, or more than "
+                f"{WAITING_PASSES[True]} passes (in evaluation mode {WAITING_PASSES[False]}) "
+                "waited for it"
+            )
             return
-        recorded.cotangent = cotangent.detach()
-        if found.on_backward is not None:
+        # With create_graph=True the user may differentiate the output itself (as in a
+        # physics-informed loss); whether training backpropagates is seen at the step.
+        recorded.retained = torch.is_grad_enabled()
+        recorded.cotangent = recorded.samples_first(cotangent.detach())
+        if found.on_backward is not None and not recorded.retained:
             found.on_backward(recorded)
 
     selected.register_hook(reached)
@@ -607,9 +516,10 @@ def _after_model(capture: Capture, module: nn.Module, args: Any, output: Any) ->
 
 
 @outside_graphs
-def _before_attention(capture: Capture, module: nn.Module, args: Any) -> None:
+def _before_attention(kind: LayerKind, capture: Capture, module: nn.Module, args: Any) -> None:
     if capture._active():
-        mode = RecordProjections(cast(nn.MultiheadAttention, module), capture._record)
+        record = functools.partial(capture._record, kind)
+        mode = RecordProjections(cast(nn.MultiheadAttention, module), record)
         mode.__enter__()
         capture._modes.append(mode)
 
@@ -618,15 +528,3 @@ def _before_attention(capture: Capture, module: nn.Module, args: Any) -> None:
 def _after_attention(capture: Capture, module: nn.Module, args: Any, output: Any) -> None:
     if capture._modes and capture._modes[-1].module is module:
         capture._modes.pop().__exit__(None, None, None)
-
-
-def _scaled(gradient: Tensor, scale: float | Tensor) -> Tensor:
-    return gradient if isinstance(scale, float) and scale == 1.0 else gradient * scale
-
-
-def _device_type(calls: list[CallGradients]) -> str:
-    for _, gradients in calls:
-        for gradient in gradients:
-            if gradient is not None:
-                return gradient.device.type
-    return "cpu"

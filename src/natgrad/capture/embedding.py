@@ -25,6 +25,10 @@ class EmbeddingKind(LayerKind):
 
     may_be_shared: ClassVar[bool] = True
 
+    def sample_dims(self, dims: int) -> range:
+        """Return all but the last: ``(..., d)``."""
+        return range(dims - 1)
+
     def refuse(self, module: nn.Module) -> str | None:
         """Refuse tables whose gradient is rescaled by token frequency."""
         if cast(nn.Embedding, module).scale_grad_by_freq:

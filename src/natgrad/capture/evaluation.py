@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from natgrad.capture.batched_backward import RowsUnavailable
 from natgrad.capture.capture import Capture
 from natgrad.capture.model_output import require_output
 from natgrad.jacobians import Jacobians
@@ -33,7 +34,14 @@ def evaluated(capture: Capture, inputs: Any) -> Iterator[Tensor]:
 
     Raises:
         ValueError: If the model's output holds no tensor or depends on no trainable parameter.
+        RuntimeError: If it runs inside ``torch.inference_mode()``, or a layer inside reentrant
+            checkpoints.
     """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "natgrad differentiates the model, which torch.inference_mode() makes impossible: "
+            "leave it, or use torch.no_grad(), which does no harm here"
+        )
     capture.clear()
     with undisturbed(capture.model):
         with torch.enable_grad():
@@ -43,7 +51,12 @@ def evaluated(capture: Capture, inputs: Any) -> Iterator[Tensor]:
                 "the model's output does not depend on any trainable parameter; pass "
                 "output=lambda out: ... to pick the right tensor"
             )
-        yield output
+        recorded = capture.passes[-1]
+        capture.settle(recorded)
+        for name, reason in capture.rows.unavailable.items():
+            raise RowsUnavailable(f"there are no rows for {name!r}: {reason}")
+        assert recorded.output is not None
+        yield recorded.output
 
 
 def output_rows(capture: Capture, inputs: Any) -> tuple[Tensor, Jacobians]:

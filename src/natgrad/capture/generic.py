@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
-from typing import Any
+from math import prod
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,14 @@ from natgrad.capture.kinds import (
     dense_layout,
     parameter_shapes,
 )
+from natgrad.capture.samples import SampleAxis
 from natgrad.jacobians import DenseJacobian, LayerJacobian
 from natgrad.layouts import BlockLayout
 
-__all__ = ["GenericKind", "floating_tensors"]
+__all__ = ["DENSE_LIMIT", "GenericKind", "floating_tensors", "free_layout"]
+
+#: Largest number of parameters of a module of unknown kind that form one dense block.
+DENSE_LIMIT = 1000
 
 
 def floating_tensors(value: Any) -> Iterator[Tensor]:
@@ -37,29 +42,40 @@ def floating_tensors(value: Any) -> Iterator[Tensor]:
 
 
 class GenericKind(LayerKind):
-    """A module's own parameters as one dense block.
+    """A module's own parameters as one dense block, or one block each where they are many.
 
-    The module is run again on one sample at a time (batched by ``vmap`` where it allows) and the
-    recorded output gradients are pulled back to its own parameters. Exact for every module that
-    treats samples independently and deterministically.
+    The module is run again on one sample at a time (batched by ``vmap`` where it allows), or on the
+    whole batch where it couples samples, and the recorded output gradients are pulled back to its
+    own parameters. What that does not explain is had at the parameters themselves (see
+    :class:`natgrad.capture.rows.RowBuilder`).
     """
 
-    def parameter_groups(self, module: nn.Module) -> list[tuple[str, ...]]:
-        """Return all parameters the module owns directly, as one block."""
-        names = tuple(name for name, _ in module.named_parameters(recurse=False))
-        return [names] if names else []
+    own_layout: ClassVar[bool] = True
 
-    def refuse(self, module: nn.Module) -> str | None:
-        """Refuse modules whose samples are coupled or random."""
+    def parameter_groups(self, module: nn.Module) -> list[tuple[str, ...]]:
+        """Return all parameters the module owns directly."""
+        own = dict(module.named_parameters(recurse=False))
+        if sum(p.numel() for p in own.values()) > DENSE_LIMIT:
+            return [(name,) for name in own]
+        return [tuple(own)] if own else []
+
+    def sample_dims(self, dims: int) -> range:
+        """Return all: nothing is known of the module."""
+        return range(dims)
+
+    def cannot_rerun(self, module: nn.Module) -> str | None:
+        """Return why a module cannot be run again for rows of its own parameters, or None."""
         for name, child in module.named_modules():
+            if child is not module and any(True for _ in child.parameters(recurse=False)):
+                return "holds layers of its own"
             inside = f" in {name!r}" if name else ""
             if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.training:
-                return f"batch statistics{inside} couple its samples in training mode"
+                return f"couples its samples by batch statistics{inside}"
             rate = getattr(child, "p", 0.0) if "Dropout" in type(child).__name__ else 0.0
             if isinstance(child, nn.RNNBase):
                 rate = child.dropout
             if child.training and isinstance(rate, float) and rate > 0:
-                return f"dropout{inside} makes its output random in training mode"
+                return f"is random by dropout{inside}"
         return None
 
     def observe(
@@ -73,8 +89,8 @@ class GenericKind(LayerKind):
     def layout(
         self, module: nn.Module, names: tuple[str, ...], qualified: tuple[str, ...]
     ) -> BlockLayout:
-        """Return a single row of all parameters."""
-        return dense_layout(qualified, parameter_shapes(module, names))
+        """Return a single row of all parameters, or the matrix of a large one."""
+        return free_layout(qualified, parameter_shapes(module, names))
 
     def jacobian(self, block: BlockRecord) -> LayerJacobian:
         """Form dense rows ``(N, K, P_l)``."""
@@ -82,78 +98,93 @@ class GenericKind(LayerKind):
         return DenseJacobian(block.layout, functools.reduce(Tensor.add, rows))
 
 
+def free_layout(qualified: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]) -> BlockLayout:
+    """Return the layout of parameters whose use is not known.
+
+    Few entries are kept together, so that structures keep all products of theirs; a large tensor
+    is a matrix of its first dimension by all others, a large vector one matrix per entry.
+    """
+    if sum(map(prod, shapes)) <= DENSE_LIMIT:
+        return dense_layout(qualified, shapes)
+    (shape,) = shapes
+    long = [size for size in shape if size > 1]
+    rows, columns = (1, 1) if len(long) == 1 else (long[0], prod(long[1:]))
+    return BlockLayout(
+        qualified, shapes, long[0] if len(long) == 1 else 1, rows, columns, True, False
+    )
+
+
 def _detach(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach()
-    if isinstance(value, dict):
-        return {key: _detach(item) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_detach(item) for item in value)
-    return value
-
-
-def _batch_dims(module: nn.Module) -> tuple[int, int]:
-    """Return the batch dimensions of the first input and of further tensors (RNN states)."""
-    if isinstance(module, nn.RNNBase):
-        return (0 if module.batch_first else 1), 1
-    return 0, 0
+    return torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, value)
 
 
 def _pull_back_per_sample(
     call: LayerCall, gradients: list[Tensor | None], names: tuple[str, ...], samples: int
 ) -> Tensor:
-    module = call.module
+    """Return rows ``(N, K, P_l)`` by running the module again on one sample at a time."""
+    module, axis = call.module, call.axis
     parameters = {name: module.get_parameter(name).detach() for name in names}
-    present = [(i, g) for i, g in enumerate(gradients) if g is not None]
-    which = [i for i, _ in present]
-    deltas = [g for _, g in present]
-    first_dim, other_dim = _batch_dims(module)
-    out_dims = [first_dim if i == 0 else other_dim for i in which]
-
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    which = [i for i, g in enumerate(gradients) if g is not None]
+    deltas = [_parted(g, axis, samples, 1) for g in gradients if g is not None]
     flat_inputs, spec = torch.utils._pytree.tree_flatten((call.inputs, call.options["kwargs"]))
-    in_dims: list[int | None] = []
-    for position, value in enumerate(flat_inputs):
-        dim = first_dim if position == 0 else other_dim
-        batched = isinstance(value, Tensor) and value.dim() > dim and value.shape[dim] == samples
-        in_dims.append(dim if batched else None)
-    batched_inputs = [v for v, d in zip(flat_inputs, in_dims, strict=True) if d is not None]
-    batched_dims = [d for d in in_dims if d is not None]
+    parted = [_parted(value, axis, samples) for value in flat_inputs]
+    if any(delta is None for delta in deltas):
+        raise ValueError(f"an output has no part for each of the {samples} samples")
 
     def outputs(parameters: dict[str, Tensor], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         remaining = iter(inputs)
         values = [
-            v if d is None else next(remaining).unsqueeze(d)
-            for v, d in zip(flat_inputs, in_dims, strict=True)
+            value if part is None else next(remaining)
+            for value, part in zip(flat_inputs, parted, strict=True)
         ]
         args, kwargs = torch.utils._pytree.tree_unflatten(values, spec)
+        state = {**parameters, **{name: buffer.clone() for name, buffer in buffers.items()}}
         # Uses of the same parameters by layers inside are theirs to count.
-        result = functional_call(module, parameters, args, kwargs, tie_weights=False)
+        result = functional_call(module, state, args, kwargs, tie_weights=False)
         tensors = tuple(floating_tensors(result))
-        return tuple(tensors[i].squeeze(d) for i, d in zip(which, out_dims, strict=True))
+        return tuple(tensors[i] for i in which)
 
     def rows(inputs: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]) -> Tensor:
         pull = vjp(lambda p: outputs(p, inputs), parameters)[1]
         result = vmap(pull)(cotangents)[0]
         return torch.cat([result[name].reshape(result[name].shape[0], -1) for name in names], dim=1)
 
-    inputs = tuple(batched_inputs)
-    cotangents = tuple(deltas)
-    cotangent_dims = tuple(d + 1 for d in out_dims)
+    inputs = tuple(part[0] for part in parted if part is not None)
+    dims = tuple(part[1] for part in parted if part is not None)
+    cotangents, cotangent_dims = zip(*cast("list[tuple[Tensor, int]]", deltas), strict=True)
     try:
-        return vmap(rows, in_dims=(tuple(batched_dims), cotangent_dims))(inputs, cotangents)
+        return vmap(rows, in_dims=(dims, cotangent_dims))(inputs, cotangents)
     except RuntimeError:
-        # Some kernels (recurrent cells, custom functions) have no batching rule.
+        # Some kernels (custom functions, control flow that looks at data) have no batching rule.
         return torch.stack(
             [
                 _rows_of_one(
                     outputs,
                     parameters,
-                    tuple(v.select(d, n) for v, d in zip(inputs, batched_dims, strict=True)),
+                    tuple(v.select(d, n) for v, d in zip(inputs, dims, strict=True)),
                     tuple(g.select(d, n) for g, d in zip(cotangents, cotangent_dims, strict=True)),
                 )
                 for n in range(samples)
             ]
         )
+
+
+def _parted(value: Any, axis: SampleAxis, samples: int, lead: int = 0) -> tuple[Tensor, int] | None:
+    """Return a tensor with a dimension of its own for the samples, and which that is.
+
+    The samples lie where they do in the first output or, failing that, in the first dimension. A
+    tensor that has no room for them there serves all of them: None.
+    """
+    if not isinstance(value, Tensor):
+        return None
+    for place in (axis, SampleAxis()):
+        dim = lead + place.dim
+        if value.dim() > dim and value.shape[dim] and value.shape[dim] % samples == 0:
+            if place.outer:
+                return value.unflatten(dim, (samples, -1)), dim
+            return value.unflatten(dim, (-1, samples)), dim + 1
+    return None
 
 
 def _rows_of_one(

@@ -12,7 +12,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["ModelHook", "inside_backward", "is_pulling_back", "outside_graphs", "pulling_back"]
+__all__ = [
+    "ModelHook",
+    "holds_statistics",
+    "inside_backward",
+    "is_pulling_back",
+    "outside_graphs",
+    "own_backward",
+]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -23,35 +30,65 @@ def inside_backward() -> bool:
     Forward hooks that fire then belong to a recomputation by gradient checkpointing and must not
     be recorded again.
     """
-    query = getattr(torch._C, "_current_graph_task_id", None)
-    if query is not None:
-        return bool(query() != -1)
-    return False
+    return _present_pass() != -1
 
 
-# Process-wide, not per thread: on a GPU, autograd runs hooks on a thread of its own.
-_pulling = 0
+def _present_pass() -> int:
+    """Return the number of the backward pass that runs on this thread, -1 for none."""
+    return int(torch._C._current_graph_task_id())
+
+
+# Identifiers of natgrad's own backward passes → whether batch norms hold their statistics fixed in
+# it. Autograd runs hooks on threads of its own on a GPU, so that only the pass tells what a hook
+# belongs to, not the thread.
+_own_passes: dict[int, bool] = {}
 
 
 @contextmanager
-def pulling_back() -> Iterator[None]:
-    """Mark a backward pass as natgrad's own, so that no capture takes it for the user's."""
-    global _pulling
-    _pulling += 1
+def own_backward(output: Tensor, *, fixed_statistics: bool = True) -> Iterator[Tensor]:
+    """Mark the backward passes that start from a view of ``output`` as natgrad's own.
+
+    Hooks that the user or another capture has put on the output see the mark, too.
+
+    Args:
+        output: The output.
+        fixed_statistics: Whether the statistics of batch norms are constants, as in all rows;
+            otherwise they are differentiated, as in training.
+
+    Yields:
+        The view to start from.
+    """
+    with torch.enable_grad():
+        root = output.view_as(output)
+    started: set[int] = set()
+
+    def mark(gradient: Tensor) -> None:
+        task = _present_pass()
+        started.add(task)
+        _own_passes[task] = fixed_statistics
+
+    handle = root.register_hook(mark)
     try:
-        yield
+        yield root
     finally:
-        _pulling -= 1
+        handle.remove()
+        for task in started:
+            _own_passes.pop(task, None)
 
 
 def is_pulling_back(gradient: Tensor | None = None) -> bool:
-    """Return whether a backward pass is not the user's training pass.
+    """Return whether the present backward pass is not the user's training pass.
 
     It is not if natgrad itself pulls vectors back, or if ``gradient`` is batched by ``vmap``.
     """
-    if _pulling:
+    if _own_passes and _present_pass() in _own_passes:
         return True
     return gradient is not None and torch._C._functorch.is_batchedtensor(gradient)
+
+
+def holds_statistics() -> bool:
+    """Return whether batch norms hold their statistics fixed in the present backward pass."""
+    return bool(_own_passes) and _own_passes.get(_present_pass(), False)
 
 
 def outside_graphs(function: _Function) -> _Function:

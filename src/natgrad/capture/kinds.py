@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from natgrad.capture.samples import SampleAxis
 from natgrad.jacobians import DenseJacobian, LayerJacobian, LinearJacobian
 from natgrad.layouts import BlockLayout
 
@@ -38,6 +39,7 @@ class LayerCall:
         inputs: Detached positional inputs, and whatever else the kind needs later.
         outputs: Output tensors; dropped by the capture once their gradient edges are taken.
         options: Keyword inputs or other facts about the call.
+        axis: Where the samples lie, for kinds that lay them out themselves.
     """
 
     module: nn.Module
@@ -45,6 +47,7 @@ class LayerCall:
     inputs: tuple[Any, ...]
     outputs: tuple[Tensor, ...]
     options: dict[str, Any] = field(default_factory=dict)
+    axis: SampleAxis = SampleAxis()  # noqa: RUF009, frozen
 
 
 #: A layer call and the gradients of its outputs, ``(K, *output.shape)``.
@@ -98,6 +101,20 @@ class LayerKind(ABC):
     owned_children: tuple[str, ...] = ()
     #: Whether one call may serve all samples, as that of a table of positions does.
     may_be_shared: ClassVar[bool] = False
+    #: Whether the kind brings the samples of its calls to the front by itself. Otherwise inputs
+    #: and output gradients come as ``(N·r, ...)`` and ``(K, N·r, ...)`` whatever the layout.
+    own_layout: ClassVar[bool] = False
+
+    def sample_dims(self, dims: int) -> range:
+        """Return which of the dimensions of an output may hold the samples, the likeliest first."""
+        return range(min(dims, 1))
+
+    def samples_first(self, call: LayerCall, gradients: Tensor) -> Tensor | None:
+        """Return output gradients ``(K, N·r, ...)`` of a kind that has a layout of its own.
+
+        None if there is no way to lay them out so.
+        """
+        return gradients
 
     def parameter_groups(self, module: nn.Module) -> list[tuple[str, ...]]:
         """Return the layer's parameter names, one tuple per block."""
@@ -114,7 +131,7 @@ class LayerKind(ABC):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> list[LayerCall]:
         """Turn one forward call into recordings; the default takes the first input."""
-        first = args[0] if args else kwargs["input"]
+        first = args[0] if args else next(iter(kwargs.values()))
         return [LayerCall(module, "", (first.detach(),), (output,))]
 
     def key_of(self, names: tuple[str, ...]) -> tuple[str, ...]:

@@ -18,10 +18,36 @@ from natgrad.capture.kinds import LayerCall, LayerKind
 from natgrad.capture.linear import LinearKind, TransposedLinearKind
 from natgrad.capture.normalization import NormalizationKind
 
-__all__ = ["kind_alike"]
+__all__ = ["kind_alike", "kind_by_trial"]
 
 #: Standard deviation of inputs that show the ε of a norm.
 SMALL = 1e-3
+
+
+def kind_by_trial(module: nn.Module) -> LayerKind | None:
+    """Return the kind of layer that a module without layers of its own computes as, or None.
+
+    It is tried on random inputs, if it has nothing but a weight, and perhaps a bias, to remember.
+    """
+    own = dict(module.named_parameters())
+    state = any(True for _ in module.buffers()) or any(True for _ in module.children())
+    if state or "weight" not in own or not set(own) <= {"weight", "bias"}:
+        return None
+    weight = own["weight"]
+    if not (1 <= weight.dim() <= 2 and weight.numel() and weight.is_floating_point()):
+        return None
+    for features in dict.fromkeys(reversed(weight.shape)):
+        devices = [weight.device] if weight.is_cuda else []
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices):
+                inputs = torch.randn(2, 3, features, dtype=weight.dtype, device=weight.device)
+                output = module.forward(inputs)
+        except Exception:  # It takes other inputs.
+            continue
+        found = kind_alike(module, inputs, output)
+        if found is not None:
+            return found
+    return None
 
 
 def kind_alike(module: nn.Module, inputs: Tensor, output: Tensor) -> LayerKind | None:
@@ -29,7 +55,7 @@ def kind_alike(module: nn.Module, inputs: Tensor, output: Tensor) -> LayerKind |
 
     Known are ``x Wᵀ + b`` and ``x W + b`` of a matrix, and layer norm and RMS norm over the last
     dimension, each up to terms without the parameters (``1 + weight``, a frozen part). The module
-    runs again a few times, on copies of its buffers; its hooks run, too.
+    runs again a few times, on copies of its buffers and without its hooks.
 
     Args:
         module: A module of unknown kind.
@@ -114,8 +140,19 @@ def _output(
 ) -> Tensor:
     state = {name: p + changes[name] if name in changes else p for name, p in own.items()}
     state |= {name: buffer.clone() for name, buffer in module.named_buffers()}
-    result: Tensor = functional_call(module, state, (inputs,))
+    named = {f"module.{name}": value for name, value in state.items()}
+    result: Tensor = functional_call(_WithoutHooks(module), named, (inputs,))
     return result
+
+
+class _WithoutHooks(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        result: Tensor = self.module.forward(inputs)
+        return result
 
 
 def _same(found: Tensor, expected: Tensor) -> bool:

@@ -22,6 +22,10 @@ __all__ = ["LinearKind", "TransposedLinearKind"]
 class LinearKind(LayerKind):
     """``y = s (x Wᵀ) + s_b b`` with constants that are 1 for :class:`torch.nn.Linear`."""
 
+    def sample_dims(self, dims: int) -> range:
+        """Return all but the last: ``(..., d_out)``."""
+        return range(dims - 1)
+
     def scales(self, module: nn.Module) -> tuple[float, float]:
         """Return ``(s, s_b)``."""
         return 1.0, 1.0

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from natgrad.capture.hooks import is_pulling_back
+from natgrad.capture.hooks import holds_statistics
 from natgrad.capture.kinds import (
     BlockRecord,
     LayerCall,
@@ -51,6 +51,10 @@ class NormalizationKind(LayerKind):
         self.normalize = normalize
         self.channels_first = channels_first
         self.by_rows = by_rows
+
+    def sample_dims(self, dims: int) -> range:
+        """Return the first where channels are the second, else all but the last."""
+        return range(1) if self.channels_first else range(dims - 1)
 
     def observe(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -137,7 +141,7 @@ def fix_statistics(module: nn.Module, inputs: Tensor, output: Tensor) -> None:
     def replace(
         grad_inputs: tuple[Tensor | None, ...], grad_outputs: tuple[Tensor | None, ...]
     ) -> tuple[Tensor | None, ...] | None:
-        if not is_pulling_back() or grad_inputs[0] is None or grad_outputs[0] is None:
+        if not holds_statistics() or grad_inputs[0] is None or grad_outputs[0] is None:
             return None
         return (grad_outputs[0] * scale, *grad_inputs[1:])
 

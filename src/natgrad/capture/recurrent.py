@@ -241,8 +241,7 @@ def _of_samples(tensor: Tensor, call: LayerCall, samples: int) -> Tensor:
             f"a {type(call.module).__name__} saw a batch of {tensor.shape[0]} sequences, which is "
             f"no multiple of the {samples} samples in the model's output"
         )
-    axis = getattr(call, "axis", None)  # Where samples lie, if that was found out.
-    tensor = tensor if axis is None else axis.samples_first(tensor, samples)
+    tensor = call.axis.samples_first(tensor, samples)
     return tensor.unflatten(0, (samples, -1))
 
 

@@ -96,6 +96,11 @@ class Curvature:
         """Whether rows may come in chunks."""
         return self.structure.additive
 
+    @property
+    def by_layer(self) -> bool:
+        """Whether rows of different layers are never multiplied with each other."""
+        return not self.structure.joint and self.structure.companion is None
+
     def follow(self, blocks: Mapping[str, BlockLayout], layout: ParameterLayout) -> set[str]:
         """Go on with other blocks, as where layers were frozen, unfrozen or replaced.
 

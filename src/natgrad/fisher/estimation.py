@@ -32,6 +32,10 @@ class RowReceiver(Protocol):
     def additive(self) -> bool:
         """Whether rows may come in chunks."""
 
+    @property
+    def by_layer(self) -> bool:
+        """Whether rows of different layers are never multiplied with each other."""
+
     def observe(
         self, jacobians: Jacobians, count: Tensor | float, *, continued: bool = False
     ) -> None:
@@ -98,7 +102,7 @@ def update_from_output(
             vectors[start:stop],
             retain_graph=retain_graph or stop < total,
             skip_silent=skip_silent,
-            independent=fisher.independent and receiver.additive,
+            independent=fisher.independent and receiver.additive and receiver.by_layer,
         )
         for name, positions in active.items():
             block = jacobians.get(name)
@@ -129,6 +133,7 @@ def fisher_matrix(
     *,
     seed: int = 0,
     output: Callable[[Any], Tensor] | None = None,
+    batch_dim: int | None = None,
     **structure_options: Any,
 ) -> FisherMatrix:
     r"""Return the Fisher matrix of a model on some data, in a chosen structure.
@@ -152,6 +157,8 @@ def fisher_matrix(
             options of its own, such as ``MonteCarloFisher(samples=10)``.
         seed: Seed of sampled labels.
         output: Picks the tensor the likelihood looks at out of the model's output.
+        batch_dim: The dimension of that tensor, and of targets of as many dimensions, that holds
+            the samples; by default the first, or the second where they turn out to lie there.
         **structure_options: Options of the structure, e.g. ``weight_sharing="reduce"`` for kfac.
 
     Returns:
@@ -168,7 +175,7 @@ def fisher_matrix(
     """
     likelihood = as_likelihood(likelihood)
     fisher = as_fisher_type(fisher)
-    with Capture(model, likelihood.selection(output)) as capture:
+    with Capture(model, likelihood.selection(output), batch_dim=batch_dim) as capture:
         capture.check_covered()
         layouts = {name: block.layout for name, block in capture.blocks.items()}
         chosen = as_structure(structure, **structure_options)
@@ -184,6 +191,8 @@ def fisher_matrix(
         for inputs, target in _batches(data):
             batches += 1
             with evaluated(capture, inputs) as found:
+                if target is not None:
+                    target = capture.find_pass(found).samples_first(target)
                 generator = generators.setdefault(
                     found.device, torch.Generator(found.device).manual_seed(seed)
                 )

@@ -366,6 +366,10 @@ class CoefficientPreconditioner(Preconditioner):
         kept = {name: one.state_dict() for name, one in self.coefficients.items()}
         return {**super().state_dict(), "coefficients": kept}
 
+    def blocks_without_rows(self) -> dict[str, str]:
+        """Return block name → why it has no gradient; layers without rows take the mean."""
+        return self.capture.rows.unavailable
+
     def checked(self, state: Mapping[str, Any]) -> Callable[[], None]:
         """Return what restores a state; see :meth:`natgrad.Preconditioner.checked`."""
         rest, device = super().checked(state), self.capture.layout.device

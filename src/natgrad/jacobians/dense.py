@@ -21,7 +21,7 @@ class DenseJacobian(LayerJacobian):
     """Rows given outright, for modules natgrad knows no factored form of.
 
     Args:
-        layout: A layout with one group, one unit and ``d_in = P_l``.
+        layout: The block's layout.
         rows: ``(N, K, P_l)``.
     """
 
@@ -57,12 +57,16 @@ class DenseJacobian(LayerJacobian):
         return self._rows.flatten(0, 1).T @ weights
 
     def per_sample_gradients(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Return rows ``(n, K, 1, 1, P_l)``."""
-        return self._rows[start:stop, :, None, None, :]
+        """Return rows as matrices ``(n, K, G, d_out, d_in + bias)``."""
+        return self.layout.matrix(self._rows[start:stop])
 
     def combined(self, weights: Tensor) -> DenseJacobian:
         """Combine rows of the same sample."""
         return DenseJacobian(self.layout, torch.einsum("nkj,nkp->njp", weights, self._rows))
+
+    def parted(self, samples: int) -> DenseJacobian:
+        """Return the rows of one sample as those of several."""
+        return DenseJacobian(self.layout, self._rows[0].unflatten(0, (samples, -1)))
 
     def kronecker_factors(
         self,
@@ -70,14 +74,31 @@ class DenseJacobian(LayerJacobian):
         max_factor_size: int | None = None,
         continued: bool = False,
     ) -> KroneckerSums:
-        """Return the whole block as input factor, with a 1 × 1 output factor.
+        """Return the factors of the product whose partial traces are those of the block.
 
-        The output factor is scaled so that both, once normalised, multiply to the exact block.
+        ``A = Σ MᵀM / tr``, ``B = Σ M Mᵀ``. Where each unit has one output, that is the block
+        itself; of rows that sum all samples, only its diagonal, as they are too few for more.
         """
-        rows = self._rows.flatten(0, 1)
-        if max_factor_size is not None and self.layout.numel > max_factor_size:
-            inputs = rows.square().sum(0)
+        layout, limit = self.layout, max_factor_size
+        rows = layout.matrix(self._rows.flatten(0, 1)).transpose(0, 1)  # (G, R, d_out, d_in + bias)
+        count = rows.new_tensor(float(self.samples))
+        diagonal = layout.one_hot or (limit is not None and layout.d_augmented > limit)
+        units = rows.flatten(1, 2)
+        if diagonal or (layout.d_out == 1 and self.summed):
+            inputs = units.square().sum(1)
+            inputs = inputs if diagonal else torch.diag_embed(inputs)
         else:
-            inputs = rows.T @ rows
-        count = rows.new_tensor(0.0 if continued else float(self.samples))
-        return KroneckerSums(inputs.unsqueeze(0), count, count.reshape(1, 1, 1))
+            inputs = units.mT @ units
+        if layout.d_out == 1:
+            positions = torch.zeros_like(count) if continued else count
+            return KroneckerSums(inputs, positions, positions.expand(layout.groups, 1, 1))
+        columns = rows.transpose(2, 3).flatten(1, 2)
+        trace = columns.square().sum((1, 2))
+        outputs = (
+            columns.square().sum(1)
+            if limit is not None and layout.d_out > limit
+            else columns.mT @ columns
+        )
+        share = count / torch.where(trace > 0, trace, torch.ones_like(trace))
+        scaled = inputs * share.reshape(-1, *[1] * (inputs.dim() - 1))
+        return KroneckerSums(scaled, count, outputs)

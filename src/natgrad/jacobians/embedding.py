@@ -45,6 +45,9 @@ class EmbeddingJacobian(LinearJacobian):
         """Return the indices and ``δ``."""
         return {"indices": self.indices, "output_gradients": self.output_gradients}
 
+    def _share_inputs(self, samples: int) -> None:
+        self.indices = self.indices.expand(samples, *self.indices.shape[1:])
+
     def _take_inputs(self, positions: Tensor) -> None:
         self.indices = self.indices[:, positions]
 

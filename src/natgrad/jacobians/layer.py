@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -56,6 +57,15 @@ class LayerJacobian(ABC):
     layout: BlockLayout
     samples: int
     directions: int
+    #: Whether a row is the sum of those of all samples, for vectors that are independent with mean
+    #: zero: sums of squares are then right on average only.
+    summed: bool = False
+
+    def summed_up(self) -> Self:
+        """Return the same rows, marked as sums over all samples."""
+        result = copy.copy(self)
+        result.summed = True
+        return result
 
     @property
     def rows(self) -> int:
@@ -95,6 +105,10 @@ class LayerJacobian(ABC):
         Rows pulled back from unit vectors become those of any other output vectors so, without
         another backward pass.
         """
+
+    @abstractmethod
+    def parted(self, samples: int) -> LayerJacobian:
+        """Return rows ``(1, N·K)``, the vectors of one sample after the other, as ``(N, K)``."""
 
     @abstractmethod
     def kronecker_factors(

@@ -123,6 +123,18 @@ class LinearJacobian(LayerJacobian):
         result._active = None
         return result
 
+    def parted(self, samples: int) -> LinearJacobian:
+        """Return rows of all positions of the batch as every sample's own."""
+        result = copy.copy(self)
+        result._share_inputs(samples)
+        result.output_gradients = self.output_gradients[0].unflatten(0, (samples, -1))
+        result.samples, result.directions = result.output_gradients.shape[:2]
+        result._active = None
+        return result
+
+    def _share_inputs(self, samples: int) -> None:
+        self._inputs = self.inputs.expand(samples, *self.inputs.shape[1:])
+
     def subsampled(self, positions: Tensor) -> LinearJacobian:
         """Return rows at some of the positions, for unbiased second moments.
 
@@ -290,7 +302,7 @@ class LinearJacobian(LayerJacobian):
                 products = products.view(stop - start, k, t, m - first, k2, t2)
                 weights = inner[group].view(stop - start, 1, t, m - first, 1, t2)
                 part = products.mul_(weights)
-                part = part.sum((2, 5)) if t * t2 > 1 else part[:, :, 0, :, :, 0]
+                part = part.sum((2, 5)) if t * t2 != 1 else part[:, :, 0, :, :, 0]
                 block = result[start:stop, :, first:]
                 if group == 0:
                     block.copy_(part)

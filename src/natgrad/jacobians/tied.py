@@ -78,6 +78,10 @@ class SumJacobian(LayerJacobian):
         """Combine the rows of every use."""
         return SumJacobian([part.combined(weights) for part in self.parts], self.layout)
 
+    def parted(self, samples: int) -> SumJacobian:
+        """Part the rows of every use."""
+        return SumJacobian([part.parted(samples) for part in self.parts], self.layout)
+
     def kronecker_factors(
         self,
         weight_sharing: WeightSharing = "expand",

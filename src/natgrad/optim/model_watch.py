@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain
+from types import NoneType
 from typing import Any
 
 from torch import nn
@@ -20,8 +21,10 @@ class ModelWatch:
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
-        self._tables: list[dict[str, Any]] = [m._parameters for m in modules]
-        self._tables += [m._modules for m in modules if m._modules]
+        tables: list[Any] = [m._parameters for m in modules]
+        tables += [m._modules for m in modules if m._modules]
+        # Compiled modules make other objects of what they hold at every look.
+        self._tables = [table for table in tables if isinstance(table, dict)]
         self._parameters = list(model.parameters())
         self._flags = [p.requires_grad for p in self._parameters]
         self._entries = list(self._present())  # Held, so that no other object gets their identity.
@@ -34,4 +37,7 @@ class ModelWatch:
         """Return whether anything is not as it was."""
         if [p.requires_grad for p in self._parameters] != self._flags:
             return True
-        return list(map(id, self._present())) != self._identities
+        if list(map(id, self._present())) == self._identities:
+            return False
+        # ``torch.func.functional_call`` lends plain tensors for one pass.
+        return all(isinstance(one, (nn.Parameter, nn.Module, NoneType)) for one in self._present())

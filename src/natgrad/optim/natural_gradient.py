@@ -338,6 +338,7 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
             return None
         reevaluation = self._reevaluation(closure)
         loss, backpropagates = self._evaluated(closure)
+        self.preconditioner.audit()
         lost = self.preconditioner.newly_untrusted()
         gradients = self._gradients(preconditioned=True)
         if lost and self.preconditioner.curvature.structure.joint:
@@ -398,7 +399,9 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
                 name = self._names[p]
                 natural = group["preconditioned"] and name not in self._left_out
                 if natural is preconditioned and p.grad is not None and p.requires_grad:
-                    found[name] = p.grad.to_dense()
+                    if p.grad.is_sparse:
+                        p.grad = p.grad.to_dense()
+                    found[name] = p.grad
         return found
 
     def _plan(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +12,11 @@ from torch import Tensor, nn
 
 from natgrad import linalg
 from natgrad.capture import Capture, ForwardPass
-from natgrad.capture.hooks import pulling_back
+from natgrad.capture.hooks import own_backward
 from natgrad.capture.model_output import Selection
 from natgrad.fisher import FisherType, RowReceiver, update_from_output
 from natgrad.likelihoods import Likelihood
+from natgrad.optim.audit import Findings, GradientAudit
 from natgrad.optim.options import Refresh
 from natgrad.optim.step.isotropic_rate import IsotropyProbe
 from natgrad.optim.step.quadratic_model import BatchFisher, RowReceivers
@@ -25,6 +25,9 @@ __all__ = ["Observer", "SeenPass"]
 
 
 _NOTHING = torch.empty(0)
+
+#: Steps after which rows and gradients are checked again, if nothing calls for it before.
+CHECK_INTERVAL = 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +79,8 @@ class Observer:
         batch_fisher_interval: The rows of the batch itself are kept on every so many steps; 0 for
             never.
         batch_fisher: The Fisher matrix of the present step's batch, where its rows are kept.
+        audit: Compares the step's gradients with what the passes explain, on the first step and
+            wherever rows are checked.
     """
 
     def __init__(
@@ -103,9 +108,10 @@ class Observer:
         self.batch_fisher: BatchFisher | None = None
         self.seen: list[SeenPass] = []
         self.failures: list[Tensor] = []
+        self.audit = GradientAudit(capture)
+        self._audited = 0  # Checks of rows at the last audit.
         #: Whether the likelihood has been held against the gradient of the loss.
         self.compared = False
-        self._said: set[str] = set()
         #: Called before anything of a step changes.
         self.before_change: Callable[[], None] = lambda: None
         capture.on_forward = self._on_forward
@@ -147,17 +153,55 @@ class Observer:
     # Passes.
 
     def _on_forward(self) -> None:
-        due, own = self.rows_due, self.fisher.from_user_gradients
-        self.capture.recording = (due and not own) or self.isotropy_probe is not None
+        due, own, rows = self.rows_due, self.fisher.from_user_gradients, self.capture.rows
+        if due and self.steps and self.steps % CHECK_INTERVAL == 0 and not self.seen:
+            rows.forget_checks()
+        self._begin_audit()
+        unchecked = due and not rows.checked
+        self.capture.recording = (due and not own) or unchecked or self.isotropy_probe is not None
         self.capture.watching = True if due and own else self.row_modules or False
 
     def _on_backward(self, recorded: ForwardPass) -> None:
         """Take rows at the start of the user's backward pass."""
-        if any(one.recorded is recorded for one in self.seen):
+        seen = self.sees(recorded)
+        if recorded.has_edges and not seen:
+            self.capture.settle(recorded)
+        self.audit.explain(recorded)
+        if seen:
             return
         one = self._see(recorded, recorded.cotangent)
-        if any(call.edges for call in recorded.calls):
+        if recorded.has_edges:
             self._take_rows(one)
+
+    def sees(self, recorded: ForwardPass) -> bool:
+        """Return whether a pass is among those of the step."""
+        return any(one.recorded is recorded for one in self.seen)
+
+    def _begin_audit(self) -> None:
+        """Collect gradients if rows were checked since, or will be in this pass."""
+        rows = self.capture.rows
+        stale = not rows.checked or rows.checks != self._audited
+        if self.rows_due and stale and not self.audit.active and self.warmup == 0:
+            self.audit.begin()
+
+    def findings(self, forgiven: Set[str]) -> Findings:
+        """Return what the audit of this step found.
+
+        Args:
+            forgiven: Parameters whose backward pass makes another gradient on purpose.
+        """
+        if not self.audit.active:
+            return Findings()
+        self._audited = self.capture.rows.checks
+        self.audit.forgive(forgiven)
+        return self.audit.end()
+
+    def see_retained(self) -> None:
+        """See passes that only a backward pass with ``create_graph=True`` reached."""
+        if not self.seen:
+            for recorded in list(self.capture.passes):
+                if recorded.retained and recorded.cotangent is not None:
+                    self._on_backward(recorded)
 
     def _see(self, recorded: ForwardPass, cotangent: Tensor | None) -> SeenPass:
         """Note a pass; weigh its events on steps that take rows."""
@@ -192,9 +236,7 @@ class Observer:
         self.likelihood, sentences = likelihood.seen_with(output, cotangent, target)
         self.compared = self.compared or bool(cotangent.any())
         for sentence in sentences:
-            if sentence not in self._said:
-                self._said.add(sentence)
-                warnings.warn(f"natgrad: {sentence}", stacklevel=2)
+            self.capture.tell(sentence)
 
     def _take_rows(self, one: SeenPass) -> None:
         """Pull the Fisher's vectors back through a pass, if this step wants them."""
@@ -288,22 +330,24 @@ class Observer:
         if isinstance(self.capture.select, Selection) and self.capture.passes:
             output = self.capture.passes[-1].output  # The heads were made of it.
         found = self.capture.find_pass(output)
-        found.output, found.target = output, target
+        self.capture.settle(found)
+        found.target = None if target is None else found.samples_first(target)
         if self.fisher.from_user_gradients:
             output.register_hook(self._see_later(found))
         else:
             cotangent = None
             # Without the scaling of mixed precision small gradients of float16 vanish.
             if loss is not None and loss.requires_grad and output.dtype != torch.float16:
-                with pulling_back():
+                with own_backward(loss) as root:
                     (cotangent,) = torch.autograd.grad(
-                        loss, output, retain_graph=True, allow_unused=True
+                        root, output, retain_graph=True, allow_unused=True
                     )
+                cotangent = None if cotangent is None else found.samples_first(cotangent)
             self._take_rows(self._see(found, cotangent))
 
     def _see_later(self, recorded: ForwardPass) -> Callable[[Tensor], None]:
         def keep(cotangent: Tensor) -> None:
-            recorded.cotangent = cotangent.detach()
+            recorded.cotangent = recorded.samples_first(cotangent.detach())
             if all(one.recorded is not recorded for one in self.seen):
                 self._see(recorded, recorded.cotangent)
 
@@ -328,4 +372,5 @@ class Observer:
         if self.isotropy_probe is not None:
             self.isotropy_probe.clear()
         self.seen, self.failures, self.batch_fisher = [], [], None
+        self.audit.end()
         self.capture.clear()

@@ -208,6 +208,7 @@ class Preconditioner(CopiedByState):
 
         With a gradient that is not finite nothing is changed, curvature included.
         """
+        self.audit()
         new = self.newly_untrusted()
         if new:
             reasons = "; ".join(f"{name} ({why})" for name, why in new.items())
@@ -283,6 +284,7 @@ class Preconditioner(CopiedByState):
             return
         self._updated = True
         self._open()
+        self.observer.see_retained()
         self.observer.take_user_rows()
         if not self.observer.update_due:
             return
@@ -292,6 +294,56 @@ class Preconditioner(CopiedByState):
             self._with_update = self.curvature.snapshot()
         else:
             self._warn_unseen()
+
+    def audit(self) -> None:
+        """Compare the gradients of the step with what the passes seen explain; mostly nothing.
+
+        Parameters whose rows do not explain them, or that have none, are untrusted from now on.
+        """
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.blocks_without_rows().items():
+            by_reason.setdefault(reason, []).extend(self.capture.blocks[name].layout.names)
+        for reason, names in by_reason.items():
+            self.distrust(names, reason)
+        held = {name for own in self.own_backward.values() for name in own.names}
+        found = self.observer.findings(held)
+        if found.mixed:
+            self.capture.tell(
+                f"a part of the gradients of {_listed(found.mixed)} does not come through the "
+                "output that the likelihood looks at (a second head, another term of the loss), so "
+                "their curvature lacks that part"
+            )
+        if found.foreign and not self.covered - set(found.foreign):
+            self.capture.tell(
+                "none of the gradients comes through the output that the likelihood looks at, so "
+                "curvature is not that of this loss: pass output=lambda out: ... if it is another "
+                "output; natgrad.ResidualNGD is there for losses of derivatives of the network"
+            )
+        elif found.foreign:
+            self.distrust(
+                found.foreign,
+                "its gradient does not come through the output that the likelihood looks at (a "
+                "second head, another term of the loss): likelihood={...} takes several heads",
+            )
+
+    def blocks_without_rows(self) -> dict[str, str]:
+        """Return block name → why the Fisher type has no rows for it."""
+        rows = self.capture.rows
+        if not self.observer.fisher.from_user_gradients:
+            return rows.unavailable
+        hints = {n: f"{why}: use fisher='exact' or 'mc'" for n, why in rows.inseparable.items()}
+        return {**hints, **rows.unavailable}
+
+    def distrust(self, names: Collection[str], reason: str) -> None:
+        """Leave parameters to the first-order fallback from now on.
+
+        Raises:
+            ValueError: If no parameter would be left.
+        """
+        if not self.covered - set(names):
+            raise ValueError(f"no parameter can be preconditioned: {reason}")
+        for name in names:
+            self.untrusted.setdefault(name, reason)
 
     def drop_unusable(self) -> None:
         """Leave out statistics of this step that are not finite, waiting to see."""
@@ -423,7 +475,9 @@ class Preconditioner(CopiedByState):
         return {
             name: block.uses[0].module
             for name, block in self.capture.blocks.items()
-            if len(block.uses) == 1 and takes_rows(block.layout, 8)
+            if len(block.uses) == 1
+            and name not in self.capture.rows.direct
+            and takes_rows(block.layout, 8)
         }
 
     def _rows(
@@ -438,7 +492,7 @@ class Preconditioner(CopiedByState):
         self._row_rest = max(0, self._row_rest - 1)
         if not self._row_layers or self._row_rest or len(self.observer.seen) != 1:
             return None, []
-        jacobians = self.capture.user_jacobians(self.observer.seen[0].recorded)
+        jacobians = self.capture.user_jacobians(self.observer.seen[0].recorded, separate=False)
         kept: dict[str, LayerJacobian] = {}
         mismatches: list[Tensor] = []
         for name in list(self._row_layers):
@@ -550,6 +604,12 @@ class Preconditioner(CopiedByState):
             observer.forget()
 
         return restore
+
+
+def _listed(names: Collection[str]) -> str:
+    """Return names for a message, the first few of many."""
+    shown = ", ".join(repr(name) for name in list(names)[:6])
+    return shown if len(names) <= 6 else f"{shown} and {len(names) - 6} more"
 
 
 def _any(flags: list[Tensor]) -> Tensor:

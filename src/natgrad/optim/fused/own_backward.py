@@ -127,7 +127,7 @@ class OwnBackward(ABC):
             return None
         if torch._C._are_functorch_transforms_active():
             return None  # torch.func differentiates the layer as it is.
-        weight = module._parameters["weight"]
+        weight = module._parameters.get("weight")  # None where it is computed from others.
         if weight is None or not weight.requires_grad:
             return None
         inputs = args[0] if args else kwargs["input"]

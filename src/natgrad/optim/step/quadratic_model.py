@@ -45,7 +45,7 @@ class BatchFisher:
     """
 
     #: Products with directions need every sample's own rows, all of them.
-    additive = False
+    additive = by_layer = False
 
     def __init__(self, layout: ParameterLayout) -> None:
         self.layout = layout
@@ -88,6 +88,11 @@ class RowReceivers:
     def additive(self) -> bool:
         """Whether rows may come in chunks: only if all receivers are content with that."""
         return all(one.additive for one in self.receivers)
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether no receiver multiplies rows of different layers."""
+        return all(one.by_layer for one in self.receivers)
 
     def observe(
         self, jacobians: Jacobians, count: Tensor | float, *, continued: bool = False

@@ -1,0 +1,98 @@
+"""Where the samples of a batch lie in a layer's tensors, and which layers mix them.
+
+A row belongs to its sample if a vector at that sample's output is pulled back to that sample's part
+of the layer's output alone. Vectors that are zero at some samples therefore show where the samples
+of a layer lie: in the first dimension or another one, one sample after the other or interleaved
+(two views of a batch laid behind each other), or nowhere, where the layer or what follows it
+couples them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["SampleAxis", "find_axis", "probe_samples", "probe_vectors"]
+
+
+@dataclass(frozen=True)
+class SampleAxis:
+    """Where samples lie in a tensor.
+
+    Attributes:
+        dim: The dimension, of size ``N·r``.
+        outer: Whether entry i belongs to sample ``i // r``, else to sample ``i % N``.
+    """
+
+    dim: int = 0
+    outer: bool = True
+
+    def samples_first(self, tensor: Tensor, samples: int, lead: int = 0) -> Tensor:
+        """Return a tensor with the entries of its samples in order along the first dimension.
+
+        Args:
+            tensor: The tensor.
+            samples: ``N``.
+            lead: How many dimensions come before those of the layer's tensor.
+        """
+        dim = lead + self.dim
+        if not self.outer and tensor.shape[dim] != samples:
+            pairs = tensor.unflatten(dim, (-1, samples)).transpose(dim, dim + 1)
+            tensor = pairs.flatten(dim, dim + 1)
+        return tensor if self.dim == 0 else tensor.movedim(dim, lead)
+
+
+def probe_samples(samples: int, elements: int, seed: int, limit: int) -> Tensor:
+    """Return sets of samples, ``(P, N)`` booleans, and their complements.
+
+    Every pair of samples is parted by one of them, if ``2 log₂ N`` sets times ``elements`` do not
+    exceed ``limit``; otherwise two random halves part three pairs of four.
+    """
+    bits = max(1, (samples - 1).bit_length())
+    if samples == 1:
+        return torch.ones(1, 1, dtype=torch.bool)
+    if 2 * bits * elements <= limit:
+        numbers = torch.arange(samples)
+        halves = torch.stack([(numbers >> bit) % 2 == 1 for bit in range(bits)])
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.stack([torch.randperm(samples, generator=generator) for _ in range(2)])
+        halves = order < samples // 2
+    return torch.cat([halves, ~halves])
+
+
+def probe_vectors(output: Tensor, chosen: Tensor, seed: int) -> Tensor:
+    """Return random output vectors ``(P, *output.shape)`` that are zero but at chosen samples."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (len(chosen), *output.shape)
+    dtype = torch.float64 if output.dtype == torch.float64 else torch.float32
+    vectors = torch.randn(shape, generator=generator, dtype=dtype).to(output)
+    mask = chosen.to(output.device).reshape(*chosen.shape, *[1] * (output.dim() - 1))
+    return torch.where(mask, vectors, torch.zeros_like(vectors))
+
+
+def find_axis(reached: Tensor, chosen: Tensor, dims: Iterable[int]) -> SampleAxis | None:
+    """Return where samples lie in a layer's output, or None where they are coupled.
+
+    Args:
+        reached: Where vectors that are zero but at chosen samples were pulled back to,
+            ``(P, *output.shape)``.
+        chosen: The samples, ``(P, N)``.
+        dims: Dimensions that may hold them, the likeliest first.
+    """
+    samples = chosen.shape[1]
+    for dim in dims:
+        size = reached.shape[1 + dim]
+        if size == 0 or size % samples:
+            continue
+        rest = [d for d in range(1, reached.dim()) if d != 1 + dim]
+        touched = reached.any(dim=rest) if rest else reached
+        index = torch.arange(size, device=reached.device)
+        for outer in (True, False) if size > samples else (True,):
+            sample = index // (size // samples) if outer else index % samples
+            if not bool((touched & ~chosen.to(touched.device)[:, sample]).any()):
+                return SampleAxis(dim, outer)
+    return None

@@ -1,0 +1,146 @@
+"""Whether a backward pass's gradients come through the output that the likelihood looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natgrad.capture import Capture, ForwardPass
+from natgrad.capture.batched_backward import batched_gradients
+from natgrad.capture.hooks import is_pulling_back
+
+__all__ = ["Findings", "GradientAudit"]
+
+#: Relative difference of two gradients of one graph that counts as rounding.
+ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3}
+HALF_ROUNDING = 3e-2
+
+#: A gradient at less than this cosine to the explained part is another one.
+LEAST_COSINE = 0.7
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What an audit found; both name parameters.
+
+    Attributes:
+        foreign: Those whose gradient comes through the output for the lesser part, or not at all.
+        mixed: Those that have some gradient from elsewhere.
+    """
+
+    foreign: list[str] = field(default_factory=list)
+    mixed: list[str] = field(default_factory=list)
+
+
+class GradientAudit:
+    r"""Compares gradients with :math:`J^\top u`, u what the user's loss sends to the output.
+
+    A second head, another term of the loss or a second use of the network make the difference.
+    Multiples of the parameter (an L2 penalty) and of the gradient itself (a hook that scales it) do
+    not count.
+
+    Args:
+        capture: The hooks on the model.
+    """
+
+    def __init__(self, capture: Capture) -> None:
+        self.capture = capture
+        self._handles: list[Any] = []
+        self._found: dict[str, Tensor] = {}
+        self._explained: dict[str, Tensor] = {}
+        self._asked = False
+
+    @property
+    def active(self) -> bool:
+        """Whether gradients are being collected."""
+        return bool(self._handles)
+
+    def begin(self) -> None:
+        """Collect the gradients that reach the captured parameters from now on."""
+        self.end()
+        names = {n for block in self.capture.blocks.values() for n in block.layout.names}
+        for name, parameter in self.capture.model.named_parameters():
+            if name in names and parameter.requires_grad:
+                self._handles.append(parameter.register_hook(self._collect(name)))
+
+    def _collect(self, name: str) -> Any:
+        def add(gradient: Tensor) -> None:
+            if not is_pulling_back(gradient):
+                gradient = gradient.detach().to_dense()
+                present = self._found.get(name)
+                self._found[name] = gradient.clone() if present is None else present + gradient
+
+        return add
+
+    def explain(self, recorded: ForwardPass) -> None:
+        """Note what the gradient at a pass's output explains, at the start of its backward pass."""
+        if not self.active or recorded.output is None or recorded.cotangent is None:
+            return
+        rows = self.capture.rows
+        names = {
+            n for b in rows.blocks if b not in rows.unavailable for n in rows.blocks[b].layout.names
+        }
+        held = {
+            n: p for n, p in self.capture.model.named_parameters() if n in names and p.requires_grad
+        }
+        # As in the user's own pass, statistics of batch norms are differentiated.
+        vectors, targets = recorded.cotangent.unsqueeze(0), list(held.values())
+        parts = batched_gradients(recorded.output, targets, vectors, True, fixed_statistics=False)
+        self._asked = True
+        for name, part in zip(held, parts, strict=True):
+            if part is not None:
+                part = part[0].detach().to_dense()
+                self._explained[name] = self._explained.get(name, torch.zeros_like(part)) + part
+
+    def end(self) -> Findings:
+        """Stop collecting, and return what was found; nothing if no pass was explained."""
+        for handle in self._handles:
+            handle.remove()
+        found, explained = self._found, self._explained
+        asked = self._asked
+        self._handles, self._found, self._explained, self._asked = [], {}, {}, False
+        parameters = dict(self.capture.model.named_parameters())
+        names = list(found) if asked else []
+        if not names:
+            return Findings()
+        shares = [_shares(found[n], explained.get(n), parameters[n].detach()) for n in names]
+        shares = [one.to(shares[0].device) for one in shares]
+        findings = Findings()
+        # One wait for all.
+        for name, (cosine, *rests) in zip(names, torch.stack(shares).tolist(), strict=True):
+            tolerance = ROUNDING.get(parameters[name].dtype, HALF_ROUNDING)
+            if min(rests) > tolerance:  # Neither, where a gradient is not finite.
+                (findings.foreign if cosine < LEAST_COSINE else findings.mixed).append(name)
+        return findings
+
+    def forgive(self, names: Set[str]) -> None:
+        """Leave out parameters whose backward pass makes another gradient on purpose."""
+        for name in names:
+            self._found.pop(name, None)
+
+
+def _shares(gradient: Tensor, explained: Tensor | None, parameter: Tensor) -> Tensor:
+    """Return what tells whether a gradient is explained, ``(4,)`` in float64.
+
+    Its cosine with the explained part, and the share of it that is left without that part, without
+    any multiples of it, and without multiples of the parameter, too.
+    """
+    gradient = gradient.double()
+    known = torch.zeros_like(gradient) if explained is None else explained.double()
+    size, length = gradient.norm(), known.norm()
+    tiny = torch.finfo(torch.float64).tiny
+    cosine = (gradient * known).sum() / (size * length).clamp(min=tiny)
+    rest = gradient - known
+    rests = [rest]
+    unit = known / length.clamp(min=tiny)
+    own = parameter.double()
+    own = own - (unit * own).sum() * unit
+    for direction in (unit, own / own.norm().clamp(min=tiny)):
+        rest = rest - (direction * rest).sum() * direction
+        rests.append(rest)
+    scale = (size + length).clamp(min=tiny)
+    return torch.stack([cosine, *(rest.norm() / scale for rest in rests)])

@@ -1,0 +1,98 @@
+"""Fisher matrices and steps of networks whose rows are easily taken wrongly."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import natgrad
+from tests.cases import normal
+from tests.situations import BATCH_DIM, SITUATIONS
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def outputs(model: nn.Module, inputs, batch_dim: int) -> Tensor:
+    """Return a model's output with samples in the first dimension."""
+    if isinstance(inputs, dict):
+        return model(**inputs).movedim(batch_dim, 0)
+    return model(*inputs if isinstance(inputs, tuple) else (inputs,)).movedim(batch_dim, 0)
+
+
+def rows_of(model: nn.Module, inputs, batch_dim: int) -> tuple[Tensor, Tensor]:
+    """Return the output and the Jacobian ``(N, C, P)``, differentiated entry by entry."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    z = outputs(model, inputs, batch_dim)
+    rows = []
+    for entry in z.flatten():
+        found = torch.autograd.grad(
+            entry, trained, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        rows.append(torch.cat([g.to_dense().flatten() for g in found]))
+    return z.detach(), torch.stack(rows).unflatten(0, (len(z), -1))
+
+
+@pytest.mark.parametrize("name", SITUATIONS)
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+def test_the_fisher_matrix_is_that_of_torch_func(name, kind):
+    model, inputs = SITUATIONS[name]()
+    batch_dim = BATCH_DIM.get(name, 0)
+    z, jacobian = rows_of(model, inputs, batch_dim)
+    target = normal(*z.shape, seed=3)
+    rows = jacobian
+    if kind == "empirical":
+        rows = torch.einsum("nc,ncp->np", (z - target).flatten(1), jacobian).unsqueeze(1)
+    rows = rows.flatten(0, 1)
+    expected = rows.T @ rows / len(z)
+    given = target.movedim(0, batch_dim)
+    for structure in ("full", "block_diagonal", "diagonal"):
+        fisher = natgrad.fisher_matrix(model, (inputs, given), "gaussian", structure, kind)
+        found = fisher.to_dense()
+        wanted = expected
+        if structure == "diagonal":
+            wanted = torch.diag(expected.diagonal())
+        elif structure == "block_diagonal":
+            wanted = torch.where(found != 0, expected, torch.zeros_like(expected))
+            assert fisher.trace() == pytest.approx(float(expected.trace()), rel=1e-9)
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", SITUATIONS)
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+def test_a_step_is_that_of_the_dense_matrix_or_refused_by_name(name, kind):
+    model, inputs = SITUATIONS[name]()
+    batch_dim = BATCH_DIM.get(name, 0)
+    z, jacobian = rows_of(model, inputs, batch_dim)
+    target = normal(*z.shape, seed=3)
+    residual = (z - target).flatten(1)
+    per_sample = torch.einsum("nc,ncp->np", residual, jacobian)
+    rows = (jacobian.flatten(0, 1) if kind == "exact" else per_sample) / len(z) ** 0.5
+    gradient = per_sample.mean(0)
+    damped = rows.T @ rows + 0.1 * torch.eye(rows.shape[1]).double()
+    expected = torch.linalg.solve(damped, gradient)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    before = torch.cat([p.detach().flatten() for p in trained])
+    optimizer = natgrad.ExactNGD(
+        model, "gaussian", fisher=kind, lr=1.0, damping=0.1, momentum=0.0, kl_clip=None
+    )
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        residuals = outputs(model, inputs, batch_dim) - target
+        (0.5 * residuals.square().sum() / len(z)).backward()
+        try:
+            optimizer.step()
+        except ValueError as error:
+            assert kind == "empirical" and "use fisher='exact' or 'mc'" in str(error)
+            return
+    found = before - torch.cat([p.detach().flatten() for p in trained])
+    untrusted = optimizer.preconditioner.untrusted
+    if not untrusted:
+        torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+    else:  # Only rows of single samples that the training gradient does not leave.
+        assert kind == "empirical"
+        sentences = " ".join(str(one.message) for one in told)
+        assert all(parameter in sentences for parameter in untrusted)
+        assert found.isfinite().all() and bool((found != 0).any())
