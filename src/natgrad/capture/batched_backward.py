@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from natgrad.capture.hooks import own_backward
+from natgrad.capture.hooks import own_backward, without_hooks
 
 __all__ = ["RowsUnavailable", "batched_gradients"]
 
@@ -41,7 +41,10 @@ def batched_gradients(
 
     def backward(cotangent: Tensor, batched: bool, keep: bool) -> tuple[Tensor | None, ...]:
         try:
-            with own_backward(output, fixed_statistics=fixed_statistics) as root:
+            with (
+                without_hooks(one for one in targets if isinstance(one, Tensor)),
+                own_backward(output, fixed_statistics=fixed_statistics) as root,
+            ):
                 return torch.autograd.grad(
                     [root],
                     cast("Sequence[Tensor]", targets),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ __all__ = [
     "is_pulling_back",
     "outside_graphs",
     "own_backward",
+    "without_hooks",
 ]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -74,6 +75,20 @@ def own_backward(output: Tensor, *, fixed_statistics: bool = True) -> Iterator[T
         handle.remove()
         for task in started:
             _own_passes.pop(task, None)
+
+
+@contextmanager
+def without_hooks(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Switch off hooks that users have put on the gradients of parameters."""
+    tables = [one._backward_hooks for one in parameters if one._backward_hooks]
+    kept = [dict(table) for table in tables]
+    for table in tables:
+        table.clear()
+    try:
+        yield
+    finally:
+        for table, hooks in zip(tables, kept, strict=True):
+            table.update(hooks)
 
 
 def is_pulling_back(gradient: Tensor | None = None) -> bool:

@@ -36,6 +36,10 @@ ROUNDING = {
     torch.bfloat16: (0.1, 1e-2),
 }
 
+#: Passes after the first whose samples are looked for again, as routing may have put one of each
+#: sample in its place by chance.
+CONFIRMATIONS = 2
+
 # A layer, the part of it that was called, which call of the pass, and dimensions of the output.
 _Place = tuple[nn.Module, str, int, int]
 _Gradients = list[Tensor | None]
@@ -146,12 +150,13 @@ class RowBuilder:
         self._constant: set[nn.Module] = set()  # Modules whose output depends on no input.
         self._whole: set[nn.Module] = set()  # Modules that are run again on the whole batch.
         self.checks = 0
-        self.checked = False
+        self.checked, self._confirmations = False, CONFIRMATIONS
+        self._turned = False
 
     def forget_checks(self) -> None:
-        """Check again at the next pass."""
-        self.checked = False
-        self._axes.clear()
+        """Check again at the next pass. What was coupled once is taken to be so."""
+        self.checked, self._confirmations = False, CONFIRMATIONS
+        self._axes = {place: axis for place, axis in self._axes.items() if axis is None}
 
     # Rows.
 
@@ -376,8 +381,16 @@ class RowBuilder:
         calls = self._available(recorded)
         if not (len(output) and output.requires_grad):
             return
+        if self._turned:  # Coupled were samples along another dimension.
+            self._axes.clear()
+            self._turned = False
         if self.checked and all(one.place in self._axes for one in calls):
-            return
+            if self._confirmations == 0:
+                return
+            self._confirmations -= 1
+            axes = self._find_axes(calls, output)
+            if axes is None or axes == {place: self._axes[place] or axes[place] for place in axes}:
+                return
         self.checks += 1
         # One vector at all samples, whose rows must sum to the gradient,
         self._constant |= {one.call.module for one in calls if not one.call.inputs}
@@ -393,13 +406,13 @@ class RowBuilder:
         axes = self._find_axes(calls, output)
         if axes is None or not _finite(truth.values()):
             return  # Something overflowed: what is zero cannot be told.
-        turned = False
         later = output.transpose(0, 1) if output.dim() > 2 and output.shape[1] > 1 else None
         if later is not None and not self.time_first and self._mixing(axes):
             moved = self._find_axes(calls, later)
             # Rows of an output laid out as it is are still right, but several times as dear.
-            self.time_first = turned = moved is not None and not self._mixing(moved)
-        self._axes.update(axes)
+            self.time_first = self._turned = moved is not None and not self._mixing(moved)
+        coupled = {place for place, axis in self._axes.items() if axis is None}
+        self._axes.update({p: axis for p, axis in axes.items() if p not in coupled})
         for one in calls:
             one.axis = self._axis(one, len(output))
         of_block = self._by_block(calls)
@@ -410,8 +423,8 @@ class RowBuilder:
                 split = all(one.axis is not None for one in of)
                 if _reruns(self.blocks[name]) and split and name not in self.direct:
                     self._compare(name, of, truth, len(output))
-        self.checked = not turned
-        if not turned:
+        self.checked = not self._turned
+        if self.checked:
             self._tell_coupled(axes)
             self.inseparable.update(self.direct)
             for name, of in of_block.items():

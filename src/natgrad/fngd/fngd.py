@@ -80,6 +80,7 @@ class FNGD(NaturalGradient):
             :class:`natgrad.NaturalGradient`, as for the rest.
         params: Parameter groups with options of their own.
         output: Picks the tensor the likelihood looks at out of the model's output.
+        batch_dim: See :class:`natgrad.NaturalGradient`.
         seed: Seed of the signs of ``fisher="improved"``.
         process_group: See :class:`natgrad.NaturalGradient`.
 
@@ -119,6 +120,7 @@ class FNGD(NaturalGradient):
         fallback: Literal["adamw", "sgd"] | Fallback = "adamw",
         params: Iterable[dict[str, Any]] | None = None,
         output: Callable[[Any], Tensor] | None = None,
+        batch_dim: int | None = None,
         seed: int = 0,
         process_group: Any = None,
     ) -> None:
@@ -150,6 +152,7 @@ class FNGD(NaturalGradient):
             fallback=fallback,
             params=params,
             output=output,
+            batch_dim=batch_dim,
             seed=seed,
             process_group=process_group,
         )

@@ -113,6 +113,8 @@ class GradientAudit:
         # One wait for all.
         for name, (cosine, *rests) in zip(names, torch.stack(shares).tolist(), strict=True):
             tolerance = ROUNDING.get(parameters[name].dtype, HALF_ROUNDING)
+            if parameters[name].numel() == 1:  # Any number is a multiple of any other.
+                rests = [1.0 - abs(cosine)]
             if min(rests) > tolerance:  # Neither, where a gradient is not finite.
                 (findings.foreign if cosine < LEAST_COSINE else findings.mixed).append(name)
         return findings

@@ -133,6 +133,8 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
             ``momentum``, ``weight_decay``, ``damping`` and ``preconditioned=False`` (train it by
             the fallback). All other parameters form the last group.
         output: Picks the tensor the likelihood looks at out of the model's output.
+        batch_dim: The dimension of that tensor, and of targets of as many dimensions, that holds
+            the samples; by default the first, or the second where they turn out to lie there.
         seed: Seed of the sampled labels; the global random state is never used.
         process_group: Processes that train replicas of the model and take the same steps; by
             default those of a model in DistributedDataParallel, and no others.
@@ -171,6 +173,7 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
         fallback: Literal["adamw", "sgd"] | Fallback = "adamw",
         params: Iterable[dict[str, Any]] | None = None,
         output: Callable[[Any], Tensor] | None = None,
+        batch_dim: int | None = None,
         seed: int = 0,
         process_group: Any = None,
     ) -> None:
@@ -209,6 +212,7 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
             damping=damping,
             refresh=method.refresh,
             output=output,
+            batch_dim=batch_dim,
             seed=seed,
             excluded=first_order_names(unwrap(model), params),
             process_group=process_group,

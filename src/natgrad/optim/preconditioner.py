@@ -56,6 +56,8 @@ class Preconditioner(CopiedByState):
         refresh: When curvature is updated, averaged and inverted. Structures that keep the rows of
             one batch take the default only.
         output: Picks the tensor the likelihood looks at out of the model's output.
+        batch_dim: The dimension of that tensor, and of targets of as many dimensions, that holds
+            the samples; by default the first, or the second where they turn out to lie there.
         seed: Seed of the sampled labels; the global random state is never used.
         excluded: Names of parameters that are left alone: no rows are formed for them.
         process_group: Processes that train replicas of the model, over which natural gradients are
@@ -84,6 +86,7 @@ class Preconditioner(CopiedByState):
         damping: float = 1e-3,
         refresh: Refresh | None = None,
         output: Callable[[Any], Tensor] | None = None,
+        batch_dim: int | None = None,
         seed: int = 0,
         excluded: Collection[str] = (),
         process_group: Any = None,
@@ -93,7 +96,9 @@ class Preconditioner(CopiedByState):
         check_kind("refresh", refresh, Refresh)
         structure = as_structure(structure, training=True)
         likelihood = as_likelihood(likelihood)
-        self.capture = Capture(model, likelihood.selection(output), excluded=excluded)
+        self.capture = Capture(
+            model, likelihood.selection(output), excluded=excluded, batch_dim=batch_dim
+        )
         self.model = self.capture.model
         self.parameters = dict(self.model.named_parameters())
         layouts = {name: block.layout for name, block in self.capture.blocks.items()}
@@ -305,7 +310,7 @@ class Preconditioner(CopiedByState):
             by_reason.setdefault(reason, []).extend(self.capture.blocks[name].layout.names)
         for reason, names in by_reason.items():
             self.distrust(names, reason)
-        held = {name for own in self.own_backward.values() for name in own.names}
+        held = {name for own in self.own_backward.values() if own.active for name in own.names}
         found = self.observer.findings(held)
         if found.mixed:
             self.capture.tell(

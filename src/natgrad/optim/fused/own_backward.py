@@ -17,7 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from natgrad.capture.hooks import ModelHook, is_pulling_back, outside_graphs
+from natgrad.capture.hooks import (
+    ModelHook,
+    holds_statistics,
+    is_pulling_back,
+    outside_graphs,
+)
 
 __all__ = ["Gradients", "LayerProduct", "LinearProduct", "OwnBackward"]
 
@@ -41,6 +46,10 @@ class LayerProduct:
         """
         raise NotImplementedError
 
+    def plain_gradients(self, inputs: Tensor, delta: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return the plain gradients of weight and bias, for checks; None where not known."""
+        return None, None
+
 
 class LinearProduct(LayerProduct):
     """``y = x Wᵀ + b``, or ``y = x W + b``.
@@ -57,6 +66,12 @@ class LinearProduct(LayerProduct):
         weight = weight.to(delta.dtype)
         d = delta.reshape(-1, delta.shape[-1])
         return (d @ (weight.T if self.transposed else weight)).view(inputs.shape)
+
+    def plain_gradients(self, inputs: Tensor, delta: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return ``δᵀa`` and ``Σ δ``."""
+        d = delta.reshape(-1, delta.shape[-1])
+        weight = d.T @ inputs.reshape(-1, inputs.shape[-1]).to(d.dtype)
+        return weight.T if self.transposed else weight, d.sum(0)
 
 
 class OwnBackward(ABC):
@@ -165,11 +180,15 @@ class _Own(torch.autograd.Function):
         inputs, weight = ctx.saved_tensors
         owner, product, call = ctx.context
         _, needs_inputs, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        if is_pulling_back(delta) or not needs_weight:
-            if not needs_inputs:
-                return None, None, None, None, None
-            to_inputs = product.input_gradient(inputs, weight, delta)
-            return None, to_inputs.to(inputs.dtype), None, None, None
+        pulling = is_pulling_back(delta)
+        if pulling or not needs_weight:
+            to_inputs = None
+            if needs_inputs:
+                to_inputs = product.input_gradient(inputs, weight, delta).to(inputs.dtype)
+            if not pulling or holds_statistics():
+                return None, to_inputs, None, None, None
+            to_weight, to_bias = product.plain_gradients(inputs, delta)
+            return None, to_inputs, to_weight, to_bias if needs_bias else None, None
         found = owner.gradients(product, inputs, weight, delta, call, needs_inputs)
         to_inputs, to_weight, to_bias = found
         return (
