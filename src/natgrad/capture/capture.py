@@ -148,6 +148,8 @@ class Capture:
         self.blocks, self.uncovered = find_blocks(self.model, self.excluded)
         self.layout = ParameterLayout.of(self.model)
         self.rows = RowBuilder(self.model, self.blocks, self.layout, self._unrecorded, self.tell)
+        for sentence in self.rows.costly():
+            self.tell(sentence)
         self._present = self._signature()
         self._install()
 

@@ -15,7 +15,7 @@ from torch.autograd.graph import GradientEdge
 
 from natgrad.capture.batched_backward import RowsUnavailable, batched_gradients
 from natgrad.capture.blocks import Block, Use
-from natgrad.capture.generic import GenericKind
+from natgrad.capture.generic import DENSE_LIMIT, GenericKind
 from natgrad.capture.kinds import BlockRecord, CallGradients, LayerCall, LayerKind
 from natgrad.capture.samples import SampleAxis, find_axis, probe_samples, probe_vectors
 from natgrad.jacobians import DenseJacobian, Jacobians, LayerJacobian, SumJacobian
@@ -152,6 +152,17 @@ class RowBuilder:
         self.checks = 0
         self.checked, self._confirmations = False, CONFIRMATIONS
         self._turned = False
+
+    def costly(self) -> Iterator[str]:
+        """Say which rows have no factored form although they are large."""
+        for name, block in self.blocks.items():
+            size = block.layout.numel
+            if size > DENSE_LIMIT and _reruns(block) and name not in self.direct:
+                yield (
+                    f"{name!r} ({block.kind}) is of a kind without a formula: rows of its {size} "
+                    f"parameters take {size * 4 * 128 / 2**20:.0f} MiB per vector at a batch of "
+                    "128, and a backward pass per sample; natgrad.register_layer takes a formula"
+                )
 
     def forget_checks(self) -> None:
         """Check again at the next pass. What was coupled once is taken to be so."""
