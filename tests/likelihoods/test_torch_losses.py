@@ -142,15 +142,23 @@ def test_the_name_says_the_last_dimension_of_three_and_an_option_any():
 
 
 @pytest.mark.parametrize("likelihood", ["categorical", nn.CrossEntropyLoss()])
-def test_an_optimizer_refuses_classes_along_another_dimension(likelihood):
+def test_an_optimizer_sees_classes_along_another_dimension(likelihood):
+    """As where the criterion is given ``output.flatten(0, 1)``."""
     x, y = normal(3, 4, 2, seed=0), torch.randint(0, 4, (3, 4), generator=generator(1))
     dim = 1 if likelihood == "categorical" else 2
     model = Placed(4, dim)
-    optimizer = natgrad.ExactNGD(model, likelihood)
-    loss = functional.cross_entropy(model(x).movedim(dim, 1), y)
-    with pytest.raises(ValueError, match=rf"class_dim={dim}\)"):
-        loss.backward()
-    del optimizer
+
+    def loss(f):
+        return functional.cross_entropy(f(x).movedim(dim, 1), y)
+
+    assert_same(seen_by_optimizer(model, likelihood, loss), loss_hessian(model, loss))
+    optimizer = natgrad.ExactNGD(model, likelihood, kl_clip=None)
+    loss(model).backward()
+    optimizer.step()
+    assert optimizer.preconditioner.observer.likelihood.class_dim == dim
+    resumed = natgrad.ExactNGD(model, likelihood, kl_clip=None)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert resumed.preconditioner.observer.likelihood.class_dim == dim
 
 
 def test_a_divergence_of_classes_along_another_dimension_is_refused():

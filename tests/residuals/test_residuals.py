@@ -332,7 +332,7 @@ def test_any_module_with_buffers_and_shared_parameters():
     torch.manual_seed(0)
     network = Unusual().double()
     residuals = {"equation": Residual(equation, points(5), torch.zeros(5, 1).double())}
-    with pytest.raises(ValueError, match="batch statistics in 'norm' couple"):
+    with pytest.raises(ValueError, match="batch statistics in 'norm'"):
         ResidualNGD(network, residuals)
     network.eval()
     network.norm.running_mean.normal_()

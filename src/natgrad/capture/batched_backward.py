@@ -67,7 +67,7 @@ def batched_gradients(
     try:
         return list(backward(vectors, True, retain_graph))
     except RuntimeError as error:
-        if "vmap" not in str(error) and "batching rule" not in str(error):
+        if "vmap" not in str(error) and "batching rule" not in str(error).lower():
             raise
     # Some backward functions cannot be batched: one vector at a time.
     last = vectors.shape[0] - 1

@@ -22,7 +22,7 @@ from natgrad.capture.samples import SampleAxis
 from natgrad.jacobians import DenseJacobian, LayerJacobian
 from natgrad.layouts import BlockLayout
 
-__all__ = ["DENSE_LIMIT", "GenericKind", "floating_tensors", "free_layout"]
+__all__ = ["DENSE_LIMIT", "GenericKind", "floating_tensors", "free_layout", "not_by_samples"]
 
 #: Largest number of parameters of a module of unknown kind that form one dense block.
 DENSE_LIMIT = 1000
@@ -65,18 +65,9 @@ class GenericKind(LayerKind):
 
     def cannot_rerun(self, module: nn.Module) -> str | None:
         """Return why a module cannot be run again for rows of its own parameters, or None."""
-        for name, child in module.named_modules():
-            if child is not module and any(True for _ in child.parameters(recurse=False)):
-                return "holds layers of its own"
-            inside = f" in {name!r}" if name else ""
-            if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.training:
-                return f"couples its samples by batch statistics{inside}"
-            rate = getattr(child, "p", 0.0) if "Dropout" in type(child).__name__ else 0.0
-            if isinstance(child, nn.RNNBase):
-                rate = child.dropout
-            if child.training and isinstance(rate, float) and rate > 0:
-                return f"is random by dropout{inside}"
-        return None
+        if any(True for child in module.children() for _ in child.parameters()):
+            return "holds layers of its own"
+        return not_by_samples(module)
 
     def observe(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -96,6 +87,20 @@ class GenericKind(LayerKind):
         """Form dense rows ``(N, K, P_l)``."""
         rows = [_pull_back_per_sample(*one, block.names, block.samples) for one in block.calls]
         return DenseJacobian(block.layout, functools.reduce(Tensor.add, rows))
+
+
+def not_by_samples(module: nn.Module) -> str | None:
+    """Return why a module does not give every sample an output of its own, or None."""
+    for name, child in module.named_modules():
+        inside = f" in {name!r}" if name else ""
+        if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.training:
+            return f"couples its samples by batch statistics{inside}"
+        rate = getattr(child, "p", 0.0) if "Dropout" in type(child).__name__ else 0.0
+        if isinstance(child, nn.RNNBase):
+            rate = child.dropout
+        if child.training and isinstance(rate, float) and rate > 0:
+            return f"is random by dropout{inside}"
+    return None
 
 
 def free_layout(qualified: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]) -> BlockLayout:

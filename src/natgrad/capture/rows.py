@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -150,8 +151,10 @@ class RowBuilder:
         self._constant: set[nn.Module] = set()  # Modules whose output depends on no input.
         self._whole: set[nn.Module] = set()  # Modules that are run again on the whole batch.
         self.checks = 0
-        self.checked, self._confirmations = False, CONFIRMATIONS
-        self._turned = False
+        self.checked = self._turned = False
+        self._passes = 0  # Since the first that was checked.
+        self._last: Callable[[], Tensor | None] = lambda: None
+        self._unverified: set[str] = set()  # Blocks whose gradients have all been zero.
 
     def costly(self) -> Iterator[str]:
         """Say which rows have no factored form although they are large."""
@@ -166,7 +169,7 @@ class RowBuilder:
 
     def forget_checks(self) -> None:
         """Check again at the next pass. What was coupled once is taken to be so."""
-        self.checked, self._confirmations = False, CONFIRMATIONS
+        self.checked, self._passes = False, 0
         self._axes = {place: axis for place, axis in self._axes.items() if axis is None}
 
     # Rows.
@@ -396,12 +399,9 @@ class RowBuilder:
             self._axes.clear()
             self._turned = False
         if self.checked and all(one.place in self._axes for one in calls):
-            if self._confirmations == 0:
+            if self._last() is output or not self._looks_again(calls, output):
                 return
-            self._confirmations -= 1
-            axes = self._find_axes(calls, output)
-            if axes is None or axes == {place: self._axes[place] or axes[place] for place in axes}:
-                return
+        self._last = weakref.ref(output)
         self.checks += 1
         # One vector at all samples, whose rows must sum to the gradient,
         self._constant |= {one.call.module for one in calls if not one.call.inputs}
@@ -426,9 +426,11 @@ class RowBuilder:
         self._axes.update({p: axis for p, axis in axes.items() if p not in coupled})
         for one in calls:
             one.axis = self._axis(one, len(output))
-        of_block = self._by_block(calls)
+        of_block, explained = self._by_block(calls), self._explained()
+        names = {n: [truth[p] for p in self.blocks[n].layout.names] for n in explained}
+        self._unverified = {n for n, of in names.items() if not any(_any(g) for g in of)}
         with self._forming(calls):
-            for name in self._explained():
+            for name in explained:
                 of = of_block.get(name, [])
                 self._compare(name, of, truth, 1)
                 split = all(one.axis is not None for one in of)
@@ -441,6 +443,22 @@ class RowBuilder:
             for name, of in of_block.items():
                 if any(self._axis(one, len(output)) is None for one in of):
                     self.inseparable[name] = "the samples of a batch are coupled in it or after it"
+
+    def _looks_again(self, calls: Sequence[_Call], output: Tensor) -> bool:
+        """Return whether another pass than the first is to be checked in full.
+
+        The second and third are if their samples lie elsewhere, or if some gradients have all been
+        zero; because of those, ever fewer of the later ones, too.
+        """
+        self._last = weakref.ref(output)
+        self._passes += 1
+        if self._passes <= CONFIRMATIONS:
+            axes = self._find_axes(calls, output)
+            known = {} if axes is None else axes
+            if any(self._axes[place] not in (axis, None) for place, axis in known.items()):
+                return True
+        power_of_two = self._passes & (self._passes - 1) == 0
+        return bool(self._unverified) and (self._passes <= CONFIRMATIONS or power_of_two)
 
     def _explained(self) -> list[str]:
         """Return the blocks whose rows are compared with gradients."""
@@ -672,6 +690,10 @@ def _joined(pieces: Sequence[Tensor | None]) -> Tensor | None:
 
 def _size(target: GradientEdge | Tensor) -> int:
     return target.numel() if isinstance(target, Tensor) else 0
+
+
+def _any(gradient: Tensor | None) -> bool:
+    return gradient is not None and bool(gradient.any())
 
 
 def _finite(tensors: Iterable[Tensor | None]) -> bool:

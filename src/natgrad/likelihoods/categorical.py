@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -233,15 +233,28 @@ class Categorical(Likelihood):
         usual = self._usual_scale(self._seen_count(output, count_weights * kept))
         return weights * kept, torch.where(hard & active.any(), scale, usual)
 
+    @property
+    def decision(self) -> Any:
+        """The dimension of the classes."""
+        return self.class_dim
+
+    def decided(self, decision: Any) -> Likelihood:
+        """Return the likelihood with a :attr:`decision` that was made before."""
+        return self if decision is None else replace(self, class_dim=decision)
+
     @full_precision
     def seen_with(
         self, output: Tensor, cotangent: Tensor, target: Any = None
     ) -> tuple[Likelihood, list[str]]:
-        """Say so if the gradient does not sum to zero over classes; see the base class.
+        """Take the classes along the dimension that the gradient shows; see the base class.
 
-        Also if class weights meet class probabilities, whose weights only the target tells.
+        A criterion is often applied to ``output.flatten(0, 1)``. Say so if the gradient does not
+        sum to zero over classes, or if class weights meet class probabilities, whose weights only
+        the target tells.
         """
-        self._check_class_dim(output, cotangent)
+        shown = self._misfit(output, cotangent)
+        if shown is not None:
+            return replace(self, class_dim=shown[1]).seen_with(output, cotangent, target)
         # What vanishes in float16 is missing in the sum.
         if cotangent.dtype == torch.float16 or output.shape[self._class_dim(output)] == 1:
             return self, []
@@ -393,8 +406,19 @@ class Categorical(Likelihood):
         them. The check synchronises with the device, so it is made only where the class dimension
         is in doubt, for outputs of rank 3 and more.
         """
+        shown = self._misfit(output, cotangent)
+        if shown is not None:
+            what, dim = shown
+            raise ValueError(
+                f"The {what} over dimension {dim} of the output of shape {tuple(output.shape)}, "
+                f"not over dimension {self._class_dim(output)}: pass "
+                f"likelihood=Categorical(class_dim={dim})."
+            )
+
+    def _misfit(self, output: Tensor, cotangent: Tensor | None) -> tuple[str, int] | None:
+        """Return what shows the classes along another dimension, and which; None if nothing."""
         if output.dim() < 3:
-            return
+            return None
         dims = range(1, output.dim())
         signs = {"output holds log-probabilities": [self._is_normalized(output, d) for d in dims]}
         if cotangent is not None:
@@ -405,13 +429,10 @@ class Categorical(Likelihood):
         for what, shown in zip(signs, found, strict=True):
             fitting = [dim for dim, fits in zip(dims, shown, strict=True) if fits]
             if self._class_dim(output) in fitting:
-                return
+                return None
             if fitting:
-                raise ValueError(
-                    f"The {what} over dimension {fitting[0]} of the output of shape "
-                    f"{tuple(output.shape)}, not over dimension {self._class_dim(output)}: pass "
-                    f"likelihood=Categorical(class_dim={fitting[0]})."
-                )
+                return what, fitting[0]
+        return None
 
     @staticmethod
     def _sums_to_zero(cotangent: Tensor, dim: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Set
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -65,7 +65,10 @@ class GradientAudit:
         names = {n for block in self.capture.blocks.values() for n in block.layout.names}
         for name, parameter in self.capture.model.named_parameters():
             if name in names and parameter.requires_grad:
-                self._handles.append(parameter.register_hook(self._collect(name)))
+                handle = parameter.register_hook(self._collect(name))
+                # Before hooks of the user, which may change the gradient.
+                cast(Any, parameter._backward_hooks).move_to_end(handle.id, last=False)
+                self._handles.append(handle)
 
     def _collect(self, name: str) -> Any:
         def add(gradient: Tensor) -> None:

@@ -140,7 +140,11 @@ class Preconditioner(CopiedByState):
         self.on_change: Callable[[], None] = lambda: None
         #: Block name → what makes its natural gradient in the backward pass already.
         self.own_backward: dict[str, OwnBackward] = {}
-        self._plan_layers()
+        try:
+            self._plan_layers()
+        except ValueError:
+            self.capture.remove()  # Whoever holds the error holds the hooks.
+            raise
 
     # Layers that come and go.
 

@@ -12,7 +12,7 @@ from torch.func import functional_call, jacrev, vmap
 
 from natgrad.capture import Block, Capture
 from natgrad.capture.evaluation import unit_vectors
-from natgrad.capture.generic import GenericKind
+from natgrad.capture.generic import not_by_samples
 from natgrad.capture.kinds import dense_layout
 from natgrad.jacobians import CHUNK_ELEMENTS, DenseJacobian, Jacobians, LayerJacobian
 from natgrad.layouts import ParameterLayout
@@ -104,11 +104,11 @@ class FunctionRows(ResidualRows):
         self, model: nn.Module, residuals: Mapping[str, Residual], chunk_size: int | None
     ) -> None:
         super().__init__(model, residuals, chunk_size)
-        reason = GenericKind().refuse(model)
+        reason = not_by_samples(model)
         if reason is not None:
             raise ValueError(
-                f"the residual of a point must depend on that point alone, but {reason}: call "
-                "model.eval() first"
+                "the residual of a point must depend on that point alone, but the model "
+                f"{reason}: call model.eval() first"
             )
         self.layout = ParameterLayout.of(model)
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
