@@ -462,6 +462,24 @@ def test_modules_that_cannot_run_again_get_rows_from_the_gradient_at_their_param
             )
 
 
+def test_a_module_that_becomes_random_is_not_run_again():
+    model = Coupled().double()
+    model.norm.eval()
+    model.drop.eval()
+    with Capture(model) as capture:
+        assert capture.rows.direct == {}
+        out = model(normal(4, 3))
+        capture.pull_back(out, normal(1, *out.shape))
+        assert capture.rows.direct == {}
+        model.drop.train()
+        out = model(normal(4, 3))
+        vector = normal(1, *out.shape, seed=1)
+        rows = capture.pull_back(out, vector)
+        assert "dropout" in capture.rows.direct["Coupled"]
+    (wanted,) = torch.autograd.grad(out, model.shift, vector[0])
+    torch.testing.assert_close(rows.to_dense().sum(0), wanted)
+
+
 def test_a_layer_whose_gradient_is_no_sum_of_rows_is_reported():
     with Capture(nn.Embedding(3, 2, scale_grad_by_freq=True)) as capture:
         assert "frequency" in capture.uncovered["weight"]

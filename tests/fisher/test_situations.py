@@ -60,6 +60,60 @@ def test_the_fisher_matrix_is_that_of_torch_func(name, kind):
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("kind", [natgrad.KFAC, natgrad.EKFAC, natgrad.ExactNGD, natgrad.FNGD])
+def test_batches_of_no_samples_change_nothing(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    optimizer = kind(model, "gaussian")
+    x = normal(5, 3)
+    for batch in (x[:0], x, x[:0], x):
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer.zero_grad()
+        model(batch).square().sum().backward()
+        optimizer.step()
+        if len(batch):
+            assert not torch.equal(before[0], model[0].weight)
+        assert all(p.isfinite().all() for p in model.parameters())
+    y = normal(5, 2)
+    with_empty = natgrad.fisher_matrix(model, [(x, y), (x[:0], y[:0])], "gaussian")
+    without = natgrad.fisher_matrix(model, (x, y), "gaussian")
+    torch.testing.assert_close(with_empty.to_dense(), without.to_dense())
+
+
+@pytest.mark.parametrize("nested", [lambda x: [x, 2 * x], lambda x: {"left": x, "right": 2 * x}])
+def test_inputs_may_be_lists_and_dicts_of_tensors(nested):
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, given) -> Tensor:
+            left, right = given.values() if isinstance(given, dict) else given
+            return self.layer(left) * torch.tanh(self.layer(right))
+
+    torch.manual_seed(0)
+    model, inputs = Product().double(), (nested(normal(4, 3)),)
+    z, jacobian = rows_of(model, inputs, 0)
+    rows = jacobian.flatten(0, 1)
+    found = natgrad.fisher_matrix(model, (inputs, None), "gaussian", "full").to_dense()
+    torch.testing.assert_close(found, rows.T @ rows / len(z), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["graph_convolution", "own_batch_norm", "contrastive", "functional_tying", "flat_tokens"],
+)
+def test_sampled_labels_are_right_on_average_in_one_pass(name):
+    """Rows of coupled samples are summed before they are squared."""
+    model, inputs = SITUATIONS[name]()
+    z, jacobian = rows_of(model, inputs, 0)
+    rows = jacobian.flatten(0, 1)
+    expected = (rows.T @ rows / len(z)).diagonal()
+    many = natgrad.fisher.MonteCarloFisher(samples=4000)
+    fisher = natgrad.fisher_matrix(model, (inputs, None), "gaussian", "diagonal", many)
+    assert (fisher.diagonal() - expected).norm() < 0.1 * expected.norm()
+
+
 @pytest.mark.parametrize("name", SITUATIONS)
 @pytest.mark.parametrize("kind", ["exact", "empirical"])
 def test_a_step_is_that_of_the_dense_matrix_or_refused_by_name(name, kind):

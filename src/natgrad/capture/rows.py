@@ -272,6 +272,7 @@ class RowBuilder:
         Blocks whose samples are coupled are left out if they must be ``separate``: that pass has
         summed their rows. Otherwise the sum is their only row.
         """
+        self._look_at_modes()
         calls = []
         for one in _numbered(recorded):
             given = one.recorded.user_gradients
@@ -348,11 +349,8 @@ class RowBuilder:
         """Return where the samples of a call lie; None if they are coupled."""
         if one.call.module in self._whole:
             return None
-        axis, shape, kind = (
-            self._axes.get(one.place, SampleAxis()),
-            one.recorded.shapes[0],
-            one.kind,
-        )
+        axis, kind = self._axes.get(one.place, SampleAxis()), one.kind
+        shape = one.recorded.shapes[0]
         if axis is None or samples == 1:
             return axis
         if kind.own_layout and not isinstance(kind, GenericKind):
@@ -395,6 +393,7 @@ class RowBuilder:
         calls = self._available(recorded)
         if not (len(output) and output.requires_grad):
             return
+        self._look_at_modes()
         if self._turned:  # Coupled were samples along another dimension.
             self._axes.clear()
             self._turned = False
@@ -443,6 +442,14 @@ class RowBuilder:
             for name, of in of_block.items():
                 if any(self._axis(one, len(output)) is None for one in of):
                     self.inseparable[name] = "the samples of a batch are coupled in it or after it"
+
+    def _look_at_modes(self) -> None:
+        """Run no module again that has become random or coupled since, as in training mode."""
+        for name, block in self.blocks.items():
+            if _reruns(block) and name not in self.direct:
+                reason = _only_at_parameters(block)
+                if reason is not None:
+                    self.direct[name] = self.inseparable[name] = reason
 
     def _looks_again(self, calls: Sequence[_Call], output: Tensor) -> bool:
         """Return whether another pass than the first is to be checked in full.

@@ -197,6 +197,8 @@ def fisher_matrix(
                     found.device, torch.Generator(found.device).manual_seed(seed)
                 )
                 detached = found.detach()
+                if detached.numel() == 0:
+                    continue  # A batch of no samples.
                 own = likelihood.of_shapes(capture.find_pass(found).heads)
                 count = own.count(detached, target)
                 update_from_output(

@@ -215,6 +215,8 @@ class Observer:
         """Return a pass with the weights of its events; the one place where it is waited for."""
         assert recorded.output is not None
         output, target = recorded.output.detach(), recorded.target
+        if output.numel() == 0:  # A batch of no samples.
+            return SeenPass(recorded, is_empty=True)
         likelihood = self.likelihood.of_shapes(recorded.heads)
         with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
             if cotangent is not None and (not self.compared or self.likelihood.undecided):
