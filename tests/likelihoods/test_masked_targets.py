@@ -102,7 +102,7 @@ def test_weights_are_seen_where_the_target_is_told(case, entries):
     kept = weights > 0
     rows = kept.any(1)
     if entries:
-        mean, count = weights.sum() / kept.sum(), kept.sum() / size
+        mean, count = weights.sum() / kept.sum(), kept.sum().double() / size
         count = count if likelihood.reduce_outputs == "mean" else rows.sum()
     else:
         mean, count = weights[rows, 0].mean(), rows.sum()
