@@ -150,3 +150,28 @@ def test_a_step_is_that_of_the_dense_matrix_or_refused_by_name(name, kind):
         sentences = " ".join(str(one.message) for one in told)
         assert all(parameter in sentences for parameter in untrusted)
         assert found.isfinite().all() and bool((found != 0).any())
+
+
+METHODS = [
+    natgrad.KFAC, natgrad.EKFAC, natgrad.TKFAC, natgrad.TEKFAC, natgrad.KPSVD, natgrad.TwoLevelKFAC,
+    natgrad.SINGD, natgrad.FNGD, natgrad.UnitWiseNGD, natgrad.DiagonalNGD, natgrad.BlockDiagonalNGD,
+    natgrad.ConjugateGradientNGD,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_every_method_trains_every_situation(kind):
+    for name in SITUATIONS:
+        model, inputs = SITUATIONS[name]()
+        batch_dim = BATCH_DIM.get(name, 0)
+        optimizer = kind(model, "gaussian", lr=0.02, damping=0.1)
+        target, losses = None, []
+        for _ in range(4):
+            optimizer.zero_grad()
+            z = outputs(model, inputs, batch_dim)
+            target = normal(*z.shape, seed=3) if target is None else target
+            loss = 0.5 * (z - target).square().sum() / len(z)
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss))
+        assert losses[-1] < losses[0], (name, losses)

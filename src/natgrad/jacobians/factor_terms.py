@@ -83,12 +83,27 @@ def factor_terms(rows: LayerJacobian, sharing: WeightSharing, continued: bool) -
         return _tied_terms(rows, sharing)
     if isinstance(rows, LinearJacobian):
         return _linear_terms(rows, sharing, continued)
-    # Rows without a factored form: the whole block is the input factor.
+    return _dense_terms(rows, sharing, continued)
+
+
+def _dense_terms(rows: LayerJacobian, sharing: WeightSharing, continued: bool) -> FactorTerms:
+    """Return the terms of rows without a factored form, ``(R, G, d_out, d_in + bias)``."""
+    layout, sums = rows.layout, rows.kronecker_factors(sharing, 0, continued)
     flat = torch.cat([rows.per_sample_gradients(*chunk).flatten(0, 1) for chunk in rows.chunks()])
-    count = flat.new_tensor(0.0 if continued else float(rows.samples))
-    return FactorTerms(
-        [FactorTerm(flat[:, 0].transpose(0, 1))], count, [FactorTerm(count.reshape(1, 1))]
-    )
+    matrices = flat.transpose(0, 1)
+    outputs = FactorTerm(matrices.transpose(2, 3).flatten(1, 2))
+    if layout.d_out == 1:  # The whole block is the input factor.
+        outputs = FactorTerm(sums.outputs.flatten(1))
+    assert sums.inputs is not None
+    inputs = FactorTerm(sums.inputs)
+    if not (layout.one_hot or (layout.d_out == 1 and rows.summed)):
+        units = matrices.flatten(1, 2)
+        if layout.d_out > 1:  # The product of both factors has the block's trace.
+            trace = units.square().sum((1, 2))
+            share = rows.samples / torch.where(trace > 0, trace, torch.ones_like(trace))
+            units = units * share.sqrt()[:, None, None]
+        inputs = FactorTerm(units)
+    return FactorTerms([inputs], sums.positions, [outputs])
 
 
 def _linear_terms(rows: LinearJacobian, sharing: WeightSharing, continued: bool) -> FactorTerms:

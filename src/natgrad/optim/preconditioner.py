@@ -117,6 +117,7 @@ class Preconditioner(CopiedByState):
         self.replicas = Replicas.of(model, process_group)
         self.excluded = frozenset(excluded)
         self.untrusted: dict[str, str] = {}
+        self._named: set[str] = set()  # Parameters with some gradient from elsewhere, once told.
         self._watch = ModelWatch(self.model)
         self._row_rest = 0
         self._saved: tuple[dict[str, Estimate], Tensor] | None = None
@@ -316,9 +317,11 @@ class Preconditioner(CopiedByState):
             self.distrust(names, reason)
         held = {name for own in self.own_backward.values() if own.active for name in own.names}
         found = self.observer.findings(held)
-        if found.mixed:
+        mixed = [name for name in found.mixed if name not in self._named]
+        self._named.update(mixed)
+        if mixed:
             self.capture.tell(
-                f"a part of the gradients of {_listed(found.mixed)} does not come through the "
+                f"a part of the gradients of {_listed(mixed)} does not come through the "
                 "output that the likelihood looks at (a second head, another term of the loss), so "
                 "their curvature lacks that part"
             )
@@ -331,8 +334,9 @@ class Preconditioner(CopiedByState):
         elif found.foreign:
             self.distrust(
                 found.foreign,
-                "its gradient does not come through the output that the likelihood looks at (a "
-                "second head, another term of the loss): likelihood={...} takes several heads",
+                "its gradient does not come through the output that the likelihood looks at (but "
+                "of a second head, which likelihood={...} takes, another term of the loss or "
+                "derivatives of the network)",
             )
 
     def blocks_without_rows(self) -> dict[str, str]:
