@@ -134,18 +134,18 @@ def _shares(gradient: Tensor, explained: Tensor | None, parameter: Tensor) -> Te
     Its cosine with the explained part, and the share of it that is left without that part, without
     any multiples of it, and without multiples of the parameter, too.
     """
-    gradient = gradient.double()
-    known = torch.zeros_like(gradient) if explained is None else explained.double()
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    gradient, tiny = gradient.to(dtype), torch.finfo(dtype).tiny
+    known = torch.zeros_like(gradient) if explained is None else explained.to(dtype)
     size, length = gradient.norm(), known.norm()
-    tiny = torch.finfo(torch.float64).tiny
-    cosine = (gradient * known).sum() / (size * length).clamp(min=tiny)
+    cosine = (gradient * known).sum() / size.clamp(min=tiny) / length.clamp(min=tiny)
     rest = gradient - known
-    rests = [rest]
+    lengths = [rest.norm()]
     unit = known / length.clamp(min=tiny)
-    own = parameter.double()
+    own = parameter.to(dtype)
     own = own - (unit * own).sum() * unit
     for direction in (unit, own / own.norm().clamp(min=tiny)):
         rest = rest - (direction * rest).sum() * direction
-        rests.append(rest)
+        lengths.append(rest.norm())
     scale = (size + length).clamp(min=tiny)
-    return torch.stack([cosine, *(rest.norm() / scale for rest in rests)])
+    return torch.stack([cosine, *(one / scale for one in lengths)]).double()
