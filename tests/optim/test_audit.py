@@ -226,6 +226,14 @@ def test_inference_mode_and_lazy_modules_are_named():
         natgrad.KFAC(nn.Sequential(nn.LazyLinear(3)))
 
 
+def test_a_dimension_that_is_none_is_refused():
+    model, x = nn.Linear(3, 2), torch.randn(4, 3)
+    with pytest.raises(ValueError, match=r"batch_dim=2 is no dimension of .*\(4, 2\)"):
+        natgrad.fisher_matrix(model, (x, None), batch_dim=2)
+    with pytest.raises(ValueError, match="batch_dim must be None or a dimension"):
+        natgrad.KFAC(model, batch_dim=-1)
+
+
 def test_a_loss_that_comes_through_no_output_is_named_and_trained():
     torch.manual_seed(0)
     model = Calls(lambda m, x: m.layer(x), layer=nn.Linear(3, 2)).double()

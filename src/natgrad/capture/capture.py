@@ -122,6 +122,10 @@ class Capture:
         batch_dim: int | None = None,
     ) -> None:
         self.model = unwrap(model)
+        if batch_dim is not None and not (isinstance(batch_dim, int) and batch_dim >= 0):
+            raise ValueError(
+                f"batch_dim must be None or a dimension of the output, from 0 on, got {batch_dim!r}"
+            )
         self.select, self.excluded, self.batch_dim = output, frozenset(excluded), batch_dim
         _check_usable(self.model)
         self.recording = True
@@ -488,6 +492,11 @@ def _after_model(capture: Capture, module: nn.Module, args: Any, output: Any) ->
         return None
     time_first = capture.rows.time_first and selected.dim() > 1
     current.batch_dim = int(time_first) if capture.batch_dim is None else capture.batch_dim
+    if not current.batch_dim < selected.dim():
+        raise ValueError(
+            f"batch_dim={current.batch_dim} is no dimension of an output of shape "
+            f"{tuple(selected.shape)}: give that of the samples, from 0 on"
+        )
     current.source = selected
     current.output = current.samples_first(selected)
     if capture.on_backward is None:
