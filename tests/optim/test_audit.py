@@ -78,6 +78,16 @@ def test_scales_and_penalties_are_no_findings(change):
     assert optimizer.preconditioner.untrusted == {}
 
 
+def test_gradients_that_are_zero_but_for_rounding_are_no_findings():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 1), nn.LayerNorm(1), nn.Linear(1, 3)).double()
+    optimizer = natgrad.KFAC(model)
+    assert (
+        step(optimizer, functional.cross_entropy(model(normal(12, 4)), torch.arange(12) % 3)) == []
+    )
+    assert optimizer.preconditioner.untrusted == {}
+
+
 def test_a_term_of_another_kind_is_named_and_the_rest_goes_on():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()

@@ -19,6 +19,10 @@ __all__ = ["Findings", "GradientAudit"]
 ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3}
 HALF_ROUNDING = 3e-2
 
+#: A gradient so much smaller than the largest one is nothing but rounding.
+NOTHING = {torch.float64: 1e-12, torch.float32: 1e-5}
+HALF_NOTHING = 1e-3
+
 #: A gradient at less than this cosine to the explained part is another one.
 LEAST_COSINE = 0.7
 
@@ -114,8 +118,13 @@ class GradientAudit:
         shares = [one.to(shares[0].device) for one in shares]
         findings = Findings()
         # One wait for all.
-        for name, (cosine, *rests) in zip(names, torch.stack(shares).tolist(), strict=True):
+        told = dict(zip(names, torch.stack(shares).tolist(), strict=True))
+        largest = max(size for size, *_ in told.values())
+        for name, (size, cosine, *rests) in told.items():
             tolerance = ROUNDING.get(parameters[name].dtype, HALF_ROUNDING)
+            # Before a norm, say, gradients may be zero but for rounding.
+            if size <= NOTHING.get(parameters[name].dtype, HALF_NOTHING) * largest:
+                continue
             if parameters[name].numel() == 1:  # Any number is a multiple of any other.
                 rests = [1.0 - abs(cosine)]
             if min(rests) > tolerance:  # Neither, where a gradient is not finite.
@@ -129,10 +138,10 @@ class GradientAudit:
 
 
 def _shares(gradient: Tensor, explained: Tensor | None, parameter: Tensor) -> Tensor:
-    """Return what tells whether a gradient is explained, ``(4,)`` in float64.
+    """Return what tells whether a gradient is explained, ``(5,)`` in float64.
 
-    Its cosine with the explained part, and the share of it that is left without that part, without
-    any multiples of it, and without multiples of the parameter, too.
+    Its size, its cosine with the explained part, and the share of it that is left without that
+    part, without any multiples of it, and without multiples of the parameter, too.
     """
     dtype = torch.promote_types(gradient.dtype, torch.float32)
     gradient, tiny = gradient.to(dtype), torch.finfo(dtype).tiny
@@ -148,4 +157,4 @@ def _shares(gradient: Tensor, explained: Tensor | None, parameter: Tensor) -> Te
         rest = rest - (direction * rest).sum() * direction
         lengths.append(rest.norm())
     scale = (size + length).clamp(min=tiny)
-    return torch.stack([cosine, *(one / scale for one in lengths)]).double()
+    return torch.stack([size, cosine, *(one / scale for one in lengths)]).double()
