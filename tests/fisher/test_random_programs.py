@@ -122,7 +122,8 @@ def check_step(program: Program) -> str:
         assert all(name in text for name in optimizer.preconditioner.untrusted), program.text
         return "named"
     difference = float((found - expected).norm() / expected.norm().clamp(min=1e-9))
-    assert difference <= 1e-7, f"step off by {difference} in {program.text}"
+    # Gradients before a layer norm cancel, so that a step has fewer digits than the matrix.
+    assert difference <= 1e-6, f"step off by {difference} in {program.text}"
     return "right"
 
 
@@ -135,6 +136,6 @@ def run(number: int) -> str:
 
 
 @pytest.mark.parametrize("share", range(8))
-def test_programs_are_right_or_what_differs_is_named(share):
+def test_programs_are_right(share):
     outcomes = [run(number) for number in range(share, PROGRAMS, 8)]
-    assert outcomes.count("right") > 0.9 * len(outcomes)
+    assert set(outcomes) <= {"right", "nothing to train"}
