@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from natgrad.capture import Capture, ForwardPass
 from natgrad.capture.batched_backward import batched_gradients
@@ -65,14 +65,21 @@ class GradientAudit:
 
     def begin(self) -> None:
         """Collect the gradients that reach the captured parameters from now on."""
-        self.end()
-        names = {n for block in self.capture.blocks.values() for n in block.layout.names}
-        for name, parameter in self.capture.model.named_parameters():
-            if name in names and parameter.requires_grad:
-                handle = parameter.register_hook(self._collect(name))
-                # Before hooks of the user, which may change the gradient.
-                cast(Any, parameter._backward_hooks).move_to_end(handle.id, last=False)
-                self._handles.append(handle)
+        self.drop()
+        for name, parameter in self._captured().items():
+            handle = parameter.register_hook(self._collect(name))
+            # Before hooks of the user, which may change the gradient.
+            cast(Any, parameter._backward_hooks).move_to_end(handle.id, last=False)
+            self._handles.append(handle)
+
+    def _captured(self) -> dict[str, nn.Parameter]:
+        """Return the trainable parameters that vectors can be pulled back to."""
+        rows = self.capture.rows
+        names = {
+            n for b in rows.blocks if b not in rows.unavailable for n in rows.blocks[b].layout.names
+        }
+        parameters = self.capture.model.named_parameters()
+        return {n: p for n, p in parameters if n in names and p.requires_grad}
 
     def _collect(self, name: str) -> Any:
         def add(gradient: Tensor) -> None:
@@ -87,13 +94,7 @@ class GradientAudit:
         """Note what the gradient at a pass's output explains, at the start of its backward pass."""
         if not self.active or recorded.output is None or recorded.cotangent is None:
             return
-        rows = self.capture.rows
-        names = {
-            n for b in rows.blocks if b not in rows.unavailable for n in rows.blocks[b].layout.names
-        }
-        held = {
-            n: p for n, p in self.capture.model.named_parameters() if n in names and p.requires_grad
-        }
+        held = self._captured()
         # As in the user's own pass, statistics of batch norms are differentiated.
         vectors, targets = recorded.cotangent.unsqueeze(0), list(held.values())
         parts = batched_gradients(recorded.output, targets, vectors, True, fixed_statistics=False)
@@ -103,13 +104,16 @@ class GradientAudit:
                 part = part[0].detach().to_dense()
                 self._explained[name] = self._explained.get(name, torch.zeros_like(part)) + part
 
-    def end(self) -> Findings:
-        """Stop collecting, and return what was found; nothing if no pass was explained."""
+    def drop(self) -> None:
+        """Stop collecting, and forget what was collected."""
         for handle in self._handles:
             handle.remove()
-        found, explained = self._found, self._explained
-        asked = self._asked
         self._handles, self._found, self._explained, self._asked = [], {}, {}, False
+
+    def end(self) -> Findings:
+        """Stop collecting, and return what was found; nothing if no pass was explained."""
+        found, explained, asked = self._found, self._explained, self._asked
+        self.drop()
         parameters = dict(self.capture.model.named_parameters())
         names = list(found) if asked else []
         if not names:

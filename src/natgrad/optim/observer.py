@@ -374,5 +374,5 @@ class Observer:
         if self.isotropy_probe is not None:
             self.isotropy_probe.clear()
         self.seen, self.failures, self.batch_fisher = [], [], None
-        self.audit.end()
+        self.audit.drop()
         self.capture.clear()
