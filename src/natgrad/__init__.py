@@ -42,6 +42,7 @@ from natgrad.optim import (
     ThermodynamicNGD,
     TwoLevelKFAC,
     UnitWiseNGD,
+    WeightAverage,
 )
 from natgrad.version import __version__
 
@@ -119,6 +120,7 @@ __all__ = [
     "TwoLevelKFAC",
     "UnitWiseNGD",
     "UpdateQuality",
+    "WeightAverage",
     "__version__",
     "curvature",
     "fisher_matrix",

@@ -1,5 +1,6 @@
 """Natural-gradient optimizers: one step, many compositions."""
 
+from natgrad.optim.averaging import WeightAverage
 from natgrad.optim.methods import (
     EGN,
     EKFAC,
@@ -51,4 +52,5 @@ __all__ = [
     "ThermodynamicNGD",
     "TwoLevelKFAC",
     "UnitWiseNGD",
+    "WeightAverage",
 ]
