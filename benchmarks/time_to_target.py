@@ -39,11 +39,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from networks import Transformer, mlp
+from rivals import USUAL_RATES, Optimizer, make_rival, missing, rate_grid
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -51,7 +52,6 @@ import natgrad
 from natgrad.experiments.data import load_dataset
 
 Batch = tuple[Tensor, Tensor]
-Optimizer = torch.optim.Optimizer
 
 
 @dataclass(frozen=True)
@@ -129,52 +129,8 @@ class Text(Source):
             yield self._draw(generator, self.batch)
 
 
-class TransformerBlock(nn.Module):
-    """Causal self-attention and a multilayer perceptron, each behind a LayerNorm."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.query_key_value = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the activations behind the block."""
-        n, length, width = x.shape
-        joint = self.query_key_value(self.norm_1(x)).view(n, length, 3, self.heads, -1)
-        query, key, value = joint.permute(2, 0, 3, 1, 4)
-        mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).reshape(n, length, width))
-        return x + self.down(functional.gelu(self.up(self.norm_2(x))))
-
-
-class Transformer(nn.Module):
-    """A small language model over characters."""
-
-    def __init__(self, width: int = 128, depth: int = 2, heads: int = 4, symbols: int = 65) -> None:
-        super().__init__()
-        self.symbols = nn.Embedding(symbols, width)
-        self.positions = nn.Embedding(Text.length, width)
-        self.blocks = nn.Sequential(*(TransformerBlock(width, heads) for _ in range(depth)))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, symbols)
-        for embedding in (self.symbols, self.positions):
-            nn.init.normal_(embedding.weight, std=0.1)
-
-    def forward(self, codes: Tensor) -> Tensor:
-        """Return the logits of the next characters."""
-        places = torch.arange(codes.shape[1], device=codes.device).expand_as(codes)
-        return self.head(self.norm(self.blocks(self.symbols(codes) + self.positions(places))))
-
-
 def make_mlp() -> nn.Module:
-    sizes = (784, 512, 512, 512, 10)
-    layers: list[nn.Module] = [nn.Flatten()]
-    for d_in, d_out in zip(sizes, sizes[1:], strict=False):
-        layers += [nn.Linear(d_in, d_out), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+    return mlp((784, 512, 512, 512, 10), nn.ReLU)
 
 
 def make_cnn() -> nn.Module:
@@ -212,49 +168,6 @@ TASKS = {
 # Methods.
 
 
-class Muon(Optimizer):
-    """torch.optim.Muon for hidden weights, convolutions as matrices; AdamW for the rest.
-
-    Both take the same rate, as Muon's updates are scaled to the size of AdamW's.
-    """
-
-    def __init__(self, model: nn.Module, lr: float) -> None:
-        modules = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-        hidden = [m.weight for m in modules[:-1]]
-        super().__init__(hidden, {"lr": lr})
-        self.matrices = [(w, nn.Parameter(w.detach().flatten(1))) for w in hidden]
-        taken = {id(w) for w in hidden}
-        rest = [p for p in model.parameters() if id(p) not in taken]
-        self.parts: list[Optimizer] = [
-            torch.optim.Muon(
-                [m for _, m in self.matrices],
-                lr=lr,
-                weight_decay=0.0,
-                adjust_lr_fn="match_rms_adamw",
-            ),
-            torch.optim.AdamW(rest, lr=lr, weight_decay=0.0),
-        ]
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients of weights and matrices."""
-        super().zero_grad(set_to_none)
-        for part in self.parts:
-            part.zero_grad(set_to_none)
-
-    def step(self, closure: None = None) -> None:
-        """Take one step of both."""
-        for weight, matrix in self.matrices:  # Matrices share the memory of the weights.
-            matrix.grad = None if weight.grad is None else weight.grad.flatten(1)
-        for part in self.parts:
-            part.step()
-
-
-def make_soap(model: nn.Module, lr: float) -> Optimizer:
-    from pytorch_optimizer import SOAP
-
-    return SOAP(model.parameters(), lr=lr, weight_decay=0.0)
-
-
 @dataclass(frozen=True)
 class Method:
     """How to make an optimizer, and the rates to search; None takes its own defaults.
@@ -273,9 +186,7 @@ class Method:
         """Return rates around the usual one, a factor √10 apart, rounded."""
         if self.usual is None:
             return [None]
-        exponents = [i - (count - 1) / 2 for i in range(count)]
-        rounded = [f"{self.usual * 10 ** (e / 2):.0e}" for e in exponents]
-        return [10 * float("1" + r[1:]) if r[0] == "9" else float(r) for r in rounded]
+        return [*rate_grid(self.usual, count)]
 
     def describe(self, rate: float | None) -> str:
         """Return what a table says of a rate."""
@@ -308,11 +219,13 @@ def natural_gradient_methods() -> dict[str, Method]:
     return methods
 
 
+def first_order(name: str) -> Method:
+    """Return a rival, which searches its rate."""
+    return Method(lambda model, lr: make_rival(name, model, lr or 0.0), USUAL_RATES[name])
+
+
 METHODS: dict[str, Method] = {
-    "sgd": Method(lambda m, lr: torch.optim.SGD(m.parameters(), lr=lr, momentum=0.9), 0.1),
-    "adamw": Method(lambda m, lr: torch.optim.AdamW(m.parameters(), lr=lr, weight_decay=0.0), 1e-3),
-    "muon": Method(Muon, 3e-3),
-    "soap": Method(make_soap, 3e-3),
+    **{name: first_order(name) for name in ("sgd", "adamw", "muon", "soap")},
     **natural_gradient_methods(),
 }
 
@@ -323,10 +236,8 @@ def available(names: list[str]) -> list[str]:
     for name in names:
         if name not in METHODS:
             raise SystemExit(f"unknown method {name!r}: choose of {', '.join(METHODS)}")
-        if name == "soap" and find_spec("pytorch_optimizer") is None:
-            print("# pytorch_optimizer is not installed, soap left out", file=sys.stderr)
-        elif name == "muon" and not hasattr(torch.optim, "Muon"):
-            print(f"# torch {torch.__version__} has no Muon, left out", file=sys.stderr)
+        if reason := missing(name):
+            print(f"# {reason}, {name} left out", file=sys.stderr)
         else:
             kept.append(name)
     return kept
