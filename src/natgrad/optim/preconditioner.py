@@ -403,10 +403,17 @@ class Preconditioner(CopiedByState):
 
     def inner_product(self, natural: dict[str, Tensor], gradients: dict[str, Tensor]) -> Tensor:
         """Return ``⟨Δ, ∇L⟩``; estimated for layers whose ``.grad`` holds Δ already."""
-        own = [one for one in self.own_backward.values() if one.active]
-        held = {name for one in own for name in one.names}
+        own = list(self.own_backward.values())
+        held = {name for one in own if one.active for name in one.names}
         rest = {name: value for name, value in natural.items() if name not in held}
-        terms = [one.inner_product(natural) for one in own]
+        terms = []
+        if own and natural:
+            overlaps = torch.stack([one.overlap(natural) for one in own])
+            self.replicas.average({"overlaps": overlaps})
+            size, made = overlaps.unbind(1)
+            factors = torch.where(made == 0, 1.0, size / made)
+            pairs = zip(factors, own, strict=True)
+            terms = [factor * one.inner_product(natural) for factor, one in pairs if one.active]
         if rest:
             terms.append(inner_product(rest, gradients))
         return torch.stack(terms).sum()

@@ -186,6 +186,31 @@ def test_kl_bound_is_kept_about() -> None:
     assert 0.7 < moved / expected < 1.4
 
 
+@pytest.mark.parametrize("way", ["clipping", "scaler"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_kl_bound_knows_what_was_done_to_the_gradient(way: str, bias: bool) -> None:
+    """A step as long as the bound allows has its length whatever factor is on the gradient."""
+    (model, optimizer), (twin, other) = (
+        pair(kl_clip=1e-6, lr=1.0, momentum=0.0, bias=bias)[0] for _ in range(2)
+    )
+    for seed in range(1, 4):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+        for run, stepper in ((model, optimizer), (twin, other)):
+            x, y = batch(seed)
+            loss = functional.cross_entropy(run(x), y)
+            if run is model and way == "scaler":
+                scaler.scale(loss).backward()
+                scaler.unscale_(stepper)
+            else:
+                loss.backward()
+            if run is model and way == "clipping":
+                assert nn.utils.clip_grad_norm_(run.parameters(), 0.1) > 0.2
+            assert active(stepper)[:2] == [True, True]
+            stepper.step()
+            stepper.zero_grad()
+        assert_equal_models(model, twin)
+
+
 def test_gradients_that_are_not_finite_change_nothing() -> None:
     (model, optimizer), _ = pair()
     before = copy.deepcopy(model.state_dict())

@@ -48,23 +48,35 @@ class FusedGradient(OwnBackward):
         self.layout, self.takes_rows, self.inverse = layout, takes_rows, inverse
         self._products: Tensor | None = None
         self._probes: Tensor | None = None
+        self._made: Tensor | None = None
 
     def reset(self) -> None:
         """Forget what was accumulated."""
         super().reset()
-        self._products = None
+        self._products = self._made = None
 
     def inner_product(self, natural: dict[str, Tensor]) -> Tensor:
         """Return an unbiased estimate of ``⟨Δ, ∇L⟩`` over the layer.
 
         ``E[(Δz)·(∇L z)]`` over random signs z is exact, and ``∇L z = δᵀ(az)`` costs little.
         """
-        weight, *rest = (natural[name] for name in self.names)
-        assert self._products is not None and self._probes is not None
-        moved = weight.to(self._probes.dtype) @ self._probes[: weight.shape[1]]
-        if rest:
-            moved = moved + rest[0].unsqueeze(1) * self._probes[-1]
+        assert self._products is not None
+        moved = self._along(PROBES, *(natural[name] for name in self.names))
         return (moved * self._products).sum() / PROBES
+
+    def overlap(self, natural: dict[str, Tensor]) -> Tensor:
+        """Return ``‖Δz‖²`` and ``⟨Δz, Δ'z⟩`` for a vector of random signs z."""
+        if not self.active or self._made is None:
+            return super().overlap(natural)
+        now = self._along(1, *(natural[name] for name in self.names))
+        return torch.stack([now.square().sum(), (now * self._made).sum()])
+
+    def _along(self, probes: int, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return Δz for some of the probes."""
+        assert self._probes is not None
+        chosen = self._probes[:, :probes]
+        moved = weight.to(chosen.dtype) @ chosen[: weight.shape[1]]
+        return moved if bias is None else moved + bias.to(chosen.dtype).unsqueeze(1) * chosen[-1]
 
     def gradients(
         self,
@@ -87,7 +99,10 @@ class FusedGradient(OwnBackward):
         assert isinstance(inverse, KroneckerOperator)
         a, d = inverse.cast(a), inverse.cast(d)
         self._observe(a, d)
-        return to_inputs, *inverse.multiply_rows(a, d)
+        made = inverse.multiply_rows(a, d)
+        along = self._along(1, *(one for one in made if one is not None))
+        self._made = along if self._made is None else self._made + along
+        return to_inputs, *made
 
     def _observe(self, a: Tensor, delta: Tensor) -> None:
         width = a.shape[1]

@@ -109,6 +109,13 @@ class OwnBackward(ABC):
     def inner_product(self, natural: dict[str, Tensor]) -> Tensor:
         """Return ``⟨Δ, ∇L⟩``, as nearly as can be told without ∇L; NaN or infinite if Δ is."""
 
+    def overlap(self, natural: dict[str, Tensor]) -> Tensor:
+        """Return ``‖Δ‖²`` and ``⟨Δ, Δ'⟩``, ``(2,)``, or estimates; Δ' is what backward passes left.
+
+        Their quotient is the factor that clipping or a loss scaler has put on Δ since.
+        """
+        return next(iter(natural.values())).new_ones(2)
+
     @abstractmethod
     def gradients(
         self,
