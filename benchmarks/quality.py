@@ -8,8 +8,7 @@ then linearly to zero; ``cosine``, the same warm-up and half a cosine.
 
 The clock is the processor time of training steps (zero_grad, forward, backward, step, schedule) on
 one thread; measurements are outside. The steps of a run on a busy machine cost more: compare what
-ran side by side. torch's Muon works in bfloat16; on a processor without such arithmetic compare it
-by steps.
+ran side by side.
 
     export NATGRAD_DATA=DIR  # mnist/, fashion_mnist/, cifar100/, tinyshakespeare/, multi30k/
     python benchmarks/quality.py                          # all of it: many hours
@@ -446,6 +445,11 @@ def print_table(records: list[Record]) -> None:
         )
 
 
+def ratio(ours: float, theirs: float) -> float:
+    """Return the ratio of two metrics, infinite if ours diverged."""
+    return ours / theirs if math.isfinite(ours) and theirs > 0 else math.inf
+
+
 def print_sums(found: dict[Any, list[Row]], width: int) -> None:
     """Print how often each method of natgrad is at least as good as the others."""
     methods = dict.fromkeys(row.method for rows in found.values() for row in rows)
@@ -464,13 +468,13 @@ def print_sums(found: dict[Any, list[Row]], width: int) -> None:
             if method not in by_name:
                 continue
             if rivals:
-                against["rival"].append((by_name[method] / min(rivals), " ".join(key[:2])))
+                against["rival"].append((ratio(by_name[method], min(rivals)), " ".join(key[:2])))
             if "adamw" in by_name:
-                against["adamw"].append((by_name[method] / by_name["adamw"], ""))
+                against["adamw"].append((ratio(by_name[method], by_name["adamw"]), ""))
         counts = [
-            f"{sum(ratio <= 1 for ratio, _ in pairs)} of {len(pairs)}" for pairs in against.values()
+            f"{sum(value <= 1 for value, _ in pairs)} of {len(pairs)}" for pairs in against.values()
         ]
-        logs = [math.log(ratio) for ratio, _ in against["rival"]]
+        logs = [math.log(max(value, 1e-9)) for value, _ in against["rival"]]
         mean = f"{math.exp(statistics.fmean(logs)):.3f}" if logs else "–"
         worst = max(against["rival"], default=(math.nan, ""))
         print(
@@ -494,6 +498,8 @@ def draw(file: Path, records: list[Record]) -> None:
     )
     for axis in axes.flat[len(groups) :]:
         axis.set_visible(False)
+    methods = list(dict.fromkeys(record["method"] for record in records))
+    colours = {method: f"C{i}" for i, method in enumerate(methods)}
     for axis, ((task, schedule, budget, amount), members) in zip(
         axes.flat, groups.items(), strict=False
     ):
@@ -505,7 +511,7 @@ def draw(file: Path, records: list[Record]) -> None:
             if record["curve"]:
                 _, seconds, _, metrics = zip(*record["curve"], strict=True)
                 rate = "" if row.rate is None else f" {row.rate:g}"
-                axis.plot(seconds, metrics, label=row.method + rate)
+                axis.plot(seconds, metrics, colours[row.method], label=row.method + rate)
         axis.set(xlabel="processor seconds", ylabel=TASKS[task].metric, yscale="log")
         axis.set_title(f"{task}, {schedule}, {amount:g} {budget}", fontsize="small", loc="left")
         axis.legend(fontsize="xx-small")
