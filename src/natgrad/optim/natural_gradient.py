@@ -597,6 +597,8 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
             own = [p for p in group["params"] if p.numel() and p.requires_grad]
             own = [p for p in own if self._names[p] in self._left_out]
             shadow = {**self._fallback.defaults, "params": own}
+            if group["weight_decay"] == 0 < self.defaults["weight_decay"]:
+                shadow["weight_decay"] = 0.0
             self._shadows += [(shadow, group)] if own else []
         self._shadowed = {p for shadow, _ in self._shadows for p in shadow["params"]}
         for parameter in before ^ self._shadowed:  # One rule's momentum is not the other's.

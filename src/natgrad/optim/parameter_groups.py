@@ -72,8 +72,10 @@ def split_groups(
             here = {"params": [names[n] for n in covered], "param_names": covered}
             groups.append({**options, **here})
         if rest:
-            keep = {} if preconditioned else options
-            plain = {k: v for k, v in keep.items() if k in ("lr", "weight_decay", "momentum")}
+            kept = {"lr", "weight_decay", "momentum"}
+            if preconditioned:  # In other units, but for no decay at all.
+                kept = {"weight_decay"} if options.get("weight_decay") == 0 else set()
+            plain = {k: v for k, v in options.items() if k in kept}
             here = {"params": [names[n] for n in rest], "param_names": rest}
             first_order.append({**plain, **here})
 
