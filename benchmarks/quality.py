@@ -1,6 +1,6 @@
 """How well optimizers train networks that nobody tuned them for, at equal budgets.
 
-Fourteen small tasks, three schedules of the learning rate, budgets in processor time or in steps.
+Fifteen small tasks, three schedules of the learning rate, budgets in processor time or in steps.
 natgrad runs with untouched defaults; SGD, AdamW, SOAP, Muon and PSGD search their rate: all rates
 with the first seed, the best of them, by the held-out metric at the end, with the others. The
 schedule multiplies the learning rate: ``constant``; ``linear``, a warm-up over 5 % of the budget,
@@ -41,6 +41,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -162,13 +163,19 @@ class Progress:
     def __init__(self, run: Run, problem: Problem, models: list[nn.Module]) -> None:
         self.run, self.problem, self.models = run, problem, models
         self.steps, self.seconds = 0, 0.0
+        self._began: float | None = None
         self.curve: list[tuple[int, float, float, float]] = []
+
+    @property
+    def amount(self) -> float:
+        """The budget, in seconds or steps."""
+        return self.run.amount
 
     @property
     def fraction(self) -> float:
         """How much of the budget is used."""
         used = self.seconds if self.run.budget == "seconds" else self.steps
-        return min(used / self.run.amount, 1.0)
+        return min(used / self.amount, 1.0)
 
     @property
     def done(self) -> bool:
@@ -180,20 +187,18 @@ class Progress:
         shape = SCHEDULES[self.run.schedule]
         if self.run.budget == "seconds":
             return LambdaLR(optimizer, lambda _: shape(self._fraction_now()))
-        return LambdaLR(optimizer, lambda step: shape(min(step / self.run.amount, 1.0)))
+        return LambdaLR(optimizer, lambda step: shape(min(step / self.amount, 1.0)))
 
     def _fraction_now(self) -> float:
         """Return the fraction in the middle of a step too."""
         running = time.process_time() - self._began if self._began is not None else 0.0
-        return min((self.seconds + running) / self.run.amount, 1.0)
-
-    _began: float | None = None
+        return min((self.seconds + running) / self.amount, 1.0)
 
     def begin_step(self) -> None:
         """Start the clock."""
         self._began = time.process_time()
 
-    def end_step(self, loss: float) -> None:
+    def end_step(self, loss: float = 0.0) -> None:
         """Stop the clock and measure if it is time.
 
         Raises:
@@ -587,6 +592,11 @@ def train(
         if reason := missing(base):
             print(f"# {reason}, {name} left out", file=sys.stderr)
             arguments.methods = [kept for kept in arguments.methods if kept != name]
+
+    for task in list(arguments.tasks):
+        if find_spec(TASKS[task].requires) is None:
+            print(f"# {TASKS[task].requires} is not installed, {task} left out", file=sys.stderr)
+            arguments.tasks.remove(task)
 
     def keep(record: Record) -> None:
         records[Run.of(record)] = record

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import re
+import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +29,8 @@ Optimizers = list[torch.optim.Optimizer]
 class Progress(Protocol):
     """The clock and the budget of a run."""
 
-    steps: int
+    @property
+    def amount(self) -> float: ...
 
     @property
     def done(self) -> bool: ...
@@ -34,7 +39,7 @@ class Progress(Protocol):
 
     def begin_step(self) -> None: ...
 
-    def end_step(self, loss: float) -> None: ...
+    def end_step(self, loss: float = 0.0) -> None: ...
 
 
 class Problem:
@@ -239,13 +244,13 @@ def token_loss(logits: Tensor, target: Tensor) -> Tensor:
     return functional.cross_entropy(logits.flatten(0, -2), target.flatten())
 
 
-def characters(folder: Path, make_model: Callable[[], nn.Module], batch_size: int) -> Problem:
-    """Predict every next character in windows of 64 of tiny Shakespeare."""
+def windows_of(folder: Path, as_bytes: bool = False) -> tuple[Batch, Batch]:
+    """Return windows of 64 characters of tiny Shakespeare and those one further, and held out."""
     path = folder / "tinyshakespeare" / "input.txt"
     if not path.exists():
         raise SystemExit(f"no tinyshakespeare/input.txt in {folder}")
-    text = path.read_text(encoding="utf-8")
-    number = {c: i for i, c in enumerate(sorted(set(text)))}
+    text = path.read_bytes()
+    number = {c: c if as_bytes else i for i, c in enumerate(sorted(set(text)))}
     codes = torch.tensor([number[c] for c in text])
     cut = int(0.9 * len(codes))
 
@@ -254,13 +259,197 @@ def characters(folder: Path, make_model: Callable[[], nn.Module], batch_size: in
         found = found[torch.randperm(len(found), generator=torch.Generator().manual_seed(0))]
         return found[:, :-1].contiguous(), found[:, 1:].contiguous()
 
+    return windows(codes[:cut], 16), windows(codes[cut:], 64)
+
+
+def characters(folder: Path, make_model: Callable[[], nn.Module], batch_size: int) -> Problem:
+    """Predict every next character."""
     return Supervised(
-        make_model,
-        windows(codes[:cut], 16),
-        windows(codes[cut:], 64),
-        batch_size,
+        make_model, *windows_of(folder), batch_size, token_loss, token_loss, measured=250
+    )
+
+
+def translation(folder: Path, longest: int = 16, symbols: int = 2000) -> Problem:
+    """Translate English sentences to German ones; padding is ignored."""
+    texts = {
+        (part, language): _sentences(folder / "multi30k" / f"{part}.{language}.gz")
+        for part in ("train", "val")
+        for language in ("en", "de")
+    }
+    # Padding, start, end and rare words come first.
+    known = {
+        language: {
+            word: number
+            for number, (word, _) in enumerate(
+                Counter(w for s in texts["train", language] for w in s).most_common(symbols - 4), 4
+            )
+        }
+        for language in ("en", "de")
+    }
+
+    def tensors(part: str, count: int) -> Batch:
+        pairs = [
+            (english, german)
+            for english, german in zip(texts[part, "en"], texts[part, "de"], strict=True)
+            if max(len(english), len(german)) < longest
+        ][:count]
+        source = torch.zeros(len(pairs), longest, dtype=torch.int64)
+        before, after = source.clone(), torch.full_like(source, -100)
+        for i, (english, german) in enumerate(pairs):
+            source[i, : len(english)] = torch.tensor([known["en"].get(w, 3) for w in english])
+            codes = torch.tensor([1, *(known["de"].get(w, 3) for w in german), 2])
+            before[i, : len(codes) - 1], after[i, : len(codes) - 1] = codes[:-1], codes[1:]
+        return source, before, after
+
+    return Supervised(
+        lambda: networks.Translator(symbols, longest),
+        tensors("train", 10_000),
+        tensors("val", 500),
+        16,
         token_loss,
         token_loss,
+        measured=500,
+    )
+
+
+def _sentences(path: Path) -> list[list[str]]:
+    if not path.exists():
+        raise SystemExit(f"no {path}")
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [re.findall(r"\w+|[^\w\s]", line.lower()) for line in file]
+
+
+# Two networks against each other.
+
+
+class GAN(Problem):
+    """Draw digits of 14 × 14 pixels: two MLPs, non-saturating losses.
+
+    The metric is the Fréchet distance between random features of real and drawn images.
+    """
+
+    latent, batch_size, measured = 32, 64, 2000
+
+    def __init__(self, folder: Path) -> None:
+        pixels = read_pixels(folder, "mnist", "train", 12_000).view(-1, 1, 28, 28)
+        images = 2 * functional.avg_pool2d(pixels, 2).flatten(1) - 1
+        self.images, held_out = images[:10_000], images[10_000:]
+        generator = torch.Generator().manual_seed(0)
+        self.projection = torch.randn(196, 64, generator=generator) / 14
+        self.noise = torch.randn(self.measured, self.latent, generator=generator)
+        self.real = self._moments(held_out)
+
+    def make_models(self) -> list[nn.Module]:
+        return [
+            networks.mlp((self.latent, 256, 256, 196), nn.ReLU).append(nn.Tanh()),
+            networks.mlp((196, 256, 256, 1), partial(nn.LeakyReLU, 0.2)),
+        ]
+
+    def likelihoods(self) -> list[Any]:
+        return ["gaussian", "bernoulli"]
+
+    def batches(self, seed: int) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(seed)
+        for (images,) in epochs((self.images,), self.batch_size, seed):
+            yield images, torch.randn(2, len(images), self.latent, generator=generator)
+
+    def train_step(self, models: list[nn.Module], optimizers: Optimizers, batch: Batch) -> Tensor:
+        (draw, judge), (images, noise) = models, batch
+        optimizers[1].zero_grad()
+        loss = self._judge(judge, images, draw(noise[0]).detach())
+        loss.backward()
+        optimizers[1].step()
+        optimizers[0].zero_grad()
+        functional.softplus(-judge(draw(noise[1]))).mean().backward()
+        optimizers[0].step()
+        return loss.detach()
+
+    def evaluate(self, models: list[nn.Module]) -> tuple[float, float]:
+        draw, judge = models
+        images = draw(self.noise)
+        mean, covariance = self._moments(images)
+        real_mean, real_covariance = self.real
+        # tr (C₁C₂)^½ is the sum of the roots of the eigenvalues of the product.
+        roots = torch.linalg.eigvals(covariance @ real_covariance).real.clamp_min(0).sqrt()
+        distance = (mean - real_mean).square().sum() + torch.trace(covariance + real_covariance)
+        loss = self._judge(judge, self.images[: self.measured], images)
+        return float(loss), float(distance - 2 * roots.sum())
+
+    def _judge(self, judge: nn.Module, real: Tensor, drawn: Tensor) -> Tensor:
+        logits = judge(torch.cat([real, drawn]))
+        truth = torch.zeros_like(logits)
+        truth[: len(real)] = 1
+        return functional.binary_cross_entropy_with_logits(logits, truth)
+
+    def _moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = functional.relu(images @ self.projection).double()
+        return features.mean(0), features.T.cov()
+
+
+# Hugging Face.
+
+
+class ByTrainer(Supervised):
+    """A model of transformers that transformers.Trainer trains."""
+
+    def fit(
+        self, models: list[nn.Module], optimizers: Optimizers, progress: Progress, seed: int
+    ) -> None:
+        from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+        class Clock(TrainerCallback):
+            def on_step_begin(self, *_: Any, **__: Any) -> None:
+                progress.begin_step()
+
+            def on_step_end(self, *_: Any, **__: Any) -> None:
+                progress.end_step()
+
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = TrainingArguments(
+                folder,
+                max_steps=round(progress.amount),
+                per_device_train_batch_size=self.batch_size,
+                seed=seed,
+                use_cpu=True,
+                report_to=[],
+                save_strategy="no",
+                logging_strategy="no",
+                disable_tqdm=True,
+            )
+            trainer = Trainer(
+                models[0],
+                arguments,
+                train_dataset=[{"input_ids": x, "labels": x} for x in self.train[0][:10_000]],
+                optimizers=(optimizers[0], progress.scheduler(optimizers[0])),
+                callbacks=[Clock()],
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+
+
+def gpt2_trainer(folder: Path) -> Problem:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=256,
+        n_positions=64,
+        n_embd=96,
+        n_layer=2,
+        n_head=4,
+        bos_token_id=0,
+        eos_token_id=0,
+        loss_type="ForCausalLM",
+    )
+
+    def loss(output: Any, target: Tensor) -> Tensor:
+        return token_loss(output.logits, target)
+
+    return ByTrainer(
+        lambda: GPT2LMHeadModel(config),
+        *windows_of(folder, as_bytes=True),
+        16,
+        loss,
+        loss,
         measured=250,
     )
 
@@ -277,6 +466,7 @@ class Task:
         steps: Budget in steps, about those that AdamW takes in `seconds`.
         steps_only: Whether the budget is always in steps.
         usual_rates: Middles of searches, where the scale of the loss moves them.
+        requires: Package that must be installed.
     """
 
     title: str
@@ -286,6 +476,7 @@ class Task:
     steps: int
     steps_only: bool = False
     usual_rates: dict[str, float] = field(default_factory=dict)
+    requires: str = "torch"
 
 
 TASKS = {
@@ -296,14 +487,14 @@ TASKS = {
             folder, "fashion_mnist", (784, 300, 150, 50, 16), nn.Tanh, 256, mean=True
         ),
         seconds=20,
-        steps=1000,
+        steps=1100,
     ),
     "ae_relu": Task(
         "ReLU autoencoder 784-400-150-30, MNIST, BCE summed over pixels",
         "squared error",
         lambda folder: autoencoder(folder, "mnist", (784, 400, 150, 30), nn.ReLU, 200, mean=False),
         seconds=20,
-        steps=1000,
+        steps=1200,
     ),
     "mlp_tanh": Task(
         "tanh MLP of 9 hidden layers of 128, Fashion-MNIST",
@@ -311,8 +502,8 @@ TASKS = {
         lambda folder: classifier(
             folder, "fashion_mnist", lambda: networks.mlp((784, *9 * (128,), 10), nn.Tanh), 256
         ),
-        seconds=20,
-        steps=1000,
+        seconds=15,
+        steps=1500,
     ),
     "mlp_gelu": Task(
         "GELU MLP of 6 hidden layers of 256, MNIST turned by multiples of 90°",
@@ -324,36 +515,36 @@ TASKS = {
             128,
             turned=True,
         ),
-        seconds=20,
-        steps=1000,
+        seconds=15,
+        steps=1500,
     ),
     "regression": Task(
         "tanh MLP 21-128-128-128-7, a random network's outputs, MSE",
         "1000 nMSE",
         lambda folder: regression(folder, 1.0),
-        seconds=20,
-        steps=1000,
+        seconds=10,
+        steps=4000,
     ),
     "regression_1000": Task(
         "tanh MLP 21-128-128-128-7, a random network's outputs × 1000, MSE",
         "1000 nMSE",
         lambda folder: regression(folder, 1000.0),
-        seconds=20,
-        steps=1000,
+        seconds=10,
+        steps=4000,
     ),
     "gpt": Task(
         "GPT of 2 blocks of 96, characters of Shakespeare",
         "validation loss",
         lambda folder: characters(folder, lambda: networks.Transformer(96), 16),
         seconds=30,
-        steps=1000,
+        steps=850,
     ),
     "resnet": Task(
         "ResNet of 7 convolutions with BatchNorm, 20 classes of CIFAR-100 at 16 × 16",
         "error %",
         lambda folder: classifier(folder, "cifar100", lambda: networks.resnet(20), 64),
         seconds=30,
-        steps=1000,
+        steps=850,
     ),
     "vit": Task(
         "vision transformer of 3 blocks of 64, 20 classes of CIFAR-100 at 16 × 16",
@@ -362,21 +553,28 @@ TASKS = {
             folder, "cifar100", lambda: networks.VisionTransformer(16, 4, 20), 64
         ),
         seconds=30,
-        steps=1000,
+        steps=1100,
     ),
     "convnext": Task(
         "ConvNeXt of 3 blocks of 40, 20 classes of CIFAR-100 at 16 × 16",
         "error %",
         lambda folder: classifier(folder, "cifar100", lambda: networks.convnext(20, 40), 32),
         seconds=30,
-        steps=1000,
+        steps=1050,
     ),
     "lstm": Task(
         "LSTM of 128, characters of Shakespeare",
         "validation loss",
         lambda folder: characters(folder, networks.LSTM, 16),
+        seconds=20,
+        steps=1400,
+    ),
+    "translation": Task(
+        "encoder and decoder of 2 blocks of 96, English to German of Multi30K",
+        "validation loss",
+        translation,
         seconds=30,
-        steps=1000,
+        steps=800,
     ),
     "mobilenet": Task(
         "MobileNetV3-like network with BatchNorm, few steps, 20 classes of CIFAR-100 at 16 × 16",
@@ -391,5 +589,21 @@ TASKS = {
         seconds=5,
         steps=60,
         steps_only=True,
+    ),
+    "gan": Task(
+        "GAN of two MLPs, MNIST at 14 × 14",
+        "Fréchet distance",
+        GAN,
+        seconds=15,
+        steps=2000,
+    ),
+    "gpt2_trainer": Task(
+        "GPT-2 of 2 blocks of 96 under transformers.Trainer, bytes of Shakespeare",
+        "validation loss",
+        gpt2_trainer,
+        seconds=5,
+        steps=100,
+        steps_only=True,
+        requires="transformers",
     ),
 }

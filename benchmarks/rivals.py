@@ -26,7 +26,11 @@ class Muon(Optimizer):
     def __init__(
         self, model: nn.Module, lr: float, weight_decay: float = 0.0, dtype: str = "float32"
     ) -> None:
-        modules = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+        modules = [
+            m
+            for m in model.modules()
+            if isinstance(m, (nn.Linear, nn.Conv2d)) or type(m).__name__ == "Conv1D"  # Of GPT-2.
+        ]
         hidden = [m.weight for m in modules[:-1]]
         taken = {id(w) for w in hidden}
         rest = [p for p in model.parameters() if id(p) not in taken]
