@@ -439,6 +439,16 @@ def print_table(records: list[Record]) -> None:
                 f"{row.train_loss:>11.4g} {row.steps:>6g} {row.seconds:>8.1f} {row.seeds:>6}{note}"
             )
     print_sums(found, width)
+    print_troubles(records)
+
+
+def ratio(ours: float, theirs: float) -> float:
+    """Return the ratio of two metrics, infinite if ours diverged."""
+    return ours / theirs if math.isfinite(ours) and theirs > 0 else math.inf
+
+
+def print_troubles(records: list[Record]) -> None:
+    """Print what diverged, and what natgrad warned of."""
     lost = [record for record in records if record["state"] == "diverged"]
     if lost:
         print("\ndiverged:")
@@ -448,11 +458,14 @@ def print_table(records: list[Record]) -> None:
             f"  {record['task']} {record['method']}{rate}, {record['schedule']}, "
             f"seed {record['seed']}, step {record['steps']}: {record['message'][:200]}"
         )
-
-
-def ratio(ours: float, theirs: float) -> float:
-    """Return the ratio of two metrics, infinite if ours diverged."""
-    return ours / theirs if math.isfinite(ours) and theirs > 0 else math.inf
+    told: dict[str, list[str]] = {}
+    for record in records:
+        for text in record["warnings"]:
+            told.setdefault(text[:200], []).append(f"{record['task']} {record['method']}")
+    if told:
+        print("\nwarnings:")
+    for text, where in told.items():
+        print(f"  {', '.join(dict.fromkeys(where))}: {text}")
 
 
 def print_sums(found: dict[Any, list[Row]], width: int) -> None:
