@@ -48,7 +48,8 @@ class WeightAverage(CopiedByState):
     It holds the parameters that the optimizer trains, those that join later from then on, and the
     floating-point buffers of the model: running statistics of batch norms belong to the weights.
     What is half precision is averaged in float32. Steps that a natgrad optimizer skips do not
-    count. Give every optimizer its own if several train one model.
+    count. Give every optimizer its own if several train one model. Replicas average the same
+    weights, and each its own running statistics.
 
     :class:`torch.optim.swa_utils.AveragedModel` averages a copy of the model. Here the values of
     the model itself are exchanged, so that compiled and distributed models evaluate as they train.
@@ -60,7 +61,7 @@ class WeightAverage(CopiedByState):
         start: Steps before the first one that counts; needed without ``decay``.
 
     Raises:
-        TypeError: If ``optimizer`` is no optimizer.
+        TypeError: If ``optimizer`` is no optimizer, or the wrapper of one.
         ValueError: If an option is out of range or neither is given, or if the optimizer trains
             parameters that are none of the model's.
 
@@ -82,8 +83,11 @@ class WeightAverage(CopiedByState):
         decay: float | None = None,
         start: int | None = None,
     ) -> None:
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"WeightAverage takes an optimizer, got {type(optimizer).__name__}")
+        if not hasattr(optimizer, "_optimizer_step_post_hooks"):
+            raise TypeError(
+                "WeightAverage takes an optimizer of torch or natgrad itself, not what a framework "
+                f"wraps it in: got {type(optimizer).__name__}"
+            )
         model = getattr(optimizer, "model", None) if model is None else model
         if not isinstance(model, nn.Module):
             raise ValueError(
