@@ -469,7 +469,10 @@ def print_troubles(records: list[Record]) -> None:
 
 
 def print_sums(found: dict[Any, list[Row]], width: int) -> None:
-    """Print how often each method of natgrad is at least as good as the others."""
+    """Print how often each method of natgrad is at least as good as the others.
+
+    In the geometric mean, ratios count as 0.1 at least and as 10 at most.
+    """
     methods = dict.fromkeys(row.method for rows in found.values() for row in rows)
     naturals = [method for method in methods if is_natural(method)]
     if not naturals:
@@ -492,7 +495,7 @@ def print_sums(found: dict[Any, list[Row]], width: int) -> None:
         counts = [
             f"{sum(value <= 1 for value, _ in pairs)} of {len(pairs)}" for pairs in against.values()
         ]
-        logs = [math.log(max(value, 1e-9)) for value, _ in against["rival"]]
+        logs = [math.log(min(max(value, 0.1), 10.0)) for value, _ in against["rival"]]
         mean = f"{math.exp(statistics.fmean(logs)):.3f}" if logs else "–"
         worst = max(against["rival"], default=(math.nan, ""))
         print(
