@@ -465,7 +465,8 @@ class Task:
         seconds: Budget in processor time.
         steps: Budget in steps, about those that AdamW takes in `seconds`.
         steps_only: Whether the budget is always in steps.
-        usual_rates: Middles of searches, where the scale of the loss moves them.
+        usual_rates: Middles of searches where they are not the usual ones, from trials with a
+            fifth of the budget.
         requires: Package that must be installed.
     """
 
@@ -488,6 +489,7 @@ TASKS = {
         ),
         seconds=20,
         steps=1100,
+        usual_rates={"sgd": 0.3},
     ),
     "ae_relu": Task(
         "ReLU autoencoder 784-400-150-30, MNIST, BCE summed over pixels",
@@ -495,6 +497,7 @@ TASKS = {
         lambda folder: autoencoder(folder, "mnist", (784, 400, 150, 30), nn.ReLU, 200, mean=False),
         seconds=20,
         steps=1200,
+        usual_rates={"sgd": 3e-3},
     ),
     "mlp_tanh": Task(
         "tanh MLP of 9 hidden layers of 128, Fashion-MNIST",
@@ -517,6 +520,7 @@ TASKS = {
         ),
         seconds=15,
         steps=1500,
+        usual_rates={"sgd": 0.3},
     ),
     "regression": Task(
         "tanh MLP 21-128-128-128-7, a random network's outputs, MSE",
@@ -524,6 +528,7 @@ TASKS = {
         lambda folder: regression(folder, 1.0),
         seconds=10,
         steps=4000,
+        usual_rates={"sgd": 0.3, "adamw": 0.01},
     ),
     "regression_1000": Task(
         "tanh MLP 21-128-128-128-7, a random network's outputs × 1000, MSE",
@@ -531,6 +536,7 @@ TASKS = {
         lambda folder: regression(folder, 1000.0),
         seconds=10,
         steps=4000,
+        usual_rates={"sgd": 1e-4, "adamw": 0.1, "soap": 0.3, "muon": 0.1, "psgd": 0.3},
     ),
     "gpt": Task(
         "GPT of 2 blocks of 96, characters of Shakespeare",
@@ -554,6 +560,7 @@ TASKS = {
         ),
         seconds=30,
         steps=1100,
+        usual_rates={"adamw": 1e-3, "soap": 3e-3},
     ),
     "convnext": Task(
         "ConvNeXt of 3 blocks of 40, 20 classes of CIFAR-100 at 16 × 16",
@@ -561,6 +568,7 @@ TASKS = {
         lambda folder: classifier(folder, "cifar100", lambda: networks.convnext(20, 40), 32),
         seconds=30,
         steps=1050,
+        usual_rates={"sgd": 0.3},
     ),
     "lstm": Task(
         "LSTM of 128, characters of Shakespeare",
@@ -568,6 +576,7 @@ TASKS = {
         lambda folder: characters(folder, networks.LSTM, 16),
         seconds=20,
         steps=1400,
+        usual_rates={"sgd": 0.3},
     ),
     "translation": Task(
         "encoder and decoder of 2 blocks of 96, English to German of Multi30K",
@@ -575,6 +584,7 @@ TASKS = {
         translation,
         seconds=30,
         steps=800,
+        usual_rates={"sgd": 0.03},
     ),
     "mobilenet": Task(
         "MobileNetV3-like network with BatchNorm, few steps, 20 classes of CIFAR-100 at 16 × 16",
@@ -596,6 +606,7 @@ TASKS = {
         GAN,
         seconds=15,
         steps=2000,
+        usual_rates={"sgd": 0.01, "adamw": 1e-3, "muon": 1e-3},
     ),
     "gpt2_trainer": Task(
         "GPT-2 of 2 blocks of 96 under transformers.Trainer, bytes of Shakespeare",
@@ -605,5 +616,6 @@ TASKS = {
         steps=100,
         steps_only=True,
         requires="transformers",
+        usual_rates={"sgd": 0.3},
     ),
 }
