@@ -465,8 +465,7 @@ class Task:
         seconds: Budget in processor time.
         steps: Budget in steps, about those that AdamW takes in `seconds`.
         steps_only: Whether the budget is always in steps.
-        usual_rates: Middles of searches where they are not the usual ones, from trials with a
-            fifth of the budget.
+        usual_rates: Middles of searches where they are not the usual ones, from trials.
         requires: Package that must be installed.
     """
 
@@ -507,6 +506,7 @@ TASKS = {
         ),
         seconds=15,
         steps=1500,
+        usual_rates={"adamw": 1e-3, "soap": 3e-3, "muon": 3e-3},
     ),
     "mlp_gelu": Task(
         "GELU MLP of 6 hidden layers of 256, MNIST turned by multiples of 90°",
@@ -576,7 +576,7 @@ TASKS = {
         lambda folder: characters(folder, networks.LSTM, 16),
         seconds=20,
         steps=1400,
-        usual_rates={"sgd": 0.3},
+        usual_rates={"sgd": 1.0, "adamw": 0.01},
     ),
     "translation": Task(
         "encoder and decoder of 2 blocks of 96, English to German of Multi30K",
