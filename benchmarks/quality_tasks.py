@@ -599,6 +599,7 @@ TASKS = {
         seconds=5,
         steps=60,
         steps_only=True,
+        usual_rates={"adamw": 0.01, "muon": 0.03},
     ),
     "gan": Task(
         "GAN of two MLPs, MNIST at 14 × 14",
