@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
@@ -245,6 +246,18 @@ class Curvature:
         operators = {name: self.operator(name) for name in self.parts if name != beside}
         companion = None if beside is None else self.estimates[beside].average
         return self.structure.matrix(self.layout, self.parts, operators, companion)
+
+    def mean_eigenvalue(self) -> Tensor:
+        """Return ``tr F/P``, a scalar in float64, over the parts that have a matrix by now."""
+        traces, size = [], 0
+        for name, present in self.estimates.items():
+            if present.average is not None and name != self.structure.companion:
+                operator = self.operator(name)
+                traces.append(operator.trace().to(self.layout.device, torch.float64))
+                size += operator.layout.numel
+        if not traces:
+            return torch.tensor(math.nan, dtype=torch.float64)
+        return torch.stack(traces).sum() / size
 
     # Inverses.
 

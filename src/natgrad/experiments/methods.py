@@ -34,7 +34,8 @@ are bounded."""
 
 BATCH_OPTIONS: dict[str, Any] = {"damping": 1e-3}
 """Options of every natural method on the MLP with mini-batches: its outputs are small, and so is
-its Fisher matrix, which wants less damping than the optimizers' defaults."""
+its Fisher matrix, which wants less damping than the optimizers' defaults. Methods whose damping is
+relative to it keep theirs."""
 
 
 @dataclass(frozen=True)
@@ -147,12 +148,18 @@ class Method:
         return self.optimizer(model, likelihood, lr=learning_rate, **options)
 
     def damping(self, setting: Setting) -> float | None:
-        """Return the damping that the method runs with; None for a first-order method."""
+        """Return the damping that the method runs with; None for a first-order method.
+
+        It is λ, that at the start if it adapts, or for relative damping the share of the mean
+        eigenvalue.
+        """
         if not self.is_natural:
             return None
         if setting.damping is not None:
             return setting.damping
         damping = self._options(setting).get("damping", self._default("damping"))
+        if isinstance(damping, natgrad.RelativeDamping):
+            return damping.share
         return getattr(damping, "initial", damping)
 
     def learning_rate_rule(self, setting: Setting) -> LearningRateRule:
@@ -214,9 +221,9 @@ _EVERY_STEP = {"refresh": natgrad.Refresh()}
 
 _KRONECKER: dict[str, Any] = {
     "options": {**_EVERY_STEP, "momentum": 0.5, "step_rule": natgrad.StepRule()},
-    "batch_options": {"damping": 1e-4},
+    "batch_options": {"damping": natgrad.RelativeDamping()},
 }
-"""What all methods with Kronecker factors share."""
+"""What all methods with Kronecker factors share: on wide networks plain steps, as in the theory."""
 
 METHODS: dict[str, Method] = {
     "sgd": Method("SGD", "Gradient descent with momentum 0.9.", _sgd, "search", grid=(-3, 1)),
@@ -321,7 +328,13 @@ METHODS: dict[str, Method] = {
         natgrad.SINGD,
         "search",
         structure="singd",
-        options={"refresh": natgrad.Refresh(early=True), "damping": 1e-4},
+        options={
+            "refresh": natgrad.Refresh(early=True),
+            "damping": 1e-4,
+            "momentum": 0.9,
+            "kl_clip": 3e-5,
+            "step_rule": natgrad.StepRule(nesterov=True),
+        },
         alone=True,
         grid=(-3, 1),
     ),

@@ -24,6 +24,8 @@ from natgrad.optim.options import Fallback, Refresh, StepRule
 from natgrad.optim.preconditioner import Preconditioner
 from natgrad.optim.step.levenberg_marquardt import LevenbergMarquardt
 from natgrad.optim.step.line_search import LineSearch
+from natgrad.optim.step.measured_length import MeasuredLength
+from natgrad.optim.step.relative_damping import RelativeDamping
 from natgrad.optim.summary import Summary
 
 __all__ = [
@@ -43,10 +45,12 @@ __all__ = [
     "ImprovedEmpiricalNGD",
     "LevenbergMarquardt",
     "LineSearch",
+    "MeasuredLength",
     "Method",
     "NaturalGradient",
     "Preconditioner",
     "Refresh",
+    "RelativeDamping",
     "StepRule",
     "Summary",
     "ThermodynamicNGD",

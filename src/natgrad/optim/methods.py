@@ -27,6 +27,8 @@ from natgrad.optim.natural_gradient import Method, NaturalGradient
 from natgrad.optim.options import Refresh, StepRule
 from natgrad.optim.step.levenberg_marquardt import LevenbergMarquardt
 from natgrad.optim.step.line_search import LineSearch
+from natgrad.optim.step.measured_length import MeasuredLength
+from natgrad.optim.step.relative_damping import RelativeDamping
 from natgrad.solvers import ConjugateGradient, Thermodynamic
 
 __all__ = [
@@ -50,7 +52,9 @@ __all__ = [
 
 #: Curvature now and then, averaged over many batches.
 _AMORTISED = Refresh(factors=10, inverses=20, decay=0.95, early=True)
-_LOOKING_AHEAD = StepRule(nesterov=True)
+#: Steps whose length is measured, damped in units of the curvature.
+_MEASURED = StepRule(length=MeasuredLength())
+_RELATIVE = RelativeDamping()
 
 
 # Kronecker-factored.
@@ -65,8 +69,8 @@ class KFAC(NaturalGradient):
 
     method: ClassVar[Method] = Method(
         KroneckerFactors(),
-        lr=0.1, damping=1e-4, momentum=0.9, fisher="mc", kl_clip=5e-5,
-        refresh=_AMORTISED, step_rule=_LOOKING_AHEAD,
+        lr=1.0, damping=_RELATIVE, momentum=0.5, fisher="mc",
+        refresh=_AMORTISED, step_rule=_MEASURED,
     )  # fmt: skip
 
 
@@ -80,8 +84,8 @@ class EKFAC(NaturalGradient):
 
     method: ClassVar[Method] = Method(
         EigenKronecker(),
-        lr=0.1, damping=1e-4, momentum=0.9, fisher="mc", kl_clip=3e-5,
-        refresh=_AMORTISED, step_rule=_LOOKING_AHEAD,
+        lr=1.0, damping=_RELATIVE, momentum=0.5, fisher="mc",
+        refresh=_AMORTISED, step_rule=_MEASURED,
     )  # fmt: skip
 
 
@@ -95,8 +99,8 @@ class TKFAC(NaturalGradient):
 
     method: ClassVar[Method] = Method(
         TraceKronecker(),
-        lr=0.1, damping=1e-4, momentum=0.9, fisher="mc", kl_clip=5e-5,
-        refresh=_AMORTISED, step_rule=_LOOKING_AHEAD,
+        lr=1.0, damping=_RELATIVE, momentum=0.5, fisher="mc",
+        refresh=_AMORTISED, step_rule=_MEASURED,
     )  # fmt: skip
 
 
@@ -108,8 +112,8 @@ class TEKFAC(NaturalGradient):
 
     method: ClassVar[Method] = Method(
         TraceEigenKronecker(),
-        lr=0.1, damping=1e-4, momentum=0.9, fisher="mc", kl_clip=3e-5,
-        refresh=_AMORTISED, step_rule=_LOOKING_AHEAD,
+        lr=1.0, damping=_RELATIVE, momentum=0.5, fisher="mc",
+        refresh=_AMORTISED, step_rule=_MEASURED,
     )  # fmt: skip
 
 
@@ -123,8 +127,8 @@ class KPSVD(NaturalGradient):
 
     method: ClassVar[Method] = Method(
         KroneckerProducts(),
-        lr=0.1, damping=1e-4, momentum=0.9, fisher="mc", kl_clip=5e-5,
-        refresh=_AMORTISED, step_rule=_LOOKING_AHEAD,
+        lr=1.0, damping=_RELATIVE, momentum=0.5, fisher="mc",
+        refresh=_AMORTISED, step_rule=_MEASURED,
     )  # fmt: skip
 
 
@@ -141,8 +145,8 @@ class TwoLevelKFAC(NaturalGradient):
 
     method: ClassVar[Method] = Method(
         TwoLevelKronecker(),
-        lr=0.1, damping=1e-4, momentum=0.9, fisher="mc", kl_clip=5e-5,
-        refresh=Refresh(factors=1, inverses=20, decay=0.95, early=True), step_rule=_LOOKING_AHEAD,
+        lr=1.0, damping=_RELATIVE, momentum=0.5, fisher="mc",
+        refresh=Refresh(factors=1, inverses=20, decay=0.95, early=True), step_rule=_MEASURED,
     )  # fmt: skip
 
 
@@ -162,8 +166,8 @@ class SINGD(NaturalGradient):
 
     method: ClassVar[Method] = Method(
         InverseFactors(),
-        lr=0.1, damping=1e-3, momentum=0.9, fisher="mc", kl_clip=3e-5,
-        refresh=Refresh(factors=10, inverses=10, early=True), step_rule=_LOOKING_AHEAD,
+        lr=1.0, damping=1e-3, momentum=0.5, fisher="mc",
+        refresh=Refresh(factors=10, inverses=10, early=True), step_rule=_MEASURED,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -30,10 +31,12 @@ from natgrad.optim.parameter_groups import (
 from natgrad.optim.preconditioner import Preconditioner
 from natgrad.optim.step.compared_step import ComparedStep
 from natgrad.optim.step.grafting import AdamMoments, grafted
-from natgrad.optim.step.groups import PreconditionedGroups
+from natgrad.optim.step.groups import PreconditionedGroups, rate_of
 from natgrad.optim.step.isotropic_rate import IsotropyProbe, is_isotropic
 from natgrad.optim.step.levenberg_marquardt import LevenbergMarquardt
+from natgrad.optim.step.measured_length import LengthState, MeasuredLength
 from natgrad.optim.step.measures import (
+    Measures,
     all_finite,
     clip_scales,
     damped_model,
@@ -41,8 +44,9 @@ from natgrad.optim.step.measures import (
     on_host,
     scalar_checks,
 )
-from natgrad.optim.step.plan import StepPlan
+from natgrad.optim.step.plan import StepPlan, share_of_direction
 from natgrad.optim.step.reevaluation import Reevaluation, as_float, evaluated
+from natgrad.optim.step.relative_damping import RelativeDamping
 from natgrad.optim.summary import Summary, summarize
 
 __all__ = ["Method", "NaturalGradient"]
@@ -76,7 +80,7 @@ class Method:
 
     structure: str | Structure = "kfac"
     lr: float | Tensor | Literal["isotropic"] = 0.1
-    damping: float | LevenbergMarquardt = 1e-3
+    damping: float | RelativeDamping | LevenbergMarquardt = 1e-3
     momentum: float = 0.0
     weight_decay: float = 0.0
     fisher: str | FisherType = "exact"
@@ -113,8 +117,9 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
             on the first batch (see :func:`natgrad.ntk.isotropy`): the rate at which a wide network
             fits the batch in one step of the squared loss. The groups' ``lr`` is then 1, in units
             of 1/α, so that schedulers work as factors.
-        damping: λ, in the units of F, or a :class:`natgrad.LevenbergMarquardt` rule that adapts it;
-            ``step`` then needs a closure. The λ of all groups rise and fall together.
+        damping: λ, in the units of F; a :class:`natgrad.RelativeDamping`, a share of F's mean
+            eigenvalue; or a :class:`natgrad.LevenbergMarquardt` rule that adapts λ, for which
+            ``step`` needs a closure. The λ of all groups rise and fall together.
         momentum: μ.
         weight_decay: Weight decay w.
         fisher: ``"exact"``, ``"mc"``, ``"empirical"``, ``"improved"`` or a
@@ -163,7 +168,7 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
         *,
         structure: str | Structure = _DEFAULT,
         lr: float | Tensor | Literal["isotropic"] = _DEFAULT,
-        damping: float | LevenbergMarquardt = _DEFAULT,
+        damping: float | RelativeDamping | LevenbergMarquardt = _DEFAULT,
         momentum: float = _DEFAULT,
         weight_decay: float = _DEFAULT,
         fisher: str | FisherType = _DEFAULT,
@@ -196,6 +201,8 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
         if method.kl_clip is not None:
             check_range("kl_clip", method.kl_clip)
         if measured:
+            if step_rule is _DEFAULT and rule.measured is not None:  # α takes its place.
+                rule = dataclasses.replace(rule, length="lr")
             rule.check_isotropic()
         if getattr(method.structure, "fused", False):
             rule.check_fused()
@@ -203,6 +210,12 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
         self.levenberg_marquardt = damping if isinstance(damping, LevenbergMarquardt) else None
         if isinstance(damping, LevenbergMarquardt):
             damping = damping.initial
+        self._relative_damping = isinstance(damping, RelativeDamping)
+        if isinstance(damping, RelativeDamping):
+            damping = damping.share
+        #: tr F/P at the last factorisation; None until it is known or where nothing depends on it.
+        self._mean_eigenvalue: float | None = None
+        self._length = LengthState(caution=rule.measured.start if rule.measured else 1.0)
         params = list(params or [])
         self.preconditioner = self.preconditioner_type(
             model,
@@ -232,10 +245,11 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
         }
         uncovered = self.preconditioner.capture.uncovered
         groups, first_order = split_groups(self.model, defaults, uncovered, params)
-        if any(isinstance(group.get("damping"), LevenbergMarquardt) for group in groups):
+        rules = (LevenbergMarquardt, RelativeDamping)
+        if any(isinstance(group.get("damping"), rules) for group in groups):
             raise ValueError(
-                "the damping of a parameter group must be a number: LevenbergMarquardt, given as "
-                "the optimizer's damping, adapts that of all groups together"
+                "the damping of a parameter group must be a number: a rule, given as the "
+                "optimizer's damping, is that of all groups together"
             )
         chosen = fallback if isinstance(fallback, Fallback) else Fallback(fallback)
         self.fallback_name = chosen.name
@@ -254,14 +268,15 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
         self._set_damping()
         self.preconditioner.on_change = self._follow_model
         self._skipped = 0
+        #: Whether the last batch had a loss or gradient that is not finite.
+        self._broken = False
+        self._told_trouble = False
         self._adam_moments = AdamMoments(rule.graft_betas)
         #: Share of ``lr`` that the last line search took; 0 if nothing moved, None without one.
         self.searched_share: float | None = None
         observer = self.preconditioner.observer
-        if rule.uses_model:
-            observer.batch_fisher_interval = 1
-        elif self.levenberg_marquardt is not None:
-            observer.batch_fisher_interval = self.levenberg_marquardt.interval
+        observer.wants_batch_fisher = self._wants_batch_fisher
+        observer.exact_batch_fisher = self._needs_batch_fisher
         if measured:
             observer.isotropy_probe = IsotropyProbe(seed)
         if uncovered:
@@ -348,6 +363,7 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
         if lost and self.preconditioner.curvature.structure.joint:
             gradients = {}  # What is known of this batch is of other parameters together.
         rest = self._gradients(preconditioned=False)
+        self._find_damping_unit()
         self._set_damping()
         if self.preconditioner.observer.warmup > 0:
             self._warm_up([*gradients.values(), *rest.values()], loss)
@@ -436,14 +452,27 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
                 natural = self._graft(natural, gradients, source, state)
             directions = self._directions(natural, grouped)
             values = measure(preconditioner, grouped, directions, gradients, source)
+            if rule.measured is not None and "fisher" in values:
+                values["scale"] = preconditioner.batch_scale(covered)
+                grouped.replicas.average({"scale": values["scale"]})
+            if self._relative_damping and preconditioner.inverts:
+                values["mean_eigenvalue"] = preconditioner.mean_eigenvalue()
             found = on_host({**values, **scalar_checks(rest.values(), loss), "failed": failed})
+            mean_eigenvalue = found.pop("mean_eigenvalue", math.nan)
             if not found.pop("failed"):
                 break
         if not all_finite(found):
-            self._skip()
+            self._give_up_step(grouped)
             return None
+        self._broken = False
+        if 0 < mean_eigenvalue < math.inf:  # A batch in which nothing counts has none.
+            self._mean_eigenvalue = mean_eigenvalue
         coefficients: list[float] | None = [-1.0]
-        if "fisher" in found:
+        if rule.measured is not None:
+            coefficients = self._measured_coefficients(rule.measured, found, grouped)
+            if coefficients is None:
+                return None
+        elif "fisher" in found:
             coefficients = damped_model(found, grouped.dampings).minimiser()
         if coefficients is None:
             self._skip("its quadratic model predicted no decrease of the loss")
@@ -452,6 +481,55 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
             self._set_unit()
         scales = clip_scales(found, coefficients, grouped)
         return StepPlan(gradients, state, directions, coefficients, scales)
+
+    def _measured_coefficients(
+        self, rule: MeasuredLength, found: Measures, grouped: PreconditionedGroups
+    ) -> list[float] | None:
+        """Return −α; None if the last step went too far and is taken back instead."""
+        along, inner = found.get("along", 0.0), found.get("inner", 0.0)
+        share = self._length.share_kept(rule, along)
+        if share < 1:
+            self._take_back(grouped, share)
+            return None
+        state = self._length
+        if "fisher" in found:
+            square = found["scale"] * found["fisher"][0][0]
+            terms = zip(grouped.dampings, found["grams"], strict=True)
+            square += found["scale"] * sum(d * gram[0][0] for d, gram in terms)
+            state = state.measured(rule, inner, square)
+        length = state.length(inner)
+        rates = [rate_of(group) * share_of_direction(group["momentum"]) for group in grouped.groups]
+        kept = max((group["momentum"] for group in grouped.groups), default=0.0)
+        slope = max(rates, default=0.0) * length * inner + kept * max(0.0, -along)
+        self._length = state.taken(rule, slope)
+        return [-length]
+
+    def _take_back(self, grouped: PreconditionedGroups, share: float) -> None:
+        """Keep a share of the last step, and take none now."""
+        grouped.shorten_last_step(share)
+        self._length = self._length.shortened(share)
+        self.preconditioner.skip()
+        if self._length.is_troubled() and not self._told_trouble:
+            self._told_trouble = True
+            warnings.warn(
+                f"{type(self).__name__} took back {self._length.taken_back} of its "
+                f"{self._length.steps} steps, as the next gradient showed that they went too far: "
+                "they get shorter until that ends; a lower lr, more damping or a more frequent "
+                "refresh may train faster",
+                stacklevel=5,
+            )
+
+    def _give_up_step(self, grouped: PreconditionedGroups) -> None:
+        """Take no step; where the batch before broke as well, not the last one taken either."""
+        again, self._broken = self._broken, True
+        if not again or self._length.slope is None:
+            self._skip()
+            return
+        grouped.shorten_last_step(0.0)
+        self._length = self._length.shortened(0.0)
+        self._skip(
+            "its loss or gradient was NaN or infinite", "and the step before it was taken back"
+        )
 
     def _grouped(self) -> PreconditionedGroups:
         return PreconditionedGroups(
@@ -462,13 +540,14 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
             self.step_rule,
             self.preconditioner.replicas,
             self._left_out,
+            self._damping_unit,
         )
 
     def _directions(
         self, natural: dict[str, Tensor], grouped: PreconditionedGroups
     ) -> list[dict[str, Tensor]]:
         """Return Δ and, where the quadratic model chooses momentum, the last step."""
-        previous = grouped.previous_steps(natural) if self.step_rule.uses_model else {}
+        previous = grouped.previous_steps(natural) if self.step_rule.keeps_steps else {}
         return [natural, previous] if previous else [natural]
 
     def _has_batch_fisher(self) -> bool:
@@ -477,7 +556,7 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
         A batch in which no sample counts has none, so that the step is skipped.
         """
         observer = self.preconditioner.observer
-        if not observer.keeps_batch_fisher:
+        if not (observer.keeps_batch_fisher and self._needs_batch_fisher):
             return True
         self.preconditioner.update_curvature()
         if observer.batch_fisher is not None:
@@ -564,15 +643,46 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
         due = searches or (rule is not None and (observer.steps + 1) % rule.interval == 0)
         return Reevaluation(self.model) if due and observer.warmup == 0 else None
 
-    def _skip(self, reason: str = "its loss or gradient was NaN or infinite") -> None:
+    def _skip(
+        self,
+        reason: str = "its loss or gradient was NaN or infinite",
+        outcome: str = "parameters and state are unchanged",
+    ) -> None:
         self.preconditioner.skip()
         self._skipped += 1
         if self._skipped == 1:
             warnings.warn(
-                f"{type(self).__name__} skipped a step because {reason}; parameters and state are "
-                "unchanged",
+                f"{type(self).__name__} skipped a step because {reason}; {outcome}",
                 stacklevel=4,
             )
+
+    def _wants_batch_fisher(self, step: int) -> bool:
+        """Return whether the rows of the batch are kept at a step, for length or damping."""
+        rule, adapts = self.step_rule, self.levenberg_marquardt
+        if rule.uses_model:
+            return True
+        if adapts is not None and (step + 1) % adapts.interval == 0:
+            return True
+        follows = self.preconditioner.curvature.structure.follows_updates
+        refresh = self.preconditioner.refresh
+        return rule.measured is not None and rule.measured.is_due(step, refresh, follows)
+
+    @property
+    def _needs_batch_fisher(self) -> bool:
+        """Whether there is no step without the rows of the batch where these are wanted."""
+        return self.step_rule.uses_model or self.levenberg_marquardt is not None
+
+    @property
+    def _damping_unit(self) -> float:
+        """What the groups' damping is multiplied by."""
+        known = self._relative_damping and self._mean_eigenvalue is not None
+        return float(self._mean_eigenvalue) if known and self._mean_eigenvalue else 1.0
+
+    def _find_damping_unit(self) -> None:
+        """Wait for the mean eigenvalue before the first factorisation; later ones come along."""
+        if self._relative_damping and self._mean_eigenvalue is None:
+            found = float(self.preconditioner.mean_eigenvalue())
+            self._mean_eigenvalue = found if math.isfinite(found) and found > 0 else None
 
     def _set_damping(self) -> None:
         """Collect each block's damping from its parameter group."""
@@ -729,7 +839,11 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
         self._step_fallback()
 
     def _own_state(self) -> dict[str, Any]:
-        return self.preconditioner.state_dict()
+        return {
+            **self.preconditioner.state_dict(),
+            "mean_eigenvalue": self._mean_eigenvalue,
+            "length": self._length.state_dict(),
+        }
 
     def _checked(self, own: Mapping[str, Any], state_dict: Mapping[str, Any]) -> Callable[[], None]:
         kinds = [group.get("preconditioned") for group in state_dict["param_groups"]]
@@ -739,10 +853,12 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
                 "are: make the optimizer with the params= the checkpoint was saved with"
             )
         rest = self.preconditioner.checked(own)
+        unit, length = own["mean_eigenvalue"], LengthState.of(own["length"])
 
         def restore() -> None:
             loaded = dict(self.state)
             rest()
+            self._mean_eigenvalue, self._length = unit, length
             self.state.update(loaded)
             self._link_fallback()
             self._set_damping()

@@ -75,9 +75,11 @@ class Observer:
         failures: Whether rows taken so far were not finite: scalars on the device.
         schedule: Says at which steps curvature is updated; None for every ``refresh.factors``.
         row_modules: Layers whose own gradients are recorded at every step.
+        probe_layer: Block whose own gradients are recorded where the batch's rows are kept.
         isotropy_probe: Set while the learning rate 1/α is still to be measured.
-        batch_fisher_interval: The rows of the batch itself are kept on every so many steps; 0 for
-            never.
+        wants_batch_fisher: Says at which steps, counted from where intervals are, the rows of the
+            batch itself are kept.
+        exact_batch_fisher: Whether they must be those of every sample, whatever that costs.
         batch_fisher: The Fisher matrix of the present step's batch, where its rows are kept.
         audit: Compares the step's gradients with what the passes explain, on the first step and
             wherever rows are checked.
@@ -103,8 +105,10 @@ class Observer:
         self.start = 0
         self.schedule: Callable[[int], bool] | None = None
         self.row_modules: frozenset[nn.Module] = frozenset()
+        self.probe_layer: str | None = None
         self.isotropy_probe: IsotropyProbe | None = None
-        self.batch_fisher_interval = 0
+        self.wants_batch_fisher: Callable[[int], bool] = lambda step: False
+        self.exact_batch_fisher = True
         self.batch_fisher: BatchFisher | None = None
         self.seen: list[SeenPass] = []
         self.failures: list[Tensor] = []
@@ -131,8 +135,7 @@ class Observer:
     @property
     def keeps_batch_fisher(self) -> bool:
         """Whether this step keeps the rows of its batch."""
-        interval = self.batch_fisher_interval
-        return self.warmup == 0 and interval > 0 and (self.steps + 1) % interval == 0
+        return self.warmup == 0 and self.wants_batch_fisher(self.steps - self.start)
 
     @property
     def rows_due(self) -> bool:
@@ -159,7 +162,10 @@ class Observer:
         self._begin_audit()
         unchecked = due and not rows.checked
         self.capture.recording = (due and not own) or unchecked or self.isotropy_probe is not None
-        self.capture.watching = True if due and own else self.row_modules or False
+        watched = self.row_modules
+        if self.keeps_batch_fisher and self.probe_layer is not None:
+            watched = watched | {self.capture.blocks[self.probe_layer].uses[0].module}
+        self.capture.watching = True if due and own else watched or False
 
     def _on_backward(self, recorded: ForwardPass) -> None:
         """Take rows at the start of the user's backward pass."""
@@ -280,7 +286,7 @@ class Observer:
         if not self.keeps_batch_fisher:
             return self.curvature
         if self.batch_fisher is None:
-            self.batch_fisher = BatchFisher(self.capture.layout)
+            self.batch_fisher = BatchFisher(self.capture.layout, self.exact_batch_fisher)
         if not self.update_due:
             return self.batch_fisher
         return RowReceivers(self.curvature, self.batch_fisher)

@@ -8,6 +8,7 @@ from typing import Literal
 
 from natgrad.arguments import check_choice, check_interval, check_range
 from natgrad.optim.step.line_search import LineSearch
+from natgrad.optim.step.measured_length import MeasuredLength
 
 __all__ = ["Fallback", "Graft", "MomentumOn", "Refresh", "StepRule", "WeightDecayMode"]
 
@@ -70,12 +71,14 @@ class StepRule:
     """How a natural gradient becomes a step, for all parameters together.
 
     Attributes:
-        length: ``"lr"``, the learning rate; ``"quadratic_model"``: the step is η times
-            ``δ = −αΔ + μδ₀``, with δ₀ the step before, where α, and with ``momentum > 0`` also μ,
-            minimise the quadratic model of the loss with damping and the Fisher matrix of the
-            present batch, by ``fisher``. The minimiser itself needs ``lr=1`` and ``kl_clip=None``;
-            the clips bound all of ηδ. It costs the rows of every batch and one product with them,
-            and the loss must be a mean over samples (Martens & Grosse 2015, sections 6.4 and 7).
+        length: ``"lr"``, the learning rate; a :class:`natgrad.MeasuredLength`: a factor on it that
+            is measured now and then and checked at every step; ``"quadratic_model"``: the step is η
+            times ``δ = −αΔ + μδ₀``, with δ₀ the step before, where α, and with ``momentum > 0``
+            also μ, minimise the quadratic model of the loss with damping and the Fisher matrix of
+            the present batch, by ``fisher``. The minimiser itself needs ``lr=1`` and
+            ``kl_clip=None``; the clips bound all of ηδ. It costs the rows of every batch and one
+            product with them, and the loss must be a mean over samples (Martens & Grosse 2015,
+            sections 6.4 and 7).
             A :class:`natgrad.LineSearch`: the step is ``−tm``, along the direction m (momentum and
             clips included) that ``"lr"`` would take, with t searched from ``lr`` on; groups with
             different ``lr`` are shortened by one factor. ``step`` needs a closure. Momentum that
@@ -102,7 +105,7 @@ class StepRule:
         ValueError: If an option is out of range or two exclude each other.
     """
 
-    length: Literal["lr", "quadratic_model"] | LineSearch = "lr"
+    length: Literal["lr", "quadratic_model"] | MeasuredLength | LineSearch = "lr"
     nesterov: bool = False
     momentum_on: MomentumOn = "natural_gradient"
     averaged_momentum: bool = False
@@ -113,9 +116,11 @@ class StepRule:
 
     def __post_init__(self) -> None:
         """Check the options."""
-        if not isinstance(self.length, LineSearch) and self.length not in ("lr", "quadratic_model"):
+        rules = (LineSearch, MeasuredLength)
+        if not isinstance(self.length, rules) and self.length not in ("lr", "quadratic_model"):
             raise ValueError(
-                "length must be 'lr', 'quadratic_model' or a natgrad.LineSearch, got "
+                "length must be 'lr', 'quadratic_model', a natgrad.MeasuredLength or a "
+                "natgrad.LineSearch, got "
                 f"{self.length!r}"
             )
         if self.norm_clip is not None:
@@ -131,6 +136,32 @@ class StepRule:
                 "length='quadratic_model' chooses the momentum of steps itself, so it does not "
                 "take momentum_on='gradient'"
             )
+        if self.measured is not None:
+            self._check_measured()
+
+    def _check_measured(self) -> None:
+        """Raise a ValueError if an option chooses what a measured length decides."""
+        chosen = {
+            "nesterov=True": self.nesterov,
+            "averaged_momentum=True": self.averaged_momentum,
+            "momentum_on='gradient'": self.momentum_on == "gradient",
+            f"graft={self.graft!r}": self.graft is not None,
+        }
+        for option in (name for name, given in chosen.items() if given):
+            raise ValueError(
+                f"a MeasuredLength has a momentum and a length of its own, so it does not take "
+                f"{option}: leave that out, or choose length='lr'"
+            )
+
+    @property
+    def measured(self) -> MeasuredLength | None:
+        """How lengths are measured, if they are."""
+        return self.length if isinstance(self.length, MeasuredLength) else None
+
+    @property
+    def keeps_steps(self) -> bool:
+        """Whether the last step is kept, rather than a sum of directions."""
+        return self.uses_model or self.measured is not None
 
     @property
     def uses_model(self) -> bool:
@@ -149,10 +180,10 @@ class StepRule:
 
     def check_isotropic(self) -> None:
         """Raise a ValueError if the learning rate cannot be ``"isotropic"``."""
-        if self.uses_model or self.graft is not None:
+        if self.keeps_steps or self.graft is not None:
             raise ValueError(
-                "lr='isotropic' is the length of natural gradients by theory, so it takes neither "
-                "length='quadratic_model' nor graft: give lr as a number"
+                "lr='isotropic' is the length of natural gradients by theory, so it takes "
+                "length='lr' or a line search, and no graft: choose these, or give lr as a number"
             )
 
     def check_fused(self) -> None:

@@ -193,6 +193,20 @@ class Preconditioner(CopiedByState):
         if isinstance(structure, KroneckerFactors) and structure.fused:
             self._fuse(structure)
         self.observer.row_modules = frozenset(self._row_layers.values())
+        self.observer.probe_layer = self._cheapest_linear()
+
+    def _cheapest_linear(self) -> str | None:
+        """Return the smallest layer whose rows sum to its ``.grad``, if there is one."""
+        sizes = {
+            name: block.layout.numel
+            for name, block in self.capture.blocks.items()
+            if len(block.uses) == 1
+            and block.layout.d_in > 0
+            and type(block.uses[0].module) is nn.Linear
+            and name not in self.capture.rows.direct
+            and name not in self.own_backward
+        }
+        return min(sizes, key=lambda name: sizes[name]) if sizes else None
 
     @property
     def covered(self) -> set[str]:
@@ -400,6 +414,55 @@ class Preconditioner(CopiedByState):
             source.coordinates = self.observer.coordinates()
         source.natural = {name for name, one in self.own_backward.items() if one.active}
         return mismatches
+
+    @property
+    def inverts(self) -> bool:
+        """Whether this step factorises all parts anew."""
+        step = self.observer.steps - self.observer.start
+        return self.refresh.is_turn(step, self.refresh.inverses)
+
+    def mean_eigenvalue(self) -> Tensor:
+        """Return ``tr F/P`` with the rows of this step, over all replicas; NaN if it has none."""
+        try:
+            with linalg.unawaited():
+                self.update_curvature()
+                value = self.curvature.mean_eigenvalue()
+        except linalg.FactorizationError:  # It comes again where the same is inverted.
+            value = torch.full(
+                (), torch.nan, dtype=torch.float64, device=self.curvature.layout.device
+            )
+        self.replicas.average({"mean_eigenvalue": value})
+        return value
+
+    def batch_scale(self, gradients: dict[str, Tensor]) -> Tensor:
+        """Return the factor from the Fisher matrix of the batch to the curvature of the loss.
+
+        It is the scale of the user's loss, summed over passes that accumulate, times what the
+        gradients were multiplied by since: the inverse of a loss scaler, or what clipping left.
+        Where no pass shows another scale than that of a mean it is 1, as a squared error, say,
+        shows none.
+        """
+        scales = [one.scale * one.count for one in self.observer.seen if not one.is_empty]
+        each = torch.stack([one.double() for one in scales])
+        usual = (each - 1.0).abs().max() < 1e-4
+        return torch.where(usual, 1.0, each.sum() * self._factor_since(gradients))
+
+    def _factor_since(self, gradients: dict[str, Tensor]) -> Tensor:
+        """Return what gradients were multiplied by since the backward passes; 1 if unknown."""
+        name, unknown = self.observer.probe_layer, torch.ones((), dtype=torch.float64)
+        if name is None or any(n not in gradients for n in self.capture.blocks[name].layout.names):
+            return unknown
+        expected, found = torch.zeros(()), None
+        for one in self.observer.seen:
+            rows = self.capture.user_jacobians(one.recorded, separate=False).get(name)
+            if isinstance(rows, LinearJacobian):
+                part, found = _along_probe(rows, gradients)
+                expected = part if not expected.dim() else expected + part
+        if found is None:
+            return unknown
+        self.replicas.average({"expected": expected})  # As .grad is.
+        factor = (found * expected).sum().double() / expected.square().sum()
+        return torch.where(factor.isfinite() & (factor > 0), factor, 1.0)
 
     def inner_product(self, natural: dict[str, Tensor], gradients: dict[str, Tensor]) -> Tensor:
         """Return ``⟨Δ, ∇L⟩``; estimated for layers whose ``.grad`` holds Δ already."""
@@ -647,8 +710,8 @@ def _probe(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.randn(size, generator=generator, dtype=dtype).to(device)
 
 
-def _compare(rows: LinearJacobian, gradients: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the scalar c with ``.grad ≈ c·δᵀa``, and whether more than rounding is left."""
+def _along_probe(rows: LinearJacobian, gradients: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the products of ``δᵀa`` and of ``.grad`` with a fixed random vector."""
     layout = rows.layout
     weight = gradients[layout.names[0]].reshape(layout.d_out, layout.d_in)
     inputs = rows.inputs.flatten(0, 2)
@@ -659,6 +722,12 @@ def _compare(rows: LinearJacobian, gradients: dict[str, Tensor]) -> tuple[Tensor
     if layout.has_bias:
         expected = expected + rows.bias_value * delta.sum(0)
         found = found + gradients[layout.names[1]]
+    return expected, found
+
+
+def _compare(rows: LinearJacobian, gradients: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the scalar c with ``.grad ≈ c·δᵀa``, and whether more than rounding is left."""
+    expected, found = _along_probe(rows, gradients)
     share = (found * expected).sum() / expected.square().sum()
     error = (found - share * expected).norm() / found.norm()
     share = torch.where((share - 1.0).abs() > ROW_TOLERANCE, share, torch.ones_like(share))

@@ -30,7 +30,7 @@ class ResidualNetwork(nn.Module):
 
     Example:
         >>> problem = natgrad.ResidualNetwork(natgrad.TaylorNetwork(network), residuals)
-        >>> optimizer = natgrad.KFAC(problem, "gaussian", lr=0.1)
+        >>> optimizer = natgrad.KFAC(problem, "gaussian")
         >>> loss = problem.loss()
         >>> loss.backward()
         >>> optimizer.step()

@@ -41,7 +41,12 @@ METHODS: dict[str, TheoryMethod] = {
     "full": TheoryMethod("Exact NGD", natgrad.ExactNGD),
     "block_diagonal": TheoryMethod("Block-diagonal", natgrad.BlockDiagonalNGD),
     "block_tridiagonal": TheoryMethod("Block-tridiagonal", natgrad.BlockTridiagonalNGD),
-    "kfac": TheoryMethod("K-FAC", natgrad.KFAC, 1e-14, {**_EVERY_STEP, "fisher": "exact"}),
+    "kfac": TheoryMethod(
+        "K-FAC",
+        natgrad.KFAC,
+        1e-14,
+        {**_EVERY_STEP, "fisher": "exact", "step_rule": natgrad.StepRule()},
+    ),
     "unit_wise": TheoryMethod("Unit-wise", natgrad.UnitWiseNGD, 1e-6, _EVERY_STEP),
     "diagonal": TheoryMethod("Diagonal", natgrad.DiagonalNGD, 1e-6, _EVERY_STEP),
 }

@@ -35,6 +35,7 @@ class PreconditionedGroups:
         rule: How a natural gradient becomes a step, for all groups together.
         replicas: Processes that take the same step.
         left_out: Names of parameters in the groups that something else trains.
+        damping_unit: What a group's damping is multiplied by.
     """
 
     groups: list[dict[str, Any]]
@@ -44,6 +45,7 @@ class PreconditionedGroups:
     rule: StepRule
     replicas: Replicas = Replicas()  # noqa: RUF009, frozen
     left_out: Collection[str] = ()
+    damping_unit: float = 1.0
 
     def members(self, group: Mapping[str, Any]) -> list[Any]:
         """Return a group's parameters, but for those left out."""
@@ -59,7 +61,7 @@ class PreconditionedGroups:
         """What is added to F on each group's parameters."""
         in_model = self.rule.decays_in_model
         return [
-            float(group["damping"] + (group["weight_decay"] if in_model else 0.0))
+            group["damping"] * self.damping_unit + (group["weight_decay"] if in_model else 0.0)
             for group in self.groups
         ]
 
@@ -82,9 +84,11 @@ class PreconditionedGroups:
 
     def initial_state(self, parameter: nn.Parameter, momentum: float) -> dict[str, Any]:
         """Return the state of a parameter before the first step of a run with momentum."""
+        zero = torch.zeros_like(parameter)
+        if self.rule.measured is not None:
+            return {"previous_step": zero}
         if momentum == 0:
             return {}
-        zero = torch.zeros_like(parameter)
         if self.rule.uses_model:
             return {"previous_step": zero}
         steps = {"momentum_steps": 0} if self.rule.averaged_momentum else {}
@@ -96,6 +100,15 @@ class PreconditionedGroups:
             state = self.states.get(self.parameters[name], {})
             for entry in ("momentum_buffer", "momentum_steps"):
                 state.pop(entry, None)
+
+    def shorten_last_step(self, share: float) -> None:
+        """Keep a share of the last step of all parameters, and of what it is to momentum."""
+        for group in self.groups:
+            for p in self.members(group):
+                step = self.states.get(p, {}).get("previous_step")
+                if step is not None and p.requires_grad and p.grad is not None:
+                    p.sub_(step, alpha=1.0 - share)
+                    step.mul_(share)
 
     def copied_states(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
         """Return copies of parameters' states."""
@@ -116,12 +129,12 @@ class PreconditionedGroups:
                 self.states[parameter] = states[name]
 
     def previous_steps(self, names: Collection[str]) -> dict[str, Tensor]:
-        """Return the last step of those named parameters whose group has momentum."""
+        """Return the last step of those named parameters for which it matters."""
         return {
             self.names[p]: self.states[p]["previous_step"]
             for group in self.groups
             for p in self.members(group)
-            if group["momentum"] > 0
+            if (group["momentum"] > 0 or self.rule.measured is not None)
             and self.names[p] in names
             and "previous_step" in self.states.get(p, {})
         }

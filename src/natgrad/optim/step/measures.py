@@ -59,9 +59,13 @@ def measure(
     inner = preconditioner.inner_product(natural, source)
     measures: dict[str, Tensor] = {}
     if rule.uses_model and batch is not None:
-        measures["fisher"] = batch.gram(directions)
         measures["slopes"] = slopes(directions, gradients)
-    elif any(group["kl_clip"] is not None for group in grouped.groups):
+    elif rule.measured is not None and len(directions) > 1:
+        measures["along"] = preconditioner.inner_product(directions[1], source)
+    if rule.keeps_steps and batch is not None:
+        directions = directions if rule.uses_model else directions[:1]
+        measures["fisher"] = batch.gram(directions)
+    if not rule.uses_model and any(group["kl_clip"] is not None for group in grouped.groups):
         curvature = preconditioner.curvature
         if rule.graft is None:
             measures["quadratic"] = curvature.quadratic(natural, inner)
@@ -69,7 +73,7 @@ def measure(
             column = curvature.layout.to_column(natural)
             measures["quadratic"] = (column * curvature.matrix().multiply(column)).sum()
     grouped.replicas.average(measures)
-    if rule.uses_model or rule.norm_clip is not None:
+    if "fisher" in measures or rule.norm_clip is not None:
         measures["grams"] = group_grams(directions, grouped.group_names)
     return {"inner": inner, **measures}
 
@@ -145,9 +149,10 @@ def clip_scales(
         coefficients: Those of the step along them.
         grouped: The parameters the step moves.
     """
-    quadratic = abs(measures.get("quadratic", 0.0))
-    if "fisher" in measures:
+    if grouped.rule.uses_model:
         quadratic = quadratic_form(coefficients, measures["fisher"])
+    else:
+        quadratic = abs(measures.get("quadratic", 0.0)) * coefficients[0] ** 2
     rates = [rate_of(group) for group in grouped.groups]
     scales = [1.0] * len(rates)
     for index, (group, lr) in enumerate(zip(grouped.groups, rates, strict=True)):

@@ -12,7 +12,16 @@ from torch import Tensor
 from natgrad.layouts import inner_product
 from natgrad.optim.step.groups import PreconditionedGroups, rate_of
 
-__all__ = ["GroupUpdate", "StepPlan"]
+__all__ = ["GroupUpdate", "StepPlan", "share_of_direction"]
+
+
+def share_of_direction(momentum: float) -> float:
+    """Return the factor on a new direction of measured length beside a momentum μ.
+
+    The steps of a direction sum to twice its length, or ``1/(1 − μ)`` times where that is less:
+    twice, as averages over directions are less noisy than each of them.
+    """
+    return min(1.0, 2.0 * (1.0 - momentum))
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,10 @@ class StepPlan:
         """Return what the step does to each group; the states go on by one step."""
         for name, entries in self.state.items():
             grouped.states[grouped.parameters[name]].update(entries)
-        take = self._model_update if grouped.rule.uses_model else self._natural_update
+        rule = grouped.rule
+        take = self._natural_update
+        if rule.keeps_steps:
+            take = self._model_update if rule.uses_model else self._measured_update
         pairs = zip(grouped.groups, self.scales, strict=True)
         found = [take(grouped, group, scale) for group, scale in pairs]
         return [update for update in found if update is not None]
@@ -73,6 +85,28 @@ class StepPlan:
                 directions = _unbiased(directions, states, momentum)
         decay = 0.0 if rule.decays_in_model else lr * group["weight_decay"]
         return GroupUpdate(names, parameters, directions, lr * scale, decay)
+
+    def _measured_update(
+        self, grouped: PreconditionedGroups, group: dict[str, Any], scale: float
+    ) -> GroupUpdate | None:
+        """Return the step ``μv − scale·η·αΔ``, with v the last one."""
+        natural = self.directions[0]
+        parameters = [p for p in grouped.members(group) if grouped.names[p] in natural]
+        if not parameters:
+            return None
+        names = [grouped.names[p] for p in parameters]
+        directions = [natural[n].to(p.dtype) for n, p in zip(names, parameters, strict=True)]
+        states = [grouped.states[p] for p in parameters]
+        for p, state in zip(parameters, states, strict=True):
+            if "previous_step" not in state:
+                state["previous_step"] = torch.zeros_like(p)
+        steps = [state["previous_step"] for state in states]
+        lr, momentum = rate_of(group), group["momentum"]
+        share = lr * scale * self.coefficients[0] * share_of_direction(momentum)
+        torch._foreach_mul_(steps, momentum)
+        torch._foreach_add_(steps, directions, alpha=share)
+        decay = 0.0 if grouped.rule.decays_in_model else lr * group["weight_decay"]
+        return GroupUpdate(names, parameters, steps, -1.0, decay)
 
     def _model_update(
         self, grouped: PreconditionedGroups, group: dict[str, Any], scale: float

@@ -42,13 +42,14 @@ class BatchFisher:
 
     Args:
         layout: Order of all trainable parameters.
+        exactly: Whether samples that a layer couples are pulled back one by one, as their own rows
+            are had in no other way. Otherwise such a layer adds the square of its summed row, what
+            it adds on average for vectors of random signs, but for products with other layers.
     """
 
-    #: Products with directions need every sample's own rows, all of them.
-    additive = by_layer = False
-
-    def __init__(self, layout: ParameterLayout) -> None:
+    def __init__(self, layout: ParameterLayout, exactly: bool = True) -> None:
         self.layout = layout
+        self.additive = self.by_layer = not exactly
         self._rows: list[Jacobians] = []
         self._count: Tensor | float = 0.0
 
@@ -57,7 +58,8 @@ class BatchFisher:
     ) -> None:
         """Keep rows; see :meth:`natgrad.curvature.Curvature.observe`."""
         self._rows.append(in_type(jacobians, self.layout.dtype))
-        self._count = self._count + count
+        if not continued:
+            self._count = self._count + count
 
     def gram(self, directions: Sequence[dict[str, Tensor]]) -> Tensor:
         """Return ``VᵀFV``, ``(k, k)`` in float64.
@@ -69,9 +71,24 @@ class BatchFisher:
         total = torch.zeros(size, size, dtype=torch.float64, device=self.layout.device)
         columns = [self.layout.to_column(direction)[:, 0] for direction in directions]
         for rows in self._rows:
-            products = torch.stack([rows.matvec(column).flatten() for column in columns]).double()
-            total += products @ products.T
+            summed = [name for name, block in rows.items() if block.summed]
+            for part in _parted(rows, summed):
+                found = [part.matvec(column).flatten() for column in columns]
+                products = torch.stack(found).double()
+                total += products @ products.T
         return total / self._count if self._rows else total
+
+
+def _parted(rows: Jacobians, summed: Sequence[str]) -> list[Jacobians]:
+    """Return the rows of samples, and those that are sums over samples, block by block."""
+    if not summed:
+        return [rows]
+    parts = [rows.of_blocks(set(rows) - set(summed), rows.layout)]
+    for name in summed:
+        part = rows.of_blocks([name], rows.layout)
+        part.samples, part.directions = rows[name].samples, rows[name].directions
+        parts.append(part)
+    return parts
 
 
 class RowReceivers:

@@ -1,0 +1,198 @@
+r"""The length of a step, measured on batches and checked by the next gradient.
+
+Along a natural gradient :math:`\Delta = (\hat F + \lambda I)^{-1} g` the quadratic model with the
+Fisher matrix :math:`F_b` of the batch itself falls until the length
+
+.. math:: \alpha^* = \frac{\langle \Delta, g \rangle}{\Delta^\top (F_b + \lambda I) \Delta}
+          = \frac{K}{\langle \Delta, g \rangle}, \qquad
+          K = \frac{\langle \Delta, g \rangle^2}{\Delta^\top (F_b + \lambda I) \Delta}.
+
+α* is far from 1 with any approximation of F: where N samples meet d directions that the damping
+leaves free, noise makes up most of Δ and α* is about N/d. It also jumps with every inverse that has
+become old. The decrement K does not: by the inequality of Cauchy and Schwarz it is at most the mean
+of the squared residuals in the metric of the outputs, and the share it takes of them changes
+slowly. So K is measured now and then, where the batch's rows are there or cost little, averaged,
+and every step takes :math:`\alpha = K / \langle \Delta, g \rangle`, of numbers it has anyway.
+α is the step of Polyak (1987) in the metric of :math:`\hat F`, its target measured.
+
+Multiplying the loss by a constant multiplies K and ⟨Δ, g⟩ alike, so that nothing depends on units.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from natgrad.arguments import check_interval, check_range
+
+if TYPE_CHECKING:
+    from natgrad.optim.options import Refresh
+
+__all__ = ["LengthState", "MeasuredLength"]
+
+#: Factor on the caution after a step that went well, where such lengths went too far before.
+SLOW_GROWTH = 1.02
+
+#: Measurements of the first interval, while the network changes fastest.
+EARLY_STEPS = frozenset({0, 1, 2, 3, 5, 7, 11})
+
+
+@dataclass(frozen=True)
+class MeasuredLength:
+    r"""Steps as long as the batch's own Fisher matrix says, shortened where they went too far.
+
+    With the learning rate η as a factor, the step is
+
+    .. math:: v \leftarrow \mu v - \min(1, 2(1 - \mu))\, \eta \min(1, \gamma K / \langle \Delta, g
+              \rangle) \Delta, \qquad \theta \leftarrow \theta + v,
+
+    with K the decrement of the quadratic model, a geometric moving average over measurements. The
+    learning rate is in the buffer, so that no schedule stretches old steps.
+
+    The gradient at the next step tells whether the last one went too far, for the price of an
+    inner product: the slope along v was −s and is ``q·s`` now. Where ``q > overshoot`` the step is
+    taken back to the minimum of the parabola with these slopes, ``θ ← θ − v·q/(1 + q)``, nothing
+    else moves, and the caution γ falls by as much; steps that went well let it grow to 1 again,
+    by 2 % where such lengths went too far before, quickly up to there. A
+    gradient that is not finite skips the step; a second one running takes all of the last step
+    back.
+
+    Attributes:
+        interval: Steps between measurements of K; some more are taken in the first interval. One
+            costs a product with the batch's rows, and, unless curvature is updated at the same
+            step, the backward pass that makes them.
+        memory: Weight of past measurements in the average of log K, below 1.
+        start: γ at the first step, in (0, 1].
+        growth: Factor on γ after a step that went well, at least 1.
+        overshoot: The ratio of slopes q beyond which a step is taken back; infinite for never.
+
+    Raises:
+        ValueError: If an option is out of range.
+    """
+
+    interval: int = 20
+    memory: float = 0.5
+    start: float = 0.1
+    growth: float = 1.5
+    overshoot: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        check_interval("interval", self.interval)
+        check_range("memory", self.memory, below=1.0)
+        if not 0 < self.start <= 1:
+            raise ValueError(f"start must be in (0, 1], got {self.start}")
+        if not 1 <= self.growth < math.inf:
+            raise ValueError(f"growth must be finite and at least 1, got {self.growth}")
+        if not self.overshoot > 0:
+            raise ValueError(f"overshoot must be positive, got {self.overshoot}")
+
+    def is_due(self, step: int, refresh: Refresh, follows_updates: bool) -> bool:
+        """Return whether K is measured at a step, counted from 0.
+
+        Apart from the first steps, that is done where inverses are as most steps find them, made
+        without the present batch; if possible where its rows are there for an update anyway.
+
+        Args:
+            step: The step.
+            refresh: When curvature is updated and inverted.
+            follows_updates: Whether inverses follow every update.
+        """
+        if step in EARLY_STEPS:
+            return True
+        free = refresh.factors < refresh.inverses and not follows_updates
+        offset = refresh.factors if free else self.interval - 1
+        return step % self.interval == offset % self.interval
+
+
+@dataclass(frozen=True)
+class LengthState:
+    """What is known of the lengths of steps.
+
+    Attributes:
+        log_decrement: The average of log K; None before the first measurement.
+        measurements: How many there were.
+        caution: γ.
+        ceiling: Up to which γ grows quickly: its value where a step last went too far.
+        slope: s, by how much the last step was to lower the loss to first order; None where the
+            next gradient is not to be held against it.
+        steps: Steps taken or taken back.
+        taken_back: How many of them were.
+    """
+
+    log_decrement: float | None = None
+    measurements: int = 0
+    caution: float = 1.0
+    ceiling: float = 1.0
+    slope: float | None = None
+    steps: int = 0
+    taken_back: int = 0
+
+    def measured(self, rule: MeasuredLength, slope: float, quadratic: float) -> LengthState:
+        """Return the state after a measurement.
+
+        Args:
+            rule: The rule.
+            slope: ``⟨Δ, g⟩``.
+            quadratic: ``Δᵀ(F_b + λI)Δ``.
+        """
+        if not (slope > 0 and quadratic > 0):
+            return self
+        found, count = 2 * math.log(slope) - math.log(quadratic), self.measurements + 1
+        memory = min(rule.memory, 1 - 1 / count)
+        old = found if self.log_decrement is None else self.log_decrement
+        average = memory * old + (1 - memory) * found
+        return replace(self, log_decrement=average, measurements=count)
+
+    def length(self, slope: float) -> float:
+        """Return α for a direction with ``⟨Δ, g⟩`` = slope; at most 1."""
+        if self.log_decrement is None or slope <= 0:
+            return 0.0
+        return min(1.0, self.caution * math.exp(min(self.log_decrement - math.log(slope), 0.0)))
+
+    def share_kept(self, rule: MeasuredLength, slope: float) -> float:
+        """Return the share of the last step that stays, 1 for all of it.
+
+        Args:
+            rule: The rule.
+            slope: ``⟨v, g⟩`` with the last step v and the present gradient.
+        """
+        if self.slope is None or not slope > rule.overshoot * self.slope:
+            return 1.0
+        return self.slope / (self.slope + slope) if math.isfinite(slope) else 0.0
+
+    def shortened(self, share: float) -> LengthState:
+        """Return the state after the last step was cut to a share of it."""
+        caution = max(self.caution * max(share, 1e-4), 1e-12)
+        return replace(
+            self,
+            caution=caution,
+            ceiling=caution,
+            slope=None,
+            steps=self.steps + 1,
+            taken_back=self.taken_back + 1,
+        )
+
+    def taken(self, rule: MeasuredLength, slope: float) -> LengthState:
+        """Return the state after a step that lowers the loss by a slope to first order."""
+        fast, slow = self.caution * rule.growth, self.caution * min(rule.growth, SLOW_GROWTH)
+        caution = min(1.0, max(slow, min(fast, self.ceiling)))
+        ceiling = max(self.ceiling, caution)
+        return replace(
+            self, caution=caution, ceiling=ceiling, slope=slope or None, steps=self.steps + 1
+        )
+
+    def is_troubled(self) -> bool:
+        """Return whether more than a fifth of the steps were taken back, and several."""
+        return self.taken_back >= 10 and self.taken_back > 0.2 * self.steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return dict(vars(self))
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> LengthState:
+        """Return the state that :meth:`state_dict` described."""
+        return cls(**values)
