@@ -465,8 +465,6 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
             self._give_up_step(grouped)
             return None
         self._broken = False
-        if 0 < mean_eigenvalue < math.inf:  # A batch in which nothing counts has none.
-            self._mean_eigenvalue = mean_eigenvalue
         coefficients: list[float] | None = [-1.0]
         if rule.measured is not None:
             coefficients = self._measured_coefficients(rule.measured, found, grouped)
@@ -477,6 +475,8 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
         if coefficients is None:
             self._skip("its quadratic model predicted no decrease of the loss")
             return None
+        if 0 < mean_eigenvalue < math.inf:  # A batch in which nothing counts has none.
+            self._mean_eigenvalue = mean_eigenvalue
         if preconditioner.observer.isotropy_probe is not None:
             self._set_unit()
         scales = clip_scales(found, coefficients, grouped)

@@ -1,0 +1,542 @@
+"""Lengths that are measured: every step written out in float64, from torch.func's Jacobians."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import natgrad
+from natgrad import MeasuredLength, Refresh, RelativeDamping, StepRule
+from natgrad.curvature import KroneckerFactors
+from tests.cases import labels, normal
+
+EXACT_KFAC = KroneckerFactors(factored_damping=False, rows_per_unit=None)
+STRUCTURES = {"kfac": EXACT_KFAC, "full": "full", "diagonal": "diagonal"}
+EVERY_STEP = Refresh()
+NOW_AND_THEN = Refresh(factors=2, inverses=4)
+#: All rows of one batch are not averaged over others.
+SETTINGS = [
+    *(pytest.param(kind, EVERY_STEP, id=f"{kind}, every step") for kind in STRUCTURES),
+    *(pytest.param(kind, NOW_AND_THEN, id=f"{kind}, rarely") for kind in ("kfac", "diagonal")),
+]
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+
+
+def batches(likelihood: str, steps: int, size: int = 6) -> list[tuple[Tensor, Tensor]]:
+    def target(seed: int) -> Tensor:
+        if likelihood == "categorical":
+            return labels(size, 3, seed)
+        return normal(size, 3, seed=100 + seed)
+
+    return [(normal(size, 3, seed=seed), target(seed)) for seed in range(steps)]
+
+
+def loss_of(likelihood: str) -> Callable[[Tensor, Tensor], Tensor]:
+    if likelihood == "categorical":
+        return functional.cross_entropy
+    return lambda z, y: 0.5 * (z - y).square().sum() / len(z)
+
+
+def flat(tensors: Any) -> Tensor:
+    return torch.cat([one.detach().flatten() for one in tensors])
+
+
+def position(model: nn.Module) -> Tensor:
+    return flat(model.parameters())
+
+
+def jacobian(model: nn.Module, x: Tensor) -> Tensor:
+    """Return the Jacobian of the outputs, (N, C, P)."""
+    values = {name: p.detach() for name, p in model.named_parameters()}
+    found = torch.func.jacrev(lambda p: torch.func.functional_call(model, p, (x,)))(values)
+    return torch.cat([found[name].flatten(2) for name in values], dim=2)
+
+
+def output_roots(likelihood: str, z: Tensor) -> Tensor:
+    """Return the root of every output Hessian, (N, C, C)."""
+    if likelihood == "gaussian":
+        return torch.eye(z.shape[1], dtype=z.dtype).expand(len(z), -1, -1)
+    p = z.softmax(1)
+    return torch.diag_embed(p.sqrt()) - p.unsqueeze(2) * p.sqrt().unsqueeze(1)
+
+
+def rows_of(model: nn.Module, x: Tensor, likelihood: str) -> Tensor:
+    """Return the rows whose squares sum to N·F, (N, C, P)."""
+    z = model(x).detach()
+    return torch.einsum("ncp,nck->nkp", jacobian(model, x), output_roots(likelihood, z))
+
+
+def kronecker(model: nn.Sequential, x: Tensor, rows: Tensor) -> Tensor:
+    """Return K-FAC's matrix of a chain of linear layers, in the order of ``parameters()``."""
+    result = torch.zeros(rows.shape[2], rows.shape[2], dtype=torch.float64)
+    start, inputs = 0, x
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            out, ins = layer.weight.shape
+            size = out * (ins + 1)
+            ones = torch.ones(len(x), 1, dtype=torch.float64)
+            a = torch.cat([inputs, ones], dim=1)
+            g = rows[:, :, start + out * ins : start + size]  # The bias' rows are G's.
+            matrix = torch.kron(
+                torch.einsum("nki,nkj->ij", g, g) / len(x), a.T.contiguous() @ a / len(x)
+            )
+            weight = torch.arange(out * (ins + 1)).reshape(out, ins + 1)
+            order = torch.cat([weight[:, :ins].flatten(), weight[:, ins]])
+            result[start : start + size, start : start + size] = matrix[order][:, order]
+            start += size
+        inputs = layer(inputs).detach()
+    return result
+
+
+class Reference:
+    """The rule, from dense matrices.
+
+    Attributes:
+        length: ``MeasuredLength`` with the options.
+        shares: ε of every parameter, (P,).
+        rates: η.
+        momenta: μ.
+        decays: w.
+    """
+
+    def __init__(
+        self, model: nn.Module, kind: str, likelihood: str, length: MeasuredLength, refresh: Refresh
+    ) -> None:
+        size = len(position(model))
+        self.model, self.kind, self.likelihood = model, kind, likelihood
+        self.length, self.refresh = length, refresh
+        self.shares = torch.full((size,), 0.2, dtype=torch.float64)
+        self.rates, self.momenta = torch.ones(size).double(), torch.zeros(size).double()
+        self.decays = torch.zeros(size).double()
+        self.v = torch.zeros(size).double()
+        self.caution, self.ceiling, self.s = length.start, length.start, None
+        self.log_k, self.measured, self.count, self.taken_back = None, 0, 0, 0
+        self.ceiling = 1.0
+        self.mean, self.matrix, self.inverse = None, None, None
+        self.theta = position(model)
+
+    def estimate(self, x: Tensor, rows: Tensor) -> Tensor:
+        f = torch.einsum("nkp,nkq->pq", rows, rows) / len(x)
+        if self.kind == "diagonal":
+            return f.diag().diag()
+        return kronecker(self.model, x, rows) if self.kind == "kfac" else f
+
+    def step(self, x: Tensor, y: Tensor, scale: float = 1.0) -> str:
+        """Take a step, and return what it was."""
+        torch.nn.utils.vector_to_parameters(self.theta, list(self.model.parameters()))
+        loss = scale * loss_of(self.likelihood)(self.model(x), y)
+        g = flat(torch.autograd.grad(loss, list(self.model.parameters())))
+        rows = rows_of(self.model, x, self.likelihood)
+        saved = self.mean, self.matrix, self.inverse
+        if self.count % self.refresh.factors == 0:
+            self.matrix = self.estimate(x, rows)
+        if self.mean is None:
+            self.mean = float(self.matrix.trace()) / len(g)
+        damping = self.shares * self.mean
+        if self.count % self.refresh.inverses == 0:
+            joint = self.kind == "full"  # One λ, the largest.
+            used = damping.max().expand_as(damping) if joint else damping
+            self.inverse = torch.linalg.inv(self.matrix + used.diag())
+            self.mean = float(self.matrix.trace()) / len(g)
+        delta = self.inverse @ g
+        along = float(self.v @ g)
+        if self.s is not None and along > self.length.overshoot * self.s:
+            self.mean, self.matrix, self.inverse = saved
+            kept = self.s / (self.s + along)
+            self.theta = self.theta - (1 - kept) * self.v
+            self.v = kept * self.v
+            self.caution = self.ceiling = self.caution * kept
+            self.s = None
+            self.taken_back += 1
+            return "taken back"
+        slope = float(delta @ g)
+        if self.count in {0, 1, 2, 3, 5, 7, 11} or self.is_measured():
+            f = torch.einsum("nkp,nkq->pq", rows, rows) / len(x)
+            quadratic = float(delta @ (scale * f + scale * damping.diag()) @ delta)
+            found = math.log(slope**2 / quadratic)
+            self.measured += 1
+            memory = min(self.length.memory, 1 - 1 / self.measured)
+            old = found if self.log_k is None else self.log_k
+            self.log_k = memory * old + (1 - memory) * found
+        alpha = min(1.0, self.caution * min(1.0, math.exp(self.log_k) / slope))
+        share = self.rates * torch.clamp(2 * (1 - self.momenta), max=1.0)
+        kept = float(self.momenta.max())
+        self.s = float(share.max()) * alpha * slope + kept * max(0.0, -along)
+        self.v = self.momenta * self.v - share * alpha * delta
+        self.theta = (1 - self.rates * self.decays) * self.theta + self.v
+        fast, slow = (self.caution * min(self.length.growth, f) for f in (math.inf, 1.02))
+        self.caution = min(1.0, max(slow, min(fast, self.ceiling)))
+        self.ceiling = max(self.ceiling, self.caution)
+        self.count += 1
+        return "taken"
+
+    def is_measured(self) -> bool:
+        free = self.refresh.factors < self.refresh.inverses
+        offset = self.refresh.factors if free else self.length.interval - 1
+        return self.count % self.length.interval == offset
+
+
+def optimizer_of(model: nn.Module, kind: str, likelihood: str, length: MeasuredLength, **options):
+    options = {
+        "damping": RelativeDamping(0.2), "lr": 1.0, "momentum": 0.0, "refresh": EVERY_STEP,
+        "step_rule": StepRule(length=length), **options,
+    }  # fmt: skip
+    return natgrad.NaturalGradient(
+        model, likelihood, structure=STRUCTURES[kind], fisher="exact", **options
+    )
+
+
+def take(optimizer: Any, model: nn.Module, likelihood: str, x, y, scale: float = 1.0) -> float:
+    optimizer.zero_grad()
+    loss = scale * loss_of(likelihood)(model(x), y)
+    loss.backward()
+    optimizer.step()
+    return float(loss.detach())
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float = 1e-9) -> None:
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+# -- step by step ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "categorical"])
+@pytest.mark.parametrize(("kind", "refresh"), SETTINGS)
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+def test_steps_are_those_of_the_formulas(kind, likelihood, refresh, momentum):
+    """Measurements, caution, momentum, schedule of the rate, and steps that are taken back."""
+    length = MeasuredLength(interval=4, memory=0.6, start=0.3, growth=1.4)
+    model = network()
+    optimizer = optimizer_of(model, kind, likelihood, length, refresh=refresh, momentum=momentum)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 2.0 / (1 + step % 5))
+    reference = Reference(network(), kind, likelihood, length, refresh)
+    reference.momenta.fill_(momentum)
+    outcomes = []
+    for step, (x, y) in enumerate(batches(likelihood, 14)):
+        reference.rates.fill_(2.0 / (1 + step % 5))
+        outcomes.append(reference.step(x, y))
+        take(optimizer, model, likelihood, x, y)
+        schedule.step()
+        close(position(model), reference.theta)
+        state = optimizer._length
+        close(torch.tensor(state.caution).double(), torch.tensor(reference.caution).double())
+        close(torch.tensor(state.log_decrement).double(), torch.tensor(reference.log_k).double())
+    assert state.measurements == reference.measured
+    assert state.taken_back == outcomes.count("taken back") < 14
+    assert (state.slope is None) == (reference.s is None)
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "categorical"])
+@pytest.mark.parametrize("kind", STRUCTURES)
+def test_groups_have_rates_momenta_decays_and_shares_of_their_own(kind, likelihood):
+    length = MeasuredLength(interval=3, memory=0.5, start=0.5)
+    model, options = network(), {"lr": 0.4, "momentum": 0.8, "weight_decay": 0.1, "damping": 0.7}
+    groups = [{"modules": [model[0]], **options}]
+    optimizer = optimizer_of(model, kind, likelihood, length, params=groups, momentum=0.3)
+    reference = Reference(network(), kind, likelihood, length, EVERY_STEP)
+    first = slice(0, 16)
+    reference.momenta.fill_(0.3)
+    reference.rates[first], reference.momenta[first] = 0.4, 0.8
+    reference.decays[first], reference.shares[first] = 0.1, 0.7
+    for x, y in batches(likelihood, 10):
+        reference.step(x, y)
+        take(optimizer, model, likelihood, x, y)
+        close(position(model), reference.theta)
+
+
+def test_rate_is_in_the_buffer():
+    """A rate of zero leaves the last step to fade by momentum alone, and stretches none."""
+    model, data = network(), batches("gaussian", 4)
+    optimizer = optimizer_of(model, "full", "gaussian", MeasuredLength(overshoot=math.inf))
+    group = optimizer.param_groups[0]
+    group["momentum"] = 0.5
+    take(optimizer, model, "gaussian", *data[0])
+    steps, before = [], position(model)
+    group["lr"] = 0.0
+    for x, y in data[1:]:
+        take(optimizer, model, "gaussian", x, y)
+        steps.append(position(model) - before)
+        before = position(model)
+    assert steps[0].abs().max() > 0
+    close(steps[1], steps[0] / 2)
+    close(steps[2], steps[0] / 4)
+
+
+# -- limits ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["full", "kfac"])
+def test_linear_regression_is_solved_in_one_step(kind):
+    """α is 1 where F is exact; of a single output K-FAC's is."""
+    torch.manual_seed(0)
+    outputs = 3 if kind == "full" else 1
+    model = nn.Linear(4, outputs).double()
+    x, y = normal(20, 4), normal(20, outputs, seed=1)
+    optimizer = optimizer_of(model, kind, "gaussian", MeasuredLength(start=1.0), damping=0.0)
+    take(optimizer, model, "gaussian", x, y)
+    solution = torch.linalg.lstsq(torch.cat([x, torch.ones(20, 1)], dim=1), y).solution
+    close(torch.cat([model.weight.T, model.bias[None]]).detach(), solution)
+    assert optimizer._length.length(1e-3) == 1.0
+
+
+def test_length_is_the_minimum_along_the_line():
+    """With squared error, a linear model and no damping the step minimises the loss."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    x, y = normal(9, 4) + 1.0, normal(9, 3, seed=1)  # Correlated, which the diagonal ignores.
+    optimizer = optimizer_of(model, "diagonal", "gaussian", MeasuredLength(start=1.0), damping=0.0)
+    before = position(model)
+    take(optimizer, model, "gaussian", x, y)
+    start = flat(p.grad for p in model.parameters())
+    step = position(model) - before
+    optimizer.zero_grad()
+    loss_of("gaussian")(model(x), y).backward()
+    end = flat(p.grad for p in model.parameters())
+    assert float(start @ step) < 0
+    assert abs(float(end @ step)) < 1e-12 * abs(float(start @ step))
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "categorical"])
+@pytest.mark.parametrize("kind", STRUCTURES)
+@pytest.mark.parametrize("size", [1, 4, 60])
+def test_decrement_is_at_most_the_residuals_in_the_metric_of_outputs(kind, likelihood, size):
+    model = network(1)
+    ((x, y),) = batches(likelihood, 1, size)
+    optimizer = optimizer_of(
+        model, kind, likelihood, MeasuredLength(), damping=RelativeDamping(1e-6)
+    )
+    z = model(x).detach().requires_grad_()
+    (r,) = torch.autograd.grad(loss_of(likelihood)(z, y) * size, z)
+    roots = output_roots(likelihood, z.detach())
+    hessians = roots @ roots.mT
+    bound = (r.unsqueeze(1) @ torch.linalg.pinv(hessians) @ r.unsqueeze(2)).mean()
+    take(optimizer, model, likelihood, x, y)
+    found = math.exp(optimizer._length.log_decrement)
+    assert 0 < found <= float(bound) * (1 + 1e-9)
+    if size == 1 and kind == "full":  # One sample explains itself, but for the damping.
+        assert found > 0.999 * float(bound)
+
+
+def test_average_is_in_the_logarithm():
+    rule, state = MeasuredLength(memory=0.75), natgrad.optim.step.measured_length.LengthState()
+    decrements = [4.0, 1.0, 0.25, 8.0, 2.0]
+    logs = [math.log(k) for k in decrements]
+    weights = [1.0]
+    for count, k in enumerate(decrements, start=1):
+        state = state.measured(rule, math.sqrt(k * 3.0), 3.0)
+        memory = min(0.75, 1 - 1 / count)
+        weights = [w * memory for w in weights[: count - 1]] + [1 - memory]
+        expected = sum(w * x for w, x in zip(weights, logs, strict=False))
+        assert math.isclose(state.log_decrement, expected, rel_tol=1e-12, abs_tol=1e-12)
+    for slope, quadratic in ((-1.0, 1.0), (1.0, 0.0), (1.0, -2.0), (math.nan, 1.0)):
+        assert state.measured(rule, slope, quadratic) == state
+
+
+# -- taking back -----------------------------------------------------------------------------------
+
+
+def settled(momentum: float = 0.0, steps: int = 3, **options: Any):
+    """Return a model with a parameter of the fallback, its optimizer and data, some steps on."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    groups = [{"modules": [model[2]], "preconditioned": False}]
+    length = MeasuredLength(start=0.5)
+    optimizer = natgrad.KFAC(
+        model, "gaussian", params=groups, fisher="mc", momentum=momentum,
+        refresh=Refresh(factors=1, inverses=2, decay=0.5),
+        step_rule=StepRule(length=length), **options,
+    )  # fmt: skip
+    x, y = normal(8, 3), normal(8, 3, seed=1)
+    for _ in range(steps):
+        take(optimizer, model, "gaussian", x, y)
+    return model, optimizer, x, y
+
+
+def tensors_of(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [leaf for key in sorted(value, key=str) for leaf in tensors_of(value[key])]
+    if isinstance(value, (list, tuple)):
+        return [leaf for one in value for leaf in tensors_of(one)]
+    return [value]
+
+
+def same(left: Any, right: Any) -> bool:
+    pairs = list(zip(tensors_of(left), tensors_of(right), strict=True))
+    return all(torch.equal(a, b) if isinstance(a, Tensor) else bool(a == b) for a, b in pairs)
+
+
+def against(model: nn.Module, step: list[Tensor], x: Tensor) -> Tensor:
+    """Return targets whose loss rises steeply along a step of the first layer."""
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        for p, v in zip((moved[0].weight, moved[0].bias), step, strict=True):
+            p.add_(v)
+        return model(x) - 100.0 * (moved(x) - model(x))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_step_that_went_too_far_ends_at_the_minimum_of_the_parabola(momentum):
+    model, optimizer, x, y = settled(momentum)
+    state = optimizer._length
+    first = [model[0].weight, model[0].bias]
+    step = [optimizer.state[p]["previous_step"].clone() for p in first]
+    before = copy.deepcopy(optimizer.state_dict())
+    parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+    target = against(model, step, x)
+    optimizer.zero_grad()
+    loss_of("gaussian")(model(x), target).backward()
+    slope = sum(float((v * p.grad).sum()) for v, p in zip(step, first, strict=True))
+    share = state.slope / (state.slope + slope)
+    assert slope > state.slope
+    optimizer.step()
+    for v, p, name in zip(step, first, ("0.weight", "0.bias"), strict=True):
+        close(p.detach(), parameters[name] - (1 - share) * v, 1e-12)
+        close(optimizer.state[p]["previous_step"], share * v, 1e-12)
+    for name in ("2.weight", "2.bias"):  # What the fallback trains.
+        assert torch.equal(model.get_parameter(name), parameters[name])
+    after = optimizer.state_dict()
+    assert same(before["param_groups"], after["param_groups"])
+    assert same(*({**one["natgrad"], "length": None} for one in (before, after)))
+    assert math.isclose(optimizer._length.caution, state.caution * share)
+    assert optimizer._length == dataclasses.replace(
+        state, caution=optimizer._length.caution, ceiling=optimizer._length.caution, slope=None,
+        steps=state.steps + 1, taken_back=state.taken_back + 1,
+    )  # fmt: skip
+    # The next one is taken, whatever it meets.
+    at = position(model)
+    optimizer.zero_grad()
+    loss_of("gaussian")(model(x), target).backward()
+    optimizer.step()
+    assert optimizer._length.taken_back == state.taken_back + 1
+    assert optimizer._length.slope is not None
+    assert not torch.equal(position(model), at)
+
+
+def test_loss_that_is_scaled_up_makes_no_step_longer():
+    """A hundredfold loss after the last measurement: the step is as long as before."""
+    lengths = {}
+    for scale in (1.0, 100.0):
+        model = network()
+        refresh = Refresh(decay=0.9)
+        length = MeasuredLength(interval=50)
+        optimizer = optimizer_of(model, "kfac", "gaussian", length, refresh=refresh)
+        data = batches("gaussian", 15)
+        for x, y in data[:14]:
+            take(optimizer, model, "gaussian", x, y)
+        before = position(model)
+        take(optimizer, model, "gaussian", *data[14], scale=scale)
+        lengths[scale] = float((position(model) - before).norm())
+    assert lengths[100.0] <= 1.01 * lengths[1.0]
+
+
+def test_warning_of_many_steps_taken_back_comes_once():
+    model = network()
+    optimizer = optimizer_of(model, "full", "gaussian", MeasuredLength(overshoot=1e-3))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for seed in range(80):
+            x, y = normal(3, 3, seed=seed), 30 * normal(3, 3, seed=500 + seed)
+            take(optimizer, model, "gaussian", x, y)
+    assert optimizer._length.taken_back >= 12
+    said = [str(one.message) for one in caught if "took back" in str(one.message)]
+    assert len(said) == 1
+    assert "NaturalGradient took back 10 of its" in said[0]
+
+
+def test_caution_grows_fast_up_to_where_steps_went_too_far_and_slowly_beyond():
+    rule, state = MeasuredLength(growth=2.0), natgrad.optim.step.measured_length.LengthState()
+    state = dataclasses.replace(state.taken(rule, 1.0), caution=0.8, ceiling=1.0).shortened(0.5)
+    assert state.caution == state.ceiling == 0.4
+    state = state.shortened(0.1)
+    assert math.isclose(state.caution, 0.04)
+    cautions = []
+    for _ in range(6):
+        state = state.taken(rule, 1.0)
+        cautions.append(state.caution)
+    expected = [0.04 * 1.02**k for k in range(1, 7)]  # The ceiling fell as well.
+    assert all(math.isclose(a, b) for a, b in zip(cautions, expected, strict=True))
+    fresh = dataclasses.replace(state, caution=0.1, ceiling=0.5)
+    grown = []
+    for _ in range(4):
+        fresh = fresh.taken(rule, 1.0)
+        grown.append(fresh.caution)
+    assert all(math.isclose(a, b) for a, b in zip(grown, (0.2, 0.4, 0.5, 0.5 * 1.02), strict=True))
+
+
+def test_second_gradient_that_is_not_finite_takes_all_of_the_last_step_back():
+    model, optimizer, x, y = settled(0.5)
+    first = [model[0].weight, model[0].bias]
+    steps = [optimizer.state[p]["previous_step"].clone() for p in first]
+    at = [p.detach().clone() for p in first]
+    bad = torch.full_like(x, math.inf)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        take(optimizer, model, "gaussian", bad, y)
+        assert all(torch.equal(p, value) for p, value in zip(first, at, strict=True))
+        take(optimizer, model, "gaussian", bad, y)
+    for p, value, step in zip(first, at, steps, strict=True):
+        close(p.detach(), value - step, 1e-12)
+        assert not optimizer.state[p]["previous_step"].any()
+    taken = optimizer._length.taken_back
+    take(optimizer, model, "gaussian", x, y)
+    assert optimizer._length.taken_back == taken
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+# -- options and checkpoints -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"interval": 0}, "interval"), ({"interval": 1.5}, "interval"), ({"memory": 1.0}, "memory"),
+        ({"memory": -0.1}, "memory"), ({"start": 0.0}, "start"), ({"start": 1.1}, "start"),
+        ({"growth": 0.9}, "growth"), ({"growth": math.inf}, "growth"),
+        ({"growth": math.nan}, "growth"), ({"overshoot": 0.0}, "overshoot"),
+        ({"overshoot": math.nan}, "overshoot"), ({"start": math.nan}, "start"),
+    ],
+)  # fmt: skip
+def test_options_out_of_range_are_named(options, word):
+    with pytest.raises((ValueError, TypeError), match=word):
+        MeasuredLength(**options)
+
+
+@pytest.mark.parametrize("at", [0, 1, 4, 9])
+def test_checkpoint_goes_on_bit_for_bit(at):
+    length = MeasuredLength(interval=3, start=0.5)
+    options = {"momentum": 0.5, "refresh": NOW_AND_THEN, "lr": 2.0}
+    model, data = network(), batches("categorical", 14)
+    optimizer = optimizer_of(model, "kfac", "categorical", length, **options)
+    for x, y in data[:at]:
+        take(optimizer, model, "categorical", x, y)
+    other = copy.deepcopy(model)
+    again = optimizer_of(other, "kfac", "categorical", length, **options)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for x, y in data[at:]:
+        take(optimizer, model, "categorical", x, y)
+        take(again, other, "categorical", x, y)
+        assert torch.equal(position(model), position(other))
+    assert again._length == optimizer._length
+
+
+def test_measurements_leave_the_global_random_state_alone():
+    model, data = network(), batches("categorical", 3)
+    optimizer = natgrad.KFAC(model)
+    state = torch.get_rng_state()
+    for x, y in data:
+        take(optimizer, model, "categorical", x, y)
+    assert torch.equal(torch.get_rng_state(), state)
