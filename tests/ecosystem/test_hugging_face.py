@@ -259,7 +259,7 @@ def test_trainer_is_the_plain_loop(name, accumulate, tmp_path):
         batch["labels"][:, [0, 2]] = IGNORED
     wrapped, plain = model, copy.deepcopy(model)
     start = flat(model)
-    options = {"lr": 0.05, "fisher": "exact", "factors": 2, "inverses": 2}
+    options = {"fisher": "exact", "factors": 2, "inverses": 2}
     options["rows_per_unit"] = None  # Positions drawn for half a batch are others.
     inner = make_optimizer(natgrad.KFAC, wrapped, **options)
     scheduler = torch.optim.lr_scheduler.StepLR(inner, 2, gamma=0.5)

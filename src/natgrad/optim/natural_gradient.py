@@ -461,6 +461,9 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
             mean_eigenvalue = found.pop("mean_eigenvalue", math.nan)
             if not found.pop("failed"):
                 break
+        own = {name: found[name] for name in ("fisher", "scale") if name in found}
+        if rule.measured is not None and not all_finite(own):  # A fault of natgrad's own pass.
+            found = {name: value for name, value in found.items() if name not in own}
         if not all_finite(found):
             self._give_up_step(grouped)
             return None

@@ -19,7 +19,7 @@ from natgrad.curvature.curvature import Estimate
 from natgrad.fisher import FisherType, as_fisher_type
 from natgrad.jacobians import LayerJacobian, LinearJacobian
 from natgrad.layouts import inner_product
-from natgrad.likelihoods import LikelihoodLike, as_likelihood
+from natgrad.likelihoods import Categorical, LikelihoodLike, as_likelihood
 from natgrad.operators import GradientSource
 from natgrad.optim.copying import CopiedByState
 from natgrad.optim.fused.kronecker_gradients import FusedGradient
@@ -440,12 +440,15 @@ class Preconditioner(CopiedByState):
         It is the scale of the user's loss, summed over passes that accumulate, times what the
         gradients were multiplied by since: the inverse of a loss scaler, or what clipping left.
         Where no pass shows another scale than that of a mean it is 1, as a squared error, say,
-        shows none.
+        shows none; the gradient of a cross-entropy does, so that means were added there.
         """
         scales = [one.scale * one.count for one in self.observer.seen if not one.is_empty]
         each = torch.stack([one.double() for one in scales])
         usual = (each - 1.0).abs().max() < 1e-4
-        return torch.where(usual, 1.0, each.sum() * self._factor_since(gradients))
+        scale = each.sum() * self._factor_since(gradients)
+        scale = torch.where((scale - 1.0).abs() < 1e-4, 1.0, scale)  # But for rounding it is 1.
+        shown = isinstance(self.observer.likelihood, Categorical)
+        return torch.where(usual, float(len(each)) if shown else 1.0, scale)
 
     def _factor_since(self, gradients: dict[str, Tensor]) -> Tensor:
         """Return what gradients were multiplied by since the backward passes; 1 if unknown."""
