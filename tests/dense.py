@@ -570,7 +570,7 @@ def kron(size: int, where: Tensor, factors: Sequence[tuple[Tensor, Tensor]]) -> 
     result = torch.zeros(size, size, dtype=factors[0][0].dtype)
     for group, (a, b) in zip(where, factors, strict=True):
         index = group.flatten()
-        result[index.unsqueeze(1), index] = torch.kron(b, a)
+        result[index.unsqueeze(1), index] = torch.kron(b.contiguous(), a.contiguous())
     return result
 
 
