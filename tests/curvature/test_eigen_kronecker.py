@@ -282,7 +282,9 @@ def test_rows_are_preconditioned_where_that_is_cheaper(monkeypatch):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(40, 48), nn.Tanh(), nn.Linear(48, 4)).double()
     before, lr, damping = flat(model), 0.5, 0.03
-    optimizer = TKFAC(model, lr=lr, damping=damping, momentum=0.0, fisher="exact", kl_clip=None)
+    optimizer = make_optimizer(
+        TKFAC, model, lr=lr, damping=damping, momentum=0.0, fisher="exact", kl_clip=None
+    )
     functional.cross_entropy(model(normal(3, 40)), labels(3, 4, 0)).backward()
     gradient = torch.cat([p.grad.flatten().clone() for p in model.parameters()])
     optimizer.step()

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 import natgrad
 from natgrad.curvature.singd import InverseFactorStatistics
-from tests.methods import make_optimizer
+from tests.methods import OF_PLAIN_LENGTH, make_optimizer, measures
 
 #: Curvature is averaged over steps.
 AVERAGING: dict[str, Any] = {
@@ -43,12 +43,16 @@ REPRESENTATIVES: list[str] = ["kfac", "exact", "fngd", "egn", "padam"]
 
 
 def make(name: str, model: nn.Module, likelihood: Any = "categorical", **options: Any) -> Any:
-    """Make an optimizer; averaging ones update and factorise at different steps."""
+    """Make an optimizer; averaging ones update and factorise at different steps.
+
+    Those that measure the length of their steps do so unless a test is about plain ones.
+    """
     if name == "padam":
         return natgrad.Padam(model.parameters(), lr=4 * options.get("lr", 0.1))
     if name == "egn":
         return make_optimizer(natgrad.EGN, model, likelihood, **({"momentum": 0.9} | options))
-    defaults: dict[str, Any] = {"lr": 0.1, "momentum": 0.9}
+    measured = measures(OPTIMIZERS[name]) and not OF_PLAIN_LENGTH & set(options)
+    defaults: dict[str, Any] = {} if measured else {"lr": 0.1, "momentum": 0.9}
     if name in AVERAGING:
         defaults |= {"factors": 2, "inverses": 3}
     return make_optimizer(OPTIMIZERS[name], model, likelihood, **(defaults | options))

@@ -70,12 +70,19 @@ NATURAL = [
     natgrad.ConjugateGradientNGD, natgrad.ThermodynamicNGD, natgrad.ImprovedEmpiricalNGD,
 ]  # fmt: skip
 
+#: A length that is the learning rate, bounded.
+PLAIN: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "damping": 1e-4, "kl_clip": 5e-5}
+
 KINDS: dict[str, Kind] = {
     **{cls.__name__: Kind(cls) for cls in NATURAL},
     "EGN": Kind(natgrad.EGN, needs_closure=True),
     "FNGD": Kind(natgrad.FNGD, {"coefficient_steps": 3}),
-    "KFAC, graft": Kind(natgrad.KFAC, {"graft": "adam"}),
-    "KFAC, quadratic model": Kind(natgrad.KFAC, {"length": "quadratic_model", "nesterov": False}),
+    "KFAC, plain": Kind(natgrad.KFAC, {**PLAIN, "nesterov": True}),
+    "KFAC, graft": Kind(natgrad.KFAC, {**PLAIN, "graft": "adam", "nesterov": True}),
+    "KFAC, quadratic model": Kind(natgrad.KFAC, {**PLAIN, "length": "quadratic_model"}),
+    "KFAC, adaptive damping": Kind(
+        natgrad.KFAC, {"damping": natgrad.LevenbergMarquardt(interval=2)}, needs_closure=True
+    ),
     "KFAC, fused": Kind(natgrad.KFAC, {"fused": True}),
     "SINGD, bfloat16": Kind(natgrad.SINGD, {"factor_dtype": torch.bfloat16}),
     "SINGD, diagonal": Kind(natgrad.SINGD, {"factor_structures": "diagonal"}),

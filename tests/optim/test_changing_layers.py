@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from typing import Any
 
@@ -182,12 +183,26 @@ def test_momentum_outlives_a_freeze():
     model = make_model()
     optimizer = natgrad.KFAC(model, "gaussian")
     KINDS["KFAC"].step(optimizer, model)
-    buffer = optimizer.state[model[0].weight]["momentum_buffer"].clone()
+    buffer = optimizer.state[model[0].weight]["previous_step"].clone()
     model[0].requires_grad_(False)
     KINDS["KFAC"].step(optimizer, model)
     model[0].requires_grad_(True)
     loss(model)
-    assert torch.equal(optimizer.state[model[0].weight]["momentum_buffer"], buffer)
+    assert torch.equal(optimizer.state[model[0].weight]["previous_step"], buffer)
+
+
+def test_what_is_frozen_is_not_taken_back():
+    model = make_model()
+    optimizer = natgrad.KFAC(model, "gaussian")
+    KINDS["KFAC"].step(optimizer, model)
+    model[0].requires_grad_(False)
+    for p in model.parameters():  # As after a step uphill.
+        optimizer.state[p]["previous_step"].neg_()
+    optimizer._length = dataclasses.replace(optimizer._length, slope=1e-9)
+    start, taken_back = values(model), optimizer._length.taken_back
+    KINDS["KFAC"].step(optimizer, model)
+    assert optimizer._length.taken_back == taken_back + 1
+    assert moved(model, start) == {"2.weight", "2.bias"}
 
 
 # -- replaced modules ------------------------------------------------------------------------------
@@ -243,7 +258,8 @@ def test_untrusted_parameters_go_to_the_fallback(name: str):
     kind, model = KINDS[name], make_model()
     other, options = make_model(), {"lr": 0.1}
     if name in ("KFAC", "EKFAC"):
-        options["kl_clip"] = None  # It bounds the step of all layers together.
+        # A bound, and the unit of relative damping, are of all layers together.
+        options |= {"kl_clip": None, "damping": 1e-3}
     optimizer = kind.make(model, **options)
     reference, twin = kind.make(other, **options), copy.deepcopy(other)
     optimizer.preconditioner.untrusted["0.weight"] = "its rows are made up"

@@ -24,7 +24,7 @@ from torch.nn import functional
 
 import natgrad
 from tests import processes
-from tests.methods import make_optimizer
+from tests.methods import make_optimizer, measures
 from tests.optim import interrupted_run
 
 AVERAGING: dict[str, Any] = {
@@ -320,6 +320,22 @@ def test_a_fault_changes_nothing(name, where, value):
     assert not torch.equal(flat(model), before)
 
 
+@pytest.mark.filterwarnings("ignore:.*skipped a step:UserWarning")
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+@pytest.mark.parametrize("where", ["input", "last gradient", "loss"])
+def test_a_fault_of_the_first_batch_changes_nothing(name, where):
+    """There is no curvature yet to fall back on, nor a unit of damping."""
+    model, (x, y) = network(), data()
+    optimizer = make(name, model)
+    before, faulty = flat(model), Faulty(model, where, float("nan"))
+    step(name, optimizer, model, lambda m: faulty(x, y, functional.cross_entropy))
+    assert torch.equal(flat(model), before)
+    for _ in range(3):
+        step(name, optimizer, model, fit(x, y))
+        assert_finite(model, optimizer)
+    assert not torch.equal(flat(model), before)
+
+
 @pytest.mark.parametrize(
     "name",
     ["kfac", "ekfac", "diagonal", "unit_wise", "exact", "block_diagonal", "conjugate_gradient",
@@ -402,7 +418,9 @@ def test_factors_that_cannot_be_factorised_keep_the_last_and_name_the_layer(name
 @pytest.mark.parametrize("name", ["kfac", "ekfac"])
 def test_five_thousand_steps_with_faults(name):
     model = network()
-    optimizer = make(name, model, lr=0.05, factors=5, inverses=10)
+    plain = dict(momentum=0.9, damping=1e-4, kl_clip=5e-5, nesterov=True)
+    plain = plain if measures(OPTIMIZERS[name]) else {}
+    optimizer = make(name, model, lr=0.05, factors=5, inverses=10, **plain)
     dice = random.Random(0)
     x, y = data(256)
     first = float(fit(x, y)(model).detach())
