@@ -62,8 +62,9 @@ def measure(
         measures["slopes"] = slopes(directions, gradients)
     elif rule.measured is not None and len(directions) > 1:
         measures["along"] = preconditioner.inner_product(directions[1], source)
+    if not rule.uses_model:
+        directions = directions[:1]
     if rule.keeps_steps and batch is not None:
-        directions = directions if rule.uses_model else directions[:1]
         measures["fisher"] = batch.gram(directions)
     if not rule.uses_model and any(group["kl_clip"] is not None for group in grouped.groups):
         curvature = preconditioner.curvature
