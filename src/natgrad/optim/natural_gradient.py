@@ -44,7 +44,7 @@ from natgrad.optim.step.measures import (
     on_host,
     scalar_checks,
 )
-from natgrad.optim.step.plan import StepPlan, share_of_direction
+from natgrad.optim.step.plan import StepPlan
 from natgrad.optim.step.reevaluation import Reevaluation, as_float, evaluated
 from natgrad.optim.step.relative_damping import RelativeDamping
 from natgrad.optim.summary import Summary, summarize
@@ -501,7 +501,7 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
             square += found["scale"] * sum(d * gram[0][0] for d, gram in terms)
             state = state.measured(rule, inner, square)
         length = state.length(inner)
-        rates = [rate_of(group) * share_of_direction(group["momentum"]) for group in grouped.groups]
+        rates = [rate_of(group) * (1.0 - group["momentum"]) for group in grouped.groups]
         kept = max((group["momentum"] for group in grouped.groups), default=0.0)
         slope = max(rates, default=0.0) * length * inner + kept * max(0.0, -along)
         self._length = state.taken(rule, slope)

@@ -45,8 +45,8 @@ class MeasuredLength:
 
     With the learning rate η as a factor, the step is
 
-    .. math:: v \leftarrow \mu v - \min(1, 2(1 - \mu))\, \eta \min(1, \gamma K / \langle \Delta, g
-              \rangle) \Delta, \qquad \theta \leftarrow \theta + v,
+    .. math:: v \leftarrow \mu v - (1 - \mu)\, \eta \min(1, \gamma K / \langle \Delta, g \rangle) \Delta,
+              \qquad \theta \leftarrow \theta + v,
 
     with K the decrement of the quadratic model, a geometric moving average over measurements. The
     learning rate is in the buffer, so that no schedule stretches old steps.

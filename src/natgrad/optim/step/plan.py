@@ -12,16 +12,7 @@ from torch import Tensor
 from natgrad.layouts import inner_product
 from natgrad.optim.step.groups import PreconditionedGroups, rate_of
 
-__all__ = ["GroupUpdate", "StepPlan", "share_of_direction"]
-
-
-def share_of_direction(momentum: float) -> float:
-    """Return the factor on a new direction of measured length beside a momentum μ.
-
-    The steps of a direction sum to twice its length, or ``1/(1 − μ)`` times where that is less:
-    twice, as averages over directions are less noisy than each of them.
-    """
-    return min(1.0, 2.0 * (1.0 - momentum))
+__all__ = ["GroupUpdate", "StepPlan"]
 
 
 @dataclass(frozen=True)
@@ -89,7 +80,7 @@ class StepPlan:
     def _measured_update(
         self, grouped: PreconditionedGroups, group: dict[str, Any], scale: float
     ) -> GroupUpdate | None:
-        """Return the step ``μv − scale·η·αΔ``, with v the last one."""
+        """Return the step ``μv − (1 − μ)·scale·η·αΔ``, with v the last one."""
         natural = self.directions[0]
         parameters = [p for p in grouped.members(group) if grouped.names[p] in natural]
         if not parameters:
@@ -102,7 +93,7 @@ class StepPlan:
                 state["previous_step"] = torch.zeros_like(p)
         steps = [state["previous_step"] for state in states]
         lr, momentum = rate_of(group), group["momentum"]
-        share = lr * scale * self.coefficients[0] * share_of_direction(momentum)
+        share = lr * scale * self.coefficients[0] * (1.0 - momentum)
         torch._foreach_mul_(steps, momentum)
         torch._foreach_add_(steps, directions, alpha=share)
         decay = 0.0 if grouped.rule.decays_in_model else lr * group["weight_decay"]
