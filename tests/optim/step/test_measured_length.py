@@ -172,7 +172,7 @@ class Reference:
             old = found if self.log_k is None else self.log_k
             self.log_k = memory * old + (1 - memory) * found
         alpha = min(1.0, self.caution * min(1.0, math.exp(self.log_k) / slope))
-        share = self.rates * torch.clamp(2 * (1 - self.momenta), max=1.0)
+        share = self.rates * (1 - self.momenta)
         kept = float(self.momenta.max())
         self.s = float(share.max()) * alpha * slope + kept * max(0.0, -along)
         self.v = self.momenta * self.v - share * alpha * delta
