@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 import natgrad
 from natgrad.replicas import Replicas
@@ -88,6 +89,38 @@ def test_replicas_stay_equal_however_they_are_told_of(tmp_path: Path):
     for way, found in first.items():
         assert torch.equal(found, second[way])
         torch.testing.assert_close(found, first["wrapped"], rtol=1e-9, atol=1e-12)
+
+
+def uneven(rank: int, world: int, path: str) -> None:
+    """Train replicas on batches of other sizes, and one in which nothing counts."""
+    start(rank, world, path)
+    result = {}
+    for method in (natgrad.KFAC, natgrad.EKFAC, natgrad.SINGD):
+        model = make_model()
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        optimizer = method(wrapped)
+        for step in range(8):
+            generator = torch.Generator().manual_seed(10 * step + rank)
+            x = torch.randn(3 + 4 * rank, 5, generator=generator, dtype=torch.float64)
+            y = torch.randint(0, 3, (len(x),), generator=generator)
+            if rank == step - 2:
+                y[:] = -100
+            optimizer.zero_grad()
+            functional.cross_entropy(wrapped(x), y, reduction="sum").div(5).backward()
+            optimizer.step()
+        result[method.__name__] = weights(model)
+    torch.save(result, f"{path}/{rank}.pt")
+    torch.distributed.barrier()
+    os._exit(0)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_replicas_stay_equal_whatever_each_has_seen(tmp_path: Path):
+    processes.replicas(uneven, tmp_path)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for name, found in first.items():
+        assert found.isfinite().all() and torch.equal(found, second[name]), name
 
 
 def test_one_process_waits_for_nobody():

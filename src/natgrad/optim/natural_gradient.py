@@ -451,10 +451,9 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
             if rule.graft is not None:
                 natural = self._graft(natural, gradients, source, state)
             directions = self._directions(natural, grouped)
-            values = measure(preconditioner, grouped, directions, gradients, source)
-            if rule.measured is not None and "fisher" in values:
-                values["scale"] = preconditioner.batch_scale(covered)
-                grouped.replicas.average({"scale": values["scale"]})
+            measures = rule.measured is not None and preconditioner.observer.keeps_batch_fisher
+            scale = preconditioner.batch_scale(covered) if measures else None
+            values = measure(preconditioner, grouped, directions, gradients, source, scale)
             if self._relative_damping and preconditioner.inverts:
                 values["mean_eigenvalue"] = preconditioner.mean_eigenvalue()
             found = on_host({**values, **scalar_checks(rest.values(), loss), "failed": failed})
@@ -496,10 +495,9 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
             return None
         state = self._length
         if "fisher" in found:
-            square = found["scale"] * found["fisher"][0][0]
             terms = zip(grouped.dampings, found["grams"], strict=True)
-            square += found["scale"] * sum(d * gram[0][0] for d, gram in terms)
-            state = state.measured(rule, inner, square)
+            damped = found["scale"] * sum(d * gram[0][0] for d, gram in terms)
+            state = state.measured(rule, inner, found["fisher"] + damped)
         length = state.length(inner)
         rates = [rate_of(group) * (1.0 - group["momentum"]) for group in grouped.groups]
         kept = max((group["momentum"] for group in grouped.groups), default=0.0)

@@ -442,28 +442,33 @@ class Preconditioner(CopiedByState):
         Where no pass shows another scale than that of a mean it is 1, as a squared error, say,
         shows none; the gradient of a cross-entropy does, so that means were added there.
         """
+        factor = self._factor_since(gradients)  # On all replicas.
         scales = [one.scale * one.count for one in self.observer.seen if not one.is_empty]
+        if self.observer.batch_fisher is None or not scales:
+            return torch.zeros_like(factor)
         each = torch.stack([one.double() for one in scales])
         usual = (each - 1.0).abs().max() < 1e-4
-        scale = each.sum() * self._factor_since(gradients)
+        scale = each.sum() * factor
         scale = torch.where((scale - 1.0).abs() < 1e-4, 1.0, scale)  # But for rounding it is 1.
         shown = isinstance(self.observer.likelihood, Categorical)
         return torch.where(usual, float(len(each)) if shown else 1.0, scale)
 
     def _factor_since(self, gradients: dict[str, Tensor]) -> Tensor:
         """Return what gradients were multiplied by since the backward passes; 1 if unknown."""
-        name, unknown = self.observer.probe_layer, torch.ones((), dtype=torch.float64)
+        name, layout = self.observer.probe_layer, self.curvature.layout
+        unknown = torch.ones((), dtype=torch.float64, device=layout.device)
         if name is None or any(n not in gradients for n in self.capture.blocks[name].layout.names):
             return unknown
-        expected, found = torch.zeros(()), None
+        size = self.capture.blocks[name].layout.d_out
+        expected, found = torch.zeros(size, dtype=layout.dtype, device=layout.device), None
         for one in self.observer.seen:
             rows = self.capture.user_jacobians(one.recorded, separate=False).get(name)
             if isinstance(rows, LinearJacobian):
                 part, found = _along_probe(rows, gradients)
-                expected = part if not expected.dim() else expected + part
+                expected = expected + part
+        self.replicas.average({"expected": expected})  # As .grad is.
         if found is None:
             return unknown
-        self.replicas.average({"expected": expected})  # As .grad is.
         factor = (found * expected).sum().double() / expected.square().sum()
         return torch.where(factor.isfinite() & (factor > 0), factor, 1.0)
 

@@ -42,6 +42,7 @@ def measure(
     directions: Sequence[dict[str, Tensor]],
     gradients: dict[str, Tensor],
     source: dict[str, Tensor],
+    scale: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Return what the size of a step depends on, on the device.
 
@@ -51,6 +52,7 @@ def measure(
         directions: Δ and further directions.
         gradients: Parameter name → gradient of the loss.
         source: What Δ is the preconditioned form of.
+        scale: Scale of the loss where a length is measured; 0 without rows of the batch.
     """
     natural = directions[0]
     if not natural:
@@ -60,12 +62,14 @@ def measure(
     measures: dict[str, Tensor] = {}
     if rule.uses_model and batch is not None:
         measures["slopes"] = slopes(directions, gradients)
+        measures["fisher"] = batch.gram(directions)
     elif rule.measured is not None and len(directions) > 1:
         measures["along"] = preconditioner.inner_product(directions[1], source)
     if not rule.uses_model:
         directions = directions[:1]
-    if rule.keeps_steps and batch is not None:
-        measures["fisher"] = batch.gram(directions)
+    if scale is not None:  # On all replicas, also those whose batch has no rows.
+        measures["scale"] = scale
+        measures["fisher"] = scale * (1.0 if batch is None else batch.gram(directions)[0, 0])
     if not rule.uses_model and any(group["kl_clip"] is not None for group in grouped.groups):
         curvature = preconditioner.curvature
         if rule.graft is None:
