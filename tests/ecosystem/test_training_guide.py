@@ -28,7 +28,7 @@ LIBRARIES = ("lightning", "transformers", "accelerate", "peft")
 
 
 def test_the_guide_has_blocks():
-    assert len(BLOCKS) == 12
+    assert len(BLOCKS) == 13
 
 
 @pytest.mark.parametrize(("title", "block"), BLOCKS, ids=[title for title, _ in BLOCKS])
