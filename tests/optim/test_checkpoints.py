@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+import natgrad
 from tests.optim.every_optimizer import KINDS, make_model, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -101,6 +102,15 @@ def wider(name: str) -> dict[str, Any]:
     optimizer = KINDS[name].make(model)
     KINDS[name].step(optimizer, model)
     return optimizer.state_dict()
+
+
+@pytest.mark.parametrize("options", [{"damping": 1e-3}, {"step_rule": natgrad.StepRule()}])
+def test_a_checkpoint_in_other_units_is_refused(options):
+    saved, optimizer = (natgrad.KFAC(make_model(), **one) for one in ({}, options))
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match="in other units than this optimizer's"):
+        optimizer.load_state_dict(saved.state_dict())
+    assert optimizer.state_dict()["param_groups"] == before["param_groups"]
 
 
 @pytest.mark.parametrize("name", FEW)

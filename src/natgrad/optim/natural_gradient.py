@@ -679,6 +679,12 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
         known = self._relative_damping and self._mean_eigenvalue is not None
         return float(self._mean_eigenvalue) if known and self._mean_eigenvalue else 1.0
 
+    @property
+    def _units(self) -> dict[str, bool]:
+        """What the learning rates and dampings of the groups are factors on."""
+        measured = self.step_rule.measured is not None
+        return {"measured_length": measured, "relative_damping": self._relative_damping}
+
     def _find_damping_unit(self) -> None:
         """Wait for the mean eigenvalue before the first factorisation; later ones come along."""
         if self._relative_damping and self._mean_eigenvalue is None:
@@ -842,6 +848,7 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
     def _own_state(self) -> dict[str, Any]:
         return {
             **self.preconditioner.state_dict(),
+            "units": self._units,
             "mean_eigenvalue": self._mean_eigenvalue,
             "length": self._length.state_dict(),
         }
@@ -854,6 +861,11 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
                 "are: make the optimizer with the params= the checkpoint was saved with"
             )
         rest = self.preconditioner.checked(own)
+        if own["units"] != self._units:
+            raise ValueError(
+                "the checkpoint's groups have learning rates and damping in other units than this "
+                "optimizer's: make it with the step_rule= and damping= it was saved with"
+            )
         unit, length = own["mean_eigenvalue"], LengthState.of(own["length"])
 
         def restore() -> None:

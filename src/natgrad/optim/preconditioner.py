@@ -637,7 +637,7 @@ class Preconditioner(CopiedByState):
     def state_dict(self) -> dict[str, Any]:
         """Return curvature, step counter and the state of the generator."""
         return {
-            "version": 2,
+            "version": 3,
             "structure": self.curvature.structure.name,
             "steps": self.observer.steps,
             "start": self.observer.start,
@@ -663,7 +663,7 @@ class Preconditioner(CopiedByState):
         Raises:
             ValueError: If it belongs to another structure or other layers.
         """
-        if state.get("version") != 2:
+        if state.get("version") != 3:
             raise ValueError(f"unknown version {state.get('version')!r} of a natgrad checkpoint")
         own = self.curvature.structure.name
         if state["structure"] != own:
