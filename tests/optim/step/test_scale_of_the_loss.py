@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import natgrad
-from natgrad import KFAC, MeasuredLength, StepRule
+from natgrad import KFAC, MeasuredLength, RelativeDamping, StepRule
 from natgrad.operators import GradientSource
 from tests.cases import labels, normal
 
@@ -78,9 +78,9 @@ def mean_over_outputs(model, loss, x, y) -> None:
 
 
 def trained(kind, likelihood: str, backward, steps: int = 8, **options) -> list[Tensor]:
-    """Return the parameters after every step."""
+    """Return the parameters after every step, all of them shorter than the natural gradient."""
     model = network()
-    optimizer = kind(model, likelihood, **options)
+    optimizer = kind(model, likelihood, damping=RelativeDamping(0.02), **options)
     path = []
     for seed in range(steps):
         optimizer.zero_grad()
