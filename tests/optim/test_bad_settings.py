@@ -209,8 +209,11 @@ SOME = [
     "intervals 1000", "two samples", "loss 1e6", "targets 1000", "inputs 1000", "weights 10",
     "dead layer", "labels are noise", "one batch NaN",
 ]  # fmt: skip
-#: Those in which too little is left of the curvature for the bare eigenvalues of these methods.
-POOR_CURVATURE = {"absolute damping 1e-12", "relative damping 1e-6", "two samples"}
+#: What is not claimed: cross-entropy does end higher there.
+NOT_CLAIMED = {
+    "TEKFAC": {"absolute damping 1e-12", "relative damping 1e-6", "two samples"},
+    "TwoLevelKFAC": {"absolute damping 1e-12", "relative damping 1e-6"},
+}
 
 KINDS = {
     one.__name__: one
@@ -276,7 +279,7 @@ def test_kfac_does_not_blow_up(name):
         pytest.param(kind, name, id=f"{kind}, {name}")
         for kind in KINDS
         for name in SOME
-        if kind != "KFAC" and not (name in POOR_CURVATURE and kind in ("TEKFAC", "TwoLevelKFAC"))
+        if kind != "KFAC" and name not in NOT_CLAIMED.get(kind, ())
     ],
 )
 def test_other_methods_do_not_blow_up(kind, name):
