@@ -462,6 +462,8 @@ class Preconditioner(CopiedByState):
         size = self.capture.blocks[name].layout.d_out
         expected, found = torch.zeros(size, dtype=layout.dtype, device=layout.device), None
         for one in self.observer.seen:
+            if one.is_empty:
+                continue
             rows = self.capture.user_jacobians(one.recorded, separate=False).get(name)
             if isinstance(rows, LinearJacobian):
                 part, found = _along_probe(rows, gradients)
