@@ -69,7 +69,7 @@ class KFAC(NaturalGradient):
 
     method: ClassVar[Method] = Method(
         KroneckerFactors(),
-        lr=1.0, damping=_RELATIVE, momentum=0.5, fisher="mc",
+        lr=1.5, damping=_RELATIVE, momentum=0.5, fisher="mc",
         refresh=_AMORTISED, step_rule=_MEASURED,
     )  # fmt: skip
 
@@ -84,7 +84,7 @@ class EKFAC(NaturalGradient):
 
     method: ClassVar[Method] = Method(
         EigenKronecker(),
-        lr=1.0, damping=_RELATIVE, momentum=0.5, fisher="mc",
+        lr=1.5, damping=_RELATIVE, momentum=0.5, fisher="mc",
         refresh=_AMORTISED, step_rule=_MEASURED,
     )  # fmt: skip
 
@@ -99,7 +99,7 @@ class TKFAC(NaturalGradient):
 
     method: ClassVar[Method] = Method(
         TraceKronecker(),
-        lr=1.0, damping=_RELATIVE, momentum=0.5, fisher="mc",
+        lr=1.5, damping=_RELATIVE, momentum=0.5, fisher="mc",
         refresh=_AMORTISED, step_rule=_MEASURED,
     )  # fmt: skip
 
@@ -112,7 +112,7 @@ class TEKFAC(NaturalGradient):
 
     method: ClassVar[Method] = Method(
         TraceEigenKronecker(),
-        lr=1.0, damping=_RELATIVE, momentum=0.5, fisher="mc",
+        lr=1.5, damping=_RELATIVE, momentum=0.5, fisher="mc",
         refresh=_AMORTISED, step_rule=_MEASURED,
     )  # fmt: skip
 
@@ -127,7 +127,7 @@ class KPSVD(NaturalGradient):
 
     method: ClassVar[Method] = Method(
         KroneckerProducts(),
-        lr=1.0, damping=_RELATIVE, momentum=0.5, fisher="mc",
+        lr=1.5, damping=_RELATIVE, momentum=0.5, fisher="mc",
         refresh=_AMORTISED, step_rule=_MEASURED,
     )  # fmt: skip
 
@@ -145,7 +145,7 @@ class TwoLevelKFAC(NaturalGradient):
 
     method: ClassVar[Method] = Method(
         TwoLevelKronecker(),
-        lr=1.0, damping=_RELATIVE, momentum=0.5, fisher="mc",
+        lr=1.5, damping=_RELATIVE, momentum=0.5, fisher="mc",
         refresh=Refresh(factors=1, inverses=20, decay=0.95, early=True), step_rule=_MEASURED,
     )  # fmt: skip
 
@@ -166,7 +166,7 @@ class SINGD(NaturalGradient):
 
     method: ClassVar[Method] = Method(
         InverseFactors(),
-        lr=1.0, damping=1e-3, momentum=0.5, fisher="mc",
+        lr=1.5, damping=1e-3, momentum=0.5, fisher="mc",
         refresh=Refresh(factors=10, inverses=10, early=True), step_rule=_MEASURED,
     )  # fmt: skip
 

@@ -497,7 +497,8 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
         if "fisher" in found:
             terms = zip(grouped.dampings, found["grams"], strict=True)
             damped = found["scale"] * sum(d * gram[0][0] for d, gram in terms)
-            state = state.measured(rule, inner, found["fisher"] + damped)
+            square = found["fisher"] + damped
+            state = state.measured(rule, inner, square, found["scale"], found["largest"])
         length = state.length(inner)
         rates = [rate_of(group) * (1.0 - group["momentum"]) for group in grouped.groups]
         kept = max((group["momentum"] for group in grouped.groups), default=0.0)

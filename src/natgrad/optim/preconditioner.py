@@ -434,8 +434,12 @@ class Preconditioner(CopiedByState):
         self.replicas.average({"mean_eigenvalue": value})
         return value
 
-    def batch_scale(self, gradients: dict[str, Tensor]) -> Tensor:
-        """Return the factor from the Fisher matrix of the batch to the curvature of the loss.
+    def batch_scale(self, gradients: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the factor c from the batch's Fisher matrix F to the curvature of the loss.
+
+        With it comes a bound of ``⟨Δ, ∇L⟩²/ΔᵀFΔ`` over all Δ, by the inequality of Cauchy and
+        Schwarz the squared gradient at the output in the metric of its Hessian; without rows of
+        the batch both are 0.
 
         It is the scale of the user's loss, summed over passes that accumulate, times what the
         gradients were multiplied by since: the inverse of a loss scaler, or what clipping left.
@@ -445,13 +449,33 @@ class Preconditioner(CopiedByState):
         factor = self._factor_since(gradients)  # On all replicas.
         scales = [one.scale * one.count for one in self.observer.seen if not one.is_empty]
         if self.observer.batch_fisher is None or not scales:
-            return torch.zeros_like(factor)
+            return torch.zeros_like(factor), torch.zeros_like(factor)
         each = torch.stack([one.double() for one in scales])
         usual = (each - 1.0).abs().max() < 1e-4
         scale = each.sum() * factor
         scale = torch.where((scale - 1.0).abs() < 1e-4, 1.0, scale)  # But for rounding it is 1.
         shown = isinstance(self.observer.likelihood, Categorical)
-        return torch.where(usual, float(len(each)) if shown else 1.0, scale)
+        scale = torch.where(usual, float(len(each)) if shown else 1.0, scale)
+        return scale, self._largest_decrement() * factor.square()
+
+    def _largest_decrement(self) -> Tensor:
+        """Return ``N Σ_n u_nᵀΛ⁻¹u_n`` with the gradients u at the output, of a mean's size."""
+        observer, none = self.observer, 1e300
+        if observer.fisher.from_user_gradients:
+            return torch.tensor(none, dtype=torch.float64, device=self.capture.layout.device)
+        squares, counts = [], []
+        for one in observer.seen:
+            output, cotangent = one.recorded.output, one.recorded.cotangent
+            if one.is_empty or output is None or cotangent is None:
+                continue
+            likelihood = observer.likelihood.of_shapes(one.recorded.heads)
+            found = likelihood.root_inverse_apply(output.detach(), cotangent)
+            squares.append(found.double().square().sum())
+            counts.append(one.count.double())
+        total = torch.stack(squares).sum() * torch.stack(counts).sum() if squares else None
+        if total is None:
+            return torch.tensor(none, dtype=torch.float64, device=self.capture.layout.device)
+        return total.nan_to_num(nan=none, posinf=none).clamp(max=none)
 
     def _factor_since(self, gradients: dict[str, Tensor]) -> Tensor:
         """Return what gradients were multiplied by since the backward passes; 1 if unknown."""

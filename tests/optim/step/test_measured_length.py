@@ -124,7 +124,7 @@ class Reference:
         self.v = torch.zeros(size).double()
         self.caution, self.ceiling, self.s = length.start, length.start, None
         self.log_k, self.measured, self.count, self.taken_back = None, 0, 0, 0
-        self.ceiling = 1.0
+        self.ceiling, self.usual = 1.0, 0.0
         self.mean, self.matrix, self.inverse = None, None, None
         self.theta = position(model)
 
@@ -153,12 +153,15 @@ class Reference:
             self.mean = float(self.matrix.trace()) / len(g)
         delta = self.inverse @ g
         along = float(self.v @ g)
-        if self.s is not None and along > self.length.overshoot * self.s:
+        expected = max(self.s or 0.0, self.usual)
+        if self.s is not None and along > self.length.overshoot * expected:
             self.mean, self.matrix, self.inverse = saved
-            kept = self.s / (self.s + along)
+            kept = expected / (expected + along)
+            self.usual *= kept
             self.theta = self.theta - (1 - kept) * self.v
             self.v = kept * self.v
-            self.caution = self.ceiling = self.caution * kept
+            cut = kept if kept < 0.25 else max(kept, 0.5)
+            self.caution = self.ceiling = max(0.01, self.caution * cut)
             self.s = None
             self.taken_back += 1
             return "taken back"
@@ -171,13 +174,14 @@ class Reference:
             memory = min(self.length.memory, 1 - 1 / self.measured)
             old = found if self.log_k is None else self.log_k
             self.log_k = memory * old + (1 - memory) * found
-        alpha = min(1.0, self.caution * min(1.0, math.exp(self.log_k) / slope))
+        alpha = self.caution * min(1 / scale, math.exp(self.log_k) / slope)
         share = self.rates * (1 - self.momenta)
         kept = float(self.momenta.max())
         self.s = float(share.max()) * alpha * slope + kept * max(0.0, -along)
+        self.usual = 0.9 * self.usual + 0.1 * self.s if self.usual else self.s
         self.v = self.momenta * self.v - share * alpha * delta
         self.theta = (1 - self.rates * self.decays) * self.theta + self.v
-        fast, slow = (self.caution * min(self.length.growth, f) for f in (math.inf, 1.02))
+        fast, slow = (self.caution * min(self.length.growth, f) for f in (math.inf, 1.05))
         self.caution = min(1.0, max(slow, min(fast, self.ceiling)))
         self.ceiling = max(self.ceiling, self.caution)
         self.count += 1
@@ -337,13 +341,13 @@ def test_average_is_in_the_logarithm():
     logs = [math.log(k) for k in decrements]
     weights = [1.0]
     for count, k in enumerate(decrements, start=1):
-        state = state.measured(rule, math.sqrt(k * 3.0), 3.0)
+        state = state.measured(rule, math.sqrt(k * 3.0), 3.0, 1.0)
         memory = min(0.75, 1 - 1 / count)
         weights = [w * memory for w in weights[: count - 1]] + [1 - memory]
         expected = sum(w * x for w, x in zip(weights, logs, strict=False))
         assert math.isclose(state.log_decrement, expected, rel_tol=1e-12, abs_tol=1e-12)
     for slope, quadratic in ((-1.0, 1.0), (1.0, 0.0), (1.0, -2.0), (math.nan, 1.0)):
-        assert state.measured(rule, slope, quadratic) == state
+        assert state.measured(rule, slope, quadratic, 1.0) == state
 
 
 # -- taking back -----------------------------------------------------------------------------------
@@ -400,7 +404,8 @@ def test_step_that_went_too_far_ends_at_the_minimum_of_the_parabola(momentum):
     optimizer.zero_grad()
     loss_of("gaussian")(model(x), target).backward()
     slope = sum(float((v * p.grad).sum()) for v, p in zip(step, first, strict=True))
-    share = state.slope / (state.slope + slope)
+    expected = max(state.slope, state.usual_slope)
+    share = expected / (expected + slope)
     assert slope > state.slope
     optimizer.step()
     for v, p, name in zip(step, first, ("0.weight", "0.bias"), strict=True):
@@ -411,10 +416,12 @@ def test_step_that_went_too_far_ends_at_the_minimum_of_the_parabola(momentum):
     after = optimizer.state_dict()
     assert same(before["param_groups"], after["param_groups"])
     assert same(*({**one["natgrad"], "length": None} for one in (before, after)))
-    assert math.isclose(optimizer._length.caution, state.caution * share)
+    cut = share if share < 0.25 else max(share, 0.5)
+    assert math.isclose(optimizer._length.caution, state.caution * cut)
     assert optimizer._length == dataclasses.replace(
         state, caution=optimizer._length.caution, ceiling=optimizer._length.caution, slope=None,
-        steps=state.steps + 1, taken_back=state.taken_back + 1,
+        usual_slope=optimizer._length.usual_slope, steps=state.steps + 1,
+        taken_back=state.taken_back + 1,
     )  # fmt: skip
     # The next one is taken, whatever it meets.
     at = position(model)
@@ -454,7 +461,7 @@ def test_warning_of_many_steps_taken_back_comes_once():
     assert optimizer._length.taken_back >= 12
     said = [str(one.message) for one in caught if "took back" in str(one.message)]
     assert len(said) == 1
-    assert "NaturalGradient took back 10 of its" in said[0]
+    assert "NaturalGradient took back 6 of its" in said[0]
 
 
 def test_caution_grows_fast_up_to_where_steps_went_too_far_and_slowly_beyond():
@@ -463,18 +470,20 @@ def test_caution_grows_fast_up_to_where_steps_went_too_far_and_slowly_beyond():
     assert state.caution == state.ceiling == 0.4
     state = state.shortened(0.1)
     assert math.isclose(state.caution, 0.04)
+    assert dataclasses.replace(state, caution=0.5).shortened(0.4).caution == 0.25
+    assert state.shortened(0.1).caution == 0.01
     cautions = []
     for _ in range(6):
         state = state.taken(rule, 1.0)
         cautions.append(state.caution)
-    expected = [0.04 * 1.02**k for k in range(1, 7)]  # The ceiling fell as well.
+    expected = [0.04 * 1.05**k for k in range(1, 7)]  # The ceiling fell as well.
     assert all(math.isclose(a, b) for a, b in zip(cautions, expected, strict=True))
     fresh = dataclasses.replace(state, caution=0.1, ceiling=0.5)
     grown = []
     for _ in range(4):
         fresh = fresh.taken(rule, 1.0)
         grown.append(fresh.caution)
-    assert all(math.isclose(a, b) for a, b in zip(grown, (0.2, 0.4, 0.5, 0.5 * 1.02), strict=True))
+    assert all(math.isclose(a, b) for a, b in zip(grown, (0.2, 0.4, 0.5, 0.5 * 1.05), strict=True))
 
 
 def test_second_gradient_that_is_not_finite_takes_all_of_the_last_step_back():

@@ -32,8 +32,17 @@ if TYPE_CHECKING:
 
 __all__ = ["LengthState", "MeasuredLength"]
 
+#: Least caution: what one bad batch after the other may cost, but for a standstill.
+LEAST_CAUTION = 0.01
+
+#: Share of a step kept below which no noise explains that the rest went too far.
+UNMISTAKABLE = 0.25
+
+#: Weight of the past in the average of slopes.
+USUAL = 0.9
+
 #: Factor on the caution after a step that went well, where such lengths went too far before.
-SLOW_GROWTH = 1.02
+SLOW_GROWTH = 1.05
 
 #: Measurements of the first interval, while the network changes fastest.
 EARLY_STEPS = frozenset({0, 1, 2, 3, 5, 7, 11})
@@ -45,17 +54,20 @@ class MeasuredLength:
 
     With the learning rate η as a factor, the step is
 
-    .. math:: v \leftarrow \mu v - (1 - \mu)\, \eta \min(1, \gamma K / \langle \Delta, g \rangle) \Delta,
-              \qquad \theta \leftarrow \theta + v,
+    .. math:: v \leftarrow \mu v - (1 - \mu)\, \eta \gamma \alpha \Delta, \quad
+              \alpha = \min(K / \langle \Delta, g \rangle, 1/c), \quad
+              \theta \leftarrow \theta + v,
 
-    with K the decrement of the quadratic model, a geometric moving average over measurements. The
-    learning rate is in the buffer, so that no schedule stretches old steps.
+    with K the decrement of the quadratic model, a geometric moving average over measurements, and c
+    the factor from the Fisher matrix to the curvature of the loss, where its gradient shows one.
+    The learning rate is in the buffer, so that no schedule stretches old steps.
 
     The gradient at the next step tells whether the last one went too far, for the price of an
-    inner product: the slope along v was −s and is ``q·s`` now. Where ``q > overshoot`` the step is
-    taken back to the minimum of the parabola with these slopes, ``θ ← θ − v·q/(1 + q)``, nothing
-    else moves, and the caution γ falls by as much; steps that went well let it grow to 1 again,
-    by 2 % where such lengths went too far before, quickly up to there. A
+    inner product: the slope along v was −s and is ``q·s`` now, with s at least its average, as that
+    of a batch fitted well says little. Where ``q > overshoot`` the step is taken back to the
+    minimum of the parabola with these slopes, ``θ ← θ − v·q/(1 + q)``, nothing else moves, and the
+    caution γ falls by as much, or by half where noise may explain it. Steps that went well let it
+    grow to 1 again, by 5 % a step where such lengths went too far before, quickly up to there. A
     gradient that is not finite skips the step; a second one running takes all of the last step
     back.
 
@@ -76,7 +88,7 @@ class MeasuredLength:
     memory: float = 0.5
     start: float = 0.1
     growth: float = 1.5
-    overshoot: float = 1.0
+    overshoot: float = 0.5
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -113,44 +125,60 @@ class LengthState:
 
     Attributes:
         log_decrement: The average of log K; None before the first measurement.
+        scale: c, the curvature of the loss in units of the Fisher matrix.
         measurements: How many there were.
         caution: γ.
         ceiling: Up to which γ grows quickly: its value where a step last went too far.
         slope: s, by how much the last step was to lower the loss to first order; None where the
             next gradient is not to be held against it.
+        usual_slope: The average of s over steps.
         steps: Steps taken or taken back.
         taken_back: How many of them were.
     """
 
     log_decrement: float | None = None
+    scale: float = 1.0
     measurements: int = 0
     caution: float = 1.0
     ceiling: float = 1.0
     slope: float | None = None
+    usual_slope: float = 0.0
     steps: int = 0
     taken_back: int = 0
 
-    def measured(self, rule: MeasuredLength, slope: float, quadratic: float) -> LengthState:
+    def measured(
+        self,
+        rule: MeasuredLength,
+        slope: float,
+        quadratic: float,
+        scale: float,
+        largest: float = math.inf,
+    ) -> LengthState:
         """Return the state after a measurement.
 
         Args:
             rule: The rule.
             slope: ``⟨Δ, g⟩``.
-            quadratic: ``Δᵀ(F_b + λI)Δ``.
+            quadratic: ``cΔᵀ(F_b + λI)Δ``.
+            scale: c.
+            largest: What cK cannot exceed, were F_b not sampled.
         """
-        if not (slope > 0 and quadratic > 0):
+        if not (slope > 0 and quadratic > 0 and scale > 0 and largest > 0):
             return self
         found, count = 2 * math.log(slope) - math.log(quadratic), self.measurements + 1
+        if largest < math.inf:
+            found = min(found, math.log(largest / scale))
         memory = min(rule.memory, 1 - 1 / count)
         old = found if self.log_decrement is None else self.log_decrement
         average = memory * old + (1 - memory) * found
-        return replace(self, log_decrement=average, measurements=count)
+        return replace(self, log_decrement=average, measurements=count, scale=scale)
 
     def length(self, slope: float) -> float:
-        """Return α for a direction with ``⟨Δ, g⟩`` = slope; at most 1."""
+        """Return γα for a direction with ``⟨Δ, g⟩`` = slope; α is at most 1/c."""
         if self.log_decrement is None or slope <= 0:
             return 0.0
-        return min(1.0, self.caution * math.exp(min(self.log_decrement - math.log(slope), 0.0)))
+        longest = -math.log(self.scale)
+        return self.caution * math.exp(min(self.log_decrement - math.log(slope), longest))
 
     def share_kept(self, rule: MeasuredLength, slope: float) -> float:
         """Return the share of the last step that stays, 1 for all of it.
@@ -159,18 +187,23 @@ class LengthState:
             rule: The rule.
             slope: ``⟨v, g⟩`` with the last step v and the present gradient.
         """
-        if self.slope is None or not slope > rule.overshoot * self.slope:
+        if self.slope is None:
             return 1.0
-        return self.slope / (self.slope + slope) if math.isfinite(slope) else 0.0
+        expected = max(self.slope, self.usual_slope)
+        if not slope > rule.overshoot * expected:
+            return 1.0
+        return expected / (expected + slope) if math.isfinite(slope) else 0.0
 
     def shortened(self, share: float) -> LengthState:
         """Return the state after the last step was cut to a share of it."""
-        caution = max(self.caution * max(share, 1e-4), 1e-12)
+        cut = share if share < UNMISTAKABLE else max(share, 0.5)
+        caution = max(self.caution * cut, LEAST_CAUTION)
         return replace(
             self,
             caution=caution,
             ceiling=caution,
             slope=None,
+            usual_slope=self.usual_slope * share,
             steps=self.steps + 1,
             taken_back=self.taken_back + 1,
         )
@@ -179,14 +212,19 @@ class LengthState:
         """Return the state after a step that lowers the loss by a slope to first order."""
         fast, slow = self.caution * rule.growth, self.caution * min(rule.growth, SLOW_GROWTH)
         caution = min(1.0, max(slow, min(fast, self.ceiling)))
-        ceiling = max(self.ceiling, caution)
+        usual = USUAL * self.usual_slope + (1 - USUAL) * slope if self.usual_slope else slope
         return replace(
-            self, caution=caution, ceiling=ceiling, slope=slope or None, steps=self.steps + 1
+            self,
+            caution=caution,
+            ceiling=max(self.ceiling, caution),
+            slope=slope or None,
+            usual_slope=usual,
+            steps=self.steps + 1,
         )
 
     def is_troubled(self) -> bool:
-        """Return whether more than a fifth of the steps were taken back, and several."""
-        return self.taken_back >= 10 and self.taken_back > 0.2 * self.steps
+        """Return whether more than a tenth of the steps were taken back, and several."""
+        return self.taken_back >= 6 and self.taken_back > 0.1 * self.steps
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain values."""

@@ -42,7 +42,7 @@ def measure(
     directions: Sequence[dict[str, Tensor]],
     gradients: dict[str, Tensor],
     source: dict[str, Tensor],
-    scale: Tensor | None = None,
+    scale: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Return what the size of a step depends on, on the device.
 
@@ -52,7 +52,7 @@ def measure(
         directions: Δ and further directions.
         gradients: Parameter name → gradient of the loss.
         source: What Δ is the preconditioned form of.
-        scale: Scale of the loss where a length is measured; 0 without rows of the batch.
+        scale: What :meth:`Preconditioner.batch_scale` returned, where a length is measured.
     """
     natural = directions[0]
     if not natural:
@@ -68,8 +68,9 @@ def measure(
     if not rule.uses_model:
         directions = directions[:1]
     if scale is not None:  # On all replicas, also those whose batch has no rows.
-        measures["scale"] = scale
-        measures["fisher"] = scale * (1.0 if batch is None else batch.gram(directions)[0, 0])
+        factor, measures["largest"] = scale
+        measures["scale"] = factor
+        measures["fisher"] = factor * (1.0 if batch is None else batch.gram(directions)[0, 0])
     if not rule.uses_model and any(group["kl_clip"] is not None for group in grouped.groups):
         curvature = preconditioner.curvature
         if rule.graft is None:
