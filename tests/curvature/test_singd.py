@@ -917,6 +917,7 @@ def test_a_resumed_run_is_the_same_bit_by_bit(structure, stop, tmp_path):
         return make_optimizer(
             SINGD,
             model,
+            lr=0.1,
             factor_structures=structure,
             factors=3,
             stagger=True,
@@ -1087,7 +1088,7 @@ def test_early_and_staggered_steps():
     """Factors move at steps 0, 1, 2, 4, 8 and then every tenth; staggered ones as often."""
     for stagger in (False, True):
         model = network()
-        optimizer = make_optimizer(SINGD, model, factors=10, stagger=stagger)
+        optimizer = make_optimizer(SINGD, model, lr=0.1, factors=10, stagger=stagger)
         counts = []
         for _ in range(30):
             train(model, optimizer, 1)

@@ -198,7 +198,7 @@ def test_what_is_frozen_is_not_taken_back():
     model[0].requires_grad_(False)
     for p in model.parameters():  # As after a step uphill.
         optimizer.state[p]["previous_step"].neg_()
-    optimizer._length = dataclasses.replace(optimizer._length, slope=1e-9)
+    optimizer._length = dataclasses.replace(optimizer._length, slope=1e-9, usual_slope=0.0)
     start, taken_back = values(model), optimizer._length.taken_back
     KINDS["KFAC"].step(optimizer, model)
     assert optimizer._length.taken_back == taken_back + 1

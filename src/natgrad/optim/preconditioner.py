@@ -446,7 +446,7 @@ class Preconditioner(CopiedByState):
         Where no pass shows another scale than that of a mean it is 1, as a squared error, say,
         shows none; the gradient of a cross-entropy does, so that means were added there.
         """
-        factor = self._factor_since(gradients)  # On all replicas.
+        factor, explained = self._factor_since(gradients)  # On all replicas.
         scales = [one.scale * one.count for one in self.observer.seen if not one.is_empty]
         if self.observer.batch_fisher is None or not scales:
             return torch.zeros_like(factor), torch.zeros_like(factor)
@@ -456,7 +456,8 @@ class Preconditioner(CopiedByState):
         scale = torch.where((scale - 1.0).abs() < 1e-4, 1.0, scale)  # But for rounding it is 1.
         shown = isinstance(self.observer.likelihood, Categorical)
         scale = torch.where(usual, float(len(each)) if shown else 1.0, scale)
-        return scale, self._largest_decrement() * factor.square()
+        largest = self._largest_decrement() * factor.square()
+        return scale, torch.where(explained, largest, 1e300)
 
     def _largest_decrement(self) -> Tensor:
         """Return ``N Σ_n u_nᵀΛ⁻¹u_n`` with the gradients u at the output, of a mean's size."""
@@ -477,12 +478,15 @@ class Preconditioner(CopiedByState):
             return torch.tensor(none, dtype=torch.float64, device=self.capture.layout.device)
         return total.nan_to_num(nan=none, posinf=none).clamp(max=none)
 
-    def _factor_since(self, gradients: dict[str, Tensor]) -> Tensor:
-        """Return what gradients were multiplied by since the backward passes; 1 if unknown."""
+    def _factor_since(self, gradients: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return what gradients were multiplied by since the backward passes; 1 if unknown.
+
+        With it comes whether that is all they are, and no other term of the loss adds to them.
+        """
         name, layout = self.observer.probe_layer, self.curvature.layout
         unknown = torch.ones((), dtype=torch.float64, device=layout.device)
         if name is None or any(n not in gradients for n in self.capture.blocks[name].layout.names):
-            return unknown
+            return unknown, unknown > 0
         size = self.capture.blocks[name].layout.d_out
         expected, found = torch.zeros(size, dtype=layout.dtype, device=layout.device), None
         for one in self.observer.seen:
@@ -494,9 +498,11 @@ class Preconditioner(CopiedByState):
                 expected = expected + part
         self.replicas.average({"expected": expected})  # As .grad is.
         if found is None:
-            return unknown
+            return unknown, unknown > 0
         factor = (found * expected).sum().double() / expected.square().sum()
-        return torch.where(factor.isfinite() & (factor > 0), factor, 1.0)
+        known = factor.isfinite() & (factor > 0)
+        explained = (found - factor * expected).norm() <= 0.1 * found.norm()
+        return torch.where(known, factor, 1.0), known & explained
 
     def inner_product(self, natural: dict[str, Tensor], gradients: dict[str, Tensor]) -> Tensor:
         """Return ``⟨Δ, ∇L⟩``; estimated for layers whose ``.grad`` holds Δ already."""
