@@ -462,20 +462,19 @@ class Preconditioner(CopiedByState):
     def _largest_decrement(self) -> Tensor:
         """Return ``N Σ_n u_nᵀΛ⁻¹u_n`` with the gradients u at the output, of a mean's size."""
         observer, none = self.observer, 1e300
-        if observer.fisher.from_user_gradients:
-            return torch.tensor(none, dtype=torch.float64, device=self.capture.layout.device)
         squares, counts = [], []
         for one in observer.seen:
             output, cotangent = one.recorded.output, one.recorded.cotangent
-            if one.is_empty or output is None or cotangent is None:
+            own = observer.fisher.from_user_gradients  # Of another Fisher matrix.
+            if own or one.is_empty or output is None or cotangent is None:
                 continue
             likelihood = observer.likelihood.of_shapes(one.recorded.heads)
             found = likelihood.root_inverse_apply(output.detach(), cotangent)
             squares.append(found.double().square().sum())
             counts.append(one.count.double())
-        total = torch.stack(squares).sum() * torch.stack(counts).sum() if squares else None
-        if total is None:
+        if not squares:
             return torch.tensor(none, dtype=torch.float64, device=self.capture.layout.device)
+        total = torch.stack(squares).sum() * torch.stack(counts).sum()
         return total.nan_to_num(nan=none, posinf=none).clamp(max=none)
 
     def _factor_since(self, gradients: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -45,16 +45,23 @@ class StepPlan:
         found = [take(grouped, group, scale) for group, scale in pairs]
         return [update for update in found if update is not None]
 
+    def _moved(
+        self, grouped: PreconditionedGroups, group: dict[str, Any]
+    ) -> tuple[list[str], list[Tensor], list[Tensor]]:
+        """Return names, parameters and Δ of those of a group that have a natural gradient."""
+        natural = self.directions[0]
+        parameters = [p for p in grouped.members(group) if grouped.names[p] in natural]
+        names = [grouped.names[p] for p in parameters]
+        directions = [natural[n].to(p.dtype) for n, p in zip(names, parameters, strict=True)]
+        return names, parameters, directions
+
     def _natural_update(
         self, grouped: PreconditionedGroups, group: dict[str, Any], scale: float
     ) -> GroupUpdate | None:
         """Return the step along ``scale·Δ`` with momentum."""
-        natural = self.directions[0]
-        parameters = [p for p in grouped.members(group) if grouped.names[p] in natural]
+        names, parameters, directions = self._moved(grouped, group)
         if not parameters:
             return None
-        names = [grouped.names[p] for p in parameters]
-        directions = [natural[n].to(p.dtype) for n, p in zip(names, parameters, strict=True)]
         lr, momentum, rule = rate_of(group), group["momentum"], grouped.rule
         if momentum > 0 and rule.momentum_on == "natural_gradient":
             states = [grouped.states[p] for p in parameters]
@@ -81,12 +88,9 @@ class StepPlan:
         self, grouped: PreconditionedGroups, group: dict[str, Any], scale: float
     ) -> GroupUpdate | None:
         """Return the step ``μv − (1 − μ)·scale·η·αΔ``, with v the last one."""
-        natural = self.directions[0]
-        parameters = [p for p in grouped.members(group) if grouped.names[p] in natural]
+        names, parameters, directions = self._moved(grouped, group)
         if not parameters:
             return None
-        names = [grouped.names[p] for p in parameters]
-        directions = [natural[n].to(p.dtype) for n, p in zip(names, parameters, strict=True)]
         states = [grouped.states[p] for p in parameters]
         for p, state in zip(parameters, states, strict=True):
             if "previous_step" not in state:
