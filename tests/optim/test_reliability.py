@@ -447,6 +447,23 @@ def test_five_thousand_steps_with_faults(name):
     assert memory[1][1] <= memory[0][1] + 20
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_data_that_are_nearly_fitted_go_on_being_fitted(seed):
+    """There the slopes of batches are mostly noise, which must not stop the steps."""
+    torch.manual_seed(seed)
+    model = network()
+    optimizer = natgrad.KFAC(model)
+    dice = random.Random(seed)
+    x, y = data(256)
+    for _ in range(1000):
+        picked = torch.tensor(dice.sample(range(256), 64))
+        step("kfac", optimizer, model, fit(x[picked], y[picked]))
+    assert (
+        float(fit(x, y)(model).detach()) < 0.009
+    )  # 0.013 where the slope of each batch counts alone.
+
+
 # -- crashes ---------------------------------------------------------------------------------------
 
 

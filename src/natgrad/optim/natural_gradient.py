@@ -493,7 +493,7 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
         if share < 1:
             self._take_back(grouped, share)
             return None
-        state = self._length
+        state = self._length.met(rule, inner)
         if "fisher" in found:
             terms = zip(grouped.dampings, found["grams"], strict=True)
             damped = found["scale"] * sum(d * gram[0][0] for d, gram in terms)
@@ -509,7 +509,7 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
     def _take_back(self, grouped: PreconditionedGroups, share: float) -> None:
         """Keep a share of the last step, and take none now."""
         grouped.shorten_last_step(share)
-        self._length = self._length.shortened(share)
+        self._length = self._length.shortened(share, grouped.largest_rate)
         self.preconditioner.skip()
         if self._length.is_troubled() and not self._told_trouble:
             self._told_trouble = True
@@ -528,7 +528,7 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
             self._skip()
             return
         grouped.shorten_last_step(0.0)
-        self._length = self._length.shortened(0.0)
+        self._length = self._length.shortened(0.0, grouped.largest_rate)
         self._skip(
             "its loss or gradient was NaN or infinite", "and the step before it was taken back"
         )

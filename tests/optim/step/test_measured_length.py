@@ -123,6 +123,7 @@ class Reference:
         self.decays = torch.zeros(size).double()
         self.v = torch.zeros(size).double()
         self.caution, self.ceiling, self.s = length.start, length.start, None
+        self.log_slope = None
         self.log_k, self.measured, self.count, self.taken_back = None, 0, 0, 0
         self.ceiling, self.usual = 1.0, 0.0
         self.mean, self.matrix, self.inverse = None, None, None
@@ -161,11 +162,14 @@ class Reference:
             self.theta = self.theta - (1 - kept) * self.v
             self.v = kept * self.v
             cut = kept if kept < 0.25 else max(kept, 0.5)
-            self.caution = self.ceiling = max(0.01, self.caution * cut)
+            least = 0.01 / max(1.0, float(self.rates.max()))
+            self.caution = self.ceiling = max(least, self.caution * cut)
             self.s = None
             self.taken_back += 1
             return "taken back"
         slope = float(delta @ g)
+        old = math.log(slope) if self.log_slope is None else self.log_slope
+        self.log_slope = self.length.memory * old + (1 - self.length.memory) * math.log(slope)
         if self.count in {0, 1, 2, 3, 5, 7, 11} or self.is_measured():
             f = torch.einsum("nkp,nkq->pq", rows, rows) / len(x)
             quadratic = float(delta @ (scale * f + scale * damping.diag()) @ delta)
@@ -174,7 +178,8 @@ class Reference:
             memory = min(self.length.memory, 1 - 1 / self.measured)
             old = found if self.log_k is None else self.log_k
             self.log_k = memory * old + (1 - memory) * found
-        alpha = self.caution * min(1 / scale, math.exp(self.log_k) / slope)
+        usual = max(slope, math.exp(self.log_slope))
+        alpha = self.caution * min(1 / scale, math.exp(self.log_k) / usual)
         share = self.rates * (1 - self.momenta)
         kept = float(self.momenta.max())
         self.s = float(share.max()) * alpha * slope + kept * max(0.0, -along)
@@ -294,7 +299,7 @@ def test_linear_regression_is_solved_in_one_step(kind):
     take(optimizer, model, "gaussian", x, y)
     solution = torch.linalg.lstsq(torch.cat([x, torch.ones(20, 1)], dim=1), y).solution
     close(torch.cat([model.weight.T, model.bias[None]]).detach(), solution)
-    assert optimizer._length.length(1e-3) == 1.0
+    assert math.isclose(optimizer._length.length(1e-3), 1.0)
 
 
 def test_length_is_the_minimum_along_the_line():
@@ -439,7 +444,7 @@ def test_loss_that_is_scaled_up_makes_no_step_longer():
     for scale in (1.0, 100.0):
         model = network()
         refresh = Refresh(decay=0.9)
-        length = MeasuredLength(interval=50)
+        length = MeasuredLength(interval=50, overshoot=math.inf)
         optimizer = optimizer_of(model, "kfac", "gaussian", length, refresh=refresh)
         data = batches("gaussian", 15)
         for x, y in data[:14]:
@@ -466,17 +471,17 @@ def test_warning_of_many_steps_taken_back_comes_once():
 
 def test_caution_grows_fast_up_to_where_steps_went_too_far_and_slowly_beyond():
     rule, state = MeasuredLength(growth=2.0), natgrad.optim.step.measured_length.LengthState()
-    state = dataclasses.replace(state.taken(rule, 1.0), caution=0.8, ceiling=1.0).shortened(0.5)
+    state = dataclasses.replace(state.taken(rule, 1.0), caution=0.8, ceiling=1.0)
+    state = state.shortened(0.5, rate=1.5)
     assert state.caution == state.ceiling == 0.4
-    state = state.shortened(0.1)
-    assert math.isclose(state.caution, 0.04)
-    assert dataclasses.replace(state, caution=0.5).shortened(0.4).caution == 0.25
-    assert state.shortened(0.1).caution == 0.01
+    state = state.shortened(0.2, rate=1.5)
+    assert math.isclose(state.caution, 0.08)
+    assert dataclasses.replace(state, caution=0.5).shortened(0.4, rate=1.5).caution == 0.25
     cautions = []
     for _ in range(6):
         state = state.taken(rule, 1.0)
         cautions.append(state.caution)
-    expected = [0.04 * 1.05**k for k in range(1, 7)]  # The ceiling fell as well.
+    expected = [0.08 * 1.05**k for k in range(1, 7)]  # The ceiling fell as well.
     assert all(math.isclose(a, b) for a, b in zip(cautions, expected, strict=True))
     fresh = dataclasses.replace(state, caution=0.1, ceiling=0.5)
     grown = []
@@ -484,6 +489,16 @@ def test_caution_grows_fast_up_to_where_steps_went_too_far_and_slowly_beyond():
         fresh = fresh.taken(rule, 1.0)
         grown.append(fresh.caution)
     assert all(math.isclose(a, b) for a, b in zip(grown, (0.2, 0.4, 0.5, 0.5 * 1.05), strict=True))
+
+
+@pytest.mark.parametrize(("rate", "least"), [(0.1, 0.01), (1.0, 0.01), (2.0, 0.005), (1e3, 1e-5)])
+def test_caution_never_falls_to_a_standstill(rate, least):
+    state = natgrad.optim.step.measured_length.LengthState()
+    for _ in range(40):
+        state = state.shortened(0.5, rate)
+    assert math.isclose(state.caution, least)
+    tiny = dataclasses.replace(state, caution=1e-9).shortened(0.1, rate)
+    assert tiny.caution == 1e-9  # What was chosen as a start is not raised.
 
 
 def test_second_gradient_that_is_not_finite_takes_all_of_the_last_step_back():

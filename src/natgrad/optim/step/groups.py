@@ -66,6 +66,11 @@ class PreconditionedGroups:
         ]
 
     @property
+    def largest_rate(self) -> float:
+        """η of the group that is trained fastest."""
+        return max((rate_of(group) for group in self.groups), default=0.0)
+
+    @property
     def penalties(self) -> dict[str, float]:
         """Parameter name → w of the penalty ``½w‖θ‖²`` in the loss; empty if there is none."""
         if not self.rule.decays_in_model:

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LengthState", "MeasuredLength"]
 
-#: Least caution: what one bad batch after the other may cost, but for a standstill.
-LEAST_CAUTION = 0.01
+#: Least ηγ, or γ where η is below 1: what one bad batch after the other may cost.
+LEAST_LENGTH = 0.01
 
 #: Share of a step kept below which no noise explains that the rest went too far.
 UNMISTAKABLE = 0.25
@@ -60,22 +60,24 @@ class MeasuredLength:
 
     with K the decrement of the quadratic model, a geometric moving average over measurements, and c
     the factor from the Fisher matrix to the curvature of the loss, where its gradient shows one.
+    ⟨Δ, g⟩ stands for the larger of its present value and of its geometric moving average over
+    steps: a batch that is fitted already would stretch its noise to the decrement of another.
     The learning rate is in the buffer, so that no schedule stretches old steps.
 
     The gradient at the next step tells whether the last one went too far, for the price of an
     inner product: the slope along v was −s and is ``q·s`` now, with s at least its average, as that
     of a batch fitted well says little. Where ``q > overshoot`` the step is taken back to the
     minimum of the parabola with these slopes, ``θ ← θ − v·q/(1 + q)``, nothing else moves, and the
-    caution γ falls by as much, or by half where noise may explain it. Steps that went well let it
-    grow to 1 again, by 5 % a step where such lengths went too far before, quickly up to there. A
-    gradient that is not finite skips the step; a second one running takes all of the last step
-    back.
+    caution γ falls by as much, or by half where noise may explain it, but never below 0.01, or
+    0.01/η with rates above 1. Steps that went well let it grow to 1 again, by 5 % a step where such
+    lengths went too far before, quickly up to there. A gradient that is not finite skips the step;
+    a second one running takes all of the last step back.
 
     Attributes:
         interval: Steps between measurements of K; some more are taken in the first interval. One
             costs a product with the batch's rows, and, unless curvature is updated at the same
             step, the backward pass that makes them.
-        memory: Weight of past measurements in the average of log K, below 1.
+        memory: Weight of the past in the averages of log K and log ⟨Δ, g⟩, below 1.
         start: γ at the first step, in (0, 1].
         growth: Factor on γ after a step that went well, at least 1.
         overshoot: The ratio of slopes q beyond which a step is taken back; infinite for never.
@@ -125,6 +127,7 @@ class LengthState:
 
     Attributes:
         log_decrement: The average of log K; None before the first measurement.
+        log_slope: The average of log ⟨Δ, g⟩; None before the first step.
         scale: c, the curvature of the loss in units of the Fisher matrix.
         measurements: How many there were.
         caution: γ.
@@ -137,6 +140,7 @@ class LengthState:
     """
 
     log_decrement: float | None = None
+    log_slope: float | None = None
     scale: float = 1.0
     measurements: int = 0
     caution: float = 1.0
@@ -173,12 +177,20 @@ class LengthState:
         average = memory * old + (1 - memory) * found
         return replace(self, log_decrement=average, measurements=count, scale=scale)
 
+    def met(self, rule: MeasuredLength, slope: float) -> LengthState:
+        """Return the state after a direction with ``⟨Δ, g⟩`` = slope was found."""
+        if not slope > 0:
+            return self
+        found = math.log(slope)
+        old = found if self.log_slope is None else self.log_slope
+        return replace(self, log_slope=rule.memory * old + (1 - rule.memory) * found)
+
     def length(self, slope: float) -> float:
         """Return γα for a direction with ``⟨Δ, g⟩`` = slope; α is at most 1/c."""
-        if self.log_decrement is None or slope <= 0:
+        if self.log_decrement is None or self.log_slope is None or slope <= 0:
             return 0.0
-        longest = -math.log(self.scale)
-        return self.caution * math.exp(min(self.log_decrement - math.log(slope), longest))
+        log_slope = max(math.log(slope), self.log_slope)
+        return self.caution * math.exp(min(self.log_decrement - log_slope, -math.log(self.scale)))
 
     def share_kept(self, rule: MeasuredLength, slope: float) -> float:
         """Return the share of the last step that stays, 1 for all of it.
@@ -194,10 +206,11 @@ class LengthState:
             return 1.0
         return expected / (expected + slope) if math.isfinite(slope) else 0.0
 
-    def shortened(self, share: float) -> LengthState:
-        """Return the state after the last step was cut to a share of it."""
+    def shortened(self, share: float, rate: float) -> LengthState:
+        """Return the state after the last step, at a rate η, was cut to a share of it."""
         cut = share if share < UNMISTAKABLE else max(share, 0.5)
-        caution = max(self.caution * cut, LEAST_CAUTION)
+        least = min(self.caution, LEAST_LENGTH / max(1.0, rate))
+        caution = max(self.caution * cut, least)
         return replace(
             self,
             caution=caution,
