@@ -508,8 +508,7 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
 
     def _take_back(self, grouped: PreconditionedGroups, share: float) -> None:
         """Keep a share of the last step, and take none now."""
-        grouped.shorten_last_step(share)
-        self._length = self._length.shortened(share, grouped.largest_rate)
+        self._shorten_last_step(grouped, share)
         self.preconditioner.skip()
         if self._length.is_troubled() and not self._told_trouble:
             self._told_trouble = True
@@ -527,11 +526,14 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
         if not again or self._length.slope is None:
             self._skip()
             return
-        grouped.shorten_last_step(0.0)
-        self._length = self._length.shortened(0.0, grouped.largest_rate)
+        self._shorten_last_step(grouped, 0.0)
         self._skip(
             "its loss or gradient was NaN or infinite", "and the step before it was taken back"
         )
+
+    def _shorten_last_step(self, grouped: PreconditionedGroups, share: float) -> None:
+        grouped.shorten_last_step(share)
+        self._length = self._length.shortened(share, grouped.largest_rate)
 
     def _grouped(self) -> PreconditionedGroups:
         return PreconditionedGroups(

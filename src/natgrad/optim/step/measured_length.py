@@ -172,18 +172,14 @@ class LengthState:
         found, count = 2 * math.log(slope) - math.log(quadratic), self.measurements + 1
         if largest < math.inf:
             found = min(found, math.log(largest / scale))
-        memory = min(rule.memory, 1 - 1 / count)
-        old = found if self.log_decrement is None else self.log_decrement
-        average = memory * old + (1 - memory) * found
+        average = _averaged(self.log_decrement, found, min(rule.memory, 1 - 1 / count))
         return replace(self, log_decrement=average, measurements=count, scale=scale)
 
     def met(self, rule: MeasuredLength, slope: float) -> LengthState:
         """Return the state after a direction with ``⟨Δ, g⟩`` = slope was found."""
         if not slope > 0:
             return self
-        found = math.log(slope)
-        old = found if self.log_slope is None else self.log_slope
-        return replace(self, log_slope=rule.memory * old + (1 - rule.memory) * found)
+        return replace(self, log_slope=_averaged(self.log_slope, math.log(slope), rule.memory))
 
     def length(self, slope: float) -> float:
         """Return γα for a direction with ``⟨Δ, g⟩`` = slope; α is at most 1/c."""
@@ -247,3 +243,8 @@ class LengthState:
     def of(cls, values: Mapping[str, Any]) -> LengthState:
         """Return the state that :meth:`state_dict` described."""
         return cls(**values)
+
+
+def _averaged(old: float | None, found: float, memory: float) -> float:
+    """Return a moving average after another value, which is the first one where old is None."""
+    return found if old is None else memory * old + (1 - memory) * found
