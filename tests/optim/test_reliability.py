@@ -459,9 +459,8 @@ def test_data_that_are_nearly_fitted_go_on_being_fitted(seed):
     for _ in range(1000):
         picked = torch.tensor(dice.sample(range(256), 64))
         step("kfac", optimizer, model, fit(x[picked], y[picked]))
-    assert (
-        float(fit(x, y)(model).detach()) < 0.009
-    )  # 0.013 where the slope of each batch counts alone.
+    # Where the slope of each batch counts alone, it is 0.013.
+    assert float(fit(x, y)(model).detach()) < 0.009
 
 
 # -- crashes ---------------------------------------------------------------------------------------
