@@ -14,7 +14,7 @@ from torch.nn import functional
 import natgrad
 from natgrad import Capture, linalg
 from natgrad.curvature import KroneckerFactors, as_structure
-from natgrad.jacobians import LinearJacobian
+from natgrad.jacobians import FIRST_DRAW, LinearJacobian
 from natgrad.jacobians.moments import second_moments
 from tests.cases import CASES, normal
 from tests.methods import curvature_of, make_optimizer
@@ -173,7 +173,7 @@ def test_ekfac_takes_some_samples_of_shared_weights() -> None:
             output = model(normal(8, 1, 8, 8))
             jacobians = capture.pull_back(output, normal(1, *output.shape))
         structure = optimizer.preconditioner.curvature.structure
-        found.append([structure._sampled(jacobians[name], 1) for name in ("0", "2")])
+        found.append([structure._sampled(jacobians[name], FIRST_DRAW) for name in ("0", "2")])
     assert [(rows.samples, weight) for rows, weight in found[0]] == [(3, 8 / 3), (8, 1.0)]
     assert [(rows.samples, weight) for rows, weight in found[1]] == [(8, 1.0), (8, 1.0)]
     with pytest.raises(ValueError, match="max_moment_samples must be at least 1"):

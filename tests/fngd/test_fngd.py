@@ -720,28 +720,25 @@ def replica(rank: int, world: int, path: str) -> None:
 
 
 @pytest.mark.slow
-def test_replicas_average_their_weighted_gradients(tmp_path: Path) -> None:
+def test_replicas_weigh_the_samples_of_the_joint_batch(tmp_path: Path) -> None:
     processes.replicas(replica, tmp_path)
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     model = make("mlp")
-    kept: list[dict[str, list[Tensor]]] = [{}, {}]
+    kept: dict[str, list[Tensor]] = {}
     for index in range(4):
-        directions: list[dict[str, Tensor]] = []
-        for rank in range(2):
-            rows = sample_gradients(model, *batch("mlp", seed=10 * index + rank))
-            direction = {}
-            for names in blocks(model):
-                if index < 2:
-                    fresh = dense_coefficients(rows, names, 0.1)
-                    kept[rank].setdefault(names[0], []).append(fresh)
-                    c = fresh
-                else:
-                    c = torch.stack(kept[rank][names[0]]).mean(0)
-                direction.update({n: weighted(rows, n, c) for n in names})
-            directions.append(direction)
+        batches = [batch("mlp", seed=10 * index + rank) for rank in range(2)]
+        rows = sample_gradients(model, *(torch.cat(each) for each in zip(*batches, strict=True)))
+        direction = {}
+        for names in blocks(model):
+            if index < 2:
+                kept.setdefault(names[0], []).append(dense_coefficients(rows, names, 0.1))
+                c = kept[names[0]][-1]
+            else:
+                c = torch.stack(kept[names[0]]).mean(0)
+            direction.update({n: weighted(rows, n, c) for n in names})
         with torch.no_grad():
             for n, p in model.named_parameters():
-                p -= (directions[0][n] + directions[1][n]) / 2
+                p -= direction[n]
     for n, p in model.named_parameters():
         assert torch.equal(found[0][n], found[1][n])
         dense.assert_same(found[0][n], p.detach(), 1e-8)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 import natgrad
-from natgrad.replicas import Replicas
+from natgrad.distributed.replicas import Replicas
 from tests import processes
 from tests.optim.every_optimizer import KINDS, loss, make_model, weights
 

@@ -14,7 +14,7 @@ from typing_extensions import Self
 from natgrad.curvature.cost import Cost, Workload
 from natgrad.curvature.full import Full
 from natgrad.curvature.structure import Part, Structure, register_structure
-from natgrad.jacobians import Jacobians
+from natgrad.jacobians import FIRST_DRAW, Draw, Jacobians
 from natgrad.operators.block_tridiagonal import BlockTridiagonalOperator
 from natgrad.statistics import Statistics
 from natgrad.statistics.rows import RowStatistics
@@ -56,7 +56,7 @@ class BlockTridiagonal(Structure):
         count: Tensor,
         *,
         previous: Statistics | None = None,
-        draw: int = 0,
+        draw: Draw = FIRST_DRAW,
         continued: bool = False,
     ) -> OrderedRows:
         """Keep the rows, or sum them: a system of L·R rows is worth it while smaller than P."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,9 @@ from torch import Tensor
 from natgrad import linalg
 from natgrad.curvature.cost import Cost, Workload
 from natgrad.curvature.structure import Part, Structure
-from natgrad.jacobians import Jacobians
+from natgrad.distributed import Replicas
+from natgrad.distributed.place import WHOLE_BATCH
+from natgrad.jacobians import Draw, Jacobians
 from natgrad.jacobians.packing import in_type
 from natgrad.layouts import BlockLayout, ParameterLayout
 from natgrad.linalg import FactorizationError
@@ -75,8 +77,8 @@ class Curvature:
     Attributes:
         parts: The structure's parts, by name.
         estimates: What is known of each.
-        reduce: Applied to the statistics of a step before they join the average, with the part's
-            name; where processes share a batch it sums over them. By default nothing happens.
+        replicas: Processes that have a share of every batch each; by default none but this one.
+        place: Which samples of the present batch are this process's.
     """
 
     def __init__(
@@ -89,7 +91,7 @@ class Curvature:
         self.estimates: dict[str, Estimate] = {name: Estimate() for name in self.parts}
         #: What is known of parts that the model had and may have again, as of layers frozen now.
         self.resting: dict[str, dict[str, Any]] = {}
-        self.reduce: Callable[[str, Statistics], Statistics] = lambda name, batch: batch
+        self.replicas, self.place = Replicas(), WHOLE_BATCH
         self._warned: set[str] = set()
 
     @property
@@ -161,13 +163,13 @@ class Curvature:
             rows = in_type(jacobians.of_blocks(part.blocks, part.layout), part.dtype)
             if not len(rows) or (continued and present.batch is None):
                 continue  # What a left-out chunk began is left out whole.
-            draw = present.draws + (not continued)
+            draws = present.draws + (not continued)
             found = self.structure.statistics(
                 part,
                 rows,
                 weight,
                 previous=present.average,
-                draw=draw,
+                draw=Draw(draws, self.place),
                 continued=continued,
             )
             try:
@@ -176,7 +178,7 @@ class Curvature:
                 self.estimates[name] = replace(present, rejected=True)
                 continue
             batch = found if present.batch is None else present.batch.followed_by(found)
-            self.estimates[name] = replace(present, batch=batch, draws=draw)
+            self.estimates[name] = replace(present, batch=batch, draws=draws)
         jacobians.moments.clear()
 
     # Statistics to their average.
@@ -193,6 +195,7 @@ class Curvature:
         """
         for entry in self.resting.values():
             entry["weight"] = max(entry["weight"] * decay, LEAST_WEIGHT)
+        self._unite()
         for name, present in self.estimates.items():
             average, batch = present.average, present.batch
             if batch is None:
@@ -200,10 +203,27 @@ class Curvature:
                 count = present.absent + missed
                 self.estimates[name] = replace(present, absent=count, rejected=False)
                 continue
-            batch = self.reduce(name, batch)
             if average is not None:
                 batch = average.followed_by(batch, decay)
             self.estimates[name] = replace(present, average=batch, batch=None, rejected=False)
+
+    def _unite(self) -> None:
+        """Make the statistics of the present step those of all processes."""
+        if self.replicas.are_alone:
+            return
+        device = self.layout.device
+        held = {name: one.batch for name, one in self.estimates.items()}
+        own_sums = {n: None if batch is None else batch.sums() for n, batch in held.items()}
+        own_rows = {n: None if batch is None else batch.rows() for n, batch in held.items()}
+        sums = self.replicas.summed(own_sums, device)
+        rows = self.replicas.gathered(own_rows, device)
+        for name, total in sums.items():
+            present, part = self.estimates[name], self.parts[name]
+            if total is not None:
+                found = [one[name] for one in rows]
+                batch = self.structure.united(part, total, found, present.average)
+                draws = present.draws + (present.batch is None)  # As where there were rows.
+                self.estimates[name] = replace(present, batch=batch, draws=draws)
 
     def update(self, jacobians: Jacobians, count: Tensor | float) -> None:
         """Add the rows of a batch to a sum over batches."""

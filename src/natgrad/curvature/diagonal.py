@@ -12,7 +12,7 @@ from torch import Tensor
 
 from natgrad.curvature.cost import Cost, Workload
 from natgrad.curvature.structure import Part, Structure, register_structure
-from natgrad.jacobians import Jacobians
+from natgrad.jacobians import FIRST_DRAW, Draw, Jacobians
 from natgrad.operators import DiagonalOperator
 from natgrad.statistics import Statistics
 
@@ -48,7 +48,7 @@ class Diagonal(Structure):
         count: Tensor,
         *,
         previous: Statistics | None = None,
-        draw: int = 0,
+        draw: Draw = FIRST_DRAW,
         continued: bool = False,
     ) -> DiagonalStatistics:
         """Sum squares."""

@@ -14,15 +14,25 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from typing_extensions import Self
 
 from natgrad.curvature.cost import Cost, Workload
 from natgrad.curvature.kfac import KroneckerFactors, check_factors
 from natgrad.curvature.structure import Part, Structure, register_structure
-from natgrad.jacobians import Jacobians, LayerJacobian, LinearJacobian, WeightSharing
+from natgrad.jacobians import (
+    FIRST_DRAW,
+    Draw,
+    Jacobians,
+    LayerJacobian,
+    LinearJacobian,
+    WeightSharing,
+)
 from natgrad.jacobians.moments import second_moments
-from natgrad.jacobians.positions import random_subset
+from natgrad.jacobians.packing import pack_layer, unpack_layer
+from natgrad.jacobians.positions import random_samples
+from natgrad.layouts import ParameterLayout
 from natgrad.operators import EigenKroneckerOperator
 from natgrad.operators.eigen_kronecker import Basis, eigenbasis, moved
 from natgrad.statistics import KroneckerStatistics, Statistics
@@ -60,18 +70,28 @@ class EigenStatistics(Statistics):
     def followed_by(self, other: Self, decay: float = 1.0) -> Self:
         """Return ``decay · self + other``; other's rows wait, the basis stays."""
         if decay == 0:
-            return replace(other, basis=self.basis)
+            return other if other.moments is not None else replace(other, basis=self.basis)
         own = self
         held = sum(_elements(rows) for rows, _ in own.waiting)
         if held and held + sum(_elements(rows) for rows, _ in other.waiting) > KEPT_ELEMENTS:
             own = own.settled()
-        return replace(
+        own = replace(
             own,
             count=own.count * decay + other.count,
             factors=own.factors.followed_by(other.factors, decay),
             moments=None if own.moments is None else own.moments * decay,
             waiting=tuple((r, weight * decay) for r, weight in own.waiting) + other.waiting,
         )
+        return own._with_moments(other.moments, other.basis)
+
+    def _with_moments(self, moments: Tensor | None, basis: Basis | None) -> Self:
+        """Return the sum with moments in a basis; one's own stays, if there is one."""
+        if moments is None or basis is None:
+            return self
+        if self.basis is None:
+            return replace(self, basis=basis, moments=moments)
+        found = moved(moments, basis, self.basis)
+        return replace(self, moments=found if self.moments is None else self.moments + found)
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> Self:
         """Return the statistics with a function applied to all tensors but those of rows."""
@@ -98,6 +118,26 @@ class EigenStatistics(Statistics):
         if not self.waiting:
             return self
         return self.in_basis(_bases([self])[0] if self.basis is None else self.basis)
+
+    def sums(self) -> dict[str, Any]:
+        """Return count and factors."""
+        plain = replace(self, waiting=(), basis=None, moments=None)
+        return {**plain.state_dict(), "factors": self.factors.sums()}
+
+    def rows(self) -> Any:
+        """Return the rows that wait, and the moments of others with their basis."""
+        waiting = [(pack_layer(rows), weight) for rows, weight in self.waiting]
+        basis = None if self.moments is None else self.basis
+        return {"waiting": waiting, "moments": self.moments, "basis": basis}
+
+    def with_rows(self, found: Sequence[Any], layout: ParameterLayout) -> Self:
+        """Return the sums with the rows and moments of all processes."""
+        device, result = self.count.device, self
+        for one in (each for each in found if each is not None):
+            waiting = tuple((unpack_layer(rows, device), w) for rows, w in one["waiting"])
+            result = replace(result, waiting=result.waiting + waiting)
+            result = result._with_moments(one["moments"], one["basis"] and tuple(one["basis"]))
+        return result
 
     def for_checkpoint(self) -> EigenStatistics:
         """Return the same without rows that wait."""
@@ -171,23 +211,25 @@ class EigenKronecker(Structure):
         count: Tensor,
         *,
         previous: Statistics | None = None,
-        draw: int = 0,
+        draw: Draw = FIRST_DRAW,
         continued: bool = False,
     ) -> EigenStatistics:
         """Sum what the factors are made of, and let the rows wait for a basis."""
         factors = self.factors().statistics(part, rows, count, draw=draw, continued=continued)
         assert isinstance(factors, KroneckerStatistics)
-        return EigenStatistics(count, factors, waiting=(self._sampled(rows[part.name], draw),))
+        basis = previous.basis if isinstance(previous, EigenStatistics) else None
+        waiting = (self._sampled(rows[part.name], draw),)
+        return EigenStatistics(count, factors, basis, waiting=waiting)
 
-    def _sampled(self, rows: LayerJacobian, draw: int) -> tuple[LayerJacobian, float]:
+    def _sampled(self, rows: LayerJacobian, draw: Draw) -> tuple[LayerJacobian, float]:
         """Return the rows, or those of some samples, and what their squares count."""
         limit = self.max_moment_samples
         if limit is None or not isinstance(rows, LinearJacobian) or rows.positions == 1:
             return rows, 1.0
-        if rows.samples <= limit:
-            return rows, 1.0
-        chosen = random_subset(rows.samples, limit, draw, rows.device)
-        return rows.of_samples(chosen), rows.samples / limit
+        chosen, weight = random_samples(rows.samples, limit, draw)
+        if chosen is None:
+            return rows, weight
+        return rows.of_samples(torch.tensor(chosen, dtype=torch.long, device=rows.device)), weight
 
     def settled(self, part: Part, statistics: EigenStatistics) -> EigenStatistics:
         """Measure rows that wait."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from natgrad.curvature.cost import Cost, Workload
 from natgrad.curvature.structure import Part, Structure, register_structure
-from natgrad.jacobians import Jacobians
+from natgrad.jacobians import FIRST_DRAW, Draw, Jacobians
 from natgrad.operators import DenseOperator, Operator
 from natgrad.operators.rows import RowsOperator
 from natgrad.solvers import IterativeSolver, Solver, as_solver
@@ -63,7 +63,7 @@ class ExactRows(Structure):
         count: Tensor,
         *,
         previous: Statistics | None = None,
-        draw: int = 0,
+        draw: Draw = FIRST_DRAW,
         continued: bool = False,
     ) -> RowStatistics:
         """Keep the rows, or sum them if there are more of them than parameters."""

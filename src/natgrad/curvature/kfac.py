@@ -19,7 +19,7 @@ from torch import Tensor
 from natgrad.arguments import check_choice
 from natgrad.curvature.cost import Cost, Workload
 from natgrad.curvature.structure import Part, Structure, register_structure
-from natgrad.jacobians import Jacobians, WeightSharing
+from natgrad.jacobians import FIRST_DRAW, Draw, Jacobians, WeightSharing
 from natgrad.jacobians.positions import enough_rows, with_enough_rows
 from natgrad.layouts import BlockLayout
 from natgrad.operators import KroneckerOperator, Operator
@@ -87,13 +87,13 @@ class KroneckerFactors(Structure):
         count: Tensor,
         *,
         previous: Statistics | None = None,
-        draw: int = 0,
+        draw: Draw = FIRST_DRAW,
         continued: bool = False,
     ) -> KroneckerStatistics:
         """Sum ``a aᵀ`` and ``δ δᵀ``."""
         taken = with_enough_rows(rows[part.name], self.rows_per_unit, self.weight_sharing, draw)
         sums = taken.kronecker_factors(self.weight_sharing, self.max_factor_size, continued)
-        return KroneckerStatistics(count, sums.inputs, sums.positions, sums.outputs)
+        return KroneckerStatistics.of(count, sums)
 
     def operator(self, part: Part, statistics: Statistics | None) -> Operator:
         """Return ``B ⊗ A``."""

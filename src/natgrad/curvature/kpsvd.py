@@ -12,7 +12,7 @@ gradients ``M``, so the leading singular pairs follow from products with the row
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -25,7 +25,9 @@ from natgrad.curvature.cost import Cost, Workload
 from natgrad.curvature.kfac import KroneckerFactors
 from natgrad.curvature.kronecker_svd import deflation, lanczos, symmetric_part
 from natgrad.curvature.structure import Part, Structure, register_structure
-from natgrad.jacobians import Jacobians, LayerJacobian, LinearJacobian
+from natgrad.jacobians import FIRST_DRAW, Draw, Jacobians, LayerJacobian, LinearJacobian
+from natgrad.jacobians.packing import pack_layer, unpack_layer
+from natgrad.layouts import ParameterLayout
 from natgrad.operators import Operator
 from natgrad.operators.kronecker_sum import KroneckerSumOperator
 from natgrad.statistics import Statistics
@@ -152,6 +154,25 @@ class ProductStatistics(Statistics):
             tensors += [t for t in rows.state().values() if t.is_floating_point()]
         return torch.stack([torch.isfinite(t).all() for t in tensors]).all()
 
+    def sums(self) -> dict[str, Any]:
+        """Return the count."""
+        return replace(self, inputs=None, outputs=None, waiting=()).state_dict()
+
+    def rows(self) -> Any:
+        """Return products, and rows that wait."""
+        waiting = [pack_layer(rows) for rows in self.waiting]
+        return {"inputs": self.inputs, "outputs": self.outputs, "waiting": waiting}
+
+    def with_rows(self, found: Sequence[Any], layout: ParameterLayout) -> Self:
+        """Return the products and rows of all processes, to be decomposed together."""
+        device, result = self.count.device, self
+        for one in (each for each in found if each is not None):
+            waiting = tuple(unpack_layer(rows, device) for rows in one["waiting"])
+            other = replace(self, inputs=one["inputs"], outputs=one["outputs"])
+            result = result._with_products_of(other)
+            result = replace(result, waiting=result.waiting + waiting)
+        return result
+
     def for_checkpoint(self) -> ProductStatistics:
         """Return the same without rows that wait."""
         return self.settled()
@@ -217,7 +238,7 @@ class KroneckerProducts(Structure):
         count: Tensor,
         *,
         previous: Statistics | None = None,
-        draw: int = 0,
+        draw: Draw = FIRST_DRAW,
         continued: bool = False,
     ) -> Statistics:
         """Let the rows wait to be decomposed together with what there is."""

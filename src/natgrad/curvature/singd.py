@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -46,8 +46,8 @@ from natgrad.arguments import check_choice, check_range
 from natgrad.curvature.cost import Cost, Workload
 from natgrad.curvature.kfac import check_factors
 from natgrad.curvature.structure import Part, Structure, register_structure
-from natgrad.jacobians import Jacobians, WeightSharing
-from natgrad.jacobians.factor_terms import FactorTerm, factor_terms
+from natgrad.jacobians import FIRST_DRAW, Draw, Jacobians, WeightSharing
+from natgrad.jacobians.factor_terms import FactorTerm, FactorTerms, factor_terms
 from natgrad.jacobians.positions import enough_rows, with_enough_rows
 from natgrad.layouts import BlockLayout
 from natgrad.operators.inverse_kronecker import (
@@ -64,12 +64,64 @@ from natgrad.operators.structured_factors import (
     StructuredMatrix,
     identity_matrix,
 )
+from natgrad.records import Record
 from natgrad.statistics import Statistics
+from natgrad.statistics.kronecker import merging_weights
 
 __all__ = ["InitialScale", "InverseFactors", "InverseFactorStatistics"]
 
 InitialScale = Literal["batch", "identity"]
 Factors = tuple[StructuredMatrix, StructuredMatrix]
+
+
+@dataclass(frozen=True, eq=False)
+class SeenSums(Statistics):
+    """K-FAC's sums of one layer, seen through the factors; ``count`` is of the inputs.
+
+    Attributes:
+        inputs: ``Π(Kᵀ Σaaᵀ K)``.
+        outputs: ``Π(Cᵀ Σδδᵀ C)``.
+        turned: The sums of uses the other way round, with inputs and outputs exchanged.
+    """
+
+    inputs: StructuredMatrix | None
+    outputs: StructuredMatrix | None
+    turned: SeenSums | None = None
+
+    def followed_by(self, other: Self, decay: float = 1.0) -> Self:
+        """Return ``decay · self + other``."""
+        return replace(
+            self,
+            count=self.count * decay + other.count,
+            inputs=_added(self.inputs, other.inputs, decay),
+            outputs=_added(self.outputs, other.outputs, decay),
+            turned=_added(self.turned, other.turned, decay),
+        )
+
+    def is_finite(self) -> Tensor:
+        """Return whether the sums are finite."""
+        sums = [one for one in (self.inputs, self.outputs, self.turned) if one is not None]
+        return torch.stack([self.count.isfinite().all(), *(x.is_finite() for x in sums)]).all()
+
+    def means(self) -> Factors | None:
+        """Return ``Π(Kᵀ A K)`` and ``Π(Cᵀ B C)`` times the count, if there are any."""
+        pairs, counts = [], []
+        for one in (self, self.turned):
+            if one is not None and one.inputs is not None and one.outputs is not None:
+                pairs.append((one.inputs, one.outputs))
+                counts.append(one.count)
+        if not pairs:
+            return None
+        inputs, outputs = pairs[0]
+        if len(pairs) == 1:
+            return inputs.scaled(1.0 / counts[0].clamp(min=1e-30)), outputs
+        traces = [(a.trace().sum(), b.trace().sum()) for a, b in pairs]
+        (v, w), (v_turned, w_turned) = merging_weights(traces, counts)
+        a, b = pairs[1]
+        return (
+            inputs.scaled(v).plus(a.scaled(v_turned)),
+            outputs.scaled(w).plus(b.scaled(w_turned)),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,41 +135,37 @@ class InverseFactorStatistics(Statistics):
         factors: ``(K, C)``.
         momenta: ``(m_K, m_C)``; None without momentum, or before the first step.
         steps: Steps of the recursion taken.
-        input_sum: ``Π(Kᵀ Σaaᵀ K)``.
-        output_sum: ``Π(Cᵀ Σδδᵀ C)``.
-        positions: How many terms ``input_sum`` has.
+        waiting: The sums that wait.
     """
 
     factors: Factors
     momenta: Factors | None = None
     steps: int = 0
-    input_sum: StructuredMatrix | None = None
-    output_sum: StructuredMatrix | None = None
-    positions: Tensor | None = None
+    waiting: SeenSums | None = None
 
     def followed_by(self, other: Self, decay: float = 1.0) -> Self:
         """Return the same factors with ``decay · self + other`` waiting."""
-        return replace(
-            self,
-            count=self.count * decay + other.count,
-            input_sum=_sum(self.input_sum, other.input_sum, decay),
-            output_sum=_sum(self.output_sum, other.output_sum, decay),
-            positions=_sum(self.positions, other.positions, decay),
-        )
+        waiting = _added(self.waiting, other.waiting, decay)
+        return replace(self, count=self.count * decay + other.count, waiting=waiting)
+
+    def sums(self) -> dict[str, Any]:
+        """Return what waits; factors are the same in all processes."""
+        waiting = None if self.waiting is None else self.waiting.state_dict()
+        return {"count": self.count, "waiting": waiting}
 
     def is_finite(self) -> Tensor:
         """Return whether what waits is finite."""
-        waiting = [one for one in (self.input_sum, self.output_sum) if one is not None]
-        return torch.stack([self.count.isfinite(), *(one.is_finite() for one in waiting)]).all()
+        flag = self.count.isfinite()
+        return flag if self.waiting is None else flag & self.waiting.is_finite()
 
 
-def _sum(total: Any, part: Any, decay: float) -> Any:
-    if total is None:
-        return part
-    if isinstance(total, Tensor):
-        return total * decay if part is None else total * decay + part
-    decayed = total.scaled(decay)
-    return decayed if part is None else decayed.plus(part)
+def _added(total: Any, part: Any, decay: float) -> Any:
+    """Return ``decay · total + part`` of sums or matrices, of which there may be none."""
+    if total is None or part is None:
+        return part if total is None else total.scaled(decay)
+    if isinstance(total, SeenSums):
+        return total.followed_by(part, decay)
+    return (total if decay == 1 else total.scaled(decay)).plus(part)
 
 
 @register_structure
@@ -254,23 +302,31 @@ class InverseFactors(Structure):
         count: Tensor,
         *,
         previous: Statistics | None = None,
-        draw: int = 0,
+        draw: Draw = FIRST_DRAW,
         continued: bool = False,
     ) -> InverseFactorStatistics:
         """Sum ``Π(KᵀAK)`` and ``Π(CᵀBC)`` with the present factors."""
-        present = previous
-        if not isinstance(present, InverseFactorStatistics):
-            present = InverseFactorStatistics(count, self._factors_of(part))
+        present = self._present(part, count, previous)
         taken = with_enough_rows(rows[part.name], self.rows_per_unit, self.weight_sharing, draw)
         terms = factor_terms(taken, self.weight_sharing, continued)
-        k, c = present.factors
-        return replace(
-            present,
-            count=count,
-            input_sum=None if terms.inputs is None else _seen_through(terms.inputs, k),
-            output_sum=_seen_through(terms.outputs, c),
-            positions=terms.positions,
-        )
+        return replace(present, count=count, waiting=_seen(terms, present.factors))
+
+    def _present(
+        self, part: Part, count: Tensor, previous: Statistics | None
+    ) -> InverseFactorStatistics:
+        """Return the factors as they are, before the first step the identity."""
+        if isinstance(previous, InverseFactorStatistics):
+            return previous
+        return InverseFactorStatistics(count, self._factors_of(part))
+
+    def united(
+        self, part: Part, sums: Any, rows: Sequence[Any], previous: Statistics | None
+    ) -> InverseFactorStatistics:
+        """Return the sums of all processes, with the present factors."""
+        device = part.parameters.device
+        waiting = None if sums["waiting"] is None else Record.from_state(sums["waiting"], device)
+        present = self._present(part, sums["count"], previous)
+        return replace(present, count=sums["count"], waiting=waiting)
 
     def renewed(
         self, parts: Sequence[Part], statistics: Sequence[Any], dampings: Sequence[float]
@@ -279,12 +335,11 @@ class InverseFactors(Structure):
         return [self._stepped(one, value) for one, value in zip(statistics, dampings, strict=True)]
 
     def _stepped(self, present: InverseFactorStatistics, damping: float) -> InverseFactorStatistics:
-        empty = torch.zeros_like(present.count)
-        forgotten = replace(present, count=empty, input_sum=None, output_sum=None, positions=None)
-        if present.input_sum is None or present.output_sum is None or present.positions is None:
+        forgotten = replace(present, count=torch.zeros_like(present.count), waiting=None)
+        means = None if present.waiting is None else present.waiting.means()
+        if means is None:
             return forgotten
-        h_k = present.input_sum.scaled(1.0 / present.positions.clamp(min=1e-30))
-        h_c = present.output_sum.scaled(1.0 / present.count.clamp(min=1e-300))
+        h_k, h_c = means[0], means[1].scaled(1.0 / present.count.clamp(min=1e-300))
         k, c = present.factors
         if present.steps == 0 and self.initial_scale == "batch":
             scale_k, scale_c = self._initial_scales(h_k, h_c, damping)
@@ -441,18 +496,24 @@ def _meta_factors(structure: InverseFactors, block: BlockLayout) -> Factors:
     return structure.initial_factors(block, torch.float32, torch.device("meta"))
 
 
-def _seen_through(terms: list[FactorTerm], factor: StructuredMatrix) -> StructuredMatrix:
+def _seen(terms: FactorTerms, factors: Factors) -> SeenSums:
+    """Return the sums of terms, seen through factors."""
+    inputs, outputs = (
+        _seen_through(some, factor) if some else None
+        for some, factor in zip((terms.inputs, terms.outputs), factors, strict=True)
+    )
+    turned = None if terms.turned is None else _seen(terms.turned, factors)
+    return SeenSums(terms.positions, inputs, outputs, turned)
+
+
+def _seen_through(terms: Sequence[FactorTerm], factor: StructuredMatrix) -> StructuredMatrix:
     """Return ``Π(Kᵀ S K)`` of the sum S of some terms."""
-    result: StructuredMatrix | None = None
-    for term in terms:
-        if term.diagonal:
-            seen = factor.gram(term.rows.to(factor.dtype))
-        else:
-            chunks = term.chunks(factor.dtype)
-            seen = factor.congruence(next(chunks))
-            for rows in chunks:
-                seen = seen.plus(factor.congruence(rows))
-        seen = seen.scaled(term.weight) if isinstance(term.weight, Tensor) else seen
-        result = seen if result is None else result.plus(seen)
-    assert result is not None
-    return result
+
+    def pieces() -> Iterator[StructuredMatrix]:
+        for term in terms:
+            if term.diagonal:
+                yield factor.gram(term.rows.to(factor.dtype))
+            else:
+                yield from (factor.congruence(rows) for rows in term.chunks(factor.dtype))
+
+    return functools.reduce(lambda total, one: total.plus(one), pieces())

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from natgrad.curvature.cost import Cost, Workload
-from natgrad.jacobians import Jacobians
+from natgrad.jacobians import FIRST_DRAW, Draw, Jacobians
 from natgrad.layouts import BlockLayout, ParameterLayout
 from natgrad.operators import GradientSource, Operator
 from natgrad.operators.block_diagonal import FisherMatrix
 from natgrad.operators.operator import VectorLayout
+from natgrad.records import Record
 from natgrad.solvers import Solver
 from natgrad.statistics import Statistics
 
@@ -106,7 +107,7 @@ class Structure(ABC):
         count: Any,
         *,
         previous: Statistics | None = None,
-        draw: int = 0,
+        draw: Draw = FIRST_DRAW,
         continued: bool = False,
     ) -> Statistics:
         """Return what the rows of a batch sum to.
@@ -116,7 +117,7 @@ class Structure(ABC):
             rows: Rows of the part's blocks, of at least one of them.
             count: What their mean divides by, a float64 scalar; 0 if ``continued``.
             previous: What was summed before, for structures that look at rows through it.
-            draw: Number of the update, a seed for random subsets.
+            draw: Which random subset of rows an update takes, where one does.
             continued: Whether the rows are a further chunk of directions of samples that an earlier
                 call has counted.
         """
@@ -124,6 +125,20 @@ class Structure(ABC):
     @abstractmethod
     def operator(self, part: Part, statistics: Statistics | None) -> Operator:
         """Return the matrix that sums stand for; zero where there are none yet."""
+
+    def united(
+        self, part: Part, sums: Any, rows: Sequence[Any], previous: Statistics | None
+    ) -> Statistics:
+        """Return the statistics of a batch of which several processes had a share each.
+
+        Args:
+            part: The part.
+            sums: What :meth:`natgrad.statistics.Statistics.sums` returned, added up.
+            rows: What :meth:`natgrad.statistics.Statistics.rows` returned in each process.
+            previous: What was summed before.
+        """
+        found = Record.from_state(sums, part.parameters.device, self.vector_layout(part))
+        return found.with_rows(rows, part.layout)
 
     def settled(self, part: Part, statistics: Any) -> Any:
         """Return the statistics with rows that waited to be summed; mostly as they are."""

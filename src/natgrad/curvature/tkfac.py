@@ -23,6 +23,8 @@ from natgrad.curvature.cost import Cost, Workload
 from natgrad.curvature.kfac import KroneckerFactors, check_factors, zero_factors
 from natgrad.curvature.structure import Part, Structure, register_structure
 from natgrad.jacobians import (
+    FIRST_DRAW,
+    Draw,
     EmbeddingJacobian,
     Jacobians,
     LayerJacobian,
@@ -54,7 +56,7 @@ class TraceStatistics(KroneckerStatistics):
 
     def mean_factors(self) -> tuple[Tensor, Tensor]:
         """Return ``(√δ Φ, √δ Ψ)``."""
-        assert self.inputs is not None
+        assert self.inputs is not None and self.outputs is not None
         mean = self.traces * self.count.clamp(min=1e-300).reciprocal().to(self.traces.dtype)
         root = mean.sqrt()
         inputs = _with_trace(self.inputs, root, self.traces)
@@ -100,7 +102,7 @@ class TraceKronecker(Structure):
         count: Tensor,
         *,
         previous: Statistics | None = None,
-        draw: int = 0,
+        draw: Draw = FIRST_DRAW,
         continued: bool = False,
     ) -> TraceStatistics:
         """Sum weighted second moments."""

@@ -11,7 +11,7 @@ with K-FAC's inverse ``M⁻¹`` and a few vectors per layer, the columns of ``R`
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -23,7 +23,7 @@ from natgrad.arguments import check_choice
 from natgrad.curvature.cost import Cost, Workload
 from natgrad.curvature.kfac import KroneckerFactors
 from natgrad.curvature.structure import Part, register_structure
-from natgrad.jacobians import Jacobians
+from natgrad.jacobians import FIRST_DRAW, Draw, Jacobians
 from natgrad.jacobians.packing import copied, in_type, pack, unpack
 from natgrad.layouts import BlockLayout, ParameterLayout
 from natgrad.operators import GradientSource, Operator
@@ -48,21 +48,21 @@ class KeptRows(Statistics):
     """Copies of the rows of the last batch of a moving average, or of all batches of a sum.
 
     Attributes:
-        rows: The rows.
+        pieces: The rows, batch by batch.
     """
 
-    rows: tuple[Jacobians, ...]
+    pieces: tuple[Jacobians, ...]
 
     def followed_by(self, other: Self, decay: float = 1.0) -> Self:
         """Return both, or the other's alone where the first decay."""
         if decay < 1:
             return other
-        return replace(self, count=self.count + other.count, rows=self.rows + other.rows)
+        return replace(self, count=self.count + other.count, pieces=self.pieces + other.pieces)
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield every tensor, those of the rows included."""
         yield self.count
-        for rows in self.rows:
+        for rows in self.pieces:
             for block in rows.values():
                 yield from (t for t in block.state().values() if t.is_floating_point())
 
@@ -72,19 +72,34 @@ class KeptRows(Statistics):
 
     def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
         """Return the rows in a type, and the count on a device."""
-        rows = self.rows if dtype is None else tuple(in_type(one, dtype) for one in self.rows)
-        return replace(super().to(device, dtype), rows=rows)
+        pieces = self.pieces
+        if dtype is not None:
+            pieces = tuple(in_type(one, dtype) for one in pieces)
+        return replace(super().to(device, dtype), pieces=pieces)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rows as tensors and plain values."""
-        packed = [pack(rows) for rows in self.rows]
-        return {"kind": type(self).__name__, "count": self.count, "rows": packed}
+        return {**self.sums(), "rows": self.rows()}
+
+    def sums(self) -> dict[str, Any]:
+        """Return the count."""
+        return {"kind": type(self).__name__, "count": self.count, "rows": []}
+
+    def rows(self) -> Any:
+        """Return the rows as tensors and plain values."""
+        return [pack(rows) for rows in self.pieces]
+
+    def with_rows(self, found: Sequence[Any], layout: ParameterLayout) -> Self:
+        """Return the rows of all processes."""
+        device = self.count.device
+        pieces = (unpack(piece, layout, device) for one in found for piece in one or ())
+        return replace(self, pieces=self.pieces + tuple(pieces))
 
     @classmethod
     def restored(cls, state: Mapping[str, Any], device: torch.device, layout: Any) -> Self:
         """Return what :meth:`state_dict` described."""
-        rows = tuple(unpack(piece, layout, device) for piece in state["rows"])
-        return cls(state["count"].to(device), rows)
+        empty = cls(state["count"].to(device), ())
+        return empty.with_rows([state["rows"]], layout)
 
 
 @register_structure
@@ -144,7 +159,7 @@ class TwoLevelKronecker(KroneckerFactors):
         count: Tensor,
         *,
         previous: Statistics | None = None,
-        draw: int = 0,
+        draw: Draw = FIRST_DRAW,
         continued: bool = False,
     ) -> Any:
         """Sum K-FAC's factors, and keep copies of the rows."""
@@ -162,7 +177,7 @@ class TwoLevelKronecker(KroneckerFactors):
         """Return the coarse level of the rows kept; None if there are none."""
         if not isinstance(statistics, KeptRows):
             return None
-        pieces = tuple((1.0, rows) for rows in statistics.rows)
+        pieces = tuple((1.0, rows) for rows in statistics.pieces)
         return CoarseLevel(
             part.blocks, part.layout, self.coarse_space, self.form, pieces, statistics.count
         )

@@ -5,8 +5,9 @@ r"""The unit-wise Fisher matrix: one dense block for the weights and bias into e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,7 +15,9 @@ from typing_extensions import Self
 
 from natgrad.curvature.cost import Cost, Workload
 from natgrad.curvature.structure import Part, Structure, register_structure
-from natgrad.jacobians import CHUNK_ELEMENTS, Jacobians
+from natgrad.distributed.exchange import Symmetric
+from natgrad.jacobians import CHUNK_ELEMENTS, FIRST_DRAW, Draw, Jacobians
+from natgrad.layouts import ParameterLayout
 from natgrad.operators import DiagonalOperator, Operator
 from natgrad.operators.unit_blocks import UnitBlocksOperator, UnitRowsOperator, check_unit_memory
 from natgrad.statistics import Statistics
@@ -64,6 +67,27 @@ class UnitStatistics(Statistics):
         """Return sums and count times a factor."""
         return replace(self.scaled_by_weight(factor), count=self.count * factor)
 
+    def sums(self) -> dict[str, Any]:
+        """Return count and moment."""
+        state = replace(self, inputs=None, weights=None).state_dict()
+        if self.moment is not None:
+            state["moment"] = Symmetric(self.moment)
+        return state
+
+    def rows(self) -> Any:
+        """Return the rows."""
+        return None if self.inputs is None else (self.inputs, self.weights)
+
+    def with_rows(self, found: Sequence[Any], layout: ParameterLayout) -> Self:
+        """Return sums with the rows of all processes."""
+        result, none = self, torch.zeros_like(self.count)
+        for inputs, weights in (one for one in found if one is not None):
+            if result.moment is None and result.inputs is None:
+                result = replace(result, inputs=inputs, weights=weights)
+            else:
+                result = result.followed_by(type(self)(none, inputs, weights))
+        return result
+
     def whole_moment(self) -> Tensor:
         """Return the moment, of the rows where these are kept."""
         if self.moment is not None:
@@ -100,7 +124,7 @@ class UnitWise(Structure):
         count: Tensor,
         *,
         previous: Statistics | None = None,
-        draw: int = 0,
+        draw: Draw = FIRST_DRAW,
         continued: bool = False,
     ) -> UnitStatistics:
         """Keep rows while they are no more than inputs, and there are no moments yet."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from natgrad.arguments import check_choice, check_interval
+from natgrad.distributed.place import drawn
 from natgrad.likelihoods import Likelihood
 
 __all__ = [
@@ -274,8 +275,10 @@ class ImprovedFisher(FisherType):
         scale = weights.to(squares).sqrt() * (squares + floor).rsqrt()
         scale = torch.where(squares > 0, scale, torch.zeros_like(scale))
         if events.shape[1] > 1:
-            draws = torch.randint(0, 2, squares.shape, generator=generator, device=squares.device)
-            scale = scale * (2.0 * draws - 1.0)
+            numbers = drawn(
+                Tensor.uniform_, squares.shape, generator, dtype=scale.dtype, device=scale.device
+            )
+            scale = torch.where(numbers < 0.5, -scale, scale)
         return likelihood.merge_events(events * scale.unsqueeze(-1), output).unsqueeze(0)
 
     def coordinates(

@@ -13,7 +13,7 @@ natural gradient descent, 2024).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -30,7 +30,6 @@ from natgrad.operators import GradientSource
 from natgrad.operators.rows import RowsOperator, split_gradient, transposed_times
 from natgrad.optim.preconditioner import Preconditioner
 from natgrad.records import Record
-from natgrad.replicas import Replicas
 from natgrad.statistics.rows import Pieces, RowStatistics
 
 __all__ = [
@@ -134,18 +133,22 @@ class Coefficients(Record):
     iterations: tuple[Tensor, ...] = ()
     table: Tensor | None = None
 
-    def with_batches(self, pieces: Pieces, found: Tensor, indices: Tensor | None) -> Coefficients:
+    def with_batches(
+        self, passes: Sequence[Tensor], mean: Tensor | None, indices: Tensor | None
+    ) -> Coefficients:
         """Return the record with the coefficients of a step.
 
         Args:
-            pieces: The step's rows, one backward pass after the other.
-            found: ``(R,)``.
+            passes: Coefficients of this process's samples, one backward pass after the other,
+                ``(N,)`` each.
+            mean: The mean coefficient, where other processes have samples, too; by default that
+                of each pass.
             indices: The samples' indices in the data set, ``(R,)``, for ``share="sample"``.
         """
         result = self
-        for piece in found.split([rows.samples for _, rows in pieces]):
-            mean = piece.mean()
-            total = mean if result.mean_sum is None else result.mean_sum + mean
+        for piece in passes:
+            own = piece.mean() if mean is None else mean
+            total = own if result.mean_sum is None else result.mean_sum + own
             result = replace(result, mean_sum=total, batches=result.batches + 1)
             if self.share == "iteration":
                 result = replace(result, iterations=(*result.iterations, piece))
@@ -158,7 +161,8 @@ class Coefficients(Record):
                         position_sum=result.position_sum + piece,
                         position_batches=result.position_batches + 1,
                     )
-        if self.share == "sample" and indices is not None:
+        if self.share == "sample" and indices is not None and passes:
+            found = torch.cat(list(passes))
             result = replace(result, table=self._grown_table(found, indices.to(found.device)))
         return result
 
@@ -275,16 +279,15 @@ class CoefficientPreconditioner(Preconditioner):
             self._complete_source(source, backpropagated, by_rows=False)
             fresh, rows = self._fresh(source.coordinates)
             if fresh and self.structure.share == "sample":
-                self._check_indices(len(next(iter(fresh.values()))))
+                self._check_indices(sum(self._own_samples()))
             result: dict[str, Tensor] = {}
             if self._kept is None:
                 self._kept = self.coefficients
             for name, found in fresh.items():
                 assert source.coordinates is not None
-                operator = rows[name]
-                u, replicas = source.coordinates, self.replicas
-                result.update(_weighted(operator, complete, u, found, replicas))
-                kept = self.coefficients[name].with_batches(operator.pieces, found, self.indices)
+                result.update(_weighted(rows[name], complete, source.coordinates, found))
+                passes, mean = self._own_passes(rows[name].pieces, found)
+                kept = self.coefficients[name].with_batches(passes, mean, self.indices)
                 self.coefficients = {**self.coefficients, name: kept}
             natural = {**self.scaled(complete, source.natural | set(fresh)), **result}
             for name, present in self.curvature.estimates.items():  # Only coefficients outlive it.
@@ -337,6 +340,20 @@ class CoefficientPreconditioner(Preconditioner):
             scale = self._weighted_mean({name: value.mean() for name, value in fresh.items()})
             fresh = {name: value / scale for name, value in fresh.items()}
         return fresh, rows
+
+    def _own_samples(self) -> list[int]:
+        """Return the numbers of samples of the passes of this process."""
+        outputs = (one.recorded.output for one in self.observer.seen if not one.is_empty)
+        return [len(output) for output in outputs if output is not None]
+
+    def _own_passes(self, pieces: Pieces, found: Tensor) -> tuple[Sequence[Tensor], Tensor | None]:
+        """Return the coefficients of this process's passes, and the mean of all processes'."""
+        each = found.split([rows.samples for _, rows in pieces])
+        if self.replicas.are_alone:
+            return each, None
+        passes = [count for (count,) in self.replicas.told([len(self._own_samples())], self.device)]
+        first = sum(passes[: self.replicas.rank])
+        return each[first : first + len(self._own_samples())], found.mean()
 
     def _check_indices(self, count: int) -> None:
         given = 0 if self.indices is None else len(self.indices)
@@ -391,12 +408,10 @@ def _weighted(
     gradients: dict[str, Tensor],
     coordinates: Tensor,
     found: Tensor,
-    replicas: Replicas,
 ) -> dict[str, Tensor]:
     """Return ``Σ_n c_n u_n g_n``, beside what the rows do not explain of the gradient."""
     u = coordinates.reshape(-1, 1).to(found.dtype)
     plain = transposed_times(operator.pieces, u)
-    replicas.average({"plain": plain})
     column = operator.layout.to_flat({name: gradients[name] for name in operator.layout.names})
     rest, share = split_gradient(column.to(plain.dtype).unsqueeze(1), plain)
     weighted = transposed_times(operator.pieces, u * found.unsqueeze(1) * share)

@@ -237,6 +237,7 @@ class FNGD(NaturalGradient):
         natural = self._coefficients.scaled(covered, {name for name, one in own if one.active})
         self.preconditioner.replicas.average(natural)
         values = scalar_checks(rest.values(), loss)
+        self.preconditioner.replicas.average(values)
         if natural:
             values["size"] = _squared_norm(natural.values())
         if values and not all_finite(on_host(values)):

@@ -17,11 +17,14 @@ from natgrad.jacobians.dense import DenseJacobian
 from natgrad.jacobians.embedding import EmbeddingJacobian
 from natgrad.jacobians.layer import CHUNK_ELEMENTS, KroneckerSums, LayerJacobian, WeightSharing
 from natgrad.jacobians.linear import LinearJacobian
+from natgrad.jacobians.positions import FIRST_DRAW, Draw
 from natgrad.jacobians.tied import SumJacobian
 
 __all__ = [
     "CHUNK_ELEMENTS",
+    "FIRST_DRAW",
     "DenseJacobian",
+    "Draw",
     "EmbeddingJacobian",
     "Jacobians",
     "KroneckerSums",

@@ -91,14 +91,12 @@ class DenseJacobian(LayerJacobian):
             inputs = units.mT @ units
         if layout.d_out == 1:
             positions = torch.zeros_like(count) if continued else count
-            return KroneckerSums(inputs, positions, positions.expand(layout.groups, 1, 1))
+            outputs = positions.expand(layout.groups, 1, 1)
+            return KroneckerSums(inputs, positions, outputs)
         columns = rows.transpose(2, 3).flatten(1, 2)
-        trace = columns.square().sum((1, 2))
         outputs = (
             columns.square().sum(1)
             if limit is not None and layout.d_out > limit
             else columns.mT @ columns
         )
-        share = count / torch.where(trace > 0, trace, torch.ones_like(trace))
-        scaled = inputs * share.reshape(-1, *[1] * (inputs.dim() - 1))
-        return KroneckerSums(scaled, count, outputs)
+        return KroneckerSums(inputs, columns.square().sum((1, 2)), outputs)

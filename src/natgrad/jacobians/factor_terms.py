@@ -28,13 +28,11 @@ class FactorTerm:
         rows: ``(G, R, d)`` without the bias coordinate, or the diagonal, ``(G, d)``.
         bias: The input a bias sees; None without one.
         kept: Which rows count, ``(R,)`` of 0 and 1; None for all.
-        weight: Factor on the sum.
     """
 
     rows: Tensor
     bias: float | None = None
     kept: Tensor | None = None
-    weight: Tensor | float = 1.0
 
     @property
     def diagonal(self) -> bool:
@@ -56,99 +54,89 @@ class FactorTerm:
     def trace(self) -> Tensor:
         """Return the trace, groups summed."""
         if self.diagonal:
-            total = self.rows.sum()
-        else:
-            total = torch.stack([x.square().sum() for x in self.chunks(self.rows.dtype)]).sum()
-        return total * self.weight
+            return self.rows.sum()
+        return torch.stack([x.square().sum() for x in self.chunks(self.rows.dtype)]).sum()
 
 
 @dataclass(frozen=True)
 class FactorTerms:
-    """K-FAC's sums of one layer, as :class:`natgrad.jacobians.layer.KroneckerSums` in rows.
+    """K-FAC's sums of one layer, as :class:`natgrad.jacobians.KroneckerSums` in rows.
 
     Attributes:
-        inputs: Terms of ``Σ a aᵀ``; None where an earlier chunk has brought it.
-        positions: How many rows ``inputs`` sums.
-        outputs: Terms of ``Σ δ δᵀ``.
+        inputs: Terms of ``Σ a aᵀ``; none where an earlier chunk has brought it.
+        positions: What its mean divides by.
+        outputs: Terms of ``Σ δ δᵀ``, likewise.
+        turned: Those of uses the other way round.
     """
 
-    inputs: list[FactorTerm] | None
+    inputs: tuple[FactorTerm, ...]
     positions: Tensor
-    outputs: list[FactorTerm]
+    outputs: tuple[FactorTerm, ...]
+    turned: FactorTerms | None = None
+
+    def with_terms(self, more: FactorTerms) -> FactorTerms:
+        """Return the terms of both."""
+        inputs, outputs = self.inputs + more.inputs, self.outputs + more.outputs
+        return FactorTerms(inputs, self.positions + more.positions, outputs)
 
 
 def factor_terms(rows: LayerJacobian, sharing: WeightSharing, continued: bool) -> FactorTerms:
     """Return what :meth:`LayerJacobian.kronecker_factors` sums, before it is multiplied out."""
     if isinstance(rows, SumJacobian):
-        return _tied_terms(rows, sharing)
+        return _tied_terms(rows, sharing, continued)
     if isinstance(rows, LinearJacobian):
         return _linear_terms(rows, sharing, continued)
     return _dense_terms(rows, sharing, continued)
 
 
+def _tied_terms(rows: SumJacobian, sharing: WeightSharing, continued: bool) -> FactorTerms:
+    straight = FactorTerms((), torch.zeros((), dtype=rows.dtype, device=rows.device), ())
+    turned: FactorTerms | None = None
+    for part in rows.parts:
+        terms = factor_terms(part, sharing, continued)
+        if is_other_way_round(part.layout, rows.layout):
+            terms = FactorTerms(terms.outputs, terms.positions, terms.inputs)
+            turned = terms if turned is None else turned.with_terms(terms)
+        else:
+            straight = straight.with_terms(terms)
+    return replace(straight, turned=turned)
+
+
 def _dense_terms(rows: LayerJacobian, sharing: WeightSharing, continued: bool) -> FactorTerms:
     """Return the terms of rows without a factored form, ``(R, G, d_out, d_in + bias)``."""
-    layout, sums = rows.layout, rows.kronecker_factors(sharing, 0, continued)
+    layout = rows.layout
+    sums = rows.kronecker_factors(sharing, 0, continued)
     flat = torch.cat([rows.per_sample_gradients(*chunk).flatten(0, 1) for chunk in rows.chunks()])
     matrices = flat.transpose(0, 1)
     outputs = FactorTerm(matrices.transpose(2, 3).flatten(1, 2))
+    assert sums.inputs is not None and sums.outputs is not None
     if layout.d_out == 1:  # The whole block is the input factor.
         outputs = FactorTerm(sums.outputs.flatten(1))
-    assert sums.inputs is not None
     inputs = FactorTerm(sums.inputs)
     if not (layout.one_hot or (layout.d_out == 1 and rows.summed)):
-        units = matrices.flatten(1, 2)
-        if layout.d_out > 1:  # The product of both factors has the block's trace.
-            trace = units.square().sum((1, 2))
-            share = rows.samples / torch.where(trace > 0, trace, torch.ones_like(trace))
-            units = units * share.sqrt()[:, None, None]
-        inputs = FactorTerm(units)
-    return FactorTerms([inputs], sums.positions, [outputs])
+        inputs = FactorTerm(matrices.flatten(1, 2))
+    return FactorTerms((inputs,), sums.positions, (outputs,))
 
 
 def _linear_terms(rows: LinearJacobian, sharing: WeightSharing, continued: bool) -> FactorTerms:
     delta, active = rows.output_gradients, rows.active_positions
     reduced = sharing == "reduce" and rows.positions > 1
-    inputs: list[FactorTerm] | None = None
+    inputs: tuple[FactorTerm, ...] = ()
     positions = delta.new_zeros(())
     if not continued and isinstance(rows, EmbeddingJacobian):
         # With a size limit of 0 its sums are diagonals, which those of one-hot inputs are anyway.
         sums = rows.kronecker_factors(sharing, 0)
         assert sums.inputs is not None
-        inputs, positions = [FactorTerm(sums.inputs)], sums.positions
+        inputs, positions = (FactorTerm(sums.inputs),), sums.positions
     elif not continued:
         a, kept = rows.inputs, active
         if reduced:
             a, kept = mean_inputs(a, active)
         bias = rows.bias_value if rows.layout.has_bias else None
         mask = None if kept is None else kept.flatten()
-        inputs = [FactorTerm(a.permute(2, 0, 1, 3).flatten(1, 2), bias, mask)]
+        inputs = (FactorTerm(a.permute(2, 0, 1, 3).flatten(1, 2), bias, mask),)
         positions = delta.new_tensor(float(a.shape[0] * a.shape[1])) if kept is None else kept.sum()
     if reduced:
         delta = delta.sum(2, keepdim=True)
-    outputs = [FactorTerm(delta.permute(3, 0, 1, 2, 4).flatten(1, 3))]
-    return FactorTerms(inputs, positions, outputs)
-
-
-def _tied_terms(rows: SumJacobian, sharing: WeightSharing) -> FactorTerms:
-    """Merge the uses' products by their traces, as :meth:`SumJacobian.kronecker_factors` does."""
-    inputs: list[FactorTerm] = []
-    outputs: list[FactorTerm] = []
-    total = torch.zeros((), dtype=rows.dtype, device=rows.device)
-    for part in rows.parts:
-        moments = factor_terms(part, sharing, False)
-        assert moments.inputs is not None
-        positions = moments.positions.clamp(min=1.0)
-        a = [replace(term, weight=term.weight / positions) for term in moments.inputs]
-        b = moments.outputs
-        if is_other_way_round(part.layout, rows.layout):
-            a, b = b, a
-        trace_a = torch.stack([term.trace() for term in a]).sum()
-        trace_b = torch.stack([term.trace() for term in b]).sum()
-        inputs += [replace(term, weight=term.weight * trace_b) for term in a]
-        outputs += [replace(term, weight=term.weight * trace_a) for term in b]
-        total = total + trace_a * trace_b
-    scale = torch.where(total > 0, total, torch.ones_like(total))
-    count = total.new_tensor(float(rows.samples))
-    scaled = [replace(term, weight=term.weight * (count / scale)) for term in inputs]
-    return FactorTerms(scaled, count, outputs)
+    outputs = FactorTerm(delta.permute(3, 0, 1, 2, 4).flatten(1, 3))
+    return FactorTerms(inputs, positions, (outputs,))

@@ -36,13 +36,17 @@ class KroneckerSums:
     Attributes:
         inputs: ``Σ a aᵀ``, ``(G, d_in + bias, d_in + bias)``, or its diagonal ``(G, d_in + bias)``;
             None where an earlier chunk of the same samples has brought it already.
-        positions: How many terms ``inputs`` sums, as a tensor.
+        positions: What the mean of ``inputs`` divides by, mostly how many terms it sums; a scalar
+            or one number per group.
         outputs: ``Σ δ δᵀ``, ``(G, d_out, d_out)``, or its diagonal ``(G, d_out)``.
+        turned: Those of uses of the parameter the other way round, as of an embedding tied to the
+            output layer, with inputs and outputs exchanged; None without any.
     """
 
     inputs: Tensor | None
     positions: Tensor
-    outputs: Tensor
+    outputs: Tensor | None
+    turned: KroneckerSums | None = None
 
 
 class LayerJacobian(ABC):

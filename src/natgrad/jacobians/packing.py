@@ -15,10 +15,11 @@ from natgrad.jacobians.dense import DenseJacobian
 from natgrad.jacobians.embedding import EmbeddingJacobian
 from natgrad.jacobians.layer import LayerJacobian
 from natgrad.jacobians.linear import LinearJacobian, tensor_identity
+from natgrad.jacobians.scaled import ScaledRows
 from natgrad.jacobians.tied import SumJacobian
 from natgrad.layouts import BlockLayout, ParameterLayout
 
-__all__ = ["copied", "in_type", "pack", "unpack"]
+__all__ = ["copied", "in_type", "pack", "pack_layer", "unpack", "unpack_layer"]
 
 
 def in_type(rows: Jacobians, dtype: torch.dtype) -> Jacobians:
@@ -64,13 +65,13 @@ def _copied(rows: LayerJacobian, copies: dict[Any, Tensor]) -> LayerJacobian:
     factored = type(rows) in (LinearJacobian, EmbeddingJacobian)
     if not factored or rows.rows * rows.layout.numel < elements:
         return _as_dense(rows)
-    packed = _pack_layer(rows)
+    packed = pack_layer(rows)
     for key, tensor in state.items():
         identity = tensor_identity(tensor)
         if identity not in copies:
             copies[identity] = tensor.clone()
         packed[key] = copies[identity]
-    return _unpack_layer(packed, rows.device)
+    return unpack_layer(packed, rows.device)
 
 
 def _as_dense(rows: LayerJacobian) -> DenseJacobian:
@@ -85,19 +86,26 @@ def _as_dense(rows: LayerJacobian) -> DenseJacobian:
 
 def pack(rows: Jacobians) -> dict[str, Any]:
     """Return rows as tensors and plain values."""
-    blocks = {name: _pack_layer(block) for name, block in rows.items()}
-    return {"samples": rows.samples, "directions": rows.directions, "blocks": blocks}
+    blocks = {name: pack_layer(block) for name, block in rows.items()}
+    state = {"samples": rows.samples, "directions": rows.directions, "blocks": blocks}
+    if isinstance(rows, ScaledRows):
+        state |= {"scales": rows.scales, "coordinates": rows.coordinates}
+    return state
 
 
 def unpack(state: Mapping[str, Any], layout: ParameterLayout, device: torch.device) -> Jacobians:
     """Return the rows that :func:`pack` packed."""
-    blocks = {name: _unpack_layer(block, device) for name, block in state["blocks"].items()}
-    return Jacobians(layout, blocks, state["samples"], state["directions"])
+    blocks = {name: unpack_layer(block, device) for name, block in state["blocks"].items()}
+    rows = Jacobians(layout, blocks, state["samples"], state["directions"])
+    if "scales" not in state:
+        return rows
+    return ScaledRows(rows, state["scales"].to(device), state["coordinates"].to(device))
 
 
-def _pack_layer(rows: LayerJacobian) -> dict[str, Any]:
+def pack_layer(rows: LayerJacobian) -> dict[str, Any]:
+    """Return the rows of one layer as tensors and plain values."""
     if isinstance(rows, SumJacobian):
-        parts = [_pack_layer(part) for part in rows.parts]
+        parts = [pack_layer(part) for part in rows.parts]
         return {"form": "sum", "layout": asdict(rows.layout), "parts": parts}
     state: dict[str, Any] = {"layout": asdict(rows.layout), **rows.state()}
     if isinstance(rows, EmbeddingJacobian):
@@ -107,10 +115,11 @@ def _pack_layer(rows: LayerJacobian) -> dict[str, Any]:
     return {"form": "dense", **state}
 
 
-def _unpack_layer(state: Mapping[str, Any], device: torch.device) -> LayerJacobian:
+def unpack_layer(state: Mapping[str, Any], device: torch.device) -> LayerJacobian:
+    """Return the rows that :func:`pack_layer` packed."""
     layout = BlockLayout(**state["layout"])
     if state["form"] == "sum":
-        return SumJacobian([_unpack_layer(part, device) for part in state["parts"]], layout)
+        return SumJacobian([unpack_layer(part, device) for part in state["parts"]], layout)
     if state["form"] == "dense":
         return DenseJacobian(layout, state["rows"].to(device))
     gradients = state["output_gradients"].to(device)

@@ -3,21 +3,59 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from natgrad.distributed.place import WHOLE_BATCH, Place
 from natgrad.jacobians.layer import LayerJacobian, WeightSharing
 from natgrad.jacobians.linear import LinearJacobian
 from natgrad.layouts import BlockLayout
 
-__all__ = ["enough_rows", "random_subset", "with_enough_rows"]
+__all__ = [
+    "FIRST_DRAW",
+    "Draw",
+    "enough_rows",
+    "random_samples",
+    "random_subset",
+    "with_enough_rows",
+]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Which random subset of a batch's rows an update takes.
+
+    Attributes:
+        number: Number of the update, its seed.
+        place: Which samples of the batch the rows are of.
+    """
+
+    number: int = 0
+    place: Place = WHOLE_BATCH
+
+
+FIRST_DRAW = Draw()
 
 
 def random_subset(size: int, count: int, seed: int, device: torch.device) -> Tensor:
     """Return ``count`` of the indices below ``size``, drawn uniformly, in ascending order."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randperm(size, generator=generator)[:count].sort().values.to(device)
+
+
+def random_samples(samples: int, limit: int, draw: Draw) -> tuple[list[int] | None, float]:
+    """Return which samples an update takes, at most ``limit`` in all processes, and their weight.
+
+    None stands for all of them.
+    """
+    place, total = draw.place, draw.place.of_all(samples)
+    if total <= limit:
+        return None, 1.0
+    before = place.before * samples // place.samples if place.is_shared else 0
+    chosen = random_subset(total, limit, draw.number, torch.device("cpu")).tolist()
+    return [i - before for i in chosen if before <= i < before + samples], total / limit
 
 
 def enough_rows(layout: BlockLayout, rows_per_unit: float | None) -> int | None:
@@ -28,7 +66,7 @@ def enough_rows(layout: BlockLayout, rows_per_unit: float | None) -> int | None:
 
 
 def with_enough_rows(
-    rows: LayerJacobian, rows_per_unit: float | None, weight_sharing: WeightSharing, seed: int
+    rows: LayerJacobian, rows_per_unit: float | None, weight_sharing: WeightSharing, draw: Draw
 ) -> LayerJacobian:
     """Return rows at a random subset of positions where there are more than enough.
 
@@ -36,12 +74,12 @@ def with_enough_rows(
         rows: The layer's rows.
         rows_per_unit: Rows that suffice, per unit of the larger factor; None for all.
         weight_sharing: "reduce" sums over positions, so that none may be left out.
-        seed: Seed of the subset.
+        draw: Which subset.
     """
     limit = enough_rows(rows.layout, rows_per_unit)
     if limit is None or weight_sharing == "reduce" or not isinstance(rows, LinearJacobian):
         return rows
-    kept = max(1, -(-limit // rows.samples))
+    kept = max(1, -(-limit // draw.place.of_all(rows.samples)))
     if kept >= rows.positions:
         return rows
-    return rows.subsampled(random_subset(rows.positions, kept, seed, rows.device))
+    return rows.subsampled(random_subset(rows.positions, kept, draw.number, rows.device))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from natgrad.jacobians.layer import (
 )
 from natgrad.layouts import BlockLayout
 
-__all__ = ["SumJacobian", "is_other_way_round"]
+__all__ = ["SumJacobian", "added", "is_other_way_round"]
 
 
 class SumJacobian(LayerJacobian):
@@ -88,30 +90,37 @@ class SumJacobian(LayerJacobian):
         max_factor_size: int | None = None,
         continued: bool = False,
     ) -> KroneckerSums:
-        """Merge the uses' Kronecker products ``B_i ⊗ A_i`` into one that keeps their trace.
-
-        ``A = Σ tr(B_i) A_i``, ``B = Σ tr(A_i) B_i``, divided by ``Σ tr(A_i) tr(B_i)``: the
-        partial traces of the sum. It is exact when all uses are proportional, and invariant to
-        how each product's scale is split between its factors.
-        """
-        merged_a: Tensor | None = None
-        merged_b: Tensor | None = None
-        total = torch.zeros((), dtype=self.dtype, device=self.device)
+        """Return the factors of uses the one way round, and of those the other way round."""
+        straight: KroneckerSums | None = None
+        turned: KroneckerSums | None = None
         for part in self.parts:
-            sums = part.kronecker_factors(weight_sharing, max_factor_size)
-            assert sums.inputs is not None
-            a = sums.inputs / sums.positions.clamp(min=1.0)
-            b = sums.outputs
+            sums = part.kronecker_factors(weight_sharing, max_factor_size, continued)
             if is_other_way_round(part.layout, self.layout):
-                a, b = b, a
-            trace_a, trace_b = _factor_trace(a), _factor_trace(b)
-            merged_a = _add_factors(merged_a, a * trace_b)
-            merged_b = _add_factors(merged_b, b * trace_a)
-            total = total + trace_a * trace_b
-        assert merged_a is not None and merged_b is not None
-        scale = torch.where(total > 0, total, torch.ones_like(total))
-        count = total.new_tensor(float(self.samples))
-        return KroneckerSums(merged_a / scale * count, count, merged_b)
+                sums = KroneckerSums(sums.outputs, sums.positions, sums.inputs)
+                turned = _pooled(turned, sums)
+            else:
+                straight = _pooled(straight, sums)
+        if straight is None:
+            none = torch.zeros((), dtype=self.dtype, device=self.device)
+            straight = KroneckerSums(None, none, None)
+        return replace(straight, turned=turned)
+
+
+def _pooled(total: KroneckerSums | None, more: KroneckerSums) -> KroneckerSums:
+    if total is None:
+        return more
+    inputs, outputs = added(total.inputs, more.inputs), added(total.outputs, more.outputs)
+    return KroneckerSums(inputs, total.positions + more.positions, outputs)
+
+
+def added(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    """Return the sum of two factors, ``(G, d, d)`` or diagonals ``(G, d)``, if there are any."""
+    if left is None or right is None:
+        return right if left is None else left
+    if left.dim() == right.dim():
+        return left + right
+    dense, diagonal = (left, right) if left.dim() == 3 else (right, left)
+    return dense + torch.diag_embed(diagonal)
 
 
 def is_other_way_round(layout: BlockLayout, reference: BlockLayout) -> bool:
@@ -122,15 +131,3 @@ def is_other_way_round(layout: BlockLayout, reference: BlockLayout) -> bool:
     shape = (layout.d_out, layout.d_augmented)
     wanted = (reference.d_out, reference.d_augmented)
     return layout.transposed != reference.transposed or shape == wanted[::-1] != wanted
-
-
-def _factor_trace(factor: Tensor) -> Tensor:
-    diagonal = factor if factor.dim() == 2 else factor.diagonal(dim1=-2, dim2=-1)
-    return diagonal.sum()
-
-
-def _add_factors(left: Tensor | None, right: Tensor) -> Tensor:
-    if left is None or left.dim() == right.dim():
-        return right if left is None else left + right
-    dense, diagonal = (left, right) if left.dim() == 3 else (right, left)
-    return dense + torch.diag_embed(diagonal)

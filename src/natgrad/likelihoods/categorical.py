@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
+from natgrad.distributed.place import drawn
 from natgrad.likelihoods.base import (
     FOREIGN,
     Likelihood,
@@ -440,7 +441,8 @@ class Categorical(Likelihood):
 
 
 def _draw(p: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Draw an index from probabilities along the last dimension (by exponential races)."""
-    device = p.device if generator is None else generator.device
-    race = torch.empty(p.shape, dtype=p.dtype, device=device).exponential_(generator=generator)
-    return (p / race.to(p.device).clamp_min(torch.finfo(p.dtype).tiny)).argmax(-1)
+    """Draw an index from probabilities ``(..., N, E, C)`` (by exponential races)."""
+    race = drawn(
+        Tensor.exponential_, p.shape, generator, dim=p.dim() - 3, dtype=p.dtype, device=p.device
+    )
+    return (p / race.clamp_min(torch.finfo(p.dtype).tiny)).argmax(-1)

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
+from natgrad.distributed.place import drawn
 from natgrad.likelihoods.base import (
     FOREIGN,
     Likelihood,
@@ -261,7 +262,7 @@ class Elementwise(Likelihood):
     @full_precision
     def sample(self, output: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draw a target of the output's shape; see the base class."""
-        return self._sample(output.detach(), generator)
+        return self._sample(output.detach().unsqueeze(0), generator)[0]
 
     @full_precision
     def sampled_vectors(
@@ -331,8 +332,6 @@ def plausible_scale(scale: float, samples: int) -> float:
 def random_like(
     output: Tensor, generator: torch.Generator | None, kind: Literal["normal", "uniform"]
 ) -> Tensor:
-    """Draw noise like the output on the generator's device, N(0, 1) or uniform in [0, 1)."""
-    device = output.device if generator is None else generator.device
-    draw = torch.randn if kind == "normal" else torch.rand
-    noise = draw(output.shape, generator=generator, dtype=output.dtype, device=device)
-    return noise.to(output.device)
+    """Draw noise like outputs ``(draws, N, ...)``, N(0, 1) or uniform in [0, 1)."""
+    fill = Tensor.normal_ if kind == "normal" else Tensor.uniform_
+    return drawn(fill, output.shape, generator, dim=1, dtype=output.dtype, device=output.device)

@@ -77,7 +77,8 @@ class Gaussian(Elementwise):
     def sample(self, output: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draw a target of the output's shape; see the base class."""
         deviation = (self.variance / self._scale(output)) ** 0.5
-        return output.detach() + deviation * random_like(output, generator, "normal")
+        noise = random_like(output.detach().unsqueeze(0), generator, "normal")[0]
+        return output.detach() + deviation * noise
 
     def _nll(self, output: Tensor, target: Tensor) -> Tensor:
         return (output - target).square() / (2 * self.variance)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from natgrad.distributed.place import WHOLE_BATCH
 from natgrad.likelihoods.base import Reduction
 from natgrad.likelihoods.elementwise import Elementwise, ReduceOutputs
 
@@ -61,6 +62,10 @@ class Poisson(Elementwise):
 
     def _sample(self, output: Tensor, generator: torch.Generator | None) -> Tensor:
         device = output.device if generator is None else generator.device
+        place = getattr(generator, "place", WHOLE_BATCH)
+        if place.is_shared:  # How many numbers a draw takes depends on the rates.
+            seed = torch.randint(2**62, (), generator=generator, device=device)
+            generator = torch.Generator(device).manual_seed(int(seed) + place.before)
         return torch.poisson(output.exp().to(device), generator).to(output.device)
 
     def _checked(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

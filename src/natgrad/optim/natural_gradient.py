@@ -456,7 +456,9 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
             values = measure(preconditioner, grouped, directions, gradients, source, scale)
             if self._relative_damping and preconditioner.inverts:
                 values["mean_eigenvalue"] = preconditioner.mean_eigenvalue()
-            found = on_host({**values, **scalar_checks(rest.values(), loss), "failed": failed})
+            checks = {**scalar_checks(rest.values(), loss), "failed": failed}
+            grouped.replicas.average(checks)  # What one finds broken is broken for all.
+            found = on_host({**values, **checks})
             mean_eigenvalue = found.pop("mean_eigenvalue", math.nan)
             if not found.pop("failed"):
                 break
@@ -563,9 +565,11 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
         if not (observer.keeps_batch_fisher and self._needs_batch_fisher):
             return True
         self.preconditioner.update_curvature()
-        if observer.batch_fisher is not None:
+        replicas = self.preconditioner.replicas
+        if replicas.any(observer.batch_fisher is not None, self.preconditioner.device):
+            observer.take_part()
             return True
-        if observer.seen:
+        if observer.seen or not replicas.are_alone:
             self._skip("no sample of its batch counts")
             return False
         self.preconditioner.skip()
@@ -598,6 +602,7 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
         """Update the curvature and let the fallback alone train."""
         self.preconditioner.update_curvature()
         sums = scalar_checks(gradients, loss)
+        self.preconditioner.replicas.average(sums)
         if sums and not all_finite(on_host(sums)):
             self._skip()
             return

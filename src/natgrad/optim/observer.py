@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,9 @@ from natgrad import linalg
 from natgrad.capture import Capture, ForwardPass
 from natgrad.capture.hooks import own_backward
 from natgrad.capture.model_output import Selection
+from natgrad.curvature import Curvature
+from natgrad.distributed import Replicas
+from natgrad.distributed.place import PlacedGenerator
 from natgrad.fisher import FisherType, RowReceiver, update_from_output
 from natgrad.likelihoods import Likelihood
 from natgrad.optim.audit import Findings, GradientAudit
@@ -91,14 +94,17 @@ class Observer:
         likelihood: Likelihood,
         fisher: FisherType,
         refresh: Refresh,
-        curvature: RowReceiver,
+        curvature: Curvature,
         seed: int,
     ) -> None:
         self.capture, self.likelihood, self.fisher = capture, likelihood, fisher
         #: The likelihood as it was given, before any loss was seen.
         self.given = likelihood
         self.refresh, self.curvature = refresh, curvature
-        self.generator = torch.Generator(capture.layout.device).manual_seed(seed)
+        self.generator = PlacedGenerator(capture.layout.device)
+        self.generator.manual_seed(seed)
+        #: Processes that have a share of every batch each.
+        self.replicas = Replicas()
         self.steps = 0
         self.warmup = refresh.warmup
         #: The step from which intervals are counted: when layers were last new, or back.
@@ -213,9 +219,32 @@ class Observer:
         """Note a pass; weigh its events on steps that take rows."""
         one = SeenPass(recorded)
         if self.rows_due or self.isotropy_probe is not None:
-            one = self._weighed(recorded, cotangent)
+            one = self._placed(self._weighed(recorded, cotangent))
         self.seen.append(one)
         return one
+
+    def _placed(self, one: SeenPass) -> SeenPass:
+        """Find the place of a pass's samples in the batch of all processes, which all take part in.
+
+        What one of them leaves out is left out by all.
+        """
+        if self.replicas.are_alone:
+            return one
+        assert one.recorded.output is not None
+        own = [len(one.recorded.output), one.has_silent]
+        samples, silent = zip(*self.replicas.told(own, self.capture.layout.device), strict=True)
+        self.generator.place = self.curvature.place = self.replicas.place_of(samples)
+        if one.is_empty and self.rows_due:
+            self._draw_in_step(one)
+        return replace(one, has_silent=any(silent))
+
+    def _draw_in_step(self, one: SeenPass) -> None:
+        """Draw random numbers that are not needed here but elsewhere."""
+        output, heads = one.recorded.output, one.recorded.heads
+        if output is not None and self.fisher.independent:
+            likelihood = self.likelihood.of_shapes(heads)
+            weights = likelihood.event_weights(output.detach())
+            self.fisher.vectors(likelihood, output.detach(), weights, self.generator)
 
     def _weighed(self, recorded: ForwardPass, cotangent: Tensor | None) -> SeenPass:
         """Return a pass with the weights of its events; the one place where it is waited for."""
@@ -255,8 +284,9 @@ class Observer:
         likelihood = self.likelihood.of_shapes(one.recorded.heads)
         if self.isotropy_probe is not None:
             self.isotropy_probe.observe(
-                self.capture, likelihood, output, one.weights, float(one.count)
-            )
+                self.capture, likelihood, output, one.weights, float(one.count),
+                self.generator.place,
+            )  # fmt: skip
         if not self.rows_due or self.fisher.from_user_gradients:
             return
         with self._unawaited():
@@ -285,11 +315,16 @@ class Observer:
         self.before_change()
         if not self.keeps_batch_fisher:
             return self.curvature
-        if self.batch_fisher is None:
-            self.batch_fisher = BatchFisher(self.capture.layout, self.exact_batch_fisher)
+        self.take_part()
+        assert self.batch_fisher is not None
         if not self.update_due:
             return self.batch_fisher
         return RowReceivers(self.curvature, self.batch_fisher)
+
+    def take_part(self) -> None:
+        """Have a Fisher matrix of the batch, of no rows so far."""
+        if self.batch_fisher is None:
+            self.batch_fisher = BatchFisher(self.capture.layout, self.exact_batch_fisher)
 
     def take_user_rows(self) -> None:
         """Take the rows that the user's own backward pass left, for Fisher types made of them."""
@@ -303,7 +338,19 @@ class Observer:
                 self._receiver().observe(rows, one.count)
 
     def coordinates(self) -> Tensor | None:
-        """Return ``u`` with ``∇L = Jᵀu`` where the passes of this step made rows and gradient."""
+        """Return ``u`` with ``∇L = Jᵀu`` where the passes of this step made rows and gradient.
+
+        The rows, and with them u, are those of all processes, in the order of their ranks.
+        """
+        own = self._own_coordinates()
+        if self.replicas.are_alone:
+            return own
+        known = own is not None or all(one.is_empty for one in self.seen)
+        each = self.replicas.gathered({"u": own, "known": known}, self.capture.layout.device)
+        found = [one["u"] / len(each) for one in each if one["u"] is not None]
+        return torch.cat(found) if found and all(one["known"] for one in each) else None
+
+    def _own_coordinates(self) -> Tensor | None:
         found: list[Tensor] = []
         for one in self.seen:
             output, cotangent = one.recorded.output, one.recorded.cotangent

@@ -16,11 +16,14 @@ from natgrad.capture import Capture
 from natgrad.capture.blocks import find_blocks
 from natgrad.curvature import Curvature, KroneckerFactors, Structure, as_structure
 from natgrad.curvature.curvature import Estimate
+from natgrad.distributed.replicas import Replicas
 from natgrad.fisher import FisherType, as_fisher_type
 from natgrad.jacobians import LayerJacobian, LinearJacobian
-from natgrad.layouts import inner_product
+from natgrad.jacobians.layer import at_least_float32
+from natgrad.layouts import BlockLayout, inner_product
 from natgrad.likelihoods import Categorical, LikelihoodLike, as_likelihood
 from natgrad.operators import GradientSource
+from natgrad.optim.audit import Findings
 from natgrad.optim.copying import CopiedByState
 from natgrad.optim.fused.kronecker_gradients import FusedGradient
 from natgrad.optim.fused.own_backward import OwnBackward
@@ -28,7 +31,6 @@ from natgrad.optim.model_watch import ModelWatch
 from natgrad.optim.observer import Observer
 from natgrad.optim.options import Refresh
 from natgrad.optim.step.measures import all_finite, on_host, scalar_checks
-from natgrad.replicas import Replicas
 
 __all__ = ["Preconditioner"]
 
@@ -60,8 +62,9 @@ class Preconditioner(CopiedByState):
             the samples; by default the first, or the second where they turn out to lie there.
         seed: Seed of the sampled labels; the global random state is never used.
         excluded: Names of parameters that are left alone: no rows are formed for them.
-        process_group: Processes that train replicas of the model, over which natural gradients are
-            averaged; by default those of a model in DistributedDataParallel, and no others.
+        process_group: Processes that train replicas of the model, each on its share of the batch,
+            with gradients averaged over them; by default those of a model in
+            DistributedDataParallel, and no others. Curvature is that of the whole batch.
 
     Attributes:
         untrusted: Parameter name → why its rows do not explain its gradient, so that it is left
@@ -114,7 +117,6 @@ class Preconditioner(CopiedByState):
                 "stagger=True needs a structure made of independent layers, and "
                 f"{structure.name!r} couples them"
             )
-        self.replicas = Replicas.of(model, process_group)
         self.excluded = frozenset(excluded)
         self.untrusted: dict[str, str] = {}
         self._named: set[str] = set()  # Parameters with some gradient from elsewhere, once told.
@@ -136,6 +138,7 @@ class Preconditioner(CopiedByState):
             seed,
         )
         self.observer.before_change = self._open
+        self._share_with(Replicas.of(model, process_group))
         self.capture.on_forward = self._before_pass
         #: Called when the model has other parameters or blocks than before.
         self.on_change: Callable[[], None] = lambda: None
@@ -147,11 +150,19 @@ class Preconditioner(CopiedByState):
             self.capture.remove()  # Whoever holds the error holds the hooks.
             raise
 
+    @property
+    def replicas(self) -> Replicas:
+        """Processes that have a share of every batch each, and take the same steps."""
+        return self.curvature.replicas
+
+    def _share_with(self, replicas: Replicas) -> None:
+        self.curvature.replicas = self.observer.replicas = replicas
+
     # Layers that come and go.
 
     def _before_pass(self) -> None:
         """Look at the model as a forward pass finds it."""
-        self.replicas = self.replicas.found_around(self.model)
+        self._share_with(self.replicas.found_around(self.model))
         if self._watch.sees_change():
             self.find_layers()
         self.observer._on_forward()
@@ -209,6 +220,11 @@ class Preconditioner(CopiedByState):
         return min(sizes, key=lambda name: sizes[name]) if sizes else None
 
     @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.capture.layout.device
+
+    @property
     def covered(self) -> set[str]:
         """Names of the parameters that have rows."""
         return {name for block in self.curvature.blocks.values() for name in block.names}
@@ -249,7 +265,9 @@ class Preconditioner(CopiedByState):
         for carefully in (False, True):
             natural, failed = self.natural_gradient(gradients, carefully=carefully)
             checks = scalar_checks([*gradients.values(), *natural.values()])
-            found = on_host({**checks, "failed": failed})
+            checks["failed"] = failed
+            self.replicas.average(checks)
+            found = on_host(checks)
             if not found.pop("failed"):
                 break
         if not all_finite(found):
@@ -313,7 +331,7 @@ class Preconditioner(CopiedByState):
         if not self.observer.update_due:
             return
         self._joined = True
-        if self.observer.seen:
+        if self.observer.seen or not self.replicas.are_alone:
             self.curvature.join(self.refresh.decay)
             self._with_update = self.curvature.snapshot()
         else:
@@ -339,6 +357,13 @@ class Preconditioner(CopiedByState):
                 "output that the likelihood looks at (a second head, another term of the loss), so "
                 "their curvature lacks that part"
             )
+        self._audit_foreign(found)
+        if self.observer.rows_due and not self.replicas.are_alone:
+            for one in self.replicas.gathered(self.untrusted, self.device):
+                self.untrusted = {**one, **self.untrusted}
+
+    def _audit_foreign(self, found: Findings) -> None:
+        """Distrust what does not come through the output."""
         if found.foreign and not self.covered - set(found.foreign):
             self.capture.tell(
                 "none of the gradients comes through the output that the likelihood looks at, so "
@@ -422,7 +447,7 @@ class Preconditioner(CopiedByState):
         return self.refresh.is_turn(step, self.refresh.inverses)
 
     def mean_eigenvalue(self) -> Tensor:
-        """Return ``tr F/P`` with the rows of this step, over all replicas; NaN if it has none."""
+        """Return ``tr F/P`` with the rows of this step; NaN if it has none."""
         try:
             with linalg.unawaited():
                 self.update_curvature()
@@ -446,18 +471,20 @@ class Preconditioner(CopiedByState):
         Where no pass shows another scale than that of a mean it is 1, as a squared error, say,
         shows none; the gradient of a cross-entropy does, so that means were added there.
         """
-        factor, explained = self._factor_since(gradients)  # On all replicas.
+        factor, explained = self._factor_since(gradients)
         scales = [one.scale * one.count for one in self.observer.seen if not one.is_empty]
-        if self.observer.batch_fisher is None or not scales:
-            return torch.zeros_like(factor), torch.zeros_like(factor)
-        each = torch.stack([one.double() for one in scales])
-        usual = (each - 1.0).abs().max() < 1e-4
-        scale = each.sum() * factor
-        scale = torch.where((scale - 1.0).abs() < 1e-4, 1.0, scale)  # But for rounding it is 1.
-        shown = isinstance(self.observer.likelihood, Categorical)
-        scale = torch.where(usual, float(len(each)) if shown else 1.0, scale)
+        scale = torch.zeros_like(factor)
+        if self.observer.batch_fisher is not None and scales:
+            each = torch.stack([one.double() for one in scales])
+            usual = (each - 1.0).abs().max() < 1e-4
+            scale = each.sum() * factor
+            scale = torch.where((scale - 1.0).abs() < 1e-4, 1.0, scale)  # But for rounding it is 1.
+            shown = isinstance(self.observer.likelihood, Categorical)
+            scale = torch.where(usual, float(len(each)) if shown else 1.0, scale)
         largest = self._largest_decrement() * factor.square()
-        return scale, torch.where(explained, largest, 1e300)
+        measures = {"scale": scale, "largest": torch.where(explained, largest, 1e300)}
+        self.replicas.average(measures)
+        return measures["scale"], measures["largest"]
 
     def _largest_decrement(self) -> Tensor:
         """Return ``N Σ_n u_nᵀΛ⁻¹u_n`` with the gradients u at the output, of a mean's size."""
@@ -465,17 +492,19 @@ class Preconditioner(CopiedByState):
         squares, counts = [], []
         for one in observer.seen:
             output, cotangent = one.recorded.output, one.recorded.cotangent
-            own = observer.fisher.from_user_gradients  # Of another Fisher matrix.
-            if own or one.is_empty or output is None or cotangent is None:
+            foreign = observer.fisher.from_user_gradients  # Of another Fisher matrix.
+            if foreign or one.is_empty or output is None or cotangent is None:
                 continue
             likelihood = observer.likelihood.of_shapes(one.recorded.heads)
             found = likelihood.root_inverse_apply(output.detach(), cotangent)
             squares.append(found.double().square().sum())
             counts.append(one.count.double())
-        if not squares:
-            return torch.tensor(none, dtype=torch.float64, device=self.capture.layout.device)
-        total = torch.stack(squares).sum() * torch.stack(counts).sum()
-        return total.nan_to_num(nan=none, posinf=none).clamp(max=none)
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        own = {"square": torch.stack([zero, *squares]).sum()}
+        own["count"] = torch.stack([zero, *counts]).sum()
+        self.replicas.average(own)
+        total = (own["square"] * own["count"]).nan_to_num(nan=none, posinf=none)
+        return torch.where(total > 0, total, none).clamp(max=none)
 
     def _factor_since(self, gradients: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return what gradients were multiplied by since the backward passes; 1 if unknown.
@@ -484,17 +513,18 @@ class Preconditioner(CopiedByState):
         """
         name, layout = self.observer.probe_layer, self.curvature.layout
         unknown = torch.ones((), dtype=torch.float64, device=layout.device)
-        if name is None or any(n not in gradients for n in self.capture.blocks[name].layout.names):
+        if name is None:
             return unknown, unknown > 0
-        size = self.capture.blocks[name].layout.d_out
-        expected, found = torch.zeros(size, dtype=layout.dtype, device=layout.device), None
-        for one in self.observer.seen:
-            if one.is_empty:
-                continue
-            rows = self.capture.user_jacobians(one.recorded, separate=False).get(name)
-            if isinstance(rows, LinearJacobian):
-                part, found = _along_probe(rows, gradients)
-                expected = expected + part
+        block = self.capture.blocks[name].layout
+        expected, found = torch.zeros(block.d_out, dtype=layout.dtype, device=layout.device), None
+        if all(n in gradients for n in block.names):
+            found = gradient_along_probe(block, gradients)
+            for one in self.observer.seen:
+                rows = None
+                if not one.is_empty:
+                    rows = self.capture.user_jacobians(one.recorded, separate=False).get(name)
+                if isinstance(rows, LinearJacobian):
+                    expected = expected + rows_along_probe(rows)
         self.replicas.average({"expected": expected})  # As .grad is.
         if found is None:
             return unknown, unknown > 0
@@ -612,7 +642,8 @@ class Preconditioner(CopiedByState):
         lost: they are flagged, and rows are then left alone for a while.
         """
         self._row_rest = max(0, self._row_rest - 1)
-        if not self._row_layers or self._row_rest or len(self.observer.seen) != 1:
+        one_pass = len(self.observer.seen) == 1 and self.replicas.are_alone
+        if not self._row_layers or self._row_rest or not one_pass:
             return None, []
         jacobians = self.capture.user_jacobians(self.observer.seen[0].recorded, separate=False)
         kept: dict[str, LayerJacobian] = {}
@@ -657,6 +688,7 @@ class Preconditioner(CopiedByState):
             return None
         present = self.curvature.snapshot()  # Warm starts belong to the user's gradients.
         with torch.no_grad():
+            probe.unite(self.replicas, self.device)
             found = probe.measure(
                 lambda gradients: self.curvature.natural_gradient(GradientSource(gradients))
             )
@@ -749,24 +781,24 @@ def _probe(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.randn(size, generator=generator, dtype=dtype).to(device)
 
 
-def _along_probe(rows: LinearJacobian, gradients: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the products of ``δᵀa`` and of ``.grad`` with a fixed random vector."""
-    layout = rows.layout
-    weight = gradients[layout.names[0]].reshape(layout.d_out, layout.d_in)
+def rows_along_probe(rows: LinearJacobian) -> Tensor:
+    """Return the product of ``δᵀa``, bias included, with a fixed random vector, ``(d_out,)``."""
     inputs = rows.inputs.flatten(0, 2)
     delta = rows.output_gradients.flatten(0, 3)
-    probe = _probe(layout.d_in, inputs.dtype, inputs.device)
-    expected = delta.T @ (inputs @ probe)
-    found = weight.to(inputs.dtype) @ probe
-    if layout.has_bias:
-        expected = expected + rows.bias_value * delta.sum(0)
-        found = found + gradients[layout.names[1]]
-    return expected, found
+    expected = delta.T @ (inputs @ _probe(rows.layout.d_in, inputs.dtype, inputs.device))
+    return expected + rows.bias_value * delta.sum(0) if rows.layout.has_bias else expected
+
+
+def gradient_along_probe(layout: BlockLayout, gradients: dict[str, Tensor]) -> Tensor:
+    """Return the product of ``.grad``, bias included, with the same vector."""
+    weight = at_least_float32(gradients[layout.names[0]]).reshape(layout.d_out, layout.d_in)
+    found = weight @ _probe(layout.d_in, weight.dtype, weight.device)
+    return found + gradients[layout.names[1]] if layout.has_bias else found
 
 
 def _compare(rows: LinearJacobian, gradients: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return the scalar c with ``.grad ≈ c·δᵀa``, and whether more than rounding is left."""
-    expected, found = _along_probe(rows, gradients)
+    expected, found = rows_along_probe(rows), gradient_along_probe(rows.layout, gradients)
     share = (found * expected).sum() / expected.square().sum()
     error = (found - share * expected).norm() / found.norm()
     share = torch.where((share - 1.0).abs() > ROW_TOLERANCE, share, torch.ones_like(share))

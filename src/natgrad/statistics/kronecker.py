@@ -2,43 +2,116 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from natgrad.distributed.exchange import Symmetric
+from natgrad.jacobians import KroneckerSums
+from natgrad.jacobians.tied import added
 from natgrad.statistics.statistics import Statistics
 
-__all__ = ["KroneckerStatistics", "factor_diagonal"]
+__all__ = [
+    "KroneckerStatistics",
+    "factor_diagonal",
+    "merging_weights",
+]
 
 
 @dataclass(frozen=True, eq=False)
 class KroneckerStatistics(Statistics):
-    """Second moments of one layer's inputs and output gradients.
+    r"""Second moments of one layer's inputs and output gradients.
 
     Matrices are right in their lower triangles, which is all that factorisations read.
+
+    The products ``B_i ⊗ A_i`` of uses of a parameter the one way round and the other, as of an
+    embedding tied to the output layer, are merged into one that keeps their trace,
+
+    .. math:: A = \sum_i tr(B_i) A_i / \sum_i tr(A_i) tr(B_i), \qquad B = \sum_i tr(A_i) B_i,
+
+    the partial traces of their sum: exact where all uses are proportional, and the same however
+    each product's scale is split between its factors.
 
     Attributes:
         inputs: ``Σ a aᵀ``, ``(G, d_in + bias, d_in + bias)``, or its diagonal ``(G, d_in + bias)``;
             None in a further chunk of output gradients of samples that are counted already.
-        positions: How many terms ``inputs`` sums, a scalar.
+        positions: What the mean of ``inputs`` divides by, mostly how many terms it sums; a scalar
+            or one number per group.
         outputs: ``Σ δ δᵀ``, ``(G, d_out, d_out)``, or its diagonal ``(G, d_out)``.
+        turned: The sums of uses the other way round, with inputs and outputs exchanged.
     """
 
     inputs: Tensor | None
     positions: Tensor
-    outputs: Tensor
+    outputs: Tensor | None
+    turned: KroneckerStatistics | None = field(default=None, kw_only=True)
+
+    @classmethod
+    def of(cls, count: Tensor, sums: KroneckerSums) -> KroneckerStatistics:
+        """Return the statistics of sums over a batch."""
+        turned = None if sums.turned is None else cls.of(count, sums.turned)
+        return KroneckerStatistics(count, sums.inputs, sums.positions, sums.outputs, turned=turned)
 
     def is_finite(self) -> Tensor:
         """Return whether the diagonals are finite: Σ x xᵀ is exactly if its diagonal is."""
-        factors = [self.outputs] if self.inputs is None else [self.inputs, self.outputs]
-        return torch.stack([torch.isfinite(factor_diagonal(f)).all() for f in factors]).all()
+        flags = [torch.isfinite(factor_diagonal(f)).all() for f in self._factors()]
+        return torch.stack([*flags, torch.isfinite(self.count)]).all()
+
+    def _factors(self) -> list[Tensor]:
+        own = [factor for factor in (self.inputs, self.outputs) if factor is not None]
+        return own if self.turned is None else own + self.turned._factors()
+
+    def sums(self) -> dict[str, Any]:
+        """Return the sums, of symmetric matrices half."""
+        state = super().sums()
+        for name in ("inputs", "outputs"):
+            if state[name] is not None and state[name].dim() == 3:
+                state[name] = Symmetric(state[name])
+        if self.turned is not None:
+            state["turned"] = self.turned.sums()
+        return state
 
     def mean_factors(self) -> tuple[Tensor, Tensor]:
         """Return ``(A, B)``, right in their lower triangles."""
-        assert self.inputs is not None
-        outputs = self.outputs * self.count.clamp(min=1e-300).reciprocal().to(self.outputs.dtype)
-        return self.inputs / self.positions.clamp(min=1e-30), outputs
+        inputs, outputs = self._merged()
+        return inputs, outputs * self.count.clamp(min=1e-300).reciprocal().to(outputs.dtype)
+
+    def _merged(self) -> tuple[Tensor, Tensor]:
+        """Return A and B times the count."""
+        pairs, positions = [], []
+        for one in (self, self.turned):
+            if one is not None and one.inputs is not None and one.outputs is not None:
+                pairs.append((one.inputs, one.outputs))
+                positions.append(one.positions)
+        (inputs, outputs), number = pairs[0], positions[0].clamp(min=1e-30)
+        if len(pairs) == 1:
+            number = number.reshape(-1, *[1] * (inputs.dim() - 1)) if number.dim() else number
+            return inputs / number, outputs
+        traces = [(factor_diagonal(a).sum(), factor_diagonal(b).sum()) for a, b in pairs]
+        (v, w), (v_turned, w_turned) = merging_weights(traces, positions)
+        a = added(inputs * v, pairs[1][0] * v_turned)
+        b = added(outputs * w, pairs[1][1] * w_turned)
+        assert a is not None and b is not None
+        return a, b
+
+
+def merging_weights(
+    traces: Sequence[tuple[Tensor, Tensor]], positions: Sequence[Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """Return the weights of the sums of every use in merged factors A and B.
+
+    Args:
+        traces: Those of every use's sums of inputs and of outputs.
+        positions: What the mean of every use's product divides by.
+    """
+    shares = [1.0 / count.clamp(min=1.0) for count in positions]
+    uses = list(zip(traces, shares, strict=True))
+    total = torch.stack([a * b * share for (a, b), share in uses]).sum()
+    total = torch.where(total > 0, total, torch.ones_like(total))
+    return [(b * share / total, a * share) for (a, b), share in uses]
 
 
 def factor_diagonal(factor: Tensor) -> Tensor:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
 from natgrad import linalg
+from natgrad.distributed.exchange import Symmetric
 from natgrad.jacobians import CHUNK_ELEMENTS, Jacobians
+from natgrad.jacobians.packing import pack, unpack
 from natgrad.jacobians.scaled import ScaledRows
+from natgrad.layouts import ParameterLayout
 from natgrad.statistics.statistics import Statistics
 
 __all__ = ["Pieces", "RowStatistics"]
@@ -104,6 +108,26 @@ class RowStatistics(Statistics):
         """Return whether no entry is NaN or infinite."""
         floating = [t for t in self.tensors() if t.is_floating_point()]
         return torch.stack([torch.isfinite(t).all() for t in floating]).all()
+
+    def sums(self) -> dict[str, Any]:
+        """Return count and moment."""
+        state = replace(self, pieces=()).state_dict()
+        if self.moment is not None:
+            state["moment"] = Symmetric(self.moment)
+        return state
+
+    def rows(self) -> Any:
+        """Return the rows."""
+        return [(weight, pack(rows)) for weight, rows in self.pieces] or None
+
+    def with_rows(self, found: Sequence[Any], layout: ParameterLayout) -> Self:
+        """Return sums with the rows of all processes, in the order of their ranks."""
+        pieces = tuple(
+            (weight, unpack(rows, layout, self.count.device))
+            for one in found
+            for weight, rows in one or ()
+        )
+        return replace(self, pieces=self.pieces + pieces)._bounded()
 
     def for_checkpoint(self) -> RowStatistics:
         """Return count and moment: rows belong to one batch, and the next one brings its own."""

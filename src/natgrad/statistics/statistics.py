@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from natgrad.layouts import ParameterLayout
 from natgrad.records import Record
 
 __all__ = ["Statistics"]
@@ -55,6 +57,25 @@ class Statistics(Record):
 
     def for_checkpoint(self) -> Statistics | None:
         """Return what a checkpoint keeps of them."""
+        return self
+
+    # Over several processes.
+
+    def sums(self) -> dict[str, Any]:
+        """Return plain values and tensors that processes add up, see :mod:`natgrad.distributed`."""
+        return self.state_dict()
+
+    def rows(self) -> Any:
+        """Return plain values and tensors that processes gather; None where there are only sums."""
+        return None
+
+    def with_rows(self, found: Sequence[Any], layout: ParameterLayout) -> Self:
+        """Return sums over all processes with the rows of all of them.
+
+        Args:
+            found: What :meth:`rows` returned in each process; None without any.
+            layout: Order of the part's parameters.
+        """
         return self
 
 

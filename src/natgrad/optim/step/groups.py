@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from natgrad.distributed.replicas import Replicas
 from natgrad.optim.step.levenberg_marquardt import LevenbergMarquardt
-from natgrad.replicas import Replicas
 
 if TYPE_CHECKING:
     from natgrad.optim.options import StepRule

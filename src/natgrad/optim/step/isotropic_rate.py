@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from natgrad.capture import Capture
+from natgrad.distributed import Replicas
+from natgrad.distributed.place import WHOLE_BATCH, Place, PlacedGenerator, drawn
 from natgrad.fisher import ExactFisher
 from natgrad.jacobians import Jacobians
 from natgrad.jacobians.packing import in_type
@@ -36,7 +38,8 @@ class IsotropyProbe:
     """
 
     def __init__(self, seed: int = 0) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = PlacedGenerator()
+        self._generator.manual_seed(seed)
         self.clear()
 
     def clear(self) -> None:
@@ -48,7 +51,7 @@ class IsotropyProbe:
 
     def observe(
         self, capture: Capture, likelihood: Likelihood, output: Tensor, weights: Tensor,
-        count: float,
+        count: float, place: Place = WHOLE_BATCH,
     ) -> None:  # fmt: skip
         """Draw signs for the rows of one forward pass and pull them back.
 
@@ -58,12 +61,22 @@ class IsotropyProbe:
             output: The pass's output, with its graph.
             weights: Event weights, ``(N, E)``.
             count: Their sum.
+            place: Which samples of the batch the pass is of.
         """
+        self._generator.place = place
         with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
             vectors = ExactFisher().vectors(likelihood, output.detach(), weights)
             roots = vectors.flatten(2).transpose(0, 1)  # (N, K, C)
             shape = (DRAWS, *roots.shape[:2])
-            signs = torch.randint(0, 2, shape, generator=self._generator).to(roots) * 2.0 - 1.0
+            numbers = drawn(
+                Tensor.uniform_,
+                shape,
+                self._generator,
+                dim=1,
+                dtype=roots.dtype,
+                device=roots.device,
+            )
+            signs = torch.where(numbers < 0.5, -torch.ones_like(numbers), 1.0)
             # Π_n = S_n⁺S_n projects on what the likelihood sees.
             working = roots.float() if roots.dtype.itemsize < 4 else roots
             seen = working @ torch.linalg.pinv(working)
@@ -86,6 +99,18 @@ class IsotropyProbe:
         else:
             previous = self._gradients[draw]
             self._gradients[draw] = {n: previous[n] + value for n, value in found.items()}
+
+    def unite(self, replicas: Replicas, device: torch.device) -> None:
+        """Make what was collected that of all processes."""
+        own = {
+            "gradients": self._gradients or None,
+            "norms": torch.tensor(self._norms, dtype=torch.float64, device=device),
+            "rows": torch.tensor(self._rows, dtype=torch.float64, device=device),
+            "count": torch.tensor(self._count, dtype=torch.float64, device=device),
+        }
+        total = replicas.summed(own, device)
+        self._gradients, self._norms = total["gradients"] or [], total["norms"].tolist()
+        self._rows, self._count = float(total["rows"]), float(total["count"])
 
     def measure(
         self, precondition: Callable[[dict[str, Tensor]], dict[str, Tensor]]

@@ -13,6 +13,7 @@ from natgrad.optim.step.groups import PreconditionedGroups, rate_of
 from natgrad.optim.step.quadratic_model import (
     BatchFisher,
     QuadraticModel,
+    fisher_gram,
     group_grams,
     quadratic_form,
     slopes,
@@ -59,18 +60,18 @@ def measure(
         return {}
     batch, rule = preconditioner.observer.batch_fisher, grouped.rule
     inner = preconditioner.inner_product(natural, source)
-    measures: dict[str, Tensor] = {}
-    if rule.uses_model and batch is not None:
+    measures: dict[str, Tensor] = {"inner": inner}
+    if rule.uses_model and preconditioner.observer.keeps_batch_fisher:
         measures["slopes"] = slopes(directions, gradients)
-        measures["fisher"] = batch.gram(directions)
+        measures["fisher"] = fisher_gram(batch, directions, grouped.replicas)
     elif rule.measured is not None and len(directions) > 1:
         measures["along"] = preconditioner.inner_product(directions[1], source)
     if not rule.uses_model:
         directions = directions[:1]
-    if scale is not None:  # On all replicas, also those whose batch has no rows.
-        factor, measures["largest"] = scale
-        measures["scale"] = factor
-        measures["fisher"] = factor * (1.0 if batch is None else batch.gram(directions)[0, 0])
+    if scale is not None:
+        measures["scale"], measures["largest"] = scale
+        gram = fisher_gram(batch, directions, grouped.replicas)
+        measures["fisher"] = measures["scale"] * gram[0, 0]
     if not rule.uses_model and any(group["kl_clip"] is not None for group in grouped.groups):
         curvature = preconditioner.curvature
         if rule.graft is None:
@@ -81,7 +82,7 @@ def measure(
     grouped.replicas.average(measures)
     if "fisher" in measures or rule.norm_clip is not None:
         measures["grams"] = group_grams(directions, grouped.group_names)
-    return {"inner": inner, **measures}
+    return measures
 
 
 def on_host(values: dict[str, Tensor]) -> Measures:
@@ -175,7 +176,7 @@ def clip_scales(
 
 
 def predicted_change(
-    batch: BatchFisher,
+    batch: BatchFisher | None,
     grouped: PreconditionedGroups,
     step: dict[str, Tensor],
     gradients: dict[str, Tensor],
@@ -183,12 +184,12 @@ def predicted_change(
     """Return what the quadratic model predicts for a step, ``M(δ) − M(0)``.
 
     Args:
-        batch: The Fisher matrix of the batch.
+        batch: The Fisher matrix of the batch, the share of this process.
         grouped: The parameters the step moves.
         step: Parameter name → δ.
         gradients: Parameter name → gradient of the loss.
     """
-    measures = {"fisher": batch.gram([step]), "slopes": slopes([step], gradients)}
-    grouped.replicas.average(measures)
+    gram = fisher_gram(batch, [step], grouped.replicas)
+    measures = {"fisher": gram, "slopes": slopes([step], gradients)}
     measures["grams"] = group_grams([step], grouped.group_names)
     return damped_model(on_host(measures), grouped.dampings).value([1.0])

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from natgrad.distributed import Replicas
 from natgrad.fisher import RowReceiver
 from natgrad.jacobians import Jacobians
 from natgrad.jacobians.packing import in_type
@@ -25,6 +26,7 @@ __all__ = [
     "BatchFisher",
     "QuadraticModel",
     "RowReceivers",
+    "fisher_gram",
     "group_grams",
     "quadratic_form",
     "slopes",
@@ -61,8 +63,13 @@ class BatchFisher:
         if not continued:
             self._count = self._count + count
 
+    @property
+    def count(self) -> Tensor:
+        """What F's mean divides by, a scalar in float64."""
+        return torch.as_tensor(self._count, dtype=torch.float64, device=self.layout.device)
+
     def gram(self, directions: Sequence[dict[str, Tensor]]) -> Tensor:
-        """Return ``VᵀFV``, ``(k, k)`` in float64.
+        """Return ``count · VᵀFV``, ``(k, k)`` in float64.
 
         Args:
             directions: k directions, parameter name → tensor; zero where a name is missing.
@@ -76,7 +83,26 @@ class BatchFisher:
                 found = [part.matvec(column).flatten() for column in columns]
                 products = torch.stack(found).double()
                 total += products @ products.T
-        return total / self._count if self._rows else total
+        return total
+
+
+def fisher_gram(
+    batch: BatchFisher | None, directions: Sequence[dict[str, Tensor]], replicas: Replicas
+) -> Tensor:
+    """Return ``VᵀFV`` for the batch of all processes, ``(k, k)`` in float64; 0 for no rows.
+
+    Args:
+        batch: The share of this process; None if none of its samples counts.
+        directions: k directions, the same in all processes.
+        replicas: The processes.
+    """
+    size, device = len(directions), next(iter(directions[0].values())).device
+    if batch is None:
+        total = torch.zeros(size * size + 1, dtype=torch.float64, device=device)
+    else:
+        total = torch.cat([batch.gram(directions).flatten(), batch.count.view(1)])
+    replicas.average({"total": total})
+    return (total[:-1] / torch.where(total[-1] > 0, total[-1], 1.0)).view(size, size)
 
 
 def _parted(rows: Jacobians, summed: Sequence[str]) -> list[Jacobians]:

@@ -1,0 +1,227 @@
+"""Nested values of tensors, summed over the processes of a group or gathered from all of them.
+
+A value is made of dicts, lists and tuples of tensors and plain values, None where there is nothing.
+What differs from process to process besides the numbers (how many rows there are, which layers a
+batch has reached) need not be known beforehand: its *outline* is compared first, by a hash in the
+usual case that all have the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natgrad.distributed.triangles import packed_triangles, unpacked_triangles
+
+__all__ = ["Symmetric", "gathered", "summed"]
+
+#: Largest number of elements that are joined into one message; larger tensors go alone.
+BUCKET_ELEMENTS = 2**22
+
+
+@dataclass(frozen=True, eq=False)
+class Symmetric:
+    """Symmetric matrices, right in their lower triangles, of which half is sent.
+
+    Attributes:
+        matrices: ``(..., d, d)``.
+    """
+
+    matrices: Tensor
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """What stands for a tensor in an outline."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    symmetric: bool = False
+
+    @classmethod
+    def of(cls, value: Tensor | Symmetric) -> _Slot:
+        tensor = value.matrices if isinstance(value, Symmetric) else value
+        return cls(tuple(tensor.shape), tensor.dtype, isinstance(value, Symmetric))
+
+
+def summed(value: Any, group: Any, device: torch.device) -> Any:
+    """Return the sum of a value over processes, entry by entry.
+
+    A process that has None somewhere adds zero. Plain values are those of the first process that
+    has some. :class:`Symmetric` matrices come back as tensors, whole.
+
+    Args:
+        value: The value of this process.
+        group: The process group.
+        device: Where tensors lie, also on a process that has none.
+
+    Raises:
+        ValueError: If tensors at the same place have different shapes or types.
+    """
+    outline = _merged(_outlines(_outline(value), group, device))
+    terms = list(_terms(outline, value, device))
+    for bucket in _buckets(terms):
+        flat = torch.cat([terms[i].reshape(-1) for i in bucket])
+        torch.distributed.all_reduce(flat, group=group)
+        pieces = flat.split([terms[i].numel() for i in bucket])
+        for i, piece in zip(bucket, pieces, strict=True):
+            terms[i] = piece.reshape(terms[i].shape)
+    return _filled(outline, iter(terms), _from_sent)
+
+
+def gathered(value: Any, group: Any, device: torch.device) -> list[Any]:
+    """Return the values of all processes, in the order of their ranks.
+
+    Args:
+        value: The value of this process.
+        group: The process group.
+        device: Where tensors lie, also on a process that has none.
+    """
+    outlines = _outlines(_outline(value), group, device)
+    slots = [list(_slots(outline)) for outline in outlines]
+    own = list(_tensors(value))
+    dtypes = {slot.dtype: None for one in slots for slot in one}  # In the same order everywhere.
+    received: dict[torch.dtype, list[Iterator[Tensor]]] = {}
+    for dtype in dtypes:
+        sizes = [[prod(slot.shape) for slot in one if slot.dtype == dtype] for one in slots]
+        longest = max(sum(one) for one in sizes)
+        mine = [tensor.reshape(-1) for tensor in own if tensor.dtype == dtype]
+        flat = torch.cat([*mine, torch.zeros(0, dtype=dtype, device=device)])
+        flat = torch.nn.functional.pad(flat, (0, longest - len(flat)))
+        found = [torch.empty_like(flat) for _ in outlines]
+        torch.distributed.all_gather(found, flat, group=group)
+        pieces = zip(found, sizes, strict=True)
+        received[dtype] = [iter(one[: sum(n)].split(n)) for one, n in pieces]
+    return [
+        _filled(outline, _in_order(one, {d: received[d][rank] for d in received}), _as_shaped)
+        for rank, (outline, one) in enumerate(zip(outlines, slots, strict=True))
+    ]
+
+
+# Outlines.
+
+
+def _outline(value: Any) -> Any:
+    if isinstance(value, (Tensor, Symmetric)):
+        return _Slot.of(value)
+    if isinstance(value, dict):
+        return {key: _outline(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_outline(item) for item in value]
+    return value
+
+
+def _outlines(own: Any, group: Any, device: torch.device) -> list[Any]:
+    """Return the outlines of all processes."""
+    digest = hashlib.blake2b(repr(own).encode(), digest_size=7).digest()
+    mine = torch.tensor([int.from_bytes(digest, "big")], device=device)
+    world = torch.distributed.get_world_size(group)
+    found = [torch.empty_like(mine) for _ in range(world)]
+    torch.distributed.all_gather(found, mine, group=group)
+    if len(set(torch.cat(found).tolist())) == 1:
+        return [own] * world
+    outlines: list[Any] = [None] * world
+    torch.distributed.all_gather_object(outlines, own, group=group)
+    return outlines
+
+
+def _merged(outlines: Sequence[Any]) -> Any:
+    """Return the outline of a sum."""
+    present = [one for one in outlines if one is not None]
+    if not present:
+        return None
+    first = present[0]
+    if isinstance(first, _Slot):
+        if any(one != first for one in present):
+            raise ValueError(
+                f"processes hold tensors of different shapes or types in the same place: {present}"
+            )
+        return first
+    if isinstance(first, dict):
+        keys = {key: None for one in present for key in one}
+        return {key: _merged([one.get(key) for one in present]) for key in keys}
+    if isinstance(first, list):
+        return [_merged(items) for items in zip(*present, strict=True)]
+    return first
+
+
+def _slots(outline: Any) -> Iterator[_Slot]:
+    if isinstance(outline, _Slot):
+        yield outline
+    elif isinstance(outline, (dict, list)):
+        for item in outline.values() if isinstance(outline, dict) else outline:
+            yield from _slots(item)
+
+
+def _filled(
+    outline: Any, tensors: Iterator[Tensor], read: Callable[[_Slot, Tensor], Tensor]
+) -> Any:
+    """Return a value of an outline, with tensors in the order of its slots."""
+    if isinstance(outline, _Slot):
+        return read(outline, next(tensors))
+    if isinstance(outline, dict):
+        return {key: _filled(item, tensors, read) for key, item in outline.items()}
+    if isinstance(outline, list):
+        return [_filled(item, tensors, read) for item in outline]
+    return outline
+
+
+# Tensors.
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, (Tensor, Symmetric)):
+        yield value.matrices if isinstance(value, Symmetric) else value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
+
+
+def _terms(outline: Any, value: Any, device: torch.device) -> Iterator[Tensor]:
+    """Yield what a process adds to every slot of a sum."""
+    if isinstance(outline, _Slot):
+        tensor = value.matrices if isinstance(value, Symmetric) else value
+        if tensor is None:
+            tensor = torch.zeros(outline.shape, dtype=outline.dtype, device=device)
+        yield packed_triangles(tensor) if outline.symmetric else tensor
+    elif isinstance(outline, dict):
+        for key, item in outline.items():
+            yield from _terms(item, None if value is None else value.get(key), device)
+    elif isinstance(outline, list):
+        for i, item in enumerate(outline):
+            yield from _terms(item, None if value is None else value[i], device)
+
+
+def _from_sent(slot: _Slot, sent: Tensor) -> Tensor:
+    return unpacked_triangles(sent, slot.shape[-1]) if slot.symmetric else sent
+
+
+def _as_shaped(slot: _Slot, flat: Tensor) -> Tensor:
+    return flat.reshape(slot.shape)
+
+
+def _in_order(
+    slots: Sequence[_Slot], found: dict[torch.dtype, Iterator[Tensor]]
+) -> Iterator[Tensor]:
+    for slot in slots:
+        yield next(found[slot.dtype])
+
+
+def _buckets(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Return the numbers of tensors that make one message each."""
+    buckets: list[list[int]] = []
+    open_ones: dict[torch.dtype, tuple[list[int], int]] = {}
+    for i, tensor in enumerate(tensors):
+        members, size = open_ones.get(tensor.dtype, ([], 0))
+        if not members or size + tensor.numel() > BUCKET_ELEMENTS:
+            members, size = [], 0
+            buckets.append(members)
+        members.append(i)
+        open_ones[tensor.dtype] = members, size + tensor.numel()
+    return buckets

@@ -1,0 +1,118 @@
+"""Averages over data-parallel processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.distributed.exchange import gathered, summed
+from natgrad.distributed.place import Place
+
+__all__ = ["Replicas"]
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """The processes that hold replicas of a model and train it together; by default this one alone.
+
+    A process group as such says nothing about a model: where none is wrapped and none is named,
+    nobody else is waited for.
+
+    Attributes:
+        group: Their process group, or None for no others.
+    """
+
+    group: Any = None
+
+    @classmethod
+    def of(cls, model: nn.Module, process_group: Any = None) -> Replicas:
+        """Return the replicas of a model.
+
+        Args:
+            model: The model, perhaps inside DistributedDataParallel, or compiled.
+            process_group: Their group, where no wrapper tells.
+        """
+        while process_group is None:
+            if isinstance(model, nn.parallel.DistributedDataParallel):
+                return cls(model.process_group)
+            inner = getattr(model, "_orig_mod", None)
+            if not isinstance(inner, nn.Module):
+                break
+            model = inner
+        return cls(process_group)
+
+    def found_around(self, model: nn.Module) -> Replicas:
+        """Return the replicas that the present forward pass of a model tells of.
+
+        It may have been wrapped after the optimizer was made.
+        """
+        if self.group is not None:
+            return self
+        wrapper = nn.parallel.DistributedDataParallel._active_ddp_module
+        if wrapper is None or all(module is not model for module in wrapper.modules()):
+            return self
+        return Replicas(wrapper.process_group)
+
+    @property
+    def number(self) -> int:
+        """How many there are."""
+        return 1 if self.group is None else torch.distributed.get_world_size(self.group)
+
+    @property
+    def rank(self) -> int:
+        """The number of this one among them."""
+        return 0 if self.group is None else torch.distributed.get_rank(self.group)
+
+    @property
+    def are_alone(self) -> bool:
+        """Whether there is nobody else to wait for."""
+        return self.number == 1
+
+    def average(self, values: Mapping[str, Tensor]) -> None:
+        """Average values over the replicas in place, so that they stay equal."""
+        if self.are_alone or not values:
+            return
+        number, each = self.number, list(values.values())
+        for dtype in sorted({value.dtype for value in each}, key=str):
+            own = [value for value in each if value.dtype == dtype]
+            flat = torch.cat([value.reshape(-1).to(own[0].device) for value in own])
+            torch.distributed.all_reduce(flat, group=self.group)
+            pieces = flat.div_(number).split([value.numel() for value in own])
+            for value, piece in zip(own, pieces, strict=True):
+                value.copy_(piece.view_as(value))
+
+    def told(self, numbers: Sequence[int], device: torch.device) -> list[list[int]]:
+        """Return what each of them tells, in the order of ranks.
+
+        Args:
+            numbers: What this one tells.
+            device: Where the group sends from.
+        """
+        own = torch.tensor(numbers, device=device)
+        found = [torch.empty_like(own) for _ in range(self.number)]
+        torch.distributed.all_gather(found, own, group=self.group)
+        return torch.stack(found).tolist()
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Return whether a flag is up in one of them."""
+        return flag if self.are_alone else any(one for (one,) in self.told([int(flag)], device))
+
+    def gathered(self, value: Any, device: torch.device) -> list[Any]:
+        """Return a value of nested tensors of each, see :mod:`natgrad.distributed.exchange`."""
+        return [value] if self.are_alone else gathered(value, self.group, device)
+
+    def summed(self, value: Any, device: torch.device) -> Any:
+        """Return the sum of a value of nested tensors, likewise."""
+        return value if self.are_alone else summed(value, self.group, device)
+
+    def place_of(self, samples: Sequence[int]) -> Place:
+        """Return which samples of a batch are those of this process.
+
+        Args:
+            samples: How many each process has, in the order of ranks.
+        """
+        return Place(sum(samples[: self.rank]), samples[self.rank], sum(samples))

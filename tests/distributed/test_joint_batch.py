@@ -1,0 +1,203 @@
+"""Several processes, each with a share of the batch, take the steps of one with all of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import natgrad
+from tests import processes
+from tests.distributed.networks import SAMPLES, batch, make, summed_loss, weights
+from tests.methods import make_optimizer
+
+PLAIN = {"length": "lr", "lr": 0.05, "momentum": 0.9, "kl_clip": None, "damping": 1e-2}
+EVERY_STEP = {"factors": 1, "inverses": 1}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run.
+
+    Attributes:
+        optimizer: Name of the class.
+        options: Its options, those of groups by their own names.
+        network: Name of the network.
+        shares: Samples of each process; an equal number for None.
+        ignored: Step → how many of the last samples have a label that does not count.
+        passes: Backward passes per step.
+        steps: Steps.
+        closure: Whether steps take a closure.
+    """
+
+    optimizer: str
+    options: dict[str, Any] = field(default_factory=dict)
+    network: str = "mlp"
+    shares: tuple[int, ...] | None = None
+    ignored: dict[int, int] = field(default_factory=dict)
+    passes: int = 1
+    steps: int = 5
+    closure: bool = False
+
+    def train(self, world: int, rank: int | None = None) -> Tensor:
+        """Train as one of some processes, or alone on what they all have; return the weights."""
+        plain = make(self.network)
+        model = plain if rank is None else nn.parallel.DistributedDataParallel(plain)
+        step = self._stepper(plain, model)
+        for number in range(self.steps):
+            x, y = batch(self.network, number)
+            if number in self.ignored:
+                y = y.clone()
+                y[SAMPLES - self.ignored[number] :] = -100
+            shares = self.shares or (SAMPLES // world,) * world
+            pieces = [
+                [piece.chunk(self.passes) for piece in tensor.split(list(shares))]
+                for tensor in (x, y)
+            ]
+            if rank is None:  # A pass is of the pieces of all processes.
+                own = [[torch.cat(each) for each in zip(*one, strict=True)] for one in pieces]
+            else:
+                own = [list(one[rank]) for one in pieces]
+            counting = (y != -100).sum()
+            step(list(zip(*own, strict=True)), counting / (1 if rank is None else world))
+        return weights(plain)
+
+    def _stepper(self, plain: nn.Module, model: nn.Module) -> Any:
+        options, preconditioner = dict(self.options), None
+        if self.optimizer == "Preconditioner":
+            preconditioner = make_optimizer(natgrad.Preconditioner, model, **options)
+            optimizer: Any = torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9)
+        else:
+            optimizer = make_optimizer(getattr(natgrad, self.optimizer), model, **options)
+
+        def step(pieces: Sequence[tuple[Tensor, Tensor]], divisor: Tensor) -> None:
+            def backpropagated() -> Tensor:
+                optimizer.zero_grad()
+                total = torch.zeros((), dtype=torch.float64)
+                for number, (x, y) in enumerate(pieces):
+                    waits = model is not plain and number + 1 < len(pieces)
+                    with model.no_sync() if waits else contextlib.nullcontext():
+                        loss = summed_loss(model(x), y) / divisor
+                        loss.backward()
+                    total = total + loss.detach()
+                return total
+
+            if self.closure:
+                optimizer.step(backpropagated)
+                return
+            backpropagated()
+            if preconditioner is not None:
+                preconditioner.step()
+            optimizer.step()
+
+        return step
+
+
+KRONECKER = ("KFAC", "EKFAC", "TKFAC", "TEKFAC", "KPSVD", "TwoLevelKFAC", "SINGD")
+SAMPLE_SPACE = (
+    "ExactNGD", "BlockDiagonalNGD", "BlockTridiagonalNGD", "UnitWiseNGD", "DiagonalNGD",
+    "ThermodynamicNGD", "ImprovedEmpiricalNGD",
+)  # fmt: skip
+
+RUNS: dict[str, Run] = {
+    **{name: Run(name) for name in KRONECKER + SAMPLE_SPACE},
+    **{f"{name}, exact": Run(name, {"fisher": "exact", **EVERY_STEP}) for name in KRONECKER},
+    **{f"{name}, plain": Run(name, {**PLAIN, **EVERY_STEP}) for name in KRONECKER[:-1]},
+    **{f"{name}, convolution": Run(name, network="convolution", steps=12) for name in KRONECKER},
+    **{f"{name}, transformer": Run(name, network="transformer") for name in KRONECKER},
+    **{
+        f"{name}, transformer": Run(name, {"damping": 0.1}, network="transformer", steps=3)
+        for name in SAMPLE_SPACE
+    },
+    "KFAC, every row": Run("KFAC", {"rows_per_unit": None}, network="convolution"),
+    "KFAC, reduce": Run("KFAC", {"weight_sharing": "reduce"}, network="transformer"),
+    "KFAC, empirical": Run("KFAC", {"fisher": "empirical", **EVERY_STEP}),
+    "KFAC, improved": Run("KFAC", {"fisher": "improved"}, network="transformer"),
+    "KFAC, three samples": Run("KFAC", {"fisher": natgrad.fisher.MonteCarloFisher(3)}),
+    "KFAC, fused": Run("KFAC", {"fused": True}),
+    "KFAC, staggered": Run("KFAC", {"stagger": True, "factors": 1, "inverses": 3}),
+    "KFAC, warm-up": Run("KFAC", {"warmup": 2}),
+    "KFAC, quadratic model": Run("KFAC", {"length": "quadratic_model", "lr": 1.0, "damping": 0.1}),
+    "KFAC, adaptive damping": Run(
+        "KFAC", {"damping": natgrad.LevenbergMarquardt(interval=2)}, closure=True
+    ),
+    "ExactNGD, line search": Run("ExactNGD", {"length": natgrad.LineSearch()}, closure=True),
+    "ExactNGD, isotropic": Run("ExactNGD", {"lr": "isotropic", "damping": 0.1}),
+    "EGN": Run("EGN", closure=True),
+    "ConjugateGradientNGD": Run(
+        "ConjugateGradientNGD", {"tolerance": 1e-13, "max_iterations": 300, "damping": 0.1}
+    ),
+    "FNGD": Run("FNGD", {"coefficient_steps": 3}),
+    "FNGD, transformer": Run("FNGD", {"coefficient_steps": 3}, network="transformer"),
+    "Preconditioner": Run("Preconditioner", {"fisher": "exact", "damping": 1e-2}),
+    **{f"{name}, two passes": Run(name, passes=2) for name in ("KFAC", "EKFAC", "ExactNGD")},
+    **{
+        f"{name}, some ignored": Run(name, {"damping": 0.1}, ignored={1: 3, 3: 8})
+        for name in ("KFAC", "EKFAC", "SINGD", "ExactNGD", "UnitWiseNGD", "DiagonalNGD")
+    },
+    "KFAC, quadratic model, some ignored": Run(
+        "KFAC", {"length": "quadratic_model", "lr": 1.0, "damping": 0.1}, ignored={1: 3, 3: 8}
+    ),
+    "EGN, some ignored": Run("EGN", ignored={1: 3, 3: 8}, closure=True),
+    "KFAC, tokens ignored": Run("KFAC", network="transformer", ignored={0: 3, 3: 8}),
+}
+
+#: With two processes: other runs, in which one has more samples than the other.
+UNEQUAL: dict[str, Run] = {
+    f"{name}, unequal": Run(name, {"damping": 0.1}, shares=(5, 11), network=network)
+    for name, network in (
+        ("KFAC", "mlp"), ("EKFAC", "convolution"), ("TKFAC", "transformer"), ("SINGD", "mlp"),
+        ("TwoLevelKFAC", "mlp"), ("ExactNGD", "mlp"), ("UnitWiseNGD", "convolution"),
+        ("KPSVD", "mlp"), ("BlockTridiagonalNGD", "mlp"), ("FNGD", "mlp"),
+    )
+}  # fmt: skip
+
+
+def runs(world: int) -> dict[str, Run]:
+    return RUNS | (UNEQUAL if world == 2 else {})
+
+
+def trained(rank: int, world: int, path: str) -> None:
+    """Make all runs as one of some processes."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{path}/rendezvous", rank=rank, world_size=world
+    )
+    found = {name: run.train(world, rank) for name, run in runs(world).items()}
+    torch.save(found, f"{path}/{rank}.pt")
+    torch.distributed.barrier()
+    os._exit(0)  # Tearing a gloo group down while a wrapper is alive can deadlock inside torch.
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def weights_of_processes(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Tensor]]:
+    folder, world = tmp_path_factory.mktemp("trained"), request.param
+    processes.replicas(trained, folder, world)
+    return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(world)]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_processes_take_the_steps_of_one(weights_of_processes: list[dict[str, Tensor]]) -> None:
+    first, *others = weights_of_processes
+    wrong = {}
+    for name, run in runs(len(weights_of_processes)).items():
+        for other in others:
+            assert torch.equal(first[name], other[name]), name
+        alone, start = run.train(len(weights_of_processes)), weights(make(run.network))
+        assert alone.isfinite().all() and not torch.equal(alone, start), name
+        error = float((first[name] - alone).norm() / (alone - start).norm())
+        if not error < 1e-10:
+            wrong[name] = error
+    assert not wrong
