@@ -7,10 +7,11 @@ Every comparison of a structure with dense matrices is made from here, in
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -18,15 +19,16 @@ from torch import Tensor
 import natgrad
 from natgrad import Capture
 from natgrad.capture.evaluation import evaluated
-from natgrad.curvature import Curvature
-from natgrad.fisher import as_fisher_type, fisher_matrix, update_from_output
+from natgrad.curvature import Curvature, as_structure
+from natgrad.fisher import as_fisher_type, estimation, fisher_matrix, update_from_output
+from natgrad.jacobians import Jacobians
+from natgrad.layouts import BlockLayout, ParameterLayout
 from natgrad.likelihoods import as_likelihood
 from natgrad.operators import FisherMatrix
 from tests import dense
 from tests import dense_kronecker as kronecker
 from tests.cases import CASES, Case, generator
 from tests.dense_two_level import damped, two_level
-from tests.methods import curvature_of
 from tests.operators.test_structured_factors import projection
 
 #: What does not depend on the kind of layer is seen on these.
@@ -38,6 +40,80 @@ LIKELIHOODS = ("categorical", "gaussian", "bernoulli", "poisson")
 FACTORED = tuple(name for name in CASES if CASES[name]().has_kfac)
 #: Draws of the sampled Fisher matrix in comparisons.
 DRAWS = 3
+
+
+# -- the data, as natgrad sees it ------------------------------------------------------------------
+
+
+class Rows:
+    """Keeps the rows of one batch, to hand them on to any number of estimates."""
+
+    def __init__(self, additive: bool, by_layer: bool, count: Tensor) -> None:
+        self.additive, self.by_layer, self.count = additive, by_layer, count
+        self.chunks: list[tuple[Jacobians, Any, bool]] = []
+
+    def observe(self, jacobians: Jacobians, count: Any, *, continued: bool = False) -> None:
+        self.chunks.append((jacobians, count, continued))
+
+    def hand_on(self, curvature: Curvature, decay: float) -> None:
+        for jacobians, count, continued in self.chunks:
+            curvature.observe(jacobians, count, continued=continued)
+        curvature.join(decay, absent=self.count.double())
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One batch, whose rows are pulled back once for all estimates.
+
+    Attributes:
+        model: The model.
+        x: Its input.
+        target: Targets.
+        likelihood: What natgrad is given.
+        kind: Fisher type.
+        output: Picks the output.
+        chunk: Bound on what is pulled back at once; natgrad's own by default.
+    """
+
+    model: torch.nn.Module
+    x: Any
+    target: Any
+    likelihood: Any = "categorical"
+    kind: str = "exact"
+    output: Any = None
+    chunk: int | None = None
+
+    def rows(self, curvature: Curvature) -> Rows:
+        """Return the rows, in as many chunks and as independent as an estimate may have them."""
+        additive = curvature.additive and (self.chunk is not None or self.kind == "mc")
+        return rows_of(self, additive, additive and curvature.by_layer)
+
+
+@functools.lru_cache(maxsize=256)
+def rows_of(batch: Batch, additive: bool, by_layer: bool) -> Rows:
+    """Pull back the rows of a batch."""
+    likelihood, fisher = as_likelihood(batch.likelihood), fisher_type(batch.kind)
+    chunk = estimation.PULL_BACK_ELEMENTS if batch.chunk is None else batch.chunk
+    with (
+        mock.patch.object(estimation, "PULL_BACK_ELEMENTS", chunk),
+        Capture(batch.model, batch.output) as capture,
+        evaluated(capture, batch.x) as z,
+    ):
+        weights = likelihood.event_weights(z.detach(), batch.target)
+        count = likelihood.count(z.detach(), batch.target)
+        rows = Rows(additive, by_layer, count)
+        update_from_output(
+            rows, capture, likelihood, fisher, z, weights, count,
+            generator=generator(0), target=batch.target, retain_graph=False,
+        )  # fmt: skip
+    return rows
+
+
+@functools.lru_cache(maxsize=256)
+def layouts_of(model: torch.nn.Module) -> tuple[dict[str, BlockLayout], ParameterLayout]:
+    """Return the layouts of a model's blocks and of its parameters."""
+    with Capture(model) as capture:
+        return {name: block.layout for name, block in capture.blocks.items()}, capture.layout
 
 
 # -- the data, as the reference sees it ------------------------------------------------------------
@@ -69,6 +145,12 @@ class Problem:
     skip_silent: bool = False
 
     @cached_property
+    def batch(self) -> Batch:
+        """What natgrad is given."""
+        case = self.case
+        return Batch(case.model, case.x, self.target, self.likelihood, self.kind, case.output)
+
+    @cached_property
     def count(self) -> float:
         """What means over events divide by."""
         return float(self.loss.count(self.case.z, self.target))
@@ -98,9 +180,12 @@ class Problem:
 
 
 @functools.lru_cache(maxsize=64)
-def problem(name: str, likelihood: str = "categorical", kind: str = "exact") -> Problem:
-    """Return the problem of a case by name."""
-    return replace(problem_of(CASES[name](), likelihood, kind), name=name)
+def problem(
+    name: str, likelihood: str = "categorical", kind: str = "exact", seed: int = 7
+) -> Problem:
+    """Return the problem of a case by name, with a target drawn from a seed."""
+    case = CASES[name]()
+    return replace(problem_of(case, likelihood, kind, case.target(likelihood, seed)), name=name)
 
 
 def problem_of(
@@ -144,6 +229,7 @@ def masked(structure: str) -> Definition:
     return matrix
 
 
+@functools.lru_cache(maxsize=64)
 def factors_of(
     factors: Callable[..., Pairs], problem: Problem, sharing: str, limit: int | None
 ) -> list[Pairs]:
@@ -208,19 +294,25 @@ def assert_diagonalises(basis: Tensor, factor: Tensor) -> None:
     assert off.abs().max() <= 1e-10 * factor.abs().max()
 
 
-def products_of(problem: Problem, rank: int) -> list[list[tuple[Tensor, Tensor]]]:
-    """Return the leading pairs (A, B), (R, d, d) each, of every block's groups."""
+@functools.lru_cache(maxsize=16)
+def all_products_of(problem: Problem) -> list[list[tuple[Tensor, Tensor]]]:
+    """Return all pairs (A, B), (R, d, d) each, of every block's groups, leading ones first."""
     return [
         [
             kronecker.truncated(
                 block.rows[:, group].flatten(1).T @ block.rows[:, group].flatten(1) / problem.count,
                 *block.where.shape[1:],
-                rank,
+                rank=1000,
             )
             for group in range(len(block.where))
         ]
         for block in problem.blocks
     ]
+
+
+def products_of(problem: Problem, rank: int) -> list[list[tuple[Tensor, Tensor]]]:
+    """Return the leading pairs (A, B) of every block's groups."""
+    return [[(a[:rank], b[:rank]) for a, b in groups] for groups in all_products_of(problem)]
 
 
 def nearest(rank: int) -> Definition:
@@ -412,12 +504,19 @@ class Entry:
         """Cases of the function-space map."""
         return tuple(name for name in self.cases if self.everywhere or name in SOME)
 
-    def build(self, problem: Problem, **options: Any) -> FisherMatrix:
-        """Return natgrad's matrix of a problem."""
-        data = (problem.case.x, problem.target)
+    def build(self, given: Problem | Batch | list[Batch], **options: Any) -> FisherMatrix:
+        """Return natgrad's matrix of a problem, or of some batches, from rows pulled back once."""
+        batches = [given.batch] if isinstance(given, Problem) else given
+        estimate = self.estimate(batches, **options)
+        if self.stepped:
+            estimate.refresh(FIRST_STEP["damping"])
+        return estimate.matrix()
+
+    def of_user(self, given: Problem, **options: Any) -> FisherMatrix:
+        """Return what ``fisher_matrix`` makes of a problem."""
+        case, data = given.case, (given.case.x, given.target)
         return self.matrix(
-            problem.case.model, data, problem.likelihood, problem.kind, problem.case.output,
-            **options,
+            case.model, data, given.likelihood, given.kind, case.output, **options
         )  # fmt: skip
 
     def matrix(
@@ -429,41 +528,27 @@ class Entry:
         output: Any = None,
         **options: Any,
     ) -> FisherMatrix:
-        """Return natgrad's matrix of a model on one batch, or a list of some."""
+        """Return what ``fisher_matrix`` makes of one batch, or a list of some."""
         if self.stepped:
-            batches = data if isinstance(data, list) else [data]
-            estimate = self.estimate(model, batches, likelihood, kind, output, **options)
-            estimate.refresh(FIRST_STEP["damping"])
-            return estimate.matrix()
+            pairs = data if isinstance(data, list) else [data]
+            batches = [Batch(model, x, y, likelihood, kind, output) for x, y in pairs]
+            return self.build(batches, **options)
         return fisher_matrix(
             model, data, likelihood, self.structure, fisher_type(kind), output=output,
             **{**self.options, **options},
         )  # fmt: skip
 
-    def estimate(
-        self,
-        model: torch.nn.Module,
-        batches: Iterable[tuple[Any, Any]],
-        likelihood: Any = "categorical",
-        kind: str = "exact",
-        output: Any = None,
-        decay: float = 1.0,
-        **options: Any,
-    ) -> Curvature:
-        """Return the estimate over some batches; none gives an empty one."""
-        likelihood, fisher = as_likelihood(likelihood), fisher_type(kind)
-        source = generator(0)
-        with Capture(model, output) as capture:
-            curvature = curvature_of(self.structure, capture, **{**self.options, **options})
-            for x, y in batches:
-                with evaluated(capture, x) as z:
-                    plain = z.detach()
-                    update_from_output(
-                        curvature, capture, likelihood, fisher, z,
-                        likelihood.event_weights(plain, y), likelihood.count(plain, y),
-                        generator=source, target=y, retain_graph=False,
-                    )  # fmt: skip
-                curvature.join(decay, absent=likelihood.count(plain, y).double())
+    def empty(self, batch: Batch, **options: Any) -> Curvature:
+        """Return an estimate for a batch's model that has seen nothing."""
+        structure = as_structure(self.structure, **{**self.options, **options})
+        return Curvature(structure, *layouts_of(batch.model))
+
+    def estimate(self, given: Batch | list[Batch], decay: float = 1.0, **options: Any) -> Curvature:
+        """Return the estimate over some batches."""
+        batches = given if isinstance(given, list) else [given]
+        curvature = self.empty(batches[0], **options)
+        for batch in batches:
+            batch.rows(curvature).hand_on(curvature, decay)
         return curvature
 
     def solve(

@@ -7,6 +7,7 @@ import functools
 import io
 import math
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from natgrad import Capture
 from natgrad.curvature.cost import Workload
 from natgrad.fisher import estimation as fisher_module
 from natgrad.fisher import fisher_matrix
+from natgrad.jacobians import Jacobians
 from natgrad.likelihoods import Categorical, Gaussian, Likelihood
 from natgrad.operators import FisherMatrix, GradientSource
 from tests import dense
@@ -30,6 +32,7 @@ from tests.curvature.structures_table import (
     LIKELIHOODS,
     SOME,
     TABLE,
+    Batch,
     Entry,
     Problem,
     problem,
@@ -38,6 +41,10 @@ from tests.curvature.structures_table import (
 
 ENTRIES = list(TABLE.values())
 UNFACTORED = tuple(name for name in CASES if name not in FACTORED)
+
+
+#: What ``fisher_matrix`` is asked for by Fisher type; other entries get the rows pulled back once.
+FOR_USERS = {"exact": ("kfac",), "empirical": ("kfac",), "mc": ("kfac", "full", "kpsvd[1]")}
 
 
 def table(cases: str | tuple[str, ...] | None = None, keep: Any = lambda entry: True) -> Any:
@@ -86,10 +93,15 @@ def test_it_is_its_definition(entry, name):
                 compare(entry, problem(name, likelihood, kind), sharing="reduce")
 
 
-def compare(entry: Entry, given: Problem, sharing: str | None = None) -> None:
+def compare(
+    entry: Entry, given: Problem, sharing: str | None = None, batch: Batch | None = None
+) -> None:
     """Compare a matrix with its definition and with what theory says of it."""
     options = {} if sharing is None else {"weight_sharing": sharing}
-    found = entry.build(given, **options)
+    if batch is None and entry.name in FOR_USERS[given.kind]:
+        found = entry.of_user(given, **options)
+    else:
+        found = entry.build(given if batch is None else batch, **options)
     matrix = found.to_dense()
     expected = entry.definition(given, found, **({} if sharing is None else {"sharing": sharing}))
     assert matrix.dtype == torch.float64
@@ -100,10 +112,16 @@ def compare(entry: Entry, given: Problem, sharing: str | None = None) -> None:
     if entry.keeps_trace:
         torch.testing.assert_close(found.trace(), given.fisher.trace(), rtol=1e-10, atol=1e-13)
     if entry.not_below is not None:
-        other = TABLE[entry.not_below]
-        worse = other.build(given, **(options if other.sharings else {})).to_dense()
-        errors = [(m - given.exact_groups).norm() for m in (matrix, worse)]
-        assert errors[0] <= errors[1] * (1 + 1e-12) + 1e-13
+        worse = distance(entry.not_below, given, sharing)
+        assert (matrix - given.exact_groups).norm() <= worse * (1 + 1e-12) + 1e-13
+
+
+@functools.lru_cache(maxsize=64)
+def distance(name: str, given: Problem, sharing: str | None) -> Tensor:
+    """Return how far an entry's matrix is from the exact blocks."""
+    entry = TABLE[name]
+    options = {"weight_sharing": sharing} if sharing is not None and entry.sharings else {}
+    return (entry.build(given, **options).to_dense() - given.exact_groups).norm()
 
 
 @st.composite
@@ -133,8 +151,11 @@ def test_random_stacks(case, likelihood, kind, sharing):
 
 
 @functools.lru_cache(maxsize=16)
-def masked_problems(name: str, kind: str) -> list[Problem]:
-    """Return problems with ignored, weighted, and ignored, weighted and smoothed events."""
+def masked_problems(name: str, kind: str) -> list[tuple[Problem, dict[int | None, Batch]]]:
+    """Return problems with ignored, weighted, and ignored, weighted and smoothed events.
+
+    Each with batches of which one vector is pulled back at once, or some, or all.
+    """
     case = CASES[name]()
     y = case.target("categorical")
     weights = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
@@ -152,22 +173,21 @@ def masked_problems(name: str, kind: str) -> list[Problem]:
             label_smoothing=options.get("label_smoothing", 0.0),
         )
         silent = target is ignored
-        found.append(problem_of(case, likelihood, kind, target, loss, skip_silent=silent))
+        given = problem_of(case, likelihood, kind, target, loss, skip_silent=silent)
+        found.append((given, {n: replace(given.batch, chunk=n) for n in (None, 1, 60)}))
     return found
 
 
 @table(("tokens", "pixels", "mixed_pixels", "conv2d"), own)
 @pytest.mark.parametrize("kind", ["exact", "empirical"])
-@pytest.mark.parametrize("chunk", [None, 1, 60])
-def test_masks_weights_and_smoothing(entry, name, kind, chunk, monkeypatch):
+def test_masks_weights_and_smoothing(entry, name, kind):
     """Ignored, weighted and smoothed events, whatever pieces the vectors come in."""
-    if chunk is not None:
-        if not entry.additive or (chunk == 60 and not entry.everywhere):
-            return
-        monkeypatch.setattr(fisher_module, "PULL_BACK_ELEMENTS", chunk)
-    for given in masked_problems(name, kind):
-        for sharing in entry.sharings or (None,):
-            compare(entry, given, sharing)
+    for given, batches in masked_problems(name, kind):
+        for chunk, batch in batches.items():
+            if chunk is not None and (not entry.additive or (chunk == 60 and not entry.everywhere)):
+                continue
+            for sharing in entry.sharings or (None,):
+                compare(entry, given, sharing, batch)
 
 
 @table(UNFACTORED, lambda entry: entry.keeps_trace and entry.layers == FACTORED)
@@ -300,47 +320,44 @@ def test_interface(entry, name):
     check_interface(entry, given, entry.build(given))
 
 
-def pulled_back(case: Case) -> tuple[Capture, Any]:
-    capture = Capture(case.model, case.output)
-    dense.call(case.model, case.x, case.output)
-    output = capture.passes[-1].output
-    return capture, capture.pull_back(output, Gaussian().root_vectors(output.detach()))
+@functools.lru_cache(maxsize=16)
+def pulled_back(name: str) -> Jacobians:
+    """Return a case's rows for the squared error."""
+    case = CASES[name]()
+    with Capture(case.model, case.output) as capture:
+        dense.call(case.model, case.x, case.output)
+        output = capture.passes[-1].output
+        return capture.pull_back(output, Gaussian().root_vectors(output.detach()))
 
 
 @table("mapped", lambda entry: entry.linear)
 def test_function_space_map(entry, name):
     """``J'(F + λI)⁻¹Jᵀ``, layer by layer, for the rows of the matrix and for others."""
-    given = problem(name, "gaussian")
-    capture, jacobians = pulled_back(given.case)
-    with capture:
-        found = entry.build(given)
-        matrix = found.to_dense()
-        damping = max(0.3, entry.damping)
-        if not entry.positive:
-            damping = max(damping, 0.3 - 2 * float(torch.linalg.eigvalsh(matrix)[0]))
-        combined = jacobians.combined(normal(jacobians.samples, jacobians.directions, 2, seed=3))
-        for right, left in ((jacobians, None), (jacobians, combined), (combined, jacobians)):
-            moved = entry.solve(given, found, matrix, damping, right.to_dense().T)
-            shares = found.function_space_map(right, left, damping)
-            left = right if left is None else left
-            rows_left = left.to_dense()
-            scale = (rows_left @ moved).abs().max()
-            assert set(shares) == set(left)
-            for layer, share in shares.items():
-                own = torch.zeros(len(matrix), 1, dtype=torch.float64)
-                for segment in found.layout.slices(left[layer].layout):
-                    own[segment] = 1.0
-                assert (share - rows_left @ (own * moved)).abs().max() <= 1e-8 * scale, layer
+    given, jacobians = problem(name, "gaussian"), pulled_back(name)
+    found = entry.build(given)
+    matrix = found.to_dense()
+    damping = max(0.3, entry.damping)
+    if not entry.positive:
+        damping = max(damping, 0.3 - 2 * float(torch.linalg.eigvalsh(matrix)[0]))
+    combined = jacobians.combined(normal(jacobians.samples, jacobians.directions, 2, seed=3))
+    for right, left in ((jacobians, None), (jacobians, combined), (combined, jacobians)):
+        moved = entry.solve(given, found, matrix, damping, right.to_dense().T)
+        shares = found.function_space_map(right, left, damping)
+        left = right if left is None else left
+        rows_left = left.to_dense()
+        scale = (rows_left @ moved).abs().max()
+        assert set(shares) == set(left)
+        for layer, share in shares.items():
+            own = torch.zeros(len(matrix), 1, dtype=torch.float64)
+            for segment in found.layout.slices(left[layer].layout):
+                own[segment] = 1.0
+            assert (share - rows_left @ (own * moved)).abs().max() <= 1e-8 * scale, layer
 
 
 @table(SOME, lambda entry: not entry.stepped)
 def test_sums_and_multiples(entry, name):
     """Half the sum of one matrix and three times another one, which is a matrix again."""
-    case = CASES[name]()
-    first, second = (
-        entry.build(problem_of(case, "categorical", "empirical", case.target("categorical", seed)))
-        for seed in (1, 2)
-    )
+    first, second = (entry.build(batch) for batch in batches_of(name, 2))
     combined = 0.5 * (first + second * 3.0)
     expected = 0.5 * (first.to_dense() + 3.0 * second.to_dense())
     dense.assert_same(combined.to_dense(), expected)
@@ -434,24 +451,28 @@ def check_same_matrix(entry: Entry, found: FisherMatrix, other: FisherMatrix) ->
     dense.assert_same(found.solve(vector, damping), other.solve(vector, damping), 1e-8)
 
 
+@functools.lru_cache(maxsize=16)
+def pieces(name: str, kind: str, chunk: int | None) -> list[list[Batch]]:
+    """Return the same samples together, in batches in another order, and shuffled."""
+    case = CASES[name]()
+    x, y = normal(7, *case.x.shape[1:], seed=4), labels(7, 3, 5)
+    numbers, shuffled = torch.arange(7), torch.randperm(7, generator=generator(8))
+    parts = [numbers.split(sizes)[::-1] for sizes in ([7], [4, 3], [1, 5, 1])]
+    return [
+        [Batch(case.model, x[n], y[n], "categorical", kind, chunk=chunk) for n in part]
+        for part in (*parts, [shuffled])
+    ]
+
+
 @table(("mlp", "conv2d"), lambda entry: entry.additive and own(entry))
 @pytest.mark.parametrize(
     ("kind", "chunk"),
     [("exact", None), ("exact", 1), ("exact", 60), ("empirical", None), ("empirical", 1)],
 )
-def test_batches_of_any_size_and_order_add_up(entry, name, kind, chunk, monkeypatch):
-    if chunk is not None:
-        monkeypatch.setattr(fisher_module, "PULL_BACK_ELEMENTS", chunk)
-    case = CASES[name]()
-    x, y = normal(7, *case.x.shape[1:], seed=4), labels(7, 3, 5)
-    together = entry.matrix(case.model, (x, y), "categorical", kind)
-    for sizes in ([4, 3], [1, 5, 1], [7]):
-        batches = list(zip(x.split(sizes), y.split(sizes), strict=True))
-        found = entry.matrix(case.model, batches[::-1], "categorical", kind)
+def test_batches_of_any_size_and_order_add_up(entry, name, kind, chunk):
+    together, *others = (entry.build(batches) for batches in pieces(name, kind, chunk))
+    for found in others:
         check_same_matrix(entry, found, together)
-    order = torch.randperm(7, generator=generator(8))
-    shuffled = entry.matrix(case.model, (x[order], y[order]), "categorical", kind)
-    check_same_matrix(entry, shuffled, together)
 
 
 @table(None, lambda entry: entry.additive and own(entry))
@@ -493,15 +514,14 @@ def test_batches_that_are_not_finite_are_left_out(entry):
 # -- estimates: refreshing, checkpoints, going back ------------------------------------------------
 
 
-def batches_of(case: Case, count: int = 2) -> list[tuple[Any, Tensor]]:
-    """Return the case's input with several targets; the last one has other samples, too."""
-    return [(case.x, case.target("categorical", seed)) for seed in range(count)]
+@functools.lru_cache(maxsize=64)
+def batches_of(name: str, count: int = 1) -> list[Batch]:
+    """Return batches of a case that differ in their targets."""
+    return [problem(name, "categorical", "empirical", seed).batch for seed in range(count)]
 
 
 def estimated(entry: Entry, name: str, count: int = 1) -> Any:
-    case = CASES[name]()
-    return entry.estimate(case.model, batches_of(case, count), "categorical", "empirical",
-                          case.output)  # fmt: skip
+    return entry.estimate(batches_of(name, count))
 
 
 def natural(curvature: Any, seed: int = 0) -> Tensor:
@@ -521,12 +541,12 @@ def damping_of(entry: Entry, curvature: Any) -> float:
 @table(SOME)
 def test_an_estimate_is_the_matrix(entry, name):
     """Also for several batches, and before the first one: zero, which leaves gradients alone."""
-    case = CASES[name]()
+    case, batches = CASES[name](), batches_of(name, 2)
     if not entry.stepped:
-        data = batches_of(case)
+        data = [(batch.x, batch.target) for batch in batches]
         found = entry.matrix(case.model, data, "categorical", "empirical", case.output)
-        assert torch.equal(estimated(entry, name, 2).matrix().to_dense(), found.to_dense())
-    empty = entry.estimate(case.model, [], output=case.output)
+        assert torch.equal(entry.estimate(batches).matrix().to_dense(), found.to_dense())
+    empty = entry.empty(batches[0])
     matrix = empty.matrix().to_dense()
     eye = torch.eye(len(matrix), dtype=torch.float64)
     assert torch.equal(matrix, eye if entry.stepped else 0 * eye)
@@ -547,8 +567,7 @@ def test_refreshed_inverses_are_those_of_the_matrix(entry, name):
         curvature.refresh(damping)
         for part in other.parts:
             other.refresh(damping, [part])
-    case, found = CASES[name](), curvature.matrix()
-    given = problem_of(case, "categorical", "empirical", batches_of(case)[0][1])
+    given, found = problem(name, "categorical", "empirical", 0), curvature.matrix()
     shift, gradient = 0.0 if entry.stepped else damping, normal(curvature.layout.numel)
     expected = entry.solve(given, found, found.to_dense(), shift, gradient.unsqueeze(1))[:, 0]
     dense.assert_same(found.solve(gradient, shift), expected, 1e-8)
@@ -560,7 +579,7 @@ def test_refreshed_inverses_are_those_of_the_matrix(entry, name):
 def test_every_block_may_have_its_own_damping(entry, name):
     """As an operator and in a refresh; a joint part takes the largest."""
     given = problem(name)
-    curvature = entry.estimate(given.case.model, [(given.case.x, given.target)])
+    curvature = entry.estimate(given.batch)
     found = curvature.matrix()
     matrix, base = found.to_dense(), damping_of(entry, curvature)
     values = {block: base * 3.0**n for n, block in enumerate(curvature.blocks)}
@@ -584,18 +603,16 @@ def test_checkpoints(entry, name):
     file = io.BytesIO()
     torch.save(curvature.state_dict(), file)
     file.seek(0)
-    case = CASES[name]()
-    other = entry.estimate(case.model, [], output=case.output)
+    other = entry.empty(batches_of(name)[0])
     other.load_state_dict(torch.load(file, weights_only=True))
     if not entry.of_one_batch:
         assert torch.equal(other.matrix().to_dense(), curvature.matrix().to_dense())
         assert torch.equal(natural(other), natural(curvature))
-    capture, jacobians = pulled_back(case)
-    with capture:
-        for one in (curvature, other):
-            one.observe(jacobians, jacobians.samples)
-            one.join(0.0 if entry.of_one_batch else 0.5)
-            one.refresh(damping)
+    jacobians = pulled_back(name)
+    for one in (curvature, other):
+        one.observe(jacobians, jacobians.samples)
+        one.join(0.0 if entry.of_one_batch else 0.5)
+        one.refresh(damping)
     assert torch.equal(other.matrix().to_dense(), curvature.matrix().to_dense())
     assert torch.equal(natural(other), natural(curvature))
 
@@ -603,15 +620,13 @@ def test_checkpoints(entry, name):
 @table(SOME)
 def test_what_was_taken_back_never_was(entry, name):
     """Snapshots are references: nothing that follows may change what they hold."""
-    case = CASES[name]()
     curvature = estimated(entry, name)
     damping = damping_of(entry, curvature)
     curvature.refresh(damping)
     before = curvature.matrix().to_dense().clone(), natural(curvature).clone()
     saved = curvature.snapshot()
-    capture, jacobians = pulled_back(case)
-    with capture:
-        curvature.observe(jacobians, jacobians.samples)
+    jacobians = pulled_back(name)
+    curvature.observe(jacobians, jacobians.samples)
     curvature.join(0.5)
     curvature.refresh(3 * damping)
     assert not torch.equal(curvature.matrix().to_dense(), before[0])
@@ -642,14 +657,13 @@ def test_a_failed_refresh_keeps_the_last_inverse(entry, monkeypatch):
 @table(None, lambda entry: not entry.stepped)
 def test_older_batches_fade(entry):
     """After a decay of 0 it is the matrix of the next data alone."""
-    case = CASES["mlp"]()
-    data = batches_of(case)
-    curvature = entry.estimate(case.model, data, "categorical", "empirical", decay=0.0)
-    last = entry.matrix(case.model, data[1:], "categorical", "empirical")
+    batches = batches_of("mlp", 2)
+    curvature = entry.estimate(batches, decay=0.0)
+    last = entry.build(batches[1])
     dense.assert_same(curvature.matrix().to_dense(), last.to_dense())
     if entry.keeps_trace and not entry.of_one_batch:
-        faded = entry.estimate(case.model, data, "categorical", "empirical", decay=0.25)
-        exact = [problem_of(case, "categorical", "empirical", y).fisher.trace() for _, y in data]
+        faded = entry.estimate(batches, decay=0.25)
+        exact = [problem("mlp", "categorical", "empirical", n).fisher.trace() for n in (0, 1)]
         dense.assert_same(faded.matrix().trace(), (0.25 * exact[0] + exact[1]) / 1.25)
 
 
@@ -762,12 +776,12 @@ def test_vectors_are_checked(entry):
 
 @table()
 def test_options_are_checked(entry):
-    case = CASES["mlp"]()
+    batch = problem("mlp").batch
     with pytest.raises(TypeError, match=f"'{entry.structure}' has no option 'colour'"):
-        entry.estimate(case.model, [], colour="red")
+        entry.empty(batch, colour="red")
     if entry.sharings:
         with pytest.raises(ValueError, match="reduce"):
-            entry.estimate(case.model, [], weight_sharing="both")
+            entry.empty(batch, weight_sharing="both")
 
 
 @table()
@@ -782,10 +796,9 @@ def test_costs_are_stated(entry):
 
 @table(None, lambda entry: not entry.linear)
 def test_no_function_space_map_where_the_inverse_is_not_linear(entry):
-    given = problem("mlp", "gaussian")
-    capture, jacobians = pulled_back(given.case)
-    with capture, pytest.raises(ValueError, match="depends on the gradient"):
-        entry.build(given).function_space_map(jacobians, damping=0.1)
+    found = entry.build(problem("mlp", "gaussian"))
+    with pytest.raises(ValueError, match="depends on the gradient"):
+        found.function_space_map(pulled_back("mlp"), damping=0.1)
 
 
 @table(None, lambda entry: not entry.root)
