@@ -159,6 +159,10 @@ UNEQUAL: dict[str, Run] = {
         ("KPSVD", "mlp"), ("BlockTridiagonalNGD", "mlp"), ("FNGD", "mlp"),
     )
 }  # fmt: skip
+UNEQUAL |= {
+    f"{name}, nothing in one": Run(name, {"damping": 0.1}, shares=(0, SAMPLES))
+    for name in ("KFAC", "EKFAC", "SINGD", "ExactNGD")
+}
 
 
 def runs(world: int) -> dict[str, Run]:

@@ -49,13 +49,20 @@ class Replicas:
         """Return the replicas that the present forward pass of a model tells of.
 
         It may have been wrapped after the optimizer was made.
+
+        Raises:
+            ValueError: If it runs inside :class:`torch.distributed.algorithms.Join`.
         """
-        if self.group is not None:
-            return self
         wrapper = nn.parallel.DistributedDataParallel._active_ddp_module
         if wrapper is None or all(module is not model for module in wrapper.modules()):
             return self
-        return Replicas(wrapper.process_group)
+        if wrapper._join_config.enable:
+            raise ValueError(
+                "inside torch's Join some processes stop earlier than others, and curvature needs "
+                "all of them in every step: give them equal numbers of batches, of any sizes "
+                "(DistributedSampler does), and leave Join out"
+            )
+        return self if self.group is not None else Replicas(wrapper.process_group)
 
     @property
     def number(self) -> int:

@@ -240,11 +240,18 @@ class Observer:
 
     def _draw_in_step(self, one: SeenPass) -> None:
         """Draw random numbers that are not needed here but elsewhere."""
-        output, heads = one.recorded.output, one.recorded.heads
-        if output is not None and self.fisher.independent:
-            likelihood = self.likelihood.of_shapes(heads)
-            weights = likelihood.event_weights(output.detach())
-            self.fisher.vectors(likelihood, output.detach(), weights, self.generator)
+        output, place = one.recorded.output, self.generator.place
+        if output is None or not self.fisher.independent:
+            return
+        output = output.detach()
+        if len(output) == 0:  # As if it had one sample of the batch.
+            output = output.new_zeros(1, *output.shape[1:])
+            self.generator.place = replace(place, before=0, samples=1)
+        likelihood = self.likelihood.of_shapes(one.recorded.heads)
+        with torch.no_grad():
+            weights = likelihood.event_weights(output)
+            self.fisher.vectors(likelihood, output, weights, self.generator)
+        self.generator.place = place
 
     def _weighed(self, recorded: ForwardPass, cotangent: Tensor | None) -> SeenPass:
         """Return a pass with the weights of its events; the one place where it is waited for."""
