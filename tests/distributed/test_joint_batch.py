@@ -123,6 +123,10 @@ RUNS: dict[str, Run] = {
     "KFAC, improved": Run("KFAC", {"fisher": "improved"}, network="transformer"),
     "KFAC, three samples": Run("KFAC", {"fisher": natgrad.fisher.MonteCarloFisher(3)}),
     "KFAC, fused": Run("KFAC", {"fused": True}),
+    **{
+        f"{name}, not shared": Run(name, {"shared": False}, network="transformer")
+        for name in ("KFAC", "EKFAC")
+    },
     "KFAC, staggered": Run("KFAC", {"stagger": True, "factors": 1, "inverses": 3}),
     "KFAC, warm-up": Run("KFAC", {"warmup": 2}),
     "KFAC, quadratic model": Run("KFAC", {"length": "quadratic_model", "lr": 1.0, "damping": 0.1}),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,6 +79,7 @@ class Curvature:
         estimates: What is known of each.
         replicas: Processes that have a share of every batch each; by default none but this one.
         place: Which samples of the present batch are this process's.
+        divides_work: Whether they divide the factorisations, where the structure is made for that.
     """
 
     def __init__(
@@ -92,12 +93,18 @@ class Curvature:
         #: What is known of parts that the model had and may have again, as of layers frozen now.
         self.resting: dict[str, dict[str, Any]] = {}
         self.replicas, self.place = Replicas(), WHOLE_BATCH
+        self.divides_work = True
         self._warned: set[str] = set()
 
     @property
     def additive(self) -> bool:
         """Whether rows may come in chunks."""
         return self.structure.additive
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether each factorisation is made by one process, for all of them."""
+        return self.divides_work and self.structure.shareable and not self.replicas.are_alone
 
     @property
     def by_layer(self) -> bool:
@@ -288,10 +295,60 @@ class Curvature:
             damping: λ in the units of F, one value or one per block name.
             names: Parts to invert; all by default.
         """
+        wanted = [
+            name
+            for name in (self.parts if names is None else names)
+            if self.estimates[name].average is not None and name != self.structure.companion
+        ]
+        if not self.is_divided:
+            self._invert_here(wanted, damping)
+            return
+        own = self.balanced(wanted, self.replicas.number)[self.replicas.rank]
+        before = {name: self.estimates[name].inverse for name in own}
+        self._invert_here(own, damping)
+        made = [name for name in own if self.estimates[name].inverse is not before[name]]
+        self._take_inverses(made, damping)
+
+    def _take_inverses(self, made: Sequence[str], damping: Damping) -> None:
+        """Take the inverses that all processes have made.
+
+        One's own, too: lying in memory in another order they would round otherwise.
+        """
+        own = {name: self._handed_out(self.estimates[name]) for name in made}
+        for found in self.replicas.gathered(own, self.layout.device):
+            for name, entry in found.items():
+                value = damping_of(name, damping)
+                self.estimates[name] = self._with_inverse(self.parts[name], entry, value)
+
+    def _handed_out(self, estimate: Estimate) -> dict[str, Any]:
+        """Return what other processes need of an estimate that was just inverted."""
+        average, inverse = estimate.average, estimate.inverse
+        assert average is not None and inverse is not None
+        follows = self.structure.follows_updates  # Then it is made of the average alone.
+        return {
+            "renewal": average.renewal(),
+            "inverse": None if follows else inverse.state_dict(),
+        }
+
+    def _with_inverse(self, part: Part, entry: Mapping[str, Any], damping: float) -> Estimate:
+        """Return the estimate of a part with an inverse that some process has made."""
+        present = self.estimates[part.name]
+        average = present.average
+        assert average is not None
+        if entry["renewal"] is not None:
+            average = average.with_renewal(entry["renewal"])
+        if entry["inverse"] is None:
+            read = self._read(part.name, average)
+            inverse = read.inverse(self.structure.inverse_damping(damping))
+        else:
+            layout = self.structure.vector_layout(part)
+            inverse = Record.from_state(entry["inverse"], self.layout.device, layout)
+        return replace(present, average=average, inverse=inverse, damping=damping)
+
+    def _invert_here(self, names: Sequence[str], damping: Damping) -> None:
+        """Invert parts in this process, small ones together."""
         together: list[str] = []
-        for name in self.parts if names is None else names:
-            if self.estimates[name].average is None or name == self.structure.companion:
-                continue
+        for name in names:
             size = sum(block.numel for block in self.parts[name].blocks.values())
             batched = size <= BATCHED_PARAMETERS or self.layout.device.type != "cpu"
             if batched and self.structure.solver == "direct":
@@ -356,14 +413,18 @@ class Curvature:
                 self.estimates[name] = replace(self.estimates[name], inverse=inverse)
 
     def staggered(self, slots: int) -> list[list[str]]:
-        """Return the parts in ``slots`` lists that cost about the same to factorise.
+        """Return the parts in ``slots`` lists that cost about the same to factorise."""
+        names = [name for name in self.parts if name != self.structure.companion]
+        return self.balanced(names, slots)
+
+    def balanced(self, names: Sequence[str], slots: int) -> list[list[str]]:
+        """Return some parts in ``slots`` lists that cost about the same to factorise.
 
         The dearest parts come first, each into the list that is cheapest so far.
         """
-        costs = {n: cost.refresh for n, cost in self.costs(Workload(0, 1, {})).items()}
         lists: list[list[str]] = [[] for _ in range(slots)]
-        totals = [0.0] * slots
-        costs.pop(self.structure.companion or "", None)
+        totals, none = [0.0] * slots, Workload(0, 1, {})
+        costs = {n: self.structure.cost(self.parts[n], none).refresh for n in names}
         for name in sorted(costs, key=lambda n: -costs[n]):
             cheapest = totals.index(min(totals))
             lists[cheapest].append(name)

@@ -139,6 +139,14 @@ class EigenStatistics(Statistics):
             result = result._with_moments(one["moments"], one["basis"] and tuple(one["basis"]))
         return result
 
+    def renewal(self) -> Any:
+        """Return basis and moments."""
+        return {"basis": self.basis, "moments": self.moments}
+
+    def with_renewal(self, found: Any) -> Self:
+        """Return the moments in a new basis."""
+        return replace(self, basis=tuple(found["basis"]), moments=found["moments"], waiting=())
+
     def for_checkpoint(self) -> EigenStatistics:
         """Return the same without rows that wait."""
         return self.settled()
@@ -177,6 +185,7 @@ class EigenKronecker(Structure):
     """
 
     name: ClassVar[str] = "ekfac"
+    shareable: ClassVar[bool] = True
     object_options: ClassVar[Mapping[str, Any]] = {
         "rows_per_unit": None,
         "max_moment_samples": None,

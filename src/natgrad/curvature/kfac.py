@@ -59,6 +59,7 @@ class KroneckerFactors(Structure):
     """
 
     name: ClassVar[str] = "kfac"
+    shareable: ClassVar[bool] = True
     object_options: ClassVar[Mapping[str, Any]] = {
         "factored_damping": False,
         "rows_per_unit": None,

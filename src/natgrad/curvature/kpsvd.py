@@ -173,6 +173,14 @@ class ProductStatistics(Statistics):
             result = replace(result, waiting=result.waiting + waiting)
         return result
 
+    def renewal(self) -> Any:
+        """Return the products."""
+        return {"inputs": self.inputs, "outputs": self.outputs}
+
+    def with_renewal(self, found: Any) -> Self:
+        """Return the products with no rows waiting."""
+        return replace(self, inputs=found["inputs"], outputs=found["outputs"], waiting=())
+
     def for_checkpoint(self) -> ProductStatistics:
         """Return the same without rows that wait."""
         return self.settled()
@@ -201,6 +209,7 @@ class KroneckerProducts(Structure):
     """
 
     name: ClassVar[str] = "kpsvd"
+    shareable: ClassVar[bool] = True
     object_options: ClassVar[Mapping[str, Any]] = {
         "factored_damping": False,
         "tolerance": 1e-12,

@@ -85,6 +85,7 @@ class TraceKronecker(Structure):
     """
 
     name: ClassVar[str] = "tkfac"
+    shareable: ClassVar[bool] = True
     object_options: ClassVar[Mapping[str, Any]] = {"factored_damping": False}
 
     weight_sharing: WeightSharing = "expand"

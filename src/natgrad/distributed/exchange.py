@@ -2,8 +2,8 @@
 
 A value is made of dicts, lists and tuples of tensors and plain values, None where there is nothing.
 What differs from process to process besides the numbers (how many rows there are, which layers a
-batch has reached) need not be known beforehand: its *outline* is compared first, by a hash in the
-usual case that all have the same.
+batch has reached) need not be known beforehand: *outlines* are compared first, by hashes, and sent
+where a combination of them is new.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ from torch import Tensor
 
 from natgrad.distributed.triangles import packed_triangles, unpacked_triangles
 
-__all__ = ["Symmetric", "gathered", "summed"]
+__all__ = ["Outlines", "Symmetric", "gathered", "summed"]
+
+#: Hashes of all processes' outlines → the outlines.
+Outlines = dict[tuple[int, ...], list[Any]]
+
+#: How many combinations of outlines are remembered.
+KNOWN_OUTLINES = 256
 
 #: Largest number of elements that are joined into one message; larger tensors go alone.
 BUCKET_ELEMENTS = 2**22
@@ -50,7 +56,7 @@ class _Slot:
         return cls(tuple(tensor.shape), tensor.dtype, isinstance(value, Symmetric))
 
 
-def summed(value: Any, group: Any, device: torch.device) -> Any:
+def summed(value: Any, group: Any, device: torch.device, known: Outlines) -> Any:
     """Return the sum of a value over processes, entry by entry.
 
     A process that has None somewhere adds zero. Plain values are those of the first process that
@@ -60,11 +66,12 @@ def summed(value: Any, group: Any, device: torch.device) -> Any:
         value: The value of this process.
         group: The process group.
         device: Where tensors lie, also on a process that has none.
+        known: Outlines seen before in this group, by all of its processes.
 
     Raises:
         ValueError: If tensors at the same place have different shapes or types.
     """
-    outline = _merged(_outlines(_outline(value), group, device))
+    outline = _merged(_outlines(_outline(value), group, device, known))
     terms = list(_terms(outline, value, device))
     for bucket in _buckets(terms):
         flat = torch.cat([terms[i].reshape(-1) for i in bucket])
@@ -75,15 +82,16 @@ def summed(value: Any, group: Any, device: torch.device) -> Any:
     return _filled(outline, iter(terms), _from_sent)
 
 
-def gathered(value: Any, group: Any, device: torch.device) -> list[Any]:
+def gathered(value: Any, group: Any, device: torch.device, known: Outlines) -> list[Any]:
     """Return the values of all processes, in the order of their ranks.
 
     Args:
         value: The value of this process.
         group: The process group.
         device: Where tensors lie, also on a process that has none.
+        known: Outlines seen before in this group, by all of its processes.
     """
-    outlines = _outlines(_outline(value), group, device)
+    outlines = _outlines(_outline(value), group, device, known)
     slots = [list(_slots(outline)) for outline in outlines]
     own = list(_tensors(value))
     dtypes = {slot.dtype: None for one in slots for slot in one}  # In the same order everywhere.
@@ -117,18 +125,22 @@ def _outline(value: Any) -> Any:
     return value
 
 
-def _outlines(own: Any, group: Any, device: torch.device) -> list[Any]:
+def _outlines(own: Any, group: Any, device: torch.device, known: Outlines) -> list[Any]:
     """Return the outlines of all processes."""
     digest = hashlib.blake2b(repr(own).encode(), digest_size=7).digest()
     mine = torch.tensor([int.from_bytes(digest, "big")], device=device)
     world = torch.distributed.get_world_size(group)
     found = [torch.empty_like(mine) for _ in range(world)]
     torch.distributed.all_gather(found, mine, group=group)
-    if len(set(torch.cat(found).tolist())) == 1:
+    hashes = tuple(torch.cat(found).tolist())
+    if len(set(hashes)) == 1:
         return [own] * world
-    outlines: list[Any] = [None] * world
-    torch.distributed.all_gather_object(outlines, own, group=group)
-    return outlines
+    if hashes not in known:
+        if len(known) >= KNOWN_OUTLINES:
+            known.clear()
+        known[hashes] = [None] * world
+        torch.distributed.all_gather_object(known[hashes], own, group=group)
+    return known[hashes]
 
 
 def _merged(outlines: Sequence[Any]) -> Any:

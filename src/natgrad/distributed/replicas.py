@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from natgrad.distributed.exchange import gathered, summed
+from natgrad.distributed.exchange import Outlines, gathered, summed
 from natgrad.distributed.place import Place
 
 __all__ = ["Replicas"]
@@ -24,9 +24,11 @@ class Replicas:
 
     Attributes:
         group: Their process group, or None for no others.
+        outlines: Of values they have exchanged.
     """
 
     group: Any = None
+    outlines: Outlines = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, model: nn.Module, process_group: Any = None) -> Replicas:
@@ -92,6 +94,20 @@ class Replicas:
             for value, piece in zip(own, pieces, strict=True):
                 value.copy_(piece.view_as(value))
 
+    def follow_first(self, values: Iterable[Tensor]) -> None:
+        """Set values, in place, to those of the first of them."""
+        first = torch.distributed.get_global_rank(self.group, 0)
+        by_type: dict[torch.dtype, list[Tensor]] = {}
+        for value in values:
+            by_type.setdefault(value.dtype, []).append(value.detach())
+        for dtype in sorted(by_type, key=str):
+            own = by_type[dtype]
+            flat = torch.cat([value.reshape(-1) for value in own])
+            torch.distributed.broadcast(flat, first, group=self.group)
+            pieces = flat.split([value.numel() for value in own])
+            for value, piece in zip(own, pieces, strict=True):
+                value.copy_(piece.view_as(value))
+
     def told(self, numbers: Sequence[int], device: torch.device) -> list[list[int]]:
         """Return what each of them tells, in the order of ranks.
 
@@ -110,11 +126,11 @@ class Replicas:
 
     def gathered(self, value: Any, device: torch.device) -> list[Any]:
         """Return a value of nested tensors of each, see :mod:`natgrad.distributed.exchange`."""
-        return [value] if self.are_alone else gathered(value, self.group, device)
+        return [value] if self.are_alone else gathered(value, self.group, device, self.outlines)
 
     def summed(self, value: Any, device: torch.device) -> Any:
         """Return the sum of a value of nested tensors, likewise."""
-        return value if self.are_alone else summed(value, self.group, device)
+        return value if self.are_alone else summed(value, self.group, device, self.outlines)
 
     def place_of(self, samples: Sequence[int]) -> Place:
         """Return which samples of a batch are those of this process.

@@ -371,7 +371,7 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
         plan = self._plan(gradients, rest, loss)
         if plan is None:
             return loss
-        batch = self.preconditioner.observer.batch_fisher
+        batch, inverts = self.preconditioner.observer.batch_fisher, self.preconditioner.inverts
         self.preconditioner.finish()
         if reevaluation is None or closure is None or loss is None or not gradients:
             for update in plan.updates(self._grouped()):
@@ -392,6 +392,9 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
                 else:
                     compared.take()
         self._step_fallback()
+        if inverts and self.preconditioner.curvature.is_divided:
+            # Processors that round differently would drift apart.
+            self.preconditioner.replicas.follow_first(self.preconditioner.parameters.values())
         return loss
 
     def _evaluated(self, closure: Callable[[], Any] | None) -> tuple[Any, bool]:
@@ -447,7 +450,8 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
                 source, backpropagated=source is covered, carefully=carefully
             )
             natural = {n: natural[n] for n in covered}
-            grouped.replicas.average(natural)
+            if not preconditioner.curvature.is_divided:
+                grouped.replicas.average(natural)
             if rule.graft is not None:
                 natural = self._graft(natural, gradients, source, state)
             directions = self._directions(natural, grouped)

@@ -32,6 +32,9 @@ class Refresh:
         warmup: Steps at the start that update curvature, every time, and move no preconditioned
             parameter; the fallback trains as usual. The intervals count from the first step after
             them.
+        shared: Whether processes that train together divide the factorisations of Kronecker factors
+            among them and send each other the results. Otherwise, and with other structures, each
+            makes all of them, and natural gradients are averaged at every step.
 
     Raises:
         ValueError: If an option is out of range.
@@ -43,6 +46,7 @@ class Refresh:
     early: bool = False
     stagger: bool = False
     warmup: int = 0
+    shared: bool = True
 
     def __post_init__(self) -> None:
         """Check the options."""

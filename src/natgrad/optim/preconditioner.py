@@ -106,6 +106,7 @@ class Preconditioner(CopiedByState):
         self.parameters = dict(self.model.named_parameters())
         layouts = {name: block.layout for name, block in self.capture.blocks.items()}
         self.curvature = Curvature(structure, layouts, self.capture.layout)
+        self.curvature.divides_work = refresh.shared
         if not structure.additive and not refresh.every_step:
             raise ValueError(
                 f"structure {structure.name!r} keeps the rows of the present batch only, so it "

@@ -78,6 +78,14 @@ class Statistics(Record):
         """
         return self
 
+    def renewal(self) -> Any:
+        """Return plain values and tensors that a factorisation has changed; mostly None."""
+        return None
+
+    def with_renewal(self, found: Any) -> Self:
+        """Return the same as a factorisation in another process has left it."""
+        return self
+
 
 def _sum(total: Any, part: Any, decay: float) -> Any:
     if total is None:

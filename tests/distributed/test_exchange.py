@@ -1,0 +1,124 @@
+"""Nested values that processes add up or gather, whatever each of them has."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from natgrad.distributed.exchange import Symmetric, gathered, summed
+from natgrad.distributed.place import Place, PlacedGenerator, drawn
+from natgrad.distributed.triangles import packed_triangles, unpacked_triangles
+from tests import processes
+from tests.cases import normal
+
+CPU = torch.device("cpu")
+
+
+@given(st.integers(1, 9), st.lists(st.integers(1, 3), max_size=2))
+def test_triangles_keep_symmetric_matrices(d: int, batch: list[int]) -> None:
+    x = normal(*batch, d, d, seed=d)
+    symmetric = x + x.mT
+    packed = packed_triangles(symmetric.tril() + normal(*batch, d, d).triu(1))
+    assert torch.equal(unpacked_triangles(packed, d), symmetric)
+    assert packed.shape[-2] * packed.shape[-1] <= (d + 1) * (d + 2) / 2
+
+
+def values(rank: int) -> list[Any]:
+    """Return what a process has: the same as others, more, other numbers of rows, or nothing."""
+    square = normal(3, 3, seed=rank)
+    return [
+        {"a": normal(2, seed=rank), "b": [torch.tensor(rank), 7, "name"]},
+        {"a": Symmetric(square + square.T), "b": None},
+        {"a": normal(2, seed=rank)} if rank else {"b": normal(3).float()},
+        None if rank == 1 else {"c": {"d": normal(4, seed=rank), "kind": "K"}},
+        {"large": torch.full((5, 2**20), float(rank)), "small": torch.ones(1)},
+        None,
+    ]
+
+
+def rows(rank: int) -> list[Any]:
+    return [
+        [normal(rank + 1, 2), torch.arange(rank), {"weight": 0.5}],
+        None if rank == 0 else {"x": normal(2), "y": torch.ones(1, dtype=torch.float32)},
+        {"same": normal(3, seed=rank)},
+    ]
+
+
+def exchange(rank: int, world: int, path: str) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{path}/rendezvous", rank=rank, world_size=world
+    )
+    known: Any = {}
+    found: dict[str, Any] = {"sums": [summed(v, None, CPU, known) for v in values(rank)]}
+    found["rows"] = [gathered(v, None, CPU, known) for v in rows(rank)]
+    found["again"] = [gathered(v, None, CPU, known) for v in rows(rank)]
+    try:
+        summed(normal(2 + rank), None, CPU, known)
+    except ValueError as error:
+        found["said"] = str(error)
+    torch.save(found, f"{path}/{rank}.pt")
+    torch.distributed.barrier()
+    os._exit(0)
+
+
+@pytest.mark.slow
+def test_values_are_added_and_gathered(tmp_path: Path) -> None:
+    processes.replicas(exchange, tmp_path, 3)
+    each = [values(rank) for rank in range(3)]
+    for rank in range(3):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        plain, symmetric, different, one_less, large, nothing = found["sums"]
+        same(plain, {"a": total(v[0]["a"] for v in each), "b": [torch.tensor(3), 7, "name"]})
+        same(symmetric, {"a": total(v[1]["a"].matrices for v in each), "b": None})
+        same(different, {"b": each[0][2]["b"], "a": each[1][2]["a"] + each[2][2]["a"]})
+        sums = each[0][3]["c"]["d"] + each[2][3]["c"]["d"]
+        same(one_less, {"c": {"d": sums, "kind": "K"}})
+        same(large, {"large": torch.full((5, 2**20), 3.0), "small": torch.full((1,), 3.0)})
+        assert nothing is None
+        for kind in ("rows", "again"):
+            for index, one in enumerate(found[kind]):
+                same(one, [rows(other)[index] for other in range(3)])
+        assert "different shapes or types" in found["said"]
+
+
+def total(tensors: Any) -> Tensor:
+    return torch.stack(list(tensors)).sum(0)
+
+
+def same(found: Any, expected: Any) -> None:
+    if isinstance(expected, Tensor):
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected)
+    elif isinstance(expected, dict):
+        assert set(found) == set(expected)
+        for key, value in expected.items():
+            same(found[key], value)
+    elif isinstance(expected, list):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            same(one, other)
+    else:
+        assert found == expected
+
+
+@given(st.integers(1, 5), st.integers(0, 5), st.integers(0, 5), st.integers(0, 1))
+def test_draws_depend_on_the_place_alone(own: int, before: int, after: int, dim: int) -> None:
+    def draw(place: Place, samples: int) -> Tensor:
+        generator = PlacedGenerator()
+        generator.manual_seed(3)
+        generator.place = place
+        shape = (samples, 4) if dim == 0 else (2, samples, 4)
+        dtype = torch.float64
+        return drawn(Tensor.normal_, shape, generator, dim=dim, dtype=dtype, device=CPU)
+
+    number = before + own + after
+    whole = draw(Place(0, number, number), number)
+    part = draw(Place(before, own, number), own)
+    assert torch.equal(part, whole.narrow(dim, before, own))

@@ -1,0 +1,166 @@
+"""Processes divide the work, send what they must, and leave a state that any number takes."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import natgrad
+from natgrad.curvature import Curvature
+from natgrad.distributed.replicas import Replicas
+from tests import processes
+from tests.distributed.networks import batch, make, summed_loss, weights
+from tests.distributed.test_failures import noting
+from tests.methods import make_optimizer
+
+METHODS = ("KFAC", "EKFAC", "TKFAC", "KPSVD", "SINGD", "FNGD", "ExactNGD")
+WIDTHS = (60, 80, 70, 50)
+
+
+def begin(rank: int, world: int, path: str) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{path}/rendezvous", rank=rank, world_size=world
+    )
+
+
+def end(found: Any, rank: int, path: str) -> None:
+    torch.save(found, f"{path}/{rank}.pt")
+    torch.distributed.barrier()
+    os._exit(0)
+
+
+def results(path: Path, world: int) -> list[Any]:
+    return [torch.load(path / f"{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+# -- work and messages -----------------------------------------------------------------------------
+
+
+def working(rank: int, world: int, path: str) -> None:
+    """Take two steps of a wider network; note what is factorised here and what is sent."""
+    begin(rank, world, path)
+    found: dict[str, Any] = {}
+    factorised: list[str] = []
+    invert = Curvature._invert
+
+    def noted(self: Curvature, names: list[str], damping: Any) -> None:
+        factorised.extend(names)
+        invert(self, names, damping)
+
+    Curvature._invert = noted  # type: ignore[method-assign]
+    log: list[tuple[str, Any]] = []
+    for collective in ("all_reduce", "all_gather", "all_gather_object", "broadcast"):
+        setattr(torch.distributed, collective, noting(collective, log))
+    for name in ("KFAC", "EKFAC", "KPSVD"):
+        layers = [nn.Linear(a, b) for a, b in zip(WIDTHS, WIDTHS[1:], strict=False)]
+        model = nn.parallel.DistributedDataParallel(nn.Sequential(*layers).double())
+        optimizer = make_optimizer(getattr(natgrad, name), model, factors=1, inverses=1)
+        for step in range(3):
+            log.clear()
+            factorised.clear()
+            x = torch.randn(8, WIDTHS[0], generator=torch.Generator().manual_seed(step)).double()
+            functional.cross_entropy(model(x), torch.arange(8) % 5).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found[name] = {"factorised": list(factorised), "log": list(log)}
+    end(found, rank, path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3])
+def test_every_factorisation_is_made_once(tmp_path: Path, world: int) -> None:
+    processes.replicas(working, tmp_path, world)
+    found = results(tmp_path, world)
+    layers = list(zip(WIDTHS, WIDTHS[1:], strict=False))
+    for name in ("KFAC", "EKFAC", "KPSVD"):
+        made = [part for each in found for part in each[name]["factorised"]]
+        assert sorted(made) == ["0", "1", "2"]
+        if world == 3:
+            assert all(len(each[name]["factorised"]) == 1 for each in found)
+    triangles = sum((a + 1) * (a + 2) / 2 + b * (b + 1) / 2 for a, b in layers)
+    squares = [(a + 1) ** 2 + b**2 for a, b in layers]
+    parameters = sum((a + 1) * b for a, b in layers)
+    sizes: dict[str, float] = {}
+    for collective, shape in found[0]["KFAC"]["log"]:
+        if shape is not None:
+            sizes[collective] = sizes.get(collective, 0) + torch.Size(shape).numel()
+    assert sizes["all_reduce"] == pytest.approx(triangles, rel=0.05)
+    largest = max(squares) if world == 3 else max(squares[1], squares[0] + squares[2])
+    assert sizes["all_gather"] == pytest.approx(largest, rel=0.05)
+    assert sizes["broadcast"] == parameters
+    assert not any(collective == "all_gather_object" for collective, _ in found[0]["KFAC"]["log"])
+
+
+# -- resuming with another number of processes -----------------------------------------------------
+
+
+def train(name: str, world: int, rank: int, steps: range, path: Path | None = None) -> Any:
+    """Train for some steps, from a saved state if there is one; return the last state."""
+    plain = make("mlp")
+    model = plain if world == 1 else nn.parallel.DistributedDataParallel(plain)
+    optimizer = make_optimizer(getattr(natgrad, name), model)
+    if path is not None:
+        state = torch.load(path, weights_only=True)
+        plain.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    for step in steps:
+        x, y = (tensor.chunk(world)[rank] for tensor in batch("mlp", step))
+        optimizer.zero_grad()
+        (summed_loss(model(x), y) / len(y)).backward()
+        optimizer.step()
+    return {"model": plain.state_dict(), "optimizer": optimizer.state_dict()}
+
+
+def saving(rank: int, world: int, path: str) -> None:
+    begin(rank, world, path)
+    end({name: train(name, world, rank, range(4)) for name in METHODS}, rank, path)
+
+
+def resuming(rank: int, world: int, path: str) -> None:
+    begin(rank, world, path)
+    found = {}
+    for name in METHODS:
+        state = train(name, world, rank, range(4, 8), Path(path).parent / f"{name}.pt")
+        found[name] = torch.cat([value.flatten() for value in state["model"].values()])
+    end(found, rank, path)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_in_any_number_of_processes(tmp_path: Path) -> None:
+    (tmp_path / "saved").mkdir()
+    processes.replicas(saving, tmp_path / "saved")
+    for name, state in results(tmp_path / "saved", 2)[1].items():
+        torch.save(state, tmp_path / f"{name}.pt")
+    (tmp_path / "resumed").mkdir()
+    processes.replicas(resuming, tmp_path / "resumed", 4)
+    found = results(tmp_path / "resumed", 4)[0]
+    for name in METHODS:
+        whole = train(name, 1, 0, range(8))["model"]
+        alone = train(name, 1, 0, range(4, 8), tmp_path / f"{name}.pt")["model"]
+        moved = torch.cat([value.flatten() for value in whole.values()])
+        moved = moved - weights(make("mlp"))
+        for other in (found[name], flat(alone)):
+            assert float((other - flat(whole)).norm() / moved.norm()) < 1e-10, name
+
+
+def flat(state: dict[str, Tensor]) -> Tensor:
+    return torch.cat([value.flatten() for value in state.values()])
+
+
+# -- values in one process -------------------------------------------------------------------------
+
+
+def test_one_process_sends_nothing():
+    value = {"x": torch.ones(2)}
+    assert Replicas().summed(value, torch.device("cpu")) is value
+    assert Replicas().gathered(value, torch.device("cpu")) == [value]
+    assert Replicas().are_alone and not Replicas().any(False, torch.device("cpu"))
