@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 
@@ -35,6 +36,14 @@ def slope(widths: list[int], errors: list[float]) -> float:
     return float(x @ y / (x @ x))
 
 
+@functools.lru_cache(maxsize=48)
+def wide(width: int, seed: int) -> tuple[LinearizedNetwork, InfiniteNetwork]:
+    """Return a network at its first parameters and the infinite one of its kind."""
+    model = mlp(6, width, width, 1, activation="relu", bias=0.1, seed=seed)
+    x, x_test = inputs(5, 6), inputs(3, 6, seed=1)
+    return LinearizedNetwork(model, x, x_test), InfiniteNetwork(model, x, x_test)
+
+
 @pytest.mark.parametrize(
     "structure, damping",
     [
@@ -50,14 +59,11 @@ def slope(widths: list[int], errors: list[float]) -> float:
 def test_wide_networks_approach_the_infinite_one(structure, damping):
     """Maps differ by O(1/√M); the error is a root mean square over seeds."""
     widths, seeds = [128, 256, 512, 1024], 12 if structure == "kfac" else 6
-    x, x_test = inputs(5, 6), inputs(3, 6, seed=1)
     errors: list[list[float]] = []
     for width in widths:
         squares = torch.zeros(2, dtype=torch.float64)
         for seed in range(seeds):
-            model = mlp(6, width, width, 1, activation="relu", bias=0.1, seed=seed)
-            found = LinearizedNetwork(model, x, x_test).maps(structure, damping)
-            wanted = InfiniteNetwork(model, x, x_test).maps(structure, damping)
+            found, wanted = (network.maps(structure, damping) for network in wide(width, seed))
             for k, (own, other) in enumerate(zip(found, wanted, strict=True)):
                 squares[k] += (own - other).square().sum() / other.square().sum() / seeds
         errors.append(squares.sqrt().tolist())
@@ -70,6 +76,20 @@ def test_wide_networks_approach_the_infinite_one(structure, damping):
         assert own[-1] < 5 / 1024**0.5, (which, own)
 
 
+#: Inputs of networks that train, for training and for tests.
+X, X_TEST = inputs(12, 20), inputs(4, 20, seed=1)
+
+
+def to_train(width: int, seed: int) -> nn.Module:
+    return mlp(20, width, width, 1, activation="relu", bias=0.0, seed=seed)
+
+
+@functools.lru_cache(maxsize=32)
+def linearized(width: int, seed: int) -> LinearizedNetwork:
+    """Return a network that trains as it is at first."""
+    return LinearizedNetwork(to_train(width, seed), X, X_TEST)
+
+
 OPTIMIZERS = {
     "full": natgrad.ExactNGD,
     "block_diagonal": natgrad.BlockDiagonalNGD,
@@ -80,9 +100,8 @@ OPTIMIZERS = {
 
 
 def trained(
-    model: nn.Module, x: Tensor, y: Tensor, x_test: Tensor, structure: str, lr: float,
-    damping: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    model: nn.Module, y: Tensor, structure: str, lr: float, damping: float
+) -> tuple[Tensor, Tensor]:
     """Train a model for three steps by a real optimizer; return its outputs at every step."""
     if structure == "gd":
         optimizer = torch.optim.SGD(model.parameters(), lr=lr)
@@ -94,11 +113,11 @@ def trained(
     train, test = [], []
     for step in range(4):
         with torch.no_grad():
-            train.append(model(x))
-            test.append(model(x_test))
+            train.append(model(X))
+            test.append(model(X_TEST))
         if step < 3:
             optimizer.zero_grad()
-            (0.5 * (model(x) - y).square().sum() / len(x)).backward()
+            (0.5 * (model(X) - y).square().sum() / len(X)).backward()
             optimizer.step()
     return torch.stack(train), torch.stack(test)
 
@@ -111,21 +130,18 @@ def test_trained_networks_follow_the_prediction(structure):
     A unit's gradient can be close to zero, and the undamped step of unit-wise natural gradients
     divides by it. So they get damping far below the blocks' typical eigenvalues, of order 1/M.
     """
-    samples, dim = 12, 20
     widths, seeds = [64, 256, 1024], 4
     if structure in ("kfac", "unit_wise"):
         widths, seeds = [64, 128, 256, 512], 6
-    x, x_test = inputs(samples, dim), inputs(4, dim, seed=1)
-    y = normal(samples, 1, seed=2)
+    y = normal(len(X), 1, seed=2)
     errors = []
     for width in widths:
         damping = 0.1 / width if structure == "unit_wise" else 0.0
         total = 0.0
         for seed in range(seeds):
-            model = mlp(dim, width, width, 1, activation="relu", bias=0.0, seed=seed)
-            network = LinearizedNetwork(model, x, x_test)
-            predicted = predict(network, y, structure, steps=3, damping=damping)
-            train, test = trained(model, x, y, x_test, structure, predicted.learning_rate, damping)
+            predicted = predict(linearized(width, seed), y, structure, steps=3, damping=damping)
+            rate = predicted.learning_rate
+            train, test = trained(to_train(width, seed), y, structure, rate, damping)
             difference = torch.cat([train - predicted.train, test - predicted.test], 1)
             total += float(difference.square().mean() / (train[0] - y).square().mean())
             if structure not in ("gd", "unit_wise"):  # αI, so one step lands on the targets
