@@ -45,23 +45,28 @@ def check_kind(name: str, value: object, kind: type) -> None:
         raise TypeError(f"{name} must be a natgrad.{kind.__name__}, got {value!r}")
 
 
-def check_parameters(parameters: Mapping[str, Tensor]) -> None:
-    """Raise a ValueError, by name, for trainable parameters that there is no real matrix of."""
+def check_parameters(parameters: Mapping[str, Tensor], shards: bool = False) -> None:
+    """Raise a ValueError, by name, for trainable parameters that there is no real matrix of.
+
+    Args:
+        parameters: Name → parameter.
+        shards: Whether they may be spread over processes.
+    """
     for name, parameter in parameters.items():
         if parameter.is_complex():
             raise ValueError(
                 f"parameter {name!r} is {parameter.dtype}, and natgrad takes real parameters only: "
                 "hold real and imaginary part as two (torch.view_as_real), or freeze it"
             )
-        if hasattr(parameter, "device_mesh"):
+        if hasattr(parameter, "device_mesh") and not shards:
             refuse_shards(f"parameter {name!r}")
 
 
 def refuse_shards(what: str) -> NoReturn:
     """Raise a ValueError for something that is spread over processes."""
     raise ValueError(
-        f"{what} is sharded, as by fully_shard (FSDP2), and natgrad needs whole parameters on "
-        "every process: wrap the model in DistributedDataParallel instead"
+        f"{what} is sharded, as by fully_shard (FSDP2), and whole parameters are needed here on "
+        "every process; optimizers of natgrad take such models, made after fully_shard"
     )
 
 

@@ -186,14 +186,18 @@ class ParameterLayout:
         return tuple(prod(self.shapes[name]) for name in self.names)
 
     @classmethod
-    def of(cls, model: torch.nn.Module) -> ParameterLayout:
+    def of(cls, model: torch.nn.Module, shards: bool = False) -> ParameterLayout:
         """Return the layout of a model's trainable parameters.
+
+        Args:
+            model: The model.
+            shards: Whether its parameters may be spread over processes.
 
         Raises:
             ValueError: If one is complex or sharded.
         """
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        check_parameters(parameters)
+        check_parameters(parameters, shards)
         dtype = torch.float32
         for parameter in parameters.values():
             dtype = torch.promote_types(dtype, parameter.dtype)

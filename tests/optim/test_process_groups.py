@@ -132,35 +132,44 @@ def test_one_process_waits_for_nobody():
     assert torch.equal(value["x"], torch.ones(2))
 
 
-def sharded(rank: int, world: int, path: str) -> None:
-    """Try every optimizer on a sharded model, and on one that is sharded later."""
+def refused(rank: int, world: int, path: str) -> None:
+    """Try what needs whole parameters on a sharded model, and optimizers on other kinds of it."""
     start(rank, world, path)
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     said: dict[str, str] = {}
-    for name in (*NAMES, "Preconditioner", "fisher_matrix", "later", "ResidualNGD"):
+    data = torch.zeros(2, 5).double(), torch.zeros(2, 3).double()
+    for name in ("fisher_matrix", "later", "ResidualNGD", "ImplicitSGD", "tensor parallel", "2-D"):
         model = make_model()
-        data = torch.zeros(2, 5).double(), torch.zeros(2, 3).double()
         optimizer = natgrad.KFAC(model, "gaussian") if name == "later" else None
-        fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (world,)))
+        if name == "tensor parallel":
+            mesh = torch.distributed.init_device_mesh("cpu", (world,))
+            parallelize_module(model, mesh, {"0": ColwiseParallel()})
+        else:
+            shape, names = ((1, world), ("a", "b")) if name == "2-D" else ((world,), None)
+            mesh = torch.distributed.init_device_mesh("cpu", shape, mesh_dim_names=names)
+            fully_shard(model, mesh=mesh)
         try:
             if optimizer is not None:
                 loss(model)
-            elif name == "Preconditioner":
-                natgrad.Preconditioner(model, "gaussian")
             elif name == "fisher_matrix":
                 natgrad.fisher_matrix(model, data, "gaussian")
             elif name == "ResidualNGD":
                 natgrad.ResidualNGD(model, natgrad.Residual(lambda u, x: u(x), data[0]))
+            elif name == "ImplicitSGD":
+                KINDS[name].make(model)
             else:
-                optimizer = KINDS[name].make(model)
-                for _ in range(2 * (name == "Padam")):
-                    KINDS[name].step(optimizer, model)
+                natgrad.KFAC(model, "gaussian")
             said[name] = "nothing"
         except Exception as error:
             said[name] = f"{type(error).__name__}: {error}"
-        if name == "Padam":
-            result = [p.full_tensor() for p in model.parameters()]
+    model = make_model()
+    fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (world,)))
+    optimizer = KINDS["Padam"].make(model)
+    for _ in range(2):
+        KINDS["Padam"].step(optimizer, model)
+    result = [p.full_tensor() for p in model.parameters()]
     if rank == 0:
         torch.save((said, torch.cat([p.detach().flatten() for p in result])), f"{path}/said.pt")
     torch.distributed.barrier()
@@ -169,15 +178,16 @@ def sharded(rank: int, world: int, path: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_sharded_models_are_refused(tmp_path: Path):
-    processes.replicas(sharded, tmp_path)
+def test_what_needs_whole_parameters_refuses_shards(tmp_path: Path):
+    processes.replicas(refused, tmp_path)
     said, trained = torch.load(tmp_path / "said.pt")
-    assert said.pop("Padam") == "nothing"  # It works entry by entry, so that shards do.
-    model = make_model()
+    model = make_model()  # Padam works entry by entry, so that shards do.
     optimizer = KINDS["Padam"].make(model)
     for _ in range(2):
         KINDS["Padam"].step(optimizer, model)
     torch.testing.assert_close(trained, weights(model), rtol=1e-9, atol=1e-12)
+    for name in ("tensor parallel", "2-D"):
+        assert said.pop(name).endswith("over one mesh of one dimension"), name
     for name, sentence in said.items():
         assert "is sharded, as by fully_shard (FSDP2)" in sentence, (name, sentence)
         assert sentence.startswith("ValueError: ")

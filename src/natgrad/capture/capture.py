@@ -98,6 +98,8 @@ class Capture:
         excluded: Names of parameters that get no rows.
         batch_dim: The dimension of that tensor that holds the samples; by default the first, or
             the second where samples turn out to lie there, as in ``(time, batch, features)``.
+        shards: Whether parameters may be spread over processes, which have them whole where rows
+            are made.
 
     Attributes:
         blocks: Block name → :class:`Block`, in the order of ``model.named_modules()``.
@@ -120,8 +122,9 @@ class Capture:
         *,
         excluded: Collection[str] = (),
         batch_dim: int | None = None,
+        shards: bool = False,
     ) -> None:
-        self.model = unwrap(model)
+        self.model, self.shards = unwrap(model), shards
         if batch_dim is not None and not (isinstance(batch_dim, int) and batch_dim >= 0):
             raise ValueError(
                 f"batch_dim must be None or a dimension of the output, from 0 on, got {batch_dim!r}"
@@ -150,7 +153,7 @@ class Capture:
     def _find(self) -> None:
         """Find the blocks of the model as it is now, and watch their layers."""
         self.blocks, self.uncovered = find_blocks(self.model, self.excluded)
-        self.layout = ParameterLayout.of(self.model)
+        self.layout = ParameterLayout.of(self.model, self.shards)
         self.rows = RowBuilder(self.model, self.blocks, self.layout, self._unrecorded, self.tell)
         for sentence in self.rows.costly():
             self.tell(sentence)

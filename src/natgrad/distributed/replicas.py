@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from natgrad.distributed.exchange import Outlines, gathered, summed
 from natgrad.distributed.place import Place
+from natgrad.distributed.shards import is_sharded
 
 __all__ = ["Replicas"]
 
@@ -95,10 +96,10 @@ class Replicas:
                 value.copy_(piece.view_as(value))
 
     def follow_first(self, values: Iterable[Tensor]) -> None:
-        """Set values, in place, to those of the first of them."""
+        """Set values, in place, to those of the first of them, but for shards, which differ."""
         first = torch.distributed.get_global_rank(self.group, 0)
         by_type: dict[torch.dtype, list[Tensor]] = {}
-        for value in values:
+        for value in (one for one in values if not is_sharded(one)):
             by_type.setdefault(value.dtype, []).append(value.detach())
         for dtype in sorted(by_type, key=str):
             own = by_type[dtype]

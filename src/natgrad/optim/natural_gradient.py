@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from natgrad.arguments import check_kind, check_range, check_rate
 from natgrad.capture.model_output import unwrap
 from natgrad.curvature import Structure, as_structure
+from natgrad.distributed.shards import whole
 from natgrad.fisher import FisherType
 from natgrad.likelihoods import LikelihoodLike
 from natgrad.optim.checkpoints import CheckpointedOptimizer, only_initialises
@@ -424,7 +425,7 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
                 if natural is preconditioned and p.grad is not None and p.requires_grad:
                     if p.grad.is_sparse:
                         p.grad = p.grad.to_dense()
-                    found[name] = p.grad
+                    found[name] = whole(p.grad) if preconditioned else p.grad
         return found
 
     def _plan(

@@ -17,6 +17,7 @@ from natgrad.capture.model_output import Selection
 from natgrad.curvature import Curvature
 from natgrad.distributed import Replicas
 from natgrad.distributed.place import PlacedGenerator
+from natgrad.distributed.shards import whole_parameters
 from natgrad.fisher import FisherType, RowReceiver, update_from_output
 from natgrad.likelihoods import Likelihood
 from natgrad.optim.audit import Findings, GradientAudit
@@ -175,6 +176,13 @@ class Observer:
 
     def _on_backward(self, recorded: ForwardPass) -> None:
         """Take rows at the start of the user's backward pass."""
+        if self.capture.shards and self.rows_due:
+            with whole_parameters(self.capture.model):
+                self._reached(recorded)
+        else:
+            self._reached(recorded)
+
+    def _reached(self, recorded: ForwardPass) -> None:
         seen = self.sees(recorded)
         if recorded.has_edges and not seen:
             self.capture.settle(recorded)
@@ -193,7 +201,8 @@ class Observer:
         """Collect gradients if rows were checked since, or will be in this pass."""
         rows = self.capture.rows
         stale = not rows.checked or rows.checks != self._audited
-        if self.rows_due and stale and not self.audit.active and self.warmup == 0:
+        wanted = self.rows_due and self.warmup == 0 and not self.capture.shards
+        if wanted and stale and not self.audit.active:
             self.audit.begin()
 
     def findings(self, forgiven: Set[str]) -> Findings:

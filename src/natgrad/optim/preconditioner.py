@@ -14,9 +14,11 @@ from natgrad import linalg
 from natgrad.arguments import check_damping, check_kind, refuse_shards
 from natgrad.capture import Capture
 from natgrad.capture.blocks import find_blocks
+from natgrad.capture.model_output import unwrap
 from natgrad.curvature import Curvature, KroneckerFactors, Structure, as_structure
 from natgrad.curvature.curvature import Estimate
 from natgrad.distributed.replicas import Replicas
+from natgrad.distributed.shards import mesh_group, sharded_like, whole
 from natgrad.fisher import FisherType, as_fisher_type
 from natgrad.jacobians import LayerJacobian, LinearJacobian
 from natgrad.jacobians.layer import at_least_float32
@@ -99,9 +101,11 @@ class Preconditioner(CopiedByState):
         check_kind("refresh", refresh, Refresh)
         structure = as_structure(structure, training=True)
         likelihood = as_likelihood(likelihood)
+        mesh = mesh_group(unwrap(model))
         self.capture = Capture(
-            model, likelihood.selection(output), excluded=excluded, batch_dim=batch_dim
-        )
+            model, likelihood.selection(output), excluded=excluded, batch_dim=batch_dim,
+            shards=mesh is not None,
+        )  # fmt: skip
         self.model = self.capture.model
         self.parameters = dict(self.model.named_parameters())
         layouts = {name: block.layout for name, block in self.capture.blocks.items()}
@@ -139,7 +143,7 @@ class Preconditioner(CopiedByState):
             seed,
         )
         self.observer.before_change = self._open
-        self._share_with(Replicas.of(model, process_group))
+        self._share_with(Replicas.of(model, process_group or mesh))
         self.capture.on_forward = self._before_pass
         #: Called when the model has other parameters or blocks than before.
         self.on_change: Callable[[], None] = lambda: None
@@ -164,7 +168,8 @@ class Preconditioner(CopiedByState):
     def _before_pass(self) -> None:
         """Look at the model as a forward pass finds it."""
         self._share_with(self.replicas.found_around(self.model))
-        if self._watch.sees_change():
+        # Sharded modules lend other parameters for every pass.
+        if not self.capture.shards and self._watch.sees_change():
             self.find_layers()
         self.observer._on_forward()
 
@@ -174,7 +179,7 @@ class Preconditioner(CopiedByState):
         Raises:
             ValueError: If it has no parameter left that a structure can cover, or is sharded.
         """
-        for name, module in self.model.named_modules():
+        for name, module in self.model.named_modules() if not self.capture.shards else ():
             if hasattr(module, "unshard"):  # In a forward pass the parameters are whole.
                 refuse_shards(f"module {name!r}" if name else "the model")
         self.parameters = dict(self.model.named_parameters())
@@ -259,7 +264,7 @@ class Preconditioner(CopiedByState):
             )
         covered = self.covered
         gradients = {
-            name: p.grad.to_dense()
+            name: whole(p.grad.to_dense())
             for name, p in self.parameters.items()
             if p.grad is not None and name in covered
         }
@@ -276,7 +281,8 @@ class Preconditioner(CopiedByState):
             return
         for name, gradient in gradients.items():
             gradient.copy_(natural[name])
-            self.parameters[name].grad = gradient  # Dense, also where it was sparse.
+            parameter = self.parameters[name]  # Dense, also where it was sparse.
+            parameter.grad = sharded_like(gradient, parameter)
         self.finish()
 
     def natural_gradient(
@@ -304,7 +310,7 @@ class Preconditioner(CopiedByState):
             Parameter name → natural gradient, for every covered parameter, and the flag.
         """
         complete = {
-            name: gradients[name] if name in gradients else torch.zeros_like(p)
+            name: gradients[name] if name in gradients else p.new_zeros(p.shape)
             for name, p in self.parameters.items()
             if name in self.capture.layout.offsets
         }

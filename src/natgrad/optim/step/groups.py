@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.distributed.replicas import Replicas
+from natgrad.distributed.shards import whole
 from natgrad.optim.step.levenberg_marquardt import LevenbergMarquardt
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ class PreconditionedGroups:
     def previous_steps(self, names: Collection[str]) -> dict[str, Tensor]:
         """Return the last step of those named parameters for which it matters."""
         return {
-            self.names[p]: self.states[p]["previous_step"]
+            self.names[p]: whole(self.states[p]["previous_step"])
             for group in self.groups
             for p in self.members(group)
             if (group["momentum"] > 0 or self.rule.measured is not None)
@@ -152,7 +153,7 @@ class PreconditionedGroups:
         if not any(name in penalties for name in gradients):
             return gradients
         return {
-            name: torch.add(gradient, self.parameters[name], alpha=penalties.get(name, 0.0))
+            name: torch.add(gradient, whole(self.parameters[name]), alpha=penalties.get(name, 0.0))
             for name, gradient in gradients.items()
         }
 
@@ -161,7 +162,7 @@ class PreconditionedGroups:
         total = 0.0
         for name, decay in self.penalties.items():
             if name in start:
-                now, before = self.parameters[name].flatten(), start[name].flatten()
+                now, before = (whole(p[name]).flatten() for p in (self.parameters, start))
                 total += 0.5 * decay * float((now + before) @ (now - before))
         return total
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from natgrad.distributed.shards import own_shard
 from natgrad.optim.step.groups import PreconditionedGroups, rate_of
 from natgrad.optim.step.quadratic_model import (
     BatchFisher,
@@ -123,7 +124,7 @@ def scalar_checks(
     """Return scalars that are finite if some tensors, and the loss, are."""
     result: dict[str, Tensor] = {}
     # A sum is finite only if every entry is, but for overflow, and costs one pass.
-    sums = [tensor.sum(dtype=torch.float32) for tensor in tensors]
+    sums = [own_shard(tensor).sum(dtype=torch.float32) for tensor in tensors]
     if sums:
         result["rest"] = torch.stack([one.to(sums[0].device) for one in sums]).sum()
     if loss is not None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from natgrad.distributed.shards import sharded_like, whole
 from natgrad.layouts import inner_product
 from natgrad.optim.step.groups import PreconditionedGroups, rate_of
 
@@ -52,7 +53,8 @@ class StepPlan:
         natural = self.directions[0]
         parameters = [p for p in grouped.members(group) if grouped.names[p] in natural]
         names = [grouped.names[p] for p in parameters]
-        directions = [natural[n].to(p.dtype) for n, p in zip(names, parameters, strict=True)]
+        pairs = zip(names, parameters, strict=True)
+        directions = [sharded_like(natural[n].to(p.dtype), p) for n, p in pairs]
         return names, parameters, directions
 
     def _natural_update(
@@ -116,7 +118,8 @@ class StepPlan:
             step = torch.zeros_like(p)
             for direction, coefficient in zip(self.directions, self.coefficients, strict=True):
                 if name in direction:
-                    step.add_(direction[name].to(p.dtype), alpha=lr * scale * coefficient)
+                    own = sharded_like(direction[name].to(p.dtype), p)
+                    step.add_(own, alpha=lr * scale * coefficient)
             steps.append(step)
             if group["momentum"] > 0:
                 grouped.states[p]["previous_step"] = step
@@ -154,7 +157,8 @@ class GroupUpdate:
             share: t; the start itself is set bit for bit.
             decays: Whether it is ``(1 − tw)θ − trv``, or without decay ``θ − trv``.
         """
-        torch._foreach_copy_(self.parameters, [start[name] for name in self.names])
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            parameter.copy_(start[name])
         if share:
             self._go(share, self.decay if decays else 0.0)
 
@@ -165,7 +169,7 @@ class GroupUpdate:
 
     def slope(self, gradients: Mapping[str, Tensor]) -> Tensor:
         """Return ``r⟨v, ∇L⟩`` in float64: by how much the loss falls to first order."""
-        directions = dict(zip(self.names, self.directions, strict=True))
+        directions = dict(zip(self.names, map(whole, self.directions), strict=True))
         return self.rate * inner_product(directions, gradients).double()
 
 
