@@ -76,7 +76,12 @@ class Run:
             preconditioner = make_optimizer(natgrad.Preconditioner, model, **options)
             optimizer: Any = torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9)
         else:
-            optimizer = make_optimizer(getattr(natgrad, self.optimizer), model, **options)
+            kind = getattr(natgrad, self.optimizer)
+            if kind is natgrad.ImplicitSGD:
+                group = None if model is plain else torch.distributed.group.WORLD
+                optimizer = kind(plain.parameters(), process_group=group, **options)
+            else:
+                optimizer = make_optimizer(kind, model, **options)
 
         def step(pieces: Sequence[tuple[Tensor, Tensor]], divisor: Tensor) -> None:
             def backpropagated() -> Tensor:
@@ -141,6 +146,7 @@ RUNS: dict[str, Run] = {
     ),
     "FNGD": Run("FNGD", {"coefficient_steps": 3}),
     "FNGD, transformer": Run("FNGD", {"coefficient_steps": 3}, network="transformer"),
+    "ImplicitSGD": Run("ImplicitSGD", {"lr": 0.3}, closure=True),
     "Preconditioner": Run("Preconditioner", {"fisher": "exact", "damping": 1e-2}),
     **{f"{name}, two passes": Run(name, passes=2) for name in ("KFAC", "EKFAC", "ExactNGD")},
     **{

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from natgrad.arguments import check_choice, check_parameters, check_range, check_rate
+from natgrad.distributed import Replicas
 from natgrad.optim.checkpoints import only_initialises
 from natgrad.optim.step.reevaluation import evaluated
 
@@ -41,6 +42,8 @@ class ImplicitSGD(torch.optim.Optimizer):
         inner_lr: Rate of the inner optimizer; 1 for L-BFGS, which searches for its own, and 1e-3
             by default for the others. ``"gradient"`` takes ``η / (1 + η/inner_lr)``.
         history: Pairs that L-BFGS keeps.
+        process_group: Processes that train replicas of a model, as in DistributedDataParallel,
+            which must evaluate the closure equally often; None for no others.
 
     Attributes:
         converged: Whether the last inner problem was solved. The first that is not is warned of.
@@ -70,6 +73,7 @@ class ImplicitSGD(torch.optim.Optimizer):
         tolerance: float = 1e-6,
         inner_lr: float | None = None,
         history: int = 20,
+        process_group: Any = None,
     ) -> None:
         check_rate("lr", lr)
         if not float(lr) > 0:
@@ -85,7 +89,7 @@ class ImplicitSGD(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr})
         self.inner, self.inner_steps, self.tolerance = inner, inner_steps, tolerance
         self.inner_lr = inner_lr if inner_lr is not None else 1.0 if inner == "lbfgs" else 1e-3
-        self.history = history
+        self.history, self.replicas = history, Replicas(process_group)
         self.converged = True
         self._warned = False
 
@@ -136,7 +140,7 @@ class ImplicitSGD(torch.optim.Optimizer):
             for p in parameters:  # So that the closure's own can be told.
                 p.grad = None
             loss, _ = evaluated(closure, parameters)
-            losses.append(float(loss.detach() if isinstance(loss, Tensor) else loss))
+            losses.append(self._mean(float(loss.detach() if isinstance(loss, Tensor) else loss)))
             distance = 0.0
             with torch.no_grad():
                 for p, old, rate in zip(parameters, start, rates, strict=True):
@@ -161,6 +165,15 @@ class ImplicitSGD(torch.optim.Optimizer):
         self._count(1)
         return losses[0]
 
+    def _mean(self, loss: float) -> float:
+        """Return the mean of the losses of all processes, so that they decide the same."""
+        if self.replicas.are_alone:
+            return loss
+        device = self.param_groups[0]["params"][0].device
+        value = {"loss": torch.tensor(loss, dtype=torch.float64, device=device)}
+        self.replicas.average(value)
+        return float(value["loss"])
+
     def _count(self, steps: int) -> None:
         """Count steps: distributed checkpoints want some state of every parameter."""
         for group in self.param_groups:
@@ -171,7 +184,7 @@ class ImplicitSGD(torch.optim.Optimizer):
         """Copy and pickle the options, too, which torch.optim leaves out."""
         options = ("inner", "inner_steps", "tolerance", "inner_lr", "history", "converged")
         own = {name: getattr(self, name) for name in (*options, "_warned")}
-        return {**super().__getstate__(), **own}
+        return {**super().__getstate__(), **own, "replicas": Replicas()}
 
     def _inner_optimizer(
         self, parameters: list[Tensor], rate: float, limit: float
