@@ -164,3 +164,64 @@ def test_one_process_sends_nothing():
     assert Replicas().summed(value, torch.device("cpu")) is value
     assert Replicas().gathered(value, torch.device("cpu")) == [value]
     assert Replicas().are_alone and not Replicas().any(False, torch.device("cpu"))
+
+
+# -- torch.distributed.checkpoint ------------------------------------------------------------------
+
+
+def train_sharded(
+    name: str, world: int, rank: int, steps: range, path: Path, loads: bool
+) -> Tensor:
+    """Train a model in shards of some processes, from a distributed checkpoint and to one."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    model: Any = make("mlp")
+    mesh = torch.distributed.init_device_mesh("cpu", (world,))
+    for layer in (model[0], model[2], model[4]):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = make_optimizer(getattr(natgrad, name), model)
+    if loads:
+        weights_of, state = get_state_dict(model, optimizer)
+        both = {"model": weights_of, "optimizer": state}
+        dcp.load(both, checkpoint_id=str(path))
+        set_state_dict(
+            model, optimizer, model_state_dict=both["model"], optim_state_dict=both["optimizer"]
+        )
+    for step in steps:
+        x, y = (tensor.chunk(world)[rank] for tensor in batch("mlp", step))
+        optimizer.zero_grad()
+        (summed_loss(model(x), y) / len(y)).backward()
+        optimizer.step()
+    if not loads:
+        weights_of, state = get_state_dict(model, optimizer)
+        dcp.save({"model": weights_of, "optimizer": state}, checkpoint_id=str(path))
+    return torch.cat([p.full_tensor().detach().flatten() for p in model.parameters()])
+
+
+def checkpointing(rank: int, world: int, path: str) -> None:
+    begin(rank, world, path)
+    loads = world != 2
+    folder = Path(path).parent
+    steps = range(4, 8) if loads else range(4)
+    found = {
+        name: train_sharded(name, world, rank, steps, folder / name, loads) for name in METHODS
+    }
+    end(found, rank, path)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_distributed_checkpoints_fit_any_number_of_processes(tmp_path: Path) -> None:
+    for world in (2, 1, 4):
+        folder = tmp_path / f"{world}"
+        folder.mkdir()
+        processes.replicas(checkpointing, folder, world)
+    for name in METHODS:
+        whole = train(name, 1, 0, range(8))["model"]
+        moved = flat(whole) - weights(make("mlp"))
+        for world in (1, 4):
+            found = results(tmp_path / f"{world}", world)[0][name]
+            assert float((found - flat(whole)).norm() / moved.norm()) < 1e-10, (name, world)
