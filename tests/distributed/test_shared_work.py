@@ -179,6 +179,9 @@ def train_sharded(
 
     model: Any = make("mlp")
     mesh = torch.distributed.init_device_mesh("cpu", (world,))
+    if world == 4:  # Two replicas of two shards.
+        names = ("replicas", "shards")
+        mesh = torch.distributed.init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
     for layer in (model[0], model[2], model[4]):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)

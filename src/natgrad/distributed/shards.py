@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 __all__ = ["is_sharded", "mesh_group", "own_shard", "sharded_like", "whole", "whole_parameters"]
@@ -21,25 +22,29 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def mesh_group(model: nn.Module) -> Any:
-    """Return the process group that a model's parameters are sharded over; None if they are not.
+    """Return the processes that a model's parameters are sharded over; None if they are not.
 
     Raises:
-        ValueError: If they are sharded otherwise than by FSDP2 over a mesh of one dimension.
+        ValueError: If they are sharded otherwise than by FSDP2 over one mesh: of one dimension, or
+            of two, in replicas of shards, that hold all processes.
     """
     sharded: dict[str, Any] = {n: p for n, p in model.named_parameters() if is_sharded(p)}
     if not sharded:
         return None
     units = [module for module in model.modules() if hasattr(module, "unshard")]
     held = {p for unit in units for p in unit.parameters()}
-    meshes = {parameter.device_mesh for parameter in sharded.values()}
+    mesh = next(iter(sharded.values())).device_mesh
     for name, parameter in sharded.items():
-        if parameter not in held or parameter.device_mesh.ndim != 1 or len(meshes) > 1:
+        kinds = [placement.is_shard() for placement in parameter.placements]
+        of_all = mesh.size() == torch.distributed.get_world_size()
+        known = kinds == [True] or (kinds == [False, True] and of_all)
+        if parameter not in held or parameter.device_mesh != mesh or not known:
             raise ValueError(
-                f"parameter {name!r} is spread over {parameter.device_mesh}, and natgrad takes "
-                "whole parameters, or those that fully_shard (FSDP2) has sharded over one mesh of "
-                "one dimension"
+                f"parameter {name!r} is spread over {parameter.device_mesh} as "
+                f"{parameter.placements}, and natgrad takes whole parameters, or those that "
+                "fully_shard (FSDP2) has sharded over one mesh, in one dimension or in replicas"
             )
-    return meshes.pop().get_group()
+    return mesh.get_group() if mesh.ndim == 1 else torch.distributed.group.WORLD
 
 
 def whole(tensor: Tensor) -> Tensor:
