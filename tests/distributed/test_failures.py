@@ -21,7 +21,8 @@ from tests.methods import make_optimizer
 METHODS: dict[str, dict[str, Any]] = {
     "KFAC": {}, "EKFAC": {}, "TKFAC": {}, "SINGD": {}, "FNGD": {"coefficient_steps": 2},
     "KPSVD": {}, "TwoLevelKFAC": {}, "ExactNGD": {}, "UnitWiseNGD": {}, "DiagonalNGD": {},
-    "BlockTridiagonalNGD": {}, "EGN": {},
+    "BlockTridiagonalNGD": {}, "EGN": {}, "KFAC, memory": {"sharing": "memory"},
+    "EKFAC, memory": {"sharing": "memory"},
 }  # fmt: skip
 
 
@@ -47,7 +48,8 @@ def train(
 ) -> Any:
     """Train a network for six steps."""
     model = nn.parallel.DistributedDataParallel(plain, find_unused_parameters=True)
-    optimizer = make_optimizer(getattr(natgrad, name), model, **METHODS[name], **options)
+    kind = getattr(natgrad, name.partition(",")[0])
+    optimizer = make_optimizer(kind, model, **METHODS[name], **options)
     for step in range(6):
 
         def closure(step: int = step) -> Tensor:
@@ -157,7 +159,7 @@ def attempts(rank: int, world: int, path: str) -> None:
     )
     found = {}
     log: list[tuple[str, Any]] = []
-    for collective in ("all_reduce", "all_gather", "all_gather_object"):
+    for collective in ("all_reduce", "all_gather", "all_gather_object", "reduce", "broadcast"):
         setattr(torch.distributed, collective, noting(collective, log))
     for name in METHODS:
         for trial in (broken, empty, unused):

@@ -129,9 +129,15 @@ RUNS: dict[str, Run] = {
     "KFAC, three samples": Run("KFAC", {"fisher": natgrad.fisher.MonteCarloFisher(3)}),
     "KFAC, fused": Run("KFAC", {"fused": True}),
     **{
-        f"{name}, not shared": Run(name, {"shared": False}, network="transformer")
-        for name in ("KFAC", "EKFAC")
+        f"{name}, sharing {sharing}": Run(name, {"sharing": sharing}, network="transformer")
+        for name in ("KFAC", "EKFAC", "TKFAC", "KPSVD", "TwoLevelKFAC")
+        for sharing in ("nothing", "memory")
+        if sharing == "memory" or name in ("KFAC", "EKFAC")
     },
+    "KFAC, sharing memory, plain": Run(
+        "KFAC", {**PLAIN, "kl_clip": 1e-3, "sharing": "memory", "stagger": True, "inverses": 3}
+    ),
+    "SINGD, sharing memory": Run("SINGD", {"sharing": "memory"}),
     "KFAC, staggered": Run("KFAC", {"stagger": True, "factors": 1, "inverses": 3}),
     "KFAC, warm-up": Run("KFAC", {"warmup": 2}),
     "KFAC, quadratic model": Run("KFAC", {"length": "quadratic_model", "lr": 1.0, "damping": 0.1}),

@@ -154,6 +154,8 @@ RUNS: dict[str, Run] = {
     "KFAC, plain": Run("KFAC", {"length": "lr", "lr": 0.05, "momentum": 0.9, **GENTLE}),
     "KFAC, graft": Run("KFAC", {"length": "lr", "lr": 0.05, "graft": "adam", **GENTLE}),
     "KFAC, quadratic model": Run("KFAC", {"length": "quadratic_model", "lr": 1.0, **GENTLE}),
+    "KFAC, sharing memory": Run("KFAC", {"sharing": "memory"}, "transformer"),
+    "EKFAC, sharing memory": Run("EKFAC", {"sharing": "memory"}),
     "KFAC, fused": Run("KFAC", {"fused": True}),
     "KFAC, adaptive damping": Run(
         "KFAC", {"damping": natgrad.LevenbergMarquardt(interval=2)}, closure=True

@@ -20,7 +20,11 @@ from tests.distributed.networks import batch, make, summed_loss, weights
 from tests.distributed.test_failures import noting
 from tests.methods import make_optimizer
 
-METHODS = ("KFAC", "EKFAC", "TKFAC", "KPSVD", "SINGD", "FNGD", "ExactNGD")
+METHODS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("KFAC", "EKFAC", "TKFAC", "KPSVD", "SINGD", "FNGD", "ExactNGD"), {}),
+    "KFAC, memory": {"sharing": "memory"},
+    "EKFAC, memory": {"sharing": "memory"},
+}
 WIDTHS = (60, 80, 70, 50)
 
 
@@ -58,12 +62,14 @@ def working(rank: int, world: int, path: str) -> None:
 
     Curvature._invert = noted  # type: ignore[method-assign]
     log: list[tuple[str, Any]] = []
-    for collective in ("all_reduce", "all_gather", "all_gather_object", "broadcast"):
+    for collective in ("all_reduce", "all_gather", "all_gather_object", "broadcast", "reduce"):
         setattr(torch.distributed, collective, noting(collective, log))
-    for name in ("KFAC", "EKFAC", "KPSVD"):
+    for name in ("KFAC", "EKFAC", "KPSVD", "KFAC, memory"):
+        options = {"sharing": "memory"} if "memory" in name else {}
         layers = [nn.Linear(a, b) for a, b in zip(WIDTHS, WIDTHS[1:], strict=False)]
         model = nn.parallel.DistributedDataParallel(nn.Sequential(*layers).double())
-        optimizer = make_optimizer(getattr(natgrad, name), model, factors=1, inverses=1)
+        kind = getattr(natgrad, name.partition(",")[0])
+        optimizer = make_optimizer(kind, model, factors=1, inverses=1, **options)
         for step in range(3):
             log.clear()
             factorised.clear()
@@ -71,7 +77,9 @@ def working(rank: int, world: int, path: str) -> None:
             functional.cross_entropy(model(x), torch.arange(8) % 5).backward()
             optimizer.step()
             optimizer.zero_grad()
-        found[name] = {"factorised": list(factorised), "log": list(log)}
+        estimates = optimizer.preconditioner.curvature.estimates
+        kept = [part for part, one in estimates.items() if one.average or one.inverse]
+        found[name] = {"factorised": list(factorised), "log": list(log), "kept": kept}
     end(found, rank, path)
 
 
@@ -81,33 +89,51 @@ def test_every_factorisation_is_made_once(tmp_path: Path, world: int) -> None:
     processes.replicas(working, tmp_path, world)
     found = results(tmp_path, world)
     layers = list(zip(WIDTHS, WIDTHS[1:], strict=False))
-    for name in ("KFAC", "EKFAC", "KPSVD"):
+    for name in ("KFAC", "EKFAC", "KPSVD", "KFAC, memory"):
         made = [part for each in found for part in each[name]["factorised"]]
         assert sorted(made) == ["0", "1", "2"]
         if world == 3:
             assert all(len(each[name]["factorised"]) == 1 for each in found)
+        for each in found:
+            own = each[name]["factorised"] if "memory" in name else ["0", "1", "2"]
+            assert sorted(each[name]["kept"]) == sorted(own)
     triangles = sum((a + 1) * (a + 2) / 2 + b * (b + 1) / 2 for a, b in layers)
     squares = [(a + 1) ** 2 + b**2 for a, b in layers]
     parameters = sum((a + 1) * b for a, b in layers)
-    sizes: dict[str, float] = {}
-    for collective, shape in found[0]["KFAC"]["log"]:
-        if shape is not None:
-            sizes[collective] = sizes.get(collective, 0) + torch.Size(shape).numel()
+    sizes = sent(found[0]["KFAC"]["log"])
     assert sizes["all_reduce"] == pytest.approx(triangles, rel=0.05)
     largest = max(squares) if world == 3 else max(squares[1], squares[0] + squares[2])
     assert sizes["all_gather"] == pytest.approx(largest, rel=0.05)
     assert sizes["broadcast"] == parameters
-    assert not any(collective == "all_gather_object" for collective, _ in found[0]["KFAC"]["log"])
+    assert "all_gather_object" not in sizes
+    spread = sent(found[0]["KFAC, memory"]["log"])
+    assert spread["reduce"] == pytest.approx(triangles, rel=0.05)
+    steps = [(a + 1) * b for a, b in layers]
+    most = max(steps) if world == 3 else max(steps[1], steps[0] + steps[2])
+    assert spread["all_gather"] == pytest.approx(most, rel=0.05) and "broadcast" not in spread
+
+
+def sent(log: list[tuple[str, Any]]) -> dict[str, float]:
+    """Return collective → elements that a process sends."""
+    sizes: dict[str, float] = {}
+    for collective, shape in log:
+        number = 0 if shape is None else torch.Size(shape).numel()
+        sizes[collective] = sizes.get(collective, 0) + number
+    return sizes
 
 
 # -- resuming with another number of processes -----------------------------------------------------
+
+
+def optimizer_of(name: str, model: nn.Module) -> Any:
+    return make_optimizer(getattr(natgrad, name.partition(",")[0]), model, **METHODS[name])
 
 
 def train(name: str, world: int, rank: int, steps: range, path: Path | None = None) -> Any:
     """Train for some steps, from a saved state if there is one; return the last state."""
     plain = make("mlp")
     model = plain if world == 1 else nn.parallel.DistributedDataParallel(plain)
-    optimizer = make_optimizer(getattr(natgrad, name), model)
+    optimizer = optimizer_of(name, model)
     if path is not None:
         state = torch.load(path, weights_only=True)
         plain.load_state_dict(state["model"])
@@ -185,7 +211,7 @@ def train_sharded(
     for layer in (model[0], model[2], model[4]):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    optimizer = make_optimizer(getattr(natgrad, name), model)
+    optimizer = optimizer_of(name, model)
     if loads:
         weights_of, state = get_state_dict(model, optimizer)
         both = {"model": weights_of, "optimizer": state}

@@ -13,6 +13,13 @@ from torch import Tensor
 
 from natgrad import linalg
 from natgrad.curvature.cost import Cost, Workload
+from natgrad.curvature.sharing import (
+    Sharing,
+    gathered_state,
+    natural_gradients_of_all,
+    take_inverses,
+    unite,
+)
 from natgrad.curvature.structure import Part, Structure
 from natgrad.distributed import Replicas
 from natgrad.distributed.place import WHOLE_BATCH
@@ -79,7 +86,7 @@ class Curvature:
         estimates: What is known of each.
         replicas: Processes that have a share of every batch each; by default none but this one.
         place: Which samples of the present batch are this process's.
-        divides_work: Whether they divide the factorisations, where the structure is made for that.
+        sharing: What they share of the work, where the structure is made for that.
     """
 
     def __init__(
@@ -93,7 +100,8 @@ class Curvature:
         #: What is known of parts that the model had and may have again, as of layers frozen now.
         self.resting: dict[str, dict[str, Any]] = {}
         self.replicas, self.place = Replicas(), WHOLE_BATCH
-        self.divides_work = True
+        self.sharing: Sharing = "inverses"
+        self._owners: dict[int, dict[str, int]] = {}
         self._warned: set[str] = set()
 
     @property
@@ -104,7 +112,34 @@ class Curvature:
     @property
     def is_divided(self) -> bool:
         """Whether each factorisation is made by one process, for all of them."""
-        return self.divides_work and self.structure.shareable and not self.replicas.are_alone
+        wanted = self.sharing != "nothing" and self.structure.shareable
+        return wanted and not self.replicas.are_alone
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether statistics and inverses are kept by their owners alone."""
+        return self.is_divided and self.sharing == "memory" and self.structure.companion is None
+
+    def owns(self, name: str) -> bool:
+        """Return whether this process keeps what is known of a part."""
+        return not self.is_spread or self.owners[name] == self.replicas.rank
+
+    @property
+    def owners(self) -> dict[str, int]:
+        """Part → rank of the process that keeps what is known of it, where memory is shared."""
+        number = self.replicas.number
+        if number not in self._owners or self._owners[number].keys() != self.parts.keys():
+            lists = self.balanced(list(self.parts), number)
+            self._owners[number] = {n: rank for rank, names in enumerate(lists) for n in names}
+        return self._owners[number]
+
+    def by_owner(self) -> dict[int | None, list[str]]:
+        """Return the parts of each owner; None stands for all processes."""
+        if not self.is_spread:
+            return {None: list(self.parts)}
+        owners = self.owners
+        ranks = range(self.replicas.number)
+        return {rank: [n for n in self.parts if owners[n] == rank] for rank in ranks}
 
     @property
     def by_layer(self) -> bool:
@@ -202,7 +237,8 @@ class Curvature:
         """
         for entry in self.resting.values():
             entry["weight"] = max(entry["weight"] * decay, LEAST_WEIGHT)
-        self._unite()
+        if not self.replicas.are_alone:
+            unite(self)
         for name, present in self.estimates.items():
             average, batch = present.average, present.batch
             if batch is None:
@@ -213,24 +249,6 @@ class Curvature:
             if average is not None:
                 batch = average.followed_by(batch, decay)
             self.estimates[name] = replace(present, average=batch, batch=None, rejected=False)
-
-    def _unite(self) -> None:
-        """Make the statistics of the present step those of all processes."""
-        if self.replicas.are_alone:
-            return
-        device = self.layout.device
-        held = {name: one.batch for name, one in self.estimates.items()}
-        own_sums = {n: None if batch is None else batch.sums() for n, batch in held.items()}
-        own_rows = {n: None if batch is None else batch.rows() for n, batch in held.items()}
-        sums = self.replicas.summed(own_sums, device)
-        rows = self.replicas.gathered(own_rows, device)
-        for name, total in sums.items():
-            present, part = self.estimates[name], self.parts[name]
-            if total is not None:
-                found = [one[name] for one in rows]
-                batch = self.structure.united(part, total, found, present.average)
-                draws = present.draws + (present.batch is None)  # As where there were rows.
-                self.estimates[name] = replace(present, batch=batch, draws=draws)
 
     def update(self, jacobians: Jacobians, count: Tensor | float) -> None:
         """Add the rows of a batch to a sum over batches."""
@@ -258,9 +276,9 @@ class Curvature:
         if average is not None:
             average = self.structure.settled(self.parts[name], average)
             self.estimates[name] = replace(present, average=average)
-        return self._read(name, average)
+        return self.read(name, average)
 
-    def _read(self, name: str, average: Statistics | None) -> Operator:
+    def read(self, name: str, average: Statistics | None) -> Operator:
         """Return what an average stands for, batches in which the part had no rows included."""
         absent = self.estimates[name].absent
         if average is not None and isinstance(absent, Tensor):
@@ -268,7 +286,16 @@ class Curvature:
         return self.structure.operator(self.parts[name], average)
 
     def matrix(self) -> FisherMatrix:
-        """Return the matrix of the whole model."""
+        """Return the matrix of the whole model.
+
+        Raises:
+            ValueError: If this process does not have all of it.
+        """
+        if self.is_spread:
+            raise ValueError(
+                "the matrix is spread over processes by Refresh(sharing='memory'), and is not "
+                "whole in any of them: use sharing='inverses' to look at it"
+            )
         beside = self.structure.companion
         operators = {name: self.operator(name) for name in self.parts if name != beside}
         companion = None if beside is None else self.estimates[beside].average
@@ -282,6 +309,11 @@ class Curvature:
                 operator = self.operator(name)
                 traces.append(operator.trace().to(self.layout.device, torch.float64))
                 size += operator.layout.numel
+        if self.is_spread:
+            own = {"trace": torch.stack(traces).sum() if traces else None, "size": [size]}
+            each = self.replicas.gathered(own, self.layout.device)
+            traces = [one["trace"] for one in each if one["trace"] is not None]
+            size = sum(one["size"][0] for one in each)
         if not traces:
             return torch.tensor(math.nan, dtype=torch.float64)
         return torch.stack(traces).sum() / size
@@ -300,50 +332,14 @@ class Curvature:
             for name in (self.parts if names is None else names)
             if self.estimates[name].average is not None and name != self.structure.companion
         ]
-        if not self.is_divided:
-            self._invert_here(wanted, damping)
+        if not self.is_divided or self.is_spread:
+            self._invert_here([name for name in wanted if self.owns(name)], damping)
             return
         own = self.balanced(wanted, self.replicas.number)[self.replicas.rank]
         before = {name: self.estimates[name].inverse for name in own}
         self._invert_here(own, damping)
         made = [name for name in own if self.estimates[name].inverse is not before[name]]
-        self._take_inverses(made, damping)
-
-    def _take_inverses(self, made: Sequence[str], damping: Damping) -> None:
-        """Take the inverses that all processes have made.
-
-        One's own, too: lying in memory in another order they would round otherwise.
-        """
-        own = {name: self._handed_out(self.estimates[name]) for name in made}
-        for found in self.replicas.gathered(own, self.layout.device):
-            for name, entry in found.items():
-                value = damping_of(name, damping)
-                self.estimates[name] = self._with_inverse(self.parts[name], entry, value)
-
-    def _handed_out(self, estimate: Estimate) -> dict[str, Any]:
-        """Return what other processes need of an estimate that was just inverted."""
-        average, inverse = estimate.average, estimate.inverse
-        assert average is not None and inverse is not None
-        follows = self.structure.follows_updates  # Then it is made of the average alone.
-        return {
-            "renewal": average.renewal(),
-            "inverse": None if follows else inverse.state_dict(),
-        }
-
-    def _with_inverse(self, part: Part, entry: Mapping[str, Any], damping: float) -> Estimate:
-        """Return the estimate of a part with an inverse that some process has made."""
-        present = self.estimates[part.name]
-        average = present.average
-        assert average is not None
-        if entry["renewal"] is not None:
-            average = average.with_renewal(entry["renewal"])
-        if entry["inverse"] is None:
-            read = self._read(part.name, average)
-            inverse = read.inverse(self.structure.inverse_damping(damping))
-        else:
-            layout = self.structure.vector_layout(part)
-            inverse = Record.from_state(entry["inverse"], self.layout.device, layout)
-        return replace(present, average=average, inverse=inverse, damping=damping)
+        take_inverses(self, made, damping)
 
     def _invert_here(self, names: Sequence[str], damping: Damping) -> None:
         """Invert parts in this process, small ones together."""
@@ -365,7 +361,7 @@ class Curvature:
         try:
             parts, structure = [self.parts[name] for name in names], self.structure
             averages = structure.renewed(parts, [e.average for e in estimates], dampings)
-            operators = [self._read(name, a) for name, a in zip(names, averages, strict=True)]
+            operators = [self.read(name, a) for name, a in zip(names, averages, strict=True)]
             inner = [structure.inverse_damping(value) for value in dampings]
             if structure.solver == "direct":
                 inverses = inverses_together(operators, inner)
@@ -446,14 +442,14 @@ class Curvature:
         result = {n: g for n, g in source.gradients.items() if not g.numel()}
         for name, part in self.parts.items():
             inverse = self.estimates[name].inverse
-            if name == self.structure.companion:
+            if name == self.structure.companion or not self.owns(name):
                 continue
             if inverse is None or name in source.natural:
                 names = (n for block in part.blocks.values() for n in block.names)
                 result.update({n: source.gradients[n] for n in names})
             else:
                 result.update(inverse.natural_gradient(source))
-        return result
+        return natural_gradients_of_all(self, result) if self.is_spread else result
 
     def quadratic(self, direction: dict[str, Tensor], inner: Tensor) -> Tensor:
         """Return ``ΔᵀFΔ`` of a natural gradient, as nearly as can be told.
@@ -495,8 +491,13 @@ class Curvature:
         self.estimates = dict(saved)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return part name → averages and inverses, as tensors and plain values."""
-        return {name: _packed(self.parts[name], one) for name, one in self.estimates.items()}
+        """Return part name → averages and inverses, as tensors and plain values.
+
+        Where memory is shared all processes must ask for it, as it is gathered.
+        """
+        names = [name for name in self.parts if self.owns(name)]
+        own = {name: _packed(self.parts[name], self.estimates[name]) for name in names}
+        return gathered_state(self, own) if self.is_spread else own
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned; see :meth:`restored`."""
@@ -515,7 +516,10 @@ class Curvature:
             raise ValueError(
                 f"the checkpoint's curvature has other layers than the model: {differing}"
             )
-        return {name: self._restored(self.parts[name], entry) for name, entry in state.items()}
+        found = {name: self._restored(self.parts[name], entry) for name, entry in state.items()}
+        for name in (one for one in found if not self.owns(one)):
+            found[name] = Estimate(draws=found[name].draws)
+        return found
 
     def _restored(self, part: Part, entry: Mapping[str, Any]) -> Estimate:
         own = _sizes(part)

@@ -56,7 +56,9 @@ class _Slot:
         return cls(tuple(tensor.shape), tensor.dtype, isinstance(value, Symmetric))
 
 
-def summed(value: Any, group: Any, device: torch.device, known: Outlines) -> Any:
+def summed(
+    value: Any, group: Any, device: torch.device, known: Outlines, owner: int | None = None
+) -> Any:
     """Return the sum of a value over processes, entry by entry.
 
     A process that has None somewhere adds zero. Plain values are those of the first process that
@@ -67,6 +69,8 @@ def summed(value: Any, group: Any, device: torch.device, known: Outlines) -> Any
         group: The process group.
         device: Where tensors lie, also on a process that has none.
         known: Outlines seen before in this group, by all of its processes.
+        owner: The one process that wants it, by its rank in the group; all by default. Others have
+            their own value back.
 
     Raises:
         ValueError: If tensors at the same place have different shapes or types.
@@ -75,14 +79,19 @@ def summed(value: Any, group: Any, device: torch.device, known: Outlines) -> Any
     terms = list(_terms(outline, value, device))
     for bucket in _buckets(terms):
         flat = torch.cat([terms[i].reshape(-1) for i in bucket])
-        torch.distributed.all_reduce(flat, group=group)
+        if owner is None:
+            torch.distributed.all_reduce(flat, group=group)
+        else:
+            torch.distributed.reduce(flat, _global(owner, group), group=group)
         pieces = flat.split([terms[i].numel() for i in bucket])
         for i, piece in zip(bucket, pieces, strict=True):
             terms[i] = piece.reshape(terms[i].shape)
     return _filled(outline, iter(terms), _from_sent)
 
 
-def gathered(value: Any, group: Any, device: torch.device, known: Outlines) -> list[Any]:
+def gathered(
+    value: Any, group: Any, device: torch.device, known: Outlines, owner: int | None = None
+) -> list[Any]:
     """Return the values of all processes, in the order of their ranks.
 
     Args:
@@ -90,10 +99,13 @@ def gathered(value: Any, group: Any, device: torch.device, known: Outlines) -> l
         group: The process group.
         device: Where tensors lie, also on a process that has none.
         known: Outlines seen before in this group, by all of its processes.
+        owner: The one process that wants them, by its rank in the group; all by default. Others
+            have none.
     """
     outlines = _outlines(_outline(value), group, device, known)
     slots = [list(_slots(outline)) for outline in outlines]
     own = list(_tensors(value))
+    here = owner is None or owner == torch.distributed.get_rank(group)
     dtypes = {slot.dtype: None for one in slots for slot in one}  # In the same order everywhere.
     received: dict[torch.dtype, list[Iterator[Tensor]]] = {}
     for dtype in dtypes:
@@ -102,14 +114,26 @@ def gathered(value: Any, group: Any, device: torch.device, known: Outlines) -> l
         mine = [tensor.reshape(-1) for tensor in own if tensor.dtype == dtype]
         flat = torch.cat([*mine, torch.zeros(0, dtype=dtype, device=device)])
         flat = torch.nn.functional.pad(flat, (0, longest - len(flat)))
-        found = [torch.empty_like(flat) for _ in outlines]
-        torch.distributed.all_gather(found, flat, group=group)
+        found = [torch.empty_like(flat) for _ in outlines] if here else []
+        if owner is None:
+            torch.distributed.all_gather(found, flat, group=group)
+        else:
+            torch.distributed.gather(flat, found or None, _global(owner, group), group=group)
+        if not here:
+            continue
         pieces = zip(found, sizes, strict=True)
         received[dtype] = [iter(one[: sum(n)].split(n)) for one, n in pieces]
+    if not here:
+        return []
     return [
         _filled(outline, _in_order(one, {d: received[d][rank] for d in received}), _as_shaped)
         for rank, (outline, one) in enumerate(zip(outlines, slots, strict=True))
     ]
+
+
+def _global(rank: int, group: Any) -> int:
+    """Return the rank in the world of a process of a group."""
+    return rank if group is None else torch.distributed.get_global_rank(group, rank)
 
 
 # Outlines.

@@ -125,13 +125,23 @@ class Replicas:
         """Return whether a flag is up in one of them."""
         return flag if self.are_alone else any(one for (one,) in self.told([int(flag)], device))
 
-    def gathered(self, value: Any, device: torch.device) -> list[Any]:
-        """Return a value of nested tensors of each, see :mod:`natgrad.distributed.exchange`."""
-        return [value] if self.are_alone else gathered(value, self.group, device, self.outlines)
+    def gathered(self, value: Any, device: torch.device, owner: int | None = None) -> list[Any]:
+        """Return a value of nested tensors of each, see :mod:`natgrad.distributed.exchange`.
 
-    def summed(self, value: Any, device: torch.device) -> Any:
+        Args:
+            value: What this one has.
+            device: Where tensors lie.
+            owner: The one that wants them; all by default.
+        """
+        if self.are_alone:
+            return [value]
+        return gathered(value, self.group, device, self.outlines, owner)
+
+    def summed(self, value: Any, device: torch.device, owner: int | None = None) -> Any:
         """Return the sum of a value of nested tensors, likewise."""
-        return value if self.are_alone else summed(value, self.group, device, self.outlines)
+        if self.are_alone:
+            return value
+        return summed(value, self.group, device, self.outlines, owner)
 
     def place_of(self, samples: Sequence[int]) -> Place:
         """Return which samples of a batch are those of this process.

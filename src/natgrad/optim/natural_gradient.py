@@ -393,7 +393,8 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
                 else:
                     compared.take()
         self._step_fallback()
-        if inverts and self.preconditioner.curvature.is_divided:
+        curvature = self.preconditioner.curvature
+        if inverts and curvature.is_divided and not curvature.is_spread:
             # Processors that round differently would drift apart.
             self.preconditioner.replicas.follow_first(self.preconditioner.parameters.values())
         return loss

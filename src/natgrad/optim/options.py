@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from natgrad.arguments import check_choice, check_interval, check_range
+from natgrad.curvature.sharing import Sharing
 from natgrad.optim.step.line_search import LineSearch
 from natgrad.optim.step.measured_length import MeasuredLength
 
@@ -32,9 +33,12 @@ class Refresh:
         warmup: Steps at the start that update curvature, every time, and move no preconditioned
             parameter; the fallback trains as usual. The intervals count from the first step after
             them.
-        shared: Whether processes that train together divide the factorisations of Kronecker factors
-            among them and send each other the results. Otherwise, and with other structures, each
-            makes all of them, and natural gradients are averaged at every step.
+        sharing: What processes that train together share of K-FAC, its relatives by eigenvalues and
+            trace, and KPSVD. ``"inverses"``: each makes some of the factorisations and sends the
+            inverses to all. ``"memory"``: each keeps factors and inverses of some layers and sends
+            their natural gradients, at every step; ``state_dict`` must then be called in all.
+            ``"nothing"``: each makes all of them, and natural gradients are averaged at every step,
+            as with other structures.
 
     Raises:
         ValueError: If an option is out of range.
@@ -46,13 +50,14 @@ class Refresh:
     early: bool = False
     stagger: bool = False
     warmup: int = 0
-    shared: bool = True
+    sharing: Sharing = "inverses"
 
     def __post_init__(self) -> None:
         """Check the options."""
         check_interval("factors", self.factors)
         check_interval("inverses", self.inverses)
         check_range("decay", self.decay, below=1.0)
+        check_choice("sharing", self.sharing, "inverses", "memory", "nothing")
         if self.warmup < 0 or (self.warmup > 0 and self.decay == 0):
             raise ValueError(
                 "warmup must be 0, or positive with decay > 0 (without an average curvature "

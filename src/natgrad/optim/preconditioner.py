@@ -110,7 +110,12 @@ class Preconditioner(CopiedByState):
         self.parameters = dict(self.model.named_parameters())
         layouts = {name: block.layout for name, block in self.capture.blocks.items()}
         self.curvature = Curvature(structure, layouts, self.capture.layout)
-        self.curvature.divides_work = refresh.shared
+        self.curvature.sharing = refresh.sharing
+        if refresh.sharing == "memory" and getattr(structure, "fused", False):
+            raise ValueError(
+                "fused=True needs every inverse in the backward pass, and Refresh(sharing='memory')"
+                " leaves each with one process: use sharing='inverses'"
+            )
         if not structure.additive and not refresh.every_step:
             raise ValueError(
                 f"structure {structure.name!r} keeps the rows of the present batch only, so it "

@@ -1,0 +1,125 @@
+"""How processes share one curvature: its statistics, its factorisations, its memory.
+
+A batch of which each process has a share makes one estimate. Statistics are added up, or rows
+gathered, before they join the average. Then, with Kronecker factors, each factorisation is made by
+one process, its *owner*: it sends the inverse to all, or keeps statistics and inverse to itself and
+sends natural gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor
+
+from natgrad.operators.block_diagonal import damping_of
+from natgrad.records import Record
+
+if TYPE_CHECKING:
+    from natgrad.curvature.curvature import Curvature, Damping, Estimate
+    from natgrad.curvature.structure import Part
+
+__all__ = ["Sharing", "gathered_state", "natural_gradients_of_all", "take_inverses", "unite"]
+
+Sharing = Literal["inverses", "memory", "nothing"]
+
+
+def unite(curvature: Curvature) -> None:
+    """Make the statistics of the present step those of all processes.
+
+    Where memory is shared they come together at their owners alone.
+    """
+    replicas, device = curvature.replicas, curvature.layout.device
+    held = {name: one.batch for name, one in curvature.estimates.items()}
+    for owner, names in curvature.by_owner().items():
+        own = {n: held[n] for n in names}
+        own_sums = {n: None if batch is None else batch.sums() for n, batch in own.items()}
+        own_rows = {n: None if batch is None else batch.rows() for n, batch in own.items()}
+        sums = replicas.summed(own_sums, device, owner)
+        rows = replicas.gathered(own_rows, device, owner)
+        for name in names:
+            present, part = curvature.estimates[name], curvature.parts[name]
+            if not curvature.owns(name):
+                draws = present.draws + (present.batch is None)
+                present = replace(present, batch=None, average=None, inverse=None, draws=draws)
+                curvature.estimates[name] = present
+            elif sums[name] is not None:
+                found = [one[name] for one in rows]
+                batch = curvature.structure.united(part, sums[name], found, present.average)
+                draws = present.draws + (present.batch is None)  # As where there were rows.
+                curvature.estimates[name] = replace(present, batch=batch, draws=draws)
+
+
+def take_inverses(curvature: Curvature, made: Sequence[str], damping: Damping) -> None:
+    """Take the inverses that all processes have made.
+
+    One's own, too: lying in memory in another order they would round otherwise.
+
+    Args:
+        curvature: The curvature.
+        made: Parts that this process has just inverted.
+        damping: λ, one value or one per block name.
+    """
+    own = {name: _handed_out(curvature, curvature.estimates[name]) for name in made}
+    for found in curvature.replicas.gathered(own, curvature.layout.device):
+        for name, entry in found.items():
+            value = damping_of(name, damping)
+            part = curvature.parts[name]
+            curvature.estimates[name] = _with_inverse(curvature, part, entry, value)
+
+
+def _handed_out(curvature: Curvature, estimate: Estimate) -> dict[str, Any]:
+    """Return what other processes need of an estimate that was just inverted."""
+    average, inverse = estimate.average, estimate.inverse
+    assert average is not None and inverse is not None
+    follows = curvature.structure.follows_updates  # Then it is made of the average alone.
+    return {
+        "renewal": average.renewal(),
+        "inverse": None if follows else inverse.state_dict(),
+    }
+
+
+def _with_inverse(
+    curvature: Curvature, part: Part, entry: Mapping[str, Any], damping: float
+) -> Estimate:
+    """Return the estimate of a part with an inverse that some process has made."""
+    present, structure = curvature.estimates[part.name], curvature.structure
+    average = present.average
+    assert average is not None
+    if entry["renewal"] is not None:
+        average = average.with_renewal(entry["renewal"])
+    if entry["inverse"] is None:
+        read = curvature.read(part.name, average)
+        inverse = read.inverse(structure.inverse_damping(damping))
+    else:
+        layout = structure.vector_layout(part)
+        inverse = Record.from_state(entry["inverse"], curvature.layout.device, layout)
+    return replace(present, average=average, inverse=inverse, damping=damping)
+
+
+def natural_gradients_of_all(curvature: Curvature, own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the natural gradients of all parts, each made by its owner.
+
+    Args:
+        curvature: The curvature.
+        own: Those of the parts of this process.
+    """
+    result: dict[str, Tensor] = {}
+    for found in curvature.replicas.gathered(own, curvature.layout.device):
+        result.update(found)
+    return result
+
+
+def gathered_state(curvature: Curvature, own: dict[str, Any]) -> dict[str, Any]:
+    """Return the state of all parts, in which all processes take part.
+
+    Args:
+        curvature: The curvature.
+        own: The state of the parts of this process.
+    """
+    result: dict[str, Any] = {}
+    for found in curvature.replicas.gathered(own, curvature.layout.device):
+        result.update(found)
+    return {name: result[name] for name in curvature.parts}
