@@ -181,8 +181,16 @@ UNEQUAL |= {
 }
 
 
+#: What four processes do, too.
+IN_FOUR = (
+    *KRONECKER, *SAMPLE_SPACE, "FNGD", "EGN", "KFAC, transformer", "EKFAC, transformer",
+    "SINGD, transformer", "KFAC, quadratic model", "KFAC, some ignored", "EKFAC, two passes",
+    "EKFAC, sharing memory", "KPSVD, sharing memory", "KFAC, sharing nothing",
+)  # fmt: skip
+
+
 def runs(world: int) -> dict[str, Run]:
-    return RUNS | (UNEQUAL if world == 2 else {})
+    return RUNS | UNEQUAL if world == 2 else {name: RUNS[name] for name in IN_FOUR}
 
 
 def trained(rank: int, world: int, path: str) -> None:
