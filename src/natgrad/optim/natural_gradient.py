@@ -396,7 +396,9 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
         curvature = self.preconditioner.curvature
         if inverts and curvature.is_divided and not curvature.is_spread:
             # Processors that round differently would drift apart.
-            self.preconditioner.replicas.follow_first(self.preconditioner.parameters.values())
+            groups = [group for group in self.param_groups if group["preconditioned"]]
+            moved = [p for group in groups for p in group["params"] if p.requires_grad]
+            self.preconditioner.replicas.follow_first(moved)
         return loss
 
     def _evaluated(self, closure: Callable[[], Any] | None) -> tuple[Any, bool]:

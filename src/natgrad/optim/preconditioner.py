@@ -275,6 +275,8 @@ class Preconditioner(CopiedByState):
         }
         for carefully in (False, True):
             natural, failed = self.natural_gradient(gradients, carefully=carefully)
+            if not self.curvature.is_divided:
+                self.replicas.average(natural)
             checks = scalar_checks([*gradients.values(), *natural.values()])
             checks["failed"] = failed
             self.replicas.average(checks)
