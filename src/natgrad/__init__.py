@@ -50,6 +50,7 @@ from natgrad.version import __version__
 
 if TYPE_CHECKING:
     from natgrad import ntk
+    from natgrad.decentralized import DecentralizedKFAC
     from natgrad.first_order import ImplicitSGD, Padam
     from natgrad.fngd import FNGD
     from natgrad.laplace import Laplace
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
 
 #: Where names are that are loaded when they are first asked for.
 _LAZY = {
+    "DecentralizedKFAC": "natgrad.decentralized",
     "FNGD": "natgrad.fngd",
     "ImplicitSGD": "natgrad.first_order",
     "Laplace": "natgrad.laplace",
@@ -78,6 +80,7 @@ _LAZY = {
 __all__ = [
     "EGN",
     "EKFAC",
+    "DecentralizedKFAC",
     "FNGD",
     "KFAC",
     "KPSVD",

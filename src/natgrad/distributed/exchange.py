@@ -19,7 +19,7 @@ from torch import Tensor
 
 from natgrad.distributed.triangles import packed_triangles, unpacked_triangles
 
-__all__ = ["Outlines", "Symmetric", "gathered", "summed"]
+__all__ = ["Outlines", "Symmetric", "gathered", "put_together", "summed", "taken_apart"]
 
 #: Hashes of all processes' outlines → the outlines.
 Outlines = dict[tuple[int, ...], list[Any]]
@@ -129,6 +129,17 @@ def gathered(
         _filled(outline, _in_order(one, {d: received[d][rank] for d in received}), _as_shaped)
         for rank, (outline, one) in enumerate(zip(outlines, slots, strict=True))
     ]
+
+
+def taken_apart(value: Any) -> tuple[Any, list[Tensor]]:
+    """Return the outline of a value, and its tensors as a sum sends them."""
+    outline = _outline(value)
+    return outline, list(_terms(outline, value, torch.device("cpu")))
+
+
+def put_together(outline: Any, sent: Sequence[Tensor]) -> Any:
+    """Return the value that :func:`taken_apart` took apart, with other numbers."""
+    return _filled(outline, iter(sent), _from_sent)
 
 
 def _global(rank: int, group: Any) -> int:

@@ -351,6 +351,17 @@ class Preconditioner(CopiedByState):
         else:
             self._warn_unseen()
 
+    def keep_update(self) -> None:
+        """Count what the averages are now as the update of this step."""
+        if self._updated:
+            self._with_update = self.curvature.snapshot()
+
+    def pass_by(self) -> None:
+        """Go on with this step without its rows."""
+        self.skip()
+        self._open()
+        self._updated = True
+
     def audit(self) -> None:
         """Compare the gradients of the step with what the passes seen explain; mostly nothing.
 
