@@ -382,12 +382,13 @@ class Preconditioner(CopiedByState):
                 "output that the likelihood looks at (a second head, another term of the loss), so "
                 "their curvature lacks that part"
             )
-        self._audit_foreign(found)
+        self._distrust_foreign(found)
         if self.observer.rows_due and not self.replicas.are_alone:
-            for one in self.replicas.gathered(self.untrusted, self.device):
-                self.untrusted = {**one, **self.untrusted}
+            each = self.replicas.gathered(self.untrusted, self.device)
+            pairs = [pair for one in each for pair in one.items()]
+            self.untrusted = dict(sorted(pairs))  # In the same order everywhere.
 
-    def _audit_foreign(self, found: Findings) -> None:
+    def _distrust_foreign(self, found: Findings) -> None:
         """Distrust what does not come through the output."""
         if found.foreign and not self.covered - set(found.foreign):
             self.capture.tell(
@@ -542,6 +543,7 @@ class Preconditioner(CopiedByState):
             return unknown, unknown > 0
         block = self.capture.blocks[name].layout
         expected, found = torch.zeros(block.d_out, dtype=layout.dtype, device=layout.device), None
+        some = not self.replicas.are_alone
         if all(n in gradients for n in block.names):
             found = gradient_along_probe(block, gradients)
             for one in self.observer.seen:
@@ -549,9 +551,9 @@ class Preconditioner(CopiedByState):
                 if not one.is_empty:
                     rows = self.capture.user_jacobians(one.recorded, separate=False).get(name)
                 if isinstance(rows, LinearJacobian):
-                    expected = expected + rows_along_probe(rows)
+                    expected, some = expected + rows_along_probe(rows), True
         self.replicas.average({"expected": expected})  # As .grad is.
-        if found is None:
+        if found is None or not some:
             return unknown, unknown > 0
         factor = (found * expected).sum().double() / expected.square().sum()
         known = factor.isfinite() & (factor > 0)
