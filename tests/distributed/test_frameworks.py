@@ -60,14 +60,22 @@ def by_accelerate(rank: int, path: str) -> Tensor:
     return weights(model)
 
 
-def by_lightning(rank: int, path: str) -> Tensor:
+def by_lightning(rank: int, path: str, shards: bool = False) -> Tensor:
     lightning = pytest.importorskip("lightning")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    from lightning.pytorch.strategies import ModelParallelStrategy
+    from torch.distributed.fsdp import fully_shard
 
     class Classifier(lightning.LightningModule):
         def __init__(self) -> None:
             super().__init__()
             self.net = make("mlp")
+
+        def configure_model(self) -> None:
+            if shards:
+                mesh = self.device_mesh["data_parallel"]
+                for layer in (self.net[0], self.net[2], self.net[4], self.net):
+                    fully_shard(layer, mesh=mesh)
 
         def training_step(self, batch: Any, index: int) -> Tensor:
             return functional.cross_entropy(self.net(batch[0]), batch[1])
@@ -77,12 +85,22 @@ def by_lightning(rank: int, path: str) -> Tensor:
 
     module = Classifier()
     trainer = lightning.Trainer(
-        max_epochs=1, accelerator="cpu", devices=2, strategy="ddp", logger=False,
+        max_epochs=1, accelerator="cpu", devices=2, logger=False, default_root_dir=path,
+        strategy=ModelParallelStrategy(2, 1) if shards else "ddp", use_distributed_sampler=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        use_distributed_sampler=False, default_root_dir=path, precision="64-true",
     )  # fmt: skip
     trainer.fit(module, DataLoader(share(rank), SHARE))
-    return weights(module.net)
+    return whole(module.net)
+
+
+def by_sharded_lightning(rank: int, path: str) -> Tensor:
+    return by_lightning(rank, path, shards=True)
+
+
+def whole(model: nn.Module) -> Tensor:
+    parameters: list[Any] = list(model.parameters())
+    full = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in parameters]
+    return torch.cat([p.detach().flatten() for p in full])
 
 
 def by_trainer(rank: int, path: str) -> Tensor:
@@ -118,6 +136,7 @@ def by_trainer(rank: int, path: str) -> Tensor:
 FRAMEWORKS: dict[str, Callable[[int, str], Tensor]] = {
     "accelerate": by_accelerate,
     "lightning": by_lightning,
+    "lightning, shards": by_sharded_lightning,
     "trainer": by_trainer,
 }
 
@@ -125,7 +144,7 @@ FRAMEWORKS: dict[str, Callable[[int, str], Tensor]] = {
 def trained(rank: int, world: int, path: str) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    name, port = (Path(path) / "what").read_text().split()
+    name, port = (Path(path) / "what").read_text().split(":")
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE=str(world),
         LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
@@ -140,10 +159,10 @@ def trained(rank: int, world: int, path: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", FRAMEWORKS)
 def test_frameworks_train_the_joint_batch(tmp_path: Path, name: str) -> None:
-    pytest.importorskip({"trainer": "transformers"}.get(name, name))
+    pytest.importorskip({"trainer": "transformers"}.get(name, name.partition(",")[0]))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        (tmp_path / "what").write_text(f"{name} {free.getsockname()[1]}")
+        (tmp_path / "what").write_text(f"{name}:{free.getsockname()[1]}")
     processes.replicas(trained, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert torch.equal(first, second)
