@@ -1,4 +1,4 @@
-"""The command line: ``natgrad compare``, ``natgrad theory`` and ``natgrad inspect``.
+"""The command line: ``natgrad compare``, ``theory``, ``inspect`` and ``plan``.
 
 Wrong input ends with exit code 2 and one sentence on standard error; Ctrl-C with 130, after writing
 what is there.
@@ -6,6 +6,7 @@ what is there.
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -36,6 +37,9 @@ from natgrad.experiments.methods import DEFAULT_METHODS, METHODS
 from natgrad.experiments.models import MODELS
 from natgrad.experiments.objectives import OBJECTIVES
 from natgrad.experiments.pages import check_output
+from natgrad.experiments.plan import METHODS as SHAREABLE_METHODS
+from natgrad.experiments.plan import Options, PlanError, parse_ranks, plan_factory, to_dict
+from natgrad.experiments.plan_tables import print_plan
 from natgrad.experiments.report import write_report
 from natgrad.experiments.theory.config import SECTIONS, TheoryConfig
 from natgrad.experiments.theory.report import write_theory_report
@@ -74,7 +78,7 @@ def run(arguments: list[str] | None = None) -> int:
         return 130
     except _UsageError as error:
         return _refuse(error.format_message())
-    except (ConfigError, DataError, InspectionError) as error:
+    except (ConfigError, DataError, InspectionError, PlanError) as error:
         return _refuse(str(error))
     return status if isinstance(status, int) else 0
 
@@ -306,6 +310,70 @@ def inspect_command(
     positions = None if example is None else shared_positions(network, example)
     summary = inspect_model(network, structure, likelihood, fisher, samples, positions)
     print_summary(_console(), summary, positions)
+    return 0
+
+
+_plan_defaults = Options()
+
+
+@app.command("plan")
+def plan_command(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="PACKAGE.MODULE:FACTORY",
+            help="A function that returns a model, or a model and an example input.",
+        ),
+    ],
+    ranks: Annotated[
+        str, typer.Option(help="Numbers of processes, separated by commas.")
+    ] = ",".join(map(str, _plan_defaults.ranks)),
+    method: Annotated[
+        str, typer.Option(help=f"Method: {', '.join(SHAREABLE_METHODS)}.")
+    ] = _plan_defaults.method,
+    samples: Annotated[
+        int, typer.Option(help="Samples per process and step.")
+    ] = _plan_defaults.samples,
+    positions: Annotated[
+        int, typer.Option(help="Positions of a sample that share weights: tokens, pixels.")
+    ] = _plan_defaults.positions,
+    factors: Annotated[
+        int | None,
+        typer.Option(help="Steps between updates of the curvature [default: the method's own]."),
+    ] = None,
+    inverses: Annotated[
+        int | None,
+        typer.Option(help="Steps between factorisations [default: the method's own]."),
+    ] = None,
+    bandwidth: Annotated[
+        float, typer.Option(help="Of each process's link, in GB/s.")
+    ] = _plan_defaults.bandwidth,
+    throughput: Annotated[
+        float, typer.Option(help="Of each process's arithmetic, in TFLOP/s.")
+    ] = _plan_defaults.throughput,
+    memory: Annotated[
+        float | None,
+        typer.Option(help="GiB that factors and inverses may take in a process [default: any]."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> int:
+    """Predict what curvature shared by many processes keeps, sends and takes, mode by mode."""
+    options = Options(
+        method=method,
+        ranks=parse_ranks(ranks),
+        samples=samples,
+        positions=positions,
+        factors=factors,
+        inverses=inverses,
+        bandwidth=bandwidth,
+        throughput=throughput,
+        memory=memory,
+    )
+    plan = plan_factory(model, options)
+    if as_json:
+        print(json.dumps(to_dict(plan), indent=2))
+    else:
+        print_plan(_console(), plan)
     return 0
 
 

@@ -1,11 +1,13 @@
-"""What curvature costs, and the batch that costs are stated for."""
+"""What curvature costs, keeps and sends, and the batch that this is stated for."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["Cost", "Workload"]
+from natgrad.layouts import BlockLayout
+
+__all__ = ["Cost", "Elements", "Workload", "factored_elements"]
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,54 @@ class Workload:
     """The batch that costs are stated for.
 
     Attributes:
-        samples: ``N``.
+        samples: ``N``, of all processes together.
         directions: Pulled-back vectors per sample ``K``.
         positions: Block name → shared positions ``T``; 1 where absent.
+        processes: Processes that have an equal share of the samples each. Where there are several,
+            gradients are preconditioned and never the rows that they sum to.
     """
 
     samples: int
     directions: int
     positions: Mapping[str, int] = field(default_factory=dict)
+    processes: int = 1
+
+
+@dataclass(frozen=True)
+class Elements:
+    """How many numbers of a part are kept, and sent where processes share it.
+
+    Scalars such as counts are left out.
+
+    Attributes:
+        statistics: Kept of sums, products, bases and moments.
+        inverse: Kept of the inverse, without what it has in common with the statistics.
+        sums: Added up over processes at an update of the curvature; of symmetric matrices the
+            triangles.
+        rows: Rows of the batch that each process sends at an update.
+        handed_out: Sent after a factorisation by the process that made it.
+    """
+
+    statistics: int
+    inverse: int
+    sums: int
+    rows: int
+    handed_out: int
+
+    @property
+    def kept(self) -> int:
+        """Kept between steps."""
+        return self.statistics + self.inverse
+
+
+def factored_elements(block: BlockLayout, samples: int, directions: int, positions: int) -> int:
+    """Return the elements of a layer's factored rows: inputs (indices, if one-hot) and gradients.
+
+    Args:
+        block: Layout of the layer's block.
+        samples: Samples.
+        directions: Pulled-back vectors per sample ``K``.
+        positions: Positions ``T`` of a sample that share the weight.
+    """
+    inputs = 1 if block.one_hot else max(1, block.d_in)
+    return samples * positions * block.groups * (inputs + directions * block.d_out)

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from natgrad.curvature.cost import Cost, Workload
+from natgrad.curvature.cost import Cost, Elements, Workload, factored_elements
 from natgrad.curvature.kfac import KroneckerFactors, check_factors
-from natgrad.curvature.structure import Part, Structure, register_structure
+from natgrad.curvature.structure import Part, Structure, as_structure, register_structure
 from natgrad.jacobians import (
     FIRST_DRAW,
     Draw,
@@ -265,11 +265,37 @@ class EigenKronecker(Structure):
 
     def cost(self, part: Part, workload: Workload) -> Cost:
         """Return the factors' cost, with the moments, and with a rotation there and back."""
-        block, base = part.block, self.factors().cost(part, workload)
-        rows = float(workload.samples) * workload.directions
-        squares = rows * workload.positions.get(part.name, 1) * block.numel
-        rotation = float(block.groups * block.d_out * block.d_augmented)
-        rotation *= block.d_out + block.d_augmented
-        memory = base.memory + 2 * part.parameters.dtype.itemsize * block.numel
+        # Gradients alone are rotated, and by dense factors alone: as K-FAC multiplies them.
+        base = self.factors().cost(part, replace(workload, processes=2))
+        rotation = base.step
+        memory = part.dtype.itemsize * self.elements(part, workload).kept
         # Moving moments to another basis takes as much as moving a gradient.
-        return Cost(base.factors, memory, base.refresh + squares + rotation, 2 * rotation)
+        refresh = base.refresh + self.joint_work(part, workload) + rotation
+        return Cost(base.factors, memory, refresh, 2 * rotation)
+
+    def joint_work(self, part: Part, workload: Workload) -> float:
+        """Return the cost of the moments."""
+        positions = workload.positions.get(part.name, 1)
+        rows = float(self._moment_samples(workload.samples, positions)) * workload.directions
+        return rows * positions * part.block.numel
+
+    def elements(self, part: Part, workload: Workload) -> Elements:
+        """Return the elements of factors, basis and moments; the inverse has the same basis.
+
+        Rows are stated in factored form, of samples that are shared out evenly.
+        """
+        exact = as_structure(self.factors(), factored_damping=False)
+        base, positions = exact.elements(part, workload), workload.positions.get(part.name, 1)
+        share = -(-self._moment_samples(workload.samples, positions) // workload.processes)
+        return Elements(
+            statistics=base.statistics + base.inverse,
+            inverse=part.block.numel,
+            sums=base.sums,
+            rows=factored_elements(part.block, share, workload.directions, positions),
+            handed_out=base.inverse,
+        )
+
+    def _moment_samples(self, samples: int, positions: int) -> int:
+        """Return how many samples of a batch an update of the moments takes."""
+        limit = self.max_moment_samples
+        return samples if limit is None or positions == 1 else min(samples, limit)

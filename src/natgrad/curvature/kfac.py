@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from natgrad.arguments import check_choice
-from natgrad.curvature.cost import Cost, Workload
+from natgrad.curvature.cost import Cost, Elements, Workload
 from natgrad.curvature.structure import Part, Structure, register_structure
 from natgrad.jacobians import FIRST_DRAW, Draw, Jacobians, WeightSharing
 from natgrad.jacobians.positions import enough_rows, with_enough_rows
@@ -119,26 +119,51 @@ class KroneckerFactors(Structure):
         block = part.block
         rows = workload.samples * workload.positions.get(part.name, 1)
         enough = enough_rows(block, self.rows_per_unit) or rows
-        shapes, memory, refresh, multiply = [], 0, 0.0, 0.0
+        shapes, refresh, multiply = [], 0.0, 0.0
         on_rows = float(rows) * block.d_augmented * block.d_out
-        d_in, d_out = block.d_augmented, block.d_out
-        sides = ((d_in, 1, d_out), (d_out, workload.directions, d_in))
-        for side, (size, times, other) in enumerate(sides):
-            diagonal = self._is_diagonal(size) or (block.one_hot and side == 0)
+        sides = ((1, block.d_out), (workload.directions, block.d_augmented))
+        for (times, other), (size, diagonal) in zip(sides, self._factors(block), strict=True):
             entries = block.groups * (size if diagonal else size**2)
             shapes.append(f"diag({size})" if diagonal else f"{size} x {size}")
-            memory += 2 * part.parameters.dtype.itemsize * entries
             summed = min(rows, max(enough, workload.samples))
             refresh += float(summed) * times * entries
             refresh += 0 if diagonal else block.groups * float(size) ** 3
             multiply += float(entries) * other
             on_rows += float(rows) * entries
-        step = on_rows if self.takes_rows(block, rows) else multiply
+        by_rows = workload.processes == 1 and self.takes_rows(block, rows)
+        step = on_rows if by_rows else multiply
         prefix = "" if block.groups == 1 else f"{block.groups} of "
+        memory = part.dtype.itemsize * self.elements(part, workload).kept
         return Cost(prefix + ", ".join(shapes), memory, refresh, step)
 
-    def _is_diagonal(self, size: int) -> bool:
-        return self.max_factor_size is not None and size > self.max_factor_size
+    def elements(self, part: Part, workload: Workload) -> Elements:
+        """Return the elements of the factors, and of their inverses or eigenbases.
+
+        A parameter used both ways round, as of an embedding tied to the output layer, has a second
+        pair of sums, which is left out.
+        """
+        block = part.block
+        kept = triangles = dense = 0
+        for size, diagonal in self._factors(block):
+            kept += size if diagonal else size**2
+            triangles += size if diagonal else size * (size + 1) // 2
+            dense += 0 if diagonal else size**2
+        inverse = block.groups * (kept if self.factored_damping else dense)
+        if not self.factored_damping:
+            inverse += block.numel  # One eigenvalue each.
+        return Elements(
+            statistics=block.groups * kept,
+            inverse=inverse,
+            sums=block.groups * triangles,
+            rows=0,
+            handed_out=inverse,
+        )
+
+    def _factors(self, block: BlockLayout) -> list[tuple[int, bool]]:
+        """Return the sizes of A and B, and whether they are kept as their diagonals."""
+        limit = self.max_factor_size
+        sizes = ((block.d_augmented, block.one_hot), (block.d_out, False))
+        return [(size, known or (limit is not None and size > limit)) for size, known in sizes]
 
 
 def check_factors(weight_sharing: str, rows_per_unit: float | None) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from natgrad.arguments import check_choice, check_interval
-from natgrad.curvature.cost import Cost, Workload
+from natgrad.curvature.cost import Cost, Elements, Workload, factored_elements
 from natgrad.curvature.kfac import KroneckerFactors
 from natgrad.curvature.kronecker_svd import deflation, lanczos, symmetric_part
 from natgrad.curvature.structure import Part, Structure, register_structure
@@ -295,20 +295,45 @@ class KroneckerProducts(Structure):
         if large is not None:
             return large.cost(part, workload)
         d_in, d_out, groups = block.d_augmented, block.d_out, block.groups
-        rows = float(workload.samples * workload.directions)
-        if workload.positions.get(part.name, 1) == 1:
-            product = rows * groups * (d_in**2 + d_out**2)
-        else:
-            product = rows * groups * d_in * d_out * (d_in + d_out)
-        entries = groups * (d_in**2 + d_out**2)
-        dense = self.rank > 1 and not self.factored_damping
-        kept = block.numel**2 if dense else entries + groups * d_in * d_out
+        dense = self._inverts_dense
         factorise = float(block.numel) ** 3 if dense else groups * float(d_in**3 + d_out**3)
         step = float(block.numel**2) if dense else 2.0 * groups * d_in * d_out * (d_in + d_out)
-        memory = part.parameters.dtype.itemsize * (self.rank * entries + kept)
+        memory = part.dtype.itemsize * self.elements(part, workload).kept
         factors = ", ".join(f"{d} x {d}" for d in (d_in, d_out))
         prefix = "" if self.rank * groups == 1 else f"{self.rank * groups} of "
-        return Cost(prefix + factors, memory, 20 * product + factorise, step)
+        return Cost(prefix + factors, memory, self.joint_work(part, workload) + factorise, step)
+
+    @property
+    def _inverts_dense(self) -> bool:
+        """Whether the block itself is factorised."""
+        return self.rank > 1 and not self.factored_damping
+
+    def joint_work(self, part: Part, workload: Workload) -> float:
+        """Return the cost of ten iterations, two products with the rows each."""
+        if self._by_kfac(part) is not None:
+            return 0.0
+        block, rows = part.block, float(workload.samples * workload.directions)
+        d_in, d_out = block.d_augmented, block.d_out
+        if workload.positions.get(part.name, 1) == 1:
+            return 20 * rows * block.groups * (d_in**2 + d_out**2)
+        return 20 * rows * block.groups * d_in * d_out * (d_in + d_out)
+
+    def elements(self, part: Part, workload: Workload) -> Elements:
+        """Return the elements of the products, and of the eigenbases and -values of their sum."""
+        large, block = self._by_kfac(part), part.block
+        if large is not None:
+            return large.elements(part, workload)
+        entries = block.groups * (block.d_augmented**2 + block.d_out**2)
+        inverse = block.numel**2 if self._inverts_dense else entries + block.numel
+        share = -(-workload.samples // workload.processes)
+        positions = workload.positions.get(part.name, 1)
+        return Elements(
+            statistics=self.rank * entries,
+            inverse=inverse,
+            sums=0,
+            rows=factored_elements(block, share, workload.directions, positions),
+            handed_out=self.rank * entries + inverse,
+        )
 
 
 @register_structure

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from natgrad.curvature.cost import Cost, Workload
+from natgrad.curvature.cost import Cost, Elements, Workload
 from natgrad.jacobians import FIRST_DRAW, Draw, Jacobians
 from natgrad.layouts import BlockLayout, ParameterLayout
 from natgrad.operators import GradientSource, Operator
@@ -217,6 +217,26 @@ class Structure(ABC):
     @abstractmethod
     def cost(self, part: Part, workload: Workload) -> Cost:
         """Return what a part costs."""
+
+    def joint_work(self, part: Part, workload: Workload) -> float:
+        """Return the multiplications of an update that take the rows of all processes.
+
+        They are part of what ``cost(...).refresh`` states, and made wherever the part is kept;
+        0 where sums are all that an update needs.
+        """
+        return 0.0
+
+    def elements(self, part: Part, workload: Workload) -> Elements:
+        """Return how many numbers of a part are kept, and sent where processes share it.
+
+        Args:
+            part: The part.
+            workload: The batch of all processes, and their number.
+
+        Raises:
+            NotImplementedError: If the structure does not tell, as where it is not ``shareable``.
+        """
+        raise NotImplementedError(f"structure {self.name!r} does not tell what it keeps and sends")
 
 
 #: Name → class of every known structure.

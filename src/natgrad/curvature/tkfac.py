@@ -13,13 +13,13 @@ output gradients.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from natgrad.curvature.cost import Cost, Workload
+from natgrad.curvature.cost import Cost, Elements, Workload
 from natgrad.curvature.kfac import KroneckerFactors, check_factors, zero_factors
 from natgrad.curvature.structure import Part, Structure, register_structure
 from natgrad.jacobians import (
@@ -128,6 +128,11 @@ class TraceKronecker(Structure):
     def cost(self, part: Part, workload: Workload) -> Cost:
         """Return the cost, that of K-FAC with all rows."""
         return self._kfac().cost(part, workload)
+
+    def elements(self, part: Part, workload: Workload) -> Elements:
+        """Return the elements of K-FAC, and a trace per group."""
+        found, groups = self._kfac().elements(part, workload), part.block.groups
+        return replace(found, statistics=found.statistics + groups, sums=found.sums + groups)
 
 
 def trace_statistics(

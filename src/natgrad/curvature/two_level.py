@@ -20,7 +20,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from natgrad.arguments import check_choice
-from natgrad.curvature.cost import Cost, Workload
+from natgrad.curvature.cost import Cost, Workload, factored_elements
 from natgrad.curvature.kfac import KroneckerFactors
 from natgrad.curvature.structure import Part, register_structure
 from natgrad.jacobians import FIRST_DRAW, Draw, Jacobians
@@ -257,10 +257,11 @@ class TwoLevelKronecker(KroneckerFactors):
         rows = workload.samples * workload.directions
         memory, product = 0, 0.0
         for name, block in part.blocks.items():
-            spots = workload.samples * workload.positions.get(name, 1)
-            inputs = block.groups * max(1, block.d_in)
+            positions = workload.positions.get(name, 1)
+            spots = workload.samples * positions
             outputs = block.groups * block.d_out * workload.directions
-            factored, whole = spots * (inputs + outputs), rows * block.numel
+            factored = factored_elements(block, workload.samples, workload.directions, positions)
+            whole = rows * block.numel
             memory += min(factored, whole)
             product += whole if whole <= factored else float(spots) * (block.numel + outputs)
         blocks = part.blocks.values()

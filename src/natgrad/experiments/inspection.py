@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,16 @@ class InspectionError(ValueError):
     """A model that cannot be inspected; the message says why."""
 
 
-def load_model(specification: str) -> tuple[nn.Module, tuple[Any, ...] | None]:
+def load_model(
+    specification: str, device: torch.device | None = None
+) -> tuple[nn.Module, tuple[Any, ...] | None]:
     """Import a factory and call it.
 
     Args:
         specification: ``package.module:factory``, importable from the current folder or the
             environment. The factory takes no arguments and returns a module, or a tuple of a
             module and an example input (a tuple of positional inputs for several).
+        device: Where the factory makes its tensors; by default where torch does.
 
     Returns:
         The model, and the inputs of an example call if the factory gave any.
@@ -57,7 +61,8 @@ def load_model(specification: str) -> tuple[nn.Module, tuple[Any, ...] | None]:
     if not callable(factory):
         raise InspectionError(f"{specification} is neither a model nor a function that makes one.")
     try:
-        made = factory()
+        with device or nullcontext():  # The import has been made outside it.
+            made = factory()
     except Exception as error:
         raise InspectionError(f"{specification}() fails: {_describe(error)}.") from error
     if isinstance(made, nn.Module):

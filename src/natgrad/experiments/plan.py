@@ -1,0 +1,437 @@
+"""What curvature shared by many processes takes, on paper: from a model's shapes alone.
+
+For a method, a number of ranks (processes) and a sharing mode (``Refresh(sharing=...)``) it states
+what the fullest process keeps, what each hands to collectives, and what the busiest computes, and
+predicts from these the time that natgrad adds to a step.
+
+Data is moved as by rings. With N ranks an all-reduce of n bytes moves 2(N−1)/N·n through the link
+of each process; an all-gather, a gather, a reduce or a broadcast (N−1)/N·n, where n is the size of
+the whole result: of a gathered one N times what the process that sends most hands in, as the others
+pad theirs. Nothing is taken to overlap, and latencies are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from natgrad.capture import Capture
+from natgrad.capture.kinds import find_kind
+from natgrad.curvature import Curvature, as_structure
+from natgrad.curvature.cost import Workload
+from natgrad.curvature.sharing import Sharing
+from natgrad.experiments.inspection import InspectionError, load_model
+from natgrad.fisher import as_fisher_type
+from natgrad.optim import EKFAC, KFAC, KPSVD, TEKFAC, TKFAC, NaturalGradient
+
+__all__ = [
+    "METHODS",
+    "SHARINGS",
+    "Message",
+    "Options",
+    "Plan",
+    "PlanError",
+    "SharedWork",
+    "advice",
+    "best",
+    "parse_ranks",
+    "plan_factory",
+    "plan_model",
+    "to_dict",
+]
+
+#: Name → optimizer of the methods whose curvature processes can share.
+METHODS: dict[str, type[NaturalGradient]] = {
+    "kfac": KFAC,
+    "ekfac": EKFAC,
+    "tkfac": TKFAC,
+    "tekfac": TEKFAC,
+    "kpsvd": KPSVD,
+}
+
+#: The sharing modes, the default first.
+SHARINGS: tuple[Sharing, ...] = get_args(Sharing)
+
+Collective = Literal["all_reduce", "reduce", "all_gather", "gather", "broadcast"]
+
+
+class PlanError(ValueError):
+    """Options that nothing can be planned for; the message says why."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a plan is made for.
+
+    Attributes:
+        method: Name of the method, of :data:`METHODS`.
+        ranks: Numbers of processes, at least 1 each.
+        samples: Samples per process and step.
+        positions: Positions of a sample that share each weight: tokens, pixels.
+        factors: Steps between updates of the curvature; None for the method's own.
+        inverses: Steps between factorisations; None for the method's own.
+        bandwidth: Of each process's link, in GB/s (10⁹ bytes).
+        throughput: Of each process's arithmetic, in TFLOP/s.
+        memory: Most that factors and inverses may take in a process, in GiB; None for no limit.
+
+    Raises:
+        PlanError: If an option is out of range.
+    """
+
+    method: str = "kfac"
+    ranks: tuple[int, ...] = (8,)
+    samples: int = 128
+    positions: int = 1
+    factors: int | None = None
+    inverses: int | None = None
+    bandwidth: float = 25.0
+    throughput: float = 20.0
+    memory: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if self.method not in METHODS:
+            raise PlanError(f"The method must be one of {', '.join(METHODS)}, not {self.method!r}.")
+        if not self.ranks or min(self.ranks) < 1:
+            raise PlanError(f"The ranks must be positive numbers, not {self.ranks}.")
+        for name in ("samples", "positions", "factors", "inverses"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise PlanError(f"The number of {name} must be at least 1, not {value}.")
+        for name in ("bandwidth", "throughput", "memory"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise PlanError(f"The {name} must be positive, not {value:g}.")
+
+
+@dataclass(frozen=True)
+class Message:
+    """What each process hands to a collective at certain steps.
+
+    Attributes:
+        collective: Its name in ``torch.distributed``.
+        size: Bytes that a process hands in, padded to those of the process that has most.
+        interval: Steps from one to the next.
+    """
+
+    collective: Collective
+    size: int
+    interval: int = 1
+
+    @property
+    def per_step(self) -> float:
+        """Bytes that a process hands in per step."""
+        return self.size / self.interval
+
+    def moved(self, ranks: int) -> float:
+        """Return the bytes per step that pass through the link of a process.
+
+        Args:
+            ranks: Number of processes N. An all-reduce of n bytes moves 2(N−1)/N·n, all others
+                (N−1)/N·n; what is gathered has n = N·size.
+        """
+        whole = self.per_step * (ranks if self.collective in ("all_gather", "gather") else 1)
+        return (2 if self.collective == "all_reduce" else 1) * (ranks - 1) / ranks * whole
+
+
+@dataclass(frozen=True)
+class SharedWork:
+    """What one sharing mode takes with one number of processes.
+
+    Attributes:
+        ranks: Number of processes.
+        sharing: The mode, of :data:`SHARINGS`.
+        memory: Bytes of factors and inverses in the process that keeps most.
+        sums: Sums over the batch, of symmetric matrices the triangles, at an update.
+        rows: Rows of the batch, at an update, of methods that keep them.
+        inverses: What a factorisation makes.
+        natural_gradients: Natural gradients, at every step.
+        parameters: The parameters of rank 0, all of them, after a factorisation.
+        gradients: What the model's wrapper averages at every step, which is none of natgrad's.
+        factorisation: Floating-point operations per step of the process that factorises most: two
+            per multiplication of :class:`natgrad.curvature.cost.Cost`, which counts d³ for any
+            factorisation of a factor; eigendecompositions take several times as much.
+        statistics: Likewise of statistics.
+        preconditioning: Likewise of natural gradients.
+        communication: Predicted seconds per step of natgrad's messages.
+        computation: Predicted seconds per step of natgrad's arithmetic.
+    """
+
+    ranks: int
+    sharing: Sharing
+    memory: int
+    sums: Message
+    rows: Message
+    inverses: Message
+    natural_gradients: Message
+    parameters: Message
+    gradients: Message
+    factorisation: float
+    statistics: float
+    preconditioning: float
+    communication: float
+    computation: float
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """All of natgrad's messages."""
+        return self.sums, self.rows, self.inverses, self.natural_gradients, self.parameters
+
+    @property
+    def sent(self) -> float:
+        """Bytes per step that a process hands to natgrad's collectives."""
+        return sum(message.per_step for message in self.messages)
+
+    @property
+    def moved(self) -> float:
+        """Bytes per step that natgrad's collectives move through the link of a process."""
+        return sum(message.moved(self.ranks) for message in self.messages)
+
+    @property
+    def seconds(self) -> float:
+        """Predicted seconds per step that natgrad adds."""
+        return self.communication + self.computation
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a model takes in every sharing mode, with every number of ranks.
+
+    Attributes:
+        options: What was asked for, the intervals filled in.
+        parameters: Number of the model's parameters, frozen ones included.
+        covered: Number of those that are preconditioned.
+        parts: Number of layers (blocks) that are factorised.
+        works: One entry per number of ranks and sharing mode, in this order.
+    """
+
+    options: Options
+    parameters: int
+    covered: int
+    parts: int
+    works: tuple[SharedWork, ...]
+
+
+def parse_ranks(text: str) -> tuple[int, ...]:
+    """Return numbers of ranks given as ``1,8,64``.
+
+    Raises:
+        PlanError: If they are not positive numbers.
+    """
+    try:
+        ranks = tuple(int(one) for one in text.split(","))
+    except ValueError:
+        ranks = ()
+    if not ranks or min(ranks) < 1:
+        raise PlanError(
+            f"Ranks are positive numbers separated by commas, for example 8,64, not {text!r}."
+        )
+    return ranks
+
+
+def plan_factory(specification: str, options: Options) -> Plan:
+    """Plan for the model of a factory, made without memory (on the meta device) where possible.
+
+    A factory or model that cannot do without values is made on the CPU.
+
+    Args:
+        specification: ``package.module:factory``, see :func:`natgrad.experiments.inspection.\
+load_model`.
+        options: What to plan for.
+
+    Raises:
+        InspectionError: If it cannot be imported or called, returns no module, or one without
+            trainable parameters that can be preconditioned.
+    """
+    try:
+        return plan_model(load_model(specification, torch.device("meta"))[0], options)
+    except (InspectionError, NotImplementedError, RuntimeError):
+        return plan_model(load_model(specification)[0], options)
+
+
+def plan_model(model: nn.Module, options: Options) -> Plan:
+    """Plan for a model, of which nothing but shapes and types matters.
+
+    Modules of unknown kind that are on the meta device have their parameters replaced, as such are
+    told by what they compute.
+
+    Args:
+        model: The model, on any device.
+        options: What to plan for.
+
+    Raises:
+        InspectionError: If it has no trainable parameters that can be preconditioned.
+    """
+    method = METHODS[options.method].method
+    _give_values_to_unknown(model)
+    try:
+        with Capture(model) as capture:
+            layouts = {name: block.layout for name, block in capture.blocks.items()}
+            structure = as_structure(method.structure, training=True)
+            curvature = Curvature(structure, layouts, capture.layout)
+    except ValueError as error:
+        raise InspectionError(f"{str(error).rstrip('.')}.") from error
+    refresh, parameters = method.refresh, list(model.parameters())
+    options = replace(
+        options,
+        factors=options.factors or refresh.factors,
+        inverses=options.inverses or refresh.inverses,
+    )
+    whole = sum(p.numel() * p.dtype.itemsize for p in parameters)
+    trained = sum(p.numel() * p.dtype.itemsize for p in parameters if p.requires_grad)
+    directions = as_fisher_type(method.fisher).directions(1)
+    works = tuple(
+        _shared_work(curvature, options, ranks, sharing, directions, whole, trained)
+        for ranks in options.ranks
+        for sharing in SHARINGS
+    )
+    covered = sum(block.numel for block in layouts.values())
+    count = sum(p.numel() for p in parameters)
+    return Plan(options, count, covered, len(curvature.parts), works)
+
+
+def _give_values_to_unknown(model: nn.Module) -> None:
+    """Make weights of modules that are tried out, see :mod:`natgrad.capture.likeness`."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        plain = not any(True for _ in module.children())
+        own = dict(module.named_parameters(recurse=False))
+        if plain and "weight" in own and find_kind(module) is None:
+            for parameter in own.values():
+                if parameter.is_meta and parameter.dim() <= 2:
+                    ones = torch.ones_like(parameter, device="cpu")
+                    made[parameter] = nn.Parameter(ones, parameter.requires_grad)
+    for module in model.modules() if made else ():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter in made:
+                setattr(module, name, made[parameter])
+
+
+def _shared_work(
+    curvature: Curvature,
+    options: Options,
+    ranks: int,
+    sharing: Sharing,
+    directions: int,
+    whole: int,
+    trained: int,
+) -> SharedWork:
+    """Return what one sharing mode takes.
+
+    Args:
+        curvature: The curvature, of which nothing has been seen.
+        options: What to plan for, the intervals filled in.
+        ranks: Number of processes.
+        sharing: The mode.
+        directions: Pulled-back vectors per sample.
+        whole: Bytes of all parameters.
+        trained: Bytes of those that have gradients.
+    """
+    structure, parts = curvature.structure, curvature.parts
+    positions = dict.fromkeys(parts, options.positions)
+    batch = Workload(ranks * options.samples, directions, positions, ranks)
+    costs, alone = curvature.costs(batch), curvature.costs(Workload(0, directions, {}, ranks))
+    factorisation = {name: cost.refresh for name, cost in alone.items()}
+    joint = {name: structure.joint_work(part, batch) for name, part in parts.items()}
+    elements = {name: structure.elements(part, batch) for name, part in parts.items()}
+    entry = {name: part.dtype.itemsize for name, part in parts.items()}
+    everything = [list(parts)]
+    divided = everything if sharing == "nothing" else curvature.balanced(list(parts), ranks)
+    kept = divided if sharing == "memory" else everything
+
+    def fullest(values: Mapping[str, float], lists: list[list[str]]) -> float:
+        return max(sum(values[name] for name in names) for names in lists)
+
+    def in_bytes(field: str, lists: list[list[str]]) -> int:
+        sizes = {name: entry[name] * getattr(one, field) for name, one in elements.items()}
+        return int(fullest(sizes, lists))
+
+    def message(collective: Collective, size: int, interval: int | None = 1) -> Message:
+        return Message(collective, size if ranks > 1 else 0, interval or 1)
+
+    spread, shared = sharing == "memory", sharing == "inverses"
+    updates, turns = options.factors, options.inverses
+    gradient = {name: entry[name] * part.block.numel for name, part in parts.items()}
+    natural, handed_out = int(fullest(gradient, kept)), in_bytes("handed_out", divided)
+    work = SharedWork(
+        ranks=ranks,
+        sharing=sharing,
+        memory=in_bytes("kept", kept),
+        sums=message("reduce" if spread else "all_reduce", in_bytes("sums", everything), updates),
+        rows=message("gather" if spread else "all_gather", in_bytes("rows", everything), updates),
+        inverses=message("all_gather", handed_out if shared else 0, turns),
+        natural_gradients=message(
+            "all_gather" if spread else "all_reduce", 0 if shared else natural
+        ),
+        parameters=message("broadcast", whole if shared else 0, turns),
+        gradients=message("all_reduce", trained),
+        factorisation=2 * fullest(factorisation, divided) / (turns or 1),
+        statistics=0.0,
+        preconditioning=2 * fullest({name: cost.step for name, cost in costs.items()}, kept),
+        communication=0.0,
+        computation=0.0,
+    )
+    # Sums are made of a process's own samples, what takes the rows of all is made of all.
+    own = sum(costs[name].refresh - factorisation[name] - joint[name] for name in parts) / ranks
+    work = replace(work, statistics=2 * (own + fullest(joint, kept)) / (updates or 1))
+    flops = work.factorisation + work.statistics + work.preconditioning
+    return replace(
+        work,
+        communication=work.moved / (1e9 * options.bandwidth),
+        computation=flops / (1e12 * options.throughput),
+    )
+
+
+def best(plan: Plan, ranks: int) -> SharedWork | None:
+    """Return the mode of least predicted time with so many ranks, of those that fit the memory.
+
+    Of equals the first of :data:`SHARINGS` is taken; None stands for none that fits.
+    """
+    limit = plan.options.memory
+    fitting = [
+        work
+        for work in plan.works
+        if work.ranks == ranks and (limit is None or work.memory <= limit * 2**30)
+    ]
+    return min(fitting, key=lambda work: work.seconds) if fitting else None
+
+
+def advice(plan: Plan) -> str:
+    """Return one sentence that says which mode to take."""
+    by_mode: dict[str | None, list[str]] = {}
+    for ranks in dict.fromkeys(plan.options.ranks):
+        found = best(plan, ranks)
+        by_mode.setdefault(None if found is None else found.sharing, []).append(str(ranks))
+    limit = "" if plan.options.memory is None else f" within {plan.options.memory:g} GiB"
+    none = by_mode.pop(None, [])
+    chosen = [f"sharing={mode!r} with {_listed(ranks)}" for mode, ranks in by_mode.items()]
+    refused = f"no mode keeps{limit} with {_listed(none)}" if none else ""
+    if not chosen:
+        return f"{refused[0].upper()}{refused[1:]}."
+    end = f"; {refused}." if refused else "."
+    return f"Take {', '.join(chosen)}, for the least predicted time{limit}{end}"
+
+
+def _listed(ranks: Sequence[str]) -> str:
+    *first, last = ranks
+    numbers = f"{', '.join(first)} and {last}" if first else last
+    return f"{numbers} rank" if numbers == "1" else f"{numbers} ranks"
+
+
+def to_dict(plan: Plan) -> dict[str, Any]:
+    """Return a plan as plain values, for JSON.
+
+    Every entry of ``"works"`` has, besides its fields, ``"sent"``, ``"moved"`` (bytes per step and
+    process) and ``"seconds"`` (per step); ``"best"`` maps ranks to modes, None where none fits.
+    """
+    works = [
+        {**asdict(work), "sent": work.sent, "moved": work.moved, "seconds": work.seconds}
+        for work in plan.works
+    ]
+    chosen = {str(ranks): best(plan, ranks) for ranks in plan.options.ranks}
+    modes = {ranks: None if work is None else work.sharing for ranks, work in chosen.items()}
+    return {**asdict(plan), "works": works, "best": modes, "advice": advice(plan)}

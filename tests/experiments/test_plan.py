@@ -1,0 +1,304 @@
+"""What a plan says beforehand, against what processes keep and send."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import natgrad
+from natgrad.cli import run
+from natgrad.curvature import KroneckerFactors
+from natgrad.experiments.plan import (
+    METHODS,
+    SHARINGS,
+    Message,
+    Options,
+    PlanError,
+    advice,
+    best,
+    parse_ranks,
+    plan_factory,
+    plan_model,
+    to_dict,
+)
+from tests import processes
+from tests.distributed.networks import Transformer
+from tests.distributed.test_failures import noting
+from tests.distributed.test_shared_work import WIDTHS, begin, end, results, sent
+from tests.methods import make_optimizer
+from tests.test_cli import refused
+
+SAMPLES = 8
+COLLECTIVES = ("all_reduce", "reduce", "all_gather", "gather", "broadcast", "all_gather_object")
+
+
+def wide() -> nn.Module:
+    layers = [nn.Linear(a, b) for a, b in zip(WIDTHS, WIDTHS[1:], strict=False)]
+    return nn.Sequential(*layers).double()
+
+
+# -- against processes -----------------------------------------------------------------------------
+
+
+def training(rank: int, world: int, path: str) -> None:
+    """Train for five steps in every mode; note what is sent in the last three, and what is kept.
+
+    Curvature is updated in steps 0, 2 and 4, and factorised in steps 0 and 4.
+    """
+    begin(rank, world, path)
+    log: list[tuple[str, Any]] = []
+    for collective in COLLECTIVES:
+        setattr(torch.distributed, collective, noting(collective, log))
+    found = {}
+    for name, method in METHODS.items():
+        for sharing in SHARINGS:
+            model = nn.parallel.DistributedDataParallel(wide())
+            options = {"factors": 2, "inverses": 4, "early": False, "sharing": sharing, "lr": 1e-3}
+            optimizer = make_optimizer(method, model, **options)
+            logs = []
+            for step in range(5):
+                log.clear()
+                source = torch.Generator().manual_seed(100 * step + rank)
+                x = torch.randn(SAMPLES, WIDTHS[0], generator=source).double()
+                functional.cross_entropy(model(x), torch.arange(SAMPLES) % 5).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                logs.append(sent(log))
+            estimates = optimizer.preconditioner.curvature.estimates.values()
+            found[name, sharing] = {"logs": logs[2:], "kept": held(estimates)}
+    end(found, rank, path)
+
+
+def held(estimates: Any) -> int:
+    """Return the bytes of the tensors of estimates, each once, without scalars."""
+    records = [r for one in estimates for r in (one.average, one.inverse) if r is not None]
+    tensors = [t for record in records for t in record.tensors() if t.dim()]
+    return sum({t.data_ptr(): t.numel() * t.dtype.itemsize for t in tensors}.values())
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp(f"plan{request.param}")
+    processes.replicas(training, Path(folder), request.param)
+    return results(Path(folder), request.param)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("name", METHODS)
+def test_processes_keep_and_send_what_is_planned(trained: Any, name: str, sharing: str) -> None:
+    plan = plan_model(wide(), Options(name, (len(trained),), SAMPLES, factors=2, inverses=4))
+    (work,) = (one for one in plan.works if one.sharing == sharing)
+    step = (work.natural_gradients,)
+    update = (*step, work.sums, work.rows)
+    factorisation = (*update, work.inverses, work.parameters)
+    assert sum(m.per_step for m in factorisation) == work.sent
+    for each in trained:
+        for log, messages in zip(
+            each[name, sharing]["logs"], (update, step, factorisation), strict=True
+        ):
+            planned = dict.fromkeys(COLLECTIVES, 0.0)
+            for message in messages:
+                planned[message.collective] += message.size / 8
+            for collective, elements in planned.items():
+                found = log.get(collective, 0)
+                if elements:
+                    assert found == pytest.approx(elements, rel=0.05), (collective, messages)
+                else:  # Some tens of numbers that decide about the step.
+                    assert found < 200, (collective, messages)
+    assert max(each[name, sharing]["kept"] for each in trained) == work.memory
+
+
+# -- the model -------------------------------------------------------------------------------------
+
+
+class Scaled(nn.Module):
+    """A norm of another author's, which natgrad knows by trying it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+
+
+def language_model() -> nn.Module:
+    return nn.Sequential(Transformer(), Scaled(11))
+
+
+def with_values() -> nn.Module:
+    """A model that cannot be made without values."""
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(int(torch.tensor(5.0)), 4), nn.Conv1d(4, 6, 3, groups=2))
+
+
+def returns_number() -> int:
+    return 3
+
+
+def frozen() -> nn.Module:
+    return nn.Linear(3, 2).requires_grad_(False)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_without_memory_the_plan_is_the_same(method: str) -> None:
+    options = Options(method, (1, 3, 100), samples=4, positions=6, memory=1.0)
+    with torch.device("meta"):
+        assert {p.device.type for p in language_model().parameters()} == {"meta"}
+    plan = plan_factory("tests.experiments.test_plan:language_model", options)
+    assert plan == plan_model(language_model(), options)
+    assert plan.parts == len(natgrad.KFAC(language_model()).preconditioner.curvature.parts)
+
+
+def test_a_model_that_needs_values_is_made_with_values() -> None:
+    plan = plan_factory("tests.experiments.test_plan:with_values", Options())
+    assert plan == plan_model(with_values(), Options()) and plan.parts == 2
+
+
+def test_rings_move_what_they_move() -> None:
+    for ranks in (1, 2, 5):
+        moved = (ranks - 1) / ranks * 60
+        assert Message("all_reduce", 120, 2).moved(ranks) == pytest.approx(2 * moved)
+        assert Message("broadcast", 120, 2).moved(ranks) == pytest.approx(moved)
+        assert Message("reduce", 120, 2).moved(ranks) == pytest.approx(moved)
+        for collective in ("all_gather", "gather"):
+            assert Message(collective, 120, 2).moved(ranks) == pytest.approx(60 * (ranks - 1))
+
+
+def test_one_process_sends_nothing_and_keeps_all() -> None:
+    plan = plan_model(wide(), Options(ranks=(1, 3)))
+    alone, shared = plan.works[:3], plan.works[3:]
+    assert all(work.sent == work.moved == work.communication == 0 for work in alone)
+    assert len({(work.memory, work.seconds) for work in alone}) == 1
+    assert alone[0].gradients.size == 0 < shared[0].gradients.size == 8 * plan.parameters
+    assert alone[0].memory == natgrad.KFAC(wide()).summary().memory
+    assert shared[1].memory < shared[0].memory == shared[2].memory == alone[0].memory
+    # Each of three processes has a layer of its own.
+    costs = natgrad.KFAC(wide()).preconditioner.curvature
+    assert [len(names) for names in costs.balanced(list(costs.parts), 3)] == [1, 1, 1]
+    assert shared[0].factorisation < shared[2].factorisation == alone[0].factorisation
+
+
+def test_work_is_that_of_the_layers() -> None:
+    options = Options("kfac", (2,), samples=10, factors=2, inverses=4, bandwidth=1.0, throughput=3)
+    work = plan_model(wide(), options).works[0]
+    sides = [(a + 1, b) for a, b in zip(WIDTHS, WIDTHS[1:], strict=False)]
+    cubes = [a**3 + b**3 for a, b in sides]
+    assert work.factorisation == 2 * max(cubes[1], cubes[0] + cubes[2]) / 4
+    assert work.statistics == pytest.approx(2 * 10 * sum(a**2 + b**2 for a, b in sides) / 2)
+    assert work.preconditioning == 2 * sum(a * b * (a + b) for a, b in sides)
+    flops = work.factorisation + work.statistics + work.preconditioning
+    assert work.computation == pytest.approx(flops / 3e12)
+    assert work.communication == pytest.approx(work.moved / 1e9)
+    assert work.seconds == work.computation + work.communication
+
+
+def test_rows_of_all_are_worked_on_wherever_they_are_kept() -> None:
+    one, many = plan_model(wide(), Options("ekfac", (1, 4))).works[2::3]
+    parameters = sum(p.numel() for p in wide().parameters())
+    assert many.statistics - one.statistics == pytest.approx(2 * 3 * 128 * parameters / 10)
+    # Of shared weights moments are those of 16 samples, however many processes there are.
+    options = Options("ekfac", (1, 4), positions=5)
+    one, many = plan_model(wide(), options).works[2::3]
+    assert many.statistics <= one.statistics and many.rows.size * 4 == pytest.approx(
+        16 * 5 * 8 * sum(a + b for a, b in zip(WIDTHS, WIDTHS[1:], strict=False))
+    )
+
+
+def test_the_fastest_mode_that_fits_is_taken() -> None:
+    plan = plan_model(wide(), Options(ranks=(3, 40)))
+    for ranks in (3, 40):
+        fastest = min((w for w in plan.works if w.ranks == ranks), key=lambda w: w.seconds)
+        assert best(plan, ranks) == fastest
+    least = min(work.memory for work in plan.works) / 2**30
+    tight = replace(plan, options=replace(plan.options, memory=1.01 * least))
+    assert {best(tight, ranks).sharing for ranks in (3, 40)} == {"memory"}  # type: ignore[union-attr]
+    assert "sharing='memory' with 3 and 40 ranks" in advice(tight)
+    none = replace(plan, options=replace(plan.options, memory=0.5 * least))
+    assert best(none, 3) is None
+    assert advice(none).startswith("No mode keeps within") and advice(none).count(".") >= 1
+
+
+def test_structures_that_do_not_share_tell_nothing() -> None:
+    curvature = natgrad.DiagonalNGD(wide()).preconditioner.curvature
+    (part, *_) = curvature.parts.values()
+    with pytest.raises(NotImplementedError, match="'diagonal' does not tell"):
+        curvature.structure.elements(part, natgrad.curvature.cost.Workload(1, 1))
+
+
+@pytest.mark.parametrize("factored_damping", [True, False])
+def test_elements_are_those_of_estimates(factored_damping: bool) -> None:
+    structure = KroneckerFactors(factored_damping=factored_damping, max_factor_size=75)
+    model = nn.Sequential(nn.Embedding(9, 60), *wide().float())
+    optimizer = make_optimizer(natgrad.KFAC, model, structure=structure, damping=0.1)
+    functional.cross_entropy(model(torch.arange(6)), torch.arange(6) % 5).backward()
+    optimizer.step()
+    curvature = optimizer.preconditioner.curvature
+    workload = natgrad.curvature.cost.Workload(6, 1)
+    for name, part in curvature.parts.items():
+        estimate, planned = curvature.estimates[name], structure.elements(part, workload)
+        assert 4 * planned.kept == held([estimate])
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+MODEL = "tests.experiments.test_plan:language_model"
+
+
+def test_the_command_prints_tables_and_advice(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", MODEL, "--ranks=1,8,1024", "--method=ekfac", "--positions=6"]) == 0
+    printed = capsys.readouterr().out
+    for text in ("ekfac", "1,024", "inverses", "memory", "nothing", "GFLOP", "25 GB/s", "Take"):
+        assert text in printed
+    assert all(len(line) <= 120 for line in printed.splitlines())
+
+
+def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", MODEL, "--ranks=2,64", "--json", "--memory=1e-6", "--factors=3"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    options = Options(ranks=(2, 64), memory=1e-6, factors=3)
+    assert found == json.loads(json.dumps(to_dict(plan_model(language_model(), options))))
+    assert [(w["ranks"], w["sharing"]) for w in found["works"]] == [
+        (ranks, sharing) for ranks in (2, 64) for sharing in SHARINGS
+    ]
+    assert found["best"] == {"2": None, "64": None} and found["options"]["inverses"] == 20
+    work = found["works"][0]
+    assert work["seconds"] == work["communication"] + work["computation"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([MODEL, "--method=cubic"], "must be one of kfac, ekfac"),
+        ([MODEL, "--ranks=8,many"], "positive numbers separated by commas"),
+        ([MODEL, "--ranks=0"], "positive numbers"),
+        ([MODEL, "--ranks=8,-1"], "positive numbers"),
+        ([MODEL, "--ranks="], "positive numbers"),
+        ([MODEL, "--samples=0"], "at least 1"),
+        ([MODEL, "--inverses=0"], "at least 1"),
+        ([MODEL, "--bandwidth=0"], "bandwidth must be positive"),
+        ([MODEL, "--memory=-1"], "memory must be positive"),
+        (["tests.experiments.test_plan:returns_number"], "must return a torch.nn.Module"),
+        (["tests.experiments.test_plan:absent"], "no attribute 'absent'"),
+        (["tests.experiments.test_plan:frozen"], "no trainable parameter"),
+        ([], "Missing argument"),
+    ],
+)
+def test_the_command_refuses_wrong_input(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert message in refused(capsys, run(["plan", *arguments]))
+
+
+def test_ranks_are_numbers() -> None:
+    assert parse_ranks("1, 8,64") == (1, 8, 64)
+    with pytest.raises(PlanError, match="positive"):
+        Options(ranks=())
