@@ -48,6 +48,8 @@ def rows(rank: int) -> list[Any]:
         [normal(rank + 1, 2), torch.arange(rank), {"weight": 0.5}],
         None if rank == 0 else {"x": normal(2), "y": torch.ones(1, dtype=torch.float32)},
         {"same": normal(3, seed=rank)},
+        {"most": normal(50 if rank == 1 else rank, seed=rank), "number": torch.tensor([rank])},
+        normal(9) if rank == 2 else None,
     ]
 
 

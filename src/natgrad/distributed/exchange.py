@@ -19,13 +19,24 @@ from torch import Tensor
 
 from natgrad.distributed.triangles import packed_triangles, unpacked_triangles
 
-__all__ = ["Outlines", "Symmetric", "gathered", "put_together", "summed", "taken_apart"]
+__all__ = [
+    "Outlines",
+    "Symmetric",
+    "gathered",
+    "is_padded",
+    "put_together",
+    "summed",
+    "taken_apart",
+]
 
 #: Hashes of all processes' outlines → the outlines.
 Outlines = dict[tuple[int, ...], list[Any]]
 
 #: How many combinations of outlines are remembered.
 KNOWN_OUTLINES = 256
+
+#: What is padded to so many times its size is broadcast by each process instead, without padding.
+PADDED = 2
 
 #: Largest number of elements that are joined into one message; larger tensors go alone.
 BUCKET_ELEMENTS = 2**22
@@ -110,12 +121,16 @@ def gathered(
     received: dict[torch.dtype, list[Iterator[Tensor]]] = {}
     for dtype in dtypes:
         sizes = [[prod(slot.shape) for slot in one if slot.dtype == dtype] for one in slots]
-        longest = max(sum(one) for one in sizes)
+        totals = [sum(one) for one in sizes]
+        longest = max(totals)
         mine = [tensor.reshape(-1) for tensor in own if tensor.dtype == dtype]
         flat = torch.cat([*mine, torch.zeros(0, dtype=dtype, device=device)])
-        flat = torch.nn.functional.pad(flat, (0, longest - len(flat)))
+        if owner is not None or not is_padded(totals):
+            flat = torch.nn.functional.pad(flat, (0, longest - len(flat)))
         found = [torch.empty_like(flat) for _ in outlines] if here else []
-        if owner is None:
+        if owner is None and is_padded(totals):
+            found = _broadcast(flat, totals, group)
+        elif owner is None:
             torch.distributed.all_gather(found, flat, group=group)
         else:
             torch.distributed.gather(flat, found or None, _global(owner, group), group=group)
@@ -129,6 +144,28 @@ def gathered(
         _filled(outline, _in_order(one, {d: received[d][rank] for d in received}), _as_shaped)
         for rank, (outline, one) in enumerate(zip(outlines, slots, strict=True))
     ]
+
+
+def is_padded(sizes: Sequence[int]) -> bool:
+    """Return whether gathering pieces of such sizes would pad them too much."""
+    return len(sizes) * max(sizes) > PADDED * sum(sizes)
+
+
+def _broadcast(own: Tensor, sizes: Sequence[int], group: Any) -> list[Tensor]:
+    """Return the pieces of all processes, each sent by the one that has it.
+
+    Args:
+        own: What this process has.
+        sizes: The numbers of elements of all.
+        group: The process group.
+    """
+    rank, found = torch.distributed.get_rank(group), []
+    for sender, size in enumerate(sizes):
+        piece = own[:size] if sender == rank else own.new_empty(size)
+        if size:
+            torch.distributed.broadcast(piece, _global(sender, group), group=group)
+        found.append(piece)
+    return found
 
 
 def taken_apart(value: Any) -> tuple[Any, list[Tensor]]:

@@ -7,7 +7,8 @@ predicts from these the time that natgrad adds to a step.
 Data is moved as by rings. With N ranks an all-reduce of n bytes moves 2(N−1)/N·n through the link
 of each process; an all-gather, a gather, a reduce or a broadcast (N−1)/N·n, where n is the size of
 the whole result: of a gathered one N times what the process that sends most hands in, as the others
-pad theirs. Nothing is taken to overlap, and latencies are left out.
+pad theirs. Where that would be too much each process broadcasts what it has. Nothing is taken to
+overlap, and latencies are left out.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from natgrad.capture.kinds import find_kind
 from natgrad.curvature import Curvature, as_structure
 from natgrad.curvature.cost import Workload
 from natgrad.curvature.sharing import Sharing
+from natgrad.distributed.exchange import is_padded
 from natgrad.experiments.inspection import InspectionError, load_model
 from natgrad.fisher import as_fisher_type
 from natgrad.optim import EKFAC, KFAC, KPSVD, TEKFAC, TKFAC, NaturalGradient
@@ -150,7 +152,7 @@ class SharedWork:
         rows: Rows of the batch, at an update, of methods that keep them.
         inverses: What a factorisation makes.
         natural_gradients: Natural gradients, at every step.
-        parameters: The parameters of rank 0, all of them, after a factorisation.
+        parameters: The trained parameters of rank 0, after a factorisation.
         gradients: What the model's wrapper averages at every step, which is none of natgrad's.
         factorisation: Floating-point operations per step of the process that factorises most: two
             per multiplication of :class:`natgrad.curvature.cost.Cost`, which counts d³ for any
@@ -281,11 +283,10 @@ def plan_model(model: nn.Module, options: Options) -> Plan:
         factors=options.factors or refresh.factors,
         inverses=options.inverses or refresh.inverses,
     )
-    whole = sum(p.numel() * p.dtype.itemsize for p in parameters)
     trained = sum(p.numel() * p.dtype.itemsize for p in parameters if p.requires_grad)
     directions = as_fisher_type(method.fisher).directions(1)
     works = tuple(
-        _shared_work(curvature, options, ranks, sharing, directions, whole, trained)
+        _shared_work(curvature, options, ranks, sharing, directions, trained)
         for ranks in options.ranks
         for sharing in SHARINGS
     )
@@ -317,7 +318,6 @@ def _shared_work(
     ranks: int,
     sharing: Sharing,
     directions: int,
-    whole: int,
     trained: int,
 ) -> SharedWork:
     """Return what one sharing mode takes.
@@ -328,8 +328,7 @@ def _shared_work(
         ranks: Number of processes.
         sharing: The mode.
         directions: Pulled-back vectors per sample.
-        whole: Bytes of all parameters.
-        trained: Bytes of those that have gradients.
+        trained: Bytes of the parameters that have gradients.
     """
     structure, parts = curvature.structure, curvature.parts
     positions = dict.fromkeys(parts, options.positions)
@@ -350,24 +349,33 @@ def _shared_work(
         sizes = {name: entry[name] * getattr(one, field) for name, one in elements.items()}
         return int(fullest(sizes, lists))
 
+    def exchanged(sizes: Mapping[str, float], lists: list[list[str]]) -> tuple[Collective, int]:
+        """Return how processes hand out what they have, and how much."""
+        owned = [int(sum(sizes[name] for name in names)) for names in lists]
+        if is_padded(owned):
+            return "broadcast", sum(owned)
+        return "all_gather", max(owned)
+
     def message(collective: Collective, size: int, interval: int | None = 1) -> Message:
         return Message(collective, size if ranks > 1 else 0, interval or 1)
 
     spread, shared = sharing == "memory", sharing == "inverses"
     updates, turns = options.factors, options.inverses
     gradient = {name: entry[name] * part.block.numel for name, part in parts.items()}
-    natural, handed_out = int(fullest(gradient, kept)), in_bytes("handed_out", divided)
+    handed_out = {name: entry[name] * one.handed_out for name, one in elements.items()}
+    gathering, made = exchanged(handed_out, divided)
+    natural: tuple[Collective, int] = ("all_reduce", 0 if shared else sum(gradient.values()))
+    if spread:
+        natural = exchanged(gradient, kept)
     work = SharedWork(
         ranks=ranks,
         sharing=sharing,
         memory=in_bytes("kept", kept),
         sums=message("reduce" if spread else "all_reduce", in_bytes("sums", everything), updates),
         rows=message("gather" if spread else "all_gather", in_bytes("rows", everything), updates),
-        inverses=message("all_gather", handed_out if shared else 0, turns),
-        natural_gradients=message(
-            "all_gather" if spread else "all_reduce", 0 if shared else natural
-        ),
-        parameters=message("broadcast", whole if shared else 0, turns),
+        inverses=message(gathering, made if shared else 0, turns),
+        natural_gradients=message(*natural),
+        parameters=message("broadcast", trained if shared else 0, turns),
         gradients=message("all_reduce", trained),
         factorisation=2 * fullest(factorisation, divided) / (turns or 1),
         statistics=0.0,
