@@ -305,3 +305,23 @@ def test_costs_are_stated():
     for name, cost in ekfac.items():
         assert cost.memory > kfac[name].memory and cost.refresh > kfac[name].refresh
         assert cost.step == 2 * kfac[name].step and cost.factors == kfac[name].factors
+
+
+def test_moments_of_a_batch_in_chunks_are_all_kept(monkeypatch):
+    """Where rows of one update do not fit together, those of its first chunks count, too."""
+    monkeypatch.setattr(ekfac_module, "KEPT_ELEMENTS", 1)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    with Capture(model) as capture:
+        curvature, total, count = curvature_of("ekfac", capture), 0.0, 0.0
+        for update in range(3):
+            output = model(normal(5, 3, seed=update))
+            total, count = 0.5 * total, 0.5 * count + 5
+            for chunk in range(3):
+                vectors = normal(2, *output.shape, seed=10 * update + chunk)
+                rows = capture.pull_back(output, vectors)
+                total = total + rows.to_dense().square().sum()
+                curvature.observe(rows, 5.0, continued=chunk > 0)
+            curvature.join(0.5)
+            if update == 1:
+                curvature.refresh(0.1)
+    dense.assert_same(curvature.matrix().trace(), total / count)
