@@ -66,10 +66,12 @@ def working(rank: int, world: int, path: str) -> None:
         setattr(torch.distributed, collective, noting(collective, log))
     for name in ("KFAC", "EKFAC", "KPSVD", "KFAC, memory"):
         options = {"sharing": "memory"} if "memory" in name else {}
+        torch.manual_seed(0)
         layers = [nn.Linear(a, b) for a, b in zip(WIDTHS, WIDTHS[1:], strict=False)]
         model = nn.parallel.DistributedDataParallel(nn.Sequential(*layers).double())
         kind = getattr(natgrad, name.partition(",")[0])
-        optimizer = make_optimizer(kind, model, factors=1, inverses=1, **options)
+        # Plain steps: none is taken back.
+        optimizer = make_optimizer(kind, model, factors=1, inverses=1, lr=1e-3, **options)
         for step in range(3):
             log.clear()
             factorised.clear()

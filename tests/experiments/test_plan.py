@@ -40,6 +40,7 @@ COLLECTIVES = ("all_reduce", "reduce", "all_gather", "gather", "broadcast", "all
 
 
 def wide() -> nn.Module:
+    torch.manual_seed(0)
     layers = [nn.Linear(a, b) for a, b in zip(WIDTHS, WIDTHS[1:], strict=False)]
     return nn.Sequential(*layers).double()
 
@@ -61,6 +62,7 @@ def training(rank: int, world: int, path: str) -> None:
         for sharing in SHARINGS:
             model = nn.parallel.DistributedDataParallel(wide())
             options = {"factors": 2, "inverses": 4, "early": False, "sharing": sharing, "lr": 1e-3}
+            # Plain steps: none is taken back, which would send nothing else.
             optimizer = make_optimizer(method, model, **options)
             logs = []
             for step in range(5):
