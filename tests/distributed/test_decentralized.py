@@ -110,10 +110,10 @@ def regression(rank: int, graph: Any) -> dict[str, Any]:
     torch.manual_seed(rank)
     model = nn.Linear(3, 2).double()
     x, y = data_of(rank)
-    options = {**OPTIONS, "lr": 0.3, "damping": 1e-3}
+    options = {**OPTIONS, "lr": 0.5, "damping": 1e-3}
     optimizer = natgrad.DecentralizedKFAC(model, nn.MSELoss(), graph=graph, **options)
     gaps = []
-    for _ in range(300):
+    for _ in range(150):
         optimizer.zero_grad()
         functional.mse_loss(model(x), y).backward()
         optimizer.step()
@@ -129,10 +129,10 @@ def principal(rank: int) -> Tensor:
     model = nn.Linear(5, 1, bias=False).double()
     x = normal(40, 5, seed=rank) * torch.tensor([1.0, 1.0, 3.0, 1.0, 1.5]).double()
     optimizer = natgrad.DecentralizedKFAC(
-        model, nn.MSELoss(), manifolds={"weight": "sphere"}, graph="ring", lr=0.05, damping=1.0,
+        model, nn.MSELoss(), manifolds={"weight": "sphere"}, graph="ring", lr=0.1, damping=1.0,
         fisher="exact", refresh=REFRESH,
     )  # fmt: skip
-    for _ in range(400):
+    for _ in range(200):
         optimizer.zero_grad()
         (-0.5 * model(x).square().mean()).backward()
         optimizer.step()
