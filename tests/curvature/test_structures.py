@@ -15,6 +15,7 @@ import natgrad
 from natgrad import linalg
 from natgrad.fisher import fisher_matrix
 from natgrad.likelihoods import Categorical
+from natgrad.statistics import KroneckerStatistics
 from tests import dense
 from tests.cases import CASES, Attention, BlockSpec, Case, MeanPool, normal, rows
 
@@ -102,6 +103,17 @@ def test_tied_kfac_keeps_the_trace_of_its_uses():
     block = f.to_dense()[index.unsqueeze(1), index]
     dense.assert_same(block, torch.kron(b.contiguous(), a.contiguous()) / scale)
     dense.assert_same(block.trace(), scale)
+
+
+@pytest.mark.parametrize("share", [1e-3, 1e-7])
+def test_factors_of_tied_weights_do_not_depend_on_how_much_is_left_of_their_sums(share):
+    """As of a layer that was away for long, or of rows whose mean divides by a small trace."""
+    one = torch.ones((), dtype=torch.float64)
+    a, b = (x @ x.mT for x in (normal(2, 1, 3, 5), normal(2, 1, 4, 5, seed=1)))
+    turned = KroneckerStatistics(one, a[1], 3 * one, b[1])
+    sums = KroneckerStatistics(one, a[0], 5 * one, b[0], turned=turned)
+    for found, expected in zip(sums.scaled(share).mean_factors(), sums.mean_factors(), strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 # -- limits ----------------------------------------------------------------------------------------

@@ -107,7 +107,8 @@ def merging_weights(
         traces: Those of every use's sums of inputs and of outputs.
         positions: What the mean of every use's product divides by.
     """
-    shares = [1.0 / count.clamp(min=1.0) for count in positions]
+    # Sums that a long absence has made small count as little, but for none at all.
+    shares = [torch.where(count > 0, 1.0 / count, 0.0) for count in positions]
     uses = list(zip(traces, shares, strict=True))
     total = torch.stack([a * b * share for (a, b), share in uses]).sum()
     total = torch.where(total > 0, total, torch.ones_like(total))
