@@ -291,3 +291,8 @@ def test_what_agents_cannot_do_together_is_refused() -> None:
     for manifolds in ({"nothing": "sphere"}, {"0.weight": "torus"}):
         with pytest.raises(ValueError, match="manifolds must map patterns"):
             natgrad.DecentralizedKFAC(make("mlp"), manifolds=manifolds)  # type: ignore[arg-type]
+    model = make("mlp")
+    for options in ({"graph": "star"}, {"manifolds": {"nothing": "sphere"}}):
+        with pytest.raises(ValueError):
+            natgrad.DecentralizedKFAC(model, **options)
+    assert not any(module._forward_hooks for module in model.modules())

@@ -15,8 +15,7 @@ from natgrad import linalg
 from natgrad.curvature.cost import Cost, Workload
 from natgrad.curvature.sharing import (
     Sharing,
-    gathered_state,
-    natural_gradients_of_all,
+    of_all,
     take_inverses,
     unite,
 )
@@ -128,7 +127,7 @@ class Curvature:
     def owners(self) -> dict[str, int]:
         """Part → rank of the process that keeps what is known of it, where memory is shared."""
         number = self.replicas.number
-        if number not in self._owners or self._owners[number].keys() != self.parts.keys():
+        if number not in self._owners:
             lists = self.balanced(list(self.parts), number)
             self._owners[number] = {n: rank for rank, names in enumerate(lists) for n in names}
         return self._owners[number]
@@ -178,7 +177,7 @@ class Curvature:
                     found = replace(found, average=average, inverse=None)
                 fresh.estimates[name] = found
         self.layout, self.blocks = layout, fresh.blocks
-        self.parts, self.estimates = fresh.parts, fresh.estimates
+        self.parts, self.estimates, self._owners = fresh.parts, fresh.estimates, {}
         return staying
 
     # Rows to statistics.
@@ -449,7 +448,7 @@ class Curvature:
                 result.update({n: source.gradients[n] for n in names})
             else:
                 result.update(inverse.natural_gradient(source))
-        return natural_gradients_of_all(self, result) if self.is_spread else result
+        return of_all(self, result) if self.is_spread else result
 
     def quadratic(self, direction: dict[str, Tensor], inner: Tensor) -> Tensor:
         """Return ``ΔᵀFΔ`` of a natural gradient, as nearly as can be told.
@@ -497,7 +496,10 @@ class Curvature:
         """
         names = [name for name in self.parts if self.owns(name)]
         own = {name: _packed(self.parts[name], self.estimates[name]) for name in names}
-        return gathered_state(self, own) if self.is_spread else own
+        if not self.is_spread:
+            return own
+        everything = of_all(self, own)
+        return {name: everything[name] for name in self.parts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned; see :meth:`restored`."""

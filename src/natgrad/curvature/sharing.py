@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor
-
 from natgrad.operators.block_diagonal import damping_of
 from natgrad.records import Record
 
@@ -21,7 +19,7 @@ if TYPE_CHECKING:
     from natgrad.curvature.curvature import Curvature, Damping, Estimate
     from natgrad.curvature.structure import Part
 
-__all__ = ["Sharing", "gathered_state", "natural_gradients_of_all", "take_inverses", "unite"]
+__all__ = ["Sharing", "of_all", "take_inverses", "unite"]
 
 Sharing = Literal["inverses", "memory", "nothing"]
 
@@ -41,14 +39,13 @@ def unite(curvature: Curvature) -> None:
         rows = replicas.gathered(own_rows, device, owner)
         for name in names:
             present, part = curvature.estimates[name], curvature.parts[name]
+            draws = present.draws + (present.batch is None)  # As where there were rows.
             if not curvature.owns(name):
-                draws = present.draws + (present.batch is None)
                 present = replace(present, batch=None, average=None, inverse=None, draws=draws)
                 curvature.estimates[name] = present
             elif sums[name] is not None:
                 found = [one[name] for one in rows]
                 batch = curvature.structure.united(part, sums[name], found, present.average)
-                draws = present.draws + (present.batch is None)  # As where there were rows.
                 curvature.estimates[name] = replace(present, batch=batch, draws=draws)
 
 
@@ -99,27 +96,14 @@ def _with_inverse(
     return replace(present, average=average, inverse=inverse, damping=damping)
 
 
-def natural_gradients_of_all(curvature: Curvature, own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the natural gradients of all parts, each made by its owner.
+def of_all(curvature: Curvature, own: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries of all owners, in which all processes take part.
 
     Args:
         curvature: The curvature.
-        own: Those of the parts of this process.
-    """
-    result: dict[str, Tensor] = {}
-    for found in curvature.replicas.gathered(own, curvature.layout.device):
-        result.update(found)
-    return result
-
-
-def gathered_state(curvature: Curvature, own: dict[str, Any]) -> dict[str, Any]:
-    """Return the state of all parts, in which all processes take part.
-
-    Args:
-        curvature: The curvature.
-        own: The state of the parts of this process.
+        own: Those of the parts of this process, natural gradients or their state.
     """
     result: dict[str, Any] = {}
     for found in curvature.replicas.gathered(own, curvature.layout.device):
         result.update(found)
-    return {name: result[name] for name in curvature.parts}
+    return result

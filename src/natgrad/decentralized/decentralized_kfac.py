@@ -91,32 +91,42 @@ class DecentralizedKFAC(KFAC):
         **options: Any,
     ) -> None:
         super().__init__(model, likelihood, **options)
+        try:
+            self._check_agent()
+            self.gossip = Gossip(graph, agents)
+            self._manifolds = self._found(manifolds or {})
+        except ValueError:
+            self.preconditioner.capture.remove()  # Whoever holds the error holds the hooks.
+            raise
+        with torch.no_grad():
+            for name, manifold in self._manifolds.items():
+                parameter = self.preconditioner.parameters[name]
+                parameter.copy_(retracted(manifold, parameter))
+
+    def _check_agent(self) -> None:
         if not self.preconditioner.replicas.are_alone:
-            self.preconditioner.capture.remove()
             raise ValueError(
                 "DecentralizedKFAC takes each agent's own model: do not wrap or shard it, and name "
                 "the processes by agents="
             )
         if self.step_rule != StepRule() or self._relative_damping or self.levenberg_marquardt:
-            self.preconditioner.capture.remove()
             raise ValueError(
                 "agents decide about no length together, so DecentralizedKFAC takes a learning "
                 "rate, momentum and a damping that are numbers, and StepRule() as it is"
             )
-        self.gossip = Gossip(graph, agents)
-        self._manifolds: dict[str, Manifold] = {}
-        for pattern, manifold in (manifolds or {}).items():
+
+    def _found(self, manifolds: Mapping[str, Manifold]) -> dict[str, Manifold]:
+        """Return weight → manifold of name patterns."""
+        result: dict[str, Manifold] = {}
+        for pattern, manifold in manifolds.items():
             found = [n for n in self._names.values() if fnmatch.fnmatchcase(n, pattern)]
             if not found or manifold not in MANIFOLDS:
                 raise ValueError(
                     f"manifolds must map patterns of weights to one of {', '.join(MANIFOLDS)}, got "
                     f"{pattern!r}: {manifold!r}, which matches {found or 'no weight'}"
                 )
-            self._manifolds.update(dict.fromkeys(found, manifold))
-        with torch.no_grad():
-            for name, manifold in self._manifolds.items():
-                parameter = self.preconditioner.parameters[name]
-                parameter.copy_(retracted(manifold, parameter))
+            result.update(dict.fromkeys(found, manifold))
+        return result
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         if closure is None and not self.preconditioner.observer.seen and only_initialises(self):
