@@ -160,13 +160,19 @@ def test_unknown_models_and_sizes_are_refused():
             build_model(name, (1, 8, 8), 10, width=width, depth=depth, seed=0)
 
 
+def peak_of_ones(elements, times):
+    """The least of three peaks: threads that other tests left behind hold memory, too, at times."""
+    peaks = []
+    for _ in range(3):
+        with PeakMemory(torch.device("cpu")) as peak:
+            for _ in range(times):
+                torch.ones(elements)
+        if peak.bytes is None:
+            pytest.skip("this system does not tell")
+        peaks.append(peak.bytes)
+    return min(peaks)
+
+
 def test_peak_memory_counts_what_was_held_at_once():
-    with PeakMemory(torch.device("cpu")) as outer:
-        torch.ones(30_000_000)
-    with PeakMemory(torch.device("cpu")) as peak:
-        for _ in range(5):
-            torch.ones(20_000_000)
-    if outer.bytes is None:
-        pytest.skip("this system does not tell")
-    assert outer.bytes == pytest.approx(120e6, rel=0.1)
-    assert peak.bytes == pytest.approx(80e6, rel=0.1)
+    assert peak_of_ones(30_000_000, times=1) == pytest.approx(120e6, rel=0.1)
+    assert peak_of_ones(20_000_000, times=5) == pytest.approx(80e6, rel=0.1)
