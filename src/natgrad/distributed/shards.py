@@ -6,6 +6,7 @@ whole matrices in every process, and each moves its own shard.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["is_sharded", "mesh_group", "own_shard", "sharded_like", "whole", "whole_parameters"]
+__all__ = [
+    "is_sharded",
+    "mesh_group",
+    "own_shard",
+    "shard_count",
+    "sharded_like",
+    "whole",
+    "whole_parameters",
+]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -57,6 +66,15 @@ def own_shard(tensor: Tensor) -> Tensor:
     """Return what this process has of a tensor."""
     shards: Any = tensor
     return shards.to_local() if is_sharded(tensor) else tensor
+
+
+def shard_count(tensor: Tensor) -> int:
+    """Return into how many shards a tensor is cut."""
+    cut: Any = tensor
+    if not is_sharded(tensor):
+        return 1
+    sizes = zip(cut.device_mesh.shape, cut.placements, strict=True)
+    return math.prod(size for size, placement in sizes if placement.is_shard())
 
 
 def sharded_like(value: Tensor, parameter: Tensor) -> Tensor:

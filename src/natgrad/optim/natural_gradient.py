@@ -509,7 +509,9 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
             damped = found["scale"] * sum(d * gram[0][0] for d, gram in terms)
             square = found["fisher"] + damped
             state = state.measured(rule, inner, square, found["scale"], found["largest"])
-        length = state.length(inner)
+        pairs = zip(grouped.groups, found.get("changes", ()), strict=False)
+        changes = sorted(rate_of(group) * change for group, pair in pairs for change in pair)
+        length = state.length(inner, changes[-2] if changes else 0.0)
         rates = [rate_of(group) * (1.0 - group["momentum"]) for group in grouped.groups]
         kept = max((group["momentum"] for group in grouped.groups), default=0.0)
         slope = max(rates, default=0.0) * length * inner + kept * max(0.0, -along)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 import warnings
 from collections.abc import Callable
@@ -128,6 +129,10 @@ class Reference:
         self.ceiling, self.usual = 1.0, 0.0
         self.mean, self.matrix, self.inverse = None, None, None
         self.theta = position(model)
+        ends = torch.tensor([p.numel() for p in model.parameters()]).cumsum(0).tolist()
+        parts = [slice(i, j) for i, j in zip([0, *ends], ends, strict=False)]
+        pairs = zip(parts, model.parameters(), strict=True)
+        self.weights = [(part, len(p)) for part, p in pairs if p.dim() > 1]
 
     def estimate(self, x: Tensor, rows: Tensor) -> Tensor:
         f = torch.einsum("nkp,nkq->pq", rows, rows) / len(x)
@@ -180,6 +185,12 @@ class Reference:
             self.log_k = memory * old + (1 - memory) * found
         usual = max(slope, math.exp(self.log_slope))
         alpha = self.caution * min(1 / scale, math.exp(self.log_k) / usual)
+        changes = sorted(
+            float((self.rates * delta)[part].norm()) / max(float(self.theta[part].norm()),
+                                                           math.sqrt(outputs / 3))
+            for part, outputs in self.weights
+        )  # fmt: skip
+        alpha = min(alpha, 0.3 / changes[-2])
         share = self.rates * (1 - self.momenta)
         kept = float(self.momenta.max())
         self.s = float(share.max()) * alpha * slope + kept * max(0.0, -along)
@@ -439,6 +450,31 @@ def test_step_that_went_too_far_ends_at_the_minimum_of_the_parabola(momentum):
     assert not torch.equal(position(model), at)
 
 
+@pytest.mark.parametrize("start", ["ordinary", "zero"])
+def test_one_weight_at_most_changes_by_more_than_a_share_of_its_norm(start):
+    """Targets a thousand times the outputs ask for more of all of them."""
+    torch.manual_seed(0)
+    sizes = (3, 8, 8, 2)
+    layers = [nn.Linear(i, o) for i, o in itertools.pairwise(sizes)]
+    model = nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2]).double()
+    if start == "zero":
+        nn.init.zeros_(layers[1].weight)
+    optimizer = optimizer_of(model, "kfac", "gaussian", MeasuredLength(start=1.0), lr=2.0)
+    found = []
+    for seed in range(12):
+        before = [layer.weight.detach().clone() for layer in layers]
+        x = normal(16, 3, seed=seed)
+        take(optimizer, model, "gaussian", x, 1000 * x[:, :2].sin())
+        changes = [
+            float((layer.weight.detach() - old).norm())
+            / max(float(old.norm()), math.sqrt(len(old) / 3))
+            for layer, old in zip(layers, before, strict=True)
+        ]
+        found.append(sorted(changes))
+    assert max(second for _, second, _ in found) == pytest.approx(0.3, rel=1e-9)
+    assert max(first for _, _, first in found) > 0.5
+
+
 def test_loss_that_is_scaled_up_makes_no_step_longer():
     """A hundredfold loss after the last measurement: the step is as long as before."""
     lengths = {}
@@ -447,11 +483,11 @@ def test_loss_that_is_scaled_up_makes_no_step_longer():
         refresh = Refresh(decay=0.9)
         length = MeasuredLength(interval=50)
         optimizer = optimizer_of(model, "kfac", "gaussian", length, refresh=refresh)
-        data = batches("gaussian", 16)
-        for x, y in data[:15]:
+        data = batches("gaussian", 14)
+        for x, y in data[:13]:
             take(optimizer, model, "gaussian", x, y)
         before, taken_back = position(model), optimizer._length.taken_back
-        take(optimizer, model, "gaussian", *data[15], scale=scale)
+        take(optimizer, model, "gaussian", *data[13], scale=scale)
         assert optimizer._length.taken_back == taken_back  # It is a step forward.
         lengths[scale] = float((position(model) - before).norm())
     assert lengths[100.0] <= 1.01 * lengths[1.0]

@@ -38,6 +38,9 @@ LEAST_LENGTH = 0.01
 #: Share of a step kept below which no noise explains that the rest went too far.
 UNMISTAKABLE = 0.25
 
+#: Share of their norms by which two weights may change in one step.
+LARGEST_CHANGE = 0.3
+
 #: Weight of the past in the average of slopes.
 USUAL = 0.9
 
@@ -63,6 +66,12 @@ class MeasuredLength:
     ⟨Δ, g⟩ stands for the larger of its present value and of its geometric moving average over
     steps: a batch that is fitted already would stretch its noise to the decrement of another.
     The learning rate is in the buffer, so that no schedule stretches old steps.
+
+    No step is so long that two weights, vectors aside, change by more than 0.3 of their norms:
+    ``ηγα‖Δ_W‖ ≤ 0.3‖W‖`` for all but one. A network is linear in each layer, up to what follows it,
+    but not in two at once, and units that saturate show no slope that went too far. Targets whose
+    size the outputs do not have yet ask all layers for such steps. A weight counts as no smaller
+    than torch's layers begin with.
 
     The gradient at the next step tells whether the last one went too far, for the price of an
     inner product: the slope along v was −s and is ``q·s`` now, with s at least its average, as that
@@ -181,12 +190,19 @@ class LengthState:
             return self
         return replace(self, log_slope=_averaged(self.log_slope, math.log(slope), rule.memory))
 
-    def length(self, slope: float) -> float:
-        """Return γα for a direction with ``⟨Δ, g⟩`` = slope; α is at most 1/c."""
+    def length(self, slope: float, change: float = 0.0) -> float:
+        """Return γα for a direction with ``⟨Δ, g⟩`` = slope; α is at most 1/c.
+
+        Args:
+            slope: ``⟨Δ, g⟩``.
+            change: The second largest ``η‖Δ_W‖/‖W‖`` of all weights W.
+        """
         if self.log_decrement is None or self.log_slope is None or slope <= 0:
             return 0.0
         log_slope = max(math.log(slope), self.log_slope)
-        return self.caution * math.exp(min(self.log_decrement - log_slope, -math.log(self.scale)))
+        alpha = math.exp(min(self.log_decrement - log_slope, -math.log(self.scale)))
+        length = self.caution * alpha
+        return length if length * change <= LARGEST_CHANGE else LARGEST_CHANGE / change
 
     def share_kept(self, rule: MeasuredLength, slope: float) -> float:
         """Return the share of the last step that stays, 1 for all of it.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from natgrad.distributed.shards import own_shard
+from natgrad.distributed.shards import own_shard, shard_count
 from natgrad.optim.step.groups import PreconditionedGroups, rate_of
 from natgrad.optim.step.quadratic_model import (
     BatchFisher,
@@ -80,10 +80,43 @@ def measure(
         else:
             column = curvature.layout.to_column(natural)
             measures["quadratic"] = (column * curvature.matrix().multiply(column)).sum()
+    weights = _weights(natural, grouped) if rule.measured is not None else []
+    if any(weights):
+        measures["weights"] = _squares(grouped.parameters, weights)
     grouped.replicas.average(measures)
+    if any(weights):
+        measures["changes"] = _largest_changes(natural, weights, measures.pop("weights"))
     if "fisher" in measures or rule.norm_clip is not None:
         measures["grams"] = group_grams(directions, grouped.group_names)
     return measures
+
+
+def _weights(natural: dict[str, Tensor], grouped: PreconditionedGroups) -> list[list[str]]:
+    """Return the names of every group's weights: biases and the like are vectors."""
+    return [[n for n in names if n in natural and natural[n].dim() > 1]
+            for names in grouped.group_names]  # fmt: skip
+
+
+def _squares(parameters: Mapping[str, Tensor], weights: list[list[str]]) -> Tensor:
+    """Return ``‖W‖²`` of all weights; where W is in shards, their average over processes is."""
+    chosen = [parameters[name] for names in weights for name in names]
+    norms = torch.stack(torch._foreach_norm([own_shard(w) for w in chosen])).double()
+    return norms.square() * norms.new_tensor([shard_count(w) for w in chosen])
+
+
+def _largest_changes(
+    natural: dict[str, Tensor], weights: list[list[str]], squares: Tensor
+) -> Tensor:
+    """Return every group's two largest ``‖Δ_W‖/‖W‖``, ``(G, 2)``.
+
+    A weight counts as no smaller than layers of torch begin with, whose entries have the variance
+    1/(3·inputs): those that begin at zero, as of LoRA, have to leave it.
+    """
+    chosen = [natural[name] for names in weights for name in names]
+    least = squares.new_tensor([max(1, step.shape[0]) / 3 for step in chosen])
+    norms = torch.stack(torch._foreach_norm(chosen)).double()
+    ratios = (norms / torch.maximum(squares, least).sqrt()).split([len(names) for names in weights])
+    return torch.stack([torch.cat([one, one.new_zeros(2)]).topk(2).values for one in ratios])
 
 
 def on_host(values: dict[str, Tensor]) -> Measures:
