@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from natgrad.quality import UpdateQuality, update_quality
     from natgrad.residuals import Residual, ResidualNetwork, TaylorNetwork
     from natgrad.residuals.residual_ngd import ResidualNGD
+    from natgrad.variational_laplace import VariationalLaplace
 
 #: Where names are that are loaded when they are first asked for.
 _LAZY = {
@@ -70,6 +71,7 @@ _LAZY = {
     "ResidualNetwork": "natgrad.residuals",
     "TaylorNetwork": "natgrad.residuals",
     "UpdateQuality": "natgrad.quality",
+    "VariationalLaplace": "natgrad.variational_laplace",
     "laplace": "natgrad.laplace",
     "ntk": "natgrad.ntk",
     "quality": "natgrad.quality",
@@ -127,6 +129,7 @@ __all__ = [
     "TwoLevelKFAC",
     "UnitWiseNGD",
     "UpdateQuality",
+    "VariationalLaplace",
     "WeightAverage",
     "__version__",
     "curvature",

@@ -1,0 +1,5 @@
+"""The variational linearised Laplace approximation (VaLLA)."""
+
+from natgrad.variational_laplace.posterior import VariationalLaplace
+
+__all__ = ["VariationalLaplace"]

@@ -1,0 +1,347 @@
+r"""Laplace's linearised posterior as a sparse Gaussian process.
+
+In the dual, the space of functions, the prior ``N(0, I/δ)`` of the parameters of the linearised
+model is a Gaussian process with the tangent kernel ``J Jᵀ/δ``. Its posterior is sought among
+
+.. math:: q = N\left(\theta^*, (\delta I + J_Z^\top A J_Z)^{-1}\right), \qquad A \succeq 0,
+
+with the rows ``J_Z`` of inducing points Z: the predictive mean is the network's output and
+
+.. math:: \mathrm{Cov}\, f(x) = \tfrac1\delta \left[ J J^\top
+          - J J_Z^\top (\delta A^{-1} + J_Z J_Z^\top)^{-1} J_Z J^\top \right].
+
+With ``H = Σ_n J_nᵀ Λ_n J_n`` and the orthonormal basis U of the span of the rows of Z the bound
+
+.. math:: \log p(D \mid \theta^*) - \tfrac12 \mathrm{tr}(H \Sigma_q) - \mathrm{KL}(q \,\|\, p)
+
+of Laplace's evidence is largest for ``J_Zᵀ A J_Z = U B Uᵀ`` with ``B = Uᵀ H U``, which is Laplace's
+posterior with its Fisher matrix projected to the span. A natural-gradient step of rate ρ on a
+mini-batch is ``B ← (1 − ρ) B + ρ Uᵀ Ĥ U``, so steps of rate 1/t are a running mean and end at the
+optimum when every sample has been seen. There the bound is that of Titsias (2009),
+
+.. math:: \log p(D \mid \theta^*) - \tfrac12 \left[ \delta \|\theta^*\|^2
+          + \log\det(I + B/\delta) + \mathrm{tr}(H - U B U^\top)/\delta \right],
+
+in closed form as a function of δ, and for Gaussian noise of its variance.
+
+Source: Ortega, Rodríguez Santana & Hernández-Lobato, Variational linearized Laplace approximation
+for Bayesian deep learning (2024), arXiv 2302.12565. The paper takes the step for A by Adam, and
+leaves ``δ‖θ*‖²`` out of the divergence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.arguments import check_choice
+from natgrad.capture import Capture
+from natgrad.capture.evaluation import count_samples, evaluated, output_rows
+from natgrad.capture.model_output import unwrap
+from natgrad.fisher import Batch, FisherType
+from natgrad.fisher.estimation import update_from_output
+from natgrad.fisher.types import as_fisher_type
+from natgrad.jacobians import Jacobians
+from natgrad.laplace import Laplace, _is_pair, _log_normalizer
+from natgrad.likelihoods import Gaussian, LikelihoodLike, as_likelihood
+from natgrad.operators import FisherMatrix
+from natgrad.variational_laplace.inducing_points import choose_inducing_points
+from natgrad.variational_laplace.projected import ProjectedOperator
+
+__all__ = ["VariationalLaplace"]
+
+PART = "all layers"
+
+
+class VariationalLaplace(Laplace):
+    """A Gaussian posterior around trained parameters from inducing points, VaLLA.
+
+    It is a :class:`natgrad.Laplace` in all but how its covariance comes about: predictions,
+    samples of the parameters and the choice of δ are the same calls, and
+    ``log_marginal_likelihood()`` is a lower bound of Laplace's.
+
+    Args:
+        model: The trained model; it runs in its present mode (call ``model.eval()`` first) and is
+            left as it was.
+        data: The training data: a pair ``(inputs, targets)`` or a re-iterable of such pairs in
+            random order, as a data loader with ``shuffle=True``.
+        likelihood: A name, a :class:`natgrad.Likelihood`, or a torch loss module. The variance of
+            ``Gaussian(variance)`` is that of the noise.
+        inducing: M, how many inducing points to choose from the data, default 100; or the points
+            themselves, as the model takes them.
+        selection: How they are chosen: ``"k_means"`` (default), the means of M clusters;
+            ``"random"``; or ``"greedy"``, one by one where the prior variance given the others is
+            largest. Among ``20 M`` samples.
+        outputs: ``"all"`` (default), every inducing point stands for all C outputs, ``R = M·C``
+            rows; or ``"one"``, point m for output ``m mod C`` alone, R = M, as in the source.
+        prior_precision: δ, the inverse variance of every parameter under the prior. It may be set
+            later.
+        parameters: ``"all"``, or ``"last_layer"`` to be uncertain about the last layer alone.
+        fisher: ``"exact"``, or ``"mc"`` for one vector per sample instead of C.
+        steps: Mini-batches to see; all of the data by default, which gives the optimum.
+        count: Number of samples in the data, which mini-batches stand for; by default the length
+            of ``data.dataset``. Without ``steps`` the samples are counted.
+        seed: Seed of the choice of inducing points and of sampled labels.
+        output: Picks the tensor the likelihood looks at out of the model's output.
+
+    Attributes:
+        inducing: The inducing points.
+        matrix: The Fisher matrix, the mean over data points, projected to the span of their rows.
+        count: N, the number of data points.
+        log_likelihood: ``log p(D | θ*)``, up to constants, as in :class:`natgrad.Laplace`.
+
+    Memory is ``2R²``, the factored rows of the inducing points, and those of one batch with their
+    products with R rows. A step costs ``B·R`` products of rows and ``B·R²`` for B rows of a batch,
+    whatever N is.
+
+    Raises:
+        ValueError: If an argument is out of range or the data cannot be used.
+
+    Example:
+        >>> posterior = natgrad.VariationalLaplace(model, loader, inducing=50)
+        >>> posterior.optimize_prior_precision()
+        >>> probabilities = posterior.predict(x)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Batch | Iterable[Batch],
+        likelihood: LikelihoodLike = "categorical",
+        inducing: Any = 100,
+        *,
+        selection: str = "k_means",
+        outputs: Literal["all", "one"] = "all",
+        prior_precision: float = 1.0,
+        parameters: Literal["all", "last_layer"] = "all",
+        fisher: str | FisherType = "exact",
+        steps: int | None = None,
+        count: int | None = None,
+        seed: int = 0,
+        output: Callable[[Any], Tensor] | None = None,
+    ) -> None:
+        check_choice("parameters", parameters, "all", "last_layer")
+        check_choice("outputs", outputs, "all", "one")
+        if steps is not None and steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        self.model = unwrap(model)
+        self.likelihood = as_likelihood(likelihood)
+        self.output = self.likelihood.selection(output)
+        self.prior_precision = prior_precision
+        self._factorised = None
+        self._fisher, self._seed = as_fisher_type(fisher), seed
+        if iter(data) is data:
+            raise ValueError(
+                "data must be re-iterable, as a list or a data loader: it is read twice"
+            )
+        batches = cast("Iterable[Batch]", [data] if _is_pair(data) else data)
+        first = next(iter(batches), None)
+        if first is None:
+            raise ValueError("data has no batches")
+        self._trainable = self._last_layer(first[0]) if parameters == "last_layer" else None
+        if steps is not None and count is None:
+            count = _length(data)
+        with self._only_trainable():
+            if isinstance(inducing, int):
+                generator = torch.Generator().manual_seed(seed)
+                inputs = (one[0] for one in batches)
+                inducing = choose_inducing_points(
+                    self.model, inputs, inducing, selection, generator, self.output
+                )
+            self.inducing = inducing
+            with Capture(self.model, self.output) as capture:
+                capture.check_covered()
+                values, rows = output_rows(capture, inducing)
+                if outputs == "one":
+                    rows = rows.combined(_unit_weights(rows))
+                seen = _Moments(ProjectedOperator.span(rows))
+                self._see(capture, batches, seen, steps)
+            names = seen.span.layout.names
+            parameter = dict(self.model.named_parameters())
+            self._squared_norm = sum(float(parameter[n].detach().square().sum()) for n in names)
+        scale = 1.0 if steps is None or count is None else count / seen.samples
+        self.count = seen.count * scale
+        self.log_likelihood = seen.log_likelihood * scale
+        self._observed = seen.observed * scale
+        self._trace = seen.trace * scale  # tr H
+        self._set(seen.span.rotated(seen.moment * (scale / self.count)), tuple(rows))
+
+    def _see(
+        self, capture: Capture, batches: Iterable[Batch], seen: _Moments, steps: int | None
+    ) -> None:
+        """Add up what batches say: ``Uᵀ H U``, ``tr H`` and the likelihood."""
+        generators: dict[torch.device, torch.Generator] = {}
+        for index, (inputs, target) in enumerate(batches):
+            if index == steps:
+                return
+            if target is None:
+                raise ValueError("the posterior needs targets with every batch")
+            with evaluated(capture, inputs) as found:
+                recorded, detached = capture.find_pass(found), found.detach()
+                target = recorded.samples_first(target)
+                own = self.likelihood.of_shapes(recorded.heads)
+                weights = own.event_weights(detached, target)
+                count = own.count(detached, target)
+                seen.samples += count_samples(inputs)
+                if float(count) == 0:
+                    continue
+                seen.count += float(count)
+                seen.log_likelihood += _log_normalizer(own, detached, target)
+                seen.log_likelihood -= float(own.loss(detached, target) * count)
+                seen.observed += float(own.spread(weights, detached).sum())
+                generator = generators.setdefault(
+                    found.device, torch.Generator(found.device).manual_seed(self._seed)
+                )
+                update_from_output(
+                    seen, capture, own, self._fisher, found, weights, count,
+                    generator=generator, target=target, retain_graph=False,
+                )  # fmt: skip
+
+    def _set(self, projected: ProjectedOperator, blocks: tuple[str, ...]) -> None:
+        """Make ``U B Uᵀ/N`` the Fisher matrix."""
+        self.matrix = FisherMatrix(
+            projected.layout, {PART: projected}, {PART: blocks}, "inducing_points"
+        )
+        self._factorised = None
+
+    @property
+    def _projected(self) -> ProjectedOperator:
+        return cast("ProjectedOperator", self.matrix.parts[PART])
+
+    def log_marginal_likelihood(self, prior_precision: float | None = None) -> float:
+        """Return the bound of the evidence ``log p(D)`` of the data, up to constants.
+
+        It is Laplace's where the span of the inducing points' rows has the rows of all data.
+
+        Args:
+            prior_precision: δ; the present one by default. The bound is that for the covariance
+                that is best for it.
+        """
+        delta = self.prior_precision if prior_precision is None else prior_precision
+        left = self._trace - self.count * float(self._projected.values.double().sum())
+        return super().log_marginal_likelihood(delta) - 0.5 * max(left, 0.0) / delta
+
+    def elbo(self, inputs: Any, targets: Any) -> float:
+        """Return an estimate of the bound from a mini-batch, unbiased for the present posterior.
+
+        The mean over the mini-batches of all data, of equal size, is
+        :meth:`log_marginal_likelihood` if ``steps`` was not given, and at most that otherwise.
+
+        Args:
+            inputs: Inputs of the batch.
+            targets: Its targets.
+        """
+        seen = _Moments(self._projected)
+        seen.inverse = cast("ProjectedOperator", self._inverse().parts[PART])
+        with self._only_trainable(), Capture(self.model, self.output) as capture:
+            self._see(capture, [(inputs, targets)], seen, None)
+        if seen.count == 0:
+            raise ValueError("the batch has no targets that count")
+        delta, values = self.prior_precision, self.count * self._projected.values.double()
+        divergence = (delta / (delta + values) - 1.0 + (1.0 + values / delta).log()).sum()
+        fit = seen.log_likelihood - 0.5 * seen.trace / self.count
+        return self.count / seen.count * fit - 0.5 * (
+            float(divergence) + delta * self._squared_norm
+        )
+
+    def optimize_noise(self) -> tuple[float, float]:
+        """Set δ and the variance of Gaussian noise to the maximum of the bound over both.
+
+        Returns:
+            δ and the variance of ``likelihood``.
+
+        Raises:
+            TypeError: If the likelihood is not Gaussian.
+        """
+        if not isinstance(self.likelihood, Gaussian):
+            raise TypeError(
+                f"optimize_noise() needs a gaussian likelihood, not {self.likelihood!r}: use "
+                "optimize_prior_precision()"
+            )
+        values = self.count * self._projected.values.double().cpu()
+        left = max(self._trace - float(values.sum()), 0.0)
+        # log p(D | θ*) = c − quadratic − observed/2 log σ², at the present variance.
+        normalizer = -0.5 * self._observed * math.log(self.likelihood.variance)
+        quadratic = normalizer - self.log_likelihood
+        self.optimize_prior_precision()
+        start = torch.tensor([self.prior_precision, 1.0], dtype=torch.float64).log()
+        logarithms = start.requires_grad_(True)
+        search = torch.optim.LBFGS([logarithms], max_iter=200, line_search_fn="strong_wolfe",
+                                   tolerance_grad=1e-9, tolerance_change=1e-14)  # fmt: skip
+
+        def negative_bound() -> Tensor:
+            search.zero_grad()
+            delta, factor = logarithms.exp()
+            prior = delta * self._squared_norm + left / (factor * delta)
+            prior = prior + (1.0 + values / (factor * delta)).log().sum()
+            loss = quadratic / factor + 0.5 * (self._observed * logarithms[1] + prior)
+            loss.backward()
+            return loss.detach()
+
+        search.step(negative_bound)
+        delta, factor = logarithms.detach().exp().tolist()
+        self.prior_precision = delta
+        self._scale_noise(factor)
+        return delta, self.likelihood.variance
+
+    def _scale_noise(self, factor: float) -> None:
+        """Multiply the variance of Gaussian noise."""
+        likelihood = cast("Gaussian", self.likelihood)
+        before = -0.5 * self._observed * math.log(likelihood.variance)
+        self.likelihood = dataclasses.replace(likelihood, variance=likelihood.variance * factor)
+        after = before - 0.5 * self._observed * math.log(factor)
+        self.log_likelihood = (self.log_likelihood - before) / factor + after
+        self._trace /= factor
+        projected = self._projected
+        scaled = dataclasses.replace(projected, values=projected.values / factor)
+        self._set(scaled, self.matrix.members[PART])
+
+
+class _Moments:
+    """What rows of data add up to, as they come from the output."""
+
+    additive, by_layer = True, False
+
+    def __init__(self, span: ProjectedOperator) -> None:
+        self.span = span
+        size = len(span.values)
+        self.moment = torch.zeros(size, size, dtype=torch.float64, device=span.device)
+        self.inverse: ProjectedOperator | None = None
+        self.samples, self.count, self.log_likelihood = 0, 0.0, 0.0
+        self.observed, self.trace = 0.0, 0.0
+
+    def observe(
+        self, jacobians: Jacobians, count: Tensor | float, *, continued: bool = False
+    ) -> None:
+        """Add ``Uᵀ Jᵀ J U`` and ``tr J Jᵀ``; or ``tr J (·) Jᵀ`` alone for an inverse."""
+        if self.inverse is not None:
+            self.trace += float(self.inverse.sample_forms((), jacobians, diagonal=True).sum())
+            return
+        own = self.span.coordinates(jacobians)
+        self.moment += own.T @ own
+        self.trace += sum(float(block.diagonal().sum()) for block in jacobians.values())
+
+
+def _unit_weights(rows: Jacobians) -> Tensor:
+    """Return weights ``(M, C, 1)`` that take output ``m mod C`` of sample m."""
+    first = next(iter(rows.values()))
+    chosen = torch.arange(rows.samples, device=first.device) % rows.directions
+    return nn.functional.one_hot(chosen, rows.directions).to(first.dtype).unsqueeze(2)
+
+
+def _length(data: Any) -> int:
+    """Return the number of samples behind some data."""
+    if _is_pair(data):
+        return count_samples(data[0])
+    try:
+        return len(data.dataset)
+    except (AttributeError, TypeError):
+        raise ValueError(
+            "steps needs to know how many samples the data has: give count=..., or a DataLoader "
+            "of a dataset with a length"
+        ) from None
