@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from natgrad import Bernoulli, Categorical, Gaussian, Laplace, VariationalLaplace, fisher_matrix
+from natgrad import (
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    Laplace,
+    Poisson,
+    VariationalLaplace,
+    fisher_matrix,
+)
 from natgrad.variational_laplace.inducing_points import choose_inducing_points
 from tests import dense
 from tests.cases import CASES, normal
@@ -289,6 +297,83 @@ def test_noise_and_prior_are_those_of_the_largest_bound(number):
             assert other.log_marginal_likelihood() <= found + 1e-9
 
 
+def predictive_objective(model, x, y, likelihood, delta, basis, moment) -> torch.Tensor:
+    """Return ``Σ log E p(y | f) − KL`` for ``U B Uᵀ``, dense and differentiable in B and δ."""
+    output, jac = dense.jacobian(model, x)
+    identity = torch.eye(jac.shape[-1]).double()
+    precision = delta * identity + basis @ moment @ basis.T
+    variance = torch.einsum("ncp,pq,ncq->nc", jac, torch.linalg.inv(precision), jac)
+    if isinstance(likelihood, Gaussian):
+        deviation = (variance + likelihood.variance).sqrt()
+        fit = torch.distributions.Normal(output, deviation).log_prob(y).sum()
+        fit = fit + y.numel() / 2 * math.log(2 * math.pi)
+    else:
+        fit = -likelihood.nll(output / (1 + math.pi / 8 * variance).sqrt(), y).sum()
+    mean = torch.zeros(len(identity)).double()
+    q = torch.distributions.MultivariateNormal(mean, precision_matrix=precision)
+    prior = torch.distributions.MultivariateNormal(mean, precision_matrix=delta * identity)
+    # Without the part of the trace that the divergence of the mean would bring.
+    return fit - torch.distributions.kl_divergence(q, prior)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_on_the_predictive_density_are_natural_gradients(kind):
+    """``B ← (1 − ρ)B − 2ρ ∂(fit)/∂Σ`` in the basis, and Adam's first step on log δ is lr."""
+    model, x, y, likelihood = problem(kind)
+    delta, z = 0.4, x[:2]
+    sparse = VariationalLaplace(model, (x, y), likelihood, z, prior_precision=delta)
+    _, _, basis = dense_parts(model, x, y, likelihood, z)
+    moment = (basis.T @ (8 * sparse.matrix.to_dense()) @ basis).requires_grad_(True)
+    precision = torch.tensor(delta, dtype=torch.float64, requires_grad=True)
+    value = predictive_objective(model, x, y, likelihood, precision, basis, moment)
+    gradient, slope = torch.autograd.grad(value, [moment, precision])
+    # The natural gradient: that with respect to the covariance (δI + B)⁻¹.
+    inverse = delta * torch.eye(len(moment)).double() + moment.detach()
+    expected = moment.detach() + 2 * 0.5 * inverse @ gradient @ inverse
+    history = sparse.fit_predictive((x, y), 1, rate=0.5, lr=0.0)
+    assert history == [pytest.approx(float(value.detach()), rel=1e-9)]
+    assert sparse.prior_precision == pytest.approx(delta)
+    values, vectors = torch.linalg.eigh(0.5 * (expected + expected.T))
+    expected = vectors @ torch.diag(values.clamp(min=0)) @ vectors.T
+    dense.assert_same(8 * sparse.matrix.to_dense(), basis @ expected @ basis.T, 1e-8)
+    before = sparse.prior_precision
+    sparse.fit_predictive((x, y), 1, lr=0.01)
+    assert abs(math.log(sparse.prior_precision / before)) == pytest.approx(0.01, rel=1e-3)
+    again = VariationalLaplace(model, (x, y), likelihood, z, prior_precision=delta)
+    again.fit_predictive((x, y), 1, lr=0.01)
+    assert (again.prior_precision > delta) == (float(slope) > 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_predictive_density_grows(kind):
+    model, x, y, likelihood = problem(kind)
+    sparse = VariationalLaplace(model, (x, y), likelihood, x[:3], prior_precision=0.4)
+    bound = sparse.log_marginal_likelihood(0.4)
+    history = sparse.fit_predictive((x, y), 40, rate=0.3, lr=0.02)
+    assert history[-1] > history[0]
+    mean, _ = sparse.functional_variance(x)
+    assert torch.equal(mean, model(x).detach())
+    if kind == "gaussian":
+        assert sparse.likelihood.variance != 0.3
+    else:  # The bound is about another covariance.
+        assert sparse.log_marginal_likelihood(0.4) == bound
+        assert sparse.elbo(x, y) < sparse.log_marginal_likelihood()
+    batches = [(x[:5], y[:5]), (x[5:], y[5:])]
+    assert len(sparse.fit_predictive(batches, 5)) == 5
+
+
+def test_predictive_fit_leaves_out_what_is_missing():
+    model, x, y = regression()
+    sparse = VariationalLaplace(model, (x[:6], y[:6]), Gaussian(0.3), x[:2])
+    target = y.clone()
+    target[6:] = math.nan
+    masked = VariationalLaplace(model, (x, target), Gaussian(0.3), x[:2])
+    assert masked.log_marginal_likelihood() == pytest.approx(sparse.log_marginal_likelihood())
+    expected = sparse.fit_predictive((x[:6], y[:6]), 3)
+    assert masked.fit_predictive((x, target), 3) == pytest.approx(expected, rel=1e-9)
+    dense.assert_same(masked.predict(x)[1], sparse.predict(x)[1], 1e-8)
+
+
 def test_samples_of_the_parameters_have_the_covariance():
     """The symmetric root on the same normal vectors."""
     model, x, y = regression()
@@ -411,5 +496,16 @@ def test_wrong_input():
         sparse.elbo(x, torch.full_like(y, -100))
     with pytest.raises(ValueError, match="floating-point"):
         VariationalLaplace(model, ((x,), y), likelihood, 2)
+    for message, arguments in {
+        "steps must be": {"steps": 0}, "rate must be": {"steps": 1, "rate": 0.0},
+        "lr must be": {"steps": 1, "lr": -1.0},
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            sparse.fit_predictive((x, y), **arguments)
+    with pytest.raises(ValueError, match="no batches"):
+        sparse.fit_predictive([], 1)
+    counts = VariationalLaplace(model, (x, torch.ones(8, 3).double()), Poisson(), x[:2])
+    with pytest.raises(TypeError, match="fit_predictive"):
+        counts.fit_predictive((x, torch.ones(8, 3).double()), 1)
     with pytest.raises(TypeError, match="gaussian"):
         sparse.optimize_noise()

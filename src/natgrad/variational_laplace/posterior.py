@@ -32,14 +32,15 @@ leaves ``δ‖θ*‖²`` out of the divergence.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from natgrad.arguments import check_choice
+from natgrad.arguments import check_choice, check_interval, check_range
 from natgrad.capture import Capture
 from natgrad.capture.evaluation import count_samples, evaluated, output_rows
 from natgrad.capture.model_output import unwrap
@@ -51,7 +52,8 @@ from natgrad.laplace import Laplace, _is_pair, _log_normalizer
 from natgrad.likelihoods import Gaussian, LikelihoodLike, as_likelihood
 from natgrad.operators import FisherMatrix
 from natgrad.variational_laplace.inducing_points import choose_inducing_points
-from natgrad.variational_laplace.projected import ProjectedOperator
+from natgrad.variational_laplace.predictive_fit import PredictiveFit
+from natgrad.variational_laplace.projected import ProjectedOperator, sample_grams
 
 __all__ = ["VariationalLaplace"]
 
@@ -170,6 +172,7 @@ class VariationalLaplace(Laplace):
         self._observed = seen.observed * scale
         self._trace = seen.trace * scale  # tr H
         self._set(seen.span.rotated(seen.moment * (scale / self.count)), tuple(rows))
+        self._best = self.count * self._projected.values.double()  # Eigenvalues of Uᵀ H U
 
     def _see(
         self, capture: Capture, batches: Iterable[Batch], seen: _Moments, steps: int | None
@@ -223,8 +226,15 @@ class VariationalLaplace(Laplace):
                 that is best for it.
         """
         delta = self.prior_precision if prior_precision is None else prior_precision
-        left = self._trace - self.count * float(self._projected.values.double().sum())
-        return super().log_marginal_likelihood(delta) - 0.5 * max(left, 0.0) / delta
+        logdet = float((1.0 + self._best / delta).log().sum())
+        return self.log_likelihood - 0.5 * (
+            delta * self._squared_norm + logdet + self._left / delta
+        )
+
+    @property
+    def _left(self) -> float:
+        """``tr(H − U B Uᵀ)``, of what the span leaves out; negative only by rounding."""
+        return max(self._trace - float(self._best.sum()), 0.0)
 
     def elbo(self, inputs: Any, targets: Any) -> float:
         """Return an estimate of the bound from a mini-batch, unbiased for the present posterior.
@@ -263,8 +273,7 @@ class VariationalLaplace(Laplace):
                 f"optimize_noise() needs a gaussian likelihood, not {self.likelihood!r}: use "
                 "optimize_prior_precision()"
             )
-        values = self.count * self._projected.values.double().cpu()
-        left = max(self._trace - float(values.sum()), 0.0)
+        values, left = self._best.cpu(), self._left
         # log p(D | θ*) = c − quadratic − observed/2 log σ², at the present variance.
         normalizer = -0.5 * self._observed * math.log(self.likelihood.variance)
         quadratic = normalizer - self.log_likelihood
@@ -287,7 +296,62 @@ class VariationalLaplace(Laplace):
         delta, factor = logarithms.detach().exp().tolist()
         self.prior_precision = delta
         self._scale_noise(factor)
+        projected = self._projected
+        scaled = dataclasses.replace(projected, values=projected.values / factor)
+        self._set(scaled, self.matrix.members[PART])
         return delta, self.likelihood.variance
+
+    def fit_predictive(
+        self,
+        data: Batch | Iterable[Batch],
+        steps: int,
+        *,
+        rate: float = 0.1,
+        lr: float = 0.05,
+    ) -> list[float]:
+        """Fit to the predictive density of the targets, which the source trains with.
+
+        The objective is ``Σ log E_q p(y | f) − KL`` (α-divergence, α = 1), outputs of a sample
+        taken for independent and classes by the probit approximation. It starts at the present
+        posterior; ``log_marginal_likelihood()`` and ``elbo()`` are about the bound, as before.
+
+        Args:
+            data: A pair ``(inputs, targets)``, or mini-batches, begun again when they end.
+            steps: Number of mini-batches.
+            rate: Rate of the natural-gradient steps on the covariance, in (0, 1].
+            lr: Rate of Adam on the logarithms of δ and, of Gaussian noise, the variance; 0 leaves
+                them.
+
+        Returns:
+            The objective before every step, estimated from its mini-batch.
+
+        Raises:
+            ValueError: If an argument is out of range, or there is no data.
+            TypeError: If the likelihood is not categorical, Bernoulli or Gaussian.
+        """
+        check_interval("steps", steps)
+        check_range("lr", lr)
+        if not 0 < rate <= 1:
+            raise ValueError(f"rate must be in (0, 1], got {rate}")
+        projected = self._projected
+        start = [math.log(self.prior_precision), 0.0]
+        logarithms = projected.values.new_tensor(start, dtype=torch.float64).requires_grad_(True)
+        adam = torch.optim.Adam([logarithms], lr) if lr > 0 else None
+        moment = torch.diag(self.count * projected.values.double())
+        fit, history = PredictiveFit(moment, logarithms, rate, adam), []
+        with self._only_trainable(), Capture(self.model, self.output) as capture:
+            for inputs, target in itertools.islice(_endless(data), steps):
+                output, rows = output_rows(capture, inputs)
+                own = self.likelihood
+                coordinates = projected.coordinates(rows).unflatten(0, (rows.samples, -1))
+                scale = self.count / float(own.count(output, target))
+                prior = sample_grams(rows, diagonal=True)
+                history.append(fit.step(own, output, target, coordinates, prior, scale))
+        moment, self.prior_precision, factor = fit.result()
+        self._set(projected.rotated(moment / self.count), self.matrix.members[PART])
+        if isinstance(self.likelihood, Gaussian):
+            self._scale_noise(factor)
+        return history
 
     def _scale_noise(self, factor: float) -> None:
         """Multiply the variance of Gaussian noise."""
@@ -297,9 +361,7 @@ class VariationalLaplace(Laplace):
         after = before - 0.5 * self._observed * math.log(factor)
         self.log_likelihood = (self.log_likelihood - before) / factor + after
         self._trace /= factor
-        projected = self._projected
-        scaled = dataclasses.replace(projected, values=projected.values / factor)
-        self._set(scaled, self.matrix.members[PART])
+        self._best = self._best / factor
 
 
 class _Moments:
@@ -332,6 +394,16 @@ def _unit_weights(rows: Jacobians) -> Tensor:
     first = next(iter(rows.values()))
     chosen = torch.arange(rows.samples, device=first.device) % rows.directions
     return nn.functional.one_hot(chosen, rows.directions).to(first.dtype).unsqueeze(2)
+
+
+def _endless(data: Batch | Iterable[Batch]) -> Iterator[Batch]:
+    while True:
+        empty = True
+        for batch in cast("Iterable[Batch]", [data] if _is_pair(data) else data):
+            empty = False
+            yield batch
+        if empty:
+            raise ValueError("data has no batches")
 
 
 def _length(data: Any) -> int:
