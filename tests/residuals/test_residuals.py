@@ -283,6 +283,18 @@ def test_more_rows_than_parameters_come_in_chunks(route):
     assert loss == pytest.approx(float(0.5 * rho @ rho), rel=1e-12)
 
 
+@pytest.mark.parametrize("frozen", ["none", "weight", "bias"])
+def test_rows_of_stacks_are_made_of_their_layers(frozen):
+    network = perceptron([2, 5, 4, 1])
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(not name.endswith(frozen))
+    rows = CapturedRows(TaylorNetwork(network, laplacian=True), parts(True), None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # No pass per sample for want of a formula.
+        list(rows.chunks())
+    assert not rows.capture.rows.direct
+
+
 def test_loss_and_gradient_of_the_network_of_residuals():
     network = perceptron([2, 5, 1])
     problem = ResidualNetwork(TaylorNetwork(network, laplacian=True), parts(True))

@@ -172,14 +172,15 @@ class StackLinearKind(LayerKind):
         rows: list[tuple[Tensor, Tensor]] = []
         for call, delta in block.single_outputs():
             stack = call.inputs[0]
+            if block.names == ("weight", "bias"):
+                constant = stack.new_zeros(*stack.shape[:-1], 1)
+                constant[..., 0, :] = 1.0
+                stack = torch.cat([stack, constant], -1)
             a = fold_inputs(stack, block.samples, stack.shape[-1])
             d = fold_gradients(delta, block.samples, block.layout.d_out)
-            if "weight" not in block.names:
-                a, d = a[:, :1, :0], d[:, :, :1]  # The bias sees the row of the value alone.
-            elif "bias" in block.names:
-                constant = a.new_zeros(*a.shape[:2], 1)
-                constant[:, 0] = 1.0
-                a = torch.cat([a, constant], dim=2)
+            if "weight" not in block.names:  # The bias sees the rows of values alone.
+                count = stack.shape[-2]
+                a, d = a[:, ::count, :0], d[:, :, ::count]
             rows.append((a.unsqueeze(2), d.unsqueeze(3)))
         return block.linear(rows)
 
