@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import runpy
 import subprocess
 import sys
+import tempfile
+import time
+import warnings
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -18,13 +22,17 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         "torch.distributed",
+        "torch.distributed.checkpoint",
         "torch._dynamo",
         "natgrad",
         "matplotlib.pyplot",
         "rich.progress",
         "pytest",
+        "hypothesis",
     ]
 )
+#: Seconds after which a process is taken to hang.
+PATIENCE = 240.0
 
 
 def start(function: Callable[..., None], *arguments: Any) -> BaseProcess:
@@ -39,7 +47,7 @@ def _call(function: Callable[..., None], *arguments: Any) -> None:
     function(*arguments)
 
 
-def finish(process: BaseProcess, timeout: float = 240) -> int | None:
+def finish(process: BaseProcess, timeout: float = PATIENCE) -> int | None:
     """Wait for the end of a process; return its exit status."""
     process.join(timeout)
     if process.is_alive():
@@ -49,10 +57,72 @@ def finish(process: BaseProcess, timeout: float = 240) -> int | None:
 
 
 def replicas(function: Callable[[int, int, str], None], folder: Path, world: int = 2) -> None:
-    """Run ``function(rank, world, folder)`` in every replica of a group."""
+    """Run ``function(rank, world, folder)`` in every process; it joins a group and saves itself."""
     torch.multiprocessing.start_processes(
         function, (world, str(folder)), nprocs=world, start_method="forkserver"
     )
+
+
+def run(
+    function: Callable[..., Any],
+    *arguments: Any,
+    world: int = 2,
+    join: bool = True,
+    timeout: float = PATIENCE,
+) -> list[Any]:
+    """Run ``function(rank, *arguments)`` in every process of a group; return what they return.
+
+    Args:
+        function: A function of a module.
+        arguments: What it is given besides the rank.
+        world: Number of processes.
+        join: Whether they form torch's group of gloo; else the function does it itself.
+        timeout: Seconds after which a process tells where it is and fails.
+
+    Raises:
+        RuntimeError: If a process raises, dies or hangs; with its traceback.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        shared = (function, arguments, world, join, timeout, folder)
+        group = torch.multiprocessing.start_processes(
+            _member, shared, nprocs=world, join=False, start_method="forkserver"
+        )
+        latest = time.monotonic() + timeout + 30
+        try:
+            while not group.join(max(0.0, latest - time.monotonic())):
+                if time.monotonic() > latest:
+                    raise TimeoutError(f"processes still ran after {timeout:g} seconds")
+        except Exception as error:
+            for process in group.processes:
+                process.kill()
+            said = "".join(file.read_text() for file in sorted(Path(folder).glob("*.txt")))
+            raise RuntimeError(f"{function.__name__} failed: {error}\n{said}") from None
+        files = (f"{folder}/{rank}.pt" for rank in range(world))
+        return [torch.load(file, weights_only=False) for file in files]
+
+
+def _member(
+    rank: int,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    world: int,
+    join: bool,
+    timeout: float,
+    folder: str,
+) -> None:
+    stack = open(f"{folder}/{rank}.txt", "w")
+    faulthandler.enable(stack)
+    faulthandler.dump_traceback_later(timeout, exit=True, file=stack)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    if join:
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
+        )
+    torch.save(function(rank, *arguments), f"{folder}/{rank}.pt")
+    torch.distributed.barrier()
+    # Tearing a gloo group down while a wrapper is alive can deadlock inside torch.
+    os._exit(0)
 
 
 def run_script(

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -179,25 +176,16 @@ def meeting(rank: int) -> list[Tensor]:
     return found
 
 
-def agents(rank: int, world: int, path: str) -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{path}/rendezvous", rank=rank, world_size=world
-    )
+def agents(rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {"meeting": meeting(rank), "agreed": agreed(rank)}
     found["ring"], found["complete"] = regression(rank, "ring"), regression(rank, "complete")
     found["principal"], found["broken"] = principal(rank), broken(rank)
-    torch.save(found, f"{path}/{rank}.pt")
-    torch.distributed.barrier()
-    os._exit(0)
+    return found
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("agents")
-    processes.replicas(agents, folder, AGENTS)
-    return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(AGENTS)]
+def found() -> list[dict[str, Any]]:
+    return processes.run(agents, world=AGENTS)
 
 
 @pytest.mark.slow

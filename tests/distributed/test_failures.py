@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -151,12 +148,7 @@ def uneven(rank: int) -> dict[str, Any]:
     return {"said": ""}
 
 
-def attempts(rank: int, world: int, path: str) -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{path}/rendezvous", rank=rank, world_size=world
-    )
+def attempts(rank: int) -> dict[str, Any]:
     found = {}
     log: list[tuple[str, Any]] = []
     for collective in ("all_reduce", "all_gather", "all_gather_object", "reduce", "broadcast"):
@@ -166,9 +158,7 @@ def attempts(rank: int, world: int, path: str) -> None:
             log.clear()
             found[f"{name}, {trial.__name__}"] = {**trial(rank, name), "log": list(log)}
     found["infinite"], found["uneven"] = infinite(rank), uneven(rank)
-    torch.save(found, f"{path}/{rank}.pt")
-    torch.distributed.barrier()
-    os._exit(0)
+    return found
 
 
 def noting(collective: str, log: list[tuple[str, Any]]) -> Callable[..., Any]:
@@ -184,10 +174,8 @@ def noting(collective: str, log: list[tuple[str, Any]]) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("failures")
-    processes.replicas(attempts, folder)
-    return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(2)]
+def found() -> list[dict[str, Any]]:
+    return processes.run(attempts)
 
 
 @pytest.mark.slow

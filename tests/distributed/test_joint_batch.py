@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -193,26 +190,14 @@ def runs(world: int) -> dict[str, Run]:
     return RUNS | UNEQUAL if world == 2 else {name: RUNS[name] for name in IN_FOUR}
 
 
-def trained(rank: int, world: int, path: str) -> None:
+def trained(rank: int, world: int) -> dict[str, Tensor]:
     """Make all runs as one of some processes."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{path}/rendezvous", rank=rank, world_size=world
-    )
-    found = {name: run.train(world, rank) for name, run in runs(world).items()}
-    torch.save(found, f"{path}/{rank}.pt")
-    torch.distributed.barrier()
-    os._exit(0)  # Tearing a gloo group down while a wrapper is alive can deadlock inside torch.
+    return {name: run.train(world, rank) for name, run in runs(world).items()}
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def weights_of_processes(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> list[dict[str, Tensor]]:
-    folder, world = tmp_path_factory.mktemp("trained"), request.param
-    processes.replicas(trained, folder, world)
-    return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(world)]
+def weights_of_processes(request: pytest.FixtureRequest) -> list[dict[str, Tensor]]:
+    return processes.run(trained, request.param, world=request.param)
 
 
 @pytest.mark.slow

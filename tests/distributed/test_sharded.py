@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import warnings
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -194,12 +191,7 @@ def half_precision() -> Tensor:
     return torch.stack(losses)
 
 
-def sharded(rank: int, world: int, path: str) -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{path}/rendezvous", rank=rank, world_size=world
-    )
+def sharded(rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, run in RUNS.items():
         model, optimizer = run.train(rank)
@@ -212,16 +204,12 @@ def sharded(rank: int, world: int, path: str) -> None:
                 if key == "previous_step"
             }
     found["half"] = half_precision()
-    torch.save(found, f"{path}/{rank}.pt")
-    torch.distributed.barrier()
-    os._exit(0)
+    return found
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("sharded")
-    processes.replicas(sharded, folder)
-    return torch.load(Path(folder) / "0.pt", weights_only=False)
+def found() -> dict[str, Any]:
+    return processes.run(sharded)[0]
 
 
 @pytest.mark.slow

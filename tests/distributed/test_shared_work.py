@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,30 +26,11 @@ METHODS: dict[str, dict[str, Any]] = {
 WIDTHS = (60, 80, 70, 50)
 
 
-def begin(rank: int, world: int, path: str) -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{path}/rendezvous", rank=rank, world_size=world
-    )
-
-
-def end(found: Any, rank: int, path: str) -> None:
-    torch.save(found, f"{path}/{rank}.pt")
-    torch.distributed.barrier()
-    os._exit(0)
-
-
-def results(path: Path, world: int) -> list[Any]:
-    return [torch.load(path / f"{rank}.pt", weights_only=False) for rank in range(world)]
-
-
 # -- work and messages -----------------------------------------------------------------------------
 
 
-def working(rank: int, world: int, path: str) -> None:
+def working(rank: int) -> dict[str, Any]:
     """Take two steps of a wider network; note what is factorised here and what is sent."""
-    begin(rank, world, path)
     found: dict[str, Any] = {}
     factorised: list[str] = []
     invert = Curvature._invert
@@ -82,14 +61,13 @@ def working(rank: int, world: int, path: str) -> None:
         estimates = optimizer.preconditioner.curvature.estimates
         kept = [part for part, one in estimates.items() if one.average or one.inverse]
         found[name] = {"factorised": list(factorised), "log": list(log), "kept": kept}
-    end(found, rank, path)
+    return found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
-def test_every_factorisation_is_made_once(tmp_path: Path, world: int) -> None:
-    processes.replicas(working, tmp_path, world)
-    found = results(tmp_path, world)
+def test_every_factorisation_is_made_once(world: int) -> None:
+    found = processes.run(working, world=world)
     layers = list(zip(WIDTHS, WIDTHS[1:], strict=False))
     for name in ("KFAC", "EKFAC", "KPSVD", "KFAC, memory"):
         made = [part for each in found for part in each[name]["factorised"]]
@@ -148,34 +126,24 @@ def train(name: str, world: int, rank: int, steps: range, path: Path | None = No
     return {"model": plain.state_dict(), "optimizer": optimizer.state_dict()}
 
 
-def saving(rank: int, world: int, path: str) -> None:
-    begin(rank, world, path)
-    end({name: train(name, world, rank, range(4)) for name in METHODS}, rank, path)
+def saving(rank: int) -> dict[str, Any]:
+    return {name: train(name, 2, rank, range(4)) for name in METHODS}
 
 
-def resuming(rank: int, world: int, path: str) -> None:
-    begin(rank, world, path)
-    found = {}
-    for name in METHODS:
-        state = train(name, world, rank, range(4, 8), Path(path).parent / f"{name}.pt")
-        found[name] = torch.cat([value.flatten() for value in state["model"].values()])
-    end(found, rank, path)
+def resuming(rank: int, folder: Path) -> dict[str, Tensor]:
+    states = {n: train(n, 4, rank, range(4, 8), folder / f"{n}.pt")["model"] for n in METHODS}
+    return {name: flat(state) for name, state in states.items()}
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_in_any_number_of_processes(tmp_path: Path) -> None:
-    (tmp_path / "saved").mkdir()
-    processes.replicas(saving, tmp_path / "saved")
-    for name, state in results(tmp_path / "saved", 2)[1].items():
+    for name, state in processes.run(saving)[1].items():
         torch.save(state, tmp_path / f"{name}.pt")
-    (tmp_path / "resumed").mkdir()
-    processes.replicas(resuming, tmp_path / "resumed", 4)
-    found = results(tmp_path / "resumed", 4)[0]
+    found = processes.run(resuming, tmp_path, world=4)[0]
     for name in METHODS:
         whole = train(name, 1, 0, range(8))["model"]
         alone = train(name, 1, 0, range(4, 8), tmp_path / f"{name}.pt")["model"]
-        moved = torch.cat([value.flatten() for value in whole.values()])
-        moved = moved - weights(make("mlp"))
+        moved = flat(whole) - weights(make("mlp"))
         for other in (found[name], flat(alone)):
             assert float((other - flat(whole)).norm() / moved.norm()) < 1e-10, name
 
@@ -235,27 +203,23 @@ def train_sharded(
     return torch.cat([p.full_tensor().detach().flatten() for p in model.parameters()])
 
 
-def checkpointing(rank: int, world: int, path: str) -> None:
-    begin(rank, world, path)
+def checkpointing(rank: int, world: int, folder: Path) -> dict[str, Tensor]:
     loads = world != 2
-    folder = Path(path).parent
     steps = range(4, 8) if loads else range(4)
-    found = {
+    return {
         name: train_sharded(name, world, rank, steps, folder / name, loads) for name in IN_SHARDS
     }
-    end(found, rank, path)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_distributed_checkpoints_fit_any_number_of_processes(tmp_path: Path) -> None:
-    for world in (2, 1, 4):
-        folder = tmp_path / f"{world}"
-        folder.mkdir()
-        processes.replicas(checkpointing, folder, world)
+    found = {
+        world: processes.run(checkpointing, world, tmp_path, world=world)[0] for world in (2, 1, 4)
+    }
     for name in IN_SHARDS:
         whole = train(name, 1, 0, range(8))["model"]
         moved = flat(whole) - weights(make("mlp"))
         for world in (1, 4):
-            found = results(tmp_path / f"{world}", world)[0][name]
-            assert float((found - flat(whole)).norm() / moved.norm()) < 1e-10, (name, world)
+            gap = float((found[world][name] - flat(whole)).norm() / moved.norm())
+            assert gap < 1e-10, (name, world)

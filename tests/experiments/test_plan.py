@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,7 +30,7 @@ from natgrad.experiments.plan import (
 from tests import processes
 from tests.distributed.networks import Transformer
 from tests.distributed.test_failures import noting
-from tests.distributed.test_shared_work import WIDTHS, begin, end, results, sent
+from tests.distributed.test_shared_work import WIDTHS, sent
 from tests.methods import make_optimizer
 from tests.test_cli import refused
 
@@ -48,12 +47,11 @@ def wide() -> nn.Module:
 # -- against processes -----------------------------------------------------------------------------
 
 
-def training(rank: int, world: int, path: str) -> None:
+def training(rank: int) -> dict[Any, Any]:
     """Train for five steps in every mode; note what is sent in the last three, and what is kept.
 
     Curvature is updated in steps 0, 2 and 4, and factorised in steps 0 and 4.
     """
-    begin(rank, world, path)
     log: list[tuple[str, Any]] = []
     for collective in COLLECTIVES:
         setattr(torch.distributed, collective, noting(collective, log))
@@ -75,7 +73,7 @@ def training(rank: int, world: int, path: str) -> None:
                 logs.append(sent(log))
             estimates = optimizer.preconditioner.curvature.estimates.values()
             found[name, sharing] = {"logs": logs[2:], "kept": held(estimates)}
-    end(found, rank, path)
+    return found
 
 
 def held(estimates: Any) -> int:
@@ -86,10 +84,8 @@ def held(estimates: Any) -> int:
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp(f"plan{request.param}")
-    processes.replicas(training, Path(folder), request.param)
-    return results(Path(folder), request.param)
+def trained(request: pytest.FixtureRequest) -> list[Any]:
+    return processes.run(training, world=request.param)
 
 
 @pytest.mark.slow

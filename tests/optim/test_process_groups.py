@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 import natgrad
@@ -18,45 +17,36 @@ from tests.optim.every_optimizer import KINDS, loss, make_model, weights
 NAMES = [name for name, kind in KINDS.items() if kind.takes != "residuals"]
 
 
-def start(rank: int, world: int, path: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{path}/rendezvous", rank=rank, world_size=world
-    )
+def trained(name: str, model: nn.Module) -> nn.Module:
+    """Take two steps with an optimizer of a name; return the model."""
+    optimizer = KINDS[name].make(model)
+    for _ in range(2):
+        KINDS[name].step(optimizer, model)
+    return model
 
 
-def alone(rank: int, world: int, path: str) -> None:
-    """Train on the first process only, with every optimizer, then tell the other."""
-    start(rank, world, path)
+def alone(rank: int) -> dict[str, Tensor]:
+    """Train on the first process only, with every optimizer."""
+    found = {}
     if rank == 0:
         for name in NAMES:
             model = make_model()
-            optimizer = KINDS[name].make(model)
-            for _ in range(2):
-                KINDS[name].step(optimizer, model)
-            torch.save(weights(model), f"{path}/{name}.pt")
+            found[name] = weights(trained(name, model))
         natgrad.fisher_matrix(model, (torch.zeros(2, 5).double(), torch.zeros(2, 3).double()))
-    torch.distributed.barrier()
-    os._exit(0)
+    return found
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_a_process_group_is_no_replica(tmp_path: Path):
-    processes.replicas(alone, tmp_path)
+def test_a_process_group_is_no_replica():
+    found = processes.run(alone)[0]
     for name in NAMES:
-        model = make_model()
-        optimizer = KINDS[name].make(model)
-        for _ in range(2):
-            KINDS[name].step(optimizer, model)
-        torch.testing.assert_close(
-            torch.load(tmp_path / f"{name}.pt"), weights(model), rtol=1e-9, atol=1e-12
-        )
+        expected = weights(trained(name, make_model()))
+        torch.testing.assert_close(found[name], expected, rtol=1e-9, atol=1e-12)
 
 
-def together(rank: int, world: int, path: str) -> None:
+def together(rank: int) -> dict[str, Tensor]:
     """Train replicas on data of their own, told of in three ways."""
-    start(rank, world, path)
     result = {}
     for way in ("wrapped", "wrapped later", "named"):
         model = make_model()
@@ -73,27 +63,23 @@ def together(rank: int, world: int, path: str) -> None:
             if way == "named":
                 for p in model.parameters():
                     torch.distributed.all_reduce(p.grad)
-                    p.grad.div_(world)
+                    p.grad.div_(2)
             optimizer.step()
         result[way] = weights(model)
-    torch.save(result, f"{path}/{rank}.pt")
-    torch.distributed.barrier()
-    os._exit(0)
+    return result
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_replicas_stay_equal_however_they_are_told_of(tmp_path: Path):
-    processes.replicas(together, tmp_path)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+def test_replicas_stay_equal_however_they_are_told_of():
+    first, second = processes.run(together)
     for way, found in first.items():
         assert torch.equal(found, second[way])
         torch.testing.assert_close(found, first["wrapped"], rtol=1e-9, atol=1e-12)
 
 
-def uneven(rank: int, world: int, path: str) -> None:
+def uneven(rank: int) -> dict[str, Tensor]:
     """Train replicas on batches of other sizes, and one in which nothing counts."""
-    start(rank, world, path)
     result = {}
     for method in (natgrad.KFAC, natgrad.EKFAC, natgrad.SINGD):
         model = make_model()
@@ -109,16 +95,13 @@ def uneven(rank: int, world: int, path: str) -> None:
             functional.cross_entropy(wrapped(x), y, reduction="sum").div(5).backward()
             optimizer.step()
         result[method.__name__] = weights(model)
-    torch.save(result, f"{path}/{rank}.pt")
-    torch.distributed.barrier()
-    os._exit(0)
+    return result
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_replicas_stay_equal_whatever_each_has_seen(tmp_path: Path):
-    processes.replicas(uneven, tmp_path)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+def test_replicas_stay_equal_whatever_each_has_seen():
+    first, second = processes.run(uneven)
     for name, found in first.items():
         assert found.isfinite().all() and torch.equal(found, second[name]), name
 
@@ -132,9 +115,8 @@ def test_one_process_waits_for_nobody():
     assert torch.equal(value["x"], torch.ones(2))
 
 
-def refused(rank: int, world: int, path: str) -> None:
+def refused(rank: int) -> tuple[dict[str, str], Tensor]:
     """Try what needs whole parameters on a sharded model, and optimizers on other kinds of it."""
-    start(rank, world, path)
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
@@ -144,10 +126,10 @@ def refused(rank: int, world: int, path: str) -> None:
         model = make_model()
         optimizer = natgrad.KFAC(model, "gaussian") if name == "later" else None
         if name == "tensor parallel":
-            mesh = torch.distributed.init_device_mesh("cpu", (world,))
+            mesh = torch.distributed.init_device_mesh("cpu", (2,))
             parallelize_module(model, mesh, {"0": ColwiseParallel()})
         else:
-            fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (world,)))
+            fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (2,)))
         try:
             if optimizer is not None:
                 loss(model)
@@ -163,27 +145,18 @@ def refused(rank: int, world: int, path: str) -> None:
         except Exception as error:
             said[name] = f"{type(error).__name__}: {error}"
     model = make_model()
-    fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (world,)))
-    optimizer = KINDS["Padam"].make(model)
-    for _ in range(2):
-        KINDS["Padam"].step(optimizer, model)
-    result = [p.full_tensor() for p in model.parameters()]
-    if rank == 0:
-        torch.save((said, torch.cat([p.detach().flatten() for p in result])), f"{path}/said.pt")
-    torch.distributed.barrier()
-    os._exit(0)
+    fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (2,)))
+    parameters: list[Any] = list(trained("Padam", model).parameters())
+    return said, torch.cat([p.full_tensor().detach().flatten() for p in parameters])
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_what_needs_whole_parameters_refuses_shards(tmp_path: Path):
-    processes.replicas(refused, tmp_path)
-    said, trained = torch.load(tmp_path / "said.pt")
-    model = make_model()  # Padam works entry by entry, so that shards do.
-    optimizer = KINDS["Padam"].make(model)
-    for _ in range(2):
-        KINDS["Padam"].step(optimizer, model)
-    torch.testing.assert_close(trained, weights(model), rtol=1e-9, atol=1e-12)
+def test_what_needs_whole_parameters_refuses_shards():
+    said, found = processes.run(refused)[0]
+    # Padam works entry by entry, so that shards do.
+    expected = weights(trained("Padam", make_model()))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
     assert said.pop("tensor parallel").endswith("over one mesh, in one dimension or in replicas")
     for name, sentence in said.items():
         assert "is sharded, as by fully_shard (FSDP2)" in sentence, (name, sentence)
