@@ -1,4 +1,4 @@
-"""The command line: ``natgrad compare``, ``theory``, ``inspect`` and ``plan``.
+"""The command line: ``natgrad compare``, ``theory``, ``claims``, ``inspect`` and ``plan``.
 
 Wrong input ends with exit code 2 and one sentence on standard error; Ctrl-C with 130, after writing
 what is there.
@@ -16,6 +16,11 @@ import typer
 from rich.console import Console
 
 from natgrad.curvature import STRUCTURES
+from natgrad.experiments.claims.console import ClaimBars, as_values, print_claims
+from natgrad.experiments.claims.page import render_page
+from natgrad.experiments.claims.registry import SOURCES, choose
+from natgrad.experiments.claims.results import read_result, result_path, write_whole
+from natgrad.experiments.claims.run import ClaimsConfig, run_claims
 from natgrad.experiments.compare import compare as run_comparison
 from natgrad.experiments.config import CompareConfig, ConfigError
 from natgrad.experiments.console import (
@@ -272,6 +277,52 @@ def theory(
     print_findings(console, results)
     console.print(f"Report: {files[0]}", highlight=False)
     return 130 if results.interrupted else 0
+
+
+@app.command()
+def claims(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME]...", help="Claims, or whole sources [default: all]."),
+    ] = None,
+    listing: Annotated[
+        bool, typer.Option("--list", help="List the claims and their verdicts; measure nothing.")
+    ] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Measure at the published sizes: hours, or a GPU.")
+    ] = False,
+    again: Annotated[bool, typer.Option("--again", help="Measure what is kept, too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="NATGRAD_DATA",
+            help="Folder with the files of the data sets [default: the digits stand in for them].",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    device: DeviceOption = "auto",
+    output: Annotated[
+        Path, typer.Option(help="Folder of the results; the page is FOLDER.md beside it.")
+    ] = Path("results/claims"),
+) -> int:
+    """Put what the sources of natgrad claim to the test, and keep what is found."""
+    chosen = choose(names or ())
+    console, interrupted = _console(), False
+    if not listing:
+        _check_output(output)
+        config = ClaimsConfig(output, full, again, data_dir, seed, device)
+        with ClaimBars(Console(stderr=True) if as_json else console) as bars:
+            interrupted = run_claims(chosen, config, bars)[1]
+        write_whole(output.with_suffix(".md"), render_page(SOURCES, output))
+    found = [(claim, read_result(result_path(output, claim, full))) for claim in chosen]
+    if as_json:
+        print(json.dumps([as_values(*pair) for pair in found], indent=2, ensure_ascii=False))
+    else:
+        print_claims(console, found)
+    if not listing and not as_json:
+        console.print(f"Page: {output.with_suffix('.md')}", highlight=False)
+    return 130 if interrupted else 0
 
 
 @app.command("inspect")

@@ -1,0 +1,249 @@
+"""A claim of a source: what it says, how it is measured, and the rule that decides.
+
+The rule is stated before anything is measured: bounds on named figures, each with its reason. A
+claim may be refuted as well as reproduced; draws that do not tell a figure from its bound decide
+nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from natgrad.experiments.config import find_device
+from natgrad.experiments.data import Dataset, load_dataset
+from natgrad.experiments.theory.config import TheoryConfig
+from natgrad.experiments.theory.problem import Problem
+
+__all__ = ["CANNOT", "Claim", "Draws", "Expect", "Figures", "Setting", "Source", "Verdict"]
+
+Verdict = Literal["reproduced", "refuted", "cannot be told"]
+CANNOT: Verdict = "cannot be told"
+
+Draws = float | list[float]
+Figures = dict[str, Draws]
+"""Measured numbers by name: one number, or one for each draw of what is random."""
+
+Value = TypeVar("Value", float, list[float], dict[str, float], dict[str, list[float]])
+
+#: Standard errors by which the mean of several draws must clear a bound.
+ERRORS = 2.0
+
+
+@dataclass(frozen=True)
+class Expect:
+    """What a claim says of a figure.
+
+    Attributes:
+        figure: Its name, or the beginning of the names of several that all must comply. A figure
+            that fits several expectations of a claim belongs to the first.
+        at_least: Lower bound.
+        at_most: Upper bound.
+        because: Why the bound is where it is.
+    """
+
+    figure: str
+    at_least: float = -math.inf
+    at_most: float = math.inf
+    because: str = ""
+
+    def judge(self, draws: Draws) -> Verdict:
+        """Judge one figure: its mean must clear the bounds by two standard errors, if it has any.
+
+        An infinite figure, of a run that diverged, is beyond every bound; NaN decides nothing.
+        """
+        mean, error = mean_and_error(draws)
+        if math.isnan(mean):
+            return CANNOT
+        if self.at_least <= mean - error and mean + error <= self.at_most:
+            return "reproduced"
+        if mean + error < self.at_least or mean - error > self.at_most:
+            return "refuted"
+        return CANNOT
+
+    def __str__(self) -> str:
+        """Return the bounds as text."""
+        if self.at_least == -math.inf:
+            return f"≤ {self.at_most:g}"
+        if self.at_most == math.inf:
+            return f"≥ {self.at_least:g}"
+        return f"{self.at_least:g} to {self.at_most:g}"
+
+
+def mean_and_error(draws: Draws) -> tuple[float, float]:
+    """Return the mean of some draws and two standard errors of it; 0 for one draw."""
+    values = draws if isinstance(draws, list) else [draws]
+    mean = statistics.fmean(values) if values else math.nan
+    if len(values) < 2 or not math.isfinite(mean):
+        return mean, 0.0
+    return mean, ERRORS * statistics.stdev(values) / math.sqrt(len(values))
+
+
+@functools.cache
+def _problem(config: TheoryConfig) -> Problem:
+    return Problem.load(config)
+
+
+@dataclass
+class Setting:
+    """What a measurement runs with.
+
+    Attributes:
+        full: Whether to measure at the published size instead of one for two cores.
+        seed: Seed of everything random.
+        data: Name of the data set.
+        data_dir: Folder with its files.
+        device: auto, cpu, cuda or cuda:N.
+        parts: What finished parts of the measurement found, by name.
+        store: Called after every part that finishes.
+        progress: Told the share that is done.
+    """
+
+    full: bool = False
+    seed: int = 0
+    data: str = "digits"
+    data_dir: Path | None = None
+    device: str = "auto"
+    parts: dict[str, Any] = field(default_factory=dict)
+    store: Callable[[], None] = lambda: None
+    progress: Callable[[float], None] = lambda share: None
+
+    def of(self, small: Any, published: Any) -> Any:
+        """Return the first at the small size, the second at the published one."""
+        return published if self.full else small
+
+    def torch_device(self) -> torch.device:
+        """Return the device."""
+        return find_device(self.device)
+
+    def dataset(self, train_samples: int | None = None, **options: Any) -> Dataset:
+        """Load the data set on the device; see `load_dataset`."""
+        data = load_dataset(
+            self.data, self.data_dir, train_samples=train_samples, seed=self.seed, **options
+        )
+        return data.to(self.torch_device())
+
+    def problem(self, samples: int, width: int, depth: int = 3) -> Problem:
+        """Return two classes of images with targets ±½, and networks in NTK parameterisation."""
+        return _problem(
+            TheoryConfig(
+                data=self.data,
+                data_dir=self.data_dir,
+                train_samples=samples,
+                width=width,
+                depth=depth,
+                seed=self.seed,
+                device=self.device,
+            )
+        )
+
+    def part(self, name: str, compute: Callable[[], Value]) -> Value:
+        """Return what a part of the measurement finds, computed once and kept if interrupted.
+
+        Args:
+            name: Its name, different for every part of a claim.
+            compute: Finds it; a number, a list of numbers, or a dict of such by name.
+        """
+        if name not in self.parts:
+            self.parts[name] = compute()
+            self.store()
+        found: Value = self.parts[name]
+        return found
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim.
+
+    Attributes:
+        name: Its name, ``source.claim``.
+        where: Section, theorem or figure of the source.
+        says: The claim, in one sentence.
+        expects: The rule: reproduced if all bounds hold, refuted if one is broken.
+        measure: Measures the figures.
+        about: What is measured, in one sentence.
+        data: Data set at the small size; another than "digits" gives way to it where no folder of
+            data is known.
+        published_data: That at the published size.
+        too_small: Why the small size cannot decide, if so; its figures are shown all the same.
+        remark: What to make of the outcome.
+    """
+
+    name: str
+    where: str
+    says: str
+    expects: tuple[Expect, ...]
+    measure: Callable[[Setting], Figures]
+    about: str
+    data: str = "digits"
+    published_data: str = "mnist"
+    too_small: str = ""
+    remark: str = ""
+
+    def data_for(self, full: bool, data_dir: Path | None) -> str:
+        """Return the name of the data set to use."""
+        if full:
+            return self.published_data
+        return self.data if data_dir is not None else "digits"
+
+    def expectation(self, figure: str) -> Expect | None:
+        """Return what the claim says of a figure; None if it is there for information."""
+        return next((e for e in self.expects if figure.startswith(e.figure)), None)
+
+    def verdict(self, figures: Mapping[str, Draws], full: bool = True) -> Verdict:
+        """Return the verdict on figures measured at the published size, or the small one.
+
+        Refuted if one bound is broken, reproduced only if all hold; a bound without a figure
+        decides nothing.
+        """
+        if self.too_small and not full:
+            return CANNOT
+        judged = {name: self.expectation(name) for name in figures}
+        verdicts = {e.judge(figures[name]) for name, e in judged.items() if e is not None}
+        if "refuted" in verdicts:
+            return "refuted"
+        unmeasured = set(self.expects) - set(judged.values())
+        return CANNOT if CANNOT in verdicts or unmeasured or not verdicts else "reproduced"
+
+
+class Source:
+    """A paper and the claims of it that can be measured.
+
+    Args:
+        name: Short name, the first part of the names of its claims.
+        reference: Authors, title and year.
+    """
+
+    def __init__(self, name: str, reference: str) -> None:
+        self.name, self.reference = name, reference
+        self.claims: list[Claim] = []
+
+    def claim(
+        self, name: str, *, where: str, says: str, expects: Sequence[Expect], **fields: Any
+    ) -> Callable[[Callable[[Setting], Figures]], Callable[[Setting], Figures]]:
+        """Register the decorated function as the measurement of a claim, its docstring as `about`.
+
+        Args:
+            name: Name of the claim, unique in the source.
+            where: See :class:`Claim`.
+            says: See :class:`Claim`.
+            expects: See :class:`Claim`.
+            **fields: Further fields of :class:`Claim`.
+        """
+
+        def register(measure: Callable[[Setting], Figures]) -> Callable[[Setting], Figures]:
+            about = " ".join((measure.__doc__ or "").split())
+            full_name = f"{self.name}.{name}"
+            self.claims.append(
+                Claim(full_name, where, says, tuple(expects), measure, about, **fields)
+            )
+            return measure
+
+        return register

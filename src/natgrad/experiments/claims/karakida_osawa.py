@@ -1,0 +1,437 @@
+"""Karakida & Osawa (2020): approximate Fisher matrices in wide networks."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+from natgrad import ntk
+from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
+from natgrad.experiments.theory.by_width import ByWidth
+from natgrad.experiments.theory.methods import METHODS, damping_of
+from natgrad.experiments.theory.problem import Problem
+
+__all__ = ["SOURCE"]
+
+SOURCE = Source(
+    "karakida-osawa",
+    "Karakida & Osawa, Understanding approximate Fisher information for fast convergence of "
+    "natural gradient descent in wide neural networks (2020)",
+)
+
+#: Draws of the random weights.
+DRAWS = 3
+#: Least fall with the width that counts as vanishing; the theory's O(1/√M) is −½.
+VANISHES = -0.25
+
+
+def _widths(setting: Setting) -> tuple[int, ...]:
+    widths: tuple[int, ...] = setting.of((128, 256, 512, 1024), (512, 1024, 2048, 4096))
+    return widths
+
+
+def _problem(setting: Setting, width: int | None = None, depth: int = 3) -> Problem:
+    return setting.problem(setting.of(20, 100), width or _widths(setting)[-1], depth)
+
+
+def _title(name: str) -> str:
+    return METHODS[name].title
+
+
+@SOURCE.claim(
+    "dynamics",
+    where="theorem 3.1, figure 2",
+    says="Block-diagonal, block-tridiagonal, K-FAC and unit-wise approximations train a wide "
+    "network on the same curve as the exact Fisher matrix, each at its own learning rate c/α.",
+    expects=[
+        Expect(
+            "exponent of the width",
+            at_most=VANISHES,
+            because="the departure vanishes like 1/√M, but constants differ by method",
+        ),
+        Expect(
+            "departure from (1 − ηα)^t, Exact NGD",
+            at_most=0.1,
+            because="O(1/√M) is 0.03 at M = 1024",
+        ),
+    ],
+)
+def dynamics(setting: Setting) -> Figures:
+    """Largest distance, over six steps at η = ½/α, of √(loss/first loss) from ½^t."""
+    found = {name: ByWidth() for name in _problem(setting).structures}
+    widths = _widths(setting)
+    for index, width in enumerate(widths):
+        task = _problem(setting, width)
+        for draw in range(DRAWS):
+            model = task.network(draw=draw)
+            for name, values in found.items():
+                damping = damping_of(name, model, task.x)
+                losses = task.train(model, name, 0.5 / task.alpha(name), damping, 6).train_loss
+                shrunk = [math.sqrt(loss / losses[0]) for loss in losses]
+                values.add(width, max(abs(s - 0.5**step) for step, s in enumerate(shrunk)))
+        setting.progress((index + 1) / len(widths))
+    figures: Figures = {}
+    for name, values in found.items():
+        figures[f"departure from (1 − ηα)^t, {_title(name)}"] = values[widths[-1]]
+        figures[f"exponent of the width, {_title(name)}"] = values.exponent()
+    return figures
+
+
+@SOURCE.claim(
+    "alpha",
+    where="section 4, table 1",
+    says="α is 1, L, the sum of the inverse tri-diagonal matrix, about NL and about γM(L − 1) for "
+    "exact, block-diagonal, block-tridiagonal, K-FAC and unit-wise curvature.",
+    expects=[
+        Expect(
+            "α measured / theory",
+            at_least=0.95,
+            at_most=1.05,
+            because="unit-wise α has an error O(1/√M), the others none",
+        ),
+    ],
+    remark="α of K-FAC is N(L − 1) + 1 with factors that are means, not NL: the last layer's "
+    "output factor is the identity, so that this layer counts 1. Unit-wise α is γM(L − 1)/C + 1.",
+)
+def alpha(setting: Setting) -> Figures:
+    """α = tr(JF⁻¹Jᵀ/N)/N of networks of three and four layers."""
+    figures: Figures = {}
+    for depth in (3, 4):
+        task = _problem(setting, depth=depth)
+        model = task.network()
+        for name in task.structures:
+            found = ntk.isotropy(model, task.x, name, damping_of(name, model, task.x))
+            label = f"{_title(name)}, L = {depth}"
+            figures[f"α measured / theory, {label}"] = found.alpha / task.alpha(name)
+        setting.progress((depth - 2) / 2)
+    return figures
+
+
+@SOURCE.claim(
+    "best-rate",
+    where="section 4",
+    says="The best learning rate is 1/α.",
+    expects=[
+        Expect(
+            "best learning rate × α, Exact NGD",
+            at_least=0.9,
+            at_most=1.1,
+            because="O(1/√M) is 0.03 at M = 1024",
+        ),
+        Expect(
+            "best learning rate × α, Block",
+            at_least=0.9,
+            at_most=1.1,
+            because="as for the exact matrix",
+        ),
+        Expect(
+            "exponent of the width of |best learning rate × α − 1|",
+            at_most=VANISHES,
+            because="the departure vanishes like 1/√M, but constants differ by method",
+        ),
+    ],
+    remark="At widths that are used, K-FAC and unit-wise curvature want larger rates than 1/α: "
+    "what a step leaves is due to the change of the Jacobian, which a longer step makes up for. "
+    "Whether that ends at larger widths than 1024 is open; from 1 % of the residual, in the linear "
+    "regime, the best rate is 1.01/α and less for every method.",
+)
+def best_rate(setting: Setting) -> Figures:
+    """Vertex of the parabola through the losses after one step at ¾, 1 and 1¼ of 1/α."""
+    widths = _widths(setting)
+    best = {name: ByWidth() for name in _problem(setting).structures}
+    for index, width in enumerate(widths):
+        task = _problem(setting, width)
+        for draw in range(2 * DRAWS):
+            model = task.network(draw=draw)
+            for name, found in best.items():
+                damping, rate = damping_of(name, model, task.x), 1.0 / task.alpha(name)
+                low, middle, high = (
+                    task.train(model, name, factor * rate, damping, 1).train_loss[1]
+                    for factor in (0.75, 1.0, 1.25)
+                )
+                found.add(width, 1.0 + 0.125 * (low - high) / (low - 2.0 * middle + high))
+        setting.progress((index + 1) / len(widths))
+    figures: Figures = {}
+    for name, found in best.items():
+        figures[f"best learning rate × α, {_title(name)}"] = found[widths[-1]]
+        departure = ByWidth({width: [abs(found.mean(width) - 1.0)] for width in widths})
+        key = "exponent of the width of |best learning rate × α − 1|"
+        figures[f"{key}, {_title(name)}"] = departure.exponent()
+    return figures
+
+
+@SOURCE.claim(
+    "divergence",
+    where="section 3",
+    says="Learning rates up to 2/α converge, those beyond it diverge.",
+    expects=[
+        Expect(
+            "growth of the loss per step at 1.8/α", at_most=0.9, because="theory says 0.8² = 0.64"
+        ),
+        Expect(
+            "growth of the loss per step at 2.2/α", at_least=1.1, because="theory says 1.2² = 1.44"
+        ),
+    ],
+)
+def divergence(setting: Setting) -> Figures:
+    """Growth of the loss in the linear regime.
+
+    Its geometric mean over six steps from a residual of 1 % of that at random, near which a network
+    of moderate width is as linear as an infinite one is from its start.
+    """
+    task, figures = _problem(setting), Figures()
+    for index, name in enumerate(task.structures):
+        growth: dict[float, list[float]] = {1.8: [], 2.2: []}
+        for draw in range(DRAWS):
+            model = task.network(draw=draw)
+            damping = damping_of(name, model, task.x)
+            with torch.no_grad():
+                start = model(task.x)
+            near = dataclasses.replace(task, y=start - 0.01 * (start - task.y))
+            for factor, found in growth.items():
+                losses = near.train(model, name, factor / task.alpha(name), damping, 6).train_loss
+                found.append((losses[-1] / losses[0]) ** (1 / 6))
+        for factor, found in growth.items():
+            figures[f"growth of the loss per step at {factor}/α, {_title(name)}"] = found
+        setting.progress((index + 1) / len(task.structures))
+    return figures
+
+
+@SOURCE.claim(
+    "divergence-from-start",
+    where="section 3",
+    says="The training of a real network from its random start converges up to 2/α and diverges "
+    "beyond.",
+    expects=[
+        Expect(
+            "loss after 10 steps at 1.8/α, relative to the first",
+            at_most=0.5,
+            because="theory leaves 0.8²⁰ = 0.01",
+        ),
+        Expect(
+            "loss after 10 steps at 2.2/α, relative to the first",
+            at_least=1.0,
+            because="theory makes it grow by 1.2²⁰ = 38",
+        ),
+    ],
+    remark="A finite network moves out of the linear regime before the growth shows, into regions "
+    "in which the step is stable: the rates beyond 2/α are worse, yet the loss mostly falls. The "
+    "bound holds near a solution (`karakida-osawa.divergence`).",
+)
+def divergence_from_start(setting: Setting) -> Figures:
+    """The training loss after ten steps below and above 2/α."""
+    task, figures = _problem(setting, setting.of(512, 4096)), Figures()
+    for index, name in enumerate(task.structures):
+        for factor in (1.8, 2.2):
+            draws = []
+            for draw in range(DRAWS):
+                model = task.network(draw=draw)
+                damping = damping_of(name, model, task.x)
+                run = task.train(model, name, factor / task.alpha(name), damping, 10)
+                last = run.train_loss[-1]
+                draws.append(last / run.train_loss[0] if math.isfinite(last) else math.inf)
+            key = f"loss after 10 steps at {factor}/α, relative to the first, {_title(name)}"
+            figures[key] = draws
+        setting.progress((index + 1) / len(task.structures))
+    return figures
+
+
+@SOURCE.claim(
+    "diagonal",
+    where="section 5",
+    says="The entry-wise diagonal of the Fisher matrix is not isotropic in function space, at any "
+    "width, while the layer-wise and unit-wise approximations become so.",
+    expects=[
+        Expect("deviation, Diagonal", at_least=0.5, because="far beyond rounding and O(1/√M)"),
+        Expect(
+            "exponent of the width, Diagonal",
+            at_least=-0.1,
+            because="the deviation must not vanish; 1/√M would be −0.5",
+        ),
+        Expect("deviation, ", at_most=0.1, because="O(1/√M) of the unit-wise one"),
+        Expect("exponent of the width, Unit-wise", at_most=VANISHES, because="theory says −0.5"),
+    ],
+)
+def diagonal(setting: Setting) -> Figures:
+    """‖M − αI‖/‖αI‖ of the coefficients M = JF⁻¹Jᵀ/N at the largest width, and how it falls."""
+    widths = _widths(setting)
+    names = ("diagonal", *_problem(setting).structures)
+    deviations = {name: ByWidth() for name in names}
+    for index, width in enumerate(widths):
+        task = _problem(setting, width)
+        for draw in range(DRAWS):
+            model = task.network(draw=draw)
+            for name in names:
+                damping = 0.0 if name == "diagonal" else damping_of(name, model, task.x)
+                found = ntk.isotropy(model, task.x, name, damping)
+                deviations[name].add(width, found.deviation)
+        setting.progress((index + 1) / len(widths))
+    figures: Figures = {f"deviation, {_title(n)}": d[widths[-1]] for n, d in deviations.items()}
+    for name in ("diagonal", "unit_wise"):
+        figures[f"exponent of the width, {_title(name)}"] = deviations[name].exponent()
+    return figures
+
+
+@SOURCE.claim(
+    "one-step",
+    where="section 3, figure 1",
+    says="At η = 1/α training fits the data in one step, the better the wider the network.",
+    expects=[
+        Expect(
+            "loss after one step, relative to the first, Exact NGD",
+            at_most=0.05,
+            because="the outputs err by O(1/√M), the loss by its square",
+        ),
+        Expect(
+            "exponent of the width",
+            at_most=VANISHES,
+            because="theory says −1 in the limit; the constants of K-FAC and unit-wise curvature "
+            "are so large that they are not there yet",
+        ),
+    ],
+)
+def one_step(setting: Setting) -> Figures:
+    """The training loss after one step at 1/α, and the power of the width with which it falls."""
+    widths = _widths(setting)
+    losses = {name: ByWidth() for name in _problem(setting).structures}
+    for index, width in enumerate(widths):
+        task = _problem(setting, width)
+        for draw in range(2 * DRAWS):
+            model = task.network(draw=draw)
+            for name, values in losses.items():
+                damping = damping_of(name, model, task.x)
+                run = task.train(model, name, 1.0 / task.alpha(name), damping, 1)
+                values.add(width, run.train_loss[1] / run.train_loss[0])
+        setting.progress((index + 1) / len(widths))
+    figures: Figures = {}
+    for name, values in losses.items():
+        last = values[widths[-1]]
+        figures[f"loss after one step, relative to the first, {_title(name)}"] = last
+        figures[f"exponent of the width, {_title(name)}"] = values.exponent()
+    return figures
+
+
+@SOURCE.claim(
+    "gradient-descent",
+    where="section 3",
+    says="Gradient descent is slow in the directions of small eigenvalues of the tangent kernel, "
+    "in which natural gradient descent is as fast as in the others.",
+    expects=[
+        Expect(
+            "log of the residual left, over theory, gradient descent",
+            at_least=0.8,
+            at_most=1.25,
+            because="(1 − λ_min/λ_max)^t up to O(1/√M)",
+        ),
+        Expect(
+            "residual left after one step, Exact NGD",
+            at_most=0.2,
+            because="theory leaves nothing; a finite network O(1/√M)",
+        ),
+        Expect(
+            "steps of gradient descent to halve it",
+            at_least=10.0,
+            because="one step does it for natural gradient descent",
+        ),
+    ],
+)
+def gradient_descent(setting: Setting) -> Figures:
+    """What is left of a residual along the eigenvector of λ_min, at η = 1/λ_max and η = 1.
+
+    Its length is 1 % of that which the residual of the targets has along an eigenvector on average,
+    at which a network of moderate width is linear; the whole of it is measured for information.
+    """
+    task, steps = _problem(setting), setting.of(200, 1000)
+    over_theory: list[float] = []
+    after_one: list[float] = []
+    after_one_whole: list[float] = []
+    halving: list[float] = []
+    for draw in range(DRAWS):
+        model = task.network(draw=draw)
+        values, vectors = torch.linalg.eigh(ntk.empirical_kernel(model, task.x) / task.samples)
+        shrink = math.log1p(-float(values[0] / values[-1]))
+        with torch.no_grad():
+            start = model(task.x)
+        size = float((start - task.y).norm()) / math.sqrt(task.samples)
+        for share, found in ((0.01, after_one), (1.0, after_one_whole)):
+            along = dataclasses.replace(task, y=start - share * size * vectors[:, :1])
+            losses = along.train(model, "full", 1.0, 0.0, 1).train_loss
+            found.append(math.sqrt(losses[1] / losses[0]))
+        along = dataclasses.replace(task, y=start - 0.01 * size * vectors[:, :1])
+        losses = along.train(model, "gd", 1.0 / float(values[-1]), 0.0, steps).train_loss
+        over_theory.append(0.5 * math.log(losses[-1] / losses[0]) / (steps * shrink))
+        halving.append(math.log(0.5) / shrink)
+        setting.progress((draw + 1) / DRAWS)
+    return {
+        "log of the residual left, over theory, gradient descent": over_theory,
+        "residual left after one step, Exact NGD": after_one,
+        "steps of gradient descent to halve it": halving,
+        "of the whole residual left after one step, Exact NGD": after_one_whole,
+    }
+
+
+@SOURCE.claim(
+    "test",
+    where="section 4, figure 3",
+    says="Predictions on test inputs follow in closed form; exact natural gradient descent ends at "
+    "those of gradient descent, the layer-wise approximations elsewhere.",
+    expects=[
+        Expect(
+            "distance of test outputs from theory, exponent of the width",
+            at_most=VANISHES,
+            because="the distance vanishes like 1/√M",
+        ),
+        Expect(
+            "distance of test outputs from theory, Exact NGD",
+            at_most=0.15,
+            because="O(1/√M) with the larger constant of inputs that are not trained on",
+        ),
+        Expect("limit of Exact NGD, from that of gradient descent", at_most=1e-4),
+        Expect(
+            "limit of Block-diagonal, from that of gradient descent",
+            at_least=1e-3,
+            because="a mean of per-layer regressors is not the regressor of the sum",
+        ),
+    ],
+)
+def test(setting: Setting) -> Figures:
+    """Distance of test outputs after six steps at ½/α from the infinite-width prediction.
+
+    It is relative to the prediction; unit-wise curvature has none.
+    """
+    widths = _widths(setting)
+    names = [name for name in _problem(setting).structures if name != "unit_wise"]
+    found = {name: ByWidth() for name in names}
+    for index, width in enumerate(widths):
+        task = _problem(setting, width)
+        for draw in range(DRAWS):
+            model = task.network(draw=draw)
+            infinite = ntk.InfiniteNetwork(model, task.x, task.x_test)
+            for name in names:
+                lr, damping = 0.5 / task.alpha(name), damping_of(name, model, task.x)
+                theory = ntk.predict(infinite, task.y, name, steps=[6], lr=lr).test
+                assert theory is not None
+                trained = task.train(model, name, lr, damping, 6).model
+                with torch.no_grad():
+                    distance = (trained(task.x_test) - theory[0]).norm() / theory[0].norm()
+                found[name].add(width, float(distance))
+        setting.progress((index + 1) / len(widths))
+    figures: Figures = {}
+    for name, values in found.items():
+        key = "distance of test outputs from theory"
+        figures[f"{key}, {_title(name)}"] = values[widths[-1]]
+        figures[f"{key}, exponent of the width, {_title(name)}"] = values.exponent()
+    end = _limit(infinite, task, "gd")
+    for name in ("full", "block_diagonal"):
+        distance = (_limit(infinite, task, name) - end).norm() / end.norm()
+        figures[f"limit of {_title(name)}, from that of gradient descent"] = float(distance)
+    return figures
+
+
+def _limit(infinite: ntk.InfiniteNetwork, task: Problem, name: str) -> torch.Tensor:
+    """Return the test outputs after training for ever."""
+    found = ntk.predict(infinite, task.y, name, steps=[1e12], lr=1.0, continuous=True)
+    assert found.test is not None
+    return found.test[0]

@@ -1,0 +1,97 @@
+"""The page of all claims: what was measured, where, and what follows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from natgrad.experiments.claims.claim import Claim, Draws, Expect, Source, mean_and_error
+from natgrad.experiments.claims.results import Result, read_result, result_path
+
+__all__ = ["render_page"]
+
+_INTRODUCTION = """\
+# The claims of the sources, measured
+
+What the papers behind natgrad claim, each claim with a measurement, a rule for its outcome, and
+the verdict of the rule: *reproduced*, *refuted*, or *cannot be told*. Figures with several draws of
+what is random must clear their bounds by two standard errors, which follow ±, the number of draws
+in parentheses. Every figure has the command that repeats it; this page is written by the command.
+
+    natgrad claims --list            # the claims, and what is known of them
+    natgrad claims NAME ...          # measure some, claims or whole sources, in minutes on a core
+    natgrad claims --full --data-dir DIR  # at the published sizes; resumes where it was stopped
+"""
+
+
+def render_page(sources: Sequence[Source], folder: Path) -> str:
+    """Return the page, in Markdown.
+
+    Args:
+        sources: The sources.
+        folder: Folder of the results.
+
+    Raises:
+        ConfigError: If a kept result cannot be read.
+    """
+    lines = [_INTRODUCTION, "| claim | verdict | at the published size |", "|---|---|---|"]
+    sections: list[str] = []
+    for source in sources:
+        sections += [f"\n## {source.reference}"]
+        for claim in source.claims:
+            small, full = (read_result(result_path(folder, claim, size)) for size in (False, True))
+            anchor = claim.name.replace(".", "")
+            verdicts = f"{_verdict(claim, small)} | {_verdict(claim, full)}"
+            lines.append(f"| [{claim.name}](#{anchor}) | {verdicts} |")
+            sections.append(f"\n### {claim.name}\n\n{claim.says} ({_capital(claim.where)})\n")
+            sections.append(f"*Measured:* {claim.about}")
+            for result in (small, full):
+                if result is not None and result.figures:
+                    sections += _section(claim, result)
+            if small is None and full is None:
+                sections += ["\nNot measured yet. The rule:\n"]
+                sections += [f"- {_rule(expect)}" for expect in claim.expects]
+            if claim.remark:
+                sections.append(f"\n{claim.remark}")
+    return "\n".join(lines + sections) + "\n"
+
+
+def _section(claim: Claim, result: Result) -> list[str]:
+    size = "published size" if result.full else "size for one core"
+    verdict = result.verdict(claim)
+    why = f": {claim.too_small}" if claim.too_small and not result.full else ""
+    lines = [f"\n**{_capital(verdict)}** at the {size}{why}.\n"]
+    lines += ["| figure | measured | rule | |", "|---|---|---|---|"]
+    for name, draws in result.figures.items():
+        expect = claim.expectation(name)
+        rule, judged = ("", "") if expect is None else (str(expect), expect.judge(draws))
+        lines.append(f"| {name.replace('|', '¦')} | {format_draws(draws)} | {rule} | {judged} |")
+    lines.append(f"\nThe rule: {'; '.join(map(_rule, claim.expects))}.")
+    where = result.environment
+    lines.append(
+        f"\n`{result.command}`; {result.data}, seed {result.seed}; {result.seconds:.0f} s on "
+        f"{where['device']}, {where['threads']} of {where['cores']} cores, torch {where['torch']}, "
+        f"{result.created[:10]}."
+    )
+    return lines
+
+
+def format_draws(draws: Draws) -> str:
+    """Return the mean with three digits and, of several draws, two standard errors and number."""
+    mean, error = mean_and_error(draws)
+    text = f"{mean:.3g}" if math.isfinite(mean) else {math.inf: "∞"}.get(mean, str(mean))
+    return f"{text} ± {error:.2g} ({len(draws)})" if isinstance(draws, list) else text
+
+
+def _verdict(claim: Claim, result: Result | None) -> str:
+    return result.verdict(claim) if result is not None and result.figures else "–"
+
+
+def _rule(expect: Expect) -> str:
+    reason = f" ({expect.because})" if expect.because else ""
+    return f"{expect.figure.rstrip(', ')} {expect}{reason}"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

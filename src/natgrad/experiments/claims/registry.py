@@ -1,0 +1,36 @@
+"""All sources and their claims, in the order of the page."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+from natgrad.experiments.claims import karakida_osawa
+from natgrad.experiments.claims.claim import Claim, Source
+from natgrad.experiments.config import ConfigError
+
+__all__ = ["SOURCES", "choose"]
+
+SOURCES: tuple[Source, ...] = (karakida_osawa.SOURCE,)
+"""The sources; to add one, write a module with a `SOURCE` and name it here."""
+
+
+def choose(names: Sequence[str] = (), sources: Sequence[Source] = SOURCES) -> list[Claim]:
+    """Return the claims of some names, which may be those of sources; all if there are no names.
+
+    Raises:
+        ConfigError: If a name is unknown; it names the ones that are close.
+    """
+    groups = {source.name: source.claims for source in sources}
+    claims = {claim.name: [claim] for found in groups.values() for claim in found}
+    known = {**claims, **groups}
+    chosen: dict[str, Claim] = {}
+    for name in names or groups:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+            hint = (
+                f"did you mean {', '.join(close)}" if close else "natgrad claims --list names all"
+            )
+            raise ConfigError(f"Unknown claim {name!r}: {hint}.")
+        chosen |= {claim.name: claim for claim in known[name]}
+    return list(chosen.values())

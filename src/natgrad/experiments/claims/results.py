@@ -1,0 +1,101 @@
+"""What was measured for a claim, kept as one JSON file a claim and size."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from natgrad.experiments.claims.claim import Claim, Figures, Verdict
+from natgrad.experiments.config import ConfigError
+
+__all__ = ["Result", "read_result", "result_path", "write_whole"]
+
+
+@dataclass
+class Result:
+    """The figures of one claim at one size.
+
+    Attributes:
+        claim: Name of the claim.
+        full: Whether at the published size.
+        command: The command that repeats it.
+        data: Name of the data set.
+        seed: Seed of everything random.
+        environment: Versions and machine.
+        created: When it was finished, ISO 8601.
+        seconds: How long it took, all sittings together.
+        figures: The figures; none while it is not finished.
+        parts: What finished parts found, for an interrupted measurement to go on from.
+    """
+
+    claim: str
+    full: bool
+    command: str
+    data: str
+    seed: int
+    environment: dict[str, Any]
+    created: str = ""
+    seconds: float = 0.0
+    figures: Figures = field(default_factory=dict)
+    parts: dict[str, Any] = field(default_factory=dict)
+
+    def verdict(self, claim: Claim) -> Verdict:
+        """Return the verdict of the claim's rule as it stands now."""
+        return claim.verdict(self.figures, self.full)
+
+    def to_json(self) -> str:
+        """Return the result as strict JSON: infinite numbers and NaN become strings."""
+        return json.dumps(_strict(dataclasses.asdict(self)), indent=1, ensure_ascii=False) + "\n"
+
+
+def result_path(folder: Path, claim: Claim, full: bool) -> Path:
+    """Return the file in which a result is kept."""
+    return folder / f"{claim.name}{'.full' if full else ''}.json"
+
+
+def read_result(path: Path) -> Result | None:
+    """Return a kept result, None if there is none.
+
+    Raises:
+        ConfigError: If the file is not one of a result.
+    """
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values["figures"], values["parts"] = _numbers(values["figures"]), _numbers(values["parts"])
+        return Result(**values)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"{path} does not hold a result of natgrad claims ({error}): remove it, or give "
+            "another --output."
+        ) from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that appears under its name only once it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}-{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    return [_strict(item) for item in value] if isinstance(value, list) else value
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, str):
+        return float(value)
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    return [_numbers(item) for item in value] if isinstance(value, list) else value
