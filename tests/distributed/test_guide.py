@@ -63,6 +63,10 @@ def test_the_guide_runs(tmp_path: Path) -> None:
     assert moved and torch.equal(first, second) and first.isfinite().all()
 
 
+# Not of the example: another test took the port; a thread of gloo outlived Python (torch 2.13).
+OF_THE_LAUNCH = ("EADDRINUSE", "terminate called without an active exception")
+
+
 def write_images(folder: Path) -> None:
     """Write a tiny Fashion-MNIST."""
     generator = np.random.default_rng(0)
@@ -84,12 +88,12 @@ def test_the_example_prints_the_same_under_torchrun(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     printed = []
     for command in ([*arguments], [*launcher, *arguments], [*launcher, *arguments, "--shard"]):
-        for _ in range(2):
+        for _ in range(4):
             result = subprocess.run(
                 [sys.executable, *command], env=environment, capture_output=True, text=True,
                 timeout=200,
             )  # fmt: skip
-            if "EADDRINUSE" not in result.stderr:  # Another test took the port meanwhile.
+            if not any(fault in result.stderr for fault in OF_THE_LAUNCH):
                 break
         assert result.returncode == 0, result.stdout + result.stderr
         printed.append(re.findall(r"epoch 1: (loss \S+, test accuracy \S+)", result.stdout))

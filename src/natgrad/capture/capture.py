@@ -431,9 +431,12 @@ def _check_usable(model: nn.Module) -> None:
 
 
 def _user_hook(recorded: RecordedCall, index: int) -> Callable[[Tensor], None]:
+    waiting = weakref.ref(recorded)  # Its edges hold the hook: rows would wait for the collector.
+
     def keep(gradient: Tensor) -> None:
-        if not is_pulling_back(gradient):
-            recorded.user_gradients[index] = gradient.detach()
+        found = waiting()
+        if found is not None and not is_pulling_back(gradient):
+            found.user_gradients[index] = gradient.detach()
 
     return keep
 
