@@ -297,7 +297,7 @@ def test_noise_and_prior_are_those_of_the_largest_bound(number):
             assert other.log_marginal_likelihood() <= found + 1e-9
 
 
-def predictive_objective(model, x, y, likelihood, delta, basis, moment) -> torch.Tensor:
+def predictive_objective(model, x, y, likelihood, delta, basis, moment, whole) -> torch.Tensor:
     """Return ``Σ log E p(y | f) − KL`` for ``U B Uᵀ``, dense and differentiable in B and δ."""
     output, jac = dense.jacobian(model, x)
     identity = torch.eye(jac.shape[-1]).double()
@@ -312,12 +312,14 @@ def predictive_objective(model, x, y, likelihood, delta, basis, moment) -> torch
     mean = torch.zeros(len(identity)).double()
     q = torch.distributions.MultivariateNormal(mean, precision_matrix=precision)
     prior = torch.distributions.MultivariateNormal(mean, precision_matrix=delta * identity)
-    # Without the part of the trace that the divergence of the mean would bring.
-    return fit - torch.distributions.kl_divergence(q, prior)
+    theta = nn.utils.parameters_to_vector(model.parameters()).detach()
+    norm = 0.5 * delta * theta.square().sum() if whole else 0.0
+    return fit - torch.distributions.kl_divergence(q, prior) - norm
 
 
+@pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_steps_on_the_predictive_density_are_natural_gradients(kind):
+def test_steps_on_the_predictive_density_are_natural_gradients(kind, whole):
     """``B ← (1 − ρ)B − 2ρ ∂(fit)/∂Σ`` in the basis, and Adam's first step on log δ is lr."""
     model, x, y, likelihood = problem(kind)
     delta, z = 0.4, x[:2]
@@ -325,12 +327,12 @@ def test_steps_on_the_predictive_density_are_natural_gradients(kind):
     _, _, basis = dense_parts(model, x, y, likelihood, z)
     moment = (basis.T @ (8 * sparse.matrix.to_dense()) @ basis).requires_grad_(True)
     precision = torch.tensor(delta, dtype=torch.float64, requires_grad=True)
-    value = predictive_objective(model, x, y, likelihood, precision, basis, moment)
+    value = predictive_objective(model, x, y, likelihood, precision, basis, moment, whole)
     gradient, slope = torch.autograd.grad(value, [moment, precision])
     # The natural gradient: that with respect to the covariance (δI + B)⁻¹.
     inverse = delta * torch.eye(len(moment)).double() + moment.detach()
     expected = moment.detach() + 2 * 0.5 * inverse @ gradient @ inverse
-    history = sparse.fit_predictive((x, y), 1, rate=0.5, lr=0.0)
+    history = sparse.fit_predictive((x, y), 1, rate=0.5, lr=0.0, mean_term=whole)
     assert history == [pytest.approx(float(value.detach()), rel=1e-9)]
     assert sparse.prior_precision == pytest.approx(delta)
     values, vectors = torch.linalg.eigh(0.5 * (expected + expected.T))
@@ -340,7 +342,7 @@ def test_steps_on_the_predictive_density_are_natural_gradients(kind):
     sparse.fit_predictive((x, y), 1, lr=0.01)
     assert abs(math.log(sparse.prior_precision / before)) == pytest.approx(0.01, rel=1e-3)
     again = VariationalLaplace(model, (x, y), likelihood, z, prior_precision=delta)
-    again.fit_predictive((x, y), 1, lr=0.01)
+    again.fit_predictive((x, y), 1, lr=0.01, mean_term=whole)
     assert (again.prior_precision > delta) == (float(slope) > 0)
 
 

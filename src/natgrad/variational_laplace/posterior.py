@@ -308,6 +308,7 @@ class VariationalLaplace(Laplace):
         *,
         rate: float = 0.1,
         lr: float = 0.05,
+        mean_term: bool = True,
     ) -> list[float]:
         """Fit to the predictive density of the targets, which the source trains with.
 
@@ -321,6 +322,8 @@ class VariationalLaplace(Laplace):
             rate: Rate of the natural-gradient steps on the covariance, in (0, 1].
             lr: Rate of Adam on the logarithms of δ and, of Gaussian noise, the variance; 0 leaves
                 them.
+            mean_term: Whether ``δ‖θ*‖²/2`` is part of the divergence; the source leaves it out,
+                and δ may then grow until nothing is uncertain away from the data.
 
         Returns:
             The objective before every step, estimated from its mini-batch.
@@ -338,7 +341,8 @@ class VariationalLaplace(Laplace):
         logarithms = projected.values.new_tensor(start, dtype=torch.float64).requires_grad_(True)
         adam = torch.optim.Adam([logarithms], lr) if lr > 0 else None
         moment = torch.diag(self.count * projected.values.double())
-        fit, history = PredictiveFit(moment, logarithms, rate, adam), []
+        norm = self._squared_norm if mean_term else 0.0
+        fit, history = PredictiveFit(moment, logarithms, rate, norm, adam), []
         with self._only_trainable(), Capture(self.model, self.output) as capture:
             for inputs, target in itertools.islice(_endless(data), steps):
                 output, rows = output_rows(capture, inputs)

@@ -1,10 +1,11 @@
 r"""The objective the source trains with: α-divergence with α = 1.
 
 .. math:: \sum_n \log E_q\, p(y_n \mid f_n) - \mathrm{KL}, \qquad
-          \mathrm{KL} = \tfrac12 [\log\det(I + B/\delta) - \mathrm{tr}(B (\delta I + B)^{-1})]
+          \mathrm{KL} = \tfrac12 [\log\det(I + B/\delta) - \mathrm{tr}(B (\delta I + B)^{-1})
+          + \delta \|\theta^*\|^2]
 
-The expectation looks at targets, as that of the logarithm does not: noise and prior precision fit
-what the network's own errors on the data say. The divergence is that of the covariance alone.
+The source has no ``δ‖θ*‖²``, the mean's norm in the dual, as it does not know it; nothing but the
+targets then holds δ back.
 With the variances ``s = diag(u (δI + B)⁻¹ uᵀ + (J Jᵀ − u uᵀ)/δ)`` of outputs, ``u = J U``, it is
 stationary at ``B = −2 Σ_n u_nᵀ diag(∂ℓ_n/∂s_n) u_n``, which a natural-gradient step moves to.
 """
@@ -61,12 +62,14 @@ class PredictiveFit:
         moment: B, ``(r, r)``.
         logarithms: Of δ, and of the factor on the variance of Gaussian noise; ``(2,)``.
         rate: Rate of the natural gradient.
+        squared_norm: ``‖θ*‖²`` in the divergence; 0 to leave it out.
         optimizer: Optimizer of ``logarithms``; None to leave them.
     """
 
     moment: Tensor
     logarithms: Tensor
     rate: float
+    squared_norm: float
     optimizer: torch.optim.Optimizer | None
 
     def step(
@@ -98,7 +101,8 @@ class PredictiveFit:
         data = scale * log_predictive_density(
             likelihood, output.double(), variance.view(output.shape), target, noise
         )
-        divergence = 0.5 * ((1.0 + values / delta).log() - values / (values + delta)).sum()
+        divergence = ((1.0 + values / delta).log() - values / (values + delta)).sum()
+        divergence = 0.5 * (divergence + delta * self.squared_norm)
         gradients = torch.autograd.grad(data - divergence, [variance, self.logarithms])
         new = -2.0 * (coordinates * gradients[0].unsqueeze(-1)).flatten(0, 1).T
         new = new @ coordinates.flatten(0, 1)
