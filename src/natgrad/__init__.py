@@ -49,7 +49,7 @@ from natgrad.optim import (
 from natgrad.version import __version__
 
 if TYPE_CHECKING:
-    from natgrad import ntk
+    from natgrad import ntk, wave_functions
     from natgrad.decentralized import DecentralizedKFAC
     from natgrad.first_order import ImplicitSGD, Padam
     from natgrad.fngd import FNGD
@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from natgrad.residuals import Residual, ResidualNetwork, TaylorNetwork
     from natgrad.residuals.residual_ngd import ResidualNGD
     from natgrad.variational_laplace import VariationalLaplace
+    from natgrad.wave_functions import StochasticReconfiguration
 
 #: Where names are that are loaded when they are first asked for.
 _LAZY = {
@@ -69,6 +70,7 @@ _LAZY = {
     "Residual": "natgrad.residuals",
     "ResidualNGD": "natgrad.residuals.residual_ngd",
     "ResidualNetwork": "natgrad.residuals",
+    "StochasticReconfiguration": "natgrad.wave_functions",
     "TaylorNetwork": "natgrad.residuals",
     "UpdateQuality": "natgrad.quality",
     "VariationalLaplace": "natgrad.variational_laplace",
@@ -77,6 +79,7 @@ _LAZY = {
     "quality": "natgrad.quality",
     "residuals": "natgrad.residuals",
     "update_quality": "natgrad.quality",
+    "wave_functions": "natgrad.wave_functions",
 }
 
 __all__ = [
@@ -123,6 +126,7 @@ __all__ = [
     "ResidualNGD",
     "ResidualNetwork",
     "StepRule",
+    "StochasticReconfiguration",
     "Structure",
     "TaylorNetwork",
     "ThermodynamicNGD",
@@ -140,6 +144,7 @@ __all__ = [
     "register_structure",
     "solvers",
     "update_quality",
+    "wave_functions",
 ]
 
 
