@@ -305,9 +305,9 @@ class Curvature:
         traces, size = [], 0
         for name, present in self.estimates.items():
             if present.average is not None and name != self.structure.companion:
-                operator = self.operator(name)
-                traces.append(operator.trace().to(self.layout.device, torch.float64))
-                size += operator.layout.numel
+                trace = self.operator(name).trace()  # One operator in memory at a time.
+                traces.append(trace.to(self.layout.device, torch.float64))
+                size += sum(block.numel for block in self.parts[name].blocks.values())
         if self.is_spread:
             own = {"trace": torch.stack(traces).sum() if traces else None, "size": [size]}
             each = self.replicas.gathered(own, self.layout.device)
