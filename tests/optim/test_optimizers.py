@@ -17,6 +17,7 @@ import natgrad
 from tests import dense
 from tests.cases import CASES, Case, generator, normal, rows
 from tests.methods import make_optimizer
+from tests.pairwise import pairwise
 
 OPTIMIZERS = {
     "full": natgrad.ExactNGD,
@@ -211,9 +212,7 @@ def batches_of(case: Case, kind: str, count: int = 3, samples: int | None = None
     return result
 
 
-@pytest.mark.parametrize("criterion", list(CRITERIA))
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("structure", list(OPTIMIZERS))
+@pytest.mark.parametrize(("structure", "kind", "criterion"), pairwise(OPTIMIZERS, KINDS, CRITERIA))
 def test_three_steps(structure, kind, criterion):
     case = CASES["mlp"]()
     likelihood, module, loss, target = CRITERIA[criterion]
@@ -401,6 +400,9 @@ def test_accumulation_is_one_large_batch(structure, kind):
         dense.assert_same(flat(parts.parameters()) - flat(case.model.parameters()), moved, 1e-8)
 
 
+WAYS = ["penalty", "clipping", "scaled loss", "noise", "replaced", "scaler", "extra passes"]
+
+
 def manipulated(structure: str, kind: str, change: Callable[..., None]) -> tuple[Tensor, Tensor]:
     """Return natgrad's and the dense step for a gradient changed in some way."""
     case = CASES["mlp"]()
@@ -415,11 +417,7 @@ def manipulated(structure: str, kind: str, change: Callable[..., None]) -> tuple
     return moved / 0.3, reference.natural_gradient(gradient, [(x, y)])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("structure", list(OPTIMIZERS))
-@pytest.mark.parametrize(
-    "way", ["penalty", "clipping", "scaled loss", "noise", "replaced", "scaler", "extra passes"]
-)
+@pytest.mark.parametrize(("structure", "kind", "way"), pairwise(OPTIMIZERS, KINDS, WAYS))
 def test_any_gradient_is_preconditioned(structure, kind, way):
     def change(model, optimizer, x, y):
         optimizer.zero_grad()
@@ -457,9 +455,9 @@ def test_any_gradient_is_preconditioned(structure, kind, way):
     dense.assert_same(actual, expected, 1e-7)
 
 
-@pytest.mark.parametrize("route", ["loss", "update_fisher"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("structure", list(OPTIMIZERS))
+@pytest.mark.parametrize(
+    ("structure", "kind", "route"), pairwise(OPTIMIZERS, KINDS, ["loss", "update_fisher"])
+)
 def test_the_other_routes_are_equal(structure, kind, route):
     case = CASES["mlp"]()
     models = [copy.deepcopy(case.model) for _ in range(2)]
@@ -736,9 +734,10 @@ def same(left: Any, right: Any) -> bool:
     return left == right
 
 
-@pytest.mark.parametrize("kind", ["exact", "mc", "empirical"])
-@pytest.mark.parametrize("structure", list(OPTIMIZERS))
-@pytest.mark.parametrize("poison", ["input", "loss", "gradient", "closure"])
+@pytest.mark.parametrize(
+    ("structure", "kind", "poison"),
+    pairwise(OPTIMIZERS, ["exact", "mc", "empirical"], ["input", "loss", "gradient", "closure"]),
+)
 def test_a_step_with_nan_is_skipped_and_changes_nothing(structure, kind, poison):
     case = CASES["mlp"]()
     options: dict[str, Any] = {"fisher": kind, "momentum": 0.9, "weight_decay": 0.1}

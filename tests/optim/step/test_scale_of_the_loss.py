@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable
 
 import pytest
@@ -15,6 +14,7 @@ import natgrad
 from natgrad import KFAC, MeasuredLength, RelativeDamping, StepRule
 from natgrad.operators import GradientSource
 from tests.cases import labels, normal
+from tests.pairwise import pairwise
 
 KINDS = [natgrad.KFAC, natgrad.EKFAC, natgrad.TKFAC, natgrad.TEKFAC]
 
@@ -103,14 +103,13 @@ WAYS = [
 ]
 #: Normal numbers drawn for two samples are not the first of those drawn for eight.
 CASES = [
-    pytest.param(fisher, *way, id=f"{fisher}, {way[0]}, {way[1].__name__}")
-    for fisher, way in itertools.product(["exact", "mc"], WAYS)
-    if not (fisher == "mc" and way[0] == "gaussian" and way[1] is not scaler)
+    pytest.param(kind, fisher, *way, id=f"{kind.__name__}, {fisher}, {way[0]}, {way[1].__name__}")
+    for kind, fisher, way in pairwise(KINDS, ["exact", "mc"], WAYS)
+    for fisher in [fisher if way[0] != "gaussian" or way[1] is scaler else "exact"]
 ]
 
 
-@pytest.mark.parametrize(("fisher", "likelihood", "way"), CASES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "fisher", "likelihood", "way"), CASES)
 def test_steps_are_the_same(kind, fisher, likelihood, way):
     expected = trained_plainly(kind, likelihood, fisher)
     found = trained(kind, likelihood, way, fisher=fisher)

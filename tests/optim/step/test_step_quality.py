@@ -30,6 +30,7 @@ from tests.optim.test_optimizers import (
     same,
     train,
 )
+from tests.pairwise import pairwise
 
 STRUCTURES = ["full", "block_diagonal", "diagonal", "kfac"]
 MODEL_STEP: dict[str, Any] = {"length": "quadratic_model", "lr": 1.0}
@@ -675,10 +676,14 @@ def configured(structure: str, model: nn.Module, name: str, **options: Any):
     return make(structure, model, **((averages if structure in AVERAGING else {}) | chosen))
 
 
-@pytest.mark.parametrize("kind", ["exact", "mc", "empirical"])
 @pytest.mark.parametrize(
-    ("structure", "name"),
-    [(s, n) for s in ("full", "kfac") for n in CONFIGURATIONS if (s, n) != ("full", "warm-up")],
+    ("structure", "name", "kind"),
+    [
+        ("kfac" if name == "warm-up" else structure, name, kind)
+        for structure, name, kind in pairwise(
+            ["full", "kfac"], CONFIGURATIONS, ["exact", "mc", "empirical"]
+        )
+    ],
 )
 def test_checkpoints_resume_exactly(structure, kind, name):
     case = CASES["mlp"]()
