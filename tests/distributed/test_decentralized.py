@@ -110,7 +110,7 @@ def regression(rank: int, graph: Any) -> dict[str, Any]:
     options = {**OPTIONS, "lr": 0.5, "damping": 1e-3}
     optimizer = natgrad.DecentralizedKFAC(model, nn.MSELoss(), graph=graph, **options)
     gaps = []
-    for _ in range(150):
+    for _ in range(60):
         optimizer.zero_grad()
         functional.mse_loss(model(x), y).backward()
         optimizer.step()
@@ -126,10 +126,10 @@ def principal(rank: int) -> Tensor:
     model = nn.Linear(5, 1, bias=False).double()
     x = normal(40, 5, seed=rank) * torch.tensor([1.0, 1.0, 3.0, 1.0, 1.5]).double()
     optimizer = natgrad.DecentralizedKFAC(
-        model, nn.MSELoss(), manifolds={"weight": "sphere"}, graph="ring", lr=0.1, damping=1.0,
+        model, nn.MSELoss(), manifolds={"weight": "sphere"}, graph="ring", lr=0.3, damping=1.0,
         fisher="exact", refresh=REFRESH,
     )  # fmt: skip
-    for _ in range(200):
+    for _ in range(60):
         optimizer.zero_grad()
         (-0.5 * model(x).square().mean()).backward()
         optimizer.step()
