@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test docs lint format clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,6 +18,9 @@ demo: $(VENV)/.natgrad-cli ## Train one network with every method on real data; 
 
 test: lint ## Run lint, type check and the whole test suite.
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+docs: $(VENV)/.natgrad-docs ## Build the documentation site into site/; any warning is an error.
+	$(BIN)/python -m sphinx -b html -W --keep-going -q docs site
 
 lint: $(VENV)/.natgrad-dev ## Run ruff and mypy only.
 	$(BIN)/ruff check .
@@ -43,3 +46,8 @@ $(VENV)/.natgrad-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing natgrad's development environment into $(VENV) (a few minutes the first time) ..."
 	$(PIP_INSTALL) -e '.[dev]'
 	@touch $@ $(VENV)/.natgrad-cli
+
+$(VENV)/.natgrad-docs: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing what builds the documentation into $(VENV) (a few minutes the first time) ..."
+	$(PIP_INSTALL) -e '.[docs]'
+	@touch $@

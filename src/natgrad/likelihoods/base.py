@@ -182,7 +182,7 @@ class Likelihood(ABC):
         """Return the columns of the square root of w Λ as vectors of the output's shape.
 
         Returns:
-            Tensor of shape (K, *output.shape), K = E·R. Vector k = e·R + r holds column r of event
+            Tensor of shape ``(K, *output.shape)``, K = E·R. Vector k = e·R + r holds column r of event
             e and is zero at every other event, so that
             ``Σ_k v_kn v_knᵀ = blockdiag_e(w_ne Λ_ne)`` for every sample n.
         """
@@ -221,7 +221,7 @@ class Likelihood(ABC):
     ) -> Tensor:
         """Return random output vectors v with ``E[Σ_k v_kn v_knᵀ] = blockdiag_e(w_ne Λ_ne)``.
 
-        These are the pseudo-gradients of the Monte-Carlo Fisher, (samples, *output.shape), each
+        These are the pseudo-gradients of the Monte-Carlo Fisher, ``(samples, *output.shape)``, each
         scaled by 1/√samples. They are not always ``gradient(output, sample(output))``: a weight w
         enters by its square root, and label smoothing and averaging must not bias them.
         """
@@ -272,7 +272,7 @@ class Likelihood(ABC):
         return tensor.flatten(1).unsqueeze(1)
 
     def merge_events(self, events: Tensor, output: Tensor) -> Tensor:
-        """Undo :meth:`split_events`: (..., N, E, C) becomes (..., *output.shape)."""
+        """Undo :meth:`split_events`: ``(..., N, E, C)`` becomes ``(..., *output.shape)``."""
         return events.reshape(*events.shape[:-3], *output.shape)
 
     def spread(self, weights: Tensor, output: Tensor) -> Tensor:

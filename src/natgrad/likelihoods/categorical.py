@@ -184,7 +184,7 @@ class Categorical(Likelihood):
         samples: int = 1,
         target: Tensor | None = None,
     ) -> Tensor:
-        """Return √w (p − e_ŷ) with ŷ ~ p, (samples, *output.shape); see the base class."""
+        """Return √w (p − e_ŷ) with ŷ ~ p, ``(samples, *output.shape)``; see the base class."""
         p, others = (tensor.expand(samples, *tensor.shape) for tensor in
                      self._probabilities(output.detach()))  # fmt: skip
         labels = _draw(p, generator).unsqueeze(-1)
@@ -288,7 +288,7 @@ class Categorical(Likelihood):
         return moved.reshape(len(moved), -1, moved.shape[-1])
 
     def merge_events(self, events: Tensor, output: Tensor) -> Tensor:
-        """Undo :meth:`split_events`: (..., N, E, C) becomes (..., *output.shape)."""
+        """Undo :meth:`split_events`: ``(..., N, E, C)`` becomes ``(..., *output.shape)``."""
         lead, dim = events.shape[:-3], self._class_dim(output)
         shape = self._target_shape(output)
         return events.reshape(*lead, *shape, events.shape[-1]).movedim(-1, len(lead) + dim)
