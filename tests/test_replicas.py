@@ -11,10 +11,7 @@ import natgrad
 from tests import dense, processes
 from tests.cases import CASES, generator, normal
 from tests.methods import make_optimizer
-
-
-def flat(tensors) -> Tensor:
-    return torch.cat([t.detach().flatten() for t in tensors])
+from tests.state import flat
 
 
 def batch(rank: int, step: int) -> tuple[Tensor, Tensor]:

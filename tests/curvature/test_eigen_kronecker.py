@@ -25,6 +25,7 @@ from tests import dense_kronecker as reference
 from tests.cases import CASES, Case, labels, normal
 from tests.curvature.test_structures import build
 from tests.methods import curvature_of, make_optimizer
+from tests.state import flat
 
 EIGEN = ["ekfac", "tekfac"]
 OPTIMIZERS = {"ekfac": EKFAC, "tkfac": TKFAC, "tekfac": TEKFAC}
@@ -291,10 +292,6 @@ def test_rows_are_preconditioned_where_that_is_cheaper(monkeypatch):
     assert used == ["0.weight"]
     expected = optimizer.preconditioner.curvature.matrix().solve(gradient, damping)
     dense.assert_same((before - flat(model)) / lr, expected, 1e-8)
-
-
-def flat(model: nn.Module) -> Tensor:
-    return nn.utils.parameters_to_vector(model.parameters()).detach().clone()
 
 
 def test_costs_are_stated():

@@ -22,6 +22,7 @@ from tests.cases import CASES, labels, normal
 from tests.curvature.test_structures import build
 from tests.dense_kronecker import kron_sum, truncated
 from tests.methods import make_optimizer
+from tests.state import flat
 
 
 @pytest.mark.parametrize("name", ["mlp", "mlp_without_bias", "one_layer", "layer_norm"])
@@ -145,10 +146,6 @@ def test_life_cycle(rank, decay, factor_interval):
         optimizer.step()
         after = nn.utils.parameters_to_vector(model.parameters()).detach()
         dense.assert_same((before - after) / lr, direction, 1e-8)
-
-
-def flat(model: nn.Module) -> Tensor:
-    return nn.utils.parameters_to_vector(model.parameters()).detach().clone()
 
 
 SETTINGS = {"fisher": "exact", "factors": 2, "inverses": 3, "damping": 0.5}

@@ -19,6 +19,7 @@ from torch.nn import functional
 import natgrad
 from tests.cases import CASES, generator, labels, normal
 from tests.methods import make_optimizer
+from tests.state import flat
 
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ekfac": (natgrad.EKFAC, {}),
@@ -65,10 +66,6 @@ def train(optimizer: Any, model: nn.Module, steps: range, kind: str = "mlp") -> 
         x, y = batch(kind, step)
         functional.cross_entropy(model(x), y).backward()
         optimizer.step()
-
-
-def flat(model: nn.Module) -> Tensor:
-    return nn.utils.parameters_to_vector(model.parameters()).detach().clone()
 
 
 @pytest.mark.parametrize("fisher", ["exact", "mc"])

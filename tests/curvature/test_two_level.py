@@ -27,6 +27,7 @@ from tests.cases import CASES, Case, generator, labels, normal
 from tests.curvature.test_structures import build
 from tests.dense_two_level import coarse_basis, damped, two_level
 from tests.methods import curvature_of, make_optimizer
+from tests.state import flat
 
 SPACES = ["nicolaides", "spectral", "residual", "krylov"]
 FORMS = ["residual", "additive"]
@@ -266,10 +267,6 @@ def train(optimizer, model: nn.Module, steps: range) -> None:
         optimizer.zero_grad()
         functional.cross_entropy(model(normal(4, 3, seed=step)), labels(4, 3, step)).backward()
         optimizer.step()
-
-
-def flat(model: nn.Module) -> Tensor:
-    return nn.utils.parameters_to_vector(model.parameters()).detach().clone()
 
 
 @pytest.mark.parametrize("form", FORMS)

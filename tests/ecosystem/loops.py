@@ -114,34 +114,6 @@ def train(
     return losses
 
 
-def flat(model: nn.Module) -> Tensor:
-    """Return all parameters as one vector."""
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-def same(left: Any, right: Any) -> bool:
-    """Compare nested state, bit by bit."""
-    if isinstance(left, Tensor):
-        return isinstance(right, Tensor) and torch.equal(left, right)
-    if isinstance(left, dict):
-        return set(left) == set(right) and all(same(left[k], right[k]) for k in left)
-    if isinstance(left, (list, tuple)):
-        return len(left) == len(right) and all(map(same, left, right))
-    return left == right
-
-
-def tensors(value: Any) -> Iterable[Tensor]:
-    """Yield every tensor of nested state."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors(item)
-
-
 def assert_curvature_everywhere(optimizer: Any, unused: tuple[str, ...] = ()) -> None:
     """Every block the model uses has factors that are not zero and an inverse that is finite."""
     if isinstance(optimizer, natgrad.Padam):

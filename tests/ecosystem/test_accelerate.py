@@ -12,12 +12,12 @@ from tests.ecosystem.loops import (
     ROWS,
     assert_curvature_everywhere,
     batches,
-    flat,
     images,
     make,
     network,
     train,
 )
+from tests.state import flat
 
 accelerate = pytest.importorskip("accelerate")
 

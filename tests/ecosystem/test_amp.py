@@ -15,15 +15,13 @@ from tests.ecosystem.loops import (
     OPTIMIZERS,
     assert_curvature_everywhere,
     batches,
-    flat,
     images,
     make,
     network,
-    same,
-    tensors,
     train,
 )
 from tests.methods import measures
+from tests.state import flat, same, tensors
 
 
 def assert_float32(name, optimizer):

@@ -12,17 +12,8 @@ from torch import nn
 from torch.optim import swa_utils
 
 import natgrad
-from tests.ecosystem.loops import (
-    ALL,
-    REPRESENTATIVES,
-    ROWS,
-    batches,
-    flat,
-    make,
-    network,
-    same,
-    train,
-)
+from tests.ecosystem.loops import ALL, REPRESENTATIVES, ROWS, batches, make, network, train
+from tests.state import flat, same
 
 
 def normalized(seed: int = 0) -> nn.Module:

@@ -13,11 +13,11 @@ from tests.ecosystem.loops import (
     ROWS,
     assert_curvature_everywhere,
     batches,
-    flat,
     make,
     network,
     train,
 )
+from tests.state import flat
 
 
 @pytest.fixture(autouse=True)

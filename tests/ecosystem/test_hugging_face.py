@@ -14,8 +14,9 @@ from torch.nn import functional
 
 import natgrad
 from tests import dense
-from tests.ecosystem.loops import OPTIMIZERS, ROWS, assert_curvature_everywhere, flat
+from tests.ecosystem.loops import OPTIMIZERS, ROWS, assert_curvature_everywhere
 from tests.methods import make_optimizer
+from tests.state import flat
 
 transformers = pytest.importorskip("transformers")
 

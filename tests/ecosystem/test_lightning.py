@@ -17,11 +17,11 @@ from tests.ecosystem.loops import (
     assert_curvature_everywhere,
     batches,
     cross_entropy,
-    flat,
     make,
     network,
     train,
 )
+from tests.state import flat
 
 lightning = pytest.importorskip("lightning")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

@@ -12,8 +12,9 @@ from torch.nn import functional
 
 import natgrad
 from tests import dense
-from tests.ecosystem.loops import assert_curvature_everywhere, flat
+from tests.ecosystem.loops import assert_curvature_everywhere
 from tests.methods import make_optimizer, measures
+from tests.state import flat
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")

@@ -18,12 +18,12 @@ from tests.ecosystem.loops import (
     ROWS,
     batches,
     cross_entropy,
-    flat,
     make,
     network,
     train,
 )
 from tests.methods import make_optimizer
+from tests.state import flat
 
 LR = 0.1
 

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 import natgrad
 from tests.optim.every_optimizer import KINDS, make_model, weights
+from tests.state import same
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -38,17 +39,6 @@ def curvature(optimizer: Any) -> Any:
     """What is loaded beside groups and per-parameter state."""
     state = optimizer.state_dict()["natgrad"]
     return state.get("curvature", state)
-
-
-def same(left: Any, right: Any) -> bool:
-    """Whether nested states are equal bit for bit."""
-    if isinstance(left, torch.Tensor):
-        return left.dtype == right.dtype and torch.equal(left, right)
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(same(left[k], right[k]) for k in left)
-    if isinstance(left, (list, tuple)):
-        return len(left) == len(right) and all(map(same, left, right))
-    return bool(left == right)
 
 
 def continues(name: str, original: tuple[Any, nn.Module], other: tuple[Any, nn.Module]) -> None:

@@ -15,6 +15,7 @@ from natgrad.optim.step.line_search import LineSearch
 from tests import dense
 from tests.cases import generator, normal
 from tests.methods import make_optimizer
+from tests.state import flat
 
 
 def problem(samples: int = 5) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
@@ -25,10 +26,6 @@ def problem(samples: int = 5) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
 
 def starting_at(damping: float) -> dict:
     return {"damping": natgrad.LevenbergMarquardt(damping, interval=1, decay=0.5)}
-
-
-def flat(model: nn.Module) -> torch.Tensor:
-    return nn.utils.parameters_to_vector(model.parameters()).detach().clone()
 
 
 def reference(model, x, y, steps: int, options: dict) -> list[tuple[torch.Tensor, float]]:

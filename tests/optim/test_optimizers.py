@@ -18,6 +18,7 @@ from tests import dense
 from tests.cases import CASES, Case, generator, normal, rows
 from tests.methods import make_optimizer
 from tests.pairwise import pairwise
+from tests.state import flat, same
 
 OPTIMIZERS = {
     "full": natgrad.ExactNGD,
@@ -39,10 +40,6 @@ def make(structure: str, model: nn.Module, likelihood: Any = "categorical", **op
     if structure == "kfac":
         defaults |= {"nesterov": False, "early": False, "rows_per_unit": None}
     return make_optimizer(OPTIMIZERS[structure], model, likelihood, **(defaults | options))
-
-
-def flat(tensors) -> Tensor:
-    return torch.cat([t.detach().flatten() for t in tensors])
 
 
 class Reference:
@@ -721,17 +718,6 @@ def test_checkpoints_resume_bit_exactly(structure, kind):
             other.load_state_dict(state["optimizer"])
             resumed.append((twin, other))
     assert len(resumed) == 4
-
-
-def same(left: Any, right: Any) -> bool:
-    """Compare nested state, bit by bit."""
-    if isinstance(left, Tensor):
-        return isinstance(right, Tensor) and torch.equal(left, right)
-    if isinstance(left, dict):
-        return set(left) == set(right) and all(same(left[k], right[k]) for k in left)
-    if isinstance(left, (list, tuple)):
-        return len(left) == len(right) and all(map(same, left, right))
-    return left == right
 
 
 @pytest.mark.parametrize(

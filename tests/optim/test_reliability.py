@@ -11,7 +11,7 @@ import random
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -26,6 +26,7 @@ import natgrad
 from tests import processes
 from tests.methods import make_optimizer, measures
 from tests.optim import interrupted_run
+from tests.state import flat, same, tensors
 
 AVERAGING: dict[str, Any] = {
     "kfac": natgrad.KFAC,
@@ -74,31 +75,6 @@ def data(samples: int = 16, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(samples, 6, generator=generator)
     return x, (x[:, 0] > 0).long() + (x[:, 1] > 0.3).long()
-
-
-def flat(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-def tensors(value: Any) -> Iterable[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors(item)
-
-
-def same(left: Any, right: Any) -> bool:
-    if isinstance(left, Tensor):
-        return isinstance(right, Tensor) and torch.equal(left, right)
-    if isinstance(left, dict):
-        return set(left) == set(right) and all(same(left[k], right[k]) for k in left)
-    if isinstance(left, (list, tuple)):
-        return len(left) == len(right) and all(map(same, left, right))
-    return left == right
 
 
 def assert_finite(model: nn.Module, optimizer: Any) -> None:

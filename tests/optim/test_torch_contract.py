@@ -315,3 +315,35 @@ def test_older_state_dicts_load(name: str):
     other[0].load_state_dict(state)
     other[1].load_state_dict(pair[1].state_dict())
     assert_goes_on_alike(name, pair, other)
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("nesterov", r"give it as step_rule=natgrad\.StepRule\(nesterov=\.\.\.\)"),
+        ("decay", r"give it as refresh=natgrad\.Refresh\(decay=\.\.\.\)"),
+        ("weight_sharing", r"give it as structure=natgrad\.curvature\.KroneckerFactors\("),
+        ("growth", r"StepRule\(length=natgrad\.MeasuredLength\(growth=\.\.\.\)\)"),
+        ("kl_clp", "did you mean 'kl_clip'"),
+        ("foreach", "its options are model, likelihood, structure, lr"),
+    ],
+)
+@pytest.mark.parametrize("kind", [natgrad.KFAC, natgrad.DecentralizedKFAC])
+def test_an_unknown_option_is_told_where_it_belongs(kind, option, said):
+    with pytest.raises(TypeError, match=f"{kind.__name__} got an unexpected .*{option}.*{said}"):
+        kind(make_model(), **{option: 1})
+
+
+@pytest.mark.parametrize("value", ["x", None, 1j])
+def test_what_is_no_number_is_refused_in_one_sentence(value):
+    for make in (
+        lambda: natgrad.MeasuredLength(memory=value),
+        lambda: natgrad.MeasuredLength(start=value),
+        lambda: natgrad.MeasuredLength(growth=value),
+        lambda: natgrad.MeasuredLength(overshoot=value),
+        lambda: natgrad.RelativeDamping(value),
+        lambda: natgrad.KFAC(make_model(), momentum=value),
+        lambda: natgrad.KFAC(make_model(), damping=value),
+    ):
+        with pytest.raises(ValueError, match="must be .*, got"):
+            make()

@@ -18,7 +18,8 @@ import natgrad
 from natgrad.optim.step.line_search import LineSearch
 from tests import dense, processes
 from tests.cases import CASES, generator, normal
-from tests.optim.test_optimizers import OPTIMIZERS, Reference, batches_of, flat, make, same
+from tests.optim.test_optimizers import OPTIMIZERS, Reference, batches_of, make
+from tests.state import flat, same
 
 STRUCTURES = ["full", "block_diagonal", "kfac", "diagonal"]
 SEARCH: dict[str, Any] = {"length": natgrad.LineSearch(), "fisher": "exact", "lr": 4.0}

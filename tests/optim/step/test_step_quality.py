@@ -25,12 +25,11 @@ from tests.optim.test_optimizers import (
     Reference,
     batches_of,
     compare,
-    flat,
     make,
-    same,
     train,
 )
 from tests.pairwise import pairwise
+from tests.state import flat, same
 
 STRUCTURES = ["full", "block_diagonal", "diagonal", "kfac"]
 MODEL_STEP: dict[str, Any] = {"length": "quadratic_model", "lr": 1.0}
