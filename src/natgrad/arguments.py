@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import NoReturn
 
 from torch import Tensor
@@ -16,6 +17,7 @@ __all__ = [
     "check_parameters",
     "check_range",
     "check_rate",
+    "is_number",
     "refuse_shards",
 ]
 
@@ -29,8 +31,7 @@ def check_choice(name: str, value: object, *choices: str) -> None:
 
 def check_damping(damping: float) -> None:
     """Raise a ValueError if a damping is negative or not finite."""
-    if not damping >= 0 or damping == math.inf:
-        raise ValueError(f"damping must be a finite number >= 0, got {damping}")
+    check_range("damping", damping)
 
 
 def check_interval(name: str, value: object) -> None:
@@ -82,6 +83,11 @@ def check_rate(name: str, value: float | Tensor) -> None:
 
 def check_range(name: str, value: float, below: float = math.inf) -> None:
     """Raise a ValueError unless ``0 <= value < below``."""
-    if not 0 <= value < below:
+    if not is_number(value) or not 0 <= value < below:
         bound = "a finite number >= 0" if below == math.inf else f"in [0, {below:g})"
-        raise ValueError(f"{name} must be {bound}, got {value}")
+        raise ValueError(f"{name} must be {bound}, got {value!r}")
+
+
+def is_number(value: object) -> bool:
+    """Return whether something can be compared with a number: a real one, or a tensor of one."""
+    return isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)

@@ -182,8 +182,8 @@ class Likelihood(ABC):
         """Return the columns of the square root of w Λ as vectors of the output's shape.
 
         Returns:
-            Tensor of shape ``(K, *output.shape)``, K = E·R. Vector k = e·R + r holds column r of event
-            e and is zero at every other event, so that
+            Tensor of shape ``(K, *output.shape)``, K = E·R. Vector k = e·R + r holds column r of
+            event e and is zero at every other event, so that
             ``Σ_k v_kn v_knᵀ = blockdiag_e(w_ne Λ_ne)`` for every sample n.
         """
         root = self.output_hessian_root(output, target)

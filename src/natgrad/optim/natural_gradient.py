@@ -21,7 +21,7 @@ from natgrad.fisher import FisherType
 from natgrad.likelihoods import LikelihoodLike
 from natgrad.optim.checkpoints import CheckpointedOptimizer, only_initialises
 from natgrad.optim.copying import CopiedByState
-from natgrad.optim.options import Fallback, Refresh, StepRule
+from natgrad.optim.options import Fallback, Refresh, StepRule, check_options
 from natgrad.optim.parameter_groups import (
     check_group,
     first_order_names,
@@ -155,6 +155,18 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
     preconditioner_type: ClassVar[type[Preconditioner]] = Preconditioner
     #: What the optimizer is made of.
     method: ClassVar[Method] = Method()
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Tell where an option belongs that is none of the optimizer's."""
+        defaults: dict[str, Any] = {}
+        own = cls.__mro__[: cls.__mro__.index(NaturalGradient) + 1]
+        for made in (vars(one)["__init__"] for one in own if "__init__" in vars(one)):
+            for parameter in list(inspect.signature(made).parameters.values())[1:]:
+                if parameter.kind is not parameter.VAR_KEYWORD:
+                    default = getattr(cls.method, parameter.name, parameter.default)
+                    defaults.setdefault(parameter.name, default)
+        check_options(cls.__name__, kwargs, defaults)
+        return super().__new__(cls, *args, **kwargs)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Show the method's defaults in the signature."""

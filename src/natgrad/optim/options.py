@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Literal
+import difflib
+from collections.abc import Collection
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Literal
 
 from natgrad.arguments import check_choice, check_interval, check_range
 from natgrad.curvature.sharing import Sharing
 from natgrad.optim.step.line_search import LineSearch
 from natgrad.optim.step.measured_length import MeasuredLength
 
-__all__ = ["Fallback", "Graft", "MomentumOn", "Refresh", "StepRule", "WeightDecayMode"]
+__all__ = [
+    "Fallback",
+    "Graft",
+    "MomentumOn",
+    "Refresh",
+    "StepRule",
+    "WeightDecayMode",
+    "check_options",
+]
 
 Graft = Literal["sgd", "adam"]
 MomentumOn = Literal["natural_gradient", "gradient"]
@@ -230,5 +239,30 @@ class Fallback:
     def __post_init__(self) -> None:
         """Check the options."""
         check_choice("fallback", self.name, "adamw", "sgd")
-        if self.lr is not None and not 0 <= self.lr < math.inf:
-            raise ValueError(f"the fallback's lr must be a finite number >= 0, got {self.lr}")
+        if self.lr is not None:
+            check_range("the fallback's lr", self.lr)
+
+
+def check_options(optimizer: str, given: Collection[str], defaults: dict[str, Any]) -> None:
+    """Raise a TypeError for an option that an optimizer does not have.
+
+    Args:
+        optimizer: Its name.
+        given: Names of the options it is made with.
+        defaults: Its own options and their defaults, some of which have options of their own.
+    """
+    length = "step_rule=natgrad.StepRule(length=natgrad.MeasuredLength({}))"
+    places: list[tuple[object, str]] = [(MeasuredLength(), length)]
+    for option, default in {**defaults, "fallback": Fallback()}.items():
+        module = "natgrad.curvature" if option == "structure" else "natgrad"
+        places.append((default, f"{option}={module}.{type(default).__name__}({{}})"))
+    for name in given:
+        if name in defaults:
+            continue
+        hint = f"; its options are {', '.join(defaults)}"
+        for near in difflib.get_close_matches(name, defaults, n=1):
+            hint = f": did you mean {near!r}?"
+        for group, place in places:
+            if is_dataclass(group) and name in {field.name for field in fields(group)}:
+                hint = f": give it as {place.format(name + '=...')}"
+        raise TypeError(f"{optimizer} got an unexpected keyword argument {name!r}{hint}")

@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from natgrad.arguments import check_interval, check_range
+from natgrad.arguments import check_interval, check_range, is_number
 
 if TYPE_CHECKING:
     from natgrad.optim.options import Refresh
@@ -105,12 +105,12 @@ class MeasuredLength:
         """Check the options."""
         check_interval("interval", self.interval)
         check_range("memory", self.memory, below=1.0)
-        if not 0 < self.start <= 1:
-            raise ValueError(f"start must be in (0, 1], got {self.start}")
-        if not 1 <= self.growth < math.inf:
-            raise ValueError(f"growth must be finite and at least 1, got {self.growth}")
-        if not self.overshoot > 0:
-            raise ValueError(f"overshoot must be positive, got {self.overshoot}")
+        if not is_number(self.start) or not 0 < self.start <= 1:
+            raise ValueError(f"start must be in (0, 1], got {self.start!r}")
+        if not is_number(self.growth) or not 1 <= self.growth < math.inf:
+            raise ValueError(f"growth must be finite and at least 1, got {self.growth!r}")
+        if not is_number(self.overshoot) or not self.overshoot > 0:
+            raise ValueError(f"overshoot must be positive, got {self.overshoot!r}")
 
     def is_due(self, step: int, refresh: Refresh, follows_updates: bool) -> bool:
         """Return whether K is measured at a step, counted from 0.

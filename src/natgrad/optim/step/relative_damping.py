@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+
+from natgrad.arguments import check_range
 
 __all__ = ["RelativeDamping"]
 
@@ -28,5 +29,4 @@ class RelativeDamping:
 
     def __post_init__(self) -> None:
         """Check the share."""
-        if not 0 <= self.share < math.inf:
-            raise ValueError(f"share must be a finite number >= 0, got {self.share}")
+        check_range("share", self.share)
