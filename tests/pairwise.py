@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+import pytest
 
 
 def pairwise(*axes: Iterable[Any]) -> list[tuple[Any, ...]]:
@@ -26,3 +28,18 @@ def pairwise(*axes: Iterable[Any]) -> list[tuple[Any, ...]]:
         left -= pairs(best)
         chosen.append(best)
     return [tuple(values[axis][i] for axis, i in enumerate(one)) for one in sorted(chosen)]
+
+
+def parametrize(axes: Mapping[str, Iterable[Any]]) -> pytest.MarkDecorator:
+    """Parametrise a test by pairwise combinations of axes, of one argument or some each.
+
+    Args:
+        axes: Names of arguments, separated by commas → their values.
+    """
+    names = [name.split(", ") for name in axes]
+    rows: list[list[Any]] = []
+    for combination in pairwise(*axes.values()):
+        rows.append([])
+        for name, value in zip(names, combination, strict=True):
+            rows[-1] += value if len(name) > 1 else [value]
+    return pytest.mark.parametrize([one for name in names for one in name], rows)

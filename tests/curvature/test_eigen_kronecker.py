@@ -20,7 +20,7 @@ from natgrad.jacobians import LinearJacobian
 from natgrad.layouts import BlockLayout
 from natgrad.operators import KroneckerOperator
 from natgrad.optim import EKFAC, TEKFAC, TKFAC
-from tests import dense
+from tests import dense, pairwise
 from tests import dense_kronecker as reference
 from tests.cases import CASES, Case, labels, normal
 from tests.curvature.test_structures import build
@@ -241,9 +241,13 @@ class StepByStep:
         return torch.linalg.inv(torch.kron(left.contiguous(), right.contiguous()))
 
 
-@pytest.mark.parametrize("factor_interval", [1, 2])
-@pytest.mark.parametrize("decay", [0.0, 0.7])
-@pytest.mark.parametrize("structure", [*EIGEN, "tkfac:factored", "tkfac:exact"])
+@pairwise.parametrize(
+    {
+        "structure": [*EIGEN, "tkfac:factored", "tkfac:exact"],
+        "decay": [0.0, 0.7],
+        "factor_interval": [1, 2],
+    }
+)
 def test_life_cycle(structure, decay, factor_interval):
     """Eight steps with intervals against the step-by-step computation."""
     structure, _, rule = structure.partition(":")

@@ -16,7 +16,7 @@ from natgrad.fisher import fisher_matrix
 from natgrad.operators import GradientSource
 from natgrad.operators.kronecker_sum import KroneckerSumOperator
 from natgrad.optim import KPSVD
-from tests import dense
+from tests import dense, pairwise
 from tests import dense_kronecker as reference
 from tests.cases import CASES, labels, normal
 from tests.curvature.test_structures import build
@@ -123,9 +123,7 @@ class StepByStep:
         return torch.linalg.inv(kron_sum(a, b))
 
 
-@pytest.mark.parametrize("factor_interval", [1, 2])
-@pytest.mark.parametrize("decay", [0.0, 0.7])
-@pytest.mark.parametrize("rank", [1, 2])
+@pairwise.parametrize({"rank": [1, 2], "decay": [0.0, 0.7], "factor_interval": [1, 2]})
 def test_life_cycle(rank, decay, factor_interval):
     """Eight steps with intervals against the step-by-step computation."""
     case = CASES["mlp"]()

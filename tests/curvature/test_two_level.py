@@ -22,7 +22,7 @@ from natgrad.jacobians import DenseJacobian, LinearJacobian
 from natgrad.likelihoods import Categorical, Likelihood
 from natgrad.operators import GradientSource
 from natgrad.optim import KFAC, TwoLevelKFAC
-from tests import dense
+from tests import dense, pairwise
 from tests.cases import CASES, Case, generator, labels, normal
 from tests.curvature.test_structures import build
 from tests.dense_two_level import coarse_basis, damped, two_level
@@ -212,10 +212,14 @@ def test_layers_that_read_the_same_tensor_share_its_copy():
 # -- degenerate input ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("space", SPACES)
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("damping", [0.0, 1e-12, 0.1])
-@pytest.mark.parametrize("name", ["batch_of_one", "out_of_order", "detached", "frozen", "conv2d"])
+@pairwise.parametrize(
+    {
+        "name": ["batch_of_one", "out_of_order", "detached", "frozen", "conv2d"],
+        "damping": [0.0, 1e-12, 0.1],
+        "form": FORMS,
+        "space": SPACES,
+    }
+)
 def test_never_nan(name, damping, form, space):
     """Singular coarse matrices, layers without rows, gradients of zero."""
     found = estimated(CASES[name](), coarse_space=space, form=form)
@@ -269,9 +273,13 @@ def train(optimizer, model: nn.Module, steps: range) -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("space", SPACES)
-@pytest.mark.parametrize(("factors", "inverses", "decay"), [(1, 1, 0.0), (1, 3, 0.7), (2, 3, 0.7)])
+@pairwise.parametrize(
+    {
+        "factors, inverses, decay": [(1, 1, 0.0), (1, 3, 0.7), (2, 3, 0.7)],
+        "space": SPACES,
+        "form": FORMS,
+    }
+)
 def test_life_cycle(factors, inverses, decay, space, form):
     """Steps with intervals against dense matrices: averaged factors, rows of the last update."""
     case = CASES["mlp"]()

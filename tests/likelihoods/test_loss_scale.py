@@ -12,6 +12,7 @@ from torch.nn import functional
 
 import natgrad
 from natgrad.likelihoods import Bernoulli, Gaussian, Poisson
+from tests import pairwise
 from tests.cases import generator, normal
 from tests.likelihoods.test_torch_losses import assert_same, loss_hessian, seen_by_optimizer
 
@@ -110,9 +111,13 @@ def test_a_mean_over_outputs_is_taken_for_one_and_said(name, size):
     assert_same(fisher, expected)
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("size", [1, 4, 20, 300])
-@pytest.mark.parametrize("name", ["gaussian", "bernoulli", "poisson", "soft", "rates"])
+@pairwise.parametrize(
+    {
+        "name": ["gaussian", "bernoulli", "poisson", "soft", "rates"],
+        "size": [1, 4, 20, 300],
+        "seed": range(4),
+    }
+)
 def test_a_sum_over_outputs_stays_one_without_a_word(name, size, seed):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, size)).double()
@@ -125,9 +130,7 @@ def test_a_sum_over_outputs_stays_one_without_a_word(name, size, seed):
         assert optimizer.preconditioner.observer.likelihood.reduce_outputs == "sum"
 
 
-@pytest.mark.parametrize("size", [32, 64, 576])
-@pytest.mark.parametrize("depth", [1, 3])
-@pytest.mark.parametrize("seed", range(3))
+@pairwise.parametrize({"seed": range(3), "depth": [1, 3], "size": [32, 64, 576]})
 def test_autoencoders(size, depth, seed):
     torch.manual_seed(seed)
     layers = [m for _ in range(depth) for m in (nn.Linear(size, size), nn.ReLU())]

@@ -15,7 +15,7 @@ from natgrad import ntk
 from natgrad.fisher import MonteCarloFisher
 from natgrad.likelihoods import as_likelihood
 from natgrad.ntk import MLP, isotropic_constant, isotropy
-from tests import dense
+from tests import dense, pairwise
 from tests.cases import CASES, normal
 from tests.ntk import reference
 from tests.ntk.reference import STRUCTURES, Linear
@@ -243,9 +243,13 @@ def tridiagonal_weights(depth: int) -> Tensor:
     return torch.linalg.solve(sigma, torch.ones(depth, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("depth", range(1, 11))
-@pytest.mark.parametrize("outputs", [1, 2, 3])
-@pytest.mark.parametrize("structure", ["full", "block_diagonal", "block_tridiagonal", "kfac"])
+@pairwise.parametrize(
+    {
+        "structure": ["full", "block_diagonal", "block_tridiagonal", "kfac"],
+        "outputs": [1, 2, 3],
+        "depth": range(1, 11),
+    }
+)
 def test_wide_enough_networks_are_isotropic(structure, depth, outputs):
     """αI to rounding where every layer has as many inputs and units as there are rows."""
     samples = 4

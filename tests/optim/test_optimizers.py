@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import natgrad
-from tests import dense
+from tests import dense, pairwise
 from tests.cases import CASES, Case, generator, normal, rows
 from tests.methods import make_optimizer
-from tests.pairwise import pairwise
 from tests.state import flat, same
 
 OPTIMIZERS = {
@@ -209,7 +208,7 @@ def batches_of(case: Case, kind: str, count: int = 3, samples: int | None = None
     return result
 
 
-@pytest.mark.parametrize(("structure", "kind", "criterion"), pairwise(OPTIMIZERS, KINDS, CRITERIA))
+@pairwise.parametrize({"structure": OPTIMIZERS, "kind": KINDS, "criterion": CRITERIA})
 def test_three_steps(structure, kind, criterion):
     case = CASES["mlp"]()
     likelihood, module, loss, target = CRITERIA[criterion]
@@ -414,7 +413,7 @@ def manipulated(structure: str, kind: str, change: Callable[..., None]) -> tuple
     return moved / 0.3, reference.natural_gradient(gradient, [(x, y)])
 
 
-@pytest.mark.parametrize(("structure", "kind", "way"), pairwise(OPTIMIZERS, KINDS, WAYS))
+@pairwise.parametrize({"structure": OPTIMIZERS, "kind": KINDS, "way": WAYS})
 def test_any_gradient_is_preconditioned(structure, kind, way):
     def change(model, optimizer, x, y):
         optimizer.zero_grad()
@@ -452,9 +451,7 @@ def test_any_gradient_is_preconditioned(structure, kind, way):
     dense.assert_same(actual, expected, 1e-7)
 
 
-@pytest.mark.parametrize(
-    ("structure", "kind", "route"), pairwise(OPTIMIZERS, KINDS, ["loss", "update_fisher"])
-)
+@pairwise.parametrize({"structure": OPTIMIZERS, "kind": KINDS, "route": ["loss", "update_fisher"]})
 def test_the_other_routes_are_equal(structure, kind, route):
     case = CASES["mlp"]()
     models = [copy.deepcopy(case.model) for _ in range(2)]
@@ -720,9 +717,12 @@ def test_checkpoints_resume_bit_exactly(structure, kind):
     assert len(resumed) == 4
 
 
-@pytest.mark.parametrize(
-    ("structure", "kind", "poison"),
-    pairwise(OPTIMIZERS, ["exact", "mc", "empirical"], ["input", "loss", "gradient", "closure"]),
+@pairwise.parametrize(
+    {
+        "structure": OPTIMIZERS,
+        "kind": ["exact", "mc", "empirical"],
+        "poison": ["input", "loss", "gradient", "closure"],
+    }
 )
 def test_a_step_with_nan_is_skipped_and_changes_nothing(structure, kind, poison):
     case = CASES["mlp"]()

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 import natgrad
 from natgrad.optim.step.line_search import LineSearch
-from tests import dense, processes
+from tests import dense, pairwise, processes
 from tests.cases import CASES, generator, normal
 from tests.optim.test_optimizers import OPTIMIZERS, Reference, batches_of, make
 from tests.state import flat, same
@@ -158,9 +158,9 @@ def compare_runs(case, structure: str, steps: int = 6, scale: float = 1.0, **opt
 # -- the step --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.8])
-@pytest.mark.parametrize("rule", ["armijo", "best"])
-@pytest.mark.parametrize("structure", list(OPTIMIZERS))
+@pairwise.parametrize(
+    {"structure": list(OPTIMIZERS), "rule": ["armijo", "best"], "momentum": [0.0, 0.8]}
+)
 def test_steps_are_those_of_a_dense_search(structure, rule, momentum):
     lengths = compare_runs(
         CASES["mlp"](), structure, rule=rule, momentum=momentum, lr=16.0, scale=2.0
@@ -300,9 +300,9 @@ def test_warm_up_and_fallback():
 # -- when trials fail ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("rule", ["armijo", "best"])
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pairwise.parametrize(
+    {"structure": STRUCTURES, "rule": ["armijo", "best"], "bad": [math.nan, math.inf, -math.inf]}
+)
 def test_losses_that_are_not_finite_are_passed_over(structure, rule, bad):
     case = CASES["mlp"]()
     model, twin = copy.deepcopy(case.model), copy.deepcopy(case.model)
@@ -322,9 +322,9 @@ def test_losses_that_are_not_finite_are_passed_over(structure, rule, bad):
     assert torch.equal(flat(model.parameters()), flat(twin.parameters()))
 
 
-@pytest.mark.parametrize("adaptive", [False, True])
-@pytest.mark.parametrize("rule", ["armijo", "best"])
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pairwise.parametrize(
+    {"structure": STRUCTURES, "rule": ["armijo", "best"], "adaptive": [False, True]}
+)
 def test_without_a_decrease_nothing_moves(structure, rule, adaptive):
     case = CASES["mlp"]()
     model = copy.deepcopy(case.model)
@@ -503,9 +503,9 @@ def test_gradients_from_before_the_step_are_dropped():
 # -- adaptive damping ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("decay_mode", ["decoupled", "model"])
-@pytest.mark.parametrize("interval", [1, 2])
-@pytest.mark.parametrize("structure", ["full", "kfac"])
+@pairwise.parametrize(
+    {"structure": ["full", "kfac"], "interval": [1, 2], "decay_mode": ["decoupled", "model"]}
+)
 def test_damping_follows_the_step_that_was_found(structure, interval, decay_mode):
     """The loss after the step is that of the search: no further evaluation."""
     case = CASES["mlp"]()

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 import natgrad
 from natgrad.optim.step.quadratic_model import QuadraticModel
-from tests import dense, processes
+from tests import dense, pairwise, processes
 from tests.cases import CASES, normal
 from tests.optim.test_optimizers import (
     AVERAGING,
@@ -28,7 +28,6 @@ from tests.optim.test_optimizers import (
     make,
     train,
 )
-from tests.pairwise import pairwise
 from tests.state import flat, same
 
 STRUCTURES = ["full", "block_diagonal", "diagonal", "kfac"]
@@ -57,9 +56,9 @@ def closure_of(optimizer, model: nn.Module, x: Tensor, y: Tensor):
 # -- the quadratic model ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["exact", "empirical"])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pairwise.parametrize(
+    {"structure": STRUCTURES, "momentum": [0.0, 0.9], "kind": ["exact", "empirical"]}
+)
 def test_steps_minimise_the_dense_quadratic_model(structure, momentum, kind):
     case = CASES["mlp"]()
     model = copy.deepcopy(case.model)
@@ -99,9 +98,13 @@ def test_one_step_minimises_a_quadratic_loss(structure):
     dense.assert_same(found.detach(), solution, 1e-6)
 
 
-@pytest.mark.parametrize("kind", ["exact", "empirical"])
-@pytest.mark.parametrize("name", ["conv2d", "tokens", "layer_norm", "tied_embedding"])
-@pytest.mark.parametrize("structure", list(OPTIMIZERS))
+@pairwise.parametrize(
+    {
+        "structure": list(OPTIMIZERS),
+        "name": ["conv2d", "tokens", "layer_norm", "tied_embedding"],
+        "kind": ["exact", "empirical"],
+    }
+)
 def test_steps_are_stationary_on_other_models(structure, name, kind):
     """Whatever the structure, no longer or shorter step δ is better: ⟨g, δ⟩ + δᵀ(F + λI)δ = 0."""
     case = CASES[name]()
@@ -230,9 +233,9 @@ def test_a_step_without_decrease_is_skipped(empty):
 # -- Levenberg and Marquardt -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("decay_mode", ["decoupled", "model"])
-@pytest.mark.parametrize("interval", [1, 2])
-@pytest.mark.parametrize("structure", ["full", "kfac"])
+@pairwise.parametrize(
+    {"structure": ["full", "kfac"], "interval": [1, 2], "decay_mode": ["decoupled", "model"]}
+)
 def test_damping_follows_the_reduction_ratio(structure, interval, decay_mode):
     case = CASES["mlp"]()
     model = copy.deepcopy(case.model)
@@ -679,7 +682,7 @@ def configured(structure: str, model: nn.Module, name: str, **options: Any):
     ("structure", "name", "kind"),
     [
         ("kfac" if name == "warm-up" else structure, name, kind)
-        for structure, name, kind in pairwise(
+        for structure, name, kind in pairwise.pairwise(
             ["full", "kfac"], CONFIGURATIONS, ["exact", "mc", "empirical"]
         )
     ],
