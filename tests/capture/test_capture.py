@@ -29,6 +29,13 @@ def check(model: nn.Module, x, output=None, directions: int = 2) -> None:
         result = capture.pull_back(dense.call(model, x, output), vectors)
         assert not capture.uncovered
     expected = dense.rows(jac, vectors).flatten(0, 1)
+    v = normal(expected.shape[1], seed=7)  # Before inputs are rearranged for anything else.
+    found = result.matvec(v).flatten()
+    torch.testing.assert_close(found, expected @ v, rtol=1e-9, atol=1e-10)
+    for block in result.values():
+        columns = normal(block.layout.numel, 2, seed=8)
+        found = block.matvec(columns)
+        torch.testing.assert_close(found, block.to_dense() @ columns, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(result.to_dense(), expected, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(result.gram(), expected @ expected.T, rtol=1e-9, atol=1e-10)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from natgrad.capture.kinds import (
     register_kind,
 )
 from natgrad.jacobians import LayerJacobian, LinearJacobian
+from natgrad.jacobians.layer import at_least_float32
 from natgrad.layouts import BlockLayout
 
 __all__ = ["ConvolutionKind", "TransposedConvolutionKind", "patches"]
@@ -100,34 +102,69 @@ class ConvolutionKind(LayerKind):
         calls, gradients = zip(*block.single_outputs(), strict=True)
         deltas = [_channels_last(gradient, samples, layout.groups) for gradient in gradients]
         delta = deltas[0] if len(deltas) == 1 else torch.cat(deltas, dim=2)
-        make = partial(_convolution_inputs, calls, layout, samples)
-        return LinearJacobian(layout, make, delta, skip_silent=block.skip_silent)
+        inputs = ConvolutionInputs(calls, layout, samples)
+        return LinearJacobian(layout, inputs, delta, skip_silent=block.skip_silent)
 
 
-def _convolution_inputs(
-    calls: Sequence[LayerCall],
-    layout: BlockLayout,
-    samples: int,
-    chosen: Tensor | None,
-    positions: Tensor | None,
-) -> Tensor:
-    """Return patches ``(N, T, G, d_in)``, of all samples and positions or of some."""
-    rows = []
-    count = samples if chosen is None else len(chosen)
-    for call in calls:
-        module = cast(nn.Conv2d, call.module)
-        images = of_samples(call.inputs[0], samples, chosen)
-        padding = module._reversed_padding_repeated_twice
-        if any(padding):
-            mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-            images = nn.functional.pad(images, padding, mode=mode)
-        windows = patches(images, module.kernel_size, module.stride, module.dilation)
-        row = _window_rows(windows, count, layout.groups, positions if len(calls) == 1 else None)
-        rows.append(row if layout.has_weight else row[..., :0])
-    if len(rows) == 1:
-        return rows[0]
-    joined = torch.cat(rows, dim=1)
-    return joined if positions is None else joined[:, positions]
+@dataclass(frozen=True)
+class ConvolutionInputs:
+    """What convolutions read: patches where they are needed, products with kernels without them.
+
+    Attributes:
+        calls: The calls.
+        layout: The block's layout.
+        samples: ``N``.
+    """
+
+    calls: Sequence[LayerCall]
+    layout: BlockLayout
+    samples: int
+
+    def __call__(self, chosen: Tensor | None, positions: Tensor | None) -> Tensor:
+        """Return patches ``(N, T, G, d_in)``, of all samples and positions or of some."""
+        rows = []
+        count = self.samples if chosen is None else len(chosen)
+        few = positions if len(self.calls) == 1 else None
+        for call in self.calls:
+            module = cast(nn.Conv2d, call.module)
+            images = _padded(module, of_samples(call.inputs[0], self.samples, chosen))
+            windows = patches(images, module.kernel_size, module.stride, module.dilation)
+            row = _window_rows(windows, count, self.layout.groups, few)
+            rows.append(row if self.layout.has_weight else row[..., :0])
+        if len(rows) == 1:
+            return rows[0]
+        joined = torch.cat(rows, dim=1)
+        return joined if positions is None else joined[:, positions]
+
+    def products(self, matrices: Tensor) -> Tensor:
+        """Return ``V a``, ``(c, G, N·T, d_out)``, for matrices ``(c, G, d_out, d_in)``."""
+        c, groups, d_out, _ = matrices.shape
+        rows = []
+        for call in self.calls:
+            module = cast(nn.Conv2d, call.module)
+            convolve = _CONVOLVE[len(module.kernel_size) - 1]
+            kernels = matrices.transpose(0, 1).reshape(-1, *module.weight.shape[1:])
+            images = _padded(module, at_least_float32(call.inputs[0]))
+            found = convolve(
+                images, kernels, None, module.stride, 0, module.dilation, module.groups
+            )
+            rows.append(found.movedim(1, -1).reshape(self.samples, -1, groups, c, d_out))
+        joined = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+        return joined.flatten(0, 1).permute(2, 1, 0, 3)
+
+
+_CONVOLVE: tuple[Any, ...] = (
+    nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d,
+)  # fmt: skip
+
+
+def _padded(module: nn.Conv2d, images: Tensor) -> Tensor:
+    """Return images with the padding that a module gives them."""
+    padding = module._reversed_padding_repeated_twice
+    if not any(padding):
+        return images
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return nn.functional.pad(images, padding, mode=mode)
 
 
 def _channels_last(gradients: Tensor, samples: int, groups: int) -> Tensor:

@@ -31,7 +31,8 @@ class LinearJacobian(LayerJacobian):
         layout: The block's layout.
         inputs: Layer inputs, ``(N, T, G, d_in)``, or a function that makes them when first needed,
             of all samples and positions (for None) or some (convolutions build their patches only
-            then).
+            then). It may have a method ``products``, of all inputs with matrices
+            ``(c, G, d_out, d_in)``, as ``(c, G, N·T, d_out)``.
         output_gradients: ``δ``, ``(N, K, T, G, d_out)``.
         bias_value: The input a bias sees: 1 for ordinary layers.
         skip_silent: Leave positions whose ``δ`` is exactly zero (ignored or padded tokens) out of
@@ -193,8 +194,10 @@ class LinearJacobian(LayerJacobian):
     def _apply(self, matrices: Tensor) -> Tensor:
         """Return ``V a`` of shape ``(c, G, N·T, d_out)`` for matrices ``(c, G, d_out, d_in+)``."""
         d_in = self.layout.d_in
-        a = self.inputs.permute(2, 0, 1, 3).flatten(1, 2)
-        result = a @ matrices[..., :d_in].mT
+        if self.layout.has_weight and hasattr(self._inputs, "products"):
+            result = self._inputs.products(matrices[..., :d_in])
+        else:
+            result = self.inputs.permute(2, 0, 1, 3).flatten(1, 2) @ matrices[..., :d_in].mT
         if self.layout.has_bias:
             result = result + self.bias_value * matrices[..., d_in].unsqueeze(-2)
         return result
