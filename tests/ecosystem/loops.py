@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -137,8 +136,3 @@ def assert_curvature_everywhere(optimizer: Any, unused: tuple[str, ...] = ()) ->
     covered = {n for part in curvature.parts.values() for n in part.layout.names}
     trainable = {n for n, p in optimizer.model.named_parameters() if p.requires_grad}
     assert covered | set(optimizer.preconditioner.capture.uncovered) == trainable
-
-
-def twins(model: nn.Module, count: int = 2) -> list[nn.Module]:
-    """Return deep copies."""
-    return [copy.deepcopy(model) for _ in range(count)]

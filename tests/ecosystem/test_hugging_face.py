@@ -141,10 +141,6 @@ def targets(name: str, labels: Tensor) -> Tensor:
     return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], 1)
 
 
-def logits_of(output: Any) -> Tensor:
-    return output.logits
-
-
 @pytest.mark.parametrize("samples", [2, 3])
 @pytest.mark.parametrize("name", list(MODELS))
 def test_rows_are_those_of_autograd(name, samples):
