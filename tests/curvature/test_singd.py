@@ -393,7 +393,9 @@ def check_statistics(
     """Check one step from the identity against the factors of the library's K-FAC."""
     kfac = fisher_matrix(case.model, data, likelihood, "kfac", kind, output=case.output, **options)
     f = estimated(case.model, data, likelihood, kind, output=case.output, **PLAIN, **options)
+    check_traces(f, kfac)
     f.refresh(0.2)
+    check_traces(f, kfac)
     assert any(steps_of(f))
     found = zip(factors_in(f).values(), steps_of(f), kfac_statistics(kfac), strict=True)
     for (k, c), steps, statistics in found:
@@ -403,6 +405,13 @@ def check_statistics(
                 recursion.step(*pair, 0.2)
                 dense.assert_same(k.to_dense()[group], recursion.k)
                 dense.assert_same(c.to_dense()[group], recursion.c)
+
+
+def check_traces(f: Curvature, kfac: Any) -> None:
+    """Check the traces that relative damping is a share of, whether sums wait or were used."""
+    for name, part in kfac.parts.items():
+        found = f.structure.trace(f.parts[name], f.estimates[name].average)
+        torch.testing.assert_close(found.double(), part.trace(), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", list(CASES))

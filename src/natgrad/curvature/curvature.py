@@ -270,19 +270,27 @@ class Curvature:
 
     def operator(self, name: str) -> Operator:
         """Return the matrix of one part."""
+        return self.read(name, self._settled(name))
+
+    def read(self, name: str, average: Statistics | None) -> Operator:
+        """Return what an average stands for, batches in which the part had no rows included."""
+        return self.structure.operator(self.parts[name], self._over_all(name, average))
+
+    def _settled(self, name: str) -> Statistics | None:
+        """Return the average of a part, summed up."""
         present = self.estimates[name]
         average = present.average
         if average is not None:
             average = self.structure.settled(self.parts[name], average)
             self.estimates[name] = replace(present, average=average)
-        return self.read(name, average)
+        return average
 
-    def read(self, name: str, average: Statistics | None) -> Operator:
-        """Return what an average stands for, batches in which the part had no rows included."""
+    def _over_all(self, name: str, average: Statistics | None) -> Statistics | None:
+        """Return an average over batches in which the part had no rows, too."""
         absent = self.estimates[name].absent
         if average is not None and isinstance(absent, Tensor):
-            average = average.with_count(average.count + absent)
-        return self.structure.operator(self.parts[name], average)
+            return average.with_count(average.count + absent)
+        return average
 
     def matrix(self) -> FisherMatrix:
         """Return the matrix of the whole model.
@@ -305,7 +313,8 @@ class Curvature:
         traces, size = [], 0
         for name, present in self.estimates.items():
             if present.average is not None and name != self.structure.companion:
-                trace = self.operator(name).trace()  # One operator in memory at a time.
+                average = self._over_all(name, self._settled(name))
+                trace = self.structure.trace(self.parts[name], average)
                 traces.append(trace.to(self.layout.device, torch.float64))
                 size += sum(block.numel for block in self.parts[name].blocks.values())
         if self.is_spread:

@@ -82,11 +82,13 @@ class SeenSums(Statistics):
         inputs: ``Π(Kᵀ Σaaᵀ K)``.
         outputs: ``Π(Cᵀ Σδδᵀ C)``.
         turned: The sums of uses the other way round, with inputs and outputs exchanged.
+        traces: Of ``Σaaᵀ`` and ``Σδδᵀ`` themselves, ``(2, G)``.
     """
 
     inputs: StructuredMatrix | None
     outputs: StructuredMatrix | None
     turned: SeenSums | None = None
+    traces: Tensor | None = None
 
     def followed_by(self, other: Self, decay: float = 1.0) -> Self:
         """Return ``decay · self + other``."""
@@ -96,7 +98,17 @@ class SeenSums(Statistics):
             inputs=_added(self.inputs, other.inputs, decay),
             outputs=_added(self.outputs, other.outputs, decay),
             turned=_added(self.turned, other.turned, decay),
+            traces=_added(self.traces, other.traces, decay),
         )
+
+    def product_trace(self) -> Tensor:
+        """Return the trace of ``B ⊗ A`` times the count of the outputs, uses either way summed."""
+        found = torch.zeros((), dtype=torch.float64, device=self.count.device)
+        for one in (self, self.turned):
+            if one is not None and one.traces is not None:
+                inputs, outputs = one.traces.double()
+                found = found + (inputs * outputs / one.count.clamp(min=1e-30)).sum()
+        return found
 
     def is_finite(self) -> Tensor:
         """Return whether the sums are finite."""
@@ -136,12 +148,14 @@ class InverseFactorStatistics(Statistics):
         momenta: ``(m_K, m_C)``; None without momentum, or before the first step.
         steps: Steps of the recursion taken.
         waiting: The sums that wait.
+        trace: That of ``B ⊗ A`` of the last step, a scalar.
     """
 
     factors: Factors
     momenta: Factors | None = None
     steps: int = 0
     waiting: SeenSums | None = None
+    trace: Tensor | None = None
 
     def followed_by(self, other: Self, decay: float = 1.0) -> Self:
         """Return the same factors with ``decay · self + other`` waiting."""
@@ -165,6 +179,8 @@ def _added(total: Any, part: Any, decay: float) -> Any:
         return part if total is None else total.scaled(decay)
     if isinstance(total, SeenSums):
         return total.followed_by(part, decay)
+    if isinstance(total, Tensor):
+        return decay * total + part
     return (total if decay == 1 else total.scaled(decay)).plus(part)
 
 
@@ -339,6 +355,7 @@ class InverseFactors(Structure):
         means = None if present.waiting is None else present.waiting.means()
         if means is None:
             return forgotten
+        forgotten = replace(forgotten, trace=self._trace_of(present))
         h_k, h_c = means[0], means[1].scaled(1.0 / present.count.clamp(min=1e-300))
         k, c = present.factors
         if present.steps == 0 and self.initial_scale == "batch":
@@ -424,6 +441,20 @@ class InverseFactors(Structure):
         metric = MetricKroneckerOperator(part.block, *factors, part.parameters.dtype)
         return InverseKroneckerOperator(part.block, metric)
 
+    def trace(self, part: Part, statistics: Statistics | None) -> Tensor:
+        """Return the trace of ``B ⊗ A``, of what waits or of the last step; 0 before any.
+
+        It is that of the statistics, not of the matrix that the factors stand for.
+        """
+        found = statistics
+        known = self._trace_of(found) if isinstance(found, InverseFactorStatistics) else None
+        return torch.zeros((), device=part.parameters.device) if known is None else known
+
+    def _trace_of(self, present: InverseFactorStatistics) -> Tensor | None:
+        if present.waiting is None:
+            return present.trace
+        return present.waiting.product_trace() / present.count.clamp(min=1e-300)
+
     def inverse_damping(self, damping: float) -> float:
         """Return 0: damping acts in the recursion."""
         return 0.0
@@ -503,7 +534,21 @@ def _seen(terms: FactorTerms, factors: Factors) -> SeenSums:
         for some, factor in zip((terms.inputs, terms.outputs), factors, strict=True)
     )
     turned = None if terms.turned is None else _seen(terms.turned, factors)
-    return SeenSums(terms.positions, inputs, outputs, turned)
+    groups, device = factors[0].groups, terms.positions.device
+    traces = [_traces(some, groups, device) for some in (terms.inputs, terms.outputs)]
+    return SeenSums(terms.positions, inputs, outputs, turned, torch.stack(traces))
+
+
+def _traces(terms: Sequence[FactorTerm], groups: int, device: torch.device) -> Tensor:
+    """Return the trace of the sum of some terms in every group, ``(G,)``."""
+    found = torch.zeros(groups, dtype=torch.float64, device=device)
+    for term in terms:
+        if term.diagonal:
+            found = found + term.rows.sum(1)
+        else:
+            for rows in term.chunks(term.rows.dtype):
+                found = found + rows.square().sum((1, 2))
+    return found
 
 
 def _seen_through(terms: Sequence[FactorTerm], factor: StructuredMatrix) -> StructuredMatrix:

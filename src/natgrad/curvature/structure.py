@@ -128,6 +128,10 @@ class Structure(ABC):
     def operator(self, part: Part, statistics: Statistics | None) -> Operator:
         """Return the matrix that sums stand for; zero where there are none yet."""
 
+    def trace(self, part: Part, statistics: Statistics | None) -> Tensor:
+        """Return the trace of what sums stand for, a scalar that relative damping is a share of."""
+        return self.operator(part, statistics).trace()
+
     def united(
         self, part: Part, sums: Any, rows: Sequence[Any], previous: Statistics | None
     ) -> Statistics:

@@ -156,9 +156,9 @@ class SINGD(NaturalGradient):
     As K-FAC, but factors of the inverse are kept up to date by products alone. So it runs in
     bfloat16 throughout, and the factors may be structured: block-diagonal ones, say, take memory
     proportional to the layer's width. Damping must be positive, or factors grow without bound in
-    directions no batch has; uncoupled (IKFAC) it is that of each factor, so that about 1e-2 suits
-    it. The factors take a step at every refresh of the inverses; with a warm-up ``refresh.decay``
-    weighs batches that no step of theirs has used yet. ``structure`` is a
+    directions no batch has; uncoupled (IKFAC) it is that of each factor, in units of its own: give
+    a number there, about 1e-2. The factors take a step at every refresh of the inverses; with a
+    warm-up ``refresh.decay`` weighs batches that no step of theirs has used yet. ``structure`` is a
     :class:`natgrad.curvature.InverseFactors`.
 
     Source: Lin et al., Structured inverse-free natural gradient descent (2024), arXiv 2312.05705.
@@ -166,7 +166,7 @@ class SINGD(NaturalGradient):
 
     method: ClassVar[Method] = Method(
         InverseFactors(),
-        lr=1.5, damping=1e-3, momentum=0.5, fisher="mc",
+        lr=1.5, damping=_RELATIVE, momentum=0.5, fisher="mc",
         refresh=Refresh(factors=10, inverses=10, early=True), step_rule=_MEASURED,
     )  # fmt: skip
 
