@@ -82,6 +82,22 @@ def test_no_state_within_the_distance_is_lower():
         assert float(numerator) / (1 + 0.01) >= found.energy - 1e-12
 
 
+def test_distances_in_parameters_count():
+    model = exact.RealAmplitude(SITES)
+    amplitude = LogAmplitude(model)
+    torch.manual_seed(0)
+    directions = torch.randn(amplitude.layout.numel, 3, dtype=torch.float64)
+    values = HAMILTONIAN.local_values(lambda x: amplitude.tangents(x, directions), SPINS)
+    shares = exact.probabilities(model, SPINS)
+    metric = exact.metric(exact.rows(model, SPINS), shares)
+    lengths = 0.3 * directions.mT @ directions
+    found = tangent_space(values, shares, lengths).minimum(0.1)
+    step = directions @ found.coefficients
+    expected = step @ metric @ step + 0.3 * step @ step
+    assert found.distance == pytest.approx(float(expected) ** 0.5, rel=1e-10)
+    assert found.is_bounded and found.distance == pytest.approx(0.1, rel=1e-6)
+
+
 def test_dependent_tangents_are_left_out():
     model = exact.RealAmplitude(SITES)
     amplitude = LogAmplitude(model)
@@ -112,7 +128,9 @@ def test_a_step_goes_to_the_minimum_in_the_span_of_natural_gradients(kind):
     directions = torch.stack(natural, 1)
     amplitude = LogAmplitude(model)
     values = HAMILTONIAN.local_values(lambda x: amplitude.tangents(x, directions), SPINS)
-    minimum = tangent_space(values, shares).minimum(0.01)
+    lengths = 1e-2 * metric.trace() * directions.mT @ directions
+    minimum = tangent_space(values, shares, lengths).minimum(0.01)
+    assert minimum.is_bounded
     before = exact.parameters_of(model)
     optimizer = natgrad.StochasticReconfiguration(model, HAMILTONIAN)
     optimizer._distance = 0.01  # So short that the first trial is taken.

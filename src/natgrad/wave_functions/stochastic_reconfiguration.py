@@ -41,6 +41,7 @@ SHARES = (1e-2, 1e-4, 1e-6)
 #: Damping of steps of fixed length where none is given, likewise.
 FIXED_SHARE = 1e-4
 #: Trust region: first and largest distance of a step, and how often it may be cut in one step.
+TRUST_SHARE = float(__import__("os").environ.get("TS", "1e-4"))
 FIRST_DISTANCE, LARGEST_DISTANCE, MOST_CUTS = 0.3, 1.0, 8
 
 
@@ -80,8 +81,10 @@ class StochasticReconfiguration(CheckpointedOptimizer, CopiedByState):
     1e-6 of the trace of S) and the step before span a space of tangents of ψ, and the step is
     where the energy in it is lowest ("linear method"; with the last step in the span the method
     of eigenvalue solvers that is known as LOBPCG). It is kept within a distance that the model of
-    the energy can be trusted for: steps that do not lower the energy of the same samples,
-    reweighted, are cut. H is applied to four tangents and once or more to ψ anew.
+    the energy can be trusted for, measured by S plus the largest of the dampings: steps that do
+    not lower the energy of the same samples, reweighted, are cut. Tangents come from one half of
+    the samples and all that is decided from the other, so that noise is not taken for a slope. H
+    is applied to four tangents and once or more to ψ anew.
 
     **With** ``lr`` the step is the textbook's, ``θ ← θ − η Δ``, momentum in the way of SPRING:
 
@@ -328,7 +331,9 @@ class StochasticReconfiguration(CheckpointedOptimizer, CopiedByState):
             other_energy, other_variance = _mean(present.energies, other_weights)
             energy, variance = (energy + other_energy) / 2, (variance + other_variance) / 2
         try:
-            space = tangent_space(present, other_weights)
+            # Far in parameters is not linear, however near the tangents say it is.
+            lengths = max(dampings) * directions.mT @ directions
+            space = tangent_space(present, other_weights, lengths)
         except FactorizationError:
             return self._refuse(energy, variance)
         noise = 0.0 if is_exact else 1 / math.sqrt(max(1, count // 2))

@@ -33,7 +33,8 @@ class Minimum:
     Attributes:
         coefficients: c, ``(k,)``.
         energy: ``E(c)``.
-        distance: ``‖Σ c_j ψ_j‖/‖ψ‖``, the tangent of the angle between the states.
+        distance: ``‖Σ c_j ψ_j‖/‖ψ‖``, the tangent of the angle between the states, with what else
+            was said to count.
         is_bounded: Whether the distance was the limit.
     """
 
@@ -51,12 +52,14 @@ class TangentSpace:
         energy: E.
         slopes: g, ``(r,)``.
         hamiltonian: A, ``(r, r)``.
+        lengths: Squared distances, ``(r, r)``.
         basis: The tangents in terms of those given, ``(k, r)``.
     """
 
     energy: float
     slopes: Tensor
     hamiltonian: Tensor
+    lengths: Tensor
     basis: Tensor
 
     def minimum(self, distance: float) -> Minimum:
@@ -66,14 +69,14 @@ class TangentSpace:
         bisection.
         """
         found = self._shifted(0.0)
-        if float(torch.linalg.vector_norm(found)) <= distance:
+        if self._distance(found) <= distance:
             return self._minimum(found, False)
         low, high = 0.0, 1e-3 * float(self.slopes.norm()) / distance
-        while float(torch.linalg.vector_norm(self._shifted(high))) > distance:
+        while self._distance(self._shifted(high)) > distance:
             low, high = high, 4 * high
         for _ in range(30):
             middle = (low + high) / 2
-            if float(torch.linalg.vector_norm(self._shifted(middle))) > distance:
+            if self._distance(self._shifted(middle)) > distance:
                 low = middle
             else:
                 high = middle
@@ -83,8 +86,8 @@ class TangentSpace:
         size = len(self.slopes)
         matrix = self.slopes.new_zeros(size + 1, size + 1)
         matrix[0, 1:] = matrix[1:, 0] = self.slopes
-        matrix[1:, 1:] = self.hamiltonian
-        matrix[1:, 1:].diagonal().add_(shift - self.energy)
+        matrix[1:, 1:] = self.hamiltonian + shift * self.lengths
+        matrix[1:, 1:].diagonal().sub_(self.energy)
         lowest = linalg.eigh(matrix)[1][:, 0]
         return lowest[1:] / lowest[0]
 
@@ -92,10 +95,15 @@ class TangentSpace:
         excess = 2 * self.slopes @ found + found @ self.hamiltonian @ found
         square = float(found @ found)
         energy = self.energy + float(excess - square * self.energy) / (1 + square)
-        return Minimum(self.basis @ found, energy, square**0.5, is_bounded)
+        return Minimum(self.basis @ found, energy, self._distance(found), is_bounded)
+
+    def _distance(self, found: Tensor) -> float:
+        return float(found @ self.lengths @ found) ** 0.5
 
 
-def tangent_space(values: LocalValues, shares: Tensor) -> TangentSpace:
+def tangent_space(
+    values: LocalValues, shares: Tensor, lengths: Tensor | None = None
+) -> TangentSpace:
     """Return the forms as means over configurations.
 
     A is symmetrised, and g is the covariance that vanishes without noise in an eigenstate
@@ -104,6 +112,7 @@ def tangent_space(values: LocalValues, shares: Tensor) -> TangentSpace:
     Args:
         values: ψ, its tangents and H at the configurations.
         shares: Weights of the configurations, ``(N,)``, with sum 1.
+        lengths: What is added to B where distances are measured, ``(k, k)``; nothing by default.
     """
     energy = (shares * values.energies).sum()
     means = (shares.unsqueeze(1) * values.tangents).sum(0)
@@ -119,4 +128,6 @@ def tangent_space(values: LocalValues, shares: Tensor) -> TangentSpace:
     kept = found > DEPENDENT * found[-1].clamp(min=torch.finfo(found.dtype).tiny)
     basis = scales.unsqueeze(1) * vectors[:, kept] / found[kept].sqrt()
     hamiltonian = basis.mT @ (hamiltonian + hamiltonian.mT) @ basis / 2
-    return TangentSpace(float(energy.real), basis.mT @ slopes, hamiltonian, basis)
+    limited = overlaps if lengths is None else overlaps + lengths
+    limited = basis.mT @ limited @ basis
+    return TangentSpace(float(energy.real), basis.mT @ slopes, hamiltonian, limited, basis)
