@@ -1,0 +1,373 @@
+"""Zhang, Martens & Grosse (2019): linear convergence of natural gradient descent."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+
+import torch
+from torch.nn import functional
+
+from natgrad import ntk
+from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
+from natgrad.experiments.theory.by_width import ByWidth
+from natgrad.experiments.theory.methods import build_optimizer
+from natgrad.experiments.theory.problem import Problem
+
+__all__ = ["SOURCE"]
+
+SOURCE = Source(
+    "zhang-martens-grosse",
+    "Zhang, Martens & Grosse, Fast convergence of natural gradient descent for over-parameterized "
+    "neural networks (2019)",
+)
+
+DRAWS = 3
+STEPS = 12
+
+
+def _widths(setting: Setting) -> tuple[int, ...]:
+    widths: tuple[int, ...] = setting.of((1024, 4096, 16384), (4096, 16384, 65536, 262144))
+    return widths
+
+
+def _problem(setting: Setting, samples: int | None = None) -> Problem:
+    return setting.problem(samples or setting.of(20, 100), 64)
+
+
+def _network(task: Problem, width: int, draw: int = 0, std: float = 1.0) -> ntk.TwoLayerNetwork:
+    generator = torch.Generator().manual_seed(1000 * task.config.seed + draw)
+    network = ntk.TwoLayerNetwork(
+        task.x.shape[1], width, weight_std=std, generator=generator, dtype=torch.float64
+    )
+    return network.to(task.x.device)
+
+
+def _largest_ratio(losses: list[float]) -> float:
+    """Return the largest share of the loss that a step left."""
+    return max(after / before for before, after in zip(losses[:-1], losses[1:], strict=True))
+
+
+@SOURCE.claim(
+    "full-rank",
+    where="condition 1, theorem 4",
+    says="The Jacobian of a wide two-layer ReLU network at random weights has full row rank, and "
+    "the smallest eigenvalue of its Gram matrix tends to that of the limit.",
+    expects=[
+        Expect("rank J / N", at_least=1.0, because="full row rank"),
+        Expect(
+            "λ_min(G) / λ_min(G∞)",
+            at_least=0.75,
+            at_most=1.25,
+            because="the theorem asks for ¾ of it at the start",
+        ),
+    ],
+)
+def full_rank(setting: Setting) -> Figures:
+    """Rank and smallest eigenvalue of the Gram matrix at the largest width."""
+    task = _problem(setting)
+    limit = ntk.two_layer_kernel(task.x)
+    found = [
+        ntk.jacobian_conditions(_network(task, _widths(setting)[-1], draw), task.x, kernel=limit)
+        for draw in range(DRAWS)
+    ]
+    smallest = float(torch.linalg.eigvalsh(limit)[0])
+    return {
+        "rank J / N": [conditions.rank / task.samples for conditions in found],
+        "λ_min(G) / λ_min(G∞)": [c.smallest_eigenvalue / smallest for c in found],
+        "λ_min(G∞)": smallest,
+    }
+
+
+@SOURCE.claim(
+    "stability",
+    where="condition 2, theorem 4",
+    says="The Jacobian changes little along training, the less the wider the network, so that "
+    "‖J(w) − J(w₀)‖₂ stays below a share of √λ_min.",
+    expects=[
+        Expect(
+            "exponent of the width",
+            at_most=-0.15,
+            because="−¼ for ReLU: the share of units that change sides falls like m^−½",
+        ),
+        Expect(
+            "largest δ over training, natural gradient descent",
+            at_most=0.2,
+            because="C = 2δ/(1 − δ) < ½",
+        ),
+    ],
+    remark="The theorem's width is of order n⁴/λ₀⁴. Convergence at the predicted rate does not "
+    "wait for the condition, which is sufficient and not necessary (`zhang-martens-grosse.rate`).",
+)
+def stability(setting: Setting) -> Figures:
+    """Largest δ = ‖J(w) − J(w₀)‖₂/√λ_min(G(w₀)) after each of 12 steps of rate ½."""
+    task = _problem(setting)
+    changes = {"gd": ByWidth(), "full": ByWidth()}
+    for index, width in enumerate(_widths(setting)):
+        for draw in range(DRAWS):
+            network = _network(task, width, draw)
+            measured = ntk.JacobianStability(network, task.x, task.y)
+            root = math.sqrt(measured.smallest_eigenvalue)
+            kernel = ntk.empirical_kernel(network, task.x) / task.samples
+            rates = {"gd": 1.0 / float(torch.linalg.eigvalsh(kernel)[-1]), "full": 0.5}
+            for name, found in changes.items():
+                measured.model, largest = network, 0.0
+                for _ in range(STEPS if name == "full" else 1):
+                    steps = 1 if name == "full" else 10 * STEPS
+                    run = task.train(measured.model, name, rates[name], 0.0, steps)
+                    measured.model = run.model
+                    largest = max(largest, measured.measure().spectral_norm / root)
+                found.add(width, largest)
+        setting.progress((index + 1) / len(_widths(setting)))
+    titles = {"gd": "gradient descent, after 120 steps", "full": "natural gradient descent"}
+    last = _widths(setting)[-1]
+    return {
+        **{f"largest δ over training, {titles[n]}": values[last] for n, values in changes.items()},
+        "exponent of the width, natural gradient descent": changes["full"].exponent(),
+    }
+
+
+@SOURCE.claim(
+    "rate",
+    where="theorem 3",
+    says="Natural gradient descent shrinks ‖u − y‖² by 1 − η at least in every step.",
+    expects=[
+        Expect(
+            "largest share left by a step, over 1 − η",
+            at_most=1.05,
+            because="the bound itself, with room for the rounding of what is left at the end",
+        )
+    ],
+)
+def rate(setting: Setting) -> Figures:
+    """The largest ratio of successive losses over 12 steps, at the largest width."""
+    task, figures = _problem(setting), Figures()
+    for lr in (0.25, 0.5, 0.75):
+        figures[f"largest share left by a step, over 1 − η, η = {lr}"] = [
+            _largest_ratio(
+                task.train(
+                    _network(task, _widths(setting)[-1], draw), "full", lr, 0.0, STEPS
+                ).train_loss
+            )
+            / (1.0 - lr)
+            for draw in range(DRAWS)
+        ]
+    return figures
+
+
+def _closer(task: Problem, shift: float) -> Problem:
+    """Return the task with inputs that are closer to one another, so that λ_min is smaller."""
+    x = task.x + shift * task.x.mean(0) / task.x.mean(0).norm()
+    return dataclasses.replace(task, x=x / x.norm(dim=1, keepdim=True))
+
+
+@SOURCE.claim(
+    "conditioning",
+    where="section 3, after theorem 3",
+    says="The number of steps that natural gradient descent takes does not depend on λ_min of the "
+    "Gram matrix, while that of gradient descent grows like its inverse.",
+    expects=[
+        Expect(
+            "slope of log steps against log 1/λ_min, natural gradient descent",
+            at_least=-0.15,
+            at_most=0.15,
+            because="no dependence",
+        ),
+        Expect(
+            "slope of log steps against log 1/λ_min, gradient descent",
+            at_least=0.5,
+            because="proportional for a residual along its eigenvector, less for a mixture",
+        ),
+    ],
+)
+def conditioning(setting: Setting) -> Figures:
+    """Steps to 1 % of the loss, with inputs moved towards their mean by 0, ½, 1 and 2.
+
+    Natural gradient descent with η = ½, gradient descent with η = 2/(λ_min + λ_max).
+    """
+    base = _problem(setting, 10)
+    width, limit = setting.of(4096, 65536), setting.of(20000, 200000)
+    conditions: list[float] = []
+    steps: dict[str, list[float]] = {"gd": [], "full": []}
+    for index, shift in enumerate((0.0, 0.5, 1.0, 2.0)):
+        task = _closer(base, shift)
+        network = _network(task, width)
+        values = torch.linalg.eigvalsh(ntk.empirical_kernel(network, task.x) / task.samples)
+        conditions.append(-math.log(float(values[0])))
+        rates = {"gd": 2.0 / float(values[0] + values[-1]), "full": 0.5}
+        for name, found in steps.items():
+            count, losses = 16, [1.0]
+            while losses[-1] > 0.01 * losses[0] and count < limit:
+                count *= 4
+                losses = task.train(network, name, rates[name], 0.0, count).train_loss
+            found.append(next((i for i, v in enumerate(losses) if v <= 0.01 * losses[0]), limit))
+        setting.progress((index + 1) / 4)
+    figures: Figures = {"λ_min/N, largest over smallest": math.exp(conditions[-1] - conditions[0])}
+    for name, title in (("full", "natural gradient descent"), ("gd", "gradient descent")):
+        logarithms = [math.log(count) for count in steps[name]]
+        slope = statistics.linear_regression(conditions, logarithms).slope
+        figures[f"slope of log steps against log 1/λ_min, {title}"] = slope
+        figures[f"steps where λ_min is largest, {title}"] = float(steps[name][0])
+        figures[f"steps where λ_min is smallest, {title}"] = float(steps[name][-1])
+    return figures
+
+
+@SOURCE.claim(
+    "step-size",
+    where="abstract, theorem 3",
+    says="Learning rates of order 1 can be used, whatever the size of the kernel.",
+    expects=[
+        Expect(
+            "loss after 5 steps, relative to the first, η = 1.0",
+            at_most=0.05,
+            because="one step is enough in the limit",
+        ),
+        Expect(
+            "loss after 5 steps, relative to the first, η = 0.5",
+            at_most=0.05,
+            because="¼⁵ = 0.001 in the limit, 0.03 guaranteed",
+        ),
+    ],
+)
+def step_size(setting: Setting) -> Figures:
+    """The training loss after 5 steps at the largest width."""
+    task, figures = _problem(setting), Figures()
+    for lr in (0.5, 1.0):
+        runs = [
+            task.train(_network(task, _widths(setting)[-1], draw), "full", lr, 0.0, 5).train_loss
+            for draw in range(DRAWS)
+        ]
+        figures[f"loss after 5 steps, relative to the first, η = {lr}"] = [
+            losses[-1] / losses[0] for losses in runs
+        ]
+    return figures
+
+
+@SOURCE.claim(
+    "kfac-rate",
+    where="theorem 5",
+    says="K-FAC converges linearly on the two-layer network at a rate that depends on the inputs' "
+    "conditioning only, and like exact natural gradient descent where inputs are independent.",
+    expects=[
+        Expect(
+            "largest loss over its bound",
+            at_most=1.1,
+            because="the bound is that of the limit, to which O(1/√m) comes",
+        ),
+        Expect(
+            "largest distance of √(loss/first) from ½^t, independent inputs",
+            at_most=0.15,
+            because="P_X = I: the same map of residuals as for the exact matrix",
+        ),
+    ],
+)
+def kfac_rate(setting: Setting) -> Figures:
+    """Losses over 12 steps at half the largest guaranteed rate, width 1024 (4096).
+
+    The dependent inputs are four times as many as their dimensions.
+    """
+    task, width = _problem(setting), setting.of(1024, 4096)
+    few = _in_leading_components(task, task.samples // 4)
+    ratios, distances = [], []
+    for draw in range(DRAWS):
+        bound = ntk.convergence_bounds(method="kfac", inputs=few.x)
+        lr = 0.5 * bound.step_size
+        factor = ntk.convergence_bounds(method="kfac", inputs=few.x, step_size=lr).factor
+        losses = few.train(_network(few, width, draw), "kfac", lr, 0.0, STEPS).train_loss
+        ratios.append(max(v / (losses[0] * factor**t) for t, v in enumerate(losses)))
+        lr = 0.5 / task.samples
+        losses = task.train(_network(task, width, draw), "kfac", lr, 0.0, 6).train_loss
+        distances.append(max(abs(math.sqrt(v / losses[0]) - 0.5**t) for t, v in enumerate(losses)))
+        setting.progress((draw + 1) / DRAWS)
+    return {
+        "largest loss over its bound, dependent inputs": ratios,
+        "largest distance of √(loss/first) from ½^t, independent inputs": distances,
+    }
+
+
+def _in_leading_components(task: Problem, dim: int) -> Problem:
+    """Return the task with inputs in their leading components, norm 1."""
+    basis = torch.linalg.svd(task.x, full_matrices=False)[2][:dim]
+    x, x_test = (functional.normalize(one @ basis.T, dim=1) for one in (task.x, task.x_test))
+    return dataclasses.replace(task, x=x, x_test=x_test)
+
+
+@SOURCE.claim(
+    "generalisation",
+    where="theorem 6",
+    says="The error on new inputs of the network that natural gradient descent finds is below "
+    "√(2yᵀ(G∞)⁻¹y/n) up to a term that falls with n.",
+    expects=[
+        Expect(
+            "bound − test loss", at_least=0.0, because="the bound itself, its last term left out"
+        ),
+        Expect(
+            "bound of random labels / bound of true labels",
+            at_least=1.2,
+            because="a bound that tells learnable labels from noise must be larger for noise",
+        ),
+    ],
+    remark="The bound is beside the error only in that it is above it: for these data it is "
+    "several times as large. It tells true labels from random ones.",
+)
+def generalisation(setting: Setting) -> Figures:
+    """Mean of min(1, |f − y|) on test inputs after 15 steps of rate 1 from weights of size 0.1."""
+    figures: Figures = {}
+    width = setting.of(4096, 65536)
+    for samples in setting.of((20, 40), (100, 400, 1600)):
+        task = _problem(setting, samples)
+        kernel = ntk.two_layer_kernel(task.x)
+        bound = ntk.generalization_bound(kernel, task.y)
+        generator = torch.Generator().manual_seed(setting.seed)
+        noise = [
+            ntk.generalization_bound(
+                kernel, 0.5 * torch.randn(samples, generator=generator).sign().to(task.y)
+            )
+            for _ in range(10)
+        ]
+        errors = []
+        for draw in range(DRAWS):
+            run = task.train(_network(task, width, draw, 0.1), "full", 1.0, 0.0, 15)
+            with torch.no_grad():
+                wrong = (run.model(task.x_test) - task.y_test).abs().clamp(max=1.0)
+            errors.append(float(wrong.mean()))
+        figures[f"bound − test loss, n = {samples}"] = [bound - error for error in errors]
+        figures[f"bound of random labels / bound of true labels, n = {samples}"] = [
+            value / bound for value in noise
+        ]
+        figures[f"bound, n = {samples}"] = bound
+        figures[f"test loss, n = {samples}"] = errors
+    return figures
+
+
+@SOURCE.claim(
+    "general-loss",
+    where="section 3.3",
+    says="For losses that are strongly convex and smooth in the outputs, natural gradient descent "
+    "converges linearly as gradient descent on the outputs would.",
+    expects=[
+        Expect(
+            "largest share of ‖u − y‖² left by a step, over its bound",
+            at_most=1.1,
+            because="the bound is that of a constant Jacobian, to which O(1/√m) comes",
+        )
+    ],
+)
+def general_loss(setting: Setting) -> Figures:
+    """Eight steps of rate 2/(μ + κ) on ½r² + log cosh r, μ = 1 and κ = 2, at the largest width."""
+    task = _problem(setting)
+    bound = ntk.convergence_bounds(method="ngd", strong_convexity=1.0, smoothness=2.0)
+    ratios = []
+    for draw in range(DRAWS):
+        network = _network(task, _widths(setting)[-1], draw)
+        optimizer = build_optimizer("full", network, bound.step_size, 0.0)
+        squares = []
+        for _ in range(9):
+            residual = network(task.x) - task.y
+            squares.append(float(residual.detach().square().sum()))
+            optimizer.zero_grad()
+            (0.5 * residual.square() + residual.cosh().log()).mean().backward()
+            optimizer.step()
+        ratios.append(_largest_ratio(squares) / bound.factor)
+    return {"largest share of ‖u − y‖² left by a step, over its bound": ratios}
