@@ -77,14 +77,15 @@ class StochasticReconfiguration(CheckpointedOptimizer, CopiedByState):
     fewer rows than parameters the Gram matrix of the rows is factorised ("MinSR"), else S; the
     direction is the same. What is not finite moves nothing and is said once.
 
-    **Without** ``lr`` nothing needs tuning. Natural gradients of three dampings (1e-2, 1e-4 and
+    **Without** ``lr`` no setting is needed. Natural gradients of three dampings (1e-2, 1e-4 and
     1e-6 of the trace of S) and the step before span a space of tangents of ψ, and the step is
     where the energy in it is lowest ("linear method"; with the last step in the span the method
     of eigenvalue solvers that is known as LOBPCG). It is kept within a distance that the model of
     the energy can be trusted for, measured by S plus the largest of the dampings: steps that do
     not lower the energy of the same samples, reweighted, are cut. Tangents come from one half of
     the samples and all that is decided from the other, so that noise is not taken for a slope. H
-    is applied to four tangents and once or more to ψ anew.
+    is applied to four tangents and once or more to ψ anew. Where signs of ψ must be learned from
+    samples such steps can get stuck in another state: give ``lr`` there.
 
     **With** ``lr`` the step is the textbook's, ``θ ← θ − η Δ``, momentum in the way of SPRING:
 
