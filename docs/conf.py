@@ -52,6 +52,7 @@ def on_site(text: str) -> str:
 
 def setup(app: Any) -> None:
     """Rewrite links as pages are read."""
+
     def read(app: Any, name: str, content: list[str]) -> None:
         content[0] = on_site(content[0])
 
