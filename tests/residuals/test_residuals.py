@@ -133,7 +133,8 @@ def flat(network: nn.Module) -> Tensor:
 
 def optimizer_for(network: nn.Module, route: str, count: int = 7, **options) -> ResidualNGD:
     """Return an optimizer that takes the whole natural gradient, by one of the two routes."""
-    options = {"line_search": None, "damping_rule": "fixed", "damping": 1e-2, **options}
+    defaults = {"line_search": None, "damping_rule": "fixed", "damping": 1e-2}
+    options = {**defaults, "acceleration": False, **options}
     if route == "captured":
         model: nn.Module = TaylorNetwork(network, laplacian=True)
         return ResidualNGD(model, parts(True, count=count), **options)
@@ -348,7 +349,9 @@ def test_any_module_with_buffers_and_shared_parameters():
         ResidualNGD(network, residuals)
     network.eval()
     network.norm.running_mean.normal_()
-    optimizer = ResidualNGD(network, residuals, line_search=None, damping_rule="fixed")
+    optimizer = ResidualNGD(
+        network, residuals, line_search=None, damping_rule="fixed", acceleration=False
+    )
 
     class Single(nn.Module):
         def __init__(self, inner: nn.Module) -> None:
@@ -504,6 +507,84 @@ def test_points_can_be_replaced_between_steps():
     optimizer.step()
     expected = expected_step(jacobian, rho, [44], 1e-2, None)
     dense.assert_same(before - flat(network), expected, 1e-8)
+
+
+def square(u, x, f):
+    """Quadratic in the parameters of a linear network, so that differences are exact."""
+    value = u.value if hasattr(u, "value") else u(x)
+    return value**2 - f
+
+
+def squares(route: str, count: int, distance: float) -> tuple[nn.Module, dict[str, Residual], Any]:
+    """Return a network that far from a solution, its residuals, and what makes optimizers."""
+    network = perceptron([2, 1])
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(1.0)
+        x = points(count).abs()
+        residuals = {"part": Residual(square, x, network(x) ** 2, weight=3.0)}
+        for p in network.parameters():
+            p.add_(distance)
+    model = TaylorNetwork(network) if route == "captured" else network
+
+    def make(**options) -> ResidualNGD:
+        return ResidualNGD(
+            model, residuals, damping=1e-2, damping_rule="fixed", line_search=None,
+            jacobians=route, **options,
+        )  # fmt: skip
+
+    return network, residuals, make
+
+
+def bent_step(jacobian: Tensor, rho: Tensor, x: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """Return Δ and Δ' of squares of a linear network, by hand."""
+    damped = jacobian.T @ jacobian + 1e-2 * torch.eye(3).double()
+    step = torch.linalg.solve(damped, jacobian.T @ rho)
+    along = x @ step[:2] + step[2]
+    second = math.sqrt(weight / len(x)) * 2.0 * along**2
+    return step, torch.linalg.solve(damped, jacobian.T @ second)
+
+
+@pytest.mark.parametrize("route", ["vmap", "captured"])
+@pytest.mark.parametrize("count", [2, 9])
+@pytest.mark.parametrize("lr", [1.0, 0.5])
+def test_bent_steps_are_those_of_geodesic_acceleration(route, count, lr):
+    """Two points have fewer rows than parameters, nine more, which come in chunks."""
+    network, residuals, make = squares(route, count, 0.3)
+    jacobian, rho = (torch.cat(one) for one in reference(network, residuals))
+    step, bend = bent_step(jacobian, rho, residuals["part"].points, 3.0)
+    assert 0.02 * step.norm() < bend.norm() < 0.75 * step.norm()
+    before = flat(network)
+    optimizer = make(lr=lr, momentum=0.5, chunk_size=4)
+    optimizer.step()
+    moved = before - flat(network)
+    dense.assert_same(moved, lr * step + 0.5 * lr**2 * bend, 1e-9)
+    dense.assert_same(optimizer._previous(), moved, 1e-9)
+
+
+def test_a_bend_that_is_longer_than_its_step_is_left_out():
+    network, residuals, make = squares("captured", 2, -0.999)
+    jacobian, rho = (torch.cat(one) for one in reference(network, residuals))
+    step, bend = bent_step(jacobian, rho, residuals["part"].points, 3.0)
+    assert bend.norm() > 0.75 * step.norm()
+    before = flat(network)
+    make().step()
+    dense.assert_same(before - flat(network), step, 1e-9)
+
+
+def test_bends_raise_the_order_of_convergence():
+    """Near a solution a Gauss-Newton step squares the distance, a bent one cubes it."""
+    orders = []
+    for acceleration in (False, True):
+        losses = []
+        for distance in (0.02, 0.01):
+            _, _, make = squares("captured", 9, distance)
+            optimizer = make(acceleration=acceleration)
+            optimizer.param_groups[0]["damping"] = 0.0
+            optimizer.step()
+            losses.append(optimizer.last.loss_after)
+        orders.append(0.5 * math.log2(losses[0] / losses[1]))
+    assert orders[0] == pytest.approx(2, abs=0.1) and orders[1] == pytest.approx(3, abs=0.1)
 
 
 @pytest.mark.parametrize("count", [7, 24])

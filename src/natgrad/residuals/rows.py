@@ -60,6 +60,10 @@ class ResidualRows(ABC):
         All points come at once unless they have more rows than there are parameters.
         """
 
+    @abstractmethod
+    def scaled_values(self) -> Iterator[Tensor]:
+        """Yield ρ alone, chunk by chunk as :meth:`chunks` does."""
+
     def values(self) -> dict[str, Tensor]:
         """Return the residuals as they are, part by part, ``(N_b, R_b)``."""
         return {
@@ -141,6 +145,15 @@ class FunctionRows(ResidualRows):
                     waiting = []
         if waiting:
             yield 1.0, *self._joined(waiting)
+
+    def scaled_values(self) -> Iterator[Tensor]:
+        """Yield ρ alone, ``(n·R, 1)``."""
+        found = [
+            residual.row_scale() * self._values(residual, chosen).reshape(-1, 1)
+            for residual in self.residuals.values()
+            for chosen in self._slices(residual)
+        ]
+        yield from [torch.cat(found)] if self._row_count_is_small() else found
 
     def _rows(self, residual: Residual, chosen: slice) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the residuals of some points, ``(n·R, 1)``, and block name → rows ``(n·R, P)``."""
@@ -228,14 +241,23 @@ class CapturedRows(ResidualRows):
 
     def chunks(self) -> Iterator[tuple[float, Tensor, Jacobians]]:
         """Yield shares of the points, their ρ ``(n, K)`` and their rows."""
+        for chosen in self._together():
+            count = sum(which.stop - which.start for _, which in chosen)
+            yield count / self.point_count(), *self._pulled_back(chosen)
+
+    def scaled_values(self) -> Iterator[Tensor]:
+        """Yield ρ alone, ``(n, K)``."""
+        for chosen in self._together():
+            with torch.no_grad():
+                yield self.point_count() ** -0.5 * self.problem(chosen)
+
+    def _together(self) -> list[list[tuple[str, slice]]]:
         slices = [
             (name, chosen)
             for name, residual in self.residuals.items()
             for chosen in self._slices(residual)
         ]
-        for chosen in [slices] if self._row_count_is_small() else [[one] for one in slices]:
-            count = sum(which.stop - which.start for _, which in chosen)
-            yield count / self.point_count(), *self._pulled_back(chosen)
+        return [slices] if self._row_count_is_small() else [[one] for one in slices]
 
     def _pulled_back(self, chosen: list[tuple[str, slice]]) -> tuple[Tensor, Jacobians]:
         scale = self.point_count() ** -0.5
