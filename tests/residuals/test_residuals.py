@@ -669,6 +669,33 @@ def test_step_that_raises_leaves_nothing_behind(monkeypatch):
     assert torch.equal(flat(networks[0]), flat(networks[1]))
 
 
+def test_looking_ahead_leaves_nothing_behind_where_it_fails(monkeypatch):
+    networks = [perceptron([2, 2, 1]) for _ in range(2)]
+    optimizer, other = (optimizer_for(n, "captured", 40, acceleration=True) for n in networks)
+
+    def fail(rows: CapturedRows) -> Any:
+        assert not torch.equal(flat(networks[0]), flat(networks[1]))
+        raise MemoryError("ahead of the step")
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(CapturedRows, "scaled_values", fail)
+        optimizer.step()
+    assert torch.equal(flat(networks[0]), flat(networks[1]))
+    assert optimizer.step() == other.step()
+    assert torch.equal(flat(networks[0]), flat(networks[1]))
+
+
+def test_residuals_that_are_infinite_ahead_leave_steps_straight(monkeypatch):
+    network, residuals, make = squares("captured", 2, 0.3)
+    jacobian, rho = (torch.cat(one) for one in reference(network, residuals))
+    step, _ = bent_step(jacobian, rho, residuals["part"].points, 3.0)
+    before, ahead = flat(network), CapturedRows.scaled_values
+    nothing = [torch.full_like(one, math.inf) for one in ahead(make().rows)]
+    monkeypatch.setattr(CapturedRows, "scaled_values", lambda rows: iter(nothing))
+    make().step()
+    dense.assert_same(before - flat(network), step, 1e-9)
+
+
 def test_factorisation_that_fails_leaves_parameters_finite(monkeypatch):
     network = perceptron([2, 5, 4, 1])
     optimizer = optimizer_for(network, "captured", line_search=LineSearch("best"))

@@ -227,11 +227,13 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
             loss = gathered.loss
             if self.damping_rule == "loss":
                 damping = self._clipped(damping * loss) if math.isfinite(loss) else damping
-            direction = slope = None
+            direction = slope = bend = None
             if gathered.finite:
                 self.curvature.join(0.0)
                 self.curvature.refresh(damping)
                 direction, slope = self._direction(gathered, group["momentum"], previous)
+            if direction is not None and self.acceleration:
+                bend = self._bend(direction, gathered)
         except BaseException:
             self.curvature.rollback(saved)  # Of no step may rows be left over for the next one.
             raise
@@ -239,7 +241,6 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
             self.curvature.rollback(saved)
             self._refuse(loss, damping)
             return loss
-        bend = self._bend(direction, gathered) if self.acceleration else None
         length, after = self._move(direction, bend, slope, loss, lr)
         if group["momentum"]:
             moved = length * direction
@@ -301,9 +302,11 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
     def _bend(self, direction: Tensor, gathered: _Gathered) -> Tensor | None:
         """Return Δ', or None where it is not finite or too long to be a correction."""
         start = self.rows.layout.to_flat(self.rows.parameters).clone()
-        self._set(start - PROBE * direction)
-        ahead = list(self.rows.scaled_values())
-        self._set(start)
+        try:
+            self._set(start - PROBE * direction)
+            ahead = list(self.rows.scaled_values())
+        finally:
+            self._set(start)
         bent, second = self.rows.layout.zeros(self.rows.layout.numel), None
         chunks: Iterable[tuple[Tensor, Jacobians]] = (one[1:] for one in self.rows.chunks())
         if gathered.rows is not None and gathered.values is not None:
