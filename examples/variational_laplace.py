@@ -244,7 +244,7 @@ def images(options: argparse.Namespace) -> None:
     pairs = torch.utils.data.TensorDataset(data.train_inputs, data.train_labels)
     loader = torch.utils.data.DataLoader(pairs, batch_size=100, shuffle=True)
     points, steps = (20, 40) if options.fast else (100, 200)
-    points = options.points or points
+    points, steps = options.points or points, options.steps or steps
 
     def sparse(outputs: Any) -> natgrad.VariationalLaplace:
         return natgrad.VariationalLaplace(
@@ -290,7 +290,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, default=os.environ.get("NATGRAD_DATA"))
     parser.add_argument("--fast", action="store_true", help="a size for minutes on a CPU")
     parser.add_argument("--samples", type=int, default=None, help="training images")
-    parser.add_argument("--points", type=int, default=None, help="inducing points: 100, fast 20")
+    parser.add_argument(
+        "--points",
+        type=int,
+        default=None,
+        help="inducing points: 20 for the gap; 100 for images, fast 20",
+    )
+    parser.add_argument("--steps", type=int, default=None, help="mini-batches: 200, fast 40")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("results/variational_laplace"))
     options = parser.parse_args(arguments)

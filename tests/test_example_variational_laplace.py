@@ -74,7 +74,7 @@ def test_images(tmp_path, monkeypatch, example):
     wide = example.Console
     monkeypatch.setattr(example, "Console", lambda width: wide(width=width, quiet=True))
     example.main(
-        ["--task", "images", "--fast", "--points", "3", "--data", str(tmp_path),
+        ["--task", "images", "--fast", "--points", "3", "--steps", "3", "--data", str(tmp_path),
          "--output", str(tmp_path / "out")]
     )  # fmt: skip
     rows = json.loads((tmp_path / "out" / "images.json").read_text())
