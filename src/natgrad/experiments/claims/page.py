@@ -19,10 +19,11 @@ the verdict of the rule: *reproduced*, *refuted*, or *cannot be told*. Figures w
 what is random must clear their bounds by two standard errors, which follow ±, the number of draws
 in parentheses. Every figure has the command that repeats it; this page is written by the command.
 
-The rules of Zhang, Martens & Grosse were written before their claims were measured. Those of Karakida
-& Osawa were settled after a first run had been seen: bounds became exponents of the width where the
-theory is asymptotic, `divergence` and `gradient-descent` came to start near a solution, and what that
-left out became the claims `best-rate` and `divergence-from-start`. Read their verdicts as such.
+The rules of Zhang, Martens & Grosse were written before their claims were measured. Those of
+Karakida & Osawa were settled after a first run had been seen: bounds became exponents of the width
+where the theory is asymptotic, `divergence` and `gradient-descent` came to start near a solution,
+and what that left out became the claims `best-rate` and `divergence-from-start`. Read their
+verdicts as such.
 
     natgrad claims --list            # the claims, and what is known of them
     natgrad claims NAME ...          # measure some, claims or whole sources, in minutes on a core
