@@ -22,7 +22,14 @@ from natgrad.capture.samples import SampleAxis
 from natgrad.jacobians import DenseJacobian, LayerJacobian
 from natgrad.layouts import BlockLayout
 
-__all__ = ["DENSE_LIMIT", "GenericKind", "floating_tensors", "free_layout", "not_by_samples"]
+__all__ = [
+    "DENSE_LIMIT",
+    "GenericKind",
+    "floating_tensors",
+    "free_layout",
+    "not_by_samples",
+    "parameter_places",
+]
 
 #: Largest number of parameters of a module of unknown kind that form one dense block.
 DENSE_LIMIT = 1000
@@ -87,6 +94,21 @@ class GenericKind(LayerKind):
         """Form dense rows ``(N, K, P_l)``."""
         rows = [_pull_back_per_sample(*one, block.names, block.samples) for one in block.calls]
         return DenseJacobian(block.layout, functools.reduce(Tensor.add, rows))
+
+
+def parameter_places(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, str]:
+    """Return every place of some parameters in a model, shared ones several, → their name.
+
+    (Told to find them itself, functional_call replaces the parameters of a module that occurs twice
+    for good.)
+    """
+    names = {parameter: name for name, parameter in parameters.items()}
+    return {
+        f"{prefix}.{local}" if prefix else local: names[parameter]
+        for prefix, module in model.named_modules()
+        for local, parameter in module._parameters.items()
+        if parameter in names
+    }
 
 
 def not_by_samples(module: nn.Module) -> str | None:

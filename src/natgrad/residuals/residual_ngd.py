@@ -255,7 +255,7 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
         """Sum the rows; return loss, gradient and what momentum makes of it."""
         layout = self.rows.layout
         gradient, adjusted = layout.zeros(layout.numel), layout.zeros(layout.numel)
-        chunks: list[tuple[Jacobians | None, Tensor | None]] = []
+        chunks: list[tuple[Jacobians | None, Tensor | None, Tensor | None]] = []
         square = 0.0
         for share, values, rows in self.rows.chunks():
             square += float(values.square().sum())
@@ -267,16 +267,14 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
                 rho = values - momentum * rows.matvec(previous)
                 adjusted = adjusted + rows.rmatvec(rho)
             self.curvature.observe(rows, share)
-            chunks.append((rows, rho))
+            chunks.append((rows, rho, values))
             if len(chunks) > 1:  # Only their sums are kept.
-                chunks = [(None, None)]
+                chunks = [(None, None, None)]
         if previous is None:
             adjusted = gradient
         finite = bool(torch.isfinite(gradient).all())
-        rows_at_once, coordinates = chunks[0]
-        return _Gathered(
-            0.5 * square, finite, gradient, adjusted, coordinates, rows_at_once, values
-        )
+        at_once, coordinates, residuals = chunks[0]
+        return _Gathered(0.5 * square, finite, gradient, adjusted, coordinates, at_once, residuals)
 
     def _direction(
         self, gathered: _Gathered, momentum: float, previous: Tensor | None

@@ -12,7 +12,7 @@ from torch.func import functional_call, jacrev, vmap
 
 from natgrad.capture import Block, Capture
 from natgrad.capture.evaluation import unit_vectors
-from natgrad.capture.generic import not_by_samples
+from natgrad.capture.generic import not_by_samples, parameter_places
 from natgrad.capture.kinds import dense_layout
 from natgrad.jacobians import CHUNK_ELEMENTS, DenseJacobian, Jacobians, LayerJacobian
 from natgrad.layouts import ParameterLayout
@@ -119,15 +119,7 @@ class FunctionRows(ResidualRows):
         if not self.parameters:
             raise ValueError("the model has no trainable parameter")
         self.blocks = _dense_blocks(model, self.parameters)
-        names = {parameter: name for name, parameter in self.parameters.items()}
-        # Every place of a shared parameter. (Told to find them itself, functional_call replaces
-        # the parameters of a module that occurs twice for good.)
-        self._places = {
-            f"{prefix}.{local}" if prefix else local: names[parameter]
-            for prefix, module in model.named_modules()
-            for local, parameter in module._parameters.items()
-            if parameter in names
-        }
+        self._places = parameter_places(model, self.parameters)
 
     def _values(self, residual: Residual, chosen: slice) -> Tensor:
         with torch.no_grad():

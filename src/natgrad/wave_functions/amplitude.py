@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, jvp, vjp, vmap
 
-from natgrad.capture.generic import not_by_samples
+from natgrad.capture.generic import not_by_samples, parameter_places
 from natgrad.capture.kinds import dense_layout
 from natgrad.layouts import ParameterLayout
 
@@ -45,14 +45,7 @@ class LogAmplitude:
         if not self.parameters:
             raise ValueError("the model has no trainable parameter")
         self.block = dense_layout(self.layout.names, tuple(self.layout.shapes.values()))
-        names = {parameter: name for name, parameter in self.parameters.items()}
-        # Every place of a shared parameter, as functional_call shall not search for them itself.
-        self._places = {
-            f"{prefix}.{local}" if prefix else local: names[parameter]
-            for prefix, module in model.named_modules()
-            for local, parameter in module._parameters.items()
-            if parameter in names
-        }
+        self._places = parameter_places(model, self.parameters)
 
     def __call__(self, samples: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return ``log ψ`` of configurations ``(n, sites)`` as ``(n, K)``, K = 1 or 2 real parts.
