@@ -24,7 +24,7 @@ def loaded():
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("name", ["experiments", "laplace", "ntk", "quality", "residuals"])
+@pytest.mark.parametrize("name", ["experiments", "laplace", "ntk", "quality", "residuals", "tools"])
 def test_what_training_does_not_need_is_not_loaded(loaded, name):
     assert "natgrad.optim" in loaded
     assert not [module for module in loaded if module.startswith(f"natgrad.{name}")]

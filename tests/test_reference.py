@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import natgrad
-from natgrad import curvature, likelihoods, ntk, solvers, wave_functions
+from natgrad import curvature, likelihoods, ntk, solvers, tools, wave_functions
 
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
 
@@ -32,7 +32,7 @@ def test_everything_public_is_in_the_reference_once():
     assert set(found.values()) == {1}
     missing = [
         f"{module.__name__}.{name}"
-        for module in (natgrad, curvature, likelihoods, ntk, solvers, wave_functions)
+        for module in (natgrad, curvature, likelihoods, ntk, solvers, tools, wave_functions)
         for name in module.__all__
         if callable(getattr(module, name)) and id(getattr(module, name)) not in found
     ]

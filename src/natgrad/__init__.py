@@ -49,7 +49,7 @@ from natgrad.optim import (
 from natgrad.version import __version__
 
 if TYPE_CHECKING:
-    from natgrad import ntk, wave_functions
+    from natgrad import ntk, tools, wave_functions
     from natgrad.decentralized import DecentralizedKFAC
     from natgrad.first_order import ImplicitSGD, Padam
     from natgrad.fngd import FNGD
@@ -78,6 +78,7 @@ _LAZY = {
     "ntk": "natgrad.ntk",
     "quality": "natgrad.quality",
     "residuals": "natgrad.residuals",
+    "tools": "natgrad.tools",
     "update_quality": "natgrad.quality",
     "wave_functions": "natgrad.wave_functions",
 }
@@ -143,6 +144,7 @@ __all__ = [
     "register_layer",
     "register_structure",
     "solvers",
+    "tools",
     "update_quality",
     "wave_functions",
 ]

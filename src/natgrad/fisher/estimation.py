@@ -18,7 +18,7 @@ from natgrad.jacobians.scaled import ScaledRows
 from natgrad.likelihoods import Likelihood, LikelihoodLike, as_likelihood
 from natgrad.operators import FisherMatrix
 
-__all__ = ["Batch", "RowReceiver", "fisher_matrix", "update_from_output"]
+__all__ = ["Batch", "RowReceiver", "batches_of", "fisher_matrix", "update_from_output"]
 
 #: Vectors are pulled back in chunks whose gradients at all layers' outputs have at most this many
 #: entries together (2^26 float32 = 256 MiB).
@@ -188,7 +188,7 @@ def fisher_matrix(
         curvature = Curvature(chosen, layouts, capture.layout)
         generators: dict[torch.device, torch.Generator] = {}
         batches = 0
-        for inputs, target in _batches(data):
+        for inputs, target in batches_of(data):
             batches += 1
             with evaluated(capture, inputs) as found:
                 if target is not None:
@@ -219,7 +219,8 @@ def fisher_matrix(
     return curvature.matrix()
 
 
-def _batches(data: Any) -> Iterator[Batch]:
+def batches_of(data: Any) -> Iterator[Batch]:
+    """Iterate over the batches of a pair or an iterable of pairs (inputs, targets)."""
     pair = isinstance(data, (tuple, list)) and len(data) == 2
     if pair and (data[1] is None or isinstance(data[1], (Tensor, Mapping))):
         yield data[0], data[1]

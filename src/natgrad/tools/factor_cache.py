@@ -1,0 +1,105 @@
+"""A Fisher matrix in a file, for as long as what it was made of stays the same."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.capture import Capture
+from natgrad.curvature import Curvature, Structure
+from natgrad.fisher import FisherType
+from natgrad.fisher.estimation import batches_of
+from natgrad.likelihoods import Likelihood
+from natgrad.operators import FisherMatrix
+from natgrad.records import Record
+
+__all__ = ["cached_matrix"]
+
+
+def cached_matrix(
+    path: str | os.PathLike[str],
+    make: Callable[[], FisherMatrix],
+    model: nn.Module,
+    data: Any,
+    likelihood: Likelihood,
+    structure: Structure,
+    fisher: FisherType,
+    seed: int,
+) -> FisherMatrix:
+    """Return the matrix of a file, if it is that of the arguments; else make and save it.
+
+    Args:
+        path: The file.
+        make: Makes the matrix.
+        model: The model, whose parameters and buffers count.
+        data: The data.
+        likelihood: The likelihood.
+        structure: The structure.
+        fisher: The Fisher type.
+        seed: Seed of sampled labels.
+
+    Raises:
+        ValueError: If the structure keeps the rows of the data, or more than its parts.
+    """
+    if not structure.additive or structure.companion is not None:
+        raise ValueError(
+            f"structure {structure.name!r} is not kept in a file, as it is made of the rows of the "
+            "data or of more than one matrix per layer: leave cache out, or take 'ekfac', 'kfac' "
+            "or 'diagonal'"
+        )
+    parts = [_described(one) for one in (likelihood, structure, fisher)] + [str(seed)]
+    key = _digest([parts, list(model.state_dict().items()), list(batches_of(data))])
+    if os.path.exists(path):
+        saved = torch.load(path, weights_only=True)
+        if saved.get("key") == key:
+            return _restored(model, structure, saved["parts"])
+    matrix = make()
+    states = {name: one.state_dict() for name, one in matrix.parts.items()}
+    torch.save({"key": key, "parts": states}, path)
+    return matrix
+
+
+def _restored(model: nn.Module, structure: Structure, states: Mapping[str, Any]) -> FisherMatrix:
+    with Capture(model) as capture:
+        layouts = {name: block.layout for name, block in capture.blocks.items()}
+        curvature = Curvature(structure, layouts, capture.layout)
+    device, parts = curvature.layout.device, curvature.parts
+    operators = {
+        name: Record.from_state(state, device, structure.vector_layout(parts[name]))
+        for name, state in states.items()
+    }
+    return structure.matrix(curvature.layout, parts, operators)
+
+
+def _described(value: Likelihood | Structure | FisherType) -> str:
+    """Return a class with all of its options."""
+    options = dataclasses.astuple(value) if dataclasses.is_dataclass(value) else vars(value)
+    return f"{type(value).__qualname__}{options}"
+
+
+def _digest(value: Any) -> str:
+    """Return a hash of nested values, tensors by their bytes."""
+    found = hashlib.sha256()
+    _add(found, value)
+    return found.hexdigest()
+
+
+def _add(found: Any, value: Any) -> None:
+    if isinstance(value, Tensor):
+        whole = value.detach().cpu().contiguous()
+        found.update(f"{whole.dtype}{tuple(whole.shape)}".encode())
+        found.update(ctypes.string_at(whole.data_ptr(), whole.nbytes))
+    elif isinstance(value, (list, tuple, Mapping)):
+        items = list(value.items()) if isinstance(value, Mapping) else value
+        found.update(f"{type(value).__name__}{len(items)}".encode())
+        for item in items:
+            _add(found, item)
+    else:
+        found.update(repr(value).encode())

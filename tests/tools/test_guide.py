@@ -1,0 +1,38 @@
+"""The blocks of the guide to the tools, one after the other."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import natgrad
+
+GUIDE = Path(__file__).parents[2] / "docs" / "tools.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.S)
+
+
+@pytest.fixture(scope="module")
+def names() -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    x, y = torch.randn(40, 4).double(), torch.randint(0, 3, (40,))
+    found: dict[str, Any] = {
+        "natgrad": natgrad, "torch": torch, "model": model,
+        "x_test": torch.randn(7, 4).double(), "y_test": torch.randint(0, 3, (7,)),
+        "loader": torch.utils.data.DataLoader(
+            torch.utils.data.TensorDataset(x, y), batch_size=8
+        ),
+    }  # fmt: skip
+    for block in BLOCKS:
+        exec(compile(block, str(GUIDE), "exec"), found)
+    return found
+
+
+def test_influence(names):
+    assert names["scores"].shape == (7, 40) and names["most_helpful"].shape == (7, 5)
+    torch.testing.assert_close(sum(names["layers"].values()), names["scores"])

@@ -1,0 +1,211 @@
+"""Influence scores against dense solves, and against models that were fitted without a sample."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import natgrad
+from natgrad.tools import influence
+from tests import dense
+from tests.cases import CASES, Case
+from tests.curvature.structures_table import TABLE, problem
+from tests.dense import assert_same
+
+#: Structures whose damped inverse is a matrix, by the name of their entry.
+LINEAR = [n for n, e in TABLE.items() if e.linear and not e.stepped and e.solution.__name__ ==
+          "inverted" and not e.options]  # fmt: skip
+DAMPING = 0.05
+
+
+def dense_scores(case: Case, likelihood: str, inverse: Tensor) -> Tensor:
+    y, loss = case.target(likelihood), case.loss(likelihood)
+    vectors = dense.output_gradient(loss, case.z, y).unsqueeze(0)
+    gradients = dense.rows(case.jacobian[1], vectors)[:, 0]
+    return gradients @ inverse @ gradients.T
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_scores_of_every_layer_are_those_of_the_dense_matrix(name):
+    given = problem(name)
+    case, data = given.case, (given.case.x, given.target)
+    found = influence(
+        case.model, data, data, "categorical", "full", damping=DAMPING, output=case.output
+    )
+    eye = torch.eye(given.size, dtype=torch.float64)
+    expected = dense_scores(case, "categorical", torch.linalg.inv(given.fisher + DAMPING * eye))
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("structure", LINEAR)
+@pytest.mark.parametrize("name", ["mlp", "tokens"])
+def test_scores_of_every_structure_are_those_of_its_dense_matrix(structure, name):
+    entry, given = TABLE[structure], problem(name, "poisson")
+    case, data = given.case, (given.case.x, given.target)
+    damping = max(DAMPING, entry.damping)
+    found = influence(
+        case.model, data, data, "poisson", entry.structure, damping=damping, output=case.output
+    )
+    matrix = entry.definition(given, entry.of_user(given))
+    shift = damping * torch.eye(given.size, dtype=torch.float64)
+    assert_same(found, dense_scores(case, "poisson", torch.linalg.inv(matrix + shift)), 1e-8)
+
+
+def test_the_default_damping_is_a_tenth_of_the_mean_eigenvalue_of_a_layer():
+    given = problem("mlp")
+    case, data = given.case, (given.case.x, given.target)
+    shift = torch.zeros(given.size, dtype=torch.float64)
+    for block in dense.block_indices(case.model, case.blocks):
+        shift[block] = 0.1 * given.fisher.diagonal()[block].mean()
+    matrix = TABLE["ekfac"].definition(given, TABLE["ekfac"].of_user(given))
+    expected = dense_scores(case, "categorical", torch.linalg.inv(matrix + shift.diag()))
+    assert_same(influence(case.model, data, data), expected)
+
+
+@pytest.mark.parametrize("structure", ["full", "ekfac"])
+def test_layers_add_up_and_neither_batches_nor_memory_matter(structure):
+    given = problem("conv2d", "gaussian")
+    case, y = given.case, given.target
+    whole = influence(case.model, (case.x, y), (case.x, y), "gaussian", structure)
+    layers = influence(case.model, (case.x, y), (case.x, y), "gaussian", structure, per_layer=True)
+    assert set(layers) == {spec.layer for spec in case.blocks}
+    assert_same(sum(layers.values()), whole)
+    single = [(case.x[n : n + 1], y[n : n + 1]) for n in range(len(y))]
+    matrix = natgrad.fisher_matrix(case.model, (case.x, y), "gaussian", structure)
+    for memory in (1, 8 * given.size * 2, 2**30):
+        found = influence(
+            case.model, single, single, "gaussian", matrix=matrix, memory=memory, progress=True
+        )
+        assert_same(found, whole)
+
+
+# -- against models fitted without a sample --------------------------------------------------------
+
+
+def regression(samples: int, penalty: float = 0.0, outputs: int = 1) -> tuple[nn.Module, tuple]:
+    """Return a linear model at its optimum, and its data."""
+    x = torch.randn(samples, 4).double()
+    y = x @ torch.randn(4, outputs).double() + torch.randn(samples, outputs).double()
+    return fitted(x, y, penalty, samples), (x, y)
+
+
+def fitted(x: Tensor, y: Tensor, penalty: float, count: int) -> nn.Module:
+    """Minimise the sum of squares over 2·count plus ``penalty/2 ‖θ‖²``."""
+    a = torch.cat([x, torch.ones(len(x), 1).double()], 1)
+    matrix = a.T @ a / count + penalty * torch.eye(5).double()
+    theta = torch.linalg.solve(matrix, a.T @ y / count)
+    model = nn.Linear(4, y.shape[1]).double()
+    with torch.no_grad():
+        model.weight.copy_(theta[:4].T)
+        model.bias.copy_(theta[4])
+    return model
+
+
+def changes(model: nn.Module, data: tuple, test: tuple, penalty: float) -> tuple[Tensor, Tensor]:
+    """Return what leaving each sample out does to test losses: along the gradient, and in all."""
+    (x, y), (u, v) = data, test
+    residuals = (model(u) - v).detach()
+    linear, whole = [], []
+    for n in range(len(x)):
+        rest = [i for i in range(len(x)) if i != n]
+        moved = (fitted(x[rest], y[rest], penalty, len(x))(u) - model(u)).detach()
+        linear.append((residuals * moved).sum(1))
+        whole.append(((residuals + moved).square() - residuals.square()).sum(1) / 2)
+    return torch.stack(linear, 1), torch.stack(whole, 1)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.3])
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_leaving_one_out_of_a_regression_is_exact(penalty, outputs):
+    model, data = regression(12, penalty, outputs)
+    test = torch.randn(7, 4).double(), torch.randn(7, outputs).double()
+    linear, _ = changes(model, data, test, penalty)
+    found = influence(model, data, test, "gaussian", "full", damping=penalty, leave_one_out=True)
+    assert_same(found, linear)
+
+
+def test_leverage_is_what_scores_lack():
+    model, data = regression(12)
+    a = torch.cat([data[0], torch.ones(12, 1).double()], 1)
+    leverage = (a @ torch.linalg.inv(a.T @ a) * a).sum(1)
+    plain = influence(model, data, data, "gaussian", "full", damping=0.0)
+    left_out = influence(model, data, data, "gaussian", "full", damping=0.0, leave_one_out=True)
+    assert_same(left_out, plain / 12 / (1 - leverage))
+
+
+def test_scores_are_the_change_of_the_loss_to_first_order():
+    errors = []
+    for samples in (50, 200, 800):
+        torch.manual_seed(0)
+        model, data = regression(samples)
+        test = torch.randn(7, 4).double(), torch.randn(7, 1).double()
+        _, whole = changes(model, data, test, 0.0)
+        found = influence(model, data, test, "gaussian", "full", damping=0.0) / samples
+        errors.append(float((found - whole).norm() / whole.norm()))
+        assert (found.sign() == whole.sign()).float().mean() > 1 - 10 / samples
+    assert errors[1] < errors[0] / 2 and errors[2] < errors[1] / 2 and errors[2] < 0.02
+
+
+def test_leaving_one_out_is_a_newton_step_without_the_sample():
+    given = problem("mlp")
+    case, data = given.case, (given.case.x, given.target)
+    found = influence(case.model, data, data, structure="full", damping=0.1, leave_one_out=True)
+    y, loss, jac = given.target, given.loss, given.case.jacobian[1]
+    gradients = dense.rows(jac, dense.output_gradient(loss, case.z, y).unsqueeze(0))[:, 0]
+    roots = dense.rows(jac, dense.fisher_vectors(loss, case.z, y, "exact"))
+    eye = torch.eye(given.size).double()
+    expected = []
+    for own, row in zip(gradients, roots, strict=True):
+        rest = given.count * (given.fisher + 0.1 * eye) - row.T @ row
+        expected.append(gradients @ torch.linalg.solve(rest, own))
+    assert_same(found, torch.stack(expected, 1), 1e-8)
+
+
+# -- the file, and what is refused -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("structure", ["ekfac", "kfac", "diagonal", "tekfac", "unit_wise"])
+def test_a_file_gives_the_same_scores_without_making_the_matrix(structure, tmp_path, monkeypatch):
+    given = problem("mlp")
+    case, data = given.case, (given.case.x, given.target)
+    arguments = dict(structure=structure, cache=tmp_path / "factors.pt")
+    first = influence(case.model, data, data, **arguments)
+    made = []
+    monkeypatch.setattr(
+        sys.modules[influence.__module__],
+        "fisher_matrix",
+        lambda *a, **k: made.append(1) or natgrad.fisher_matrix(*a, **k),
+    )
+    assert torch.equal(influence(case.model, data, data, **arguments), first)
+    assert made == []
+    # Another seed, other data, another model, another likelihood: made anew every time.
+    influence(case.model, data, data, **arguments, seed=1)
+    influence(case.model, (data[0] + 1, data[1]), data, **arguments)
+    influence(case.model, data, data, natgrad.Categorical(label_smoothing=0.1), **arguments)
+    with torch.no_grad():
+        next(case.model.parameters()).add_(1.0)
+    influence(case.model, data, data, **arguments)
+    with torch.no_grad():
+        next(case.model.parameters()).sub_(1.0)
+    assert made == [1, 1, 1, 1]
+
+
+def test_what_has_no_order_no_target_or_no_samples_is_refused(tmp_path):
+    model, (x, y) = regression(6)
+    data = torch.utils.data.TensorDataset(x, y)
+    shuffled = torch.utils.data.DataLoader(data, batch_size=2, shuffle=True)
+    with pytest.raises(ValueError, match="shuffle=False"):
+        influence(model, shuffled, (x, y), "gaussian")
+    with pytest.raises(ValueError, match="test must be re-iterable"):
+        influence(model, (x, y), iter([(x, y)]), "gaussian")
+    with pytest.raises(ValueError, match="needs targets"):
+        influence(model, (x, y), (x, None), "gaussian")
+    with pytest.raises(ValueError, match="test has no samples"):
+        influence(model, (x, y), [], "gaussian")
+    with pytest.raises(ValueError, match="memory"):
+        influence(model, (x, y), (x, y), "gaussian", memory=0)
+    with pytest.raises(ValueError, match="'full' is not kept in a file"):
+        influence(model, (x, y), (x, y), "gaussian", "full", cache=tmp_path / "factors.pt")
