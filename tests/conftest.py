@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-import torch._dynamo  # Optimizers load it; from here it is left out of garbage collections.
+import torch._dynamo  # Torch's optimizers load it; from here it is left out of garbage collections.
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(

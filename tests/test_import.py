@@ -16,6 +16,21 @@ import natgrad
 print(json.dumps(sorted(set(sys.modules) - before)))
 """
 
+TRAIN = """
+import sys
+import torch, natgrad
+model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+groups = [{"modules": [model[0]], "preconditioned": False}]
+for name in ("adamw", "sgd"):
+    optimizer = natgrad.KFAC(model, params=groups, fallback=name)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(5, 3)).logsumexp(1).sum().backward()
+        optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+print("torch._dynamo" in sys.modules)
+"""
+
 
 @pytest.fixture(scope="module")
 def loaded():
@@ -33,6 +48,12 @@ def test_what_training_does_not_need_is_not_loaded(loaded, name):
 def test_no_other_package_is_loaded(loaded):
     known = {"natgrad", *sys.stdlib_module_names}
     assert not {module.split(".")[0] for module in loaded} - known
+
+
+def test_training_does_not_load_the_compiler():
+    command = [sys.executable, "-W", "ignore", "-c", TRAIN]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_every_public_name_is_there():

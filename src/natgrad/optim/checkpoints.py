@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from natgrad.optim.eager import EagerOptimizer
+
 __all__ = ["CheckpointedOptimizer", "only_initialises"]
 
 #: The entry of a state dict, and of one parameter's state in it, that holds what is natgrad's own.
@@ -48,7 +50,7 @@ class Carried(int):
         return OrderedDict, (), None, None, iter(self.record.items())
 
 
-class CheckpointedOptimizer(torch.optim.Optimizer):
+class CheckpointedOptimizer(EagerOptimizer):
     """Keeps more than groups and per-parameter state in its state dict.
 
     Hooks see all of it, a pre hook may repair it, a post hook runs when everything is loaded. A

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.arguments import check_kind, check_range, check_rate
+from natgrad.capture.hooks import outside_graphs
 from natgrad.capture.model_output import unwrap
 from natgrad.curvature import Structure, as_structure
 from natgrad.distributed.shards import whole
@@ -21,6 +22,7 @@ from natgrad.fisher import FisherType
 from natgrad.likelihoods import LikelihoodLike
 from natgrad.optim.checkpoints import CheckpointedOptimizer, only_initialises
 from natgrad.optim.copying import CopiedByState
+from natgrad.optim.eager import plain_step
 from natgrad.optim.options import Fallback, Refresh, StepRule, check_options
 from natgrad.optim.parameter_groups import (
     check_group,
@@ -328,6 +330,7 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
         """
         self.preconditioner.update_fisher(output, target)
 
+    @outside_graphs
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset all gradients; a backward pass that no step followed leaves curvature too."""
         super().zero_grad(set_to_none)
@@ -341,6 +344,7 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @outside_graphs
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one step.
@@ -761,8 +765,7 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
         for shadow, group in self._shadows:
             relative = float(group["lr"]) / group["first_lr"] if group["first_lr"] else 1.0
             shadow["lr"] = self._fallback.defaults["lr"] * relative
-        step = type(self._fallback).step
-        getattr(step, "__wrapped__", step)(self._fallback)  # Without hooks: they are of this step.
+        plain_step(self._fallback)  # Hooks are of this step.
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters of the model, as of a layer that is trained from now on.

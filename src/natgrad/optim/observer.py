@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from natgrad import linalg
 from natgrad.capture import Capture, ForwardPass
-from natgrad.capture.hooks import own_backward
+from natgrad.capture.hooks import outside_graphs, own_backward
 from natgrad.capture.model_output import Selection
 from natgrad.curvature import Curvature
 from natgrad.distributed import Replicas
@@ -174,6 +174,7 @@ class Observer:
             watched = watched | {self.capture.blocks[self.probe_layer].uses[0].module}
         self.capture.watching = True if due and own else watched or False
 
+    @outside_graphs
     def _on_backward(self, recorded: ForwardPass) -> None:
         """Take rows at the start of the user's backward pass."""
         if self.capture.shards and self.rows_due:

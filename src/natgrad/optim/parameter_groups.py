@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.arguments import check_range, check_rate
+from natgrad.optim.eager import EagerAdamW, EagerSGD
 from natgrad.optim.options import Fallback
 
 __all__ = ["check_group", "first_order_names", "make_fallback", "members", "split_groups"]
@@ -138,10 +139,10 @@ def make_fallback(fallback: Fallback, groups: list[dict[str, Any]]) -> torch.opt
     optimizer: torch.optim.Optimizer
     if fallback.name == "adamw":
         plain = [{k: v for k, v in g.items() if k != "momentum"} for g in groups]
-        optimizer = torch.optim.AdamW(plain, lr=1e-3 if fallback.lr is None else fallback.lr)
+        optimizer = EagerAdamW(plain, lr=1e-3 if fallback.lr is None else fallback.lr)
     else:
         rate = 1e-2 if fallback.lr is None else fallback.lr
-        optimizer = torch.optim.SGD(groups, lr=rate, momentum=0.9)
+        optimizer = EagerSGD(groups, lr=rate, momentum=0.9)
     for group in optimizer.param_groups:
         group["preconditioned"] = False
     return optimizer

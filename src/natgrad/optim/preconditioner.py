@@ -14,6 +14,7 @@ from natgrad import linalg
 from natgrad.arguments import check_damping, check_kind, refuse_shards
 from natgrad.capture import Capture
 from natgrad.capture.blocks import find_blocks
+from natgrad.capture.hooks import outside_graphs
 from natgrad.capture.model_output import unwrap
 from natgrad.curvature import Curvature, KroneckerFactors, Structure, as_structure
 from natgrad.curvature.curvature import Estimate
@@ -254,6 +255,7 @@ class Preconditioner(CopiedByState):
         """When curvature is updated, averaged and inverted."""
         return self.observer.refresh
 
+    @outside_graphs
     def step(self) -> None:
         """Replace every covered ``.grad`` by its natural gradient.
 
