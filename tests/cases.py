@@ -165,6 +165,13 @@ def one_layer() -> Case:
 
 
 @case
+def adapter() -> Case:
+    """Many outputs of one input."""
+    net = nn.Sequential(nn.Linear(4, 1, bias=False), nn.Linear(1, 9, bias=False))
+    return Case(net, normal(6, 4), (rows("0", "weight"), rows("1", "weight")))
+
+
+@case
 def single_module() -> Case:
     return Case(nn.Linear(4, 3), normal(5, 4), (BlockSpec(("weight", "bias"), ""),))
 

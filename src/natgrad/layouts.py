@@ -21,6 +21,9 @@ from natgrad.arguments import check_parameters
 
 __all__ = ["BlockLayout", "ParameterLayout", "inner_product"]
 
+#: From which ratio on outputs are many beside inputs.
+MANY_OUTPUTS = 8
+
 
 @dataclass(frozen=True)
 class BlockLayout:
@@ -69,6 +72,21 @@ class BlockLayout:
     def d_augmented(self) -> int:
         """Columns of each matrix, the bias column included."""
         return self.d_in + int(self.has_bias)
+
+    def large_factors(self, max_factor_size: int | None) -> tuple[bool, bool]:
+        """Return whether the Kronecker factors of inputs and of outputs are too large to be dense.
+
+        Args:
+            max_factor_size: Larger factors are. So are those of outputs beyond an eighth of it
+                that are more than eight times as many as the inputs, as of a vocabulary or an
+                adapter: they would cost more than all else, and the second moment
+                ``E[diag p − ppᵀ]`` of many classes is nearly diagonal. None for no limit.
+        """
+        if max_factor_size is None:
+            return False, False
+        many = self.d_out > MANY_OUTPUTS * self.d_augmented
+        limit = max_factor_size / MANY_OUTPUTS if many else max_factor_size
+        return self.d_augmented > max_factor_size, self.d_out > limit
 
     def matrix(self, flat: Tensor) -> Tensor:
         """Turn flat vectors ``(..., P_l)`` into matrices ``(..., G, d_out, d_in + bias)``."""

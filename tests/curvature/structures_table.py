@@ -7,7 +7,7 @@ Every comparison of a structure with dense matrices is made from here, in
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -235,17 +235,23 @@ def factors_of(
 ) -> list[Pairs]:
     """Return the pairs (A, B) of every block's groups; those kept as diagonals are diagonal."""
 
-    def kept(factor: Tensor, one_hot: bool) -> Tensor:
-        diagonal = one_hot or (limit is not None and len(factor) > limit)
+    def kept(factor: Tensor, diagonal: bool) -> Tensor:
         return torch.diag(factor.diagonal()) if diagonal else factor
 
     return [
         [
-            (kept(a, block.one_hot), kept(b, False))
+            (kept(a, block.one_hot or large(a, b, limit)[0]), kept(b, large(a, b, limit)[1]))
             for a, b in factors(block, problem.count, sharing, problem.skip_silent)
         ]
         for block in problem.blocks
     ]
+
+
+def large(a: Sized, b: Sized, limit: int | None) -> tuple[bool, bool]:
+    """Return which factors are kept as diagonals, of inputs and of outputs."""
+    if limit is None:
+        return False, False
+    return len(a) > limit, len(b) > limit or (8 * len(b) > limit and len(b) > 8 * len(a))
 
 
 def product(factors: Callable[..., Pairs]) -> Definition:
@@ -323,10 +329,11 @@ def nearest(rank: int) -> Definition:
         pairs = products_of(problem, rank)
         by_kfac = factors_of(kronecker.kfac_factors, problem, "expand", limit)
         for block, of_groups, plain in zip(problem.blocks, pairs, by_kfac, strict=True):
-            large = limit is not None and max(block.where.shape[1:]) > limit
+            outputs, inputs = (range(size) for size in block.where.shape[1:])
+            by_factors = any(large(inputs, outputs, limit))
             for index, (a, b), one in zip(block.where, of_groups, plain, strict=True):
                 whole = torch.kron(one[1].contiguous(), one[0].contiguous())
-                kronecker.place(result, index, whole if large else kronecker.kron_sum(a, b))
+                kronecker.place(result, index, whole if by_factors else kronecker.kron_sum(a, b))
         return result
 
     return matrix

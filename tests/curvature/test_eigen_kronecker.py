@@ -69,7 +69,7 @@ def test_equal_norms_make_it_kfac():
     a = functional.normalize(normal(6, 1, 1, 4), dim=-1)
     delta = 2 * functional.normalize(normal(6, 2, 1, 1, 3, seed=1), dim=-1)
     sums = LinearJacobian(layout, a, delta)
-    phi, psi = natgrad.curvature.tkfac._weighted_moments(sums, "expand", None)
+    phi, psi = natgrad.curvature.tkfac._weighted_moments(sums, "expand", (False, False))
     plain = sums.kronecker_factors()
     dense.assert_same(phi / phi[0].trace(), plain.inputs / plain.inputs[0].trace())
     dense.assert_same(psi / psi[0].trace(), plain.outputs / plain.outputs[0].trace())

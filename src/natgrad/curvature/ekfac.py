@@ -173,7 +173,8 @@ class EigenKronecker(Structure):
     Attributes:
         weight_sharing: ``"expand"`` or ``"reduce"``, as in K-FAC; this and the next two concern the
             basis only: the moments are those of the exact rows.
-        max_factor_size: Larger factors are kept as their diagonal; None for no limit.
+        max_factor_size: Larger factors are kept as their diagonal, and those of outputs from an
+            eighth of it on where they are more than eight times the inputs; None for no limit.
         rows_per_unit: If a batch has more rows than this times the size of the larger factor, an
             update of *expand* factors takes a random subset of positions; None for all.
         max_moment_samples: If a batch has more samples and the weight is shared, an update of the

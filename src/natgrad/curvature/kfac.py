@@ -40,7 +40,8 @@ class KroneckerFactors(Structure):
         factored_damping: How λ is added: True splits it between the factors, which is cheaper and
             damps somewhat more; False inverts ``B ⊗ A + λI`` exactly, by eigendecompositions (see
             :class:`natgrad.operators.KroneckerOperator`).
-        max_factor_size: Larger factors are kept as their diagonal; None for no limit.
+        max_factor_size: Larger factors are kept as their diagonal, and those of outputs from an
+            eighth of it on where they are more than eight times the inputs; None for no limit.
         rows_per_unit: If a batch has more rows (samples times positions) than this times the size
             of the larger factor, an update of *expand* factors takes a random subset of positions,
             the same for all samples, drawn anew every time: unbiased, and neighbouring positions
@@ -107,8 +108,7 @@ class KroneckerFactors(Structure):
 
     def takes_rows(self, block: BlockLayout, rows: int) -> bool:
         """Return whether so many rows are cheaper to precondition than the gradient they sum to."""
-        limit = self.max_factor_size
-        dense = limit is None or max(block.d_augmented, block.d_out) <= limit
+        dense = not any(block.large_factors(self.max_factor_size))
         return self.factored_damping and dense and rows_are_cheaper(block, rows)
 
     def cost(self, part: Part, workload: Workload) -> Cost:
@@ -161,9 +161,8 @@ class KroneckerFactors(Structure):
 
     def _factors(self, block: BlockLayout) -> list[tuple[int, bool]]:
         """Return the sizes of A and B, and whether they are kept as their diagonals."""
-        limit = self.max_factor_size
-        sizes = ((block.d_augmented, block.one_hot), (block.d_out, False))
-        return [(size, known or (limit is not None and size > limit)) for size, known in sizes]
+        inputs, outputs = block.large_factors(self.max_factor_size)
+        return [(block.d_augmented, block.one_hot or inputs), (block.d_out, outputs)]
 
 
 def check_factors(weight_sharing: str, rows_per_unit: float | None) -> None:

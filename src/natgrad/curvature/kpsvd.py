@@ -236,7 +236,7 @@ class KroneckerProducts(Structure):
     def _by_kfac(self, part: Part) -> KroneckerFactors | None:
         """Return the structure of a layer whose factors are too large."""
         limit, block = self.max_factor_size, part.block
-        if limit is None or max(block.d_augmented, block.d_out) <= limit:
+        if not any(block.large_factors(limit)):
             return None
         return KroneckerFactors("expand", self.factored_damping, limit, None)
 

@@ -266,18 +266,16 @@ class InverseFactors(Structure):
 
     # Factors.
 
-    def _structure_of(self, side: int, size: int, one_hot: bool) -> FactorStructure:
-        """Return the structure of a factor.
-
-        Args:
-            side: 0 for inputs, 1 for outputs.
-            size: d.
-            one_hot: Whether its statistics are diagonal anyway.
-        """
+    def _structures_of(self, block: BlockLayout) -> list[FactorStructure]:
+        """Return the structures of K and C; statistics of one-hot inputs are diagonal anyway."""
         names = self.factor_structures
-        structure = names if isinstance(names, str) else names[side]
-        limited = self.max_factor_size is not None and size > self.max_factor_size
-        return "diagonal" if one_hot or (limited and structure in EXPANDED) else structure
+        both = (names, names) if isinstance(names, str) else names
+        large = block.large_factors(self.max_factor_size)
+        found: list[FactorStructure] = [
+            "diagonal" if too_large and name in EXPANDED else name
+            for name, too_large in zip(both, large, strict=True)
+        ]
+        return ["diagonal", found[1]] if block.one_hot else found
 
     def initial_factors(
         self, block: BlockLayout, dtype: torch.dtype, device: torch.device
@@ -285,7 +283,7 @@ class InverseFactors(Structure):
         """Return the identities that K and C begin as."""
         made = [
             identity_matrix(
-                self._structure_of(side, size, one_hot),
+                structure,
                 block.groups,
                 size,
                 block_size=self.block_size,
@@ -293,9 +291,8 @@ class InverseFactors(Structure):
                 dtype=dtype,
                 device=device,
             )
-            for side, size, one_hot in (
-                (0, block.d_augmented, block.one_hot),
-                (1, block.d_out, False),
+            for structure, size in zip(
+                self._structures_of(block), (block.d_augmented, block.d_out), strict=True
             )
         ]
         return made[0], made[1]

@@ -78,7 +78,8 @@ class TraceKronecker(Structure):
     Attributes:
         weight_sharing: ``"expand"`` or ``"reduce"``, as above.
         factored_damping: As in K-FAC; the factors damped are ``√δ Φ`` and ``√δ Ψ``.
-        max_factor_size: Larger factors are kept as their diagonal; None for no limit.
+        max_factor_size: Larger factors are kept as their diagonal, and those of outputs from an
+            eighth of it on where they are more than eight times the inputs; None for no limit.
 
     Raises:
         ValueError: If an option is out of range.
@@ -136,13 +137,14 @@ class TraceKronecker(Structure):
 
 
 def trace_statistics(
-    rows: LayerJacobian, count: Tensor, weight_sharing: WeightSharing, limit: int | None
+    rows: LayerJacobian, count: Tensor, weight_sharing: WeightSharing, max_factor_size: int | None
 ) -> TraceStatistics:
     """Return the weighted second moments of one layer's rows; larger factors as diagonals."""
+    large = rows.layout.large_factors(max_factor_size)
     if isinstance(rows, LinearJacobian):
-        inputs, outputs = _weighted_moments(rows, weight_sharing, limit)
+        inputs, outputs = _weighted_moments(rows, weight_sharing, large)
     else:
-        inputs, outputs = _partial_traces(rows, limit)
+        inputs, outputs = _partial_traces(rows, large)
     if isinstance(rows, LinearJacobian) and rows.positions > 1:
         traces = second_moments(rows, None, None).sum((1, 2))
     else:
@@ -151,7 +153,7 @@ def trace_statistics(
 
 
 def _weighted_moments(
-    rows: LinearJacobian, weight_sharing: WeightSharing, limit: int | None
+    rows: LinearJacobian, weight_sharing: WeightSharing, large: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor]:
     """Return ``Σ ‖δ‖² a aᵀ`` and ``Σ ‖a‖² δ δᵀ`` over samples, directions and positions."""
     reduced = weight_sharing == "reduce" and rows.positions > 1
@@ -165,9 +167,9 @@ def _weighted_moments(
         sizes = mass.sum(1).view(-1, 1, 1) if reduced else mass.unsqueeze(2)
     else:
         a = _mean_inputs(rows) if reduced else rows.augmented_inputs()
-        inputs = _moment(a, weights, limit)
+        inputs = _moment(a, weights, large[0])
         sizes = a.square().sum(-1)
-    return inputs, _moment(delta, sizes.unsqueeze(1).expand(delta.shape[:-1]), limit)
+    return inputs, _moment(delta, sizes.unsqueeze(1).expand(delta.shape[:-1]), large[1])
 
 
 def _shares(rows: LinearJacobian) -> Tensor:
@@ -189,23 +191,24 @@ def _token_mass(rows: EmbeddingJacobian) -> Tensor:
     return shares * torch.einsum("nts,ns->nt", same, shares)
 
 
-def _moment(rows: Tensor, weights: Tensor | None, limit: int | None) -> Tensor:
+def _moment(rows: Tensor, weights: Tensor | None, diagonal: bool) -> Tensor:
     """Return ``Σ w x xᵀ`` for ``x`` (..., G, d) and ``w`` (..., G) or 1, or its diagonal."""
     x = rows.movedim(-2, 0).flatten(1, -2)  # (G, R, d)
     scaled = x if weights is None else x * weights.movedim(-1, 0).flatten(1).unsqueeze(-1)
-    if limit is not None and x.shape[-1] > limit:
+    if diagonal:
         return (scaled * x).sum(1)
     return scaled.mT @ x
 
 
-def _partial_traces(rows: LayerJacobian, limit: int | None) -> tuple[Tensor, Tensor]:
+def _partial_traces(rows: LayerJacobian, large: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
     """Return ``Σ MᵀM`` and ``Σ MMᵀ``, or their diagonals."""
     inputs: Tensor | None = None
     outputs: Tensor | None = None
     for start, stop in rows.chunks():
         # Lines of matrices, (n, K, d_out, G, d_in + bias), are what inputs are elsewhere.
         lines = rows.per_sample_gradients(start, stop).transpose(2, 3)
-        found = _moment(lines, None, limit), _moment(lines.transpose(2, 4), None, limit)
+        both = lines, lines.transpose(2, 4)
+        found = [_moment(x, None, diagonal) for x, diagonal in zip(both, large, strict=True)]
         inputs = found[0] if inputs is None else inputs + found[0]
         outputs = found[1] if outputs is None else outputs + found[1]
     assert inputs is not None and outputs is not None

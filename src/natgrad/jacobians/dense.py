@@ -79,10 +79,11 @@ class DenseJacobian(LayerJacobian):
         ``A = Σ MᵀM / tr``, ``B = Σ M Mᵀ``. Where each unit has one output, that is the block
         itself; of rows that sum all samples, only its diagonal, as they are too few for more.
         """
-        layout, limit = self.layout, max_factor_size
+        layout = self.layout
+        large_inputs, large_outputs = layout.large_factors(max_factor_size)
+        diagonal = layout.one_hot or large_inputs
         rows = layout.matrix(self._rows.flatten(0, 1)).transpose(0, 1)  # (G, R, d_out, d_in + bias)
         count = rows.new_tensor(float(self.samples))
-        diagonal = layout.one_hot or (limit is not None and layout.d_augmented > limit)
         units = rows.flatten(1, 2)
         if diagonal or (layout.d_out == 1 and self.summed):
             inputs = units.square().sum(1)
@@ -94,9 +95,5 @@ class DenseJacobian(LayerJacobian):
             outputs = positions.expand(layout.groups, 1, 1)
             return KroneckerSums(inputs, positions, outputs)
         columns = rows.transpose(2, 3).flatten(1, 2)
-        outputs = (
-            columns.square().sum(1)
-            if limit is not None and layout.d_out > limit
-            else columns.mT @ columns
-        )
+        outputs = columns.square().sum(1) if large_outputs else columns.mT @ columns
         return KroneckerSums(inputs, columns.square().sum((1, 2)), outputs)

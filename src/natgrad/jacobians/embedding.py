@@ -82,7 +82,7 @@ class EmbeddingJacobian(LinearJacobian):
         index = self.indices[start:stop, None, :, None].expand(-1, k, -1, self.layout.d_out)
         return result.scatter_add_(2, index, delta).mT.unsqueeze(2)
 
-    def _input_second_moment(self, weights: Tensor | None, size_limit: int | None) -> Tensor:
+    def _input_second_moment(self, weights: Tensor | None, diagonal: bool) -> Tensor:
         ones = (
             weights if weights is not None else self.output_gradients.new_ones(self.indices.shape)
         )
@@ -90,7 +90,7 @@ class EmbeddingJacobian(LinearJacobian):
         return counts.index_add_(0, self.indices.reshape(-1), ones.reshape(-1)).unsqueeze(0)
 
     def _reduced_second_moment(
-        self, active: Tensor | None, size_limit: int | None
+        self, active: Tensor | None, diagonal: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         # The mean one-hot vector of a sample is dense in V; its second moment is kept diagonal.
         weights = (

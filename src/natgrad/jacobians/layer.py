@@ -127,7 +127,8 @@ class LayerJacobian(ABC):
             weight_sharing: ``"expand"`` treats every position as a sample of its own;
                 ``"reduce"`` averages inputs and sums output gradients over positions first
                 (Eschenhagen et al. 2023).
-            max_factor_size: Factors larger than this are kept as their diagonal.
+            max_factor_size: Which factors are kept as their diagonal, see
+                :meth:`BlockLayout.large_factors`.
             continued: The rows are a further chunk of directions of samples counted already.
         """
 

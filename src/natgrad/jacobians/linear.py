@@ -219,26 +219,24 @@ class LinearJacobian(LayerJacobian):
             return weight
         return torch.cat([weight, self.bias_value * delta.sum(-1, keepdim=True)], dim=-1)
 
-    def _input_second_moment(self, weights: Tensor | None, size_limit: int | None) -> Tensor:
+    def _input_second_moment(self, weights: Tensor | None, diagonal: bool) -> Tensor:
         """Return ``Σ w a aᵀ`` per group, with ``w`` of shape ``(N, T)`` or all ones."""
         if weights is not None:
-            return self._second_moment_of(self.inputs, weights, size_limit)
+            return self._second_moment_of(self.inputs, weights, diagonal)
         # Layers that read the same tensor, such as query, key and value, share its moment.
         bias = self.bias_value if self.layout.has_bias else 0.0
         inputs = self.inputs
-        key = (*tensor_identity(inputs), bias, size_limit)
+        key = (*tensor_identity(inputs), bias, diagonal)
         if key not in self.moments:
-            self.moments[key] = inputs, self._second_moment_of(inputs, None, size_limit)
+            self.moments[key] = inputs, self._second_moment_of(inputs, None, diagonal)
         return self.moments[key][1]
 
-    def _second_moment_of(
-        self, inputs: Tensor, weights: Tensor | None, size_limit: int | None
-    ) -> Tensor:
+    def _second_moment_of(self, inputs: Tensor, weights: Tensor | None, diagonal: bool) -> Tensor:
         layout = self.layout
         a = inputs.permute(2, 0, 1, 3).flatten(1, 2)  # (G, N·T, d_in)
         scaled = a if weights is None else a * weights.reshape(1, -1, 1)
         count = a.new_tensor(float(a.shape[1])) if weights is None else weights.sum().to(a.dtype)
-        if size_limit is not None and layout.d_augmented > size_limit:
+        if diagonal:
             moment = (scaled * a).sum(1)
             if not layout.has_bias:
                 return moment
@@ -355,23 +353,24 @@ class LinearJacobian(LayerJacobian):
         """Return ``Σ a aᵀ`` and ``Σ δ δᵀ`` over samples and positions (or samples, reduced)."""
         delta = self.output_gradients
         active = self.active_positions
+        large_inputs, large_outputs = self.layout.large_factors(max_factor_size)
         moment: Tensor | None = None
         positions = delta.new_zeros(())
         if continued:
             if weight_sharing == "reduce":
                 delta = delta.sum(2, keepdim=True)
         elif weight_sharing == "reduce" and self.positions > 1:
-            _, moment, positions = self._reduced_second_moment(active, max_factor_size)
+            _, moment, positions = self._reduced_second_moment(active, large_inputs)
             delta = delta.sum(2, keepdim=True)
         else:
-            moment = self._input_second_moment(active, max_factor_size)
+            moment = self._input_second_moment(active, large_inputs)
             positions = (
                 delta.new_tensor(float(self.samples * self.positions))
                 if active is None
                 else active.sum()
             )
         flat = delta.permute(3, 0, 1, 2, 4).flatten(1, 3)  # (G, N·K·T, d_out)
-        if max_factor_size is not None and self.layout.d_out > max_factor_size:
+        if large_outputs:
             outputs = flat.square().sum(1)
         elif self.layout.groups == 1:
             outputs = linalg.lower_gram(flat[0]).unsqueeze(0)
@@ -380,11 +379,11 @@ class LinearJacobian(LayerJacobian):
         return KroneckerSums(moment, positions, outputs)
 
     def _reduced_second_moment(
-        self, active: Tensor | None, size_limit: int | None
+        self, active: Tensor | None, diagonal: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         mean, weights = mean_inputs(self.inputs, active)
         positions = mean.new_tensor(float(self.samples)) if weights is None else weights.sum()
-        return mean, self._second_moment_of(mean, weights, size_limit), positions
+        return mean, self._second_moment_of(mean, weights, diagonal), positions
 
 
 def mean_inputs(inputs: Tensor, active: Tensor | None) -> tuple[Tensor, Tensor | None]:
