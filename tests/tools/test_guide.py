@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ def names() -> dict[str, Any]:
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
     x, y = torch.randn(40, 4).double(), torch.randint(0, 3, (40,))
     found: dict[str, Any] = {
-        "natgrad": natgrad, "torch": torch, "model": model,
+        "natgrad": natgrad, "torch": torch, "model": model, "model_b": copy.deepcopy(model),
         "x_test": torch.randn(7, 4).double(), "y_test": torch.randint(0, 3, (7,)),
         "loader": torch.utils.data.DataLoader(
             torch.utils.data.TensorDataset(x, y), batch_size=8
@@ -36,3 +37,9 @@ def names() -> dict[str, Any]:
 def test_influence(names):
     assert names["scores"].shape == (7, 40) and names["most_helpful"].shape == (7, 5)
     torch.testing.assert_close(sum(names["layers"].values()), names["scores"])
+
+
+def test_consolidation_and_merging(names):
+    assert names["penalty"](names["model"]) == 0 and names["loss"].requires_grad
+    same = zip(names["model"].parameters(), names["merged"].parameters(), strict=True)
+    assert all(torch.allclose(a, b) for a, b in same)

@@ -1,0 +1,123 @@
+r"""Elastic weight consolidation: a penalty that keeps what an earlier task needs.
+
+.. math:: R(\theta) = \tfrac12 (\theta - \theta^*)^\top F (\theta - \theta^*)
+
+is the mean loss of the earlier task around its optimum θ*, to second order and without its data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.layouts import ParameterLayout
+from natgrad.operators import FisherMatrix
+
+__all__ = ["EWCPenalty", "ewc_penalty", "values_of"]
+
+
+def ewc_penalty(matrix: FisherMatrix, anchor: nn.Module | Mapping[str, Tensor]) -> EWCPenalty:
+    """Return the penalty ``½(θ − θ*)ᵀF(θ − θ*)`` of moving away from an anchor.
+
+    Its gradient is ``F(θ − θ*)``, at one product with F for value and gradient. Which Fisher matrix
+    it is, exact, sampled or empirical, was the choice of :func:`natgrad.fisher_matrix`; the
+    empirical one fades for samples that the network fits, and with it what they protect.
+
+    Args:
+        matrix: F on the earlier task, in any structure.
+        anchor: θ*: the model as it is now, whose trainable parameters are copied, or parameter name
+            → tensor.
+
+    Returns:
+        A function of a model, or of parameter name → tensor, that returns a scalar. It is in the
+        units of a mean loss; times the number of data points it is that of their sum.
+
+    Raises:
+        ValueError: If a parameter of F is missing or has another shape.
+
+    Source: Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks (2017), with
+    the diagonal; Ritter, Botev & Barber, Online structured Laplace approximations (2018), with
+    Kronecker factors.
+
+    Example:
+        >>> F = natgrad.fisher_matrix(model, first_task, structure="kfac")
+        >>> penalty = natgrad.tools.ewc_penalty(F, model)
+        >>> loss = cross_entropy(model(x), y) + 10.0 * penalty(model)
+    """
+    return EWCPenalty(matrix, anchor)
+
+
+class EWCPenalty:
+    """``½(θ − θ*)ᵀF(θ − θ*)``, as :func:`ewc_penalty` returns it.
+
+    Attributes:
+        matrix: F.
+        anchor: θ*, parameter name → tensor.
+    """
+
+    def __init__(self, matrix: FisherMatrix, anchor: nn.Module | Mapping[str, Tensor]) -> None:
+        self.matrix = matrix
+        found = values_of(matrix.layout, anchor)
+        self.anchor = {name: value.detach().clone() for name, value in found.items()}
+
+    def __call__(self, model: nn.Module | Mapping[str, Tensor]) -> Tensor:
+        """Return the penalty of a model's parameters, a scalar."""
+        layout = self.matrix.layout
+        moved = values_of(layout, model)
+        change = layout.to_flat({name: moved[name] - old for name, old in self.anchor.items()})
+        result: Tensor = _QuadraticForm.apply(change, self.matrix)
+        return result
+
+
+class _QuadraticForm(torch.autograd.Function):
+    """``½ vᵀFv``, with the gradient ``Fv`` that its value needs anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, vector: Tensor, matrix: FisherMatrix) -> Tensor:
+        product = matrix @ vector
+        ctx.save_for_backward(vector, product)
+        ctx.matrix = matrix
+        return 0.5 * torch.dot(vector, product)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        vector, product = ctx.saved_tensors
+        if torch.is_grad_enabled():  # With create_graph=True.
+            product = _Product.apply(vector, ctx.matrix)
+        return gradient * product, None
+
+
+class _Product(torch.autograd.Function):
+    """``Fv``."""
+
+    @staticmethod
+    def forward(ctx: Any, vector: Tensor, matrix: FisherMatrix) -> Tensor:
+        ctx.matrix = matrix
+        return matrix @ vector
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _Product.apply(gradient, ctx.matrix), None
+
+
+def values_of(
+    layout: ParameterLayout, source: nn.Module | Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the tensors of a layout's parameters, by name.
+
+    Raises:
+        ValueError: If one is missing or has another shape.
+    """
+    values = dict(source.named_parameters()) if isinstance(source, nn.Module) else source
+    for name in layout.names:
+        shape = tuple(values[name].shape) if name in values else None
+        if shape != layout.shapes[name]:
+            raise ValueError(
+                f"the Fisher matrix is about a parameter {name!r} of shape {layout.shapes[name]}, "
+                f"but the model has {'none' if shape is None else f'one of shape {shape}'}: make "
+                "the matrix and the anchor of the same parameters"
+            )
+    return {name: values[name] for name in layout.names}

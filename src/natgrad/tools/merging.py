@@ -1,0 +1,134 @@
+r"""Fisher-weighted averages of models: one network that does what several were trained for.
+
+.. math:: \theta = \arg\min_\theta \sum_i w_i (\theta - \theta_i)^\top (F_i + \lambda I)
+                   (\theta - \theta_i)
+
+the mode of the product of the Laplace posteriors of the models. With λ → ∞ it is the plain average,
+with diagonal matrices the entry-wise average with weights F_i.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.arguments import check_damping
+from natgrad.operators import FisherMatrix
+from natgrad.solvers import ConjugateGradient
+from natgrad.tools.consolidation import values_of
+
+__all__ = ["merge"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def merge(
+    models: Sequence[Model],
+    matrices: Sequence[FisherMatrix],
+    weights: Sequence[float] | None = None,
+    *,
+    damping: float | None = None,
+    tolerance: float = 1e-4,
+    max_iterations: int = 500,
+) -> Model:
+    """Return a model with the Fisher-weighted average of the parameters of several.
+
+    It solves ``Σ w_i(F_i + λI) θ = Σ w_i(F_i + λI) θ_i`` by conjugate gradients on products, scaled
+    by the diagonal: with diagonal matrices that is exact at once, and no sum of different
+    structures is ever formed.
+
+    Args:
+        models: Models of one architecture, usually trained on from the same parameters.
+        matrices: The Fisher matrix of each on its own data, in any structures.
+        weights: w_i ≥ 0, by default equal; numbers of data points give the posterior of all data.
+        damping: λ, in the units of F; None (default) is a tenth of the mean eigenvalue of
+            ``Σ w_i F_i / Σ w_i``.
+        tolerance: Residual, relative to the right-hand side, at which the iteration ends.
+        max_iterations: Most iterations; a warning says if they were too few.
+
+    Returns:
+        A copy of the first model with the merged parameters. Buffers of floating type, such as
+        running statistics, are averaged with the weights alone.
+
+    Raises:
+        ValueError: If numbers of models, matrices and weights differ, a weight is negative or all
+            are zero, or parameters, their shapes or frozen parameters differ.
+
+    Source: Matena & Raffel, Merging models with Fisher-weighted averaging (2022), with diagonals;
+    Tam, Bansal & Raffel, Merging by matching models in task parameter subspaces (2024), the linear
+    system and its solution by conjugate gradients.
+
+    Example:
+        >>> both = natgrad.tools.merge([model_a, model_b], [F_a, F_b])
+    """
+    numbers = [1.0] * len(models) if weights is None else [float(w) for w in weights]
+    if not models or len(models) != len(matrices) or len(models) != len(numbers):
+        raise ValueError(
+            "merge takes as many matrices, and weights if any, as models, at least 1: got "
+            f"{len(models)} models, {len(matrices)} matrices and {len(numbers)} weights"
+        )
+    if min(numbers) < 0 or not sum(numbers) > 0:
+        raise ValueError(f"weights must be at least 0 and not all of them 0, got {numbers}")
+    shares = [w / sum(numbers) for w in numbers]
+    layout = matrices[0].layout
+    for matrix in matrices:
+        if matrix.layout.shapes != layout.shapes:
+            raise ValueError("the matrices must be about the same parameters of the same shapes")
+    _check_rest(models, set(layout.names))
+    flat = [layout.to_flat(values_of(layout, m)).detach().to(layout.dtype) for m in models]
+    if damping is None:
+        traces = (w * float(f.trace()) for w, f in zip(shares, matrices, strict=True))
+        damping = 0.1 * max(0.0, sum(traces)) / max(1, layout.numel)
+    check_damping(damping)
+
+    def multiply(vector: Tensor) -> Tensor:
+        products = (w * (f @ vector) for w, f in zip(shares, matrices, strict=True))
+        return sum(products, damping * vector)
+
+    mean = sum((w * x for w, x in zip(shares, flat, strict=True)), torch.zeros_like(flat[0]))
+    right = sum(
+        (w * (f @ (x - mean)) for w, f, x in zip(shares, matrices, flat, strict=True)),
+        torch.zeros_like(mean),
+    )
+    diagonal = sum(
+        (w * f.diagonal() for w, f in zip(shares, matrices, strict=True)),
+        torch.full_like(mean, damping),
+    )
+    scale = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
+    solver = ConjugateGradient(tolerance, max_iterations)
+    found, _ = solver.solve(lambda v: scale * multiply(scale * v), scale * right, {})
+    change = scale * found
+    left = float((scale * (multiply(change) - right)).norm())
+    if left > 10 * tolerance * float((scale * right).norm()):
+        warnings.warn(
+            f"merge ended at a relative residual of {left / float((scale * right).norm()):.1e}, "
+            f"not at {tolerance:.1e}: raise max_iterations or damping",
+            stacklevel=2,
+        )
+    merged = copy.deepcopy(models[0])
+    with torch.no_grad():
+        target = dict(merged.named_parameters())
+        for name, value in layout.to_dict(mean + change).items():
+            target[name].copy_(value)
+        for name, buffer in merged.named_buffers():
+            if buffer.is_floating_point():
+                each = torch.stack([model.get_buffer(name) for model in models], -1)
+                buffer.copy_(each @ each.new_tensor(shares))
+    return merged
+
+
+def _check_rest(models: Sequence[nn.Module], merged: set[str]) -> None:
+    """Make sure that parameters which are not merged are the same in all models."""
+    first = dict(models[0].named_parameters())
+    for model in models[1:]:
+        for name, value in model.named_parameters():
+            if name not in merged and not (name in first and torch.equal(value, first[name])):
+                raise ValueError(
+                    f"parameter {name!r} is in no Fisher matrix and differs between the models: "
+                    "make it trainable before fisher_matrix, or the same in all models"
+                )
