@@ -258,11 +258,14 @@ class KroneckerOperator(Operator):
     def _split(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A as ``[[core, border], [borderᵀ, corner]]``, and B.
 
-        The bias row and column lie apart, as products with an odd leading dimension are slower.
+        On accelerators the core is copied, as products with an odd leading dimension are slower
+        there; processors do not mind.
         """
-        (a,), (b,) = (self.cast(x) for x in self.factors)
+        (a,), (b,) = self.factors
         d = self.layout.d_in
-        return a[:d, :d].contiguous(), a[:d, -1].contiguous(), a[-1:, -1], b
+        core, border, corner, b = (self.cast(x) for x in (a[:d, :d], a[:d, -1], a[-1:, -1], b))
+        core = core if core.device.type == "cpu" else core.contiguous()
+        return core, border.contiguous(), corner, b
 
 
 def is_weight_matrix(layout: BlockLayout) -> bool:

@@ -10,7 +10,7 @@ curvature (2015), sections 6.4 and 7.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,14 +76,25 @@ class BatchFisher:
         """
         size = len(directions)
         total = torch.zeros(size, size, dtype=torch.float64, device=self.layout.device)
-        columns = [self.layout.to_column(direction)[:, 0] for direction in directions]
         for rows in self._rows:
             summed = [name for name, block in rows.items() if block.summed]
             for part in _parted(rows, summed):
-                found = [part.matvec(column).flatten() for column in columns]
-                products = torch.stack(found).double()
+                found = [_products(part, direction).double() for direction in directions]
+                products = torch.stack(found)
                 total += products @ products.T
         return total
+
+
+def _products(rows: Jacobians, direction: Mapping[str, Tensor]) -> Tensor:
+    """Return ``J v``, ``(N·K,)``, layer by layer: no vector of all parameters is made."""
+    total = rows.layout.zeros(rows.rows)
+    for block in rows.values():
+        pieces = [
+            direction[name].reshape(-1).to(total.dtype) if name in direction else total.new_zeros(n)
+            for name, n in zip(block.layout.names, block.layout.sizes, strict=True)
+        ]
+        total = total + block.matvec(torch.cat(pieces).unsqueeze(1))[:, 0]
+    return total
 
 
 def fisher_gram(
