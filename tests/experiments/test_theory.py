@@ -221,6 +221,7 @@ def test_diverging_runs_end_early():
 def test_exponents_and_numbers():
     assert ByWidth({2: [1.0, 1.0], 4: [0.5], 8: [0.25]}).exponent() == pytest.approx(-1)
     assert math.isnan(ByWidth({2: [1.0]}).exponent())
+    assert ByWidth({2: [1.0, 3.0], 4: [0.5, 6.0]}).exponents() == pytest.approx([-1, 1])
     assert [format_number(v) for v in (None, math.nan, 0, 12345, 1.5, 2e-7)] == [
         "–", "–", "0", "12,345", "1.5", "2.0e-07",
     ]  # fmt: skip

@@ -22,7 +22,7 @@ SOURCE = Source(
 )
 
 #: Draws of the random weights.
-DRAWS = 3
+DRAWS = 5
 #: Least fall with the width that counts as vanishing; the theory's O(1/√M) is −½.
 VANISHES = -0.25
 
@@ -75,7 +75,7 @@ def dynamics(setting: Setting) -> Figures:
     figures: Figures = {}
     for name, values in found.items():
         figures[f"departure from (1 − ηα)^t, {_title(name)}"] = values[widths[-1]]
-        figures[f"exponent of the width, {_title(name)}"] = values.exponent()
+        figures[f"exponent of the width, {_title(name)}"] = values.exponents()
     return figures
 
 
@@ -156,9 +156,9 @@ def best_rate(setting: Setting) -> Figures:
     figures: Figures = {}
     for name, found in best.items():
         figures[f"best learning rate × α, {_title(name)}"] = found[widths[-1]]
-        departure = ByWidth({width: [abs(found.mean(width) - 1.0)] for width in widths})
+        departures = ByWidth({width: [abs(one - 1.0) for one in found[width]] for width in widths})
         key = "exponent of the width of |best learning rate × α − 1|"
-        figures[f"{key}, {_title(name)}"] = departure.exponent()
+        figures[f"{key}, {_title(name)}"] = departures.exponents()
     return figures
 
 
@@ -270,7 +270,7 @@ def diagonal(setting: Setting) -> Figures:
         setting.progress((index + 1) / len(widths))
     figures: Figures = {f"deviation, {_title(n)}": d[widths[-1]] for n, d in deviations.items()}
     for name in ("diagonal", "unit_wise"):
-        figures[f"exponent of the width, {_title(name)}"] = deviations[name].exponent()
+        figures[f"exponent of the width, {_title(name)}"] = deviations[name].exponents()
     return figures
 
 
@@ -309,7 +309,7 @@ def one_step(setting: Setting) -> Figures:
     for name, values in losses.items():
         last = values[widths[-1]]
         figures[f"loss after one step, relative to the first, {_title(name)}"] = last
-        figures[f"exponent of the width, {_title(name)}"] = values.exponent()
+        figures[f"exponent of the width, {_title(name)}"] = values.exponents()
     return figures
 
 
@@ -422,7 +422,7 @@ def test(setting: Setting) -> Figures:
     for name, values in found.items():
         key = "distance of test outputs from theory"
         figures[f"{key}, {_title(name)}"] = values[widths[-1]]
-        figures[f"{key}, exponent of the width, {_title(name)}"] = values.exponent()
+        figures[f"{key}, exponent of the width, {_title(name)}"] = values.exponents()
     end = _limit(infinite, task, "gd")
     for name in ("full", "block_diagonal"):
         distance = (_limit(infinite, task, name) - end).norm() / end.norm()

@@ -22,8 +22,9 @@ in parentheses. Every figure has the command that repeats it; this page is writt
 The rules of Zhang, Martens & Grosse were written before their claims were measured. Those of
 Karakida & Osawa were settled after a first run had been seen: bounds became exponents of the width
 where the theory is asymptotic, `divergence` and `gradient-descent` came to start near a solution,
-and what that left out became the claims `best-rate` and `divergence-from-start`. Read their
-verdicts as such.
+and what that left out became the claims `best-rate` and `divergence-from-start`. Their figures
+here are of a second run, with other images and draws (seed 1), before which nothing changed but
+that more draws are taken and exponents are fitted to every draw, so that they have errors too.
 
     natgrad claims --list            # the claims, and what is known of them
     natgrad claims NAME ...          # measure some, claims or whole sources, in minutes on a core

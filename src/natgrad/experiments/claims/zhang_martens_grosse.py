@@ -124,7 +124,7 @@ def stability(setting: Setting) -> Figures:
     last = _widths(setting)[-1]
     return {
         **{f"largest δ over training, {titles[n]}": values[last] for n, values in changes.items()},
-        "exponent of the width, natural gradient descent": changes["full"].exponent(),
+        "exponent of the width, natural gradient descent": changes["full"].exponents(),
     }
 
 

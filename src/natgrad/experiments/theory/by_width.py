@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 
 from natgrad.experiments.theory.results import Line, Panel, Plot
 
@@ -28,9 +29,16 @@ class ByWidth(dict[int, list[float]]):
 
     def exponent(self) -> float:
         """Return the exponent of the power law fitted to the means; NaN for a single width."""
+        return self._exponent_of(self.means)
+
+    def exponents(self) -> list[float]:
+        """Return the exponents of the power laws fitted to every draw, draws in turn."""
+        return [self._exponent_of(values) for values in zip(*self.values(), strict=True)]
+
+    def _exponent_of(self, values: Sequence[float]) -> float:
         if len(self) < 2:
             return math.nan
-        logarithms = [math.log(width) for width in self], [math.log(mean) for mean in self.means]
+        logarithms = [math.log(width) for width in self], [math.log(value) for value in values]
         return statistics.linear_regression(*logarithms).slope
 
     def line(self, label: str, method: str = "", style: str = "both") -> Line:
