@@ -22,7 +22,7 @@ from natgrad.experiments.claims.registry import SOURCES, choose
 from natgrad.experiments.claims.results import read_result, result_path, write_whole
 from natgrad.experiments.claims.run import ClaimsConfig, run_claims
 from natgrad.experiments.compare import compare as run_comparison
-from natgrad.experiments.config import CompareConfig, ConfigError
+from natgrad.experiments.config import EVAL_SAMPLES, CompareConfig, ConfigError
 from natgrad.experiments.console import (
     ProgressBars,
     SectionBars,
@@ -31,24 +31,27 @@ from natgrad.experiments.console import (
     print_summary,
 )
 from natgrad.experiments.data import DATASETS, DataError
+from natgrad.experiments.factories import FactoryError, load_model
 from natgrad.experiments.inspection import (
     InspectionError,
     example_input,
     inspect_model,
-    load_model,
     shared_positions,
 )
-from natgrad.experiments.methods import DEFAULT_METHODS, METHODS
+from natgrad.experiments.methods import DEFAULT_METHODS, METHODS, OWN_METHODS, method_name
 from natgrad.experiments.models import MODELS
-from natgrad.experiments.objectives import OBJECTIVES
+from natgrad.experiments.objectives import METRICS, OBJECTIVES, ObjectiveError
 from natgrad.experiments.pages import check_output
 from natgrad.experiments.plan import METHODS as SHAREABLE_METHODS
 from natgrad.experiments.plan import Options, PlanError, parse_ranks, plan_factory, to_dict
 from natgrad.experiments.plan_tables import print_plan
 from natgrad.experiments.report import write_report
+from natgrad.experiments.results import Results, read_results
+from natgrad.experiments.search import BUDGET
 from natgrad.experiments.theory.config import SECTIONS, TheoryConfig
 from natgrad.experiments.theory.report import write_theory_report
 from natgrad.experiments.theory.run import run_theory
+from natgrad.likelihoods.conversion import LIKELIHOODS
 from natgrad.ntk import ACTIVATIONS
 from natgrad.version import __version__
 
@@ -65,6 +68,9 @@ app = typer.Typer(
 # Typer's usage errors derive from a class that it does not export under a name of its own.
 _UsageError: Any = typer.BadParameter.__mro__[1]
 
+#: Errors whose message is all that users need to know.
+_REFUSALS = (ConfigError, DataError, FactoryError, InspectionError, ObjectiveError, PlanError)
+
 
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line.
@@ -80,12 +86,18 @@ def run(arguments: list[str] | None = None) -> int:
     except typer.Exit as leaving:
         return leaving.exit_code
     except (typer.Abort, KeyboardInterrupt):
-        return 130
+        return _interrupted()
     except _UsageError as error:
         return _refuse(error.format_message())
-    except (ConfigError, DataError, InspectionError, PlanError) as error:
+    except _REFUSALS as error:
         return _refuse(str(error))
     return status if isinstance(status, int) else 0
+
+
+def _interrupted(consequence: str = "nothing was written") -> int:
+    """Say in one line that Ctrl-C ended the command, and return its exit code."""
+    print(f"natgrad: interrupted; {consequence}.", file=sys.stderr)
+    return 130
 
 
 def _refuse(sentence: str) -> int:
@@ -116,34 +128,98 @@ DataFolderOption = Annotated[
 DepthOption = Annotated[int, typer.Option(help="Number of weight layers.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 OutputOption = Annotated[Path, typer.Option(help="Folder for results.json, plots and report.html.")]
-
-_defaults = CompareConfig()
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
 @app.command()
 def compare(
-    data: DataOption = _defaults.data,
+    factory: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[PACKAGE.MODULE:FACTORY]",
+            help="A function that returns your model, or your model and its loss "
+            "[default: a built-in network].",
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="package.module:loader, a function that returns an iterable of batches, or a "
+            "training and a held-out one; or a built-in data set: "
+            f"{', '.join(DATASETS)} [default: digits for built-in networks]."
+        ),
+    ] = None,
     data_dir: DataFolderOption = None,
     train_samples: Annotated[
         int | None,
-        typer.Option(help="Training samples to use [default: 200 with full batches, else all]."),
+        typer.Option(
+            help="Training samples of built-in data to use "
+            "[default: 200 with full batches, else all]."
+        ),
     ] = None,
     test_samples: Annotated[
-        int | None, typer.Option(help="Test samples to use [default: all].")
+        int | None, typer.Option(help="Test samples of built-in data to use [default: all].")
     ] = None,
-    model: Annotated[str, typer.Option(help=f"Network: {', '.join(MODELS)}.")] = _defaults.model,
+    eval_samples: Annotated[
+        int | None,
+        typer.Option(
+            help="Samples of your training and of your held-out data, the first ones, on which "
+            f"losses are measured [default: {EVAL_SAMPLES}]."
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help=f"Built-in network: {', '.join(MODELS)} [default: mlp].")
+    ] = None,
     width: Annotated[
         int | None,
         typer.Option(help="Units or channels of the hidden layers [default: 512 (mlp), 32 (cnn)]."),
     ] = None,
-    depth: DepthOption = _defaults.depth,
-    loss: Annotated[str, typer.Option(help=f"Loss: {', '.join(OBJECTIVES)}.")] = _defaults.loss,
+    depth: Annotated[
+        int | None,
+        typer.Option(help="Number of weight layers of a built-in network [default: 3]."),
+    ] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Loss: of built-in networks {', '.join(OBJECTIVES)} [default: mse]; of yours a "
+            "loss of torch, such as cross_entropy, mse or bce_with_logits, or a likelihood "
+            "[default: what the factory gives, or the model computes itself, or cross_entropy "
+            "where targets are class labels]."
+        ),
+    ] = None,
+    likelihood: Annotated[
+        str | None,
+        typer.Option(
+            help=f"What the natural methods take your loss for: {', '.join(LIKELIHOODS)} "
+            "[default: the likelihood that it is]."
+        ),
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Metric beside your loss: {', '.join(METRICS)}, or package.module:function of "
+            "outputs and targets [default: accuracy where there are classes]."
+        ),
+    ] = None,
     methods: Annotated[
-        str, typer.Option(help=f"Methods, separated by commas, of {', '.join(METHODS)}.")
-    ] = ",".join(DEFAULT_METHODS),
+        str | None,
+        typer.Option(
+            help=f"Methods, separated by commas, of {', '.join(METHODS)} [default: "
+            f"{','.join(DEFAULT_METHODS)} for built-in networks, {','.join(OWN_METHODS)} for "
+            "yours]."
+        ),
+    ] = None,
     steps: Annotated[
-        int, typer.Option(help="Training steps of every natural method.")
-    ] = _defaults.steps,
+        int | None,
+        typer.Option(
+            help="Training steps of every natural method [default: 30 for built-in networks, 200 "
+            "for yours]."
+        ),
+    ] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(help="Seconds of training of every method, and of every trial of a search."),
+    ] = None,
     first_order_steps: Annotated[
         int | None,
         typer.Option(
@@ -151,7 +227,10 @@ def compare(
             "[default: 10 x --steps with full batches, else --steps]."
         ),
     ] = None,
-    batch_size: Annotated[str, typer.Option(help="Samples per step: a number, or full.")] = "full",
+    batch_size: Annotated[
+        str | None,
+        typer.Option(help="Samples of built-in data per step: a number, or full [default: full]."),
+    ] = None,
     damping: Annotated[
         float | None,
         typer.Option(help="Damping of every natural method [default: each method's own]."),
@@ -169,7 +248,10 @@ def compare(
     ] = None,
     search_steps: Annotated[
         int | None,
-        typer.Option(help="Steps of each trial of the learning-rate search [default: all steps]."),
+        typer.Option(
+            help=f"Steps of each of the {BUDGET} trials that every first-order method has to find "
+            "its learning rate [default: as many as it trains]."
+        ),
     ] = None,
     target_loss: Annotated[
         float | None,
@@ -179,25 +261,46 @@ def compare(
         int | None, typer.Option(help="Steps between evaluations [default: 20 evaluations].")
     ] = None,
     quality: Annotated[
-        bool, typer.Option(help="Measure how close every update is to the exact natural gradient.")
-    ] = _defaults.quality,
+        bool | None,
+        typer.Option(
+            "--quality/--no-quality",
+            help="Measure how close every update is to the exact natural gradient, on built-in "
+            "networks [default: measure].",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights, subset and batches.")] = 0,
-    device: DeviceOption = _defaults.device,
-    dtype: Annotated[str, typer.Option(help="float32 or float64.")] = _defaults.dtype,
+    seeds: Annotated[
+        int, typer.Option(help="Number of seeds, from --seed on; rates are those of the first.")
+    ] = 1,
+    device: DeviceOption = "auto",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32 or float64 [default: float32, for your model as it is]."),
+    ] = None,
     output: OutputOption = Path("results/compare"),
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Take over the whole runs of an interrupted comparison."),
+    ] = False,
+    as_json: JsonOption = False,
 ) -> int:
-    """Train one network with every method on real data, and report what each gains."""
+    """Train one network, your own or a built-in one, with every method, and report the gains."""
     config = CompareConfig(
+        factory=factory,
         data=data,
         data_dir=data_dir,
         train_samples=train_samples,
         test_samples=test_samples,
+        eval_samples=eval_samples,
         model=model,
         width=width,
         depth=depth,
         loss=loss,
-        methods=tuple(name.strip() for name in methods.split(",") if name.strip()),
+        likelihood=likelihood,
+        metric=metric,
+        methods=None if methods is None else _methods(methods),
         steps=steps,
+        seconds=seconds,
         first_order_steps=first_order_steps,
         batch_size=_batch_size(batch_size),
         damping=damping,
@@ -208,17 +311,26 @@ def compare(
         eval_every=eval_every,
         quality=quality,
         seed=seed,
+        seeds=seeds,
         device=device,
         dtype=dtype,
     )
     _check_output(output)
+    earlier = _earlier(output) if resume else None
     console = _console()
-    with ProgressBars(console) as bars:
-        results = run_comparison(config, bars, command=_command())
+
+    def keep(results: Results) -> None:
+        write_whole(output / "results.json", results.to_json())
+
+    with ProgressBars(_console(stderr=True) if as_json else console) as bars:
+        results = run_comparison(config, bars, _command(), earlier, keep)
     files = write_report(results, output)
-    print_results(console, results)
-    console.print(f"Report: {files[0]}", highlight=False)
-    return 130 if results.interrupted else 0
+    if as_json:
+        print(results.to_json(), end="")
+    else:
+        print_results(console, results)
+        console.print(f"Report: {files[0]}", highlight=False)
+    return _interrupted(f"{output} holds what was measured") if results.interrupted else 0
 
 
 _theory_defaults = TheoryConfig()
@@ -355,7 +467,7 @@ def inspect_command(
     """Show what would be preconditioned in a model, with what factors, memory and cost."""
     if samples < 1:
         raise InspectionError(f"The number of samples must be at least 1, not {samples}.")
-    network, example = load_model(model)
+    network, _, example = load_model(model)
     if input_shape is not None:
         example = example_input(input_shape)
     positions = None if example is None else shared_positions(network, example)
@@ -428,9 +540,10 @@ def plan_command(
     return 0
 
 
-def _console() -> Console:
+def _console(stderr: bool = False) -> Console:
     """Return a console, wide enough for tables where no terminal sets the width."""
-    return Console(width=None if sys.stdout.isatty() else 120)
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, width=None if stream.isatty() else 120)
 
 
 def _check_output(directory: Path) -> None:
@@ -449,8 +562,23 @@ def _classes(text: str) -> tuple[int, ...]:
         ) from None
 
 
-def _batch_size(text: str) -> int | None:
-    if text == "full":
+def _earlier(directory: Path) -> Results | None:
+    """Return the results that an interrupted comparison has left in a folder, if any."""
+    path = directory / "results.json"
+    if not path.exists():
+        return None
+    try:
+        return read_results(path)
+    except ValueError as error:
+        raise ConfigError(f"{error}: leave out --resume, or give another --output.") from error
+
+
+def _methods(text: str) -> tuple[str, ...]:
+    return tuple(method_name(name) for name in text.split(",") if name.strip())
+
+
+def _batch_size(text: str | None) -> int | None:
+    if text is None or text == "full":
         return None
     try:
         return int(text)

@@ -2,11 +2,11 @@ import pytest
 import torch
 from torch import nn
 
+from natgrad.experiments.factories import FactoryError, load_model
 from natgrad.experiments.inspection import (
     InspectionError,
     example_input,
     inspect_model,
-    load_model,
     shared_positions,
 )
 
@@ -46,8 +46,9 @@ def factories(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("attribute", ["plain", "Box.inner", "ready"])
 def test_models_are_found(factories, attribute):
-    model, example = load_model(f"{factories}:{attribute}")
+    model, criterion, example = load_model(f"{factories}:{attribute}")
     assert isinstance(model[0], nn.Linear)
+    assert criterion is None
     assert example is None
 
 
@@ -63,20 +64,20 @@ def test_models_are_found(factories, attribute):
     ],
 )
 def test_what_is_no_model_is_refused(factories, attribute, message):
-    with pytest.raises(InspectionError, match=message):
+    with pytest.raises(FactoryError, match=message):
         load_model(factories + attribute)
 
 
 def test_a_module_that_does_not_import_is_refused(factories, tmp_path):
     (tmp_path / "broken_module.py").write_text("1 / 0")
-    with pytest.raises(InspectionError, match="broken_module cannot be imported: division by"):
+    with pytest.raises(FactoryError, match="broken_module cannot be imported: division by"):
         load_model("broken_module:model")
-    with pytest.raises(InspectionError, match="No module named 'absent_module'"):
+    with pytest.raises(FactoryError, match="No module named 'absent_module'"):
         load_model("absent_module:model")
 
 
 def test_positions_are_the_pixels_of_the_output(factories):
-    model, example = load_model(f"{factories}:convolutional")
+    model, _, example = load_model(f"{factories}:convolutional")
     assert shared_positions(model, example) == {"0": 4 * 5, "4": 1}
     assert model.training
     with pytest.raises(InspectionError, match="fails on the example"):
@@ -96,7 +97,7 @@ def test_a_shared_layer_counts_every_use():
 
 
 def test_sizes_are_those_of_the_factors(factories):
-    model, _ = load_model(f"{factories}:plain")
+    model, *_ = load_model(f"{factories}:plain")
     summary = inspect_model(model, "kfac", "categorical", "mc", samples=10)
     assert [layer.parameters for layer in summary.layers] == [24, 12]
     assert summary.covered == summary.parameters == 36
@@ -105,10 +106,10 @@ def test_sizes_are_those_of_the_factors(factories):
 
 
 def test_more_positions_cost_more(factories):
-    model, example = load_model(f"{factories}:convolutional")
+    model, _, example = load_model(f"{factories}:convolutional")
     positions = shared_positions(model, example)
     alone = inspect_model(model, "kfac", "categorical", "mc", samples=10)
-    model, _ = load_model(f"{factories}:convolutional")
+    model, *_ = load_model(f"{factories}:convolutional")
     shared = inspect_model(model, "kfac", "categorical", "mc", 10, positions)
     assert shared.refresh > alone.refresh
     assert shared.backward > alone.backward

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from natgrad.experiments.batches import TensorBatches
 from natgrad.experiments.data import Dataset
 from natgrad.experiments.memory import PeakMemory
 from natgrad.experiments.models import build_model
@@ -19,6 +20,11 @@ def data():
     return Dataset("toy", inputs[:20], labels[:20], inputs[20:], labels[20:], 2)
 
 
+def whole(data, loss="mse"):
+    """Full batches."""
+    return TensorBatches(data, OBJECTIVES[loss].encode, None)
+
+
 def linear_model(lr):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(9, 2))
@@ -29,7 +35,7 @@ def linear_model(lr):
 def test_full_batch_curve_is_the_loss_before_each_step(data, loss):
     objective = OBJECTIVES[loss]
     model, optimizer = linear_model(0.1)
-    run = train(model, optimizer, objective, data, Schedule(4, evaluations=frozenset({0, 2})))
+    run = train(model, optimizer, objective, whole(data, loss), Schedule(4, frozenset({0, 2})))
     assert run.status == "completed"
     assert run.train.step == [0, 1, 2, 3, 4]
     assert run.test.step == [0, 2, 4]
@@ -48,9 +54,7 @@ def test_full_batch_curve_is_the_loss_before_each_step(data, loss):
 
 def test_seconds_and_steps_never_decrease(data):
     model, optimizer = linear_model(0.1)
-    run = train(
-        model, optimizer, OBJECTIVES["mse"], data, Schedule(9, evaluations=frozenset({0, 3}))
-    )
+    run = train(model, optimizer, OBJECTIVES["mse"], whole(data), Schedule(9, frozenset({0, 3})))
     assert run.train.seconds == sorted(run.train.seconds)
     assert run.train.seconds[0] == 0.0 < run.train.seconds[1]
     assert run.train.seconds[-1] == run.seconds
@@ -68,8 +72,9 @@ def test_mini_batches_cover_an_epoch_and_keep_the_last_smaller_one(data):
 
     model = Recorder(9, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    schedule = Schedule(6, batch_size=8, evaluations=frozenset({0, 3}), seed=1)
-    run = train(model, optimizer, OBJECTIVES["mse"], data, schedule)
+    schedule = Schedule(6, evaluations=frozenset({0, 3}), seed=1)
+    batches = TensorBatches(data, OBJECTIVES["mse"].encode, batch_size=8)
+    run = train(model, optimizer, OBJECTIVES["mse"], batches, schedule)
     assert [len(batch) for batch in seen] == [8, 8, 4, 8, 8, 4]
     every = data.train_inputs.flatten(1)
     for epoch in (seen[:3], seen[3:]):
@@ -82,7 +87,7 @@ def test_mini_batches_cover_an_epoch_and_keep_the_last_smaller_one(data):
 
 def test_divergence_ends_the_run(data):
     model, optimizer = linear_model(1e9)
-    run = train(model, optimizer, OBJECTIVES["mse"], data, Schedule(50, evaluations=frozenset({0})))
+    run = train(model, optimizer, OBJECTIVES["mse"], whole(data), Schedule(50, frozenset({0})))
     assert run.status == "diverged"
     assert len(run.train.step) < 10
     assert math.isnan(run.final_loss)
@@ -95,7 +100,7 @@ def test_a_failing_optimizer_is_recorded(data):
         raise torch.linalg.LinAlgError("the matrix is singular")
 
     optimizer.register_step_pre_hook(fail)
-    run = train(model, optimizer, OBJECTIVES["mse"], data, Schedule(5))
+    run = train(model, optimizer, OBJECTIVES["mse"], whole(data), Schedule(5))
     assert run.status == "failed"
     assert "the matrix is singular" in run.message
 
@@ -106,9 +111,8 @@ def test_interrupt_keeps_what_is_there(data):
             raise KeyboardInterrupt
 
     model, optimizer = linear_model(0.1)
-    run = train(
-        model, optimizer, OBJECTIVES["mse"], data, Schedule(50, evaluations=frozenset({0})), stop
-    )
+    schedule = Schedule(50, frozenset({0}))
+    run = train(model, optimizer, OBJECTIVES["mse"], whole(data), schedule, stop)
     assert run.status == "interrupted"
     assert run.train.step == [0, 1, 2, 3]
     assert run.test.step == [0, 3]
@@ -118,8 +122,10 @@ def test_evaluation_in_chunks_equals_evaluation_at_once(data):
     model, _ = linear_model(0.1)
     model.append(nn.Dropout(0.5))
     objective = OBJECTIVES["cross_entropy"]
-    loss, correct = evaluate(model, objective, data.train_inputs, data.train_labels, chunk=7)
-    assert model.training
+    chunks = zip(data.train_inputs.split(7), data.train_labels.split(7), strict=True)
+    model[-1].eval()
+    loss, correct = evaluate(model, objective, chunks)
+    assert model.training and not model[-1].training
     outputs = model.eval()(data.train_inputs)
     assert loss == pytest.approx(objective(outputs, data.train_labels).item(), rel=1e-6)
     assert correct == pytest.approx(accuracy(outputs, data.train_labels))

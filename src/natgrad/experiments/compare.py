@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import time
@@ -13,140 +14,182 @@ from datetime import datetime, timezone
 import torch
 from torch import Tensor, nn
 
+from natgrad.experiments.batches import TensorBatches, reproducible
 from natgrad.experiments.calibration import measured_learning_rate
-from natgrad.experiments.config import CompareConfig
-from natgrad.experiments.data import DATASETS, load_dataset
+from natgrad.experiments.config import CompareConfig, ConfigError
 from natgrad.experiments.environment import describe_environment
+from natgrad.experiments.factories import described
 from natgrad.experiments.memory import PeakMemory
-from natgrad.experiments.methods import METHODS, Method, Setting
-from natgrad.experiments.models import build_model
-from natgrad.experiments.objectives import OBJECTIVES
+from natgrad.experiments.methods import METHODS, Method
+from natgrad.experiments.problems import Problem, Problems
 from natgrad.experiments.quality import QUALITY_SAMPLES, measure_quality
-from natgrad.experiments.results import MethodResult, QualityPoint, Results, Run, Search, Target
+from natgrad.experiments.results import (
+    MethodResult,
+    QualityPoint,
+    Repeat,
+    Results,
+    Run,
+    Search,
+    Target,
+)
 from natgrad.experiments.search import BUDGET, best_learning_rate, search_learning_rate
 from natgrad.experiments.training import Schedule, train
 
 __all__ = ["Observer", "compare"]
 
+_EVALUATIONS = 20  # per run, unless asked for otherwise
+
 
 class Observer:
-    """Told of the progress of a comparison; one that does something overrides the methods."""
+    """Told of the progress of a comparison; one that does something overrides the methods.
 
-    def begin(self, method: str, steps: int, searching: bool) -> None:
-        """A method begins its learning-rate search or its training, of so many steps."""
+    Attributes:
+        metric: Name of the metric, set before anything begins.
+    """
 
-    def step(self, taken: int, loss: float, accuracy: float) -> None:
-        """So many steps are taken; loss and training accuracy of the last one."""
+    metric: str = "accuracy"
+
+    def begin(self, method: str, budget: float, searching: bool) -> None:
+        """A method begins its learning-rate search or its training, of so many steps or seconds."""
+
+    def step(self, taken: float, loss: float, metric: float) -> None:
+        """So much of the budget is spent; loss and metric of the last training batch."""
 
     def end(self, result: MethodResult) -> None:
         """A method has ended, well or not."""
 
 
-def compare(config: CompareConfig, observer: Observer | None = None, command: str = "") -> Results:
+def compare(
+    config: CompareConfig,
+    observer: Observer | None = None,
+    command: str = "",
+    earlier: Results | None = None,
+    keep: Callable[[Results], None] = lambda results: None,
+) -> Results:
     """Train one network with every method from the same initial weights on the same data.
 
     Args:
         config: What to compare.
         observer: Told of progress; silent by default.
         command: The command line to record as the one that repeats the comparison.
+        earlier: Results of the same comparison, interrupted: its whole runs and trials are taken
+            over.
+        keep: Given the results so far after every run and every trial of a search.
 
     Returns:
         The results. After Ctrl-C they hold what was measured until then, `interrupted` is true, and
         methods that had not begun have the status "not run".
+
+    Raises:
+        ConfigError: If earlier results are those of another comparison.
+        DataError: If built-in data cannot be read.
+        FactoryError: If a user's model or data cannot be made.
+        ObjectiveError: If they do not go together, or the loss cannot be told.
     """
-    created, began = datetime.now(timezone.utc), time.perf_counter()
-    comparison = _Comparison(config, observer or Observer())
-    methods = [comparison.blank(name) for name in config.methods]
-    interrupted = False
+    comparison = _Comparison(config, observer or Observer(), command, keep)
+    if earlier is not None:
+        comparison.take_over(earlier)
     try:
         comparison.warm_up()
-        for index, name in enumerate(config.methods):
-            methods[index] = comparison.run(name)
-            comparison.observer.end(methods[index])
-            if methods[index].status == "interrupted":
-                interrupted = True
+        for result in comparison.methods:
+            if not comparison.run(result):
+                comparison.interrupted = True
                 break
+        else:
+            comparison.interrupted = False
+            comparison.measure_quality()
     except KeyboardInterrupt:
-        interrupted = True
-    quality = [] if interrupted else comparison.measure_quality()
-    target = _target(config, methods)
-    for result in methods:
-        reached = None if target.loss is None else result.train.first_below(target.loss)
-        if reached is not None:
-            result.steps_to_target = result.train.step[reached]
-            result.seconds_to_target = result.train.seconds[reached]
-    return Results(
-        created=created.isoformat(timespec="seconds"),
-        seconds=time.perf_counter() - began,
-        interrupted=interrupted,
-        command=command,
-        config=config.as_dict(),
-        data=comparison.describe_data(),
-        model=comparison.describe_model(),
-        environment=describe_environment(config.torch_device()),
-        target=target,
-        methods=methods,
-        quality=quality,
-    )
+        comparison.interrupted = True
+    return comparison.results()
 
 
 class _Comparison:
-    """The network, the data and the options that all methods share."""
+    """A comparison under way: what all methods share, and what was found so far."""
 
-    def __init__(self, config: CompareConfig, observer: Observer) -> None:
-        self.config = config
-        self.observer = observer
-        self.objective = OBJECTIVES[config.loss]
-        self.device, dtype = config.torch_device(), config.torch_dtype()
-        data = load_dataset(
-            config.data,
-            config.data_dir,
-            train_samples=config.effective_train_samples,
-            test_samples=config.test_samples,
-            seed=config.seed,
-        )
-        self.data = data.to(self.device, dtype)
-        self.model = build_model(
-            config.model,
-            data.input_shape,
-            data.classes,
-            width=config.effective_width,
-            depth=config.depth,
-            seed=config.seed,
-        ).to(self.device, dtype)
-        samples = len(data.train_labels)
-        batch = samples if config.batch_size is None else min(config.batch_size, samples)
-        self.setting = Setting(
-            model=config.model,
-            loss=config.loss,
-            depth=config.depth,
-            width=config.effective_width,
-            input_dim=data.train_inputs[0].numel(),
-            outputs=data.classes,
-            samples=batch,
-            full_batch=config.batch_size is None,
-            epoch=math.ceil(samples / batch),
-            damping=config.damping,
-            fisher=config.fisher,
-            seed=config.seed,
-        )
+    def __init__(
+        self,
+        config: CompareConfig,
+        observer: Observer,
+        command: str,
+        keep: Callable[[Results], None],
+    ) -> None:
+        self.config, self.observer, self._command, self._keep = config, observer, command, keep
+        self._created, self._began = datetime.now(timezone.utc), time.perf_counter()
+        self._earlier_seconds = 0.0
+        self._device = config.torch_device()
+        self._problems = Problems(config)
+        #: The problem of the first seed.
+        self.problem = self._problems.of(config.seed)
+        observer.metric = self.problem.objective.metric.name
+        self.methods = [self._blank(name) for name in config.methods or ()]
+        self.interrupted = True
+        self._quality: list[QualityPoint] = []
         #: States of the network along the run of the first method, by steps taken.
-        self.snapshots: dict[int, dict[str, Tensor]] = {}
+        self._snapshots: dict[int, dict[str, Tensor]] = {}
 
-    def schedule(self, method: Method) -> Schedule:
-        """Return how long a method trains, and when it is evaluated."""
-        config = self.config
-        steps = config.steps if method.is_natural else config.effective_first_order_steps
-        if config.eval_every is not None:
-            evaluations = set(range(0, steps, config.eval_every))
-        elif config.batch_size is not None:
-            evaluations = set(range(0, steps, min(max(1, steps // 20), self.setting.epoch)))
-        else:  # also dense at the start, where most happens
-            evaluations = {round(steps * part / 20) for part in range(20)}
-            evaluations |= {round(steps ** (part / 20)) for part in range(20)}
-        return Schedule(steps, config.batch_size, frozenset(evaluations), config.seed)
+    # What was found.
 
-    def blank(self, name: str) -> MethodResult:
+    def results(self) -> Results:
+        """Return what was found so far."""
+        target = _target(self.config, self.methods)
+        for result in self.methods:
+            for run in result.runs:
+                reached = None if target.loss is None else run.train.first_below(target.loss)
+                run.steps_to_target = None if reached is None else run.train.step[reached]
+                run.seconds_to_target = None if reached is None else run.train.seconds[reached]
+        return Results(
+            created=self._created.isoformat(timespec="seconds"),
+            seconds=self._earlier_seconds + time.perf_counter() - self._began,
+            interrupted=self.interrupted,
+            command=self._command,
+            config=self.config.as_dict(),
+            data=self.problem.data,
+            model=self._described_model(),
+            metric=self.problem.objective.metric.name,
+            environment=describe_environment(self._device),
+            target=target,
+            methods=self.methods,
+            quality=self._quality,
+        )
+
+    def take_over(self, earlier: Results) -> None:
+        """Take whole runs and trials from earlier results.
+
+        Raises:
+            ConfigError: If these are of another comparison.
+        """
+        now = self.results()
+        for what in ("config", "data", "model"):
+            old, new = getattr(earlier, what), getattr(now, what)
+            differ = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+            if differ:
+                raise ConfigError(
+                    f"What is there is another comparison, as its {what} differs in "
+                    f"{', '.join(differ)}: leave out --resume, or give another --output."
+                )
+        self._earlier_seconds = earlier.seconds
+        whole = ("completed", "diverged")
+        for index, result in enumerate(earlier.methods):
+            result.repeats = [run for run in result.repeats if run.status in whole]
+            # The run of the first method has the states on which quality is measured.
+            if result.status in whole and not (index == 0 and self.config.quality):
+                self.methods[index] = result
+            else:
+                self.methods[index].search = result.search
+                self.methods[index].learning_rate_seconds = result.learning_rate_seconds
+
+    def _described_model(self) -> dict[str, object]:
+        model = self.problem.model
+        return {
+            "name": self.config.factory or self.config.model,
+            "width": self.config.effective_width,
+            "depth": self.config.depth,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "text": str(model),
+            "loss": self.problem.objective.title,
+        }
+
+    def _blank(self, name: str) -> MethodResult:
         """Return the result of a method that has not run."""
         method = METHODS[name]
         return MethodResult(
@@ -154,73 +197,101 @@ class _Comparison:
             title=method.title,
             family="natural" if method.is_natural else "first-order",
             description=method.description,
-            steps=self.schedule(method).steps,
-            damping=method.damping(self.setting),
+            steps=self._schedule(method).steps,
+            damping=method.damping(self.problem.setting),
         )
 
+    # What is done.
+
     def warm_up(self) -> None:
-        """Take two steps, so that the first method does not pay for what PyTorch does only once."""
-        model = copy.deepcopy(self.model)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        schedule = Schedule(2, self.config.batch_size, frozenset({0}))
-        train(model, optimizer, self.objective, self.data, schedule)
-        square = torch.eye(256, device=self.device, dtype=self.config.torch_dtype())
+        """Take two steps, so that no method pays for what PyTorch does only once in a process.
+
+        They are taken by the first method of either family; what fails will fail again, and be
+        told.
+        """
+        natural = [METHODS[one.name] for one in self.methods if one.family == "natural"]
+        schedule = Schedule(2, frozenset({0}), seed=self.config.seed)
+        with warnings.catch_warnings(), contextlib.suppress(Exception):
+            warnings.simplefilter("ignore")
+            for method in (METHODS["sgd"], *natural[:1]):
+                self._train(self.problem, method, 1e-9, schedule, lambda *measured: None)
+        square = torch.eye(256, device=self._device, dtype=self.config.torch_dtype())
         torch.linalg.cholesky(square)
         torch.linalg.eigh(square)
 
-    def run(self, name: str) -> MethodResult:
-        """Choose the learning rate of a method, train with it, and return the result."""
-        method, result = METHODS[name], self.blank(name)
+    def run(self, result: MethodResult) -> bool:
+        """Choose the learning rate of a method and train with it, for every seed.
+
+        Returns:
+            Whether it came to its end.
+        """
+        method = METHODS[result.name]
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("default")
             try:
-                self._choose_learning_rate(name, method, result)
-                if result.learning_rate is None:
-                    result.status = "diverged"
-                    result.message = "Every learning rate of the search diverged."
-                else:
-                    self._train_for(name, method, result.learning_rate, result)
+                if result.status == "not run":
+                    self._run_first(method, result)
+                if result.status == "completed":
+                    self._repeat(method, result)
             except KeyboardInterrupt:
                 result.status = "interrupted"
-            except (RuntimeError, ValueError, ArithmeticError) as error:
-                result.status, result.message = "failed", f"{type(error).__name__}: {error}"
+            except Exception as error:  # a user's model or loader may raise anything
+                result.status = "failed"
+                result.message = f"{type(error).__name__}: {described(error)}"
         said = [str(warning.message) for warning in caught if warning.category is UserWarning]
         result.message = " ".join(filter(None, [result.message, *dict.fromkeys(said)]))
-        return result
+        self._keep(self.results())
+        self.observer.end(result)
+        return all(run.status != "interrupted" for run in result.runs)
 
-    def _train_for(self, name: str, method: Method, rate: float, result: MethodResult) -> None:
-        """Train with a method and fill in its result."""
-        schedule = self.schedule(method)
-        self.observer.begin(name, schedule.steps, False)
-        with PeakMemory(self.device) as peak:
-            keep = name == self.config.methods[0] and self.config.quality
-            run = self._train(method, rate, schedule, self.observer.step, keep)
+    def _run_first(self, method: Method, result: MethodResult) -> None:
+        """Choose the learning rate, train with the first seed, and fill in the result."""
+        self._choose_learning_rate(method, result)
+        if result.learning_rate is None:
+            result.status = "diverged"
+            result.message = "Every learning rate of the search diverged."
+            return
+        schedule = self._schedule(method)
+        self.observer.begin(result.name, schedule.budget, False)
+        keep = bool(self.config.quality) and result is self.methods[0]
+        with PeakMemory(self._device) as peak:
+            run = self._train(self.problem, method, result.learning_rate, schedule, keep=keep)
         vars(result).update(vars(run))
         result.peak_memory_bytes = peak.bytes
 
-    def _choose_learning_rate(self, name: str, method: Method, result: MethodResult) -> None:
+    def _repeat(self, method: Method, result: MethodResult) -> None:
+        """Train with the further seeds, at the learning rate of the first."""
+        assert result.learning_rate is not None
+        seeds = range(self.config.seed + 1, self.config.seed + self.config.seeds)
+        for seed in seeds[len(result.repeats) :]:
+            self._keep(self.results())
+            schedule, problem = self._schedule(method, seed), self._problems.of(seed)
+            self.observer.begin(result.name, schedule.budget, False)
+            run = self._train(problem, method, result.learning_rate, schedule)
+            result.repeats.append(Repeat(seed=seed, **vars(run)))
+            if run.status == "interrupted":
+                break
+
+    def _choose_learning_rate(self, method: Method, result: MethodResult) -> None:
         """Fill in the learning rate of a result; None if every rate of a search diverged."""
-        began = time.perf_counter()
-        rule = method.learning_rate_rule(self.setting)
+        began, setting = time.perf_counter(), self.problem.setting
+        rule = method.learning_rate_rule(setting)
         if method.is_natural:
-            result.theory_learning_rate = method.theoretical_rate(self.setting)
-            if self.setting.is_wide and rule in ("theory", "measured"):
+            result.theory_learning_rate = method.theoretical_rate(setting)
+            if setting.is_wide and rule in ("theory", "measured"):
                 result.measured_learning_rate = self._measure(method)
-        result.learning_rate = self.config.learning_rates.get(name)
+        result.learning_rate = self.config.learning_rates.get(result.name)
         result.learning_rate_source = rule if result.learning_rate is None else "given"
         try:
             if result.learning_rate is None:
-                result.learning_rate = self._learning_rate(name, method, rule, result)
+                result.learning_rate = self._learning_rate(method, rule, result)
         finally:
-            result.learning_rate_seconds = time.perf_counter() - began
+            result.learning_rate_seconds += time.perf_counter() - began
 
-    def _learning_rate(
-        self, name: str, method: Method, rule: str, result: MethodResult
-    ) -> float | None:
+    def _learning_rate(self, method: Method, rule: str, result: MethodResult) -> float | None:
         """Return the learning rate that a rule gives."""
         if rule == "search":
-            result.search = self._search(name, method)
-            return best_learning_rate(result.search)
+            return best_learning_rate(self._search(method, result))
         if rule == "default":
             return method.default_rate()
         if rule == "theory":
@@ -230,41 +301,45 @@ class _Comparison:
             raise ValueError("no learning rate follows from its first direction.")
         return method.scale * measured
 
-    def _search(self, name: str, method: Method) -> Search:
+    def _search(self, method: Method, result: MethodResult) -> Search:
         """Try learning rates on short runs."""
-        schedule = self.schedule(method)
-        steps = self.config.search_steps or schedule.steps
-        schedule = replace(schedule, steps=steps, evaluations=frozenset())
-        self.observer.begin(name, BUDGET * steps, True)
-        before = 0
+        whole = self._schedule(method)
+        schedule = replace(whole, evaluations=frozenset(), pause=None)
+        if self.config.search_steps is not None:
+            schedule = replace(schedule, steps=self.config.search_steps, seconds=None)
+        search = result.search or Search(schedule.steps, seconds=schedule.seconds)
+        result.search = search
+        self.observer.begin(result.name, BUDGET * schedule.budget, True)
+        before = len(search.trials) * schedule.budget
 
-        def report(taken: int, loss: float, correct: float) -> None:
-            self.observer.step(before + taken, loss, correct)
+        def report(taken: float, loss: float, metric: float) -> None:
+            self.observer.step(before + taken, loss, metric)
 
         def final_loss(rate: float) -> float:
             nonlocal before
-            run = self._train(method, rate, schedule, report)
-            before += steps
+            self._keep(self.results())
+            run = self._train(self.problem, method, rate, schedule, report)
+            before += schedule.budget
             if run.status == "interrupted":
                 raise KeyboardInterrupt
             return run.final_loss
 
-        return search_learning_rate(final_loss, method.grid, steps)
+        return search_learning_rate(final_loss, method.grid, search)
 
     def _measure(self, method: Method) -> float:
-        data = self.data
+        inputs, targets = next(self.problem.batches.training(self.config.seed))
         return measured_learning_rate(
-            self.model,
-            lambda model: self._build(method, model, 1.0, clip=False),
-            self.objective,
-            data.train_inputs,
-            self.objective.encode(data.train_labels, data.classes),
+            self.problem.model,
+            lambda model: self._build(self.problem, method, model, 1.0, clip=False),
+            self.problem.objective,
+            inputs,
+            targets,
         )
 
     def _build(
-        self, method: Method, model: nn.Module, rate: float, clip: bool = True
+        self, problem: Problem, method: Method, model: nn.Module, rate: float, clip: bool = True
     ) -> torch.optim.Optimizer:
-        optimizer = method.build(model, rate, self.objective.likelihood, self.setting)
+        optimizer = method.build(model, rate, problem.objective.likelihood, problem.setting)
         if not clip:
             for group in optimizer.param_groups:
                 group["kl_clip"] = None
@@ -272,62 +347,70 @@ class _Comparison:
 
     def _train(
         self,
+        problem: Problem,
         method: Method,
         rate: float,
         schedule: Schedule,
-        report: Callable[[int, float, float], None],
-        keep_snapshots: bool = False,
+        report: Callable[[float, float, float], None] | None = None,
+        keep: bool = False,
     ) -> Run:
-        model = copy.deepcopy(self.model)
-        optimizer = self._build(method, model, rate)
-        wanted = {schedule.steps // 10, schedule.steps} if keep_snapshots else set()
-        if keep_snapshots:
-            self.snapshots = {0: copy.deepcopy(model.state_dict())}
+        """Train a copy of a problem's network, and keep states along the way if asked to."""
+        model = copy.deepcopy(problem.model)
+        report = report or self.observer.step
+        wanted: set[float] = set()
+        if keep:
+            assert schedule.steps is not None
+            wanted = {schedule.steps // 10, schedule.steps}
+            self._snapshots = {0: copy.deepcopy(model.state_dict())}
 
-        def observe(taken: int, loss: float, correct: float) -> None:
+        def observe(taken: float, loss: float, metric: float) -> None:
             if taken in wanted:
-                self.snapshots[taken] = copy.deepcopy(model.state_dict())
-            report(taken, loss, correct)
+                self._snapshots[int(taken)] = copy.deepcopy(model.state_dict())
+            report(taken, loss, metric)
 
-        return train(
-            model, optimizer, self.objective, self.data, schedule, observe, method.takes_closure
-        )
+        with reproducible(schedule.seed):
+            optimizer = self._build(problem, method, model, rate)
+            return train(
+                model,
+                optimizer,
+                problem.objective,
+                problem.batches,
+                schedule,
+                observe,
+                method.takes_closure,
+            )
 
-    def measure_quality(self) -> list[QualityPoint]:
-        """Measure the updates of all approximations at the snapshots."""
-        data = self.data
-        inputs, labels = data.train_inputs, data.train_labels
-        targets = self.objective.encode(labels, data.classes).to(self.device)
-        return measure_quality(
-            self.model,
-            self.snapshots,
-            self.objective,
-            inputs[:QUALITY_SAMPLES],
-            targets[:QUALITY_SAMPLES],
-            self.config.seed,
-        )
+    def _schedule(self, method: Method, seed: int | None = None) -> Schedule:
+        """Return how long a method trains, and when it is evaluated."""
+        config, seed = self.config, self.config.seed if seed is None else seed
+        steps = config.steps if method.is_natural else config.effective_first_order_steps
+        if steps is None:
+            assert config.seconds is not None
+            pause = config.seconds / _EVALUATIONS
+            return Schedule(None, seconds=config.seconds, pause=pause, seed=seed)
+        if config.eval_every is not None:
+            evaluations = set(range(0, steps, config.eval_every))
+        elif config.full_batch:  # also dense at the start, where most happens
+            evaluations = {round(steps * part / _EVALUATIONS) for part in range(_EVALUATIONS)}
+            evaluations |= {round(steps ** (part / _EVALUATIONS)) for part in range(_EVALUATIONS)}
+        else:
+            often = max(1, steps // _EVALUATIONS)
+            if not config.own_data:
+                often = min(often, self.problem.batches.epoch)
+            evaluations = set(range(0, steps, often))
+        return Schedule(steps, frozenset(evaluations), seed=seed)
 
-    def describe_data(self) -> dict[str, object]:
-        """Return the data in JSON values."""
-        data = self.data
-        return {
-            "name": data.name,
-            "title": DATASETS[data.name].title,
-            "train_samples": len(data.train_labels),
-            "test_samples": len(data.test_labels),
-            "input_shape": list(data.input_shape),
-            "classes": data.classes,
-        }
-
-    def describe_model(self) -> dict[str, object]:
-        """Return the network in JSON values."""
-        return {
-            "name": self.config.model,
-            "width": self.config.effective_width,
-            "depth": self.config.depth,
-            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
-            "text": str(self.model),
-        }
+    def measure_quality(self) -> None:
+        """Measure the updates of all approximations at the snapshots, if asked for."""
+        if self.config.quality and self._snapshots:
+            assert isinstance(self.problem.batches, TensorBatches)
+            self._quality = measure_quality(
+                self.problem.model,
+                self._snapshots,
+                self.problem.objective,
+                *self.problem.batches.first(QUALITY_SAMPLES),
+                self.config.seed,
+            )
 
 
 def _target(config: CompareConfig, methods: list[MethodResult]) -> Target:

@@ -5,19 +5,35 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from natgrad.experiments.data import DATASETS
-from natgrad.experiments.methods import DEFAULT_METHODS, METHODS
+from natgrad.experiments.methods import DEFAULT_METHODS, METHODS, OWN_METHODS
 from natgrad.experiments.models import DEFAULT_WIDTHS, MODELS
 from natgrad.experiments.objectives import OBJECTIVES
 from natgrad.fisher import FISHER_TYPES
+from natgrad.likelihoods.conversion import LIKELIHOODS
 
 __all__ = ["CompareConfig", "Config", "ConfigError", "check_choice", "find_device"]
 
 FULL_BATCH_TRAIN_SAMPLES = 200
 FULL_BATCH_FIRST_ORDER_FACTOR = 10
+EVAL_SAMPLES = 2000
+
+#: Defaults of a comparison on a built-in network, and on a model of the user's.
+_BUILT_IN_NETWORK: dict[str, Any] = {
+    "data": "digits",
+    "model": "mlp",
+    "depth": 3,
+    "loss": "mse",
+    "methods": DEFAULT_METHODS,
+    "steps": 30,
+    "quality": True,
+    "dtype": "float32",
+}
+_OWN_MODEL: dict[str, Any] = {"methods": OWN_METHODS, "steps": 200, "quality": False}
 
 
 class ConfigError(ValueError):
@@ -47,22 +63,33 @@ class Config:
 class CompareConfig(Config):
     """Options of one comparison: those of ``natgrad compare``, whose help explains them.
 
-    None stands for the default that the help states, for `batch_size` for full batches.
+    None stands for the default that the help states, for `batch_size` for full batches. Where the
+    default is the same for all comparisons of a kind, `__post_init__` puts it in the place of None.
+
+    Attributes:
+        factory: ``package.module:factory`` of a user's model; None for a built-in network, which
+            `model`, `width` and `depth` describe.
+        data: Name of a built-in data set, or ``package.module:loader``.
 
     Raises:
         ConfigError: If an option is out of range or they do not go together.
     """
 
-    data: str = "digits"
+    factory: str | None = None
+    data: str | None = None
     data_dir: Path | None = None
     train_samples: int | None = None
     test_samples: int | None = None
-    model: str = "mlp"
+    eval_samples: int | None = None
+    model: str | None = None
     width: int | None = None
-    depth: int = 3
-    loss: str = "mse"
-    methods: tuple[str, ...] = DEFAULT_METHODS
-    steps: int = 30
+    depth: int | None = None
+    loss: str | None = None
+    likelihood: str | None = None
+    metric: str | None = None
+    methods: tuple[str, ...] | None = None
+    steps: int | None = None
+    seconds: float | None = None
     first_order_steps: int | None = None
     batch_size: int | None = None
     damping: float | None = None
@@ -71,47 +98,67 @@ class CompareConfig(Config):
     search_steps: int | None = None
     target_loss: float | None = None
     eval_every: int | None = None
-    quality: bool = True
+    quality: bool | None = None
     seed: int = 0
+    seeds: int = 1
     device: str = "auto"
-    dtype: str = "float32"
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
-        """Check every option."""
-        check_choice("data set", self.data, DATASETS)
-        check_choice("model", self.model, MODELS)
-        check_choice("loss", self.loss, OBJECTIVES)
+        """Put defaults in the place of None, and check every option."""
+        self._check_kind()
+        defaults = _BUILT_IN_NETWORK if self.factory is None else _OWN_MODEL
+        if self.seconds is not None:
+            if self.steps is not None or self.first_order_steps is not None:
+                raise ConfigError("A budget is given in steps or in seconds, not in both.")
+            defaults = {**defaults, "steps": None, "quality": False}
+        if self.own_data:
+            defaults = {**defaults, "eval_samples": EVAL_SAMPLES}
+        for option, default in defaults.items():
+            if getattr(self, option) is None:
+                object.__setattr__(self, option, default)
+        if self.factory is None:
+            check_choice("model", self.model, MODELS)
+            check_choice("loss", self.loss, OBJECTIVES)
+        if not self.own_data:
+            check_choice("data set", self.data, DATASETS)
+        if self.likelihood is not None:
+            check_choice("likelihood", self.likelihood, LIKELIHOODS)
         if self.fisher is not None:
             check_choice("Fisher type", self.fisher, FISHER_TYPES)
-        check_choice("floating-point type", self.dtype, ("float32", "float64"))
+        if self.dtype is not None:
+            check_choice("floating-point type", self.dtype, ("float32", "float64"))
         if not self.methods:
             raise ConfigError("At least one method is needed.")
         for method in self.methods:
             check_choice("method", method, METHODS)
         if len(set(self.methods)) < len(self.methods):
             raise ConfigError("Every method can be named only once.")
-        for option in ("steps", "depth"):
-            _positive(option, getattr(self, option))
         for option in (
+            "steps",
+            "depth",
             "width",
             "train_samples",
             "test_samples",
+            "eval_samples",
             "batch_size",
             "first_order_steps",
             "search_steps",
             "eval_every",
             "target_loss",
+            "seconds",
+            "seeds",
         ):
             if getattr(self, option) is not None:
                 _positive(option.replace("_", " "), getattr(self, option))
-        if self.model == "cnn" and self.depth < 2:
+        if self.model == "cnn" and self.depth is not None and self.depth < 2:
             raise ConfigError("A cnn needs a depth of at least 2 weight layers.")
         if self.damping is not None and not 0 <= self.damping < float("inf"):
             raise ConfigError(f"The damping must be a number of at least 0, not {self.damping}.")
         for method, rate in self.learning_rates.items():
             check_choice("method", method, METHODS)
             _positive(f"learning rate of {method}", rate)
-        if "block-tridiagonal" in self.methods and self.depth % 3 == 2:
+        if "block-tridiagonal" in self.methods and self.depth is not None and self.depth % 3 == 2:
             raise ConfigError(
                 f"The block-tridiagonal Fisher matrix is singular for {self.depth} weight layers "
                 f"(and for every depth 3s + 2): choose --depth {self.depth + 1} or leave "
@@ -119,28 +166,72 @@ class CompareConfig(Config):
             )
         self.torch_device()
 
-    @property
-    def effective_width(self) -> int:
-        """The width asked for, or the model's default."""
-        return DEFAULT_WIDTHS[self.model] if self.width is None else self.width
+    def _check_kind(self) -> None:
+        """Refuse options of built-in networks and data where these are the user's."""
+        if self.factory is None:
+            if self.own_data:
+                raise ConfigError(
+                    "Data of your own take a model of your own: natgrad compare "
+                    f"package.module:factory --data {self.data}."
+                )
+            for option in ("likelihood", "metric"):
+                if getattr(self, option) is not None:
+                    raise ConfigError(f"--{option} is for a model of your own.")
+        else:
+            if self.data is None:
+                raise ConfigError(
+                    "A model of your own takes data: give --data package.module:loader, or the "
+                    f"name of a built-in data set ({', '.join(DATASETS)})."
+                )
+            for option in ("model", "width", "depth"):
+                if getattr(self, option) is not None:
+                    raise ConfigError(f"--{option} describes a built-in network, not your own.")
+            if self.quality:
+                raise ConfigError("--quality is measured for built-in networks only.")
+        if self.own_data:
+            for option in ("data_dir", "train_samples", "test_samples", "batch_size"):
+                if getattr(self, option) is not None:
+                    name = option.replace("_", "-")
+                    raise ConfigError(f"--{name} describes built-in data: your loader decides it.")
+        elif self.eval_samples is not None:
+            raise ConfigError("--eval-samples is for data of your own; built-in data use all.")
+        if self.quality and self.seconds is not None:
+            raise ConfigError("--quality is measured along a budget in steps, not in seconds.")
 
     @property
-    def effective_first_order_steps(self) -> int:
-        """The number of training steps of every first-order method."""
-        if self.first_order_steps is not None:
+    def own_data(self) -> bool:
+        """Whether the data are a user's."""
+        return self.data is not None and ":" in self.data
+
+    @property
+    def full_batch(self) -> bool:
+        """Whether every step sees the whole training set."""
+        return self.batch_size is None and not self.own_data
+
+    @property
+    def effective_width(self) -> int | None:
+        """The width asked for, or the built-in network's default."""
+        if self.model is None or self.width is not None:
+            return self.width
+        return DEFAULT_WIDTHS[self.model]
+
+    @property
+    def effective_first_order_steps(self) -> int | None:
+        """The number of training steps of every first-order method; None for seconds."""
+        if self.first_order_steps is not None or self.steps is None:
             return self.first_order_steps
-        return self.steps * (FULL_BATCH_FIRST_ORDER_FACTOR if self.batch_size is None else 1)
+        return self.steps * (FULL_BATCH_FIRST_ORDER_FACTOR if self.full_batch else 1)
 
     @property
     def effective_train_samples(self) -> int | None:
-        """The number of training samples to draw; None means all."""
+        """The number of training samples to draw from a built-in data set; None means all."""
         if self.train_samples is None and self.batch_size is None:
             return FULL_BATCH_TRAIN_SAMPLES
         return self.train_samples
 
-    def torch_dtype(self) -> torch.dtype:
-        """Return the floating-point type of weights and inputs."""
-        return {"float32": torch.float32, "float64": torch.float64}[self.dtype]
+    def torch_dtype(self) -> torch.dtype | None:
+        """Return the floating-point type of weights and inputs; None for the user's own."""
+        return {None: None, "float32": torch.float32, "float64": torch.float64}[self.dtype]
 
 
 def find_device(name: str) -> torch.device:
@@ -155,7 +246,7 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def check_choice(what: str, value: str, choices: object) -> None:
+def check_choice(what: str, value: str | None, choices: object) -> None:
     """Raise a ConfigError that lists the choices unless the value is one of them."""
     names = list(choices)  # type: ignore[call-overload]
     if value not in names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
 from rich.table import Table
 
@@ -31,7 +33,7 @@ from natgrad.experiments.pages import (
     format_rate,
     format_seconds,
 )
-from natgrad.experiments.report import headline
+from natgrad.experiments.report import format_metric, headline, last, outcome, over_seeds
 from natgrad.experiments.results import MethodResult, Results
 from natgrad.experiments.theory.results import Section, TheoryResults
 from natgrad.experiments.theory.run import TheoryObserver
@@ -43,10 +45,13 @@ __all__ = ["ProgressBars", "SectionBars", "print_findings", "print_results", "pr
 class _Bars(Progress):
     """Progress bars that are live in a terminal; elsewhere a line is printed when a part ends."""
 
-    def __init__(self, console: Console, *columns: ProgressColumn) -> None:
+    def __init__(
+        self, console: Console, *columns: ProgressColumn, shows_rest: bool = False
+    ) -> None:
         super().__init__(
             *columns,
             TimeElapsedColumn(),
+            *((TextColumn("left"), TimeRemainingColumn()) if shows_rest else ()),
             console=console,
             refresh_per_second=5,
             disable=not console.is_terminal,
@@ -76,27 +81,32 @@ class ProgressBars(_Bars, Observer):
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[measured]}"),
+            shows_rest=True,
         )
         self._method = ""
 
-    def begin(self, method: str, steps: int, searching: bool) -> None:
+    def begin(self, method: str, budget: float, searching: bool) -> None:
         """Show a new bar."""
         self._method, title = method, METHODS[method].title
         if searching:
             title = f"[dim]{title}: learning rates[/dim]"
-        self._begin(f"{title:<24}", steps, measured="")
+        self._begin(f"{title:<24}", budget, measured="")
 
-    def step(self, taken: int, loss: float, accuracy: float) -> None:
+    def step(self, taken: float, loss: float, metric: float) -> None:
         """Move the bar."""
-        measured = f"loss {format_loss(loss):>8}  accuracy {format_percent(accuracy):>7}"
+        measured = f"loss {format_loss(loss):>8}"
+        if not math.isnan(metric):
+            shown = format_percent(metric) if self.metric == "accuracy" else format_loss(metric)
+            measured += f"  {self.metric.replace('_', ' ')} {shown:>7}"
         self._move(completed=taken, measured=measured)
 
     def end(self, result: MethodResult) -> None:
         """Leave the bar as it is, and say how the method ended if that is news."""
         self._stop_clock()
         if not self.console.is_terminal:
-            loss, seconds = format_loss(_last(result.train.loss)), format_seconds(result.seconds)
-            self.console.print(f"{result.title}: {result.status}, loss {loss}, {seconds}")
+            loss = over_seeds(result, last("train", "loss"), format_loss)
+            seconds = format_seconds(sum(run.seconds for run in result.runs))
+            self.console.print(f"{result.title}: {outcome(result)}, loss {loss}, {seconds}")
         elif result.status != "completed" and result.name == self._method:
             self._move(measured=f"[bold red]{result.status}[/bold red]")
 
@@ -144,16 +154,20 @@ def print_results(console: Console, results: Results) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("method")
     columns = [column for column in _COLUMNS if column.always or console.width >= 100]
+    metric = results.metric.replace("_", "\n")
     for column in columns:
-        table.add_column(column.heading, justify="right", no_wrap=True)
+        heading = column.heading.replace("metric", metric)
+        table.add_column(heading, justify="right", no_wrap=True)
     for result in results.methods:
-        done = result.status == "completed"
-        title = result.title if done else f"{result.title} ({result.status})"
-        table.add_row(title, *(column.cell(result) for column in columns))
+        done = all(run.status == "completed" for run in result.runs)
+        title = result.title if done else f"{result.title} ({outcome(result)})"
+        table.add_row(title, *(column.cell(results, result) for column in columns))
     console.print(table)
     for result in results.methods:
         if result.message:
             console.print(f"{result.title}: {escape(result.message)}", highlight=False)
+    if results.config["seeds"] > 1:
+        console.print(f"Medians over {results.config['seeds']} seeds.", highlight=False)
     console.print(headline(results), highlight=False)
 
 
@@ -162,22 +176,33 @@ class _Column:
     """One column of the results table; `always` shown, or only where there is room."""
 
     heading: str
-    cell: Callable[[MethodResult], str]
+    cell: Callable[[Results, MethodResult], str]
     always: bool = True
 
 
+def _column(heading: str, quantity: Any, form: Any, always: bool = True) -> _Column:
+    """Return a column of a quantity of every run, see `over_seeds`."""
+    return _Column(heading, lambda _, r: over_seeds(r, quantity, form, ranges=False), always)
+
+
 _COLUMNS = (
-    _Column("learning\nrate", lambda result: format_rate(result.learning_rate), False),
-    _Column("steps", lambda result: str(result.steps), False),
-    _Column("steps to\ntarget", lambda result: format_or_dash(result.steps_to_target)),
-    _Column("time to\ntarget", lambda result: format_seconds(result.seconds_to_target)),
-    _Column("train\nloss", lambda result: format_loss(_last(result.train.loss))),
-    _Column("test\nloss", lambda result: format_loss(_last(result.test.loss)), False),
-    _Column("test\naccuracy", lambda result: format_percent(_last(result.test.accuracy))),
-    _Column("ms per\nstep", lambda result: format_or_dash(result.milliseconds_per_step, ".1f")),
+    _Column("learning\nrate", lambda _, result: format_rate(result.learning_rate), False),
+    _Column("steps", lambda _, result: format_or_dash(result.steps_taken), False),
+    _column("steps to\ntarget", "steps_to_target", "{:g}".format),
+    _column("time to\ntarget", "seconds_to_target", format_seconds),
+    _column("train\nloss", last("train", "loss"), format_loss),
+    _column("test\nloss", last("test", "loss"), format_loss, False),
     _Column(
-        "peak\nmemory", lambda result: format_megabytes(result.peak_memory_bytes), always=False
+        "test\nmetric",
+        lambda results, result: over_seeds(
+            result,
+            last("test", "accuracy"),
+            lambda value: format_metric(results, value),
+            ranges=False,
+        ),
     ),
+    _column("ms per\nstep", "milliseconds_per_step", "{:.1f}".format),
+    _Column("peak\nmemory", lambda _, result: format_megabytes(result.peak_memory_bytes), False),
 )
 
 
@@ -216,7 +241,3 @@ def print_summary(console: Console, summary: Summary, positions: Mapping[str, in
         console.print(
             "Positions that share weights are counted as 1: give --input-shape to count them."
         )
-
-
-def _last(values: list[float]) -> float | None:
-    return values[-1] if values else None

@@ -56,7 +56,7 @@ class Dataset:
         channels, height, width = self.train_inputs.shape[1:]
         return channels, height, width
 
-    def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Dataset:
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = torch.float32) -> Dataset:
         """Return the data set on another device, the inputs in another floating-point type."""
         return replace(
             self,

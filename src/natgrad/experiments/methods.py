@@ -20,7 +20,7 @@ from natgrad.curvature import Full
 from natgrad.ntk.coefficients import ISOTROPIC_STRUCTURES, isotropic_constant
 from natgrad.solvers import Thermodynamic
 
-__all__ = ["DEFAULT_METHODS", "METHODS", "Method", "Setting"]
+__all__ = ["DEFAULT_METHODS", "METHODS", "OWN_METHODS", "Method", "Setting", "method_name"]
 
 LearningRateRule = Literal["search", "theory", "measured", "default"]
 
@@ -43,7 +43,8 @@ class Setting:
     """What learning rates and options depend on.
 
     Attributes:
-        model: Name of the network.
+        model: Name of the built-in network; None for a user's model, of which no more is asked
+            than `epoch`, `damping`, `fisher` and `seed`.
         loss: Name of the loss.
         depth: The number of weight layers L.
         width: Units of the hidden layers.
@@ -57,14 +58,14 @@ class Setting:
         seed: Seed of sampled labels.
     """
 
-    model: str
-    loss: str
-    depth: int
-    width: int
-    input_dim: int
-    outputs: int
-    samples: int
-    full_batch: bool
+    model: str | None = None
+    loss: str = ""
+    depth: int = 0
+    width: int = 0
+    input_dim: int = 0
+    outputs: int = 0
+    samples: int = 0
+    full_batch: bool = False
     epoch: int = 1
     damping: float | None = None
     fisher: str | None = None
@@ -83,7 +84,8 @@ class Method:
     On the MLP with full batches, where the theory of wide networks holds, a natural method runs
     with `WIDE_OPTIONS` and its own `options`, and its learning rate follows `rule`. On the MLP with
     mini-batches it runs with `BATCH_OPTIONS` and its own `batch_options`, and otherwise, as on
-    other networks, with the defaults of its optimizer.
+    other networks, with the defaults of its optimizer. On a user's model it runs with these
+    defaults alone.
 
     Attributes:
         title: The name to print.
@@ -98,7 +100,7 @@ class Method:
         cross_entropy_options: Further ones for the cross-entropy loss.
         batch_options: Options of the optimizer with mini-batches, on top of `BATCH_OPTIONS`.
         alone: Whether it takes neither `WIDE_OPTIONS` nor `BATCH_OPTIONS` and no Fisher type, but
-            in every setting its own `options` alone.
+            on every built-in network its own `options` alone.
         epoch_option: Option that is given the number of steps of an epoch.
         takes_closure: Whether its steps take a closure that returns the loss, as those that search
             along the step.
@@ -126,14 +128,18 @@ class Method:
         return self.structure is not None
 
     def build(
-        self, model: nn.Module, learning_rate: float, likelihood: str, setting: Setting
+        self,
+        model: nn.Module,
+        learning_rate: float,
+        likelihood: str | natgrad.Likelihood,
+        setting: Setting,
     ) -> torch.optim.Optimizer:
         """Build the optimizer of a model.
 
         Args:
             model: The network to train.
             learning_rate: Step size.
-            likelihood: Name of the likelihood behind the loss.
+            likelihood: The likelihood behind the loss, or its name.
             setting: What the options depend on.
         """
         if not self.is_natural:
@@ -164,6 +170,8 @@ class Method:
 
     def learning_rate_rule(self, setting: Setting) -> LearningRateRule:
         """Return where the learning rate comes from in a setting."""
+        if setting.model is None and self.is_natural:
+            return "default"
         return self.rule if self.rule in ("search", "default") or setting.is_wide else "default"
 
     def default_rate(self) -> float:
@@ -185,6 +193,8 @@ class Method:
         )
 
     def _options(self, setting: Setting) -> dict[str, Any]:
+        if setting.model is None:
+            return {}
         if self.alone:
             return dict(self.options)
         if setting.model != "mlp":
@@ -402,3 +412,16 @@ DEFAULT_METHODS = (
     "unit-wise",
 )
 """The methods of a comparison that names none."""
+
+OWN_METHODS = ("sgd", "adamw", "kfac")
+"""The methods of a comparison on a user's model that names none."""
+
+
+def method_name(text: str) -> str:
+    """Return the name of a method from itself or from that of its optimizer, in any case.
+
+    What is neither is returned as it is.
+    """
+    names = {method.optimizer.__name__.lower(): name for name, method in METHODS.items()}
+    plain = text.strip().lower()
+    return names.get(plain, plain if plain in METHODS else text.strip())

@@ -1,14 +1,88 @@
-"""The two losses that the comparison can train with, each with the likelihood behind it."""
+"""What is trained for: a loss over a batch, the likelihood behind it, and a metric beside it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["OBJECTIVES", "Objective", "accuracy"]
+from natgrad.capture.evaluation import call_model
+from natgrad.capture.model_output import require_output
+from natgrad.experiments.factories import described, find
+from natgrad.likelihoods import Bernoulli, Categorical, Likelihood, as_likelihood
+
+__all__ = [
+    "ACCURACY",
+    "METRICS",
+    "OBJECTIVES",
+    "Encoding",
+    "Metric",
+    "Objective",
+    "ObjectiveError",
+    "accuracy",
+    "choose_objective",
+    "find_loss",
+]
+
+Encoding = Callable[[Tensor, int], Tensor]
+"""(labels (N,), classes) → targets."""
+
+
+class ObjectiveError(ValueError):
+    """A loss, likelihood or metric that cannot be told or used; the message says why."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number beside the loss.
+
+    Attributes:
+        name: Its name.
+        function: (outputs, targets) → the mean over a batch; None for no metric.
+    """
+
+    name: str
+    function: Callable[[Tensor, Any], float] | None
+
+    @property
+    def is_share(self) -> bool:
+        """Whether it is a share, to be printed in per cent."""
+        return self.name == "accuracy"
+
+    def __call__(self, outputs: Tensor, targets: Any) -> float:
+        """Return the metric of a batch; NaN without one."""
+        return float("nan") if self.function is None else float(self.function(outputs, targets))
+
+
+def accuracy(outputs: Tensor, targets: Tensor, class_dim: int = 1) -> float:
+    """Return the fraction of predictions whose largest output is at their label.
+
+    Args:
+        outputs: (N, C), or more dimensions with the classes in `class_dim`.
+        targets: Labels of the shape of the outputs without the classes, −100 where there is none;
+            or class probabilities of the outputs' shape.
+        class_dim: Dimension of the classes.
+    """
+    labels = targets if targets.dim() < outputs.dim() else targets.argmax(class_dim)
+    right = outputs.argmax(class_dim) == labels
+    return right[labels != -100].float().mean().item()
+
+
+def _binary_accuracy(outputs: Tensor, targets: Tensor) -> float:
+    return ((outputs > 0) == (targets > 0.5)).float().mean().item()
+
+
+def _mean_absolute_error(outputs: Tensor, targets: Tensor) -> float:
+    return (outputs - targets).abs().mean().item()
+
+
+ACCURACY = Metric("accuracy", accuracy)
+NO_METRIC = Metric("none", None)
+METRICS = ("accuracy", "mean_absolute_error", "none")
+"""The metrics by name; others are named as ``package.module:function``."""
 
 
 @dataclass(frozen=True)
@@ -17,19 +91,29 @@ class Objective:
 
     Attributes:
         title: The name to print.
-        likelihood: Name of the likelihood whose negative logarithm the loss is.
-        function: (outputs (N, C), targets) → scalar, the mean over the N samples.
-        encode: (labels (N,), classes) → targets.
+        likelihood: The likelihood whose negative logarithm the loss is: what an optimizer takes.
+        function: (outputs (N, C), targets) → scalar, the mean over the N samples; None for a model
+            whose output holds its loss.
+        encode: (labels (N,), classes) → targets, of a built-in data set.
+        metric: What is measured beside the loss.
     """
 
     title: str
-    likelihood: str
-    function: Callable[[Tensor, Tensor], Tensor]
-    encode: Callable[[Tensor, int], Tensor]
+    likelihood: str | Likelihood
+    function: Callable[[Tensor, Any], Tensor] | None
+    encode: Encoding = lambda labels, classes: labels
+    metric: Metric = ACCURACY
 
-    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean loss of a batch, a scalar."""
+    def __call__(self, outputs: Tensor, targets: Any) -> Tensor:
+        """Return the mean loss of a batch, a scalar, from outputs and targets."""
+        assert self.function is not None
         return self.function(outputs, targets)
+
+    def forward(self, model: nn.Module, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+        """Call a model, and return the outputs that the likelihood is about and the loss."""
+        made = call_model(model, inputs)
+        outputs = require_output(made, None)
+        return outputs, made.loss if self.function is None else self.function(outputs, targets)
 
 
 def _squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -41,14 +125,158 @@ def _one_hot(labels: Tensor, classes: int) -> Tensor:
 
 
 OBJECTIVES: dict[str, Objective] = {
-    "mse": Objective("half squared error, one-hot targets", "gaussian", _squared_error, _one_hot),
-    "cross_entropy": Objective(
-        "cross-entropy", "categorical", F.cross_entropy, lambda labels, classes: labels
-    ),
+    "mse": Objective("half squared error on one-hot targets", "gaussian", _squared_error, _one_hot),
+    "cross_entropy": Objective("cross-entropy", "categorical", F.cross_entropy),
 }
-"""The losses by name."""
+"""The losses of the built-in networks by name."""
 
 
-def accuracy(outputs: Tensor, labels: Tensor) -> float:
-    """Return the fraction of samples whose largest output (N, C) is at their label (N,)."""
-    return (outputs.argmax(1) == labels).float().mean().item()
+def choose_objective(
+    model: nn.Module,
+    batch: tuple[Any, Any],
+    loss: Any = None,
+    likelihood: str | None = None,
+    metric: str | None = None,
+) -> Objective:
+    """Return the objective of a user's model, as far as it can be told from a first batch.
+
+    Args:
+        model: The model, left as it is but for what one forward pass changes.
+        batch: Inputs and targets.
+        loss: A loss module, a function of outputs and targets, a likelihood, or the name of a torch
+            loss or likelihood. None takes the loss that the model computes itself, or cross-entropy
+            where the targets are class labels.
+        likelihood: Name of the likelihood; None for that of the loss.
+        metric: A name in `METRICS` or ``package.module:function``; None for accuracy where there
+            are classes.
+
+    Raises:
+        ObjectiveError: If the model does not take the batch, or loss or likelihood cannot be told.
+        FactoryError: If the metric cannot be imported.
+    """
+    inputs, targets = batch
+    try:
+        made = call_model(model, inputs)
+        outputs = require_output(made, None)
+    except Exception as error:  # a user's model may raise anything
+        raise ObjectiveError(f"The model fails on the first batch: {described(error)}.") from error
+    own = loss is None and isinstance(getattr(made, "loss", None), Tensor)
+    if loss is None and not own:
+        if not _are_labels(targets, outputs):
+            raise ObjectiveError(
+                f"The loss cannot be told from outputs {_shape(outputs)} and targets "
+                f"{_shape(targets)}: let the factory return (model, loss), or give --loss."
+            )
+        loss = nn.CrossEntropyLoss()
+    if isinstance(loss, str):
+        loss = find_loss(loss)
+    if likelihood is None and own:
+        if not _are_labels(targets, outputs):
+            raise ObjectiveError(
+                "The model computes its own loss, and the likelihood behind it cannot be told from "
+                f"labels {_shape(targets)}: give --likelihood."
+            )
+        likelihood = "categorical"
+    try:
+        behind = as_likelihood(loss if likelihood is None else likelihood)
+    except (TypeError, ValueError) as error:
+        if likelihood is None:
+            raise ObjectiveError(
+                f"The likelihood behind the loss cannot be told: give --likelihood "
+                f"({described(error)})."
+            ) from error
+        raise ObjectiveError(f"{described(error)}.") from error
+    function = None if own else loss.loss if isinstance(loss, Likelihood) else loss
+    title = "the model's own" if own else _title(loss)
+    objective = Objective(title, behind, function)
+    try:
+        value = objective.forward(model, inputs, targets)[1]
+    except Exception as error:
+        raise ObjectiveError(
+            f"The loss, {title}, fails on outputs {_shape(outputs)} and targets {_shape(targets)}: "
+            f"{described(error)}."
+        ) from error
+    if not (isinstance(value, Tensor) and value.numel() == 1 and value.requires_grad):
+        raise ObjectiveError(f"The loss, {title}, must be one number that depends on the model.")
+    if not value.isfinite():
+        raise ObjectiveError(f"The loss, {title}, is {value.item()} on the first batch.")
+    chosen = choose_metric(metric, behind, outputs, targets, own)
+    try:
+        chosen(outputs.detach(), targets)
+    except Exception as error:
+        raise ObjectiveError(
+            f"The metric {chosen.name} fails on the first batch: {described(error)}."
+        ) from error
+    return Objective(title, behind, function, metric=chosen)
+
+
+def choose_metric(
+    name: str | None, likelihood: Likelihood, outputs: Tensor, targets: Any, own_loss: bool
+) -> Metric:
+    """Return a metric by name; without one accuracy, where it is clear what that is."""
+    if name is not None and ":" in name:
+        return Metric(name.partition(":")[2], find(name))
+    if name == "mean_absolute_error":
+        return Metric(name, _mean_absolute_error)
+    if name == "none":
+        return NO_METRIC
+    if name is not None and name != "accuracy":
+        raise ObjectiveError(
+            f"Unknown metric {name!r}: choose one of {', '.join(METRICS)}, or name a function "
+            "package.module:function of outputs and targets."
+        )
+    if isinstance(likelihood, Bernoulli):
+        return Metric("accuracy", _binary_accuracy)
+    if name is None and (own_loss and outputs.dim() > 2 or not isinstance(likelihood, Categorical)):
+        return NO_METRIC  # Language models shift their labels: only they know by how much.
+    dim = getattr(likelihood, "class_dim", None)
+    dim = dim if dim is not None else 2 if outputs.dim() == 3 else 1
+    return Metric("accuracy", lambda outputs, targets: accuracy(outputs, targets, dim))
+
+
+def find_loss(name: str) -> nn.Module | Likelihood:
+    """Return a torch loss or a likelihood by a name such as mse, MSELoss, mse_loss or gaussian.
+
+    Raises:
+        ObjectiveError: If there is none of this name.
+    """
+    try:
+        return as_likelihood(name)
+    except ValueError:
+        pass
+    losses = {_plain(key): made for key, made in vars(nn).items() if key.endswith("Loss")}
+    if _plain(name) in losses:
+        try:
+            made: nn.Module = losses[_plain(name)]()
+            return made
+        except TypeError:
+            pass
+    raise ObjectiveError(
+        f"Unknown loss {name!r}: give a loss of torch, such as cross_entropy, mse or "
+        "bce_with_logits, or categorical, gaussian, bernoulli or poisson."
+    )
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "").removesuffix("loss")
+
+
+def _are_labels(targets: Any, outputs: Tensor) -> bool:
+    """Whether targets are class indices, one for every prediction of several classes."""
+    if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.is_complex():
+        return False
+    return (
+        outputs.dim() >= 2 and targets.dim() == outputs.dim() - 1 and len(targets) == len(outputs)
+    )
+
+
+def _shape(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return f"of type {type(value).__name__}"
+    return f"of shape {tuple(value.shape)} and type {str(value.dtype).removeprefix('torch.')}"
+
+
+def _title(loss: Any) -> str:
+    if isinstance(loss, (nn.Module, Likelihood)):
+        return repr(loss)
+    return getattr(loss, "__name__", type(loss).__name__)

@@ -26,7 +26,8 @@ from natgrad.curvature import Curvature, as_structure
 from natgrad.curvature.cost import Workload
 from natgrad.curvature.sharing import Sharing
 from natgrad.distributed.exchange import is_padded
-from natgrad.experiments.inspection import InspectionError, load_model
+from natgrad.experiments.factories import FactoryError, load_model
+from natgrad.experiments.inspection import InspectionError
 from natgrad.fisher import as_fisher_type
 from natgrad.optim import EKFAC, KFAC, KPSVD, TEKFAC, TKFAC, NaturalGradient
 
@@ -241,18 +242,17 @@ def plan_factory(specification: str, options: Options) -> Plan:
     A factory or model that cannot do without values is made on the CPU.
 
     Args:
-        specification: ``package.module:factory``, see :func:`natgrad.experiments.inspection.\
-load_model`.
+        specification: ``package.module:factory``, see `factories.load_model`.
         options: What to plan for.
 
     Raises:
-        InspectionError: If it cannot be imported or called, returns no module, or one without
-            trainable parameters that can be preconditioned.
+        FactoryError: If it cannot be imported or called, or returns no module.
+        InspectionError: If that has no trainable parameters that can be preconditioned.
     """
     try:
-        return plan_model(load_model(specification, torch.device("meta"))[0], options)
-    except (InspectionError, NotImplementedError, RuntimeError):
-        return plan_model(load_model(specification)[0], options)
+        return plan_model(load_model(specification, torch.device("meta")).model, options)
+    except (FactoryError, InspectionError, NotImplementedError, RuntimeError):
+        return plan_model(load_model(specification).model, options)
 
 
 def plan_model(model: nn.Module, options: Options) -> Plan:

@@ -14,7 +14,7 @@ from natgrad.experiments.drawing import line_style, new_figure
 from natgrad.experiments.methods import METHODS
 from natgrad.experiments.results import Curve, MethodResult, Results
 
-__all__ = ["PLOTS", "Plot", "draw"]
+__all__ = ["PLOTS", "Plot", "draw", "plots_of"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,10 @@ class Plot:
     quantity: str
     against: str
 
+    def titled(self, metric: str) -> str:
+        """Return the title with the name of the metric that the accuracy is here."""
+        return self.title.replace("accuracy", metric.replace("_", " "))
+
 
 PLOTS = (
     Plot("loss-steps", "Training loss against steps", "train", "loss", "step"),
@@ -37,7 +41,13 @@ PLOTS = (
     Plot("test-loss-steps", "Test loss against steps", "test", "loss", "step"),
     Plot("test-accuracy-steps", "Test accuracy against steps", "test", "accuracy", "step"),
 )
-"""The plots of every comparison."""
+"""The plots of a comparison, as far as there is something to draw."""
+
+
+def plots_of(results: Results) -> list[Plot]:
+    """Return the plots that have something to draw, and in any case the first."""
+    found = [p for p in PLOTS if any(True for m in results.methods for _ in _of_method(p, m))]
+    return found or [PLOTS[0]]
 
 
 def draw(results: Results, plot: Plot) -> Figure:
@@ -50,20 +60,27 @@ def draw(results: Results, plot: Plot) -> Figure:
 
 
 def _draw_method(axes: Axes, plot: Plot, result: MethodResult) -> None:
-    points = list(_points(getattr(result, plot.curve), plot))
-    if not points:
-        return
-    x, y = zip(*points, strict=True)
     index = list(METHODS).index(result.name)  # a method looks the same in every comparison
     label = result.title if result.status == "completed" else f"{result.title} ({result.status})"
-    axes.plot(
-        x,
-        y,
-        label=label,
-        **line_style(index),
-        markevery=(0.0, 0.12),  # by distance along the line
-        markerfacecolor="white",
-    )
+    for points in _of_method(plot, result):
+        x, y = zip(*points, strict=True)
+        axes.plot(
+            x,
+            y,
+            label=label,
+            **line_style(index),
+            markevery=(0.0, 0.12),  # by distance along the line
+            markerfacecolor="white",
+            linewidth=1.6 if len(result.runs) == 1 else 0.9,
+        )
+        label = ""  # Further seeds share the entry of the first.
+
+
+def _of_method(plot: Plot, result: MethodResult) -> Iterator[list[tuple[float, float]]]:
+    """Yield the curves of a method, one for every seed, as points; none where there are none."""
+    for run in result.runs:
+        if points := list(_points(getattr(run, plot.curve), plot)):
+            yield points
 
 
 def _points(curve: Curve, plot: Plot) -> Iterator[tuple[float, float]]:
@@ -80,7 +97,7 @@ def _decorate(axes: Axes, plot: Plot, results: Results) -> None:
         axes.set_ylabel(f"{where} loss (log scale)")
         axes.set_yscale("log")
     else:
-        axes.set_ylabel(f"{where} accuracy")
+        axes.set_ylabel(f"{where} {results.metric.replace('_', ' ')}")
     if plot.against == "seconds":
         axes.set_xscale("log")
     elif _steps_differ(results):

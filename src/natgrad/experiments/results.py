@@ -10,7 +10,9 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -18,11 +20,13 @@ __all__ = [
     "JobResults",
     "MethodResult",
     "QualityPoint",
+    "Repeat",
     "Results",
     "Run",
     "Search",
     "Target",
     "Trial",
+    "read_results",
 ]
 
 SCHEMA_VERSION = 1
@@ -61,10 +65,14 @@ class Trial:
 
 @dataclass
 class Search:
-    """The learning-rate search of one method, its trials in the order of their learning rates."""
+    """The learning-rate search of one method, its trials in the order of their learning rates.
 
-    steps: int
-    trials: list[Trial]
+    Every trial takes so many steps, or seconds of training.
+    """
+
+    steps: int | None
+    trials: list[Trial] = field(default_factory=list)
+    seconds: float | None = None
 
 
 @dataclass
@@ -86,14 +94,23 @@ class Run:
 
 
 @dataclass(kw_only=True)
+class Repeat(Run):
+    """One more run of a method, with another seed."""
+
+    seed: int
+    steps_to_target: int | None = None
+    seconds_to_target: float | None = None
+
+
+@dataclass(kw_only=True)
 class MethodResult(Run):
-    """The outcome of one method."""
+    """The outcome of one method: its run with the first seed, and those with further ones."""
 
     name: str
     title: str
     family: str
     description: str
-    steps: int
+    steps: int | None
     damping: float | None
     learning_rate: float | None = None
     learning_rate_source: str | None = None
@@ -104,6 +121,17 @@ class MethodResult(Run):
     peak_memory_bytes: int | None = None
     steps_to_target: int | None = None
     seconds_to_target: float | None = None
+    repeats: list[Repeat] = field(default_factory=list)
+
+    @property
+    def steps_taken(self) -> int | None:
+        """Steps it was to take, or with a budget in seconds those it took."""
+        return self.steps or (self.train.step[-1] if self.train.step else None)
+
+    @property
+    def runs(self) -> list[MethodResult | Repeat]:
+        """The runs with all seeds."""
+        return [self, *self.repeats]
 
 
 @dataclass
@@ -146,10 +174,38 @@ class Results(JobResults):
     """Everything a comparison found."""
 
     model: dict[str, Any]
+    metric: str
     target: Target
     methods: list[MethodResult]
     quality: list[QualityPoint] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
+
+
+def read_results(path: Path) -> Results:
+    """Read the results of a comparison from its JSON file; null numbers become NaN.
+
+    Raises:
+        ValueError: If the file does not hold such results.
+    """
+    try:
+        found: Results = _restored(Results, json.loads(path.read_text(encoding="utf-8")))
+        return found
+    except (OSError, TypeError, KeyError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} does not hold results of natgrad compare: {error}") from error
+
+
+def _restored(kind: Any, value: Any) -> Any:
+    """Return a value of a type from its JSON form."""
+    if dataclasses.is_dataclass(kind):
+        kinds = get_type_hints(kind)
+        return kind(**{key: _restored(kinds[key], item) for key, item in value.items()})  # type: ignore[operator]
+    if get_origin(kind) in (Union, UnionType):
+        return None if value is None else _restored(get_args(kind)[0], value)
+    if get_origin(kind) is list:
+        return [_restored(get_args(kind)[0], item) for item in value]
+    if kind is float:
+        return math.nan if value is None else float(value)
+    return value
 
 
 def _finite(value: Any) -> Any:

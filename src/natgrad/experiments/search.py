@@ -16,7 +16,7 @@ _PER_DECADE = 4  # the finest spacing: a factor of 10^(1/4)
 
 
 def search_learning_rate(
-    run: Callable[[float], float], grid: tuple[int, int], steps: int, budget: int = BUDGET
+    run: Callable[[float], float], grid: tuple[int, int], search: Search, budget: int = BUDGET
 ) -> Search:
     """Look for the learning rate with the lowest final training loss.
 
@@ -27,25 +27,33 @@ def search_learning_rate(
     Args:
         run: learning rate → final training loss; NaN for a run that diverged.
         grid: Exponents of ten of the lowest and highest first trials.
-        steps: Training steps of each run, for the record.
+        search: Takes every trial as it ends, in the order of the learning rates. Trials that it
+            holds already are not run again.
         budget: The number of runs.
 
     Returns:
-        The trials.
+        The search, with all trials.
     """
     losses: dict[int, float] = {}
+    known = {round(_PER_DECADE * math.log10(t.learning_rate)): t.loss for t in search.trials}
+
+    def try_rate(key: int) -> None:
+        rate = 10 ** (key / _PER_DECADE)
+        losses[key] = known[key] if key in known else run(rate)
+        if key not in known:
+            search.trials.append(Trial(rate, losses[key]))
+            search.trials.sort(key=lambda trial: trial.learning_rate)
 
     low, high = grid
     for key in range(low * _PER_DECADE, high * _PER_DECADE + 1, _PER_DECADE):
         if len(losses) < budget:
-            losses[key] = run(10 ** (key / _PER_DECADE))
+            try_rate(key)
     while len(losses) < budget:
         following = _next_key(losses)
         if following is None:
             break
-        losses[following] = run(10 ** (following / _PER_DECADE))
-    trials = [Trial(10 ** (key / _PER_DECADE), losses[key]) for key in sorted(losses)]
-    return Search(steps, trials)
+        try_rate(following)
+    return search
 
 
 def best_learning_rate(search: Search) -> float | None:

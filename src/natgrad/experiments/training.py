@@ -5,49 +5,75 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from natgrad.experiments.data import Dataset
-from natgrad.experiments.objectives import Objective, accuracy
+from natgrad.capture.evaluation import count_samples
+from natgrad.experiments.batches import Batch, Batches
+from natgrad.experiments.factories import described
+from natgrad.experiments.objectives import Objective
 from natgrad.experiments.results import Curve, Run
 
 __all__ = ["Schedule", "evaluate", "train"]
 
-StepReport = Callable[[int, float, float], None]
-"""Called after every step with (steps taken, loss, accuracy); raising stops the run."""
+StepReport = Callable[[float, float, float], None]
+"""Called after every step with (steps taken, or seconds if these are the budget, loss, metric);
+raising stops the run."""
 
 _DIVERGED = 1e6  # a loss this many times the initial one counts as divergence
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and in what portions to train.
+    """How long to train, and when to measure.
 
     Attributes:
-        steps: The number of steps.
-        batch_size: Samples per step; None takes all at every step.
+        steps: The number of steps; None for no limit but `seconds`.
         evaluations: Numbers of steps after which the model is evaluated, 0 for before the first.
             After the last step it is evaluated in any case, but without any here on the training
             loss alone.
+        seconds: Seconds of training after which no further step is taken; None for no limit.
+        pause: Seconds of training between evaluations instead; None for `evaluations`.
         seed: Seed of the order of the samples.
     """
 
-    steps: int
-    batch_size: int | None = None
+    steps: int | None
     evaluations: frozenset[int] = frozenset()
+    seconds: float | None = None
+    pause: float | None = None
     seed: int = 0
+
+    @property
+    def budget(self) -> float:
+        """Steps, or seconds if these are what is limited."""
+        return self.steps if self.steps is not None else self.seconds or 0.0
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the model is evaluated along the way."""
+        return bool(self.evaluations) or self.pause is not None
+
+    def is_over(self, step: int, seconds: float) -> bool:
+        """Whether so many steps and seconds of training are all there are."""
+        over = self.steps is not None and step >= self.steps
+        return over or (self.seconds is not None and seconds >= self.seconds)
+
+    def is_due(self, step: int, seconds: float, last: float | None) -> bool:
+        """Whether to evaluate now, having done so last after so many seconds, if ever."""
+        if self.pause is None:
+            return step in self.evaluations
+        return last is None or seconds >= last + self.pause
 
 
 def train(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     objective: Objective,
-    data: Dataset,
+    batches: Batches,
     schedule: Schedule,
     report: StepReport | None = None,
     takes_closure: bool = False,
@@ -56,56 +82,56 @@ def train(
 
     With full batches the training curve is the loss of each step, before that step's update, and
     one evaluation after the last. With mini-batches that is the batch curve, and the training curve
-    is evaluated on the full set whenever the test curve is.
+    is evaluated whenever the test curve is.
 
     Args:
         model: Network on the data's device.
         optimizer: Its optimizer.
         objective: The loss.
-        data: Training and test data.
-        schedule: Steps, batches and evaluations.
+        batches: Training and test data.
+        schedule: Steps, seconds and evaluations.
         report: Told of each step.
         takes_closure: Whether the optimizer evaluates the loss by a closure.
 
     Returns:
         The measurements. A loss that is not finite or 10⁶ times the first one ends the run as
-        "diverged", an error in the numerics as "failed", Ctrl-C as "interrupted".
+        "diverged", an error as "failed", Ctrl-C as "interrupted".
     """
-    run = Run("completed", batch=None if schedule.batch_size is None else Curve())
-    targets = objective.encode(data.train_labels, data.classes).to(data.train_labels.device)
+    run = Run("completed", batch=None if batches.whole else Curve())
     durations: list[float] = []
     step = 0
+    evaluated: float | None = None
 
-    def evaluate_all(with_train: bool) -> None:
+    def evaluate_all(with_train: bool, with_test: bool = True) -> None:
         if with_train:
-            loss, correct = evaluate(model, objective, data.train_inputs, data.train_labels)
-            run.train.append(step, run.seconds, loss, correct)
-        loss, correct = evaluate(model, objective, data.test_inputs, data.test_labels)
-        run.test.append(step, run.seconds, loss, correct)
+            loss, metric = evaluate(model, objective, batches.measured())
+            run.train.append(step, run.seconds, loss, metric)
+        held_out = list(batches.held_out()) if with_test else []
+        if held_out:
+            loss, metric = evaluate(model, objective, held_out)
+            run.test.append(step, run.seconds, loss, metric)
 
     try:
-        for batch in _batches(len(targets), schedule):
-            if step in schedule.evaluations:
+        stream = batches.training(schedule.seed)
+        while not schedule.is_over(step, run.seconds):
+            inputs, targets = next(stream)
+            if schedule.is_due(step, run.seconds, evaluated):
                 evaluate_all(with_train=run.batch is not None)
-            inputs, labels, goal = (
-                (data.train_inputs, data.train_labels, targets)
-                if batch is None
-                else (data.train_inputs[batch], data.train_labels[batch], targets[batch])
-            )
-            began = _now(inputs.device)
+                evaluated = run.seconds
+            device = next(model.parameters()).device
+            began = _now(device)
             if takes_closure:
-                outputs, loss = _step_by_closure(model, optimizer, objective, inputs, goal)
+                outputs, loss = _step_by_closure(model, optimizer, objective, inputs, targets)
             else:
                 optimizer.zero_grad()
-                outputs = model(inputs)
-                loss = objective(outputs, goal)
+                outputs, loss = objective.forward(model, inputs, targets)
                 loss.backward()
                 optimizer.step()
-            duration = _now(inputs.device) - began
+            duration = _now(device) - began
 
-            value, correct = loss.item(), accuracy(outputs.detach(), labels)
+            value, metric = loss.item(), objective.metric(outputs.detach(), targets)
             curve = run.train if run.batch is None else run.batch
-            curve.append(step, run.seconds, value, correct)
+            curve.append(step, run.seconds, value, metric)
             if not math.isfinite(value) or value > _DIVERGED * max(curve.loss[0], 1e-12):
                 run.status = "diverged"
                 break
@@ -113,21 +139,14 @@ def train(
             durations.append(duration)
             step += 1
             if report is not None:
-                report(step, value, correct)
+                report(step if schedule.steps is not None else run.seconds, value, metric)
     except KeyboardInterrupt:
         run.status = "interrupted"
-    except (RuntimeError, ValueError, ArithmeticError) as error:
-        run.status, run.message = "failed", f"{type(error).__name__}: {error}"
+    except Exception as error:  # a user's model or loader may raise anything
+        run.status, run.message = "failed", f"{type(error).__name__}: {described(error)}"
 
     if run.status in ("completed", "interrupted"):
-        if schedule.evaluations:
-            evaluate_all(with_train=True)
-        else:
-            run.train.append(
-                step,
-                run.seconds,
-                *evaluate(model, objective, data.train_inputs, data.train_labels),
-            )
+        evaluate_all(with_train=True, with_test=schedule.evaluates)
         if run.status == "completed" and not math.isfinite(run.train.loss[-1]):
             run.status = "diverged"
     run.milliseconds_per_step = 1000 * statistics.median(durations) if durations else None
@@ -138,15 +157,14 @@ def _step_by_closure(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     objective: Objective,
-    inputs: Tensor,
-    goal: Tensor,
+    inputs: Any,
+    targets: Any,
 ) -> tuple[Tensor, Tensor]:
     """Take a step and return outputs and loss before it."""
     found: list[tuple[Tensor, Tensor]] = []
 
     def closure() -> Any:
-        outputs = model(inputs)
-        loss = objective(outputs, goal)
+        outputs, loss = objective.forward(model, inputs, targets)
         if not found:
             found.append((outputs.detach(), loss.detach()))
         return loss
@@ -157,37 +175,24 @@ def _step_by_closure(
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, objective: Objective, inputs: Tensor, labels: Tensor, chunk: int = 2000
+    model: nn.Module, objective: Objective, batches: Iterable[Batch]
 ) -> tuple[float, float]:
-    """Return mean loss and accuracy of a model in evaluation mode, its mode put back afterwards.
+    """Return mean loss and metric of a model in evaluation mode, its mode put back afterwards.
 
-    So many samples as `chunk` says go through the model at a time.
+    Batches count by their samples.
     """
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    loss = correct = 0.0
-    for part, truth in zip(inputs.split(chunk), labels.split(chunk), strict=True):
-        outputs = model(part)
-        goal = objective.encode(truth, outputs.shape[1])
-        loss += objective(outputs, goal).item() * len(part)
-        correct += accuracy(outputs, truth) * len(part)
-    model.train(training)
-    return loss / len(inputs), correct / len(inputs)
-
-
-def _batches(samples: int, schedule: Schedule) -> Iterator[Tensor | None]:
-    """Yield `schedule.steps` index tensors, reshuffled each epoch, or None for the full batch."""
-    if schedule.batch_size is None:
-        yield from [None] * schedule.steps
-        return
-    generator = torch.Generator().manual_seed(schedule.seed)
-    taken = 0
-    while True:
-        for batch in torch.randperm(samples, generator=generator).split(schedule.batch_size):
-            if taken == schedule.steps:
-                return
-            taken += 1
-            yield batch
+    total = loss = metric = 0.0
+    for inputs, targets in batches:
+        outputs, value = objective.forward(model, inputs, targets)
+        samples = count_samples(inputs)
+        loss += value.item() * samples
+        metric += objective.metric(outputs, targets) * samples
+        total += samples
+    for module, training in modes:
+        module.training = training
+    return loss / total, metric / total
 
 
 def _now(device: torch.device) -> float:

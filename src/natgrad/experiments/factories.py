@@ -1,0 +1,119 @@
+"""What users name as ``package.module:attribute``: imported, and called if it is a function."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.likelihoods import Likelihood
+
+__all__ = ["FactoryError", "MadeModel", "described", "find", "load_model", "make"]
+
+
+class FactoryError(ValueError):
+    """A name that leads to nothing usable; the message says why."""
+
+
+class MadeModel(NamedTuple):
+    """What a factory of models gave.
+
+    Attributes:
+        model: The model.
+        criterion: Its loss: a loss module, a function of outputs and targets, the name of a loss,
+            or a likelihood; None if it gave none.
+        example: The inputs of an example call; None if it gave none.
+    """
+
+    model: nn.Module
+    criterion: Any = None
+    example: tuple[Any, ...] | None = None
+
+
+def find(specification: str) -> Any:
+    """Import what is named ``package.module:attribute`` from the current folder or environment.
+
+    Raises:
+        FactoryError: If it is not named so, or cannot be imported.
+    """
+    module_name, colon, attribute = specification.partition(":")
+    if not colon or not module_name or not attribute:
+        raise FactoryError(
+            f"Code of yours is named as package.module:factory, not {specification!r}."
+        )
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        importlib.import_module(module_name)
+    except Exception as error:  # a user's module may raise anything
+        raise FactoryError(f"{module_name} cannot be imported: {described(error)}.") from error
+    try:
+        return pkgutil.resolve_name(specification)
+    except (AttributeError, ValueError) as error:
+        raise FactoryError(f"{module_name} has no attribute {attribute!r}.") from error
+
+
+def make(specification: str, function: Callable[[], Any]) -> Any:
+    """Call a user's function.
+
+    Raises:
+        FactoryError: If it fails.
+    """
+    try:
+        return function()
+    except Exception as error:
+        raise FactoryError(f"{specification}() fails: {described(error)}.") from error
+
+
+def load_model(specification: str, device: torch.device | None = None) -> MadeModel:
+    """Import a factory of models and call it.
+
+    Args:
+        specification: ``package.module:factory``. The factory takes no arguments and returns a
+            module, or a tuple of a module and its loss, or of a module and an example input (a
+            tuple of positional inputs for several); a module by itself will do, too.
+        device: Where the factory makes its tensors; by default where torch does.
+
+    Raises:
+        FactoryError: If it cannot be imported or called, or returns something else.
+    """
+    factory = find(specification)
+    if isinstance(factory, nn.Module):
+        return MadeModel(factory)
+    if not callable(factory):
+        raise FactoryError(f"{specification} is neither a model nor a function that makes one.")
+    with device or nullcontext():  # The import has been made outside it.
+        made = make(specification, factory)
+    if isinstance(made, nn.Module):
+        return MadeModel(made)
+    if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module):
+        model, other = made
+        if isinstance(other, (Tensor, Mapping)):
+            return MadeModel(model, example=(other,))
+        if isinstance(other, tuple):
+            return MadeModel(model, example=other)
+        if isinstance(other, (str, Likelihood)) or callable(other):
+            return MadeModel(model, criterion=other)
+    raise FactoryError(
+        f"{specification}() returns {_shown(made)}, but must return a torch.nn.Module, "
+        "or one and its loss or an example input."
+    )
+
+
+def described(error: Exception) -> str:
+    """Return the message of an error as one line without a full stop, or else its type."""
+    message = " ".join(str(error).split()).rstrip(".")
+    return message or type(error).__name__
+
+
+def _shown(made: Any) -> str:
+    if isinstance(made, tuple):
+        return f"a tuple of {', '.join(type(one).__name__ for one in made)}"
+    return type(made).__name__
