@@ -121,8 +121,7 @@ class Burgers(Problem):
 def main(arguments: list[str] | None = None) -> None:
     shared = parser(
         (__doc__ or "").split("\n")[0], width=20, depth=3, adam_lr=3e-2, implicit_lr=10.0,
-        damping=1e-2, damping_rule="step_length", damping_decay=0.3, line_search="armijo",
-        output=Path("results/burgers_pinn"),
+        damping=1e-2, output=Path("results/burgers_pinn"),
     )  # fmt: skip
     shared.add_argument("--inside", type=int, default=None, help="points: 1500, fast 600")
     shared.add_argument("--edge", type=int, default=None, help="points: 100, fast 50")

@@ -177,15 +177,10 @@ def kfac(network: nn.Sequential, problem: Problem) -> Step:
     return lambda: optimizer.step(closure)
 
 
-def natural(
-    network: nn.Sequential, problem: Problem, structure: str, options: argparse.Namespace
-) -> Step:
-    """Natural gradient with an exact matrix, line search and adaptive damping."""
-    optimizer = natgrad.ResidualNGD(
-        problem.taylor(network), problem.residuals, structure=structure, damping=options.damping,
-        damping_rule=options.damping_rule, damping_decay=options.damping_decay,
-        line_search=natgrad.LineSearch(options.line_search, max_trials=30),
-    )  # fmt: skip
+def natural(network: nn.Sequential, problem: Problem, structure: str) -> Step:
+    """Natural gradient with an exact matrix and nothing to tune."""
+    model = problem.taylor(network)
+    optimizer = natgrad.ResidualNGD(model, problem.residuals, structure=structure)
     return lambda: optimizer.step()
 
 
@@ -215,7 +210,7 @@ def make_step(
     if name == "implicit":
         return implicit(network, problem, options.implicit_lr)
     if name in ("exact", "block_diagonal"):
-        return natural(network, problem, "full" if name == "exact" else name, options)
+        return natural(network, problem, "full" if name == "exact" else name)
     if name == "egn":
         return egn(network, problem, options)
     return {"lbfgs": lbfgs, "kfac": kfac}[name](network, problem)
@@ -368,10 +363,7 @@ def parser(description: str, **defaults: float) -> argparse.ArgumentParser:
     add("--depth", type=int, help="hidden layers")
     add("--adam-lr", type=float)
     add("--implicit-lr", type=float)
-    add("--damping", type=float, help="of natural gradients, to begin with")
-    add("--damping-rule", choices=["step_length", "reduction_ratio", "loss", "fixed"])
-    add("--damping-decay", type=float)
-    add("--line-search", choices=["best", "armijo"])
+    add("--damping", type=float, help="of EGN, to begin with")
     add("--output", type=Path)
     result.set_defaults(**defaults)
     return result

@@ -115,8 +115,7 @@ class Poisson(Problem):
 def main(arguments: list[str] | None = None) -> None:
     shared = parser(
         (__doc__ or "").split("\n")[0], width=24, depth=3, adam_lr=1e-2, implicit_lr=10.0,
-        damping=1e-2, damping_rule="step_length", damping_decay=0.3, line_search="armijo",
-        output=Path("results/poisson_pinn"),
+        damping=1e-2, output=Path("results/poisson_pinn"),
     )  # fmt: skip
     shared.add_argument("--interior", type=int, default=None, help="points: 900, fast 500")
     shared.add_argument("--boundary", type=int, default=None, help="points: 120, fast 80")

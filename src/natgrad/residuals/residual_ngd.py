@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -16,15 +15,13 @@ from natgrad.arguments import check_choice, check_interval, check_range, check_r
 from natgrad.curvature import Curvature, Structure, as_structure
 from natgrad.curvature.full import ExactRows
 from natgrad.jacobians import Jacobians
-from natgrad.operators import GradientSource
+from natgrad.linalg import FactorizationError
+from natgrad.operators import GradientSource, Operator
 from natgrad.optim.checkpoints import CheckpointedOptimizer, only_initialises
 from natgrad.optim.copying import CopiedByState
-from natgrad.optim.step.levenberg_marquardt import by_reduction_ratio
-from natgrad.optim.step.line_search import LineSearch
 from natgrad.residuals.residual import Residual, as_residuals
 from natgrad.residuals.rows import CapturedRows, FunctionRows, ResidualRows
 from natgrad.residuals.taylor import TaylorNetwork
-from natgrad.solvers import ConjugateGradient, IterativeSolver, Solver, TruncatedEigh
 
 __all__ = ["ResidualNGD", "ResidualStep"]
 
@@ -34,7 +31,16 @@ PROBE = 0.1
 #: ``‖Δ'‖/‖Δ‖`` beyond which Δ' is no correction (Transtrum & Sethna 2012).
 LARGEST_BEND = 0.75
 
-DampingRule = Literal["step_length", "reduction_ratio", "loss", "fixed"]
+#: The first λ, as a share of ``‖∇L‖²/‖ρ‖²``, the mean of ``JJᵀ`` along ρ.
+FIRST_DAMPING = 1e-3
+
+#: Gain ratios below and above which λ changes, and the factors by which it does.
+POOR_GAIN, GOOD_GAIN = 0.25, 0.75
+AFTER_POOR_GAIN, AFTER_GOOD_GAIN = 2.0, 1 / 3
+AFTER_REJECTION, AFTER_FAILURE = 4.0, 8.0
+
+#: Values of λ that one step tries at most, and steps without success after which that is said.
+MOST_TRIALS, PATIENCE = 12, 10
 
 
 @dataclass(frozen=True)
@@ -44,31 +50,38 @@ class ResidualStep:
     Attributes:
         loss: ``L(θ)`` before it.
         loss_after: The loss at its end; that before it if nothing moved.
-        length: How far it went along the direction; 0 if nothing moved.
-        damping: λ it was computed with.
-        slope: ``⟨Δ, ∇L⟩``, the decrease per unit of length at the start.
+        damping: λ it was computed with, or the last one tried if nothing moved.
+        gain_ratio: Decrease of the loss over that of the linear model; 0 if nothing moved.
+        trials: Values of λ that were tried.
     """
 
     loss: float
     loss_after: float
-    length: float
     damping: float
-    slope: float
+    gain_ratio: float
+    trials: int
 
 
 class ResidualNGD(CheckpointedOptimizer, CopiedByState):
     r"""Natural gradient descent on a loss of residuals at points, as of physics-informed networks.
 
-    .. math:: L = \sum_b \frac{w_b}{2N_b} \sum_n \|r_{bn}\|^2, \qquad
-              F = \sum_b \frac{w_b}{N_b} \sum_n J_{bn}^\top J_{bn}, \qquad
-              \theta \leftarrow \theta - t \Delta - \tfrac{t^2}{2} \Delta', \quad
+    .. math:: L = \sum_b \frac{w_b}{2N_b} \sum_n \|r_{bn}\|^2 = \tfrac12 \|\rho\|^2, \qquad
+              F = \sum_b \frac{w_b}{N_b} \sum_n J_{bn}^\top J_{bn} = J^\top J, \qquad
+              \theta \leftarrow \theta - \Delta - \tfrac12 \Delta', \quad
               \Delta = (\hat F + \lambda I)^{-1} \nabla L, \quad
               \Delta' = (\hat F + \lambda I)^{-1} J^\top \rho''
 
     ``step()`` needs neither a closure nor a backward pass: the loss, its gradient and the exact
-    rows come from the residuals themselves. The step length t is searched for, and λ follows it. A
-    step that meets NaN or infinite numbers, or finds no descent, moves nothing, raises λ and says
-    so once.
+    rows come from the residuals themselves.
+
+    Steps are full steps, and λ alone decides how far they go (Levenberg and Marquardt). It begins
+    at ``10⁻³ ‖∇L‖²/‖ρ‖²``. A step is taken if the loss falls at its end; else λ is multiplied by 4,
+    or by 8 where the loss is not finite or the matrix cannot be factorised, and the step computed
+    anew, 12 times at most. After it λ falls to a third where the loss fell by more than ¾ of what
+    the linear model of the residuals predicts, ``½⟨Δ, ∇L⟩ + ½λ⟨Δ, Δ − μΔ₀⟩``, and doubles below ¼.
+    So multiplying all residuals by a number, or choosing other units, changes no step. A step that
+    meets NaN or infinite residuals, or finds no descent, moves nothing and raises λ; the first is
+    said once, the second after 10 such steps in a row.
 
     Full-batch problems of this kind are badly conditioned: use float64.
 
@@ -78,29 +91,18 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
         residuals: The parts of the loss by name, or one :class:`natgrad.Residual`. Their points
             and weights may be changed between steps.
         structure: Structure of the Fisher matrix, or its name: ``"full"``, ``"block_diagonal"``,
-            or with captured rows any other.
+            or with captured rows any other. An instance may name a solver:
+            ``natgrad.curvature.Full(solver=ConjugateGradient(1e-6, 500))`` forms no matrix.
         jacobians: ``"captured"`` takes factored rows from a network that propagates derivatives,
             much the faster; ``"vmap"`` differentiates the residual functions by
             :mod:`torch.func`, point by point in batches. By default captured where the model is a
             TaylorNetwork.
-        solver: ``"direct"``; ``"eigh"``, an eigendecomposition without the eigenvalues below 1e-12
-            of the largest; ``"conjugate_gradient"``, which forms no matrix, to a residual of 1e-6
-            in 500 iterations at most; or a :class:`natgrad.solvers.Solver` with options of its own.
-            All but the first are for the exact structures.
-        lr: First step length tried.
-        damping: λ to begin with, in the units of F.
-        damping_rule: ``"step_length"``: λ falls after steps of at least half of ``lr`` and rises
-            after those below a quarter; ``"reduction_ratio"``: it falls where the loss fell by more
-            than ¾ of what the quadratic model predicts for a step of length ``lr``, and rises below
-            ¼ (Levenberg and Marquardt; for the full matrix, as steps of others are longer than that
-            model trusts); ``"loss"``: ``λ = damping · L``, which vanishes with the loss (Yamashita
-            & Fukushima 2001); ``"fixed"``.
-        damping_decay: Factor on λ where it falls, and by whose inverse it rises.
-        damping_range: Least and largest λ.
+        lr: Share t of a step that is taken, ``tΔ + ½t²Δ'``; for schedules, as where points change.
+        damping: λ to begin with, in the units of F; by default in those of the problem, see above.
         momentum: μ of the last step Δ₀: Δ minimises ``½‖JΔ − ρ‖² + ½λ‖Δ − μΔ₀‖²`` (Goldshlager,
             Abrahamsen & Lin 2024, "SPRING"). It accumulates what single batches of changing points
-            tell; with fixed points it changes little.
-        line_search: How the step length is searched for, or None for steps of length ``lr``.
+            tell; with fixed points it changes little. Where it does not lower the loss, the step is
+            computed without.
         acceleration: Bend steps by Δ', with ρ″ the second derivative of the residuals along Δ, from
             one more evaluation of them (Transtrum & Sethna 2012, "geodesic acceleration"). It is
             left out where ``‖Δ'‖ > ¾‖Δ‖``, and with solvers that iterate. Far from a solution it
@@ -116,7 +118,8 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
         ValueError: If an option is out of range or two exclude each other.
 
     Source: Müller & Zeinhofer, Achieving high accuracy with PINNs via energy natural gradient
-    descent (2023); for squared residuals it is the Gauss-Newton method.
+    descent (2023); for squared residuals it is the Gauss-Newton method. Marquardt, An algorithm for
+    least-squares estimation of nonlinear parameters (1963).
 
     Example:
         >>> def poisson(u, x, f):
@@ -134,47 +137,31 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
         *,
         structure: str | Structure = "full",
         jacobians: Literal["captured", "vmap"] | None = None,
-        solver: str | Solver = "direct",
         lr: float | Tensor = 1.0,
-        damping: float = 1e-2,
-        damping_rule: DampingRule = "step_length",
-        damping_decay: float = 0.3,
-        damping_range: tuple[float, float] = (1e-14, 1e3),
+        damping: float | None = None,
         momentum: float = 0.0,
-        line_search: LineSearch | None = LineSearch(max_trials=30),  # noqa: B008, frozen
         acceleration: bool = True,
         chunk_size: int | None = None,
     ) -> None:
         check_rate("lr", lr)
-        check_range("damping", damping)
+        if damping is not None and not 0 < damping < math.inf:
+            raise ValueError(f"damping must be a finite number above 0, or None, got {damping}")
         check_range("momentum", momentum, below=1.0)
-        check_choice("damping_rule", damping_rule, "step_length", "reduction_ratio", "loss",
-                     "fixed")  # fmt: skip
-        if not 0 < damping_decay < 1:
-            raise ValueError(f"damping_decay must be in (0, 1), got {damping_decay}")
-        if not 0 <= damping_range[0] <= damping_range[1] < math.inf:
-            raise ValueError(f"damping_range must hold 0 <= least <= largest, got {damping_range}")
         if chunk_size is not None:
             check_interval("chunk_size", chunk_size)
         if jacobians is None:
             jacobians = "captured" if isinstance(model, TaylorNetwork) else "vmap"
         check_choice("jacobians", jacobians, "captured", "vmap")
-        if line_search is not None and not isinstance(line_search, LineSearch):
-            raise ValueError(
-                f"line_search must be a natgrad.LineSearch or None, got {line_search!r}"
-            )
         self.residuals = as_residuals(residuals)
         source = CapturedRows if jacobians == "captured" else FunctionRows
         self.rows: ResidualRows = source(model, self.residuals, chunk_size)
         blocks = {name: block.layout for name, block in self.rows.blocks.items()}
-        self.curvature = Curvature(_structure(structure, solver), blocks, self.rows.layout)
-        self.line_search = line_search
-        iterates = isinstance(self.curvature.structure.solver, IterativeSolver)
+        chosen = as_structure(structure, training=True)
+        self.curvature = Curvature(chosen, blocks, self.rows.layout)
+        iterates = isinstance(chosen, ExactRows) and chosen.is_iterative
         self.acceleration = acceleration and not iterates
-        self.damping_rule, self.damping_decay = damping_rule, damping_decay
-        self.damping_range = damping_range
         self.last: ResidualStep | None = None
-        self._warned = False
+        self._warned, self._without_success = False, 0
         defaults = {"lr": lr, "damping": damping, "momentum": momentum}
         super().__init__(list(self.rows.parameters.values()), defaults)
         if self.rows.layout.dtype != torch.float64:
@@ -213,83 +200,136 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
         """
         if closure is not None:
             raise ValueError("ResidualNGD.step() takes no closure: it evaluates the residuals")
+        keeps = bool(self.param_groups[0]["momentum"])
         if only_initialises(self):
             self._mark()
-            if self.param_groups[0]["momentum"]:
+            if keeps:
                 self._keep(self.rows.layout.zeros(self.rows.layout.numel))
             return self.loss()
         saved = self.curvature.snapshot()
-        group = self.param_groups[0]
-        damping, lr = group["damping"], float(group["lr"])
-        previous = self._previous() if group["momentum"] else None
+        start = self.rows.layout.to_flat(self.rows.parameters).clone()
         try:
-            gathered = self._gather(group["momentum"], previous)
-            loss = gathered.loss
-            if self.damping_rule == "loss":
-                damping = self._clipped(damping * loss) if math.isfinite(loss) else damping
-            direction = slope = bend = None
-            if gathered.finite:
-                self.curvature.join(0.0)
-                self.curvature.refresh(damping)
-                direction, slope = self._direction(gathered, group["momentum"], previous)
-            if direction is not None and self.acceleration:
-                bend = self._bend(direction, gathered)
+            here = self._linearised()
+            if here is None:
+                self.curvature.rollback(saved)
+                return self._refuse()
+            self.curvature.join(0.0)
+            moved = self._search(start, here)
         except BaseException:
+            self._set(start)
             self.curvature.rollback(saved)  # Of no step may rows be left over for the next one.
             raise
-        if direction is None or slope is None:
-            self.curvature.rollback(saved)
-            self._refuse(loss, damping)
-            return loss
-        length, after = self._move(direction, bend, slope, loss, lr)
-        if group["momentum"]:
-            moved = length * direction
-            self._keep(moved if bend is None else moved + 0.5 * length**2 * bend)
-        self.last = ResidualStep(loss, after, length, damping, slope)
-        self._adapt(direction, gathered)
-        return loss
+        if keeps:
+            self._keep(moved)
+        return here.loss
 
-    # Parts of a step.
+    # The linear model of the residuals.
 
-    def _gather(self, momentum: float, previous: Tensor | None) -> _Gathered:
-        """Sum the rows; return loss, gradient and what momentum makes of it."""
-        layout = self.rows.layout
+    def _linearised(self) -> _Linearised | None:
+        """Sum the rows at the present parameters; None where something is not finite."""
+        layout, momentum = self.rows.layout, self.param_groups[0]["momentum"]
+        previous = self._previous() if momentum else None
         gradient, adjusted = layout.zeros(layout.numel), layout.zeros(layout.numel)
-        chunks: list[tuple[Jacobians | None, Tensor | None, Tensor | None]] = []
+        chunks: list[tuple[Tensor, Jacobians, Tensor] | None] = []
         square = 0.0
         for share, values, rows in self.rows.chunks():
             square += float(values.square().sum())
             if not math.isfinite(square):
-                return _Gathered(0.5 * square, False, gradient, adjusted, None, None, None)
-            rho = values
-            gradient = gradient + rows.rmatvec(values)
+                return None
+            gradient, rest = gradient + rows.rmatvec(values), values
             if previous is not None:
-                rho = values - momentum * rows.matvec(previous)
-                adjusted = adjusted + rows.rmatvec(rho)
+                rest = values - momentum * rows.matvec(previous)
+                adjusted = adjusted + rows.rmatvec(rest)
             self.curvature.observe(rows, share)
-            chunks.append((rows, rho, values))
-            if len(chunks) > 1:  # Only their sums are kept.
-                chunks = [(None, None, None)]
-        if previous is None:
-            adjusted = gradient
-        finite = bool(torch.isfinite(gradient).all())
-        at_once, coordinates, residuals = chunks[0]
-        return _Gathered(0.5 * square, finite, gradient, adjusted, coordinates, at_once, residuals)
-
-    def _direction(
-        self, gathered: _Gathered, momentum: float, previous: Tensor | None
-    ) -> tuple[Tensor | None, float | None]:
-        """Return Δ and ``⟨Δ, ∇L⟩``, or Nones where it is not finite or does not descend."""
-        direction = self._precondition(gathered.adjusted, gathered.coordinates)
+            chunks = [None] if chunks else [(values, rows, rest)]  # Only sums of several are kept.
+        if not bool(torch.isfinite(gradient).all()):
+            return None
+        whole = chunks[0]
+        plain = right = _RightSide(gradient, None if whole is None else whole[0], None)
         if previous is not None:
-            direction = direction + momentum * previous
-        slope = float(direction @ gathered.gradient)
-        if previous is not None and not slope > 0:  # Momentum that leads uphill is dropped.
-            direction = self._precondition(gathered.gradient, None)
-            slope = float(direction @ gathered.gradient)
-        if not (math.isfinite(slope) and slope >= 0 and bool(torch.isfinite(direction).all())):
-            return None, None
-        return direction, slope
+            coordinates = None if whole is None else whole[2]
+            right = _RightSide(adjusted, coordinates, momentum * previous)
+        return _Linearised(0.5 * square, plain, right, None if whole is None else whole[:2])
+
+    def _matrices(self) -> dict[str, Operator] | None:
+        """Return the parts of F, from rows that all trials share; None for sums of other forms."""
+        if not isinstance(self.curvature.structure, ExactRows):
+            return None
+        return {name: self.curvature.operator(name) for name in self.curvature.parts}
+
+    # Trials.
+
+    def _search(self, start: Tensor, here: _Linearised) -> Tensor:
+        """Try values of λ until a step lowers the loss; return that step, or zero."""
+        group = self.param_groups[0]
+        lr, loss, right = float(group["lr"]), here.loss, here.right
+        gradient, nothing = here.plain.gradient, torch.zeros_like(start)
+        damping: float | None = group["damping"]
+        if lr == 0 or not bool(gradient.any()):
+            self.last = ResidualStep(loss, loss, math.nan if damping is None else damping, 0.0, 0)
+            return nothing
+        if damping is None:
+            damping = FIRST_DAMPING * float(gradient.square().sum()) / (2 * loss)
+        matrices, epsilon = self._matrices(), torch.finfo(start.dtype).eps
+        for trial in range(1, MOST_TRIALS + 1):
+            tried, after = damping, math.nan
+            if self._factorise(matrices, tried):
+                step, predicted, curvature = self._modelled(right, gradient, tried, lr)
+                if not predicted > 0 and right is not here.plain:  # Momentum leads uphill.
+                    right = here.plain
+                    step, predicted, curvature = self._modelled(right, gradient, tried, lr)
+                moved = self._bent(step, lr, start, here)
+                self._set(start - moved)
+                after = self.loss() if predicted > 0 else math.nan
+                if after < loss:
+                    ratio = (loss - after) / predicted
+                    if ratio > GOOD_GAIN:  # Less than rounding errors of F would not be felt.
+                        damping = max(tried * AFTER_GOOD_GAIN, epsilon * curvature)
+                    elif ratio < POOR_GAIN:
+                        damping = tried * AFTER_POOR_GAIN
+                    group["damping"] = damping
+                    self.last = ResidualStep(loss, after, tried, ratio, trial)
+                    self._without_success = 0
+                    return moved
+                if torch.equal(start - moved, start):
+                    break  # More damping would change nothing.
+            right = here.plain  # With λ a step with momentum tends to μΔ₀, which need not descend.
+            damping = tried * (AFTER_REJECTION if math.isfinite(after) else AFTER_FAILURE)
+        self._set(start)
+        group["damping"] = damping
+        self.last = ResidualStep(loss, loss, tried, 0.0, trial)
+        self._count_failure()
+        return nothing
+
+    def _factorise(self, matrices: dict[str, Operator] | None, damping: float) -> bool:
+        """Make the inverses for a λ; return whether that was possible."""
+        if matrices is None:
+            self.curvature.refresh(damping)
+            return True
+        solver, estimates = self.curvature.structure.solver, self.curvature.estimates
+        try:
+            for name, matrix in matrices.items():
+                inverse = matrix.inverse(damping, solver).continuing(estimates[name].inverse)
+                estimates[name] = replace(estimates[name], inverse=inverse, damping=damping)
+        except FactorizationError:
+            return False
+        return True
+
+    def _modelled(
+        self, right: _RightSide, gradient: Tensor, damping: float, lr: float
+    ) -> tuple[Tensor, float, float]:
+        """Return Δ, the decrease that the linear model predicts for tΔ, and ``ΔᵀFΔ/‖Δ‖²``.
+
+        ``(F + λI)Δ = ∇L + λμΔ₀``, so that ``ΔᵀFΔ`` needs no product with F.
+        """
+        step = self._precondition(right.gradient, right.coordinates)
+        rest = step
+        if right.shift is not None:
+            step, rest = step + right.shift, step
+        slope = float(step @ gradient)
+        curvature = slope - damping * float(step @ rest)
+        square = float(step.square().sum())
+        return step, lr * slope - 0.5 * lr**2 * curvature, curvature / square if square else 0.0
 
     def _precondition(self, gradient: Tensor, coordinates: Tensor | None) -> Tensor:
         layout = self.rows.layout
@@ -297,95 +337,67 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
         natural = self.curvature.natural_gradient(source)
         return layout.to_flat({name: natural[name] for name in layout.names}).to(layout.dtype)
 
-    def _bend(self, direction: Tensor, gathered: _Gathered) -> Tensor | None:
-        """Return Δ', or None where it is not finite or too long to be a correction."""
-        start = self.rows.layout.to_flat(self.rows.parameters).clone()
-        try:
-            self._set(start - PROBE * direction)
-            ahead = list(self.rows.scaled_values())
-        finally:
-            self._set(start)
-        bent, second = self.rows.layout.zeros(self.rows.layout.numel), None
+    def _bent(self, step: Tensor, lr: float, start: Tensor, here: _Linearised) -> Tensor:
+        """Return ``tΔ + ½t²Δ'``, or ``tΔ`` where Δ' is not finite or too long to be a correction.
+
+        The parameters are then those of the probe.
+        """
+        if not self.acceleration:
+            return lr * step
+        self._set(start - PROBE * step)
+        ahead = list(self.rows.scaled_values())
+        self._set(start)  # Rows of several chunks are had once more.
+        bent, second = torch.zeros_like(start), None
         chunks: Iterable[tuple[Tensor, Jacobians]] = (one[1:] for one in self.rows.chunks())
-        if gathered.rows is not None and gathered.values is not None:
-            chunks = [(gathered.values, gathered.rows)]
-        for (values, rows), after in zip(chunks, ahead, strict=True):
-            second = (2.0 / PROBE) * ((after - values) / PROBE + rows.matvec(direction))
+        for (values, rows), after in zip(
+            chunks if here.rows is None else [here.rows], ahead, strict=True
+        ):
+            second = (2.0 / PROBE) * ((after - values) / PROBE + rows.matvec(step))
             bent = bent + rows.rmatvec(second)
         if not bool(torch.isfinite(bent).all()):
-            return None
-        bend = self._precondition(bent, None if gathered.rows is None else second)
-        return bend if bool(bend.norm() <= LARGEST_BEND * direction.norm()) else None
+            return lr * step
+        bend = self._precondition(bent, None if here.rows is None else second)
+        if not bool(bend.norm() <= LARGEST_BEND * step.norm()):
+            return lr * step
+        return lr * step + 0.5 * lr**2 * bend
 
     def _set(self, flat: Tensor) -> None:
         for name, value in self.rows.layout.to_dict(flat).items():
             self.rows.parameters[name].copy_(value)
 
-    def _move(
-        self, direction: Tensor, bend: Tensor | None, slope: float, before: float, lr: float
-    ) -> tuple[float, float]:
-        """Move along the direction and its bend; return how far and the loss there."""
-        start = self.rows.layout.to_flat(self.rows.parameters).clone()
+    # Steps that move nothing.
 
-        def move(length: float) -> None:
-            end = start - length * direction
-            self._set(end if bend is None else end - 0.5 * length**2 * bend)
-
-        if self.line_search is not None:
-            return self.line_search.search(move, self.loss, before, slope, lr)
-        move(lr)
-        after = self.loss()
-        if math.isfinite(after):
-            return lr, after
-        move(0.0)
-        return 0.0, before
-
-    def _adapt(self, direction: Tensor, gathered: _Gathered) -> None:
-        """Choose the next λ by what the step did."""
-        assert self.last is not None
-        length, group = self.last.length, self.param_groups[0]
-        lr = float(group["lr"])
-        if self.damping_rule in ("fixed", "loss"):
-            return
-        damping, decay = group["damping"], self.damping_decay
-        if self.damping_rule == "step_length":
-            relative = length / lr if lr else 0.0
-            factor = decay if relative >= 0.5 else 1 / decay if relative < 0.25 else 1.0
-            damping *= factor
-        else:
-            curvature = self._curvature(direction, gathered)
-            # Of a whole step: short ones always keep what the model promises.
-            predicted = 0.5 * lr**2 * curvature - lr * self.last.slope
-            actual = self.last.loss_after - self.last.loss
-            damping = by_reduction_ratio(damping, actual, predicted, decay)
-        if damping != group["damping"]:
-            group["damping"] = self._clipped(damping)
-
-    def _curvature(self, direction: Tensor, gathered: _Gathered) -> float:
-        """Return ``ΔᵀFΔ`` with the exact Fisher matrix where its rows are at hand."""
-        if gathered.rows is not None:
-            return float(gathered.rows.matvec(direction).square().sum())
-        return float(direction @ (self.curvature.matrix() @ direction))
-
-    def _clipped(self, damping: float) -> float:
-        least, largest = self.damping_range
-        return min(largest, max(least, damping))
-
-    def _refuse(self, loss: float, damping: float) -> None:
-        """Move nothing, damp more, and say so once."""
-        group = self.param_groups[0]
-        if self.damping_rule not in ("fixed", "loss"):
-            group["damping"] = self._clipped(damping / self.damping_decay)
-        self.last = ResidualStep(loss, loss, 0.0, damping, math.nan)
+    def _refuse(self) -> float:
+        """Damp more, say once that residuals are not finite, and return the loss."""
+        group, loss = self.param_groups[0], self.loss()
+        damping = group["damping"]
+        self.last = ResidualStep(loss, loss, math.nan if damping is None else damping, 0.0, 0)
+        if damping is not None:
+            group["damping"] = damping * AFTER_FAILURE
+        if group["momentum"]:
+            self._keep(self.rows.layout.zeros(self.rows.layout.numel))
         if self._warned:
-            return
+            return loss
         self._warned = True
         bad = [n for n, v in self.rows.values().items() if not bool(torch.isfinite(v).all())]
-        why = f"residuals of {', '.join(map(repr, bad))} are" if bad else "the natural gradient is"
+        why = f"residuals of {', '.join(map(repr, bad))} are" if bad else "their gradient is"
         warnings.warn(
             f"a step of ResidualNGD was skipped, as {why} not finite; parameters are as before",
             stacklevel=4,
         )
+        return loss
+
+    def _count_failure(self) -> None:
+        """Say it once if no step has lowered the loss for a while."""
+        self._without_success += 1
+        if self._without_success == PATIENCE:
+            assert self.last is not None
+            warnings.warn(
+                f"the last {PATIENCE} steps of ResidualNGD found no decrease of the loss "
+                f"{self.last.loss:.3g}: training has come as far as the accuracy of "
+                f"{self.rows.layout.dtype} allows, or the residuals are not smooth here",
+                stacklevel=5,
+            )
 
     # Momentum and checkpoints.
 
@@ -416,46 +428,32 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
 
 
 @dataclass(frozen=True)
-class _Gathered:
+class _RightSide:
+    """What a step is computed from: ``Δ = (F + λI)⁻¹ gradient + shift``.
+
+    Attributes:
+        gradient: ``∇L``, or ``Jᵀ(ρ − μJΔ₀)``, flat.
+        coordinates: What J is multiplied by there, where all rows were had at once.
+        shift: ``μΔ₀``, or None.
+    """
+
+    gradient: Tensor
+    coordinates: Tensor | None
+    shift: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Linearised:
     """What the residuals say at the present parameters.
 
     Attributes:
         loss: ``L(θ)``.
-        finite: Whether residuals and gradient are.
-        gradient: ``∇L = Jᵀρ``, flat.
-        adjusted: ``Jᵀ(ρ − μJΔ₀)``, what is preconditioned.
-        coordinates: ``ρ − μJΔ₀``, where all rows were had at once.
-        rows: J, likewise.
-        values: ρ, likewise.
+        plain: The right-hand side ``∇L``.
+        right: That with momentum; the plain one without.
+        rows: ρ and J, where all rows were had at once.
     """
 
     loss: float
-    finite: bool
-    gradient: Tensor
-    adjusted: Tensor
-    coordinates: Tensor | None
-    rows: Jacobians | None
-    values: Tensor | None
-
-
-def _structure(structure: str | Structure, solver: str | Solver) -> Structure:
-    """Return the structure with the solver asked for.
-
-    Raises:
-        ValueError: If the structure does not take the solver.
-    """
-    chosen = as_structure(structure, training=True)
-    if solver == "direct":
-        return chosen
-    if not isinstance(chosen, ExactRows):
-        raise ValueError(
-            f"solver={solver!r} needs structure 'full' or 'block_diagonal', got {structure!r}: use "
-            "solver='direct'"
-        )
-    known: dict[str, Solver] = {
-        "eigh": TruncatedEigh(1e-12),
-        "conjugate_gradient": ConjugateGradient(1e-6, 500),
-    }
-    if isinstance(solver, str):
-        solver = known.get(solver, solver)
-    return dataclasses.replace(chosen, solver=solver)
+    plain: _RightSide
+    right: _RightSide
+    rows: tuple[Tensor, Jacobians] | None

@@ -48,6 +48,7 @@ class ResidualRows(ABC):
         self, model: nn.Module, residuals: Mapping[str, Residual], chunk_size: int | None
     ) -> None:
         self.model, self.residuals, self.chunk_size = model, residuals, chunk_size
+        self._widths: dict[str, tuple[Any, int]] = {}
 
     @abstractmethod
     def _values(self, residual: Residual, chosen: slice) -> Tensor:
@@ -57,7 +58,7 @@ class ResidualRows(ABC):
     def chunks(self) -> Iterator[tuple[float, Tensor, Jacobians]]:
         """Yield shares of the points, their ρ ``(n, K)`` and their rows.
 
-        All points come at once unless they have more rows than there are parameters.
+        All points come at once if they have no more rows than there are parameters, or few entries.
         """
 
     @abstractmethod
@@ -73,23 +74,26 @@ class ResidualRows(ABC):
 
     def loss(self) -> Tensor:
         """Return ``Σ_b w_b/(2N_b) Σ_n ‖r_bn‖²``."""
-        return torch.stack(
-            [
-                0.5 * self.residuals[name].row_scale() ** 2 * value.square().sum()
-                for name, value in self.values().items()
-            ]
-        ).sum()
+        return 0.5 * torch.stack([rho.square().sum() for rho in self.scaled_values()]).sum()
 
     def point_count(self) -> int:
         """Return the number of points of all parts."""
         return sum(len(residual) for residual in self.residuals.values())
 
-    def _row_count_is_small(self) -> bool:
-        """Return whether the rows fit the memory that the factorisation takes anyway."""
-        rows = 0
-        for residual in self.residuals.values():
-            rows += len(residual) * self._values(residual, slice(0, 1)).shape[1]
-        return rows <= self.layout.numel
+    def _come_at_once(self) -> bool:
+        """Return whether all rows fit the memory that the factorisation or a chunk takes anyway."""
+        rows = sum(len(one) * self._width(name) for name, one in self.residuals.items())
+        few = rows * self.layout.numel <= CHUNK_ELEMENTS and self.chunk_size is None
+        return few or rows <= self.layout.numel
+
+    def _width(self, name: str) -> int:
+        """Return the number of residuals per point, evaluating a function once."""
+        residual = self.residuals[name]
+        function, width = self._widths.get(name, (None, 0))
+        if function is not residual.function:
+            width = self._values(residual, slice(0, 1)).shape[1]
+            self._widths[name] = residual.function, width
+        return width
 
     def _slices(self, residual: Residual) -> Iterator[slice]:
         size = self.chunk_size or max(1, CHUNK_ELEMENTS // (OVERHEAD * self.layout.numel))
@@ -128,7 +132,7 @@ class FunctionRows(ResidualRows):
     def chunks(self) -> Iterator[tuple[float, Tensor, Jacobians]]:
         """Yield shares of the points, their ρ ``(n·R, 1)`` and their rows."""
         waiting: list[tuple[float, Tensor, dict[str, Tensor]]] = []
-        together = self._row_count_is_small()
+        together = self._come_at_once()
         for residual in self.residuals.values():
             for chosen in self._slices(residual):
                 waiting.append((residual.row_scale(), *self._rows(residual, chosen)))
@@ -145,7 +149,7 @@ class FunctionRows(ResidualRows):
             for residual in self.residuals.values()
             for chosen in self._slices(residual)
         ]
-        yield from [torch.cat(found)] if self._row_count_is_small() else found
+        yield from [torch.cat(found)] if self._come_at_once() else found
 
     def _rows(self, residual: Residual, chosen: slice) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the residuals of some points, ``(n·R, 1)``, and block name → rows ``(n·R, P)``."""
@@ -249,7 +253,7 @@ class CapturedRows(ResidualRows):
             for name, residual in self.residuals.items()
             for chosen in self._slices(residual)
         ]
-        return [slices] if self._row_count_is_small() else [[one] for one in slices]
+        return [slices] if self._come_at_once() else [[one] for one in slices]
 
     def _pulled_back(self, chosen: list[tuple[str, slice]]) -> tuple[Tensor, Jacobians]:
         scale = self.point_count() ** -0.5
