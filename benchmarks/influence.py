@@ -20,8 +20,10 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +32,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import natgrad
 from natgrad.experiments.data import load_dataset
-from natgrad.experiments.drawing import new_figure
+from natgrad.experiments.drawing import line_style, new_figure
 
-TRAIN, TEST, SUBSETS, SEEDS, EPOCHS = 2000, 200, 100, 3, 30
+TRAIN, TEST, SUBSETS, SEEDS, EPOCHS, LABEL_SEEDS = 2000, 200, 100, 3, 30, 3
 
 
 def make_model(seed: int) -> nn.Module:
@@ -82,7 +84,9 @@ def datamodelling_score(scores: Tensor, subsets: Tensor, measured: Tensor) -> Te
     return (a * b).sum(0) / (a.square().sum(0) * b.square().sum(0)).sqrt()
 
 
-def by_kronfluence(model: nn.Module, data: tuple[Tensor, ...], strategy: str) -> Tensor:
+def by_kronfluence(
+    model: nn.Module, data: tuple[Tensor, ...], seed: int, strategy: str, share: float
+) -> Tensor:
     from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.arguments import FactorArguments, ScoreArguments
     from kronfluence.task import Task
@@ -100,7 +104,9 @@ def by_kronfluence(model: nn.Module, data: tuple[Tensor, ...], strategy: str) ->
 
     x, y, u, v = data
     task = Classification()
-    with tempfile.TemporaryDirectory() as folder:
+    torch.manual_seed(seed)
+    damping = mock.patch("kronfluence.factor.config.HEURISTIC_DAMPING_SCALE", share)
+    with tempfile.TemporaryDirectory() as folder, damping:
         analyzer = Analyzer(
             "mlp", prepare_model(copy.deepcopy(model), task), task, cpu=True, output_dir=folder,
             disable_tqdm=True,
@@ -114,33 +120,37 @@ def by_kronfluence(model: nn.Module, data: tuple[Tensor, ...], strategy: str) ->
         return analyzer.load_pairwise_scores("s")["all_modules"]
 
 
-def by_natgrad(model: nn.Module, data: tuple[Tensor, ...], **options: Any) -> Tensor:
+def by_natgrad(model: nn.Module, data: tuple[Tensor, ...], seed: int, **options: Any) -> Tensor:
     x, y, u, v = data
     loader = DataLoader(TensorDataset(x, y), 500)
-    return natgrad.tools.influence(model, loader, (u, v), **options)
+    return natgrad.tools.influence(model, loader, (u, v), seed=seed, **options)
 
 
-def methods() -> dict[str, Callable[[nn.Module, tuple[Tensor, ...]], Tensor]]:
-    """Return title → scores of a model and data."""
-    found: dict[str, Callable[[nn.Module, tuple[Tensor, ...]], Tensor]] = {
-        "gradients alone": lambda m, d: by_natgrad(m, d, structure="diagonal", damping=1e9) * 1e9,
+def methods() -> dict[str, Callable[..., Tensor]]:
+    """Return title → scores of a model, data and a seed of sampled labels.
+
+    Numbers are dampings as shares of the mean eigenvalue of every layer.
+    """
+    found: dict[str, Callable[..., Tensor]] = {
+        "gradients alone": partial(by_natgrad, structure="diagonal", damping=1e9)
     }
-    for structure in ("diagonal", "kfac", "ekfac"):
-        found[f"natgrad {structure}"] = lambda m, d, s=structure: by_natgrad(m, d, structure=s)
-        found[f"natgrad {structure}, sampled labels"] = lambda m, d, s=structure: by_natgrad(
-            m, d, structure=s, fisher="mc"
-        )
-    found["natgrad ekfac, leave one out"] = lambda m, d: by_natgrad(m, d, leave_one_out=True)
-    found["natgrad full, sampled labels"] = lambda m, d: by_natgrad(
-        m, d, structure="full", fisher="mc", damping=1e-3
-    )
+    for structure in ("diagonal", "kfac", "ekfac", "full"):
+        for fisher in ("mc",) if structure == "full" else ("exact", "mc"):
+            for share in (0.1, 1.0, 10.0):
+                found[f"natgrad {structure}, {fisher}, {share:g}"] = partial(
+                    by_natgrad, structure=structure, fisher=fisher,
+                    damping=natgrad.RelativeDamping(share),
+                )  # fmt: skip
     try:
         import kronfluence  # noqa: F401
     except ImportError:
         print("kronfluence is not installed and left out")
         return found
     for strategy in ("kfac", "ekfac"):
-        found[f"kronfluence {strategy}"] = lambda m, d, s=strategy: by_kronfluence(m, d, s)
+        for share in (0.1, 1.0, 10.0):
+            found[f"kronfluence {strategy}, mc, {share:g}"] = partial(
+                by_kronfluence, strategy=strategy, share=share
+            )
     return found
 
 
@@ -171,14 +181,16 @@ def main() -> None:
     results: dict[str, Any] = {"accuracy": accuracy, "methods": {}}
     all_scores: dict[str, Tensor] = {}
     for title, scores in methods().items():
-        torch.manual_seed(0)
-        start = time.process_time()
-        all_scores[title] = scores(model, data)
-        seconds = time.process_time() - start
-        each = datamodelling_score(all_scores[title], subsets, measured)
-        mean, error = float(each.mean()), float(each.std() / len(each) ** 0.5)
-        results["methods"][title] = {"score": mean, "error": error, "seconds": seconds}
-        print(f"{title:35s} {mean:.3f} ± {error:.3f}  {seconds:.1f} s", flush=True)
+        found_scores, seconds = [], []
+        for seed in range(LABEL_SEEDS if ", mc," in title else 1):
+            start = time.process_time()
+            all_scores[title] = scores(model, data, seed)
+            seconds.append(time.process_time() - start)
+            one = datamodelling_score(all_scores[title], subsets, measured)
+            found_scores.append(float(one.mean()))
+        results["methods"][title] = {"scores": found_scores, "seconds": min(seconds)}
+        shown = " ".join(f"{value:.3f}" for value in found_scores)
+        print(f"{title:32s} {shown:18s} {min(seconds):.1f} s", flush=True)
     stacked = torch.stack([s.detach().double().flatten() for s in all_scores.values()])
     results["correlations"] = dict(zip(all_scores, stacked.corrcoef().tolist(), strict=True))
     (arguments.output / "influence.json").write_text(json.dumps(results, indent=1))
@@ -186,16 +198,21 @@ def main() -> None:
 
 
 def draw(results: dict[str, Any]) -> Any:
-    """Draw score against processor seconds."""
+    """Draw the score against damping."""
     figure, (axes,) = new_figure()
+    curves: dict[str, dict[float, list[float]]] = {}
     for title, one in results["methods"].items():
-        marker = "s" if title.startswith("kronfluence") else "o"
-        axes.errorbar(one["seconds"], one["score"], one["error"], fmt=marker, capsize=2)
-        axes.annotate(title, (one["seconds"], one["score"]), (5, 4), textcoords="offset points",
-                      fontsize=7)  # fmt: skip
+        name, _, share = title.rpartition(", ")
+        if name:
+            curves.setdefault(name, {})[float(share)] = one["scores"]
+    for index, (name, points) in enumerate(curves.items()):
+        means = [sum(values) / len(values) for values in points.values()]
+        axes.plot(list(points), means, label=name, **line_style(index))
+    axes.axhline(results["methods"]["gradients alone"]["scores"][0], color="grey", linewidth=1)
     axes.set_xscale("log")
-    axes.set_xlabel("processor seconds, one thread")
+    axes.set_xlabel("damping, as a share of the mean eigenvalue of each layer")
     axes.set_ylabel("linear datamodelling score")
+    axes.legend(fontsize=8, ncols=2)
     return figure
 
 

@@ -40,6 +40,16 @@ def test_influence(names):
 
 
 def test_consolidation_and_merging(names):
-    assert names["penalty"](names["model"]) == 0 and names["loss"].requires_grad
-    same = zip(names["model"].parameters(), names["merged"].parameters(), strict=True)
+    assert names["penalty"](names["model_b"]) == 0 and names["loss"].requires_grad
+    same = zip(names["model_b"].parameters(), names["merged"].parameters(), strict=True)
     assert all(torch.allclose(a, b) for a, b in same)
+
+
+def test_compression(names):
+    removed = sum(int((~mask).sum()) for mask in names["pruning"].kept.values())
+    assert removed == (4 * 8 + 8 * 3) // 2 and names["pruning"].loss_increase > 0
+    assert (~names["thin"].kept["0.weight"]).all(1).sum() == 2
+    error = names["error"]
+    assert set(error.layers) == {"0", "2"}
+    assert abs(sum(error.layers.values()) - error.total) < 1e-12
+    assert torch.equal(names["model"][0].weight, error.rounded["0.weight"])

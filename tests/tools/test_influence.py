@@ -207,5 +207,9 @@ def test_what_has_no_order_no_target_or_no_samples_is_refused(tmp_path):
         influence(model, (x, y), [], "gaussian")
     with pytest.raises(ValueError, match="memory"):
         influence(model, (x, y), (x, y), "gaussian", memory=0)
+    with pytest.raises(ValueError, match="2 of 2 samples have a leverage of 1 or more"):
+        influence(
+            model, (x[:2], y[:2]), (x, y), "gaussian", "full", damping=0.0, leave_one_out=True
+        )
     with pytest.raises(ValueError, match="'full' is not kept in a file"):
         influence(model, (x, y), (x, y), "gaussian", "full", cache=tmp_path / "factors.pt")

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from natgrad.layouts import ParameterLayout
 from natgrad.operators import FisherMatrix
+from natgrad.tools.parameters import values_of
 
-__all__ = ["EWCPenalty", "ewc_penalty", "values_of"]
+__all__ = ["EWCPenalty", "ewc_penalty"]
 
 
 def ewc_penalty(matrix: FisherMatrix, anchor: nn.Module | Mapping[str, Tensor]) -> EWCPenalty:
@@ -101,23 +101,3 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _Product.apply(gradient, ctx.matrix), None
-
-
-def values_of(
-    layout: ParameterLayout, source: nn.Module | Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Return the tensors of a layout's parameters, by name.
-
-    Raises:
-        ValueError: If one is missing or has another shape.
-    """
-    values = dict(source.named_parameters()) if isinstance(source, nn.Module) else source
-    for name in layout.names:
-        shape = tuple(values[name].shape) if name in values else None
-        if shape != layout.shapes[name]:
-            raise ValueError(
-                f"the Fisher matrix is about a parameter {name!r} of shape {layout.shapes[name]}, "
-                f"but the model has {'none' if shape is None else f'one of shape {shape}'}: make "
-                "the matrix and the anchor of the same parameters"
-            )
-    return {name: values[name] for name in layout.names}

@@ -32,6 +32,8 @@ from natgrad.jacobians import (
 )
 from natgrad.likelihoods import Likelihood, LikelihoodLike, as_likelihood
 from natgrad.operators import FisherMatrix
+from natgrad.optim import RelativeDamping
+from natgrad.tools.dampings import part_dampings
 from natgrad.tools.factor_cache import cached_matrix
 
 __all__ = ["influence"]
@@ -47,7 +49,7 @@ def influence(
     structure: str | Structure = "ekfac",
     fisher: str | FisherType = "exact",
     *,
-    damping: float | None = None,
+    damping: float | RelativeDamping = RelativeDamping(0.1),  # noqa: B008
     leave_one_out: bool = False,
     per_layer: bool = False,
     memory: float = 2**30,
@@ -77,12 +79,13 @@ def influence(
             sample is the sum over its events (tokens).
         structure: Structure of the Fisher matrix.
         fisher: Fisher type.
-        damping: λ, in the units of F; None (default) is a tenth of the mean eigenvalue of every
-            part, as Grosse et al. take it.
+        damping: λ, in the units of F; a :class:`natgrad.RelativeDamping` is a share of the mean
+            eigenvalue of every layer. The default, a tenth, is that of Grosse et al.
         leave_one_out: Return what leaving the sample out changes in the test loss, to first order
             in the change of the parameters: ``g_mᵀ(N(F + λI) − J_nᵀΛ_nJ_n)⁻¹g_n``. That is the
             score over N with its leverage correction, in regression ``1/(1 − h_n)``, and one Newton
-            step towards the model without the sample. It takes one vector to pull back per output.
+            step towards the model without the sample. It takes one vector to pull back per output,
+            and a matrix that holds all of a sample's own part, as exact ``"full"`` ones do.
         per_layer: Return the contribution of every block, which add up to the score.
         memory: Bytes for the preconditioned gradients of test samples, default 1 GiB.
         matrix: F, if it is known already; ``structure``, ``fisher``, ``seed`` and ``cache`` then
@@ -98,8 +101,8 @@ def influence(
         Scores ``(M, N)`` for M test and N training samples, or block name → such.
 
     Raises:
-        ValueError: If an argument is out of range, data are empty, shuffled or without targets, or
-            the structure cannot be kept in a file.
+        ValueError: If an argument is out of range, data are empty, shuffled or without targets, the
+            structure cannot be kept in a file, or a sample has a leverage of 1 or more.
 
     Source: Koh & Liang, Understanding black-box predictions via influence functions (2017); Grosse
     et al., Studying large language model generalization with influence functions (2023).
@@ -121,7 +124,7 @@ def influence(
         matrix = make() if cache is None else cached_matrix(
             cache, make, model, train, likelihood, chosen, kind, seed
         )  # fmt: skip
-    inverse = matrix.inverse(_relative(matrix) if damping is None else damping)
+    inverse = matrix.inverse(part_dampings(matrix, damping))
     rows: dict[str, list[Tensor]] = {}
     with Capture(model, likelihood.selection(output)) as capture:
         count = _count(capture, likelihood, train) if leave_one_out else None
@@ -140,11 +143,6 @@ def influence(
         raise ValueError("test has no samples, so there is nothing to score")
     scores = {name: torch.cat(pieces) for name, pieces in rows.items()}
     return scores if per_layer else scores[""]
-
-
-def _relative(matrix: FisherMatrix) -> dict[str, float]:
-    """Return a tenth of the mean eigenvalue of every part."""
-    return {n: 0.1 * float(one.trace()) / one.shape[0] for n, one in matrix.parts.items()}
 
 
 def _sample_gradients(
@@ -180,9 +178,22 @@ def _sample_gradients(
             u = exact.coordinates(own, z, gradient, weights)
             assert u is not None
             leverage = inverse.sample_forms(jacobians) / count
+            _check_leverage(leverage, inverse.structure)
             eye = torch.eye(leverage.shape[1], dtype=leverage.dtype, device=leverage.device)
             u = torch.linalg.solve(eye - leverage, u.to(leverage.dtype).unsqueeze(2)) / count
             yield jacobians.combined(u.to(gradient.dtype))
+
+
+def _check_leverage(leverage: Tensor, structure: str) -> None:
+    """Make sure that something is left where a sample is taken out of the matrix."""
+    largest = torch.linalg.eigvalsh(leverage)[:, -1]
+    beyond = int((largest > 1 - 1e3 * torch.finfo(leverage.dtype).eps).sum())
+    if beyond:
+        raise ValueError(
+            f"{beyond} of {len(largest)} samples have a leverage of 1 or more in structure "
+            f"{structure!r}, which leave_one_out cannot take out of it: take structure='full' with "
+            "fisher='exact', more damping, or leave_one_out=False"
+        )
 
 
 def _target(given: Any, samples_first: Callable[[Tensor], Tensor]) -> Any:

@@ -10,7 +10,6 @@ with diagonal matrices the entry-wise average with weights F_i.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -19,8 +18,9 @@ from torch import Tensor, nn
 
 from natgrad.arguments import check_damping
 from natgrad.operators import FisherMatrix
-from natgrad.solvers import ConjugateGradient
-from natgrad.tools.consolidation import values_of
+from natgrad.optim import RelativeDamping
+from natgrad.tools.linear_system import solved
+from natgrad.tools.parameters import values_of
 
 __all__ = ["merge"]
 
@@ -32,7 +32,7 @@ def merge(
     matrices: Sequence[FisherMatrix],
     weights: Sequence[float] | None = None,
     *,
-    damping: float | None = None,
+    damping: float | RelativeDamping = RelativeDamping(0.1),  # noqa: B008
     tolerance: float = 1e-4,
     max_iterations: int = 500,
 ) -> Model:
@@ -46,8 +46,8 @@ def merge(
         models: Models of one architecture, usually trained on from the same parameters.
         matrices: The Fisher matrix of each on its own data, in any structures.
         weights: w_i ≥ 0, by default equal; numbers of data points give the posterior of all data.
-        damping: λ, in the units of F; None (default) is a tenth of the mean eigenvalue of
-            ``Σ w_i F_i / Σ w_i``.
+        damping: λ, in the units of F; a :class:`natgrad.RelativeDamping`, by default a tenth,
+            is a share of the mean eigenvalue of ``Σ w_i F_i / Σ w_i``.
         tolerance: Residual, relative to the right-hand side, at which the iteration ends.
         max_iterations: Most iterations; a warning says if they were too few.
 
@@ -81,14 +81,16 @@ def merge(
             raise ValueError("the matrices must be about the same parameters of the same shapes")
     _check_rest(models, set(layout.names))
     flat = [layout.to_flat(values_of(layout, m)).detach().to(layout.dtype) for m in models]
-    if damping is None:
+    if isinstance(damping, RelativeDamping):
         traces = (w * float(f.trace()) for w, f in zip(shares, matrices, strict=True))
-        damping = 0.1 * max(0.0, sum(traces)) / max(1, layout.numel)
-    check_damping(damping)
+        shift = damping.share * max(0.0, sum(traces)) / max(1, layout.numel)
+    else:
+        check_damping(damping)
+        shift = float(damping)
 
     def multiply(vector: Tensor) -> Tensor:
         products = (w * (f @ vector) for w, f in zip(shares, matrices, strict=True))
-        return sum(products, damping * vector)
+        return sum(products, shift * vector)
 
     mean = sum((w * x for w, x in zip(shares, flat, strict=True)), torch.zeros_like(flat[0]))
     right = sum(
@@ -97,19 +99,9 @@ def merge(
     )
     diagonal = sum(
         (w * f.diagonal() for w, f in zip(shares, matrices, strict=True)),
-        torch.full_like(mean, damping),
+        torch.full_like(mean, shift),
     )
-    scale = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
-    solver = ConjugateGradient(tolerance, max_iterations)
-    found, _ = solver.solve(lambda v: scale * multiply(scale * v), scale * right, {})
-    change = scale * found
-    left = float((scale * (multiply(change) - right)).norm())
-    if left > 10 * tolerance * float((scale * right).norm()):
-        warnings.warn(
-            f"merge ended at a relative residual of {left / float((scale * right).norm()):.1e}, "
-            f"not at {tolerance:.1e}: raise max_iterations or damping",
-            stacklevel=2,
-        )
+    change = solved(multiply, right, diagonal, tolerance, max_iterations)
     merged = copy.deepcopy(models[0])
     with torch.no_grad():
         target = dict(merged.named_parameters())

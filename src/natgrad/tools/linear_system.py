@@ -1,0 +1,43 @@
+"""Linear systems that are given by products alone."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from natgrad.solvers import ConjugateGradient
+from natgrad.solvers.solver import Product
+
+__all__ = ["solved"]
+
+
+def solved(
+    multiply: Product, right: Tensor, diagonal: Tensor, tolerance: float, max_iterations: int
+) -> Tensor:
+    """Return the solution by conjugate gradients, scaled by the diagonal.
+
+    Diagonal systems are solved in one iteration. A warning says if the residual stays above the
+    tolerance.
+
+    Args:
+        multiply: Products with a symmetric positive matrix.
+        right: Right-hand side, ``(P,)``.
+        diagonal: Diagonal of the matrix; entries that are not positive are left unscaled.
+        tolerance: Residual, relative to the right-hand side, at which the iteration ends.
+        max_iterations: Most iterations.
+    """
+    scale = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
+    solver = ConjugateGradient(tolerance, max_iterations)
+    found, _ = solver.solve(lambda v: scale * multiply(scale * v), scale * right, {})
+    solution = scale * found
+    norm = float((scale * right).norm())
+    left = float((scale * (multiply(solution) - right)).norm())
+    if left > 10 * tolerance * norm:  # Rounding adds to what the iteration knows of it.
+        warnings.warn(
+            f"conjugate gradients ended at a relative residual of {left / norm:.1e}, not at "
+            f"{tolerance:.1e}: raise max_iterations or damping",
+            stacklevel=3,
+        )
+    return solution

@@ -1,0 +1,42 @@
+"""The examples of the tools run and leave what they promise."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SMALL = "--samples 200 --test-samples 100 --epochs 1 --width 8".split()
+
+
+def results_of(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run an example on a few digits and return its results."""
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr(sys, "argv", [name, *SMALL, "--output", str(folder)])
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main()
+    (picture,) = folder.glob("*.png")
+    assert picture.stat().st_size > 0
+    (found,) = folder.glob("*.json")
+    return json.loads(found.read_text())
+
+
+def test_continual_learning(tmp_path, monkeypatch):
+    results = results_of("continual_learning", tmp_path, monkeypatch)
+    titles = {one["penalty"] for one in results["tasks"]}
+    assert titles == {"first task only", "none", "diagonal", "kfac", "ekfac"}
+    assert all(0 <= one["all"] <= 1 for one in results["merging"])
+
+
+def test_compression(tmp_path, monkeypatch):
+    results = results_of("compression", tmp_path, monkeypatch)
+    assert {"magnitude", "diagonal", "kfac, adjusted"} <= set(results["accuracies"])
+    assert {one["layer"] for one in results["rises"]} == {"0", "2", "4"}
