@@ -43,6 +43,8 @@ def make(network: str) -> nn.Module:
         if network == "mlp":
             layers = [nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)]
             return nn.Sequential(*layers).double()
+        if network == "broad":  # Of whose sums the triangles are kept.
+            return nn.Sequential(nn.Linear(300, 4), nn.Tanh(), nn.Linear(4, 3)).double()
         if network == "convolution":
             layers = [
                 nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 4, 3, stride=2, padding=1),
@@ -58,7 +60,7 @@ def batch(network: str, step: int) -> tuple[Tensor, Tensor]:
     if network == "transformer":
         tokens = torch.randint(0, 11, (SAMPLES, 7), generator=source)
         return tokens[:, :-1], tokens[:, 1:]
-    shape = (5,) if network == "mlp" else (2, 6, 6)
+    shape = {"mlp": (5,), "broad": (300,)}.get(network, (2, 6, 6))
     x = torch.randn(SAMPLES, *shape, generator=source, dtype=torch.float64)
     return x, torch.randint(0, 3, (SAMPLES,), generator=source)
 

@@ -163,6 +163,8 @@ RUNS: dict[str, Run] = {
     ),
     "EGN, some ignored": Run("EGN", ignored={1: 3, 3: 8}, closure=True),
     "KFAC, tokens ignored": Run("KFAC", network="transformer", ignored={0: 3, 3: 8}),
+    **{f"{name}, broad": Run(name, network="broad") for name in ("KFAC", "EKFAC", "TKFAC")},
+    "KFAC, broad, sharing memory": Run("KFAC", {"sharing": "memory"}, network="broad"),
 }
 
 #: With two processes: other runs, in which one has more samples than the other.

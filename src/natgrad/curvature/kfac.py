@@ -25,6 +25,7 @@ from natgrad.layouts import BlockLayout
 from natgrad.operators import KroneckerOperator, Operator
 from natgrad.operators.kronecker import rows_are_cheaper
 from natgrad.statistics import KroneckerStatistics, Statistics
+from natgrad.statistics.triangles import kept_entries
 
 __all__ = ["KroneckerFactors", "check_factors", "zero_factors"]
 
@@ -106,6 +107,13 @@ class KroneckerFactors(Structure):
             a, b = statistics.mean_factors()
         return KroneckerOperator(part.block, a, b, self.factored_damping, self.product_dtype)
 
+    def trace(self, part: Part, statistics: Statistics | None) -> Tensor:
+        """Return the trace of ``B ⊗ A``, by the diagonals of the sums."""
+        if statistics is None:
+            return super().trace(part, statistics)
+        assert isinstance(statistics, KroneckerStatistics)
+        return statistics.trace()
+
     def takes_rows(self, block: BlockLayout, rows: int) -> bool:
         """Return whether so many rows are cheaper to precondition than the gradient they sum to."""
         dense = not any(block.large_factors(self.max_factor_size))
@@ -143,8 +151,9 @@ class KroneckerFactors(Structure):
         pair of sums, which is left out.
         """
         block = part.block
-        kept = triangles = dense = 0
+        sums = kept = triangles = dense = 0
         for size, diagonal in self._factors(block):
+            sums += size if diagonal else kept_entries(size)
             kept += size if diagonal else size**2
             triangles += size if diagonal else size * (size + 1) // 2
             dense += 0 if diagonal else size**2
@@ -152,7 +161,7 @@ class KroneckerFactors(Structure):
         if not self.factored_damping:
             inverse += block.numel  # One eigenvalue each.
         return Elements(
-            statistics=block.groups * kept,
+            statistics=block.groups * sums,
             inverse=inverse,
             sums=block.groups * triangles,
             rows=0,

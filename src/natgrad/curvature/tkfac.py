@@ -35,7 +35,7 @@ from natgrad.jacobians.moments import second_moments
 from natgrad.layouts import BlockLayout
 from natgrad.operators import KroneckerOperator
 from natgrad.statistics import KroneckerStatistics, Statistics
-from natgrad.statistics.kronecker import factor_diagonal
+from natgrad.statistics.kronecker import factor_diagonal, whole
 
 __all__ = ["TraceKronecker", "TraceStatistics", "trace_statistics"]
 
@@ -54,13 +54,17 @@ class TraceStatistics(KroneckerStatistics):
         """Return whether traces and diagonals are finite."""
         return super().is_finite() & torch.isfinite(self.traces).all()
 
+    def trace(self) -> Tensor:
+        """Return δ, groups summed."""
+        return (self.traces * self.count.clamp(min=1e-300).reciprocal().to(self.traces.dtype)).sum()
+
     def mean_factors(self) -> tuple[Tensor, Tensor]:
         """Return ``(√δ Φ, √δ Ψ)``."""
         assert self.inputs is not None and self.outputs is not None
         mean = self.traces * self.count.clamp(min=1e-300).reciprocal().to(self.traces.dtype)
         root = mean.sqrt()
-        inputs = _with_trace(self.inputs, root, self.traces)
-        return inputs, _with_trace(self.outputs, root, self.traces)
+        inputs = _with_trace(whole(self.inputs), root, self.traces)
+        return inputs, _with_trace(whole(self.outputs), root, self.traces)
 
 
 @register_structure

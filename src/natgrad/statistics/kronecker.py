@@ -13,19 +13,25 @@ from natgrad.distributed.exchange import Symmetric
 from natgrad.jacobians import KroneckerSums
 from natgrad.jacobians.tied import added
 from natgrad.statistics.statistics import Statistics
+from natgrad.statistics.triangles import LEAST_SIZE, LowerTriangles
 
 __all__ = [
     "KroneckerStatistics",
     "factor_diagonal",
     "merging_weights",
+    "whole",
 ]
+
+#: A sum of outer products, ``(G, d, d)``, or its diagonal, ``(G, d)``.
+Factor = Tensor | LowerTriangles
 
 
 @dataclass(frozen=True, eq=False)
 class KroneckerStatistics(Statistics):
     r"""Second moments of one layer's inputs and output gradients.
 
-    Matrices are right in their lower triangles, which is all that factorisations read.
+    Matrices are right in their lower triangles, which is all that factorisations read, and all that
+    is kept of large ones.
 
     The products ``B_i ⊗ A_i`` of uses of a parameter the one way round and the other, as of an
     embedding tied to the output layer, are merged into one that keeps their trace,
@@ -36,18 +42,26 @@ class KroneckerStatistics(Statistics):
     each product's scale is split between its factors.
 
     Attributes:
-        inputs: ``Σ a aᵀ``, ``(G, d_in + bias, d_in + bias)``, or its diagonal ``(G, d_in + bias)``;
-            None in a further chunk of output gradients of samples that are counted already.
+        inputs: ``Σ a aᵀ``, ``(G, d_in + bias, d_in + bias)``, its lower triangles, or its diagonal
+            ``(G, d_in + bias)``; None in a further chunk of output gradients of samples that are
+            counted already.
         positions: What the mean of ``inputs`` divides by, mostly how many terms it sums; a scalar
             or one number per group.
-        outputs: ``Σ δ δᵀ``, ``(G, d_out, d_out)``, or its diagonal ``(G, d_out)``.
+        outputs: ``Σ δ δᵀ``, ``(G, d_out, d_out)``, its lower triangles, or its diagonal.
         turned: The sums of uses the other way round, with inputs and outputs exchanged.
     """
 
-    inputs: Tensor | None
+    inputs: Factor | None
     positions: Tensor
-    outputs: Tensor | None
+    outputs: Factor | None
     turned: KroneckerStatistics | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Keep the lower triangles of large matrices."""
+        for name in ("inputs", "outputs"):
+            factor = getattr(self, name)
+            if isinstance(factor, Tensor) and factor.dim() == 3 and factor.shape[-1] >= LEAST_SIZE:
+                object.__setattr__(self, name, LowerTriangles.of(factor))
 
     @classmethod
     def of(cls, count: Tensor, sums: KroneckerSums) -> KroneckerStatistics:
@@ -57,10 +71,10 @@ class KroneckerStatistics(Statistics):
 
     def is_finite(self) -> Tensor:
         """Return whether the diagonals are finite: Σ x xᵀ is exactly if its diagonal is."""
-        flags = [torch.isfinite(factor_diagonal(f)).all() for f in self._factors()]
+        flags = [torch.isfinite(_diagonal(f)).all() for f in self._factors()]
         return torch.stack([*flags, torch.isfinite(self.count)]).all()
 
-    def _factors(self) -> list[Tensor]:
+    def _factors(self) -> list[Factor]:
         own = [factor for factor in (self.inputs, self.outputs) if factor is not None]
         return own if self.turned is None else own + self.turned._factors()
 
@@ -68,11 +82,22 @@ class KroneckerStatistics(Statistics):
         """Return the sums, of symmetric matrices half."""
         state = super().sums()
         for name in ("inputs", "outputs"):
-            if state[name] is not None and state[name].dim() == 3:
-                state[name] = Symmetric(state[name])
+            factor = getattr(self, name)
+            if isinstance(factor, LowerTriangles) or (factor is not None and factor.dim() == 3):
+                state[name] = Symmetric(whole(factor))
         if self.turned is not None:
             state["turned"] = self.turned.sums()
         return state
+
+    def trace(self) -> Tensor:
+        """Return the trace of the mean B ⊗ A, groups summed."""
+        if self.turned is not None:
+            a, b = self.mean_factors()
+            return (factor_diagonal(a).sum(-1) * factor_diagonal(b).sum(-1)).sum()
+        assert self.inputs is not None and self.outputs is not None
+        a, b = (_diagonal(factor).sum(-1) for factor in (self.inputs, self.outputs))
+        a = a / self.positions.clamp(min=1e-30)
+        return (a * b * self.count.clamp(min=1e-300).reciprocal().to(b.dtype)).sum()
 
     def mean_factors(self) -> tuple[Tensor, Tensor]:
         """Return ``(A, B)``, right in their lower triangles."""
@@ -84,7 +109,7 @@ class KroneckerStatistics(Statistics):
         pairs, positions = [], []
         for one in (self, self.turned):
             if one is not None and one.inputs is not None and one.outputs is not None:
-                pairs.append((one.inputs, one.outputs))
+                pairs.append((whole(one.inputs), whole(one.outputs)))
                 positions.append(one.positions)
         (inputs, outputs), number = pairs[0], positions[0].clamp(min=1e-30)
         if len(pairs) == 1:
@@ -113,6 +138,15 @@ def merging_weights(
     total = torch.stack([a * b * share for (a, b), share in uses]).sum()
     total = torch.where(total > 0, total, torch.ones_like(total))
     return [(b * share / total, a * share) for (a, b), share in uses]
+
+
+def whole(factor: Factor) -> Tensor:
+    """Return a factor as a tensor, ``(G, d, d)`` or its diagonal ``(G, d)``."""
+    return factor if isinstance(factor, Tensor) else factor.matrices()
+
+
+def _diagonal(factor: Factor) -> Tensor:
+    return factor_diagonal(factor) if isinstance(factor, Tensor) else factor.diagonal()
 
 
 def factor_diagonal(factor: Tensor) -> Tensor:

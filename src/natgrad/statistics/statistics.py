@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from natgrad.layouts import ParameterLayout
 from natgrad.records import Record
+from natgrad.statistics.triangles import LowerTriangles
 
 __all__ = ["Statistics"]
 
@@ -92,6 +93,6 @@ def _sum(total: Any, part: Any, decay: float) -> Any:
         return part
     if isinstance(total, Tensor):
         return total * decay if part is None else torch.add(part, total, alpha=decay)
-    if isinstance(total, Statistics):
+    if isinstance(total, (Statistics, LowerTriangles)):
         return total.scaled(decay) if part is None else total.followed_by(part, decay)
     return part
