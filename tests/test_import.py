@@ -28,7 +28,7 @@ for name in ("adamw", "sgd"):
         model(torch.randn(5, 3)).logsumexp(1).sum().backward()
         optimizer.step()
     optimizer.load_state_dict(optimizer.state_dict())
-print("torch._dynamo" in sys.modules)
+print(sorted({"torch._dynamo", "sympy"} & set(sys.modules)))
 """
 
 
@@ -53,7 +53,7 @@ def test_no_other_package_is_loaded(loaded):
 def test_training_does_not_load_the_compiler():
     command = [sys.executable, "-W", "ignore", "-c", TRAIN]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    assert done.stdout.strip() == "[]"
 
 
 def test_every_public_name_is_there():

@@ -44,11 +44,13 @@ def batched_gradients(
             with (
                 without_hooks(one for one in targets if isinstance(one, Tensor)),
                 own_backward(output, fixed_statistics=fixed_statistics) as root,
+                torch.enable_grad(),
             ):
+                # As a factor where it is alone: torch loads sympy to check the shape of a vector.
                 return torch.autograd.grad(
-                    [root],
+                    [root if batched else (root * cotangent).sum()],
                     cast("Sequence[Tensor]", targets),
-                    [cotangent],
+                    [cotangent if batched else None],
                     retain_graph=keep,
                     allow_unused=True,
                     is_grads_batched=batched,

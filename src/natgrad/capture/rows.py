@@ -518,8 +518,9 @@ class RowBuilder:
         chosen = probe_samples(samples, elements, self.checks, SPLIT_ELEMENTS)
         edges = [edge for one in calls for edge in one.edges]
         reached: dict[_Call, list[Tensor | None]] = {one: [] for one in calls}
-        for few in chosen.split(max(1, SPLIT_ELEMENTS // max(1, elements))):
-            found = self._pull(output, edges, probe_vectors(output, few, self.checks), False, True)
+        for one_by_one in chosen.split(1):
+            vector = probe_vectors(output, one_by_one, self.checks)
+            found = self._pull(output, edges, vector, False, True)
             if not _finite(found):
                 return None
             remaining = iter(found)
