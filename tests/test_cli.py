@@ -1,3 +1,4 @@
+import io
 import json
 import subprocess
 import sys
@@ -39,7 +40,10 @@ def test_version(capsys):
 
 def test_help_lists_the_commands(capsys):
     assert run(["--help"]) == 0
-    assert "compare" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    for command in ("compare", "theory", "claims", "inspect", "plan"):
+        assert command in printed
+    assert not printed.partition("Commands:")[2].count("...")  # Every line is whole.
 
 
 def test_compare_writes_documented_results_and_prints_a_table(tmp_path, capsys):
@@ -74,7 +78,10 @@ def test_given_learning_rates_are_used(tmp_path):
         (["--output=/dev/null"], "is a file"),
     ],
 )
-def test_wrong_input_ends_with_one_sentence_and_writes_nothing(tmp_path, capsys, options, message):
+def test_wrong_input_ends_with_one_sentence_and_writes_nothing(
+    tmp_path, capsys, monkeypatch, options, message
+):
+    monkeypatch.delenv("NATGRAD_DATA", raising=False)
     assert message in refused(capsys, compare(tmp_path, *options))
     assert not (tmp_path / "out").exists()
 
@@ -99,7 +106,7 @@ def test_module_can_be_run():
     assert done.stdout.strip() == f"natgrad {__version__}"
 
 
-def test_ctrl_c_writes_what_is_there(tmp_path, monkeypatch):
+def test_ctrl_c_writes_what_is_there(tmp_path, monkeypatch, capsys):
     from natgrad.experiments.console import ProgressBars
 
     def stop(self, taken, loss, accuracy):
@@ -111,6 +118,91 @@ def test_ctrl_c_writes_what_is_there(tmp_path, monkeypatch):
     check(stored)
     assert stored["interrupted"] is True
     assert stored["methods"][0]["status"] == "interrupted"
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"natgrad: interrupted; {tmp_path / 'out'} holds what was measured, --resume "
+                     "goes on from it."]  # fmt: skip
+
+
+def test_ctrl_c_before_anything_is_there_is_one_line(monkeypatch, capsys):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("natgrad.cli.load_model", stop)
+    assert run(["inspect", "tests.test_cli:small_network"]) == 130
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "natgrad: interrupted; nothing was written.\n")
+
+
+def test_ctrl_c_of_a_whole_process_is_one_line(tmp_path):
+    (tmp_path / "slow.py").write_text(
+        "import os, signal\n\ndef model():\n    os.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "natgrad", "inspect", "slow:model"],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 130
+    assert (done.stdout, done.stderr) == ("", "natgrad: interrupted; nothing was written.\n")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stream", "no_color", "coloured"),
+    [(Terminal, "", True), (Terminal, "1", False), (io.StringIO, "", False)],
+)
+def test_colours_are_for_terminals_only(monkeypatch, stream, no_color, coloured):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    if no_color:
+        monkeypatch.setenv("NO_COLOR", no_color)
+    output = stream()
+    monkeypatch.setattr("sys.stdout", output)
+    assert run(["plan", "tests.test_cli:small_network", "--ranks=1"]) == 0
+    assert "kfac" in output.getvalue()
+    from natgrad.cli import _console
+
+    _console().print("[red]red[/red]")
+    assert ("\x1b[31mred" in output.getvalue()) == coloured
+    if stream is not Terminal:
+        assert "\x1b" not in output.getvalue()
+
+
+@pytest.mark.parametrize("command", ["compare", "theory", "claims", "inspect", "plan"])
+def test_every_command_has_json_and_says_what_it_does(command, capsys):
+    assert run([command, "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert "--json" in printed and "--help" in printed
+    assert "[default: " in printed
+
+
+def test_theory_prints_json_alone(tmp_path, capsys):
+    options = ["--train-samples=6", "--test-samples=4", "--width=8", "--json"]
+    assert run(["theory", "dynamics", *options, f"--output={tmp_path / 'out'}"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == (tmp_path / "out" / "results.json").read_text()
+    assert "dynamics: completed" in captured.err
+
+
+def test_inspect_prints_json(capsys):
+    arguments = ["tests.test_cli:small_network", "--input-shape=1,8,8", "--structure=unit-wise"]
+    assert run(["inspect", *arguments, "--samples=16", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["structure"], found["samples"]) == ("unit_wise", 16)
+    assert [layer["positions"] for layer in found["layers"]] == [36, 1]
+    assert found["parameters"] == sum(layer["parameters"] for layer in found["layers"]) == 90
+    assert found["memory"] == sum(layer["memory"] for layer in found["layers"]) > 0
+
+
+def test_the_environment_says_where_built_in_data_are(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("NATGRAD_DATA", str(tmp_path / "nowhere"))
+    for command in (["compare"], ["theory", "dynamics"]):
+        sentence = refused(capsys, run([*command, "--data=mnist", f"--output={tmp_path / 'out'}"]))
+        assert f"{tmp_path / 'nowhere'} does not exist" in sentence
 
 
 def test_inspect_shows_layers_and_costs(capsys):

@@ -9,6 +9,9 @@ def main() -> None:
     """Run the command line and exit with its status."""
     try:
         from natgrad.cli import run
+    except KeyboardInterrupt:
+        print("natgrad: interrupted; nothing was written.", file=sys.stderr)
+        sys.exit(130)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "natgrad":
             raise

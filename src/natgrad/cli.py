@@ -1,12 +1,14 @@
 """The command line: ``natgrad compare``, ``theory``, ``claims``, ``inspect`` and ``plan``.
 
-Wrong input ends with exit code 2 and one sentence on standard error; Ctrl-C with 130, after writing
-what is there.
+Wrong input ends with exit code 2 and one sentence on standard error; Ctrl-C with 130 and one line
+there, after writing what was found. ``--json`` prints results alone to standard output, progress
+goes to standard error. Where output is no terminal there are no colours and no live bars.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -37,6 +39,7 @@ from natgrad.experiments.inspection import (
     example_input,
     inspect_model,
     shared_positions,
+    summary_values,
 )
 from natgrad.experiments.methods import DEFAULT_METHODS, METHODS, OWN_METHODS, method_name
 from natgrad.experiments.models import MODELS
@@ -63,10 +66,16 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # Else "[default: ...]" is taken for markup and left out.
 )
 
 # Typer's usage errors derive from a class that it does not export under a name of its own.
 _UsageError: Any = typer.BadParameter.__mro__[1]
+
+
+class _Interrupted(Exception):
+    """Ctrl-C ended a command that has told what it found; the message says where that is."""
+
 
 #: Errors whose message is all that users need to know.
 _REFUSALS = (ConfigError, DataError, FactoryError, InspectionError, ObjectiveError, PlanError)
@@ -85,24 +94,23 @@ def run(arguments: list[str] | None = None) -> int:
         status = app(args=arguments, standalone_mode=False)
     except typer.Exit as leaving:
         return leaving.exit_code
+    except _Interrupted as stop:
+        return _tell(f"interrupted; {stop}.", 130)
     except (typer.Abort, KeyboardInterrupt):
-        return _interrupted()
+        status = 130
     except _UsageError as error:
-        return _refuse(error.format_message())
+        return _tell(error.format_message())
     except _REFUSALS as error:
-        return _refuse(str(error))
+        return _tell(str(error))
+    if status == 130:
+        return _tell("interrupted; nothing was written.", 130)
     return status if isinstance(status, int) else 0
 
 
-def _interrupted(consequence: str = "nothing was written") -> int:
-    """Say in one line that Ctrl-C ended the command, and return its exit code."""
-    print(f"natgrad: interrupted; {consequence}.", file=sys.stderr)
-    return 130
-
-
-def _refuse(sentence: str) -> int:
+def _tell(sentence: str, status: int = 2) -> int:
+    """Print one line to standard error, and return an exit code."""
     print("natgrad: " + " ".join(sentence.split()), file=sys.stderr)
-    return 2
+    return status
 
 
 def _print_version(wanted: bool) -> None:
@@ -123,7 +131,11 @@ def _main(
 
 DataOption = Annotated[str, typer.Option(help=f"Data set: {', '.join(DATASETS)}.")]
 DataFolderOption = Annotated[
-    Path | None, typer.Option(help="Folder with the original files, or train.npz and test.npz.")
+    Path | None,
+    typer.Option(
+        help="Folder with the original files of built-in data, or train.npz and test.npz "
+        "[default: $NATGRAD_DATA; digits need none]."
+    ),
 ]
 DepthOption = Annotated[int, typer.Option(help="Number of weight layers.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -284,11 +296,11 @@ def compare(
     ] = False,
     as_json: JsonOption = False,
 ) -> int:
-    """Train one network, your own or a built-in one, with every method, and report the gains."""
+    """Train a network, yours or a built-in one, by every method."""
     config = CompareConfig(
         factory=factory,
         data=data,
-        data_dir=data_dir,
+        data_dir=_data_folder(data_dir, data),
         train_samples=train_samples,
         test_samples=test_samples,
         eval_samples=eval_samples,
@@ -330,7 +342,9 @@ def compare(
     else:
         print_results(console, results)
         console.print(f"Report: {files[0]}", highlight=False)
-    return _interrupted(f"{output} holds what was measured") if results.interrupted else 0
+    if results.interrupted:
+        raise _Interrupted(f"{output} holds what was measured, --resume goes on from it")
+    return 0
 
 
 _theory_defaults = TheoryConfig()
@@ -366,12 +380,13 @@ def theory(
     seed: Annotated[int, typer.Option(help="Seed of weights and subset.")] = 0,
     device: DeviceOption = _theory_defaults.device,
     output: OutputOption = Path("results/theory"),
+    as_json: JsonOption = False,
 ) -> int:
-    """Put the theory of wide networks beside what networks do, on real images."""
+    """Put the theory of wide networks beside what networks do."""
     config = TheoryConfig(
         sections=tuple(sections) if sections else SECTIONS,
         data=data,
-        data_dir=data_dir,
+        data_dir=_data_folder(data_dir, data),
         classes=_classes(classes),
         train_samples=train_samples,
         test_samples=test_samples,
@@ -383,12 +398,17 @@ def theory(
     )
     _check_output(output)
     console = _console()
-    with SectionBars(console) as bars:
+    with SectionBars(_console(stderr=True) if as_json else console) as bars:
         results = run_theory(config, bars, command=_command())
     files = write_theory_report(results, output)
-    print_findings(console, results)
-    console.print(f"Report: {files[0]}", highlight=False)
-    return 130 if results.interrupted else 0
+    if as_json:
+        print(results.to_json(), end="")
+    else:
+        print_findings(console, results)
+        console.print(f"Report: {files[0]}", highlight=False)
+    if results.interrupted:
+        raise _Interrupted(f"{output} holds what was found")
+    return 0
 
 
 @app.command()
@@ -404,12 +424,11 @@ def claims(
         bool, typer.Option("--full", help="Measure at the published sizes: hours, or a GPU.")
     ] = False,
     again: Annotated[bool, typer.Option("--again", help="Measure what is kept, too.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     data_dir: Annotated[
         Path | None,
         typer.Option(
-            envvar="NATGRAD_DATA",
-            help="Folder with the files of the data sets [default: the digits stand in for them].",
+            help="Folder with the files of the data sets [default: $NATGRAD_DATA; without it the "
+            "digits stand in for them]."
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
@@ -417,14 +436,16 @@ def claims(
     output: Annotated[
         Path, typer.Option(help="Folder of the results; the page is FOLDER.md beside it.")
     ] = Path("results/claims"),
+    as_json: JsonOption = False,
 ) -> int:
-    """Put what the sources of natgrad claim to the test, and keep what is found."""
+    """Put what natgrad's sources claim to the test."""
     chosen = choose(names or ())
     console, interrupted = _console(), False
     if not listing:
         _check_output(output)
+        data_dir = _data_folder(data_dir, "of all claims")
         config = ClaimsConfig(output, full, again, data_dir, seed, device)
-        with ClaimBars(Console(stderr=True) if as_json else console) as bars:
+        with ClaimBars(_console(stderr=True) if as_json else console) as bars:
             interrupted = run_claims(chosen, config, bars)[1]
         write_whole(output.with_suffix(".md"), render_page(SOURCES, output))
     found = [(claim, read_result(result_path(output, claim, full))) for claim in chosen]
@@ -434,7 +455,9 @@ def claims(
         print_claims(console, found)
     if not listing and not as_json:
         console.print(f"Page: {output.with_suffix('.md')}", highlight=False)
-    return 130 if interrupted else 0
+    if interrupted:
+        raise _Interrupted(f"{output} holds what was measured, the same command goes on from it")
+    return 0
 
 
 @app.command("inspect")
@@ -463,16 +486,21 @@ def inspect_command(
             "example, to count the positions that share weights."
         ),
     ] = None,
+    as_json: JsonOption = False,
 ) -> int:
-    """Show what would be preconditioned in a model, with what factors, memory and cost."""
+    """Show what would be preconditioned in a model, and its cost."""
     if samples < 1:
         raise InspectionError(f"The number of samples must be at least 1, not {samples}.")
     network, _, example = load_model(model)
     if input_shape is not None:
         example = example_input(input_shape)
     positions = None if example is None else shared_positions(network, example)
+    structure = structure.replace("-", "_")
     summary = inspect_model(network, structure, likelihood, fisher, samples, positions)
-    print_summary(_console(), summary, positions)
+    if as_json:
+        print(json.dumps(summary_values(summary, positions), indent=2, ensure_ascii=False))
+    else:
+        print_summary(_console(), summary, positions)
     return 0
 
 
@@ -518,11 +546,11 @@ def plan_command(
         float | None,
         typer.Option(help="GiB that factors and inverses may take in a process [default: any]."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    as_json: JsonOption = False,
 ) -> int:
-    """Predict what curvature shared by many processes keeps, sends and takes, mode by mode."""
+    """Predict what curvature shared by processes keeps and sends."""
     options = Options(
-        method=method,
+        method=method_name(method),
         ranks=parse_ranks(ranks),
         samples=samples,
         positions=positions,
@@ -544,6 +572,14 @@ def _console(stderr: bool = False) -> Console:
     """Return a console, wide enough for tables where no terminal sets the width."""
     stream = sys.stderr if stderr else sys.stdout
     return Console(stderr=stderr, width=None if stream.isatty() else 120)
+
+
+def _data_folder(given: Path | None, data: str | None) -> Path | None:
+    """Return the folder of built-in data: that of the environment, if none is given."""
+    if given is not None or data in (None, "digits") or ":" in str(data):
+        return given
+    folder = os.environ.get("NATGRAD_DATA")
+    return Path(folder) if folder else None
 
 
 def _check_output(directory: Path) -> None:

@@ -8,9 +8,11 @@ import math
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from natgrad.cli import run
 from natgrad.experiments.claims.claim import CANNOT, Claim, Expect, Source, mean_and_error
+from natgrad.experiments.claims.console import as_values, print_claims
 from natgrad.experiments.claims.page import render_page
 from natgrad.experiments.claims.registry import SOURCES, choose
 from natgrad.experiments.claims.results import read_result, result_path
@@ -98,6 +100,7 @@ class Counting:
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.stop_at = ""
+        self.reason: BaseException = KeyboardInterrupt()
         self.source = Source("made-up", "Made up")
         for name in ("first", "second"):
             self.add(name)
@@ -111,7 +114,7 @@ class Counting:
                 def compute():
                     self.calls.append(f"{name}.{label}")
                     if self.stop_at == f"{name}.{label}":
-                        raise KeyboardInterrupt
+                        raise self.reason
                     return 1.0
 
                 return compute
@@ -147,6 +150,28 @@ def test_results_are_kept_and_an_interrupted_run_goes_on(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {
         "made-up.first.json", "made-up.first.full.json", "made-up.second.json"
     }  # fmt: skip
+
+
+def test_a_measurement_that_fails_cannot_be_told_and_does_not_stop_the_others(tmp_path, capsys):
+    made = Counting()
+    claims, config = made.source.claims, ClaimsConfig(tmp_path)
+    made.stop_at, made.reason = "first.b", RuntimeError("the matrix is singular\nsomewhere")
+    results, interrupted = run_claims(claims, config)
+    assert not interrupted
+    assert [r.verdict(c) for r, c in zip(results, claims, strict=True)] == [CANNOT, "reproduced"]
+    assert results[0].error == "the matrix is singular"
+    assert read_result(result_path(tmp_path, claims[0], full=False)) == results[0]
+    page = render_page([made.source], tmp_path)
+    assert "| [made-up.first](#made-upfirst) | cannot be told | – |" in page
+    assert "at the size for one core: the measurement failed, the matrix is singular" in page
+    print_claims(Console(width=120), list(zip(claims, results, strict=True)))
+    assert "made-up.first failed: the matrix is singular" in capsys.readouterr().out
+    assert as_values(claims[0], results[0])["verdict"] == CANNOT
+
+    made.calls, made.stop_at = [], ""
+    results, _ = run_claims(claims, config)
+    assert made.calls == ["first.b"]
+    assert [r.verdict(c) for r, c in zip(results, claims, strict=True)] == ["reproduced"] * 2
 
 
 def test_the_page_shows_verdicts_figures_and_what_is_not_measured(tmp_path):

@@ -154,6 +154,10 @@ def print_results(console: Console, results: Results) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("method")
     columns = [column for column in _COLUMNS if column.always or console.width >= 100]
+    if not any(result.test.loss for result in results.methods):
+        columns = [column for column in columns if not column.heading.startswith("test")]
+    if results.metric == "none":
+        columns = [column for column in columns if not column.heading.endswith("metric")]
     metric = results.metric.replace("_", "\n")
     for column in columns:
         heading = column.heading.replace("metric", metric)

@@ -110,6 +110,8 @@ def load_model(specification: str, device: torch.device | None = None) -> MadeMo
 def described(error: Exception) -> str:
     """Return the message of an error as one line without a full stop, or else its type."""
     message = " ".join(str(error).split()).rstrip(".")
+    if isinstance(error, KeyError):  # Its message is the key alone.
+        return f"there is no {message}"
     return message or type(error).__name__
 
 

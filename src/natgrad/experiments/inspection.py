@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -15,7 +16,13 @@ from natgrad.jacobians import LayerJacobian, SumJacobian
 from natgrad.optim import Preconditioner
 from natgrad.optim.summary import Summary, summarize
 
-__all__ = ["InspectionError", "example_input", "inspect_model", "shared_positions"]
+__all__ = [
+    "InspectionError",
+    "example_input",
+    "inspect_model",
+    "shared_positions",
+    "summary_values",
+]
 
 
 class InspectionError(ValueError):
@@ -67,6 +74,15 @@ def inspect_model(
     except (ValueError, TypeError) as error:
         raise InspectionError(f"{described(error)}.") from error
     return summarize(preconditioner, samples, positions)
+
+
+def summary_values(summary: Summary, positions: Mapping[str, int] | None) -> dict[str, Any]:
+    """Return a summary as JSON values; positions are null where they were not counted."""
+    values = asdict(summary)
+    for layer in values["layers"]:
+        layer["positions"] = (positions or {}).get(layer["name"])
+    totals = ("parameters", "covered", "memory", "refresh", "step")
+    return {**values, **{name: getattr(summary, name) for name in totals}}
 
 
 def example_input(shape: str) -> tuple[Tensor, ...]:

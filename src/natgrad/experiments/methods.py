@@ -423,5 +423,5 @@ def method_name(text: str) -> str:
     What is neither is returned as it is.
     """
     names = {method.optimizer.__name__.lower(): name for name, method in METHODS.items()}
-    plain = text.strip().lower()
+    plain = text.strip().lower().replace("_", "-")
     return names.get(plain, plain if plain in METHODS else text.strip())

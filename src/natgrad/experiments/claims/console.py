@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from rich import box
@@ -49,24 +49,28 @@ class ClaimBars(ClaimsObserver):
             self._bars.progress(1.0)
         if not self._bars.console.is_terminal:
             spent = "kept" if self._began != claim.name else format_seconds(result.seconds)
-            line = f"{claim.name}: {result.verdict(claim)} ({spent})"
+            why = f", as it failed: {result.error}" if result.error else ""
+            line = f"{claim.name}: {result.verdict(claim)}{why} ({spent})"
             self._bars.console.print(line, highlight=False)
 
 
-def print_claims(console: Console, found: Iterable[tuple[Claim, Result | None]]) -> None:
+def print_claims(console: Console, found: Sequence[tuple[Claim, Result | None]]) -> None:
     """Print the claims and their verdicts, a dash for what is not measured."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("claim", "verdict", "says"):
         table.add_column(heading, no_wrap=heading != "says")
     for claim, result in found:
-        verdict = result.verdict(claim) if result is not None and result.figures else "–"
+        verdict = result.verdict(claim) if result is not None and result.is_final else "–"
         table.add_row(claim.name, verdict, escape(claim.says))
     console.print(table)
+    for claim, result in found:
+        if result is not None and result.error:
+            console.print(f"{claim.name} failed: {escape(result.error)}", highlight=False)
 
 
 def as_values(claim: Claim, result: Result | None) -> dict[str, Any]:
     """Return a claim, its rule, and what is known of it, as JSON values."""
-    measured = result is not None and bool(result.figures)
+    measured = result is not None and result.is_final
     return {
         "name": claim.name,
         "where": claim.where,

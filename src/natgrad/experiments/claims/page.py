@@ -54,7 +54,7 @@ def render_page(sources: Sequence[Source], folder: Path) -> str:
             sections.append(f"\n### {claim.name}\n\n{claim.says} ({_capital(claim.where)})\n")
             sections.append(f"*Measured:* {claim.about}")
             for result in (small, full):
-                if result is not None and result.figures:
+                if result is not None and result.is_final:
                     sections += _section(claim, result)
             if small is None and full is None:
                 sections += ["\nNot measured yet. The rule:\n"]
@@ -68,6 +68,8 @@ def _section(claim: Claim, result: Result) -> list[str]:
     size = "published size" if result.full else "size for one core"
     verdict = result.verdict(claim)
     why = f": {claim.too_small}" if claim.too_small and not result.full else ""
+    if result.error:
+        return [f"\n**{_capital(verdict)}** at the {size}: the measurement failed, {result.error}"]
     lines = [f"\n**{_capital(verdict)}** at the {size}{why}.\n"]
     lines += ["| figure | measured | rule | |", "|---|---|---|---|"]
     for name, draws in result.figures.items():
@@ -92,7 +94,7 @@ def format_draws(draws: Draws) -> str:
 
 
 def _verdict(claim: Claim, result: Result | None) -> str:
-    return result.verdict(claim) if result is not None and result.figures else "–"
+    return result.verdict(claim) if result is not None and result.is_final else "–"
 
 
 def _rule(expect: Expect) -> str:

@@ -31,6 +31,7 @@ class Result:
         seconds: How long it took, all sittings together.
         figures: The figures; none while it is not finished.
         parts: What finished parts found, for an interrupted measurement to go on from.
+        error: Why the measurement failed, if it did: the verdict then is that it cannot be told.
     """
 
     claim: str
@@ -43,6 +44,12 @@ class Result:
     seconds: float = 0.0
     figures: Figures = field(default_factory=dict)
     parts: dict[str, Any] = field(default_factory=dict)
+    error: str = ""
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the measurement has ended, well or not."""
+        return bool(self.figures or self.error)
 
     def verdict(self, claim: Claim) -> Verdict:
         """Return the verdict of the claim's rule as it stands now."""

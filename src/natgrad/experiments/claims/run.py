@@ -63,7 +63,8 @@ def run_claims(
 
     Returns:
         The results, and whether Ctrl-C ended the run before all were there. The parts that an
-        interrupted measurement had finished are kept; it goes on from there.
+        interrupted measurement had finished are kept; it goes on from there. So are those of one
+        that failed, whose result says why.
 
     Raises:
         ConfigError: If a kept result cannot be read, or the device is not there.
@@ -124,8 +125,11 @@ def _measure(
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # Skipped steps of diverging runs.
-        figures = claim.measure(setting)
-    result.figures, result.parts = figures, {}
+        try:
+            result.figures, result.parts = claim.measure(setting), {}
+        except (RuntimeError, ArithmeticError) as error:  # Parts that had ended are kept.
+            lines = str(error).strip().splitlines()
+            result.error = lines[0] if lines else type(error).__name__
     result.created = datetime.now(timezone.utc).isoformat(timespec="seconds")
     store()
     return result
