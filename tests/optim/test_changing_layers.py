@@ -50,6 +50,25 @@ def test_unfrozen_layers_are_trained_and_told(name: str):
         kind.step(optimizer, model)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_passes_of_a_model_frozen_as_a_whole_are_not_its_own(name: str):
+    """As those of a discriminator while the generator is trained."""
+    ends = []
+    for frozen_passes in (False, True):
+        kind, model = KINDS[name], make_model()
+        optimizer = kind.make(model)
+        for _ in range(4):
+            kind.step(optimizer, model)
+            if frozen_passes:
+                model.requires_grad_(False)
+                inputs = torch.randn(3, 5, dtype=model[0].weight.dtype, requires_grad=True)
+                model(inputs).square().sum().backward()
+                assert inputs.grad is not None and bool(inputs.grad.any())
+                model.requires_grad_(True)
+        ends.append(values(model))
+    assert all(torch.equal(ends[0][n], ends[1][n]) for n in ends[0])
+
+
 @pytest.mark.filterwarnings("ignore:.*trains from now on")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("form", ["list", "generator", "named", "module", "pattern", "one"])

@@ -174,6 +174,10 @@ class Preconditioner(CopiedByState):
     def _before_pass(self) -> None:
         """Look at the model as a forward pass finds it."""
         self._share_with(self.replicas.found_around(self.model))
+        if not any(p.requires_grad for p in self.model.parameters()):
+            # Frozen as a whole, as a discriminator while the generator is trained: not its pass.
+            self.capture.recording = self.capture.watching = False
+            return
         # Sharded modules lend other parameters for every pass.
         if not self.capture.shards and self._watch.sees_change():
             self.find_layers()
