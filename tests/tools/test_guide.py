@@ -49,7 +49,18 @@ def test_compression(names):
     removed = sum(int((~mask).sum()) for mask in names["pruning"].kept.values())
     assert removed == (4 * 8 + 8 * 3) // 2 and names["pruning"].loss_increase > 0
     assert (~names["thin"].kept["0.weight"]).all(1).sum() == 2
-    error = names["error"]
+    error = names["rounding"]
     assert set(error.layers) == {"0", "2"}
     assert abs(sum(error.layers.values()) - error.total) < 1e-12
     assert torch.equal(names["model"][0].weight, error.rounded["0.weight"])
+
+
+def test_spectra_and_estimates(names):
+    matrix, inverse = names["F"], names["F"].inverse(1e-3)
+    assert names["vectors"].shape == (matrix.shape[0], 10)
+    torch.testing.assert_close(names["values"], matrix.eigenvalues()[:10])
+    # Lanczos with 50 of 67 steps; vectors of random signs have a spread of their own.
+    assert abs(names["log_determinant"] - float(matrix.logdet(1e-3))) < 60
+    assert abs(names["dimension_too"] - names["dimension"]) < 6
+    assert names["curve"].shape == (100,) and names["variances"].shape == (67,)
+    assert abs(names["trace"] / float(inverse.trace()) - 1) < 0.05

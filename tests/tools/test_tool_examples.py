@@ -12,13 +12,16 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALL = "--samples 200 --test-samples 100 --epochs 1 --width 8".split()
+SMALLER = "--samples 40 --epochs 1 --width 4 --repetitions 1".split()
 
 
-def results_of(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def results_of(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str] = SMALL
+) -> Any:
     """Run an example on a few digits and return its results."""
     pytest.importorskip("matplotlib")
     pytest.importorskip("sklearn")
-    monkeypatch.setattr(sys, "argv", [name, *SMALL, "--output", str(folder)])
+    monkeypatch.setattr(sys, "argv", [name, *arguments, "--output", str(folder)])
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -40,3 +43,11 @@ def test_compression(tmp_path, monkeypatch):
     results = results_of("compression", tmp_path, monkeypatch)
     assert {"magnitude", "diagonal", "kfac, adjusted"} <= set(results["accuracies"])
     assert {one["layer"] for one in results["rises"]} == {"0", "2", "4"}
+
+
+def test_fisher_spectrum(tmp_path, monkeypatch):
+    results = results_of("fisher_spectrum", tmp_path, monkeypatch, SMALLER)
+    assert results["parameters"] == 65 * 4 + 5 * 10
+    full = results["dimension"]["full"]
+    assert 0 < full["exact"] < 310 and abs(full["lanczos"] / full["exact"] - 1) < 0.5
+    assert all(len(errors) == 6 for errors in results["errors"].values())
