@@ -82,6 +82,23 @@ def test_layers_add_up_and_neither_batches_nor_memory_matter(structure):
         assert_same(found, whole)
 
 
+def test_several_heads_add_up():
+    given = problem("dictionary_output")
+    model, x = given.case.model, given.case.x
+    y = {"logits": torch.randint(0, 3, (4,)), "other": torch.randn(4, 2).double()}
+    heads = {"logits": "categorical", "other": "gaussian"}
+    found = influence(model, (x, y), (x, y), heads, "full", damping=DAMPING)
+    gradients, rows = [], []
+    for key, likelihood in heads.items():
+        z, jac = dense.jacobian(model, x, lambda out, key=key: out[key])
+        loss = dense.categorical() if likelihood == "categorical" else dense.gaussian()
+        gradients.append(dense.rows(jac, dense.output_gradient(loss, z, y[key]).unsqueeze(0)))
+        rows.append(dense.rows(jac, dense.fisher_vectors(loss, z, y[key], "exact")))
+    g, r = sum(gradients)[:, 0], torch.cat([one.flatten(0, 1) for one in rows])
+    inverse = torch.linalg.inv(r.T @ r / 4 + DAMPING * torch.eye(r.shape[1]).double())
+    assert_same(found, g @ inverse @ g.T)
+
+
 # -- against models fitted without a sample --------------------------------------------------------
 
 

@@ -156,6 +156,17 @@ def test_more_bits_cost_less_and_each_layer_may_have_its_own():
     assert len(other[2].weight[0].unique()) <= 15
 
 
+def test_what_does_not_fit_memory_is_refused(monkeypatch):
+    _, matrix, model, *_ = setting("full")
+    monkeypatch.setattr(natgrad.linalg, "check_memory", refuse)
+    with pytest.raises(ValueError, match="too large"):
+        prune(model, matrix, 0.5)
+
+
+def refuse(side: int, count: int, dtype: torch.dtype, device: torch.device) -> None:
+    raise ValueError(f"{count} matrices of size {side} are too large")
+
+
 def test_wrong_arguments_are_refused():
     _, matrix, model, *_ = setting("kfac")
     with pytest.raises(ValueError, match=r"fraction must be in \[0, 1\]"):

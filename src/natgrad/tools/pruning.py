@@ -16,8 +16,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from natgrad import linalg
 from natgrad.layouts import BlockLayout
-from natgrad.operators import DiagonalOperator, EigenKroneckerOperator, FisherMatrix
+from natgrad.operators import (
+    DiagonalOperator,
+    EigenKroneckerOperator,
+    FisherMatrix,
+    Operator,
+)
 from natgrad.optim import RelativeDamping
 from natgrad.tools.dampings import part_dampings
 from natgrad.tools.linear_system import solved
@@ -103,6 +109,9 @@ def prune(
     if units:
         saliencies = _of_units(inverse, blocks, theta)
     else:
+        for one in inverse.parts.values():
+            if type(one).diagonal is Operator.diagonal:  # It goes through the dense matrix.
+                linalg.check_memory(one.shape[0], 2, one.dtype, one.device)
         each = 0.5 * theta.square() / inverse.diagonal()
         saliencies = {n: each[places(layout, b)[..., : b.d_in]] for n, b in blocks.items()}
     removed = torch.zeros_like(theta, dtype=torch.bool)
