@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import natgrad
+
+sys.path.insert(0, str(Path(__file__).parent))
+import messages  # noqa: E402, beside this file
 
 project = "natgrad"
 author = copyright = "The natgrad authors"  # noqa: A001
@@ -61,10 +66,12 @@ def on_site(text: str) -> str:
 
 
 def setup(app: Any) -> None:
-    """Rewrite links as pages are read."""
+    """Rewrite links as pages are read, and put the messages where they belong."""
 
     def read(app: Any, name: str, content: list[str]) -> None:
         content[0] = on_site(content[0])
+        if name == "troubleshooting":
+            content[0] = content[0].replace(messages.MARKER, messages.as_markdown())
 
     def included(app: Any, path: Any, parent: str, content: list[str]) -> None:
         content[0] = on_site(content[0])
