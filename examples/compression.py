@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--test-samples", type=int, default=597)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--width", type=int, default=100)
-    parser.add_argument("--share", type=float, default=0.1, help="damping of saliencies")
+    parser.add_argument("--share", type=float, default=0.01, help="damping of saliencies")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("results/compression"))
     arguments = parser.parse_args()

@@ -150,7 +150,7 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "continual-learning.json").write_text(json.dumps(results, indent=1))
     figure, (axes,) = new_figure()
-    kinds = dict.fromkeys(one["penalty"] for one in results["tasks"])
+    kinds = dict.fromkeys(one["penalty"] for one in results["tasks"][1:])  # After both tasks.
     for index, kind in enumerate(kinds):
         mine = [one for one in results["tasks"] if one["penalty"] == kind]
         axes.plot([100 * r["first"] for r in mine], [100 * r["second"] for r in mine],

@@ -63,7 +63,7 @@ def prune(
     units: bool = False,
     layers: Collection[str] | None = None,
     adjust: bool = True,
-    damping: float | RelativeDamping = RelativeDamping(0.1),  # noqa: B008
+    damping: float | RelativeDamping = RelativeDamping(0.01),  # noqa: B008
     tolerance: float = 1e-4,
     max_iterations: int = 500,
 ) -> Pruning:
@@ -83,7 +83,7 @@ def prune(
             last layer out by ``layers``.
         layers: Names of the blocks to take weights from; all by default.
         adjust: Whether the other parameters make up for what is removed, default True.
-        damping: λ, in the units of F; a :class:`natgrad.RelativeDamping`, by default a tenth,
+        damping: λ, in the units of F; a :class:`natgrad.RelativeDamping`, by default a hundredth,
             is a share of the mean eigenvalue of every part.
         tolerance: Relative residual of the adjustment.
         max_iterations: Most iterations of it; a warning says if they were too few.
