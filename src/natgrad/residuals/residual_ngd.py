@@ -19,6 +19,7 @@ from natgrad.linalg import FactorizationError
 from natgrad.operators import GradientSource, Operator
 from natgrad.optim.checkpoints import CheckpointedOptimizer, only_initialises
 from natgrad.optim.copying import CopiedByState
+from natgrad.optim.step.line_search import LineSearch
 from natgrad.residuals.residual import Residual, as_residuals
 from natgrad.residuals.rows import CapturedRows, FunctionRows, ResidualRows
 from natgrad.residuals.taylor import TaylorNetwork
@@ -34,13 +35,15 @@ LARGEST_BEND = 0.75
 #: The first λ, as a share of ``‖∇L‖²/‖ρ‖²``, the mean of ``JJᵀ`` along ρ.
 FIRST_DAMPING = 1e-3
 
-#: Gain ratios below and above which λ changes, and the factors by which it does.
-POOR_GAIN, GOOD_GAIN = 0.25, 0.75
-AFTER_POOR_GAIN, AFTER_GOOD_GAIN = 2.0, 1 / 3
-AFTER_REJECTION, AFTER_FAILURE = 4.0, 8.0
+#: Factor on λ after steps of at least half their length; by its inverse λ rises.
+DECAY = 0.1
+
+#: Lengths tried with one λ, where the points are those of the last step, and where they are others:
+#: shorter steps with little damping fit these and no others.
+SEARCHES = {False: LineSearch(max_trials=6), True: LineSearch(max_trials=1)}
 
 #: Values of λ that one step tries at most, and steps without success after which that is said.
-MOST_TRIALS, PATIENCE = 12, 10
+MOST_TRIALS, PATIENCE = 10, 10
 
 
 @dataclass(frozen=True)
@@ -50,15 +53,15 @@ class ResidualStep:
     Attributes:
         loss: ``L(θ)`` before it.
         loss_after: The loss at its end; that before it if nothing moved.
+        length: t, how far it went along its curve; 0 if nothing moved.
         damping: λ it was computed with, or the last one tried if nothing moved.
-        gain_ratio: Decrease of the loss over that of the linear model; 0 if nothing moved.
         trials: Values of λ that were tried.
     """
 
     loss: float
     loss_after: float
+    length: float
     damping: float
-    gain_ratio: float
     trials: int
 
 
@@ -67,21 +70,22 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
 
     .. math:: L = \sum_b \frac{w_b}{2N_b} \sum_n \|r_{bn}\|^2 = \tfrac12 \|\rho\|^2, \qquad
               F = \sum_b \frac{w_b}{N_b} \sum_n J_{bn}^\top J_{bn} = J^\top J, \qquad
-              \theta \leftarrow \theta - \Delta - \tfrac12 \Delta', \quad
+              \theta \leftarrow \theta - t \Delta - \tfrac{t^2}{2} \Delta', \quad
               \Delta = (\hat F + \lambda I)^{-1} \nabla L, \quad
               \Delta' = (\hat F + \lambda I)^{-1} J^\top \rho''
 
     ``step()`` needs neither a closure nor a backward pass: the loss, its gradient and the exact
     rows come from the residuals themselves.
 
-    Steps are full steps, and λ alone decides how far they go (Levenberg and Marquardt). It begins
-    at ``10⁻³ ‖∇L‖²/‖ρ‖²``. A step is taken if the loss falls at its end; else λ is multiplied by 4,
-    or by 8 where the loss is not finite or the matrix cannot be factorised, and the step computed
-    anew, 12 times at most. After it λ falls to a third where the loss fell by more than ¾ of what
-    the linear model of the residuals predicts, ``½⟨Δ, ∇L⟩ + ½λ⟨Δ, Δ − μΔ₀⟩``, and doubles below ¼.
-    So multiplying all residuals by a number, or choosing other units, changes no step. A step that
-    meets NaN or infinite residuals, or finds no descent, moves nothing and raises λ; the first is
-    said once, the second after 10 such steps in a row.
+    There is nothing to tune. λ begins at ``10⁻³ ‖∇L‖²/‖ρ‖²``. Lengths ``lr, lr/2, …, lr/32`` are
+    tried until the loss falls by 10⁻⁴ of what the slope promises. After lengths of at least lr/2 λ
+    falls to a tenth, to rounding errors of F at least; after those below lr/4 it rises tenfold. If
+    none lowers the loss, or the matrix cannot be factorised, the step is computed anew with ten
+    times the λ, from the same rows. So multiplying all residuals by a number, or choosing other
+    units, changes no step. Where points, data or weights are others than those of the last step,
+    the first length is the only one: short steps with little damping would fit these points and no
+    others. Where residuals are not finite, or 10 values of λ do not help, nothing moves and λ is
+    raised; the first is said once, the second after 10 such steps in a row.
 
     Full-batch problems of this kind are badly conditioned: use float64.
 
@@ -97,7 +101,7 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
             much the faster; ``"vmap"`` differentiates the residual functions by
             :mod:`torch.func`, point by point in batches. By default captured where the model is a
             TaylorNetwork.
-        lr: Share t of a step that is taken, ``tΔ + ½t²Δ'``; for schedules, as where points change.
+        lr: First length tried; for schedules, as where points change.
         damping: λ to begin with, in the units of F; by default in those of the problem, see above.
         momentum: μ of the last step Δ₀: Δ minimises ``½‖JΔ − ρ‖² + ½λ‖Δ − μΔ₀‖²`` (Goldshlager,
             Abrahamsen & Lin 2024, "SPRING"). It accumulates what single batches of changing points
@@ -118,8 +122,7 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
         ValueError: If an option is out of range or two exclude each other.
 
     Source: Müller & Zeinhofer, Achieving high accuracy with PINNs via energy natural gradient
-    descent (2023); for squared residuals it is the Gauss-Newton method. Marquardt, An algorithm for
-    least-squares estimation of nonlinear parameters (1963).
+    descent (2023); for squared residuals it is the Gauss-Newton method.
 
     Example:
         >>> def poisson(u, x, f):
@@ -162,7 +165,8 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
         self.acceleration = acceleration and not iterates
         self.last: ResidualStep | None = None
         self._warned, self._without_success = False, 0
-        defaults = {"lr": lr, "damping": damping, "momentum": momentum}
+        self._seen: tuple[Any, list[Tensor]] | None = None
+        defaults = {"lr": lr, "damping": damping, "momentum": momentum, "points_change": False}
         super().__init__(list(self.rows.parameters.values()), defaults)
         if self.rows.layout.dtype != torch.float64:
             warnings.warn(
@@ -206,6 +210,7 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
             if keeps:
                 self._keep(self.rows.layout.zeros(self.rows.layout.numel))
             return self.loss()
+        self._look_at_points()
         saved = self.curvature.snapshot()
         start = self.rows.layout.to_flat(self.rows.parameters).clone()
         try:
@@ -222,6 +227,15 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
         if keeps:
             self._keep(moved)
         return here.loss
+
+    def _look_at_points(self) -> None:
+        """Note whether points, data or weights are others than those of the last step."""
+        parts = list(self.residuals.values())
+        tensors = [t for one in parts for t in (one.points, one.data) if t is not None]
+        signature = [(id(t), t._version) for t in tensors], [one.weight for one in parts]
+        if self._seen is not None:  # What a checkpoint says goes on.
+            self.param_groups[0]["points_change"] = signature != self._seen[0]
+        self._seen = signature, tensors  # Kept, so that others get no number of theirs.
 
     # The linear model of the residuals.
 
@@ -266,40 +280,52 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
         gradient, nothing = here.plain.gradient, torch.zeros_like(start)
         damping: float | None = group["damping"]
         if lr == 0 or not bool(gradient.any()):
-            self.last = ResidualStep(loss, loss, math.nan if damping is None else damping, 0.0, 0)
+            self.last = ResidualStep(loss, loss, 0.0, math.nan if damping is None else damping, 0)
             return nothing
         if damping is None:
             damping = FIRST_DAMPING * float(gradient.square().sum()) / (2 * loss)
         matrices, epsilon = self._matrices(), torch.finfo(start.dtype).eps
         for trial in range(1, MOST_TRIALS + 1):
-            tried, after = damping, math.nan
+            tried = damping
             if self._factorise(matrices, tried):
-                step, predicted, curvature = self._modelled(right, gradient, tried, lr)
-                if not predicted > 0 and right is not here.plain:  # Momentum leads uphill.
+                step, slope, curvature = self._direction(right, gradient, tried)
+                if not slope > 0 and right is not here.plain:  # Momentum leads uphill.
                     right = here.plain
-                    step, predicted, curvature = self._modelled(right, gradient, tried, lr)
-                moved = self._bent(step, lr, start, here)
-                self._set(start - moved)
-                after = self.loss() if predicted > 0 else math.nan
-                if after < loss:
-                    ratio = (loss - after) / predicted
-                    if ratio > GOOD_GAIN:  # Less than rounding errors of F would not be felt.
-                        damping = max(tried * AFTER_GOOD_GAIN, epsilon * curvature)
-                    elif ratio < POOR_GAIN:
-                        damping = tried * AFTER_POOR_GAIN
+                    step, slope, curvature = self._direction(right, gradient, tried)
+                bend = self._bend(step, start, here)
+                length, after = self._walk(start, step, bend, slope, loss, lr)
+                if length and after < loss:  # Not equal, as after steps lost in rounding.
+                    if length >= 0.5 * lr:  # Less than rounding errors of F would not be felt.
+                        damping = max(tried * DECAY, epsilon * curvature)
+                    elif length < 0.25 * lr:
+                        damping = tried / DECAY
                     group["damping"] = damping
-                    self.last = ResidualStep(loss, after, tried, ratio, trial)
+                    self.last = ResidualStep(loss, after, length, tried, trial)
                     self._without_success = 0
-                    return moved
-                if torch.equal(start - moved, start):
+                    return length * step + 0.5 * length**2 * bend
+                if torch.equal(start - lr * step, start):
                     break  # More damping would change nothing.
             right = here.plain  # With λ a step with momentum tends to μΔ₀, which need not descend.
-            damping = tried * (AFTER_REJECTION if math.isfinite(after) else AFTER_FAILURE)
+            damping = tried / DECAY
         self._set(start)
         group["damping"] = damping
-        self.last = ResidualStep(loss, loss, tried, 0.0, trial)
+        self.last = ResidualStep(loss, loss, 0.0, tried, trial)
         self._count_failure()
         return nothing
+
+    def _walk(
+        self, start: Tensor, step: Tensor, bend: Tensor, slope: float, before: float, lr: float
+    ) -> tuple[float, float]:
+        """Move along a step and its bend; return how far and the loss there."""
+
+        def move(length: float) -> None:
+            self._set(start - length * step - 0.5 * length**2 * bend)
+
+        if not slope > 0 or not bool(torch.isfinite(step).all()):
+            move(0.0)
+            return 0.0, before
+        search = SEARCHES[self.param_groups[0]["points_change"]]
+        return search.search(move, self.loss, before, slope, lr)
 
     def _factorise(self, matrices: dict[str, Operator] | None, damping: float) -> bool:
         """Make the inverses for a λ; return whether that was possible."""
@@ -315,10 +341,10 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
             return False
         return True
 
-    def _modelled(
-        self, right: _RightSide, gradient: Tensor, damping: float, lr: float
+    def _direction(
+        self, right: _RightSide, gradient: Tensor, damping: float
     ) -> tuple[Tensor, float, float]:
-        """Return Δ, the decrease that the linear model predicts for tΔ, and ``ΔᵀFΔ/‖Δ‖²``.
+        """Return Δ, ``⟨Δ, ∇L⟩`` and ``ΔᵀFΔ/‖Δ‖²``.
 
         ``(F + λI)Δ = ∇L + λμΔ₀``, so that ``ΔᵀFΔ`` needs no product with F.
         """
@@ -326,10 +352,8 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
         rest = step
         if right.shift is not None:
             step, rest = step + right.shift, step
-        slope = float(step @ gradient)
-        curvature = slope - damping * float(step @ rest)
-        square = float(step.square().sum())
-        return step, lr * slope - 0.5 * lr**2 * curvature, curvature / square if square else 0.0
+        slope, square = float(step @ gradient), float(step.square().sum())
+        return step, slope, (slope - damping * float(step @ rest)) / square if square else 0.0
 
     def _precondition(self, gradient: Tensor, coordinates: Tensor | None) -> Tensor:
         layout = self.rows.layout
@@ -337,17 +361,14 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
         natural = self.curvature.natural_gradient(source)
         return layout.to_flat({name: natural[name] for name in layout.names}).to(layout.dtype)
 
-    def _bent(self, step: Tensor, lr: float, start: Tensor, here: _Linearised) -> Tensor:
-        """Return ``tΔ + ½t²Δ'``, or ``tΔ`` where Δ' is not finite or too long to be a correction.
-
-        The parameters are then those of the probe.
-        """
+    def _bend(self, step: Tensor, start: Tensor, here: _Linearised) -> Tensor:
+        """Return Δ', or zero where it is not finite or too long to be a correction."""
+        bent, second = torch.zeros_like(start), None
         if not self.acceleration:
-            return lr * step
+            return bent
         self._set(start - PROBE * step)
         ahead = list(self.rows.scaled_values())
         self._set(start)  # Rows of several chunks are had once more.
-        bent, second = torch.zeros_like(start), None
         chunks: Iterable[tuple[Tensor, Jacobians]] = (one[1:] for one in self.rows.chunks())
         for (values, rows), after in zip(
             chunks if here.rows is None else [here.rows], ahead, strict=True
@@ -355,11 +376,10 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
             second = (2.0 / PROBE) * ((after - values) / PROBE + rows.matvec(step))
             bent = bent + rows.rmatvec(second)
         if not bool(torch.isfinite(bent).all()):
-            return lr * step
+            return torch.zeros_like(start)
         bend = self._precondition(bent, None if here.rows is None else second)
-        if not bool(bend.norm() <= LARGEST_BEND * step.norm()):
-            return lr * step
-        return lr * step + 0.5 * lr**2 * bend
+        fits = bool(bend.norm() <= LARGEST_BEND * step.norm())
+        return bend if fits else torch.zeros_like(start)
 
     def _set(self, flat: Tensor) -> None:
         for name, value in self.rows.layout.to_dict(flat).items():
@@ -371,9 +391,9 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
         """Damp more, say once that residuals are not finite, and return the loss."""
         group, loss = self.param_groups[0], self.loss()
         damping = group["damping"]
-        self.last = ResidualStep(loss, loss, math.nan if damping is None else damping, 0.0, 0)
+        self.last = ResidualStep(loss, loss, 0.0, math.nan if damping is None else damping, 0)
         if damping is not None:
-            group["damping"] = damping * AFTER_FAILURE
+            group["damping"] = damping / DECAY
         if group["momentum"]:
             self._keep(self.rows.layout.zeros(self.rows.layout.numel))
         if self._warned:
