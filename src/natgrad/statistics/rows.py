@@ -150,5 +150,6 @@ def _add_moment(moment: Tensor | None, rows: Jacobians, weight: float) -> Tensor
             pieces = flat.split(list(block.layout.sizes), dim=1)
             for segment, piece in zip(layout.slices(block.layout), pieces, strict=True):
                 dense[:, segment] = piece
-        moment = torch.addmm(moment, dense.T, dense, alpha=weight)
+        gram = linalg.symmetric(linalg.lower_gram(dense))
+        moment = torch.add(moment, gram, alpha=weight)
     return moment
