@@ -32,7 +32,7 @@ from natgrad.experiments.console import (
     print_results,
     print_summary,
 )
-from natgrad.experiments.data import DATASETS, DataError
+from natgrad.experiments.data import DATASETS, FILE_DATASETS, DataError
 from natgrad.experiments.factories import FactoryError, load_model
 from natgrad.experiments.inspection import (
     InspectionError,
@@ -300,7 +300,7 @@ def compare(
     config = CompareConfig(
         factory=factory,
         data=data,
-        data_dir=_data_folder(data_dir, data),
+        data_dir=_data_folder(data_dir, read=data is not None and data in FILE_DATASETS),
         train_samples=train_samples,
         test_samples=test_samples,
         eval_samples=eval_samples,
@@ -386,7 +386,7 @@ def theory(
     config = TheoryConfig(
         sections=tuple(sections) if sections else SECTIONS,
         data=data,
-        data_dir=_data_folder(data_dir, data),
+        data_dir=_data_folder(data_dir, read=data in FILE_DATASETS),
         classes=_classes(classes),
         train_samples=train_samples,
         test_samples=test_samples,
@@ -443,8 +443,7 @@ def claims(
     console, interrupted = _console(), False
     if not listing:
         _check_output(output)
-        data_dir = _data_folder(data_dir, "of all claims")
-        config = ClaimsConfig(output, full, again, data_dir, seed, device)
+        config = ClaimsConfig(output, full, again, _data_folder(data_dir), seed, device)
         with ClaimBars(_console(stderr=True) if as_json else console) as bars:
             interrupted = run_claims(chosen, config, bars)[1]
         write_whole(output.with_suffix(".md"), render_page(SOURCES, output))
@@ -574,12 +573,10 @@ def _console(stderr: bool = False) -> Console:
     return Console(stderr=stderr, width=None if stream.isatty() else 120)
 
 
-def _data_folder(given: Path | None, data: str | None) -> Path | None:
-    """Return the folder of built-in data: that of the environment, if none is given."""
-    if given is not None or data in (None, "digits") or ":" in str(data):
-        return given
+def _data_folder(given: Path | None, read: bool = True) -> Path | None:
+    """Return the folder of built-in data: the environment's, if files are read, by default."""
     folder = os.environ.get("NATGRAD_DATA")
-    return Path(folder) if folder else None
+    return Path(folder) if given is None and read and folder else given
 
 
 def _check_output(directory: Path) -> None:
@@ -627,7 +624,7 @@ def _learning_rates(pairs: list[str]) -> dict[str, float]:
     for pair in pairs:
         method, _, rate = pair.partition("=")
         try:
-            rates[method] = float(rate)
+            rates[method_name(method)] = float(rate)
         except ValueError:
             raise ConfigError(
                 f"A learning rate is given as METHOD=RATE, for example kfac=0.1, not {pair!r}."

@@ -331,6 +331,30 @@ class Stop(Observer):
             raise KeyboardInterrupt
 
 
+class Counter(Observer):
+    """Adds up what has begun."""
+
+    begun = 0.0
+
+    def begin(self, method, budget, searching):
+        self.begun += budget
+
+
+def test_what_is_to_come_is_told_before(tmp_path):
+    config = CompareConfig(
+        factory=f"{HERE}:model", data=f"{HERE}:loader", methods=("sgd", "kfac", "adamw"), steps=2,
+        seeds=2, search_steps=1, learning_rates={"adamw": 0.01},
+    )  # fmt: skip
+    counter = Counter()
+    results = compare(config, counter)
+    assert counter.total == counter.begun == 3 * 2 * 2 + 9
+    results.methods[1].repeats.clear()
+    results.methods[2].status = "interrupted"
+    counter = Counter()
+    compare(config, counter, earlier=results)
+    assert counter.total == counter.begun == 2 + 2 * 2
+
+
 def curves(results):
     return [
         (method.name, method.learning_rate, [run.batch.loss for run in method.runs])

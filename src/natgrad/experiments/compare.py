@@ -45,9 +45,11 @@ class Observer:
 
     Attributes:
         metric: Name of the metric, set before anything begins.
+        total: Steps or seconds of all that will begin, likewise.
     """
 
     metric: str = "accuracy"
+    total: float = 0.0
 
     def begin(self, method: str, budget: float, searching: bool) -> None:
         """A method begins its learning-rate search or its training, of so many steps or seconds."""
@@ -89,6 +91,7 @@ def compare(
     comparison = _Comparison(config, observer or Observer(), command, keep)
     if earlier is not None:
         comparison.take_over(earlier)
+    comparison.observer.total = comparison.budget()
     try:
         comparison.warm_up()
         for result in comparison.methods:
@@ -203,6 +206,19 @@ class _Comparison:
 
     # What is done.
 
+    def budget(self) -> float:
+        """Return the steps or seconds of all searches and runs that are to come."""
+        total = 0.0
+        for result in self.methods:
+            method = METHODS[result.name]
+            total += self._schedule(method).budget * (self.config.seeds - len(result.repeats))
+            if result.status != "not run":
+                total -= self._schedule(method).budget
+            elif method.learning_rate_rule(self.problem.setting) == "search":
+                if result.name not in self.config.learning_rates:
+                    total += BUDGET * self._trial(method).budget
+        return total
+
     def warm_up(self) -> None:
         """Take two steps, so that no method pays for what PyTorch does only once in a process.
 
@@ -303,10 +319,7 @@ class _Comparison:
 
     def _search(self, method: Method, result: MethodResult) -> Search:
         """Try learning rates on short runs."""
-        whole = self._schedule(method)
-        schedule = replace(whole, evaluations=frozenset(), pause=None)
-        if self.config.search_steps is not None:
-            schedule = replace(schedule, steps=self.config.search_steps, seconds=None)
+        schedule = self._trial(method)
         search = result.search or Search(schedule.steps, seconds=schedule.seconds)
         result.search = search
         self.observer.begin(result.name, BUDGET * schedule.budget, True)
@@ -379,6 +392,13 @@ class _Comparison:
                 observe,
                 method.takes_closure,
             )
+
+    def _trial(self, method: Method) -> Schedule:
+        """Return how long a trial of a search trains."""
+        schedule = replace(self._schedule(method), evaluations=frozenset(), pause=None)
+        if self.config.search_steps is not None:
+            schedule = replace(schedule, steps=self.config.search_steps, seconds=None)
+        return schedule
 
     def _schedule(self, method: Method, seed: int | None = None) -> Schedule:
         """Return how long a method trains, and when it is evaluated."""

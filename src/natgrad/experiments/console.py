@@ -72,7 +72,7 @@ class _Bars(Progress):
 
 
 class ProgressBars(_Bars, Observer):
-    """One bar per method and search, with the loss and training accuracy of the last step."""
+    """One bar for all, and one per method and search with loss and metric of the last step."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(
@@ -84,9 +84,15 @@ class ProgressBars(_Bars, Observer):
             shows_rest=True,
         )
         self._method = ""
+        self._all: TaskID | None = None
+        #: What is spent of the total, and what the present bar will have spent of it.
+        self._spent, self._budget = 0.0, 0.0
 
     def begin(self, method: str, budget: float, searching: bool) -> None:
         """Show a new bar."""
+        if self._all is None:
+            self._all = self.add_task(f"{'all':<24}", total=self.total, measured="")
+        self._spent, self._budget = self._spent + self._budget, budget
         self._method, title = method, METHODS[method].title
         if searching:
             title = f"[dim]{title}: learning rates[/dim]"
@@ -99,6 +105,8 @@ class ProgressBars(_Bars, Observer):
             shown = format_percent(metric) if self.metric == "accuracy" else format_loss(metric)
             measured += f"  {self.metric.replace('_', ' ')} {shown:>7}"
         self._move(completed=taken, measured=measured)
+        if self._all is not None:
+            self.update(self._all, completed=self._spent + taken)
 
     def end(self, result: MethodResult) -> None:
         """Leave the bar as it is, and say how the method ended if that is news."""

@@ -26,7 +26,15 @@ from natgrad.experiments.formats import (
     read_npz,
 )
 
-__all__ = ["DATASETS", "DataError", "Dataset", "balanced_subset", "load_dataset", "normalise"]
+__all__ = [
+    "DATASETS",
+    "FILE_DATASETS",
+    "DataError",
+    "Dataset",
+    "balanced_subset",
+    "load_dataset",
+    "normalise",
+]
 
 
 @dataclass(frozen=True)
@@ -132,6 +140,9 @@ DATASETS: dict[str, DatasetKind] = {
     ),
 }
 """The data sets that `load_dataset` knows, by name."""
+
+FILE_DATASETS = tuple(name for name in DATASETS if name != "digits")
+"""Those of them that are read from files."""
 
 _DIGITS_TEST_SAMPLES = 597
 _IDX_FILES = (

@@ -17,6 +17,7 @@ from natgrad.experiments.factories import FactoryError, described, load_model
 from natgrad.experiments.methods import Setting
 from natgrad.experiments.models import build_model
 from natgrad.experiments.objectives import OBJECTIVES, Objective, choose_objective
+from natgrad.likelihoods import Categorical
 
 __all__ = ["Problem", "Problems"]
 
@@ -105,11 +106,17 @@ class Problems:
                 f"The model of {config.factory} cannot be copied: {described(error)}."
             ) from error
         loss = made.criterion if config.loss is None else config.loss
+        if isinstance(loss, nn.Module):
+            loss = loss.to(self._device, self._dtype)
         first = next(batches.training(seed))
         with reproducible(seed):
             objective = choose_objective(trial, first, loss, config.likelihood, config.metric)
             outputs = require_output(call_model(trial, first[0]), None)
-        data.setdefault("classes", outputs.shape[1] if objective.metric.is_share else None)
+        behind = objective.likelihood
+        classes = (
+            behind.split_events(outputs).shape[-1] if isinstance(behind, Categorical) else None
+        )
+        data.setdefault("classes", classes)
         setting = Setting(
             epoch=batches.epoch, damping=config.damping, fisher=config.fisher, seed=seed
         )
