@@ -33,8 +33,8 @@ from natgrad.decentralized.manifolds import MANIFOLDS, Manifold, projected, retr
 from natgrad.distributed.exchange import put_together, taken_apart
 from natgrad.likelihoods import LikelihoodLike
 from natgrad.optim.checkpoints import only_initialises
+from natgrad.optim.method import Method
 from natgrad.optim.methods import KFAC
-from natgrad.optim.natural_gradient import Method
 from natgrad.optim.options import StepRule
 from natgrad.optim.step.groups import rate_of
 from natgrad.optim.step.measures import all_finite, on_host, scalar_checks

@@ -1,6 +1,7 @@
 """Natural-gradient optimizers: one step, many compositions."""
 
 from natgrad.optim.averaging import WeightAverage
+from natgrad.optim.method import Method
 from natgrad.optim.methods import (
     EGN,
     EKFAC,
@@ -19,7 +20,7 @@ from natgrad.optim.methods import (
     TwoLevelKFAC,
     UnitWiseNGD,
 )
-from natgrad.optim.natural_gradient import Method, NaturalGradient
+from natgrad.optim.natural_gradient import NaturalGradient
 from natgrad.optim.options import Fallback, Refresh, StepRule
 from natgrad.optim.preconditioner import Preconditioner
 from natgrad.optim.step.levenberg_marquardt import LevenbergMarquardt

@@ -23,7 +23,8 @@ from natgrad.curvature import (
     UnitWise,
 )
 from natgrad.fisher import ImprovedFisher
-from natgrad.optim.natural_gradient import Method, NaturalGradient
+from natgrad.optim.method import Method
+from natgrad.optim.natural_gradient import NaturalGradient
 from natgrad.optim.options import Refresh, StepRule
 from natgrad.optim.step.levenberg_marquardt import LevenbergMarquardt
 from natgrad.optim.step.line_search import LineSearch

@@ -7,30 +7,24 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from natgrad.arguments import check_kind, check_range, check_rate
+from natgrad.arguments import check_range, check_rate
 from natgrad.capture.hooks import outside_graphs
 from natgrad.capture.model_output import unwrap
-from natgrad.curvature import Structure, as_structure
-from natgrad.distributed.shards import whole
+from natgrad.curvature import Structure
 from natgrad.fisher import FisherType
 from natgrad.likelihoods import LikelihoodLike
-from natgrad.optim.checkpoints import CheckpointedOptimizer, only_initialises
+from natgrad.optim.checkpoints import only_initialises
 from natgrad.optim.copying import CopiedByState
-from natgrad.optim.eager import plain_step
+from natgrad.optim.grouped_optimizer import GroupedOptimizer
+from natgrad.optim.loss_scale import batch_scale
+from natgrad.optim.method import DEFAULT, Method, signature_with
 from natgrad.optim.options import Fallback, Refresh, StepRule, check_options
-from natgrad.optim.parameter_groups import (
-    check_group,
-    first_order_names,
-    make_fallback,
-    members,
-    split_groups,
-)
+from natgrad.optim.parameter_groups import first_order_names
 from natgrad.optim.preconditioner import Preconditioner
 from natgrad.optim.step.compared_step import ComparedStep
 from natgrad.optim.step.grafting import AdamMoments, grafted
@@ -52,52 +46,10 @@ from natgrad.optim.step.reevaluation import Reevaluation, as_float, evaluated
 from natgrad.optim.step.relative_damping import RelativeDamping
 from natgrad.optim.summary import Summary, summarize
 
-__all__ = ["Method", "NaturalGradient"]
+__all__ = ["NaturalGradient"]
 
 
-class _Default:
-    """Stands for what an optimizer's method says."""
-
-    def __repr__(self) -> str:
-        return "<default of the method>"
-
-
-_DEFAULT: Any = _Default()
-
-
-@dataclass(frozen=True)
-class Method:
-    """What a natural-gradient method is made of, and the defaults of its optimizer.
-
-    Attributes:
-        structure: Which entries of the Fisher matrix are kept, and how they are inverted.
-        lr: Learning rate.
-        damping: λ, or the rule that adapts it.
-        momentum: μ.
-        weight_decay: w.
-        fisher: Which vectors are pulled back.
-        kl_clip: Bound on the predicted change of the output distribution per step.
-        refresh: When curvature is updated, averaged and inverted.
-        step_rule: How a natural gradient becomes a step.
-    """
-
-    structure: str | Structure = "kfac"
-    lr: float | Tensor | Literal["isotropic"] = 0.1
-    damping: float | RelativeDamping | LevenbergMarquardt = 1e-3
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    fisher: str | FisherType = "exact"
-    kl_clip: float | None = None
-    refresh: Refresh = Refresh()  # noqa: RUF009, frozen
-    step_rule: StepRule = StepRule()  # noqa: RUF009, frozen
-
-    def __post_init__(self) -> None:
-        """Check that groups of options are groups of options."""
-        check_kind("refresh", self.refresh, Refresh)
-        check_kind("step_rule", self.step_rule, StepRule)
-
-
-class NaturalGradient(CheckpointedOptimizer, CopiedByState):
+class NaturalGradient(GroupedOptimizer, CopiedByState):
     r"""Natural gradient descent with any structure of the Fisher matrix.
 
     .. math::
@@ -174,22 +126,22 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
         """Show the method's defaults in the signature."""
         super().__init_subclass__(**kwargs)
         if "method" in cls.__dict__ and "__init__" not in cls.__dict__:
-            cls.__signature__ = _signature(cls.method)  # type: ignore[attr-defined]
+            cls.__signature__ = signature_with(cls.method, NaturalGradient.__init__)  # type: ignore[attr-defined]
 
     def __init__(
         self,
         model: nn.Module,
         likelihood: LikelihoodLike = "categorical",
         *,
-        structure: str | Structure = _DEFAULT,
-        lr: float | Tensor | Literal["isotropic"] = _DEFAULT,
-        damping: float | RelativeDamping | LevenbergMarquardt = _DEFAULT,
-        momentum: float = _DEFAULT,
-        weight_decay: float = _DEFAULT,
-        fisher: str | FisherType = _DEFAULT,
-        kl_clip: float | None = _DEFAULT,
-        refresh: Refresh = _DEFAULT,
-        step_rule: StepRule = _DEFAULT,
+        structure: str | Structure = DEFAULT,
+        lr: float | Tensor | Literal["isotropic"] = DEFAULT,
+        damping: float | RelativeDamping | LevenbergMarquardt = DEFAULT,
+        momentum: float = DEFAULT,
+        weight_decay: float = DEFAULT,
+        fisher: str | FisherType = DEFAULT,
+        kl_clip: float | None = DEFAULT,
+        refresh: Refresh = DEFAULT,
+        step_rule: StepRule = DEFAULT,
         fallback: Literal["adamw", "sgd"] | Fallback = "adamw",
         params: Iterable[dict[str, Any]] | None = None,
         output: Callable[[Any], Tensor] | None = None,
@@ -202,11 +154,13 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
                 f"{type(self).__name__} takes the model itself, not its parameters: got "
                 f"{type(model).__name__}"
             )
-        method = self._composed(
-            structure=structure, lr=lr, damping=damping, momentum=momentum,
-            weight_decay=weight_decay, fisher=fisher, kl_clip=kl_clip, refresh=refresh,
-            step_rule=step_rule,
-        )  # fmt: skip
+        given = {
+            "structure": structure, "lr": lr, "damping": damping, "momentum": momentum,
+            "weight_decay": weight_decay, "fisher": fisher, "kl_clip": kl_clip,
+            "refresh": refresh, "step_rule": step_rule,
+        }  # fmt: skip
+        takes_any = self.method is NaturalGradient.method
+        method = self.method.with_options(type(self).__name__, takes_any, given)
         rule, damping = method.step_rule, method.damping
         measured = is_isotropic(method.lr)
         lr = 1.0 if isinstance(method.lr, str) else method.lr
@@ -216,7 +170,7 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
         if method.kl_clip is not None:
             check_range("kl_clip", method.kl_clip)
         if measured:
-            if step_rule is _DEFAULT and rule.measured is not None:  # α takes its place.
+            if step_rule is DEFAULT and rule.measured is not None:  # α takes its place.
                 rule = dataclasses.replace(rule, length="lr")
             rule.check_isotropic()
         if getattr(method.structure, "fused", False):
@@ -232,56 +186,19 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
         self._mean_eigenvalue: float | None = None
         self._length = LengthState(caution=rule.measured.start if rule.measured else 1.0)
         params = list(params or [])
-        self.preconditioner = self.preconditioner_type(
-            model,
-            likelihood,
-            structure=method.structure,
-            fisher=method.fisher,
-            damping=damping,
-            refresh=method.refresh,
-            output=output,
-            batch_dim=batch_dim,
-            seed=seed,
-            excluded=first_order_names(unwrap(model), params),
-            process_group=process_group,
-        )
-        self.preconditioner.observer.fisher.check_method(method)
-        self.model = self.preconditioner.model
-        self._names = {p: n for n, p in self.preconditioner.parameters.items()}
+        preconditioner = self.preconditioner_type(
+            model, likelihood, structure=method.structure, fisher=method.fisher, damping=damping,
+            refresh=method.refresh, output=output, batch_dim=batch_dim, seed=seed,
+            excluded=first_order_names(unwrap(model), params), process_group=process_group,
+        )  # fmt: skip
+        preconditioner.observer.fisher.check_method(method)
         defaults = {
-            "lr": lr,
-            "momentum": method.momentum,
-            "weight_decay": method.weight_decay,
-            "damping": damping,
-            "kl_clip": method.kl_clip,
-            "preconditioned": True,
-            # What lr is multiplied by; None until it is measured.
-            "unit": None if measured else 1.0,
-        }
-        uncovered = self.preconditioner.capture.uncovered
-        groups, first_order = split_groups(self.model, defaults, uncovered, params)
-        rules = (LevenbergMarquardt, RelativeDamping)
-        if any(isinstance(group.get("damping"), rules) for group in groups):
-            raise ValueError(
-                "the damping of a parameter group must be a number: a rule, given as the "
-                "optimizer's damping, is that of all groups together"
-            )
-        chosen = fallback if isinstance(fallback, Fallback) else Fallback(fallback)
-        self.fallback_name = chosen.name
-        self._fallback = make_fallback(chosen, first_order or [{"params": []}])
-        if first_order:
-            groups += self._fallback.param_groups
-        #: Parameters that joined a group by themselves, and those of natural groups without rows.
-        self._joined: set[Tensor] = set()
-        self._left_out: set[str] = set()
-        self._shadowed: set[Tensor] = set()
-        self._constructed = False
-        super().__init__(groups, defaults)
-        self._constructed, self._groups_made = True, len(self.param_groups)
-        self._told = set(uncovered)
-        self._link_fallback()
+            "lr": lr, "momentum": method.momentum, "weight_decay": method.weight_decay,
+            "damping": damping, "kl_clip": method.kl_clip, "preconditioned": True,
+            "unit": None if measured else 1.0,  # Of lr; None until it is measured.
+        }  # fmt: skip
+        super().__init__(preconditioner, defaults, params, fallback)
         self._set_damping()
-        self.preconditioner.on_change = self._follow_model
         self._skipped = 0
         #: Whether the last batch had a loss or gradient that is not finite.
         self._broken = False
@@ -289,29 +206,11 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
         self._adam_moments = AdamMoments(rule.graft_betas)
         #: Share of ``lr`` that the last line search took; 0 if nothing moved, None without one.
         self.searched_share: float | None = None
-        observer = self.preconditioner.observer
+        observer = preconditioner.observer
         observer.wants_batch_fisher = self._wants_batch_fisher
         observer.exact_batch_fisher = self._needs_batch_fisher
         if measured:
             observer.isotropy_probe = IsotropyProbe(seed)
-        if uncovered:
-            self._tell_first_order(uncovered)
-
-    def _composed(self, **given: Any) -> Method:
-        """Return the method with what was given in place of its defaults."""
-        changes = {name: value for name, value in given.items() if value is not _DEFAULT}
-        own = as_structure(self.method.structure, training=True)
-        takes_any = self.method is NaturalGradient.method
-        if takes_any or "structure" not in changes:
-            chosen = as_structure(changes.get("structure", own), training=True)
-        else:
-            chosen = changes["structure"]
-            if not isinstance(chosen, type(own)):
-                raise TypeError(
-                    f"the structure of {type(self).__name__} must be a {type(own).__name__}, got "
-                    f"{chosen!r}: NaturalGradient takes any"
-                )
-        return dataclasses.replace(self.method, **{**changes, "structure": chosen})
 
     # What users may tell.
 
@@ -369,52 +268,52 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
         return self._step(closure)  # Which subclasses extend: around this one torch calls hooks.
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
-        if closure is None and not self.preconditioner.observer.seen and only_initialises(self):
+        preconditioner, observer = self.preconditioner, self.preconditioner.observer
+        if closure is None and not observer.seen and only_initialises(self):
             self._initialise()
             return None
+        # The loss and its gradients, of which some may turn out to have no rows.
         reevaluation = self._reevaluation(closure)
         loss, backpropagates = self._evaluated(closure)
-        self.preconditioner.audit()
-        lost = self.preconditioner.newly_untrusted()
+        preconditioner.audit()
+        lost = preconditioner.newly_untrusted()
         gradients = self._gradients(preconditioned=True)
-        if lost and self.preconditioner.curvature.structure.joint:
+        if lost and preconditioner.curvature.structure.joint:
             gradients = {}  # What is known of this batch is of other parameters together.
         rest = self._gradients(preconditioned=False)
         self._find_damping_unit()
         self._set_damping()
-        if self.preconditioner.observer.warmup > 0:
+        if observer.warmup > 0:
             self._warm_up([*gradients.values(), *rest.values()], loss)
             return loss
+        # What the curvature, this batch's included, makes of them; from there on it is taken.
         plan = self._plan(gradients, rest, loss)
         if plan is None:
             return loss
-        batch, inverts = self.preconditioner.observer.batch_fisher, self.preconditioner.inverts
-        self.preconditioner.finish()
+        batch, inverts = observer.batch_fisher, preconditioner.inverts
+        preconditioner.finish()
+        grouped = self._grouped()
         if reevaluation is None or closure is None or loss is None or not gradients:
-            for update in plan.updates(self._grouped()):
+            for update in plan.updates(grouped):
                 update.apply()
         else:
             before = as_float(loss)
             compared = ComparedStep(
-                plan,
-                self._grouped(),
-                {n: self.preconditioner.parameters[n].clone() for n in gradients},
+                plan, grouped, {n: preconditioner.parameters[n].clone() for n in gradients},
                 lambda: reevaluation(closure, backpropagates) - before,
-                self.levenberg_marquardt,
-                batch,
-            )
-            with self.preconditioner.observer.paused():
+                self.levenberg_marquardt, batch,
+            )  # fmt: skip
+            with observer.paused():
                 if self.step_rule.search is not None:
                     self.searched_share = compared.search(self.step_rule.search)
                 else:
                     compared.take()
         self._step_fallback()
-        curvature = self.preconditioner.curvature
+        curvature = preconditioner.curvature
         if inverts and curvature.is_divided and not curvature.is_spread:
             # Processors that round differently would drift apart.
-            groups = [group for group in self.param_groups if group["preconditioned"]]
-            moved = [p for group in groups for p in group["params"] if p.requires_grad]
-            self.preconditioner.replicas.follow_first(moved)
+            moved = [p for group in grouped.groups for p in group["params"] if p.requires_grad]
+            preconditioner.replicas.follow_first(moved)
         return loss
 
     def _evaluated(self, closure: Callable[[], Any] | None) -> tuple[Any, bool]:
@@ -433,19 +332,6 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
                 "it did neither, so there is no gradient"
             )
         return loss, backpropagates
-
-    def _gradients(self, preconditioned: bool) -> dict[str, Tensor]:
-        """Return parameter name → ``.grad`` of the preconditioned or of all other parameters."""
-        found = {}
-        for group in self.param_groups:
-            for p in group["params"]:
-                name = self._names[p]
-                natural = group["preconditioned"] and name not in self._left_out
-                if natural is preconditioned and p.grad is not None and p.requires_grad:
-                    if p.grad.is_sparse:
-                        p.grad = p.grad.to_dense()
-                    found[name] = whole(p.grad) if preconditioned else p.grad
-        return found
 
     def _plan(
         self, covered: dict[str, Tensor], rest: dict[str, Tensor], loss: float | Tensor | None
@@ -474,9 +360,10 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
                 grouped.replicas.average(natural)
             if rule.graft is not None:
                 natural = self._graft(natural, gradients, source, state)
-            directions = self._directions(natural, grouped)
+            previous = grouped.previous_steps(natural) if rule.keeps_steps else {}
+            directions = [natural, previous] if previous else [natural]
             measures = rule.measured is not None and preconditioner.observer.keeps_batch_fisher
-            scale = preconditioner.batch_scale(covered) if measures else None
+            scale = batch_scale(preconditioner.observer, covered) if measures else None
             values = measure(preconditioner, grouped, directions, gradients, source, scale)
             if self._relative_damping and preconditioner.inverts:
                 values["mean_eigenvalue"] = preconditioner.mean_eigenvalue()
@@ -574,13 +461,6 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
             self._left_out,
             self._damping_unit,
         )
-
-    def _directions(
-        self, natural: dict[str, Tensor], grouped: PreconditionedGroups
-    ) -> list[dict[str, Tensor]]:
-        """Return Δ and, where the quadratic model chooses momentum, the last step."""
-        previous = grouped.previous_steps(natural) if self.step_rule.keeps_steps else {}
-        return [natural, previous] if previous else [natural]
 
     def _has_batch_fisher(self) -> bool:
         """Return whether the Fisher matrix of the batch is there on steps that need it.
@@ -736,136 +616,9 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
             for name, block in self.preconditioner.curvature.blocks.items()
         }
 
-    # State.
-
-    def _link_fallback(self) -> None:
-        """Let the fallback work on its own groups, and on parameters of others without rows."""
-        natural = [group for group in self.param_groups if group["preconditioned"]]
-        before, covered = self._shadowed, self.preconditioner.covered
-        self._left_out = {self._names[p] for g in natural for p in g["params"]} - covered
-        self._shadows = []
-        for group in natural:
-            own = [p for p in group["params"] if p.numel() and p.requires_grad]
-            own = [p for p in own if self._names[p] in self._left_out]
-            shadow = {**self._fallback.defaults, "params": own}
-            if group["weight_decay"] == 0 < self.defaults["weight_decay"]:
-                shadow["weight_decay"] = 0.0
-            self._shadows += [(shadow, group)] if own else []
-        self._shadowed = {p for shadow, _ in self._shadows for p in shadow["params"]}
-        for parameter in before ^ self._shadowed:  # One rule's momentum is not the other's.
-            self.state.pop(parameter, None)
-        first_order = [group for group in self.param_groups if not group["preconditioned"]]
-        self._fallback.param_groups = first_order + [shadow for shadow, _ in self._shadows]
-        self._fallback.state = self.state
-
-    def _step_fallback(self) -> None:
-        """Let the fallback train what is not preconditioned, at rates that follow their groups'."""
-        if not any(group["params"] for group in self._fallback.param_groups):
-            return
-        for shadow, group in self._shadows:
-            relative = float(group["lr"]) / group["first_lr"] if group["first_lr"] else 1.0
-            shadow["lr"] = self._fallback.defaults["lr"] * relative
-        plain_step(self._fallback)  # Hooks are of this step.
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters of the model, as of a layer that is trained from now on.
-
-        Args:
-            param_group: What a group of ``params`` may be: a dict with ``"params"`` (a parameter,
-                parameters, pairs of names and parameters, or name patterns) or ``"modules"``, and
-                options. Parameters that had joined another group by themselves leave it.
-
-        Raises:
-            TypeError: If it is no dict.
-            ValueError: If it holds something else than parameters of the model, parameters of
-                another group, or an option that is unknown or out of range.
-        """
-        if not self._constructed:
-            super().add_param_group(param_group)
-            param_group.setdefault("first_lr", float(param_group["lr"]))
-            return
-        if not isinstance(param_group, dict):
-            raise TypeError(f"param_group must be a dict, but got {type(param_group).__name__}")
-        self.preconditioner.parameters = dict(self.model.named_parameters())
-        self._names.update({p: n for n, p in self.preconditioner.parameters.items()})
-        chosen = members(self.model, param_group)
-        options = {k: v for k, v in param_group.items() if k not in ("params", "modules")}
-        check_group({**options, "params": []}, self.defaults)
-        moving = {self.preconditioner.parameters[name] for name in chosen} & self._joined
-        for group in self.param_groups:
-            kept = [p for p in group["params"] if p not in moving]
-            group["params"], group["param_names"] = kept, [self._names[p] for p in kept]
-        self._joined -= moving
-        found = [self.preconditioner.parameters[name] for name in chosen]
-        if not options.get("preconditioned", True):
-            options = {**self._fallback.defaults, **options, "preconditioned": False}
-            self.preconditioner.excluded |= set(chosen)
-        super().add_param_group({**options, "params": found, "param_names": chosen})
-        self.param_groups[-1].setdefault("first_lr", float(self.param_groups[-1]["lr"]))
-        param_group.update(self.param_groups[-1])
-        self.preconditioner.find_layers()
-
-    def regroup(self, groups: Iterable[Mapping[str, Any]]) -> None:
-        """Take the parameter groups of a state dict, by the names of their parameters."""
-        present, preconditioner = self.preconditioner.parameters, self.preconditioner
-        self.param_groups = [
-            {**group, "params": [present[name] for name in group["param_names"]]}
-            for group in groups
-        ]
-        first_order = [g["param_names"] for g in self.param_groups if not g["preconditioned"]]
-        left = preconditioner.covered & {name for names in first_order for name in names}
-        if left:
-            preconditioner.excluded |= left
-            preconditioner.find_layers()
-        self._link_fallback()
-
     def _follow_model(self) -> None:
-        """Take up parameters that are trainable now, and those that replaced others."""
-        present = self.preconditioner.parameters
-        for group in self.param_groups:  # A parameter of the same name takes an old one's place.
-            pairs = [(p, present.get(self._names[p], p)) for p in group["params"]]
-            for old, new in pairs:
-                if new is not old:
-                    self.state.pop(old, None)
-            group["params"] = [new for _, new in pairs]
-        names = {p: n for n, p in present.items()}
-        self._names = {**self._names, **names}
-        held = {p for group in self.param_groups for p in group["params"]}
-        joining = [p for p in names if p.requires_grad and p not in held]
-        if joining:
-            made = self.param_groups[: self._groups_made]  # The last of these held all the rest.
-            home = ([g for g in made if g["preconditioned"]] or made)[-1]
-            home["params"] += joining
-            home["param_names"] += [names[p] for p in joining]
-            self._joined.update(joining)
-            listed = ", ".join(names[p] for p in joining)
-            warnings.warn(
-                f"{type(self).__name__} trains from now on, with the options it was made with, "
-                f"parameters that were frozen or absent before: {listed} (add_param_group gives "
-                "them options of their own)",
-                stacklevel=2,
-            )
-        self._link_fallback()
+        super()._follow_model()
         self._set_damping()
-        reasons = {**self.preconditioner.capture.uncovered, **self.preconditioner.untrusted}
-        new = {n: reasons[n] for n in self._left_out if n in reasons and n not in self._told}
-        if new:
-            self._told.update(new)
-            self._tell_first_order(new)
-
-    def _tell_first_order(self, reasons: Mapping[str, str]) -> None:
-        listed = "; ".join(f"{name} ({why})" for name, why in reasons.items())
-        warnings.warn(
-            f"{type(self).__name__} trains these parameters by {self.fallback_name}: {listed}",
-            stacklevel=4,
-        )
-
-    def _carrier(self) -> Tensor:
-        for group in self.param_groups:  # The fallback looks whether a parameter has state.
-            for p in group["params"] if group["preconditioned"] else ():
-                if p.requires_grad and self._names[p] not in self._left_out:
-                    return p
-        return super()._carrier()
 
     def _initialise(self) -> None:
         """Make the state that a step would make, for distributed checkpoints to look at."""
@@ -920,13 +673,3 @@ class NaturalGradient(CheckpointedOptimizer, CopiedByState):
             samples: Batch size the costs are stated for.
         """
         return summarize(self.preconditioner, samples, fallback=self.fallback_name)
-
-
-def _signature(method: Method) -> inspect.Signature:
-    """Return the signature of :class:`NaturalGradient` with a method's defaults."""
-    signature = inspect.signature(NaturalGradient.__init__)
-    found = [
-        one.replace(default=getattr(method, one.name)) if one.default is _DEFAULT else one
-        for one in list(signature.parameters.values())[1:]
-    ]
-    return signature.replace(parameters=found)

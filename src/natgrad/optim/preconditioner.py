@@ -21,27 +21,20 @@ from natgrad.curvature.curvature import Estimate
 from natgrad.distributed.replicas import Replicas
 from natgrad.distributed.shards import mesh_group, sharded_like, whole
 from natgrad.fisher import FisherType, as_fisher_type
-from natgrad.jacobians import LayerJacobian, LinearJacobian
-from natgrad.jacobians.layer import at_least_float32
-from natgrad.layouts import BlockLayout, inner_product
-from natgrad.likelihoods import Categorical, LikelihoodLike, as_likelihood
+from natgrad.layouts import inner_product
+from natgrad.likelihoods import LikelihoodLike, as_likelihood
 from natgrad.operators import GradientSource
 from natgrad.optim.audit import Findings
 from natgrad.optim.copying import CopiedByState
 from natgrad.optim.fused.kronecker_gradients import FusedGradient
 from natgrad.optim.fused.own_backward import OwnBackward
+from natgrad.optim.gradient_rows import GradientRows
 from natgrad.optim.model_watch import ModelWatch
 from natgrad.optim.observer import Observer
 from natgrad.optim.options import Refresh
 from natgrad.optim.step.measures import all_finite, on_host, scalar_checks
 
 __all__ = ["Preconditioner"]
-
-#: Largest relative difference between ``.grad`` and ``δᵀa`` that counts as rounding.
-ROW_TOLERANCE = 2e-5
-
-#: Steps without an attempt at the rows of the gradient, after it turned out not to be their sum.
-ROW_REST = 50
 
 
 class Preconditioner(CopiedByState):
@@ -101,17 +94,6 @@ class Preconditioner(CopiedByState):
         refresh = Refresh() if refresh is None else refresh
         check_kind("refresh", refresh, Refresh)
         structure = as_structure(structure, training=True)
-        likelihood = as_likelihood(likelihood)
-        mesh = mesh_group(unwrap(model))
-        self.capture = Capture(
-            model, likelihood.selection(output), excluded=excluded, batch_dim=batch_dim,
-            shards=mesh is not None,
-        )  # fmt: skip
-        self.model = self.capture.model
-        self.parameters = dict(self.model.named_parameters())
-        layouts = {name: block.layout for name, block in self.capture.blocks.items()}
-        self.curvature = Curvature(structure, layouts, self.capture.layout)
-        self.curvature.sharing = refresh.sharing
         if refresh.sharing == "memory" and getattr(structure, "fused", False):
             raise ValueError(
                 "fused=True needs every inverse in the backward pass, and Refresh(sharing='memory')"
@@ -128,11 +110,21 @@ class Preconditioner(CopiedByState):
                 "stagger=True needs a structure made of independent layers, and "
                 f"{structure.name!r} couples them"
             )
+        likelihood = as_likelihood(likelihood)
+        mesh = mesh_group(unwrap(model))
+        self.capture = Capture(
+            model, likelihood.selection(output), excluded=excluded, batch_dim=batch_dim,
+            shards=mesh is not None,
+        )  # fmt: skip
+        self.model = self.capture.model
+        self.parameters = dict(self.model.named_parameters())
+        layouts = {name: block.layout for name, block in self.capture.blocks.items()}
+        self.curvature = Curvature(structure, layouts, self.capture.layout)
+        self.curvature.sharing = refresh.sharing
         self.excluded = frozenset(excluded)
         self.untrusted: dict[str, str] = {}
         self._named: set[str] = set()  # Parameters with some gradient from elsewhere, once told.
         self._watch = ModelWatch(self.model)
-        self._row_rest = 0
         self._saved: tuple[dict[str, Estimate], Tensor] | None = None
         self._with_update: dict[str, Estimate] | None = None
         self._updated = False  # Rows of the present step have been taken,
@@ -140,15 +132,10 @@ class Preconditioner(CopiedByState):
         self._warned = False
         #: λ, one value or one per block name.
         self.damping: float | dict[str, float] = damping
-        self.observer = Observer(
-            self.capture,
-            likelihood,
-            as_fisher_type(fisher),
-            refresh,
-            self.curvature,
-            seed,
-        )
+        kind = as_fisher_type(fisher)
+        self.observer = Observer(self.capture, likelihood, kind, refresh, self.curvature, seed)
         self.observer.before_change = self._open
+        self.gradient_rows = GradientRows(self.observer)
         self._share_with(Replicas.of(model, process_group or mesh))
         self.capture.on_forward = self._before_pass
         #: Called when the model has other parameters or blocks than before.
@@ -215,25 +202,11 @@ class Preconditioner(CopiedByState):
     def _plan_layers(self) -> None:
         """Choose how each layer is preconditioned, and when."""
         structure, refresh = self.curvature.structure, self.refresh
-        self._row_layers = self._layers_by_rows()
+        self.gradient_rows.find_layers()
         self._slots = self.curvature.staggered(refresh.inverses) if refresh.stagger else []
         if isinstance(structure, KroneckerFactors) and structure.fused:
             self._fuse(structure)
-        self.observer.row_modules = frozenset(self._row_layers.values())
-        self.observer.probe_layer = self._cheapest_linear()
-
-    def _cheapest_linear(self) -> str | None:
-        """Return the smallest layer whose rows sum to its ``.grad``, if there is one."""
-        sizes = {
-            name: block.layout.numel
-            for name, block in self.capture.blocks.items()
-            if len(block.uses) == 1
-            and block.layout.d_in > 0
-            and type(block.uses[0].module) is nn.Linear
-            and name not in self.capture.rows.direct
-            and name not in self.own_backward
-        }
-        return min(sizes, key=lambda name: sizes[name]) if sizes else None
+        self.gradient_rows.watch(self.own_backward)
 
     @property
     def device(self) -> torch.device:
@@ -464,9 +437,9 @@ class Preconditioner(CopiedByState):
             return []
         mismatches: list[Tensor] = []
         if by_rows:
-            source.rows, mismatches = self._rows(source.gradients)
-        elif self._row_layers:
-            self._row_rest = ROW_REST
+            source.rows, mismatches = self.gradient_rows.of_step(source.gradients)
+        else:
+            self.gradient_rows.rest()
         if self._joined and not self.curvature.additive:
             source.coordinates = self.observer.coordinates()
         source.natural = {name for name, one in self.own_backward.items() if one.active}
@@ -490,81 +463,6 @@ class Preconditioner(CopiedByState):
             )
         self.replicas.average({"mean_eigenvalue": value})
         return value
-
-    def batch_scale(self, gradients: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the factor c from the batch's Fisher matrix F to the curvature of the loss.
-
-        With it comes a bound of ``⟨Δ, ∇L⟩²/ΔᵀFΔ`` over all Δ, by the inequality of Cauchy and
-        Schwarz the squared gradient at the output in the metric of its Hessian; without rows of
-        the batch both are 0.
-
-        It is the scale of the user's loss, summed over passes that accumulate, times what the
-        gradients were multiplied by since: the inverse of a loss scaler, or what clipping left.
-        Where no pass shows another scale than that of a mean it is 1, as a squared error, say,
-        shows none; the gradient of a cross-entropy does, so that means were added there.
-        """
-        factor, explained = self._factor_since(gradients)
-        scales = [one.scale * one.count for one in self.observer.seen if not one.is_empty]
-        scale = torch.zeros_like(factor)
-        if self.observer.batch_fisher is not None and scales:
-            each = torch.stack([one.double() for one in scales])
-            usual = (each - 1.0).abs().max() < 1e-4
-            scale = each.sum() * factor
-            scale = torch.where((scale - 1.0).abs() < 1e-4, 1.0, scale)  # But for rounding it is 1.
-            shown = isinstance(self.observer.likelihood, Categorical)
-            scale = torch.where(usual, float(len(each)) if shown else 1.0, scale)
-        largest = self._largest_decrement() * factor.square()
-        measures = {"scale": scale, "largest": torch.where(explained, largest, 1e300)}
-        self.replicas.average(measures)
-        return measures["scale"], measures["largest"]
-
-    def _largest_decrement(self) -> Tensor:
-        """Return ``N Σ_n u_nᵀΛ⁻¹u_n`` with the gradients u at the output, of a mean's size."""
-        observer, none = self.observer, 1e300
-        squares, counts = [], []
-        for one in observer.seen:
-            output, cotangent = one.recorded.output, one.recorded.cotangent
-            foreign = observer.fisher.from_user_gradients  # Of another Fisher matrix.
-            if foreign or one.is_empty or output is None or cotangent is None:
-                continue
-            likelihood = observer.likelihood.of_shapes(one.recorded.heads)
-            found = likelihood.root_inverse_apply(output.detach(), cotangent)
-            squares.append(found.double().square().sum())
-            counts.append(one.count.double())
-        zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        own = {"square": torch.stack([zero, *squares]).sum()}
-        own["count"] = torch.stack([zero, *counts]).sum()
-        self.replicas.average(own)
-        total = (own["square"] * own["count"]).nan_to_num(nan=none, posinf=none)
-        return torch.where(total > 0, total, none).clamp(max=none)
-
-    def _factor_since(self, gradients: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return what gradients were multiplied by since the backward passes; 1 if unknown.
-
-        With it comes whether that is all they are, and no other term of the loss adds to them.
-        """
-        name, layout = self.observer.probe_layer, self.curvature.layout
-        unknown = torch.ones((), dtype=torch.float64, device=layout.device)
-        if name is None:
-            return unknown, unknown > 0
-        block = self.capture.blocks[name].layout
-        expected, found = torch.zeros(block.d_out, dtype=layout.dtype, device=layout.device), None
-        some = not self.replicas.are_alone
-        if all(n in gradients for n in block.names):
-            found = gradient_along_probe(block, gradients)
-            for one in self.observer.seen:
-                rows = None
-                if not one.is_empty:
-                    rows = self.capture.user_jacobians(one.recorded, separate=False).get(name)
-                if isinstance(rows, LinearJacobian):
-                    expected, some = expected + rows_along_probe(rows), True
-        self.replicas.average({"expected": expected})  # As .grad is.
-        if found is None or not some:
-            return unknown, unknown > 0
-        factor = (found * expected).sum().double() / expected.square().sum()
-        known = factor.isfinite() & (factor > 0)
-        explained = (found - factor * expected).norm() <= 0.1 * found.norm()
-        return torch.where(known, factor, 1.0), known & explained
 
     def inner_product(self, natural: dict[str, Tensor], gradients: dict[str, Tensor]) -> Tensor:
         """Return ``⟨Δ, ∇L⟩``; estimated for layers whose ``.grad`` holds Δ already."""
@@ -652,60 +550,18 @@ class Preconditioner(CopiedByState):
                 stacklevel=5,
             )
 
-    # Rows of the present gradient.
-
-    def _layers_by_rows(self) -> dict[str, nn.Module]:
-        """Return the layers whose rows may be cheaper to precondition than their gradient."""
-        takes_rows = self.curvature.structure.takes_rows
-        return {
-            name: block.uses[0].module
-            for name, block in self.capture.blocks.items()
-            if len(block.uses) == 1
-            and name not in self.capture.rows.direct
-            and takes_rows(block.layout, 8)
-        }
-
-    def _rows(
-        self, gradients: dict[str, Tensor]
-    ) -> tuple[dict[str, LayerJacobian] | None, list[Tensor]]:
-        """Return rows of the present gradient where they are cheaper, and whether they are wrong.
-
-        Whether ``.grad`` is (a multiple of) ``δᵀa`` is checked with a random vector, so penalties
-        in the loss, gradient hooks, accumulation over batches or averaging over replicas are never
-        lost: they are flagged, and rows are then left alone for a while.
-        """
-        self._row_rest = max(0, self._row_rest - 1)
-        one_pass = len(self.observer.seen) == 1 and self.replicas.are_alone
-        if not self._row_layers or self._row_rest or not one_pass:
-            return None, []
-        jacobians = self.capture.user_jacobians(self.observer.seen[0].recorded, separate=False)
-        kept: dict[str, LayerJacobian] = {}
-        mismatches: list[Tensor] = []
-        for name in list(self._row_layers):
-            rows = jacobians.get(name)
-            if not isinstance(rows, LinearJacobian):
-                continue
-            count = rows.samples * rows.positions
-            if not self.curvature.structure.takes_rows(rows.layout, count):
-                del self._row_layers[name]  # Batches are larger than the layer.
-                self.observer.row_modules = frozenset(self._row_layers.values())
-                continue
-            share, mismatch = _compare(rows, gradients)
-            rows.output_gradients = rows.output_gradients * share
-            kept[rows.layout.names[0]] = rows
-            mismatches.append(mismatch)
-        return kept, mismatches
+    # Layers that make their natural gradient themselves.
 
     def _fuse(self, structure: KroneckerFactors) -> None:
         """Let plain linear layers make their natural gradient in the backward pass."""
-        for name, module in list(self._row_layers.items()):
+        for name, module in list(self.gradient_rows.layers.items()):
             if type(module) is nn.Linear:
                 layout = self.curvature.blocks[name]
                 inverse = functools.partial(self._inverse_of, name)
                 self.own_backward[name] = FusedGradient(
                     module, layout, functools.partial(structure.takes_rows, layout), inverse
                 )
-                del self._row_layers[name]
+                del self.gradient_rows.layers[name]
 
     def _inverse_of(self, name: str) -> Any:
         return self.curvature.estimates[name].inverse
@@ -805,34 +661,3 @@ def _any(flags: list[Tensor]) -> Tensor:
         return torch.tensor(0.0)
     device = next((flag.device for flag in flags if flag.device.type != "cpu"), flags[0].device)
     return torch.stack([flag.to(device) for flag in flags]).any().to(torch.float32)
-
-
-@functools.lru_cache(maxsize=64)
-def _probe(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a fixed random vector."""
-    generator = torch.Generator().manual_seed(size)
-    return torch.randn(size, generator=generator, dtype=dtype).to(device)
-
-
-def rows_along_probe(rows: LinearJacobian) -> Tensor:
-    """Return the product of ``δᵀa``, bias included, with a fixed random vector, ``(d_out,)``."""
-    inputs = rows.inputs.flatten(0, 2)
-    delta = rows.output_gradients.flatten(0, 3)
-    expected = delta.T @ (inputs @ _probe(rows.layout.d_in, inputs.dtype, inputs.device))
-    return expected + rows.bias_value * delta.sum(0) if rows.layout.has_bias else expected
-
-
-def gradient_along_probe(layout: BlockLayout, gradients: dict[str, Tensor]) -> Tensor:
-    """Return the product of ``.grad``, bias included, with the same vector."""
-    weight = at_least_float32(gradients[layout.names[0]]).reshape(layout.d_out, layout.d_in)
-    found = weight @ _probe(layout.d_in, weight.dtype, weight.device)
-    return found + gradients[layout.names[1]] if layout.has_bias else found
-
-
-def _compare(rows: LinearJacobian, gradients: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the scalar c with ``.grad ≈ c·δᵀa``, and whether more than rounding is left."""
-    expected, found = rows_along_probe(rows), gradient_along_probe(rows.layout, gradients)
-    share = (found * expected).sum() / expected.square().sum()
-    error = (found - share * expected).norm() / found.norm()
-    share = torch.where((share - 1.0).abs() > ROW_TOLERANCE, share, torch.ones_like(share))
-    return share, ~(error <= ROW_TOLERANCE)

@@ -1,0 +1,94 @@
+"""What a natural-gradient method is made of, and the defaults that its optimizer shows."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from natgrad.arguments import check_kind
+from natgrad.curvature import Structure, as_structure
+from natgrad.fisher import FisherType
+from natgrad.optim.options import Refresh, StepRule
+from natgrad.optim.step.levenberg_marquardt import LevenbergMarquardt
+from natgrad.optim.step.relative_damping import RelativeDamping
+
+__all__ = ["DEFAULT", "Method", "signature_with"]
+
+
+class Default:
+    """Stands for what an optimizer's method says."""
+
+    def __repr__(self) -> str:
+        return "<default of the method>"
+
+
+DEFAULT: Any = Default()
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a natural-gradient method is made of, and the defaults of its optimizer.
+
+    Attributes:
+        structure: Which entries of the Fisher matrix are kept, and how they are inverted.
+        lr: Learning rate.
+        damping: λ, or the rule that adapts it.
+        momentum: μ.
+        weight_decay: w.
+        fisher: Which vectors are pulled back.
+        kl_clip: Bound on the predicted change of the output distribution per step.
+        refresh: When curvature is updated, averaged and inverted.
+        step_rule: How a natural gradient becomes a step.
+    """
+
+    structure: str | Structure = "kfac"
+    lr: float | Tensor | Literal["isotropic"] = 0.1
+    damping: float | RelativeDamping | LevenbergMarquardt = 1e-3
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    fisher: str | FisherType = "exact"
+    kl_clip: float | None = None
+    refresh: Refresh = Refresh()  # noqa: RUF009, frozen
+    step_rule: StepRule = StepRule()  # noqa: RUF009, frozen
+
+    def __post_init__(self) -> None:
+        """Check that groups of options are groups of options."""
+        check_kind("refresh", self.refresh, Refresh)
+        check_kind("step_rule", self.step_rule, StepRule)
+
+    def with_options(self, optimizer: str, any_structure: bool, given: dict[str, Any]) -> Method:
+        """Return the method with what was given in place of its defaults.
+
+        Args:
+            optimizer: Name of the optimizer, for messages.
+            any_structure: Whether it takes structures of another kind than the method's.
+            given: Field → value or :data:`DEFAULT`.
+
+        Raises:
+            TypeError: If the structure is of another kind.
+        """
+        changes = {name: value for name, value in given.items() if value is not DEFAULT}
+        chosen = changes.get("structure", self.structure)
+        if any_structure or "structure" not in changes:
+            chosen = as_structure(chosen, training=True)
+        elif not isinstance(chosen, own := type(as_structure(self.structure, training=True))):
+            raise TypeError(
+                f"the structure of {optimizer} must be a {own.__name__}, got {chosen!r}: "
+                "NaturalGradient takes any"
+            )
+        return dataclasses.replace(self, **{**changes, "structure": chosen})
+
+
+def signature_with(method: Method, function: Callable[..., Any]) -> inspect.Signature:
+    """Return the signature of a bound ``__init__`` with a method's defaults."""
+    signature = inspect.signature(function)
+    found = [
+        one.replace(default=getattr(method, one.name)) if one.default is DEFAULT else one
+        for one in list(signature.parameters.values())[1:]
+    ]
+    return signature.replace(parameters=found)
