@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import functools
 import operator
-import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,8 +15,9 @@ from natgrad.capture.evaluation import count_samples
 from natgrad.experiments.data import Dataset
 from natgrad.experiments.factories import FactoryError, described, find, make
 from natgrad.experiments.objectives import Encoding
+from natgrad.experiments.random_state import RandomState, reproducible
 
-__all__ = ["Batch", "Batches", "LoaderBatches", "TensorBatches", "reproducible"]
+__all__ = ["Batch", "Batches", "LoaderBatches", "TensorBatches"]
 
 Batch = tuple[Any, Any]
 """Inputs, as a model is called with (a tensor, a tuple, or a dict of them), and targets."""
@@ -210,7 +208,7 @@ class LoaderBatches(Batches):
             generator.set_state(state)
             if seed:
                 generator.manual_seed(generator.initial_seed() + seed)
-        random_state = _RandomState.seeded(seed)
+        random_state = RandomState.seeded(seed)
         while True:
             try:
                 iterator, empty = random_state.run(self._again), True
@@ -258,53 +256,6 @@ class LoaderBatches(Batches):
             items = [self._moved(item) for item in value]
             return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
         return value
-
-
-class _RandomState:
-    """The state of torch's, numpy's and Python's random numbers on the CPU."""
-
-    def __init__(self) -> None:
-        self.keep()
-
-    @classmethod
-    def seeded(cls, seed: int) -> _RandomState:
-        with reproducible(seed):
-            return cls()
-
-    def keep(self) -> None:
-        self._torch, self._numpy = torch.get_rng_state(), np.random.get_state()
-        self._python = random.getstate()
-
-    def restore(self) -> None:
-        torch.set_rng_state(self._torch)
-        np.random.set_state(self._numpy)
-        random.setstate(self._python)
-
-    def run(self, function: Callable[[], Any]) -> Any:
-        """Call a function with this state, and keep how it leaves it."""
-        outside = _RandomState()
-        self.restore()
-        try:
-            return function()
-        finally:
-            self.keep()
-            outside.restore()
-
-
-@contextmanager
-def reproducible(seed: int) -> Iterator[None]:
-    """Seed all random numbers, and at the end put back what they were."""
-    outside = _RandomState()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    try:
-        torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)
-        random.seed(seed)
-        yield
-    finally:
-        outside.restore()
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
 
 
 def _first(batches: Iterator[Batch], samples: int) -> tuple[list[Batch], bool]:

@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 import torch
 from torch import Tensor, nn
 
-from natgrad.experiments.batches import TensorBatches, reproducible
+from natgrad.experiments.batches import TensorBatches
 from natgrad.experiments.calibration import measured_learning_rate
 from natgrad.experiments.config import CompareConfig, ConfigError
 from natgrad.experiments.environment import describe_environment
@@ -23,6 +23,7 @@ from natgrad.experiments.memory import PeakMemory
 from natgrad.experiments.methods import METHODS, Method
 from natgrad.experiments.problems import Problem, Problems
 from natgrad.experiments.quality import QUALITY_SAMPLES, measure_quality
+from natgrad.experiments.random_state import reproducible
 from natgrad.experiments.results import (
     MethodResult,
     QualityPoint,

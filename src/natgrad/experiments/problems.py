@@ -10,13 +10,14 @@ from torch import nn
 
 from natgrad.capture.evaluation import call_model
 from natgrad.capture.model_output import require_output
-from natgrad.experiments.batches import Batches, LoaderBatches, TensorBatches, reproducible
+from natgrad.experiments.batches import Batches, LoaderBatches, TensorBatches
 from natgrad.experiments.config import CompareConfig
 from natgrad.experiments.data import DATASETS, Dataset, load_dataset
 from natgrad.experiments.factories import FactoryError, described, load_model
 from natgrad.experiments.methods import Setting
 from natgrad.experiments.models import build_model
 from natgrad.experiments.objectives import OBJECTIVES, Objective, choose_objective
+from natgrad.experiments.random_state import reproducible
 from natgrad.likelihoods import Categorical
 
 __all__ = ["Problem", "Problems"]
