@@ -54,12 +54,12 @@ def test_scores_of_every_structure_are_those_of_its_dense_matrix(structure, name
     assert_same(found, dense_scores(case, "poisson", torch.linalg.inv(matrix + shift)), 1e-8)
 
 
-def test_the_default_damping_is_a_tenth_of_the_mean_eigenvalue_of_a_layer():
+def test_the_default_damping_is_the_mean_eigenvalue_of_a_layer():
     given = problem("mlp")
     case, data = given.case, (given.case.x, given.target)
     shift = torch.zeros(given.size, dtype=torch.float64)
     for block in dense.block_indices(case.model, case.blocks):
-        shift[block] = 0.1 * given.fisher.diagonal()[block].mean()
+        shift[block] = given.fisher.diagonal()[block].mean()
     matrix = TABLE["ekfac"].definition(given, TABLE["ekfac"].of_user(given))
     expected = dense_scores(case, "categorical", torch.linalg.inv(matrix + shift.diag()))
     assert_same(influence(case.model, data, data), expected)

@@ -49,7 +49,7 @@ def influence(
     structure: str | Structure = "ekfac",
     fisher: str | FisherType = "exact",
     *,
-    damping: float | RelativeDamping = RelativeDamping(0.1),  # noqa: B008
+    damping: float | RelativeDamping = RelativeDamping(1.0),  # noqa: B008
     leave_one_out: bool = False,
     per_layer: bool = False,
     memory: float = 2**30,
@@ -80,7 +80,8 @@ def influence(
         structure: Structure of the Fisher matrix.
         fisher: Fisher type.
         damping: λ, in the units of F; a :class:`natgrad.RelativeDamping` is a share of the mean
-            eigenvalue of every layer. The default, a tenth, is that of Grosse et al.
+            eigenvalue of every part. The default is that eigenvalue itself; Grosse et al. take a
+            tenth of it.
         leave_one_out: Return what leaving the sample out changes in the test loss, to first order
             in the change of the parameters: ``g_mᵀ(N(F + λI) − J_nᵀΛ_nJ_n)⁻¹g_n``. That is the
             score over N with its leverage correction, in regression ``1/(1 − h_n)``, and one Newton

@@ -98,7 +98,7 @@ def spectral_density(
         start = torch.randn(size, generator=generator, dtype=matrix.dtype, device=matrix.device)
         diagonal, beside = _lanczos(matrix, start / start.norm(), steps)
         tridiagonal = diagonal.diag() + beside.diag(1) + beside.diag(-1)
-        values, columns = torch.linalg.eigh(tridiagonal.double().cpu())
+        values, columns = torch.linalg.eigh(tridiagonal.cpu().double())
         nodes[row, : len(values)], weights[row, : len(values)] = values, columns[0].square()
     return SpectralDensity(nodes, weights, size)
 
@@ -186,7 +186,7 @@ def effective_dimension(matrix: Operator | SpectralDensity, damping: float | Ten
     if isinstance(matrix, SpectralDensity):
         values, weights = matrix.nodes, matrix.weights * (matrix.size / len(matrix.nodes))
     else:
-        values = matrix.eigenvalues().double().cpu()
+        values = matrix.eigenvalues().cpu().double()
         weights = torch.ones_like(values)
     values, weights = values.clamp(min=0.0).flatten(), weights.flatten()
     shares = values / (values + shifts.cpu().unsqueeze(-1))
