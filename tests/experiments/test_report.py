@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 import re
@@ -10,6 +11,7 @@ from natgrad.experiments import pages, report
 from natgrad.experiments.compare import compare
 from natgrad.experiments.config import CompareConfig
 from natgrad.experiments.plots import PLOTS
+from natgrad.experiments.results import Repeat
 from tests.experiments.schema import check
 
 TINY = CompareConfig(
@@ -163,3 +165,21 @@ def test_output_that_cannot_be_written_is_refused(tmp_path):
 )
 def test_losses_are_formatted(value, text):
     assert pages.format_loss(value) == text
+
+
+def test_quantities_over_seeds_say_how_many_runs_have_them(results):
+    (result, *_) = copy.deepcopy(results.methods)
+    result.steps_to_target, result.seconds = 7, 1.0
+    assert report.over_seeds(result, "steps_to_target") == "7"
+    result.repeats = [
+        Repeat(seed=1, seconds=3.0, steps_to_target=None, status="diverged"),
+        Repeat(seed=2, seconds=4.0, steps_to_target=9, status="completed"),
+    ]
+    assert report.over_seeds(result, "seconds", "{:.1f}".format) == "3.0 (1.0 to 4.0)"
+    assert report.over_seeds(result, "seconds", "{:.1f}".format, ranges=False) == "3.0"
+    assert report.over_seeds(result, "steps_to_target") == "8 (7 to 9) in 2 of 3"
+    assert report.over_seeds(result, "steps_to_target", ranges=False) == "8 in 2 of 3"
+    assert report.outcome(result) == "2 completed, 1 diverged"
+    assert report.over_seeds(result, "milliseconds_per_step", lambda value: "some") == (
+        "some in 1 of 3"
+    )

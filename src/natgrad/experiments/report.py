@@ -95,11 +95,13 @@ def over_seeds(
 ) -> str:
     """Return a quantity of a method's runs as text: the median, and the range over several seeds.
 
+    Where some runs have none it says how many have.
+
     Args:
         result: The method.
         quantity: Name of an attribute of a run, or what picks it.
         form: Makes text of a number.
-        ranges: Whether to say more than the median.
+        ranges: Whether to give the range.
     """
     pick = quantity if callable(quantity) else lambda run: getattr(run, quantity)
     values = [value for run in result.runs if (value := pick(run)) is not None]
@@ -109,7 +111,7 @@ def over_seeds(
     text = form(statistics.median(values))
     if ranges and min(values) < max(values):
         text += f" ({form(min(values))} to {form(max(values))})"
-    if ranges and len(values) < len(result.runs):
+    if len(values) < len(result.runs):
         text += f" in {len(values)} of {len(result.runs)}"
     return text
 
