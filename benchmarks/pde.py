@@ -7,9 +7,9 @@ Nine equations (`pde_problems.py`), the same network, points and weights for eve
 * ``lbfgs``: PyTorch's, history 100, strong Wolfe, restarted where its search gets stuck;
 * ``bfgs``, ``ssbfgs``: a dense inverse Hessian, plain or self-scaled (Al-Baali 1998: before an
   update it is divided by ``min(1, yᵀs / sᵀBs)``), with SciPy's search for strong Wolfe conditions;
-* ``engd_w``: ``Jᵀ(JJᵀ + λI)⁻¹ρ`` (Guzmán-Cordero, Dangel, Goldshlager & Zeinhofer 2025), the length
-  by search over powers of ½ for the least loss (Müller & Zeinhofer 2023), and the best of the λ
-  given;
+* ``engd_w``: ``Jᵀ(JJᵀ + λI)⁻¹ρ`` (Guzmán-Cordero, Dangel, Goldshlager & Zeinhofer 2025), solved on
+  the smaller side, the length by search over powers of ½ for the least loss (Müller & Zeinhofer
+  2023), and the best of the λ given;
 * ``spring``: the same with momentum 0.9, ``φ ← μφ + Jᵀ(JJᵀ + λI)⁻¹(ρ − μJφ)``.
 
 They evaluate the loss of ``natgrad.ResidualNetwork``, and take its rows: derivatives propagated
@@ -197,12 +197,18 @@ def woodbury(
         if len(chunks) > 1:
             raise ValueError("more rows than fit at once")
         values, jacobian = chunks[0]
-        gram = jacobian.gram()
-        gram.diagonal().add_(damping)
         rest = values - momentum * jacobian.matvec(last)
-        factor = torch.linalg.cholesky(gram)
-        weights = torch.cholesky_solve(rest.reshape(-1, 1), factor).view_as(rest)
-        direction = momentum * last + jacobian.rmatvec(weights)
+        if jacobian.rows > len(start):  # The same step, from the smaller matrix.
+            dense = jacobian.to_dense()
+            matrix, right = dense.T @ dense, jacobian.rmatvec(rest)
+        else:
+            matrix, right = jacobian.gram(), rest.flatten()
+        matrix.diagonal().add_(damping)
+        factor = torch.linalg.cholesky(matrix)
+        solution = torch.cholesky_solve(right.unsqueeze(1), factor)[:, 0]
+        if jacobian.rows <= len(start):
+            solution = jacobian.rmatvec(solution.view_as(rest))
+        direction = momentum * last + solution
         length, _ = search.search(
             lambda t: assign(network, start - t * direction), lambda: float(rows.loss()),
             0.5 * float(values.square().sum()), 0.0, 1.0,
