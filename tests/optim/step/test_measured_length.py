@@ -126,7 +126,8 @@ class Reference:
         self.caution, self.ceiling, self.s = length.start, length.start, None
         self.log_slope = None
         self.log_k, self.measured, self.count, self.taken_back = None, 0, 0, 0
-        self.ceiling, self.usual = 1.0, 0.0
+        self.ceiling, self.usual, self.zeta = 1.0, 0.0, 1.0
+        self.long_log_k = 0.0
         self.mean, self.matrix, self.inverse = None, None, None
         self.theta = position(model)
         ends = torch.tensor([p.numel() for p in model.parameters()]).cumsum(0).tolist()
@@ -172,6 +173,10 @@ class Reference:
             self.s = None
             self.taken_back += 1
             return "taken back"
+        if self.s is not None and self.log_k > self.long_log_k - 0.1:
+            ratio = min(0.5, max(-0.5, along / expected))
+            self.zeta *= math.exp(-self.length.annealing * (ratio - 0.05))
+            self.zeta = min(1.0, max(0.01, self.zeta))
         slope = float(delta @ g)
         old = math.log(slope) if self.log_slope is None else self.log_slope
         self.log_slope = self.length.memory * old + (1 - self.length.memory) * math.log(slope)
@@ -183,8 +188,10 @@ class Reference:
             memory = min(self.length.memory, 1 - 1 / self.measured)
             old = found if self.log_k is None else self.log_k
             self.log_k = memory * old + (1 - memory) * found
+            memory = min(0.9, 1 - 1 / self.measured)
+            self.long_log_k = memory * self.long_log_k + (1 - memory) * found
         usual = max(slope, math.exp(self.log_slope))
-        alpha = self.caution * min(1 / scale, math.exp(self.log_k) / usual)
+        alpha = self.caution * self.zeta * min(1 / scale, math.exp(self.log_k) / usual)
         changes = sorted(
             float((self.rates * delta)[part].norm()) / max(float(self.theta[part].norm()),
                                                            math.sqrt(outputs / 3))
@@ -239,7 +246,7 @@ def close(found: Tensor, expected: Tensor, tolerance: float = 1e-9) -> None:
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
 def test_steps_are_those_of_the_formulas(kind, likelihood, refresh, momentum):
     """Measurements, caution, momentum, schedule of the rate, and steps that are taken back."""
-    length = MeasuredLength(interval=4, memory=0.6, start=0.3, growth=1.4)
+    length = MeasuredLength(interval=4, memory=0.6, start=0.3, growth=1.4, annealing=0.4)
     model = network()
     optimizer = optimizer_of(model, kind, likelihood, length, refresh=refresh, momentum=momentum)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 2.0 / (1 + step % 5))
@@ -254,6 +261,7 @@ def test_steps_are_those_of_the_formulas(kind, likelihood, refresh, momentum):
         close(position(model), reference.theta)
         state = optimizer._length
         close(torch.tensor(state.caution).double(), torch.tensor(reference.caution).double())
+        close(torch.tensor(state.annealed).double(), torch.tensor(reference.zeta).double())
         close(torch.tensor(state.log_decrement).double(), torch.tensor(reference.log_k).double())
     assert state.measurements == reference.measured
     assert state.taken_back == outcomes.count("taken back") < 14
@@ -294,6 +302,64 @@ def test_rate_is_in_the_buffer():
     assert steps[0].abs().max() > 0
     close(steps[1], steps[0] / 2)
     close(steps[2], steps[0] / 4)
+
+
+# -- noise -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+@pytest.mark.parametrize("kind", ["kfac", "full"])
+def test_lengths_are_annealed_by_the_formula(kind, momentum):
+    """Targets are noise, so that steps end uphill for the next batch."""
+    length = MeasuredLength(interval=4, start=1.0, overshoot=math.inf)
+    model = network()
+    optimizer = optimizer_of(model, kind, "gaussian", length, momentum=momentum)
+    reference = Reference(network(), kind, "gaussian", length, EVERY_STEP)
+    reference.momenta.fill_(momentum)
+    annealed = []
+    for x, y in batches("gaussian", 40):
+        reference.step(x, y)
+        take(optimizer, model, "gaussian", x, y)
+        annealed.append(optimizer._length.annealed)
+        close(torch.tensor(annealed[-1]).double(), torch.tensor(reference.zeta).double())
+        close(position(model), reference.theta, 1e-8)
+    assert 0.01 < min(annealed) < 0.97
+    held = [a == b for a, b in itertools.pairwise(annealed)]
+    assert any(held) and not all(held)  # While K falls lengths are left alone.
+
+
+def student(noise: float, annealing: float, seed: int) -> tuple[float, float]:
+    """Return the error after 400 batches of another network's noisy outputs, and the last ζ."""
+    torch.manual_seed(seed)
+    teacher, model = (
+        nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3)).double() for _ in range(2)
+    )
+    rule = StepRule(length=MeasuredLength(annealing=annealing))
+    optimizer = natgrad.KFAC(model, "gaussian", step_rule=rule)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Steps are taken back.
+        for _ in range(400):
+            x = torch.randn(16, 6).double()
+            y = teacher(x).detach() + noise * torch.randn(16, 3).double()
+            take(optimizer, model, "gaussian", x, y)
+    x = torch.randn(1000, 6).double()
+    with torch.no_grad():
+        error = 0.5 * (model(x) - teacher(x)).square().sum(1).mean()
+    return float(error), optimizer._length.annealed
+
+
+def test_noise_that_stays_anneals_lengths_at_a_constant_rate():
+    plain, annealed = ([student(1.0, k, seed) for seed in range(4)] for k in (0.0, 0.2))
+    assert sum(error for error, _ in annealed) < 0.75 * sum(error for error, _ in plain)
+    assert all(zeta < 0.8 for _, zeta in annealed)
+
+
+def test_what_can_be_fitted_keeps_its_lengths():
+    """The noise of batches vanishes with the error."""
+    for seed in range(4):
+        error, zeta = student(0.0, 0.2, seed)
+        assert error < 0.01
+        assert zeta > 0.8
 
 
 # -- limits ----------------------------------------------------------------------------------------

@@ -44,6 +44,15 @@ LARGEST_CHANGE = 0.3
 #: Weight of the past in the average of slopes.
 USUAL = 0.9
 
+#: Average ratio of slopes q up to which lengths are not annealed: what early speed is worth.
+TOLERATED = 0.05
+
+#: Weight of the past in the longer average of log K, and how far below it K counts as falling.
+LONG_MEMORY, FALL = 0.9, 0.1
+
+#: Largest part that a single ratio of slopes plays in that average, either way.
+LARGEST_RATIO = 0.5
+
 #: Factor on the caution after a step that went well, where such lengths went too far before.
 SLOW_GROWTH = 1.05
 
@@ -57,7 +66,7 @@ class MeasuredLength:
 
     With the learning rate η as a factor, the step is
 
-    .. math:: v \leftarrow \mu v - (1 - \mu)\, \eta \gamma \alpha \Delta, \quad
+    .. math:: v \leftarrow \mu v - (1 - \mu)\, \eta \gamma \zeta \alpha \Delta, \quad
               \alpha = \min(K / \langle \Delta, g \rangle, 1/c), \quad
               \theta \leftarrow \theta + v,
 
@@ -68,10 +77,10 @@ class MeasuredLength:
     The learning rate is in the buffer, so that no schedule stretches old steps.
 
     No step is so long that two weights, vectors aside, change by more than 0.3 of their norms:
-    ``ηγα‖Δ_W‖ ≤ 0.3‖W‖`` for all but one. A network is linear in each layer, up to what follows it,
-    but not in two at once, and units that saturate show no slope that went too far. Targets whose
-    size the outputs do not have yet ask all layers for such steps. A weight counts as no smaller
-    than torch's layers begin with.
+    ``ηγζα‖Δ_W‖ ≤ 0.3‖W‖`` for all but one. A network is linear in each layer, up to what follows
+    it, but not in two at once, and units that saturate show no slope that went too far. Targets
+    whose size the outputs do not have yet ask all layers for such steps. A weight counts as no
+    smaller than layers of torch begin with.
 
     The gradient at the next step tells whether the last one went too far, for the price of an
     inner product: the slope along v was −s and is ``q·s`` now, with s at least its average, as that
@@ -82,6 +91,14 @@ class MeasuredLength:
     lengths went too far before, quickly up to there. A gradient that is not finite skips the step;
     a second one running takes all of the last step back.
 
+    K is measured on batches, whose noise the next batch does not share. Where gradients are mostly
+    noise, steps end beyond the minimum along v as the next batch has it: q is positive on average,
+    0.1 or more. Noise that vanishes as the data are fitted does no harm, and K falls with it; other
+    noise sets a floor to the loss. So where K does not fall, lengths are annealed,
+    ``ζ ← ζ exp(−κ(q − 0.05))``, with q cut to ±0.5 and ζ at most 1: a constant η trains as with a
+    schedule, and a schedule that shortens steps lets ζ rise again. q is the hypergradient of Baydin
+    et al. (2018) in units of the slope.
+
     Attributes:
         interval: Steps between measurements of K; some more are taken in the first interval. One
             costs a product with the batch's rows, and, unless curvature is updated at the same
@@ -90,6 +107,7 @@ class MeasuredLength:
         start: γ at the first step, in (0, 1].
         growth: Factor on γ after a step that went well, at least 1.
         overshoot: The ratio of slopes q beyond which a step is taken back; infinite for never.
+        annealing: κ, how fast lengths follow q where K does not fall; 0 for never.
 
     Raises:
         ValueError: If an option is out of range.
@@ -100,6 +118,7 @@ class MeasuredLength:
     start: float = 0.1
     growth: float = 1.5
     overshoot: float = 0.5
+    annealing: float = 0.2
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -111,6 +130,7 @@ class MeasuredLength:
             raise ValueError(f"growth must be finite and at least 1, got {self.growth!r}")
         if not is_number(self.overshoot) or not self.overshoot > 0:
             raise ValueError(f"overshoot must be positive, got {self.overshoot!r}")
+        check_range("annealing", self.annealing)
 
     def is_due(self, step: int, refresh: Refresh, follows_updates: bool) -> bool:
         """Return whether K is measured at a step, counted from 0.
@@ -136,10 +156,12 @@ class LengthState:
 
     Attributes:
         log_decrement: The average of log K; None before the first measurement.
+        usual_log_decrement: The average of log K over more measurements.
         log_slope: The average of log ⟨Δ, g⟩; None before the first step.
         scale: c, the curvature of the loss in units of the Fisher matrix.
         measurements: How many there were.
         caution: γ.
+        annealed: ζ.
         ceiling: Up to which γ grows quickly: its value where a step last went too far.
         slope: s, by how much the last step was to lower the loss to first order; None where the
             next gradient is not to be held against it.
@@ -149,10 +171,12 @@ class LengthState:
     """
 
     log_decrement: float | None = None
+    usual_log_decrement: float = 0.0
     log_slope: float | None = None
     scale: float = 1.0
     measurements: int = 0
     caution: float = 1.0
+    annealed: float = 1.0
     ceiling: float = 1.0
     slope: float | None = None
     usual_slope: float = 0.0
@@ -181,8 +205,15 @@ class LengthState:
         found, count = 2 * math.log(slope) - math.log(quadratic), self.measurements + 1
         if largest < math.inf:
             found = min(found, math.log(largest / scale))
+        long = _averaged(self.usual_log_decrement, found, min(LONG_MEMORY, 1 - 1 / count))
         average = _averaged(self.log_decrement, found, min(rule.memory, 1 - 1 / count))
-        return replace(self, log_decrement=average, measurements=count, scale=scale)
+        return replace(
+            self,
+            log_decrement=average,
+            usual_log_decrement=long,
+            measurements=count,
+            scale=scale,
+        )
 
     def met(self, rule: MeasuredLength, slope: float) -> LengthState:
         """Return the state after a direction with ``⟨Δ, g⟩`` = slope was found."""
@@ -191,7 +222,7 @@ class LengthState:
         return replace(self, log_slope=_averaged(self.log_slope, math.log(slope), rule.memory))
 
     def length(self, slope: float, change: float = 0.0) -> float:
-        """Return γα for a direction with ``⟨Δ, g⟩`` = slope; α is at most 1/c.
+        """Return γζα for a direction with ``⟨Δ, g⟩`` = slope; α is at most 1/c.
 
         Args:
             slope: ``⟨Δ, g⟩``.
@@ -201,7 +232,7 @@ class LengthState:
             return 0.0
         log_slope = max(math.log(slope), self.log_slope)
         alpha = math.exp(min(self.log_decrement - log_slope, -math.log(self.scale)))
-        length = self.caution * alpha
+        length = self.caution * self.annealed * alpha
         return length if length * change <= LARGEST_CHANGE else LARGEST_CHANGE / change
 
     def share_kept(self, rule: MeasuredLength, slope: float) -> float:
@@ -211,12 +242,35 @@ class LengthState:
             rule: The rule.
             slope: ``⟨v, g⟩`` with the last step v and the present gradient.
         """
+        ratio = self._ratio(slope)
+        if not ratio > rule.overshoot:
+            return 1.0
+        return 1.0 / (1.0 + ratio)
+
+    def _ratio(self, slope: float) -> float:
+        """Return q; 0 where there is no step to hold the slope against."""
         if self.slope is None:
-            return 1.0
+            return 0.0
         expected = max(self.slope, self.usual_slope)
-        if not slope > rule.overshoot * expected:
-            return 1.0
-        return expected / (expected + slope) if math.isfinite(slope) else 0.0
+        return slope / expected if math.isfinite(slope) else math.inf
+
+    def _decrement_falls(self) -> bool:
+        if self.log_decrement is None:
+            return False
+        return self.log_decrement < self.usual_log_decrement - FALL
+
+    def answered(self, rule: MeasuredLength, slope: float) -> LengthState:
+        """Return the state after the present gradient answered to the last step, which stays.
+
+        Args:
+            rule: The rule.
+            slope: ``⟨v, g⟩`` with the last step v and the present gradient.
+        """
+        if self.slope is None or self._decrement_falls():
+            return self
+        ratio = min(LARGEST_RATIO, max(-LARGEST_RATIO, self._ratio(slope)))
+        annealed = self.annealed * math.exp(-rule.annealing * (ratio - TOLERATED))
+        return replace(self, annealed=min(1.0, max(LEAST_LENGTH, annealed)))
 
     def shortened(self, share: float, rate: float) -> LengthState:
         """Return the state after the last step, at a rate η, was cut to a share of it."""
