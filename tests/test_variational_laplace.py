@@ -450,7 +450,7 @@ def test_choice_of_inducing_points():
             model, batches_of(x), 4, selection, torch.Generator().manual_seed(1)
         )
         assert found.shape == (4, 3)
-        inside = (torch.cdist(found, x).min(1).values < 1e-12).all()
+        inside = (found[:, None] == x).all(2).any(1).all()
         assert bool(inside) == (selection != "k_means")
         if selection != "random":  # One in each cluster, for kernels and for means.
             assert sorted(torch.cdist(found, centres).argmin(1).tolist()) == [0, 1, 2, 3]
