@@ -127,7 +127,7 @@ def test_ctrl_c_before_anything_is_there_is_one_line(monkeypatch, capsys):
     def stop(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("natgrad.cli.load_model", stop)
+    monkeypatch.setattr("natgrad.cli.inspect.load_model", stop)
     assert run(["inspect", "tests.test_cli:small_network"]) == 130
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "natgrad: interrupted; nothing was written.\n")
@@ -164,9 +164,9 @@ def test_colours_are_for_terminals_only(monkeypatch, stream, no_color, coloured)
     monkeypatch.setattr("sys.stdout", output)
     assert run(["plan", "tests.test_cli:small_network", "--ranks=1"]) == 0
     assert "kfac" in output.getvalue()
-    from natgrad.cli import _console
+    from natgrad.cli.invocation import make_console
 
-    _console().print("[red]red[/red]")
+    make_console().print("[red]red[/red]")
     assert ("\x1b[31mred" in output.getvalue()) == coloured
     if stream is not Terminal:
         assert "\x1b" not in output.getvalue()

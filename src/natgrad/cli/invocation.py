@@ -1,0 +1,72 @@
+"""What commands share: options, the folder of data, the console, and the end by Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from natgrad.experiments.config import ConfigError
+from natgrad.experiments.data import DATASETS
+from natgrad.experiments.pages import check_output as check_folder
+
+__all__ = [
+    "DataFolderOption",
+    "DataOption",
+    "DepthOption",
+    "DeviceOption",
+    "Interrupted",
+    "JsonOption",
+    "OutputOption",
+    "check_output",
+    "command_line",
+    "data_folder",
+    "make_console",
+]
+
+DataOption = Annotated[str, typer.Option(help=f"Data set: {', '.join(DATASETS)}.")]
+DataFolderOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder with the original files of built-in data, or train.npz and test.npz "
+        "[default: $NATGRAD_DATA; digits need none]."
+    ),
+]
+DepthOption = Annotated[int, typer.Option(help="Number of weight layers.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+OutputOption = Annotated[Path, typer.Option(help="Folder for results.json, plots and report.html.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+class Interrupted(Exception):
+    """Ctrl-C ended a command that has told what it found; the message says where that is."""
+
+
+def make_console(stderr: bool = False) -> Console:
+    """Return a console, wide enough for tables where no terminal sets the width."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, width=None if stream.isatty() else 120)
+
+
+def data_folder(given: Path | None, read: bool = True) -> Path | None:
+    """Return the folder of built-in data: the environment's, if files are read, by default."""
+    folder = os.environ.get("NATGRAD_DATA")
+    return Path(folder) if given is None and read and folder else given
+
+
+def check_output(directory: Path) -> None:
+    """Raise a ConfigError unless results can be written to a folder."""
+    try:
+        check_folder(directory)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def command_line() -> str:
+    """Return the command as it was typed, for the report."""
+    return shlex.join(["natgrad", *sys.argv[1:]])
