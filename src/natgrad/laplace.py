@@ -33,6 +33,8 @@ from natgrad.capture.evaluation import (
 )
 from natgrad.capture.model_output import Selection, require_output, unwrap
 from natgrad.curvature import Structure
+from natgrad.distributed import Replicas
+from natgrad.distributed.shards import mesh_group, whole
 from natgrad.fisher import Batch, FisherType, fisher_matrix
 from natgrad.likelihoods import (
     Bernoulli,
@@ -67,6 +69,8 @@ class Laplace:
         parameters: ``"all"``, or ``"last_layer"`` to be uncertain about the last layer alone.
         fisher: Fisher type.
         output: Picks the tensor the likelihood looks at out of the model's output.
+        process_group: Processes that have a share of the data each, as in
+            :func:`natgrad.fisher_matrix`; all must make the posterior, which is the same in each.
         **structure_options: Options of the structure.
 
     Attributes:
@@ -84,6 +88,9 @@ class Laplace:
         >>> probabilities = posterior.predict(x)
     """
 
+    #: Whether the model is kept in shards.
+    _shards = False
+
     def __init__(
         self,
         model: nn.Module,
@@ -95,11 +102,14 @@ class Laplace:
         parameters: Literal["all", "last_layer"] = "all",
         fisher: str | FisherType = "exact",
         output: Callable[[Any], Tensor] | None = None,
+        process_group: Any = None,
         **structure_options: Any,
     ) -> None:
         if parameters not in ("all", "last_layer"):
             raise ValueError(f"parameters must be 'all' or 'last_layer', got {parameters!r}")
         self.model = unwrap(model)
+        mesh = mesh_group(self.model)
+        self._shards, replicas = mesh is not None, Replicas.of(model, process_group or mesh)
         self.likelihood = as_likelihood(likelihood)
         self.output = self.likelihood.selection(output)
         self.prior_precision = prior_precision
@@ -112,17 +122,20 @@ class Laplace:
         self._trainable: frozenset[str] | None = None
         if parameters == "last_layer":
             first = next(iter(batches), None)
-            if first is None:
+            own_layer = [] if first is None else sorted(self._last_layer(first[0]))
+            device = next(self.model.parameters()).device
+            layers = [one for one in replicas.gathered(own_layer, device) if one]
+            if not layers:
                 raise ValueError("data has no batches")
-            self._trainable = self._last_layer(first[0])
+            self._trainable = frozenset(layers[0])
         with self._only_trainable():
             self.matrix = fisher_matrix(
-                self.model, data, self.likelihood, structure, fisher, output=output,
-                **structure_options,
+                model, data, self.likelihood, structure, fisher, output=output,
+                process_group=process_group, **structure_options,
             )  # fmt: skip
             names = self.matrix.parameter_names
             values = dict(self.model.named_parameters())
-            self._squared_norm = sum(float(values[n].detach().square().sum()) for n in names)
+            self._squared_norm = sum(float(whole(values[n]).detach().square().sum()) for n in names)
         self.count, self.log_likelihood = 0.0, 0.0
         for inputs, target in batches:
             if target is None:
@@ -133,6 +146,9 @@ class Laplace:
                 self.count += count
                 self.log_likelihood -= float(own.loss(outputs, target)) * count
                 self.log_likelihood += _log_normalizer(own, outputs, target)
+        device = self.matrix.layout.device
+        own_part = torch.tensor([self.count, self.log_likelihood], dtype=torch.float64)
+        self.count, self.log_likelihood = replicas.summed(own_part.to(device), device).tolist()
 
     @property
     def prior_precision(self) -> float:
@@ -202,7 +218,7 @@ class Laplace:
         """Return the mean outputs and their covariances ``(N, C, C)``, or variances ``(N, C)``."""
         inverse, samples = self._inverse(), count_samples(x)
         result: tuple[Tensor, Tensor] | None = None
-        with self._only_trainable(), Capture(self.model, self.output) as capture:
+        with self._only_trainable(), self._capture() as capture:
             for start in range(0, samples, CHUNK_SAMPLES):
                 mean, rows = output_rows(
                     capture, take_samples(x, slice(start, start + CHUNK_SAMPLES))
@@ -252,8 +268,9 @@ class Laplace:
         # (NF + δI)^(−1/2) = (F + δ/N I)^(−1/2)/√N
         deviations = self.matrix.inverse_root(self.prior_precision / self.count) @ noise.T
         values = dict(self.model.named_parameters())
-        center = layout.to_column({name: values[name].detach() for name in layout.names})
-        return (center + deviations / self.count**0.5).T
+        center = layout.to_column({name: whole(values[name]).detach() for name in layout.names})
+        samples: Tensor = (center + deviations / self.count**0.5).T
+        return samples
 
     def predict(
         self, x: Any, samples: int | None = None, generator: torch.Generator | None = None
@@ -322,8 +339,11 @@ class Laplace:
             shapes = None if heads is None else {key: one.shape for key, one in heads.items()}
             return require_output(found, self.output), self.likelihood.of_shapes(shapes)
 
+    def _capture(self) -> Capture:
+        return Capture(self.model, self.output, shards=self._shards)
+
     def _last_layer(self, inputs: Any) -> frozenset[str]:
-        with Capture(self.model, self.output) as capture, evaluated(capture, inputs) as output:
+        with self._capture() as capture, evaluated(capture, inputs) as output:
             rows = capture.pull_back(output, torch.ones_like(output.detach()).unsqueeze(0))
             return frozenset(rows[list(rows)[-1]].layout.names)
 

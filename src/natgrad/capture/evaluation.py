@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from natgrad.capture.batched_backward import RowsUnavailable
 from natgrad.capture.capture import Capture
 from natgrad.capture.model_output import require_output
+from natgrad.distributed.shards import whole_parameters
 from natgrad.jacobians import Jacobians
 
 __all__ = [
@@ -52,11 +53,13 @@ def evaluated(capture: Capture, inputs: Any) -> Iterator[Tensor]:
                 "output=lambda out: ... to pick the right tensor"
             )
         recorded = capture.passes[-1]
-        capture.settle(recorded)
-        for name, reason in capture.rows.unavailable.items():
-            raise RowsUnavailable(f"there are no rows for {name!r}: {reason}")
-        assert recorded.output is not None
-        yield recorded.output
+        parts = whole_parameters(capture.model, True) if capture.shards else nullcontext()
+        with parts:
+            capture.settle(recorded)
+            for name, reason in capture.rows.unavailable.items():
+                raise RowsUnavailable(f"there are no rows for {name!r}: {reason}")
+            assert recorded.output is not None
+            yield recorded.output
 
 
 def output_rows(capture: Capture, inputs: Any) -> tuple[Tensor, Jacobians]:

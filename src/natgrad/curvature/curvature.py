@@ -15,6 +15,7 @@ from natgrad import linalg
 from natgrad.curvature.cost import Cost, Workload
 from natgrad.curvature.sharing import (
     Sharing,
+    agree,
     of_all,
     take_inverses,
     unite,
@@ -236,15 +237,22 @@ class Curvature:
         """
         for entry in self.resting.values():
             entry["weight"] = max(entry["weight"] * decay, LEAST_WEIGHT)
+        missed: Mapping[str, Tensor | float] = {
+            name: absent if isinstance(absent, Tensor) and one.batch is None else 0.0
+            for name, one in self.estimates.items()
+        }
         if not self.replicas.are_alone:
+            if absent is not None:
+                missed = agree(self, missed)
             unite(self)
         for name, present in self.estimates.items():
             average, batch = present.average, present.batch
             if batch is None:
-                missed = absent if isinstance(absent, Tensor) and not present.rejected else 0.0
-                count = present.absent + missed
+                count = present.absent + (0.0 if present.rejected else missed[name])
                 self.estimates[name] = replace(present, absent=count, rejected=False)
                 continue
+            if isinstance(missed[name], Tensor):  # By processes whose samples had no rows of it.
+                batch = batch.with_count(batch.count + missed[name])
             if average is not None:
                 batch = average.followed_by(batch, decay)
             self.estimates[name] = replace(present, average=batch, batch=None, rejected=False)

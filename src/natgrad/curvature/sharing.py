@@ -12,6 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+from torch import Tensor
+
 from natgrad.operators.block_diagonal import damping_of
 from natgrad.records import Record
 
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
     from natgrad.curvature.curvature import Curvature, Damping, Estimate
     from natgrad.curvature.structure import Part
 
-__all__ = ["Sharing", "of_all", "take_inverses", "unite"]
+__all__ = ["Sharing", "agree", "of_all", "take_inverses", "unite"]
 
 Sharing = Literal["inverses", "memory", "nothing"]
 
@@ -47,6 +50,23 @@ def unite(curvature: Curvature) -> None:
                 found = [one[name] for one in rows]
                 batch = curvature.structure.united(part, sums[name], found, present.average)
                 curvature.estimates[name] = replace(present, batch=batch, draws=draws)
+
+
+def agree(curvature: Curvature, missed: Mapping[str, Tensor | float]) -> dict[str, Tensor]:
+    """Leave out what one process has left out; return the counts that parts missed in all.
+
+    Args:
+        curvature: The curvature.
+        missed: Those of this process, by part.
+    """
+    device, parts = curvature.layout.device, curvature.estimates
+    counts = [torch.as_tensor(missed[name], device=device).double() for name in parts]
+    rejected = [torch.tensor(float(one.rejected), device=device).double() for one in parts.values()]
+    total = curvature.replicas.summed(torch.stack([*counts, *rejected]), device)
+    for name, flag in zip(list(parts), total[len(parts) :].tolist(), strict=True):
+        if flag:
+            parts[name] = replace(parts[name], batch=None, rejected=True)
+    return dict(zip(parts, total[: len(parts)], strict=True))
 
 
 def take_inverses(curvature: Curvature, made: Sequence[str], damping: Damping) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.distributed.exchange import Outlines, gathered, summed
-from natgrad.distributed.place import Place
+from natgrad.distributed.place import WHOLE_BATCH, Place
 from natgrad.distributed.shards import is_sharded
 
 __all__ = ["Replicas"]
@@ -143,10 +143,16 @@ class Replicas:
             return value
         return summed(value, self.group, device, self.outlines, owner)
 
-    def place_of(self, samples: Sequence[int]) -> Place:
-        """Return which samples of a batch are those of this process.
+    def placed(self, samples: int, flag: bool, device: torch.device) -> tuple[Place, bool]:
+        """Return which samples of a batch are those of this process, and whether any flag is up.
 
         Args:
-            samples: How many each process has, in the order of ranks.
+            samples: How many it has.
+            flag: What the others are to know of.
+            device: Where the group sends from.
         """
-        return Place(sum(samples[: self.rank]), samples[self.rank], sum(samples))
+        if self.are_alone:
+            return WHOLE_BATCH, flag
+        numbers, flags = zip(*self.told([samples, int(flag)], device), strict=True)
+        place = Place(sum(numbers[: self.rank]), samples, sum(numbers))
+        return place, any(flags)

@@ -33,14 +33,18 @@ def is_sharded(tensor: Tensor) -> bool:
 def mesh_group(model: nn.Module) -> Any:
     """Return the processes that a model's parameters are sharded over; None if they are not.
 
+    Those that a forward pass has left whole are sharded again, as they tell nothing.
+
     Raises:
         ValueError: If they are sharded otherwise than by FSDP2 over one mesh: of one dimension, or
             of two, in replicas of shards, that hold all processes.
     """
+    units: list[Any] = [module for module in model.modules() if hasattr(module, "unshard")]
+    for unit in units:
+        unit.reshard()
     sharded: dict[str, Any] = {n: p for n, p in model.named_parameters() if is_sharded(p)}
     if not sharded:
         return None
-    units = [module for module in model.modules() if hasattr(module, "unshard")]
     held = {p for unit in units for p in unit.parameters()}
     mesh = next(iter(sharded.values())).device_mesh
     for name, parameter in sharded.items():
@@ -88,11 +92,14 @@ def sharded_like(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 @contextmanager
-def whole_parameters(model: nn.Module) -> Iterator[None]:
+def whole_parameters(model: nn.Module, shards_again: bool = False) -> Iterator[None]:
     """Have a model's parameters whole, and keep them so through backward passes inside.
 
-    Such passes neither reduce gradients nor shard parameters again, which the backward pass that
-    follows does.
+    Such passes neither reduce gradients nor shard parameters again.
+
+    Args:
+        model: The model.
+        shards_again: Whether to do that at the end, as where no backward pass follows that does.
     """
     units: list[Any] = [module for module in model.modules() if hasattr(module, "unshard")]
     before = []
@@ -111,3 +118,5 @@ def whole_parameters(model: nn.Module) -> Iterator[None]:
     finally:
         for owner, name, value in reversed(before):
             setattr(owner, name, value)
+        for unit in units if shards_again else ():
+            unit.reshard()

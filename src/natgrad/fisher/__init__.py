@@ -1,6 +1,12 @@
 """Fisher matrices: which vectors are pulled back, and from data to a matrix."""
 
-from natgrad.fisher.estimation import Batch, RowReceiver, fisher_matrix, update_from_output
+from natgrad.fisher.estimation import (
+    Batch,
+    RowReceiver,
+    draw_in_step,
+    fisher_matrix,
+    update_from_output,
+)
 from natgrad.fisher.types import (
     FISHER_TYPES,
     EmpiricalFisher,
@@ -21,6 +27,7 @@ __all__ = [
     "MonteCarloFisher",
     "RowReceiver",
     "as_fisher_type",
+    "draw_in_step",
     "fisher_matrix",
     "update_from_output",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -11,14 +12,26 @@ from torch import Tensor, nn
 
 from natgrad.capture import Capture
 from natgrad.capture.evaluation import evaluated
+from natgrad.capture.model_output import unwrap
 from natgrad.curvature import Curvature, Structure, as_structure
+from natgrad.distributed import Replicas
+from natgrad.distributed.place import PlacedGenerator
+from natgrad.distributed.shards import mesh_group
 from natgrad.fisher.types import FisherType, as_fisher_type
 from natgrad.jacobians import Jacobians, LinearJacobian
 from natgrad.jacobians.scaled import ScaledRows
 from natgrad.likelihoods import Likelihood, LikelihoodLike, as_likelihood
 from natgrad.operators import FisherMatrix
 
-__all__ = ["Batch", "RowReceiver", "batches_of", "fisher_matrix", "update_from_output"]
+__all__ = [
+    "Batch",
+    "RowReceiver",
+    "batches_of",
+    "batches_together",
+    "draw_in_step",
+    "fisher_matrix",
+    "update_from_output",
+]
 
 #: Vectors are pulled back in chunks whose gradients at all layers' outputs have at most this many
 #: entries together (2^26 float32 = 256 MiB).
@@ -113,6 +126,31 @@ def update_from_output(
         receiver.observe(jacobians, count, continued=start > 0)
 
 
+def draw_in_step(
+    likelihood: Likelihood, fisher: FisherType, output: Tensor, generator: PlacedGenerator
+) -> None:
+    """Draw the random numbers of a batch of which no sample of this process counts.
+
+    Other processes need them, and the next batch begins after them everywhere.
+
+    Args:
+        likelihood: What the output means.
+        fisher: Which vectors are pulled back.
+        output: The output of this process, ``(N, ...)``, detached; N may be 0.
+        generator: Source of randomness, which knows the place of its samples.
+    """
+    if not fisher.draws:
+        return
+    place = generator.place
+    if len(output) == 0:  # As if it had one sample of the batch.
+        output = output.new_zeros(1, *output.shape[1:])
+        generator.place = replace(place, before=0, samples=1)
+    with torch.no_grad():
+        weights, nothing = likelihood.event_weights(output), torch.zeros_like(output)
+        fisher.vectors(likelihood, output, weights, generator, cotangent=nothing)
+    generator.place = place
+
+
 def _active_positions(jacobians: Jacobians) -> dict[str, Tensor | None]:
     return {
         name: block.active_positions
@@ -134,11 +172,17 @@ def fisher_matrix(
     seed: int = 0,
     output: Callable[[Any], Tensor] | None = None,
     batch_dim: int | None = None,
+    process_group: Any = None,
     **structure_options: Any,
 ) -> FisherMatrix:
     r"""Return the Fisher matrix of a model on some data, in a chosen structure.
 
     .. math:: F = \frac{1}{count} \sum_n J_n^\top \Lambda_n J_n
+
+    Several processes that have a share of the data each (``process_group=``, or a model wrapped in
+    DistributedDataParallel or sharded by ``fully_shard``) make one matrix of the data of all of
+    them, and all must call it. It is the one that a single process makes of batches that are
+    theirs laid end to end, the first ones, the second ones and so on; who has fewer waits.
 
     Args:
         model: Any module; it runs in its present train or eval mode. Gradients, the random state
@@ -159,6 +203,9 @@ def fisher_matrix(
         output: Picks the tensor the likelihood looks at out of the model's output.
         batch_dim: The dimension of that tensor, and of targets of as many dimensions, that holds
             the samples; by default the first, or the second where they turn out to lie there.
+        process_group: Processes whose data it is, with equal models; by default those that the
+            model is wrapped or sharded for, and no others. Pass ``model.module`` for the data of
+            this process alone.
         **structure_options: Options of the structure, e.g. ``weight_sharing="reduce"`` for kfac.
 
     Returns:
@@ -175,7 +222,11 @@ def fisher_matrix(
     """
     likelihood = as_likelihood(likelihood)
     fisher = as_fisher_type(fisher)
-    with Capture(model, likelihood.selection(output), batch_dim=batch_dim) as capture:
+    mesh = mesh_group(unwrap(model))
+    replicas = Replicas.of(model, process_group or mesh)
+    with Capture(
+        model, likelihood.selection(output), batch_dim=batch_dim, shards=mesh is not None
+    ) as capture:
         capture.check_covered()
         layouts = {name: block.layout for name, block in capture.blocks.items()}
         chosen = as_structure(structure, **structure_options)
@@ -186,37 +237,98 @@ def fisher_matrix(
                 stacklevel=2,
             )
         curvature = Curvature(chosen, layouts, capture.layout)
-        generators: dict[torch.device, torch.Generator] = {}
+        curvature.replicas = replicas
+        generators: dict[torch.device, PlacedGenerator] = {}
         batches = 0
-        for inputs, target in batches_of(data):
+        for batch in batches_together(batches_of(data), replicas, capture):
             batches += 1
-            with evaluated(capture, inputs) as found:
-                if target is not None:
-                    target = capture.find_pass(found).samples_first(target)
-                generator = generators.setdefault(
-                    found.device, torch.Generator(found.device).manual_seed(seed)
-                )
-                detached = found.detach()
-                if detached.numel() == 0:
-                    continue  # A batch of no samples.
-                own = likelihood.of_shapes(capture.find_pass(found).heads)
-                count = own.count(detached, target)
-                update_from_output(
-                    curvature,
-                    capture,
-                    own,
-                    fisher,
-                    found,
-                    own.event_weights(detached, target),
-                    count,
-                    generator=generator,
-                    target=target,
-                    retain_graph=False,
-                )
-            curvature.join(absent=count.double())
+            count = _take_batch(curvature, capture, likelihood, fisher, batch, generators, seed)
+            curvature.join(absent=count)
     if batches == 0:
         raise ValueError("data has no batches, so there is nothing to estimate a Fisher from")
     return curvature.matrix()
+
+
+def _take_batch(
+    curvature: Curvature,
+    capture: Capture,
+    likelihood: Likelihood,
+    fisher: FisherType,
+    batch: Batch | None,
+    generators: dict[torch.device, PlacedGenerator],
+    seed: int,
+) -> Tensor:
+    """Hand the rows of a batch on; return its count.
+
+    Args:
+        curvature: What takes the rows.
+        capture: The hooks on the model.
+        likelihood: What its outputs mean.
+        fisher: Which vectors are pulled back.
+        batch: The share of this process in the batch; None for no more.
+        generators: Sources of randomness so far, by device.
+        seed: Seed of further ones.
+    """
+    replicas, home = curvature.replicas, capture.layout.device
+    nothing = torch.zeros((), dtype=torch.float64, device=home)
+    if batch is None:
+        replicas.placed(0, False, home)
+        return nothing
+    inputs, target = batch
+    with evaluated(capture, inputs) as found:
+        if target is not None:
+            target = capture.find_pass(found).samples_first(target)
+        if found.device not in generators:
+            generators[found.device] = PlacedGenerator(found.device)
+            generators[found.device].manual_seed(seed)
+        generator, detached = generators[found.device], found.detach()
+        own = likelihood.of_shapes(capture.find_pass(found).heads)
+        is_empty = detached.numel() == 0
+        weights = None if is_empty else own.event_weights(detached, target)
+        silent = weights is not None and bool((weights == 0).any())
+        place, silent = replicas.placed(len(found), silent, home)
+        generator.place = curvature.place = place
+        if weights is None:
+            draw_in_step(own, fisher, detached, generator)
+            return nothing
+        count = own.count(detached, target)
+        update_from_output(
+            curvature,
+            capture,
+            own,
+            fisher,
+            found,
+            weights,
+            count,
+            skip_silent=silent,
+            generator=generator,
+            target=target,
+            retain_graph=False,
+        )
+        return count.to(home, torch.float64)
+
+
+def batches_together(
+    batches: Iterator[Batch], replicas: Replicas, capture: Capture
+) -> Iterator[Batch | None]:
+    """Yield a process's own batches, and None while others still have some.
+
+    Raises:
+        ValueError: If it has none left, others do, and the model runs in all of them together only.
+    """
+    while True:
+        batch = next(batches, None)
+        have = [batch is not None]
+        if not replicas.are_alone:
+            have = [bool(one) for (one,) in replicas.told(have, capture.layout.device)]
+        if not any(have):
+            return
+        if capture.shards and not all(have):
+            raise ValueError(
+                "processes have different numbers of batches, and a model in shards runs in all "
+                "processes together: give them equal numbers of batches, of any sizes"
+            )
+        yield batch
 
 
 def batches_of(data: Any) -> Iterator[Batch]:

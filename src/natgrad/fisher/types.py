@@ -40,6 +40,8 @@ class FisherType(ABC):
     from_user_gradients = False
     #: Whether the vectors of different samples are independent with mean zero.
     independent: ClassVar[bool] = False
+    #: Whether some vectors are random.
+    draws: ClassVar[bool] = False
 
     def directions(self, outputs: int) -> int:
         """Return how many vectors are pulled back per sample with so many outputs."""
@@ -137,6 +139,7 @@ class MonteCarloFisher(FisherType):
 
     name: ClassVar[str] = "mc"
     independent: ClassVar[bool] = True
+    draws: ClassVar[bool] = True
     samples: int = 1
 
     def __post_init__(self) -> None:
@@ -223,6 +226,7 @@ class ImprovedFisher(FisherType):
     """
 
     name: ClassVar[str] = "improved"
+    draws: ClassVar[bool] = True
     damping_on: Literal["fisher", "gram"] = "fisher"
 
     def __post_init__(self) -> None:

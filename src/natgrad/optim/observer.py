@@ -18,7 +18,7 @@ from natgrad.curvature import Curvature
 from natgrad.distributed import Replicas
 from natgrad.distributed.place import PlacedGenerator
 from natgrad.distributed.shards import whole_parameters
-from natgrad.fisher import FisherType, RowReceiver, update_from_output
+from natgrad.fisher import FisherType, RowReceiver, draw_in_step, update_from_output
 from natgrad.likelihoods import Likelihood
 from natgrad.optim.audit import Findings, GradientAudit
 from natgrad.optim.options import Refresh
@@ -241,27 +241,15 @@ class Observer:
         if self.replicas.are_alone:
             return one
         assert one.recorded.output is not None
-        own = [len(one.recorded.output), one.has_silent]
-        samples, silent = zip(*self.replicas.told(own, self.capture.layout.device), strict=True)
-        self.generator.place = self.curvature.place = self.replicas.place_of(samples)
+        output = one.recorded.output
+        place, silent = self.replicas.placed(
+            len(output), one.has_silent, self.capture.layout.device
+        )
+        self.generator.place = self.curvature.place = place
         if one.is_empty and self.rows_due:
-            self._draw_in_step(one)
-        return replace(one, has_silent=any(silent))
-
-    def _draw_in_step(self, one: SeenPass) -> None:
-        """Draw random numbers that are not needed here but elsewhere."""
-        output, place = one.recorded.output, self.generator.place
-        if output is None or not self.fisher.independent:
-            return
-        output = output.detach()
-        if len(output) == 0:  # As if it had one sample of the batch.
-            output = output.new_zeros(1, *output.shape[1:])
-            self.generator.place = replace(place, before=0, samples=1)
-        likelihood = self.likelihood.of_shapes(one.recorded.heads)
-        with torch.no_grad():
-            weights = likelihood.event_weights(output)
-            self.fisher.vectors(likelihood, output, weights, self.generator)
-        self.generator.place = place
+            likelihood = self.likelihood.of_shapes(one.recorded.heads)
+            draw_in_step(likelihood, self.fisher, output.detach(), self.generator)
+        return replace(one, has_silent=silent)
 
     def _weighed(self, recorded: ForwardPass, cotangent: Tensor | None) -> SeenPass:
         """Return a pass with the weights of its events; the one place where it is waited for."""
