@@ -121,7 +121,8 @@ class BlockLayout:
         """Return weights ``(..., G, d_out, d_in)`` in the order they are stored in."""
         if not self.transposed:
             return weight
-        return weight.unflatten(-1, (self.d_in // self.kernel, self.kernel)).transpose(-3, -2)
+        channels: Tensor = weight.unflatten(-1, (self.d_in // self.kernel, self.kernel))
+        return channels.transpose(-3, -2)
 
     def gather(self, tensors: list[Tensor]) -> Tensor:
         """Concatenate one tensor per parameter into the block's flat vector ``(P_l,)``."""

@@ -200,6 +200,7 @@ def cholesky(matrix: Tensor, retries: int = 3) -> Tensor:
     Raises:
         FactorizationError: If the matrix is not finite or every attempt failed.
     """
+    factor: Tensor
     factor, info = torch.linalg.cholesky_ex(matrix)
     # An entry that is not finite spoils the pivots of its row, so their check suffices.
     if _succeeded((info != 0).any() | ~torch.isfinite(factor.diagonal(dim1=-2, dim2=-1)).all()):

@@ -171,7 +171,8 @@ def _channels_last(gradients: Tensor, samples: int, groups: int) -> Tensor:
     """Rearrange ``(K, N·r, C, *spatial)`` to ``(N, K, T, G, C/G)``."""
     channels = gradients.shape[2]
     moved = fold_gradients(gradients.movedim(2, -1), samples, channels)
-    return moved.unflatten(-1, (groups, channels // groups))
+    grouped: Tensor = moved.unflatten(-1, (groups, channels // groups))
+    return grouped
 
 
 class TransposedConvolutionKind(LayerKind):

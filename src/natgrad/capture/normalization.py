@@ -173,7 +173,8 @@ def _normalize_batch(call: LayerCall, rows: Tensor) -> Tensor:
     else:
         mean = cast(Tensor, module.running_mean)
         inverse_std = (cast(Tensor, module.running_var) + module.eps).rsqrt()
-    return (rows - mean) * inverse_std
+    normalised: Tensor = (rows - mean) * inverse_std
+    return normalised
 
 
 def _normalize_layer(call: LayerCall, rows: Tensor) -> Tensor:

@@ -242,7 +242,8 @@ def _of_samples(tensor: Tensor, call: LayerCall, samples: int) -> Tensor:
             f"no multiple of the {samples} samples in the model's output"
         )
     tensor = call.axis.samples_first(tensor, samples)
-    return tensor.unflatten(0, (samples, -1))
+    by_sample: Tensor = tensor.unflatten(0, (samples, -1))
+    return by_sample
 
 
 # -- the layer, run once more ----------------------------------------------------------------------

@@ -152,7 +152,8 @@ def symmetric_part(matrices: Tensor) -> Tensor:
 
 
 def _norm(matrices: Tensor) -> Tensor:
-    return matrices.norm(dim=(-2, -1), keepdim=True)
+    norms: Tensor = matrices.norm(dim=(-2, -1), keepdim=True)
+    return norms
 
 
 def _inner(left: Tensor, right: Tensor) -> Tensor:

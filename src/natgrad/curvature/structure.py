@@ -143,7 +143,8 @@ class Structure(ABC):
             rows: What :meth:`natgrad.statistics.Statistics.rows` returned in each process.
             previous: What was summed before.
         """
-        found = Record.from_state(sums, part.parameters.device, self.vector_layout(part))
+        layout = self.vector_layout(part)
+        found: Statistics = Record.from_state(sums, part.parameters.device, layout)
         return found.with_rows(rows, part.layout)
 
     def settled(self, part: Part, statistics: Any) -> Any:

@@ -20,7 +20,8 @@ def _sphere_tangent(point: Tensor, direction: Tensor) -> Tensor:
 
 def _sphere_point(point: Tensor) -> Tensor:
     """Return ``x/‖x‖``."""
-    return point / point.norm()
+    direction: Tensor = point / point.norm()
+    return direction
 
 
 def _stiefel_tangent(point: Tensor, direction: Tensor) -> Tensor:
@@ -34,7 +35,8 @@ def _stiefel_tangent(point: Tensor, direction: Tensor) -> Tensor:
 def _stiefel_point(point: Tensor) -> Tensor:
     """Return the nearest matrix with orthonormal columns, or rows: the polar factor."""
     u, _, v = torch.linalg.svd(point, full_matrices=False)
-    return u @ v
+    polar: Tensor = u @ v
+    return polar
 
 
 #: Name → projection of a direction at a point on the tangent space, and of a point on the manifold.

@@ -244,7 +244,8 @@ class LoaderBatches(Batches):
                 f"{self.specification} yields inputs {_shown(pair[0])}, but they must be tensors "
                 "with one first dimension, the samples of a batch."
             ) from None
-        return self._moved(pair)
+        moved: Batch = self._moved(pair)
+        return moved
 
     def _moved(self, value: Any) -> Any:
         """Return a value with all its tensors on the device."""

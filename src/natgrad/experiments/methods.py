@@ -166,7 +166,8 @@ class Method:
         damping = self._options(setting).get("damping", self._default("damping"))
         if isinstance(damping, natgrad.RelativeDamping):
             return damping.share
-        return getattr(damping, "initial", damping)
+        initial: float = getattr(damping, "initial", damping)
+        return initial
 
     def learning_rate_rule(self, setting: Setting) -> LearningRateRule:
         """Return where the learning rate comes from in a setting."""
@@ -176,7 +177,8 @@ class Method:
 
     def default_rate(self) -> float:
         """Return the learning rate that the optimizer of a natural method has by default."""
-        return self._default("lr")
+        rate: float = self._default("lr")
+        return rate
 
     def theoretical_rate(self, setting: Setting) -> float | None:
         """Return 1/α of the isotropic condition without damping; None where there is none."""

@@ -80,7 +80,8 @@ class SmallCNN(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Maps (N, channels, height, width) to logits (N, classes)."""
-        return self.classifier(self.features(inputs).mean((2, 3)))
+        logits: Tensor = self.classifier(self.features(inputs).mean((2, 3)))
+        return logits
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"mlp": MLP, "cnn": SmallCNN}

@@ -194,6 +194,7 @@ class LinearJacobian(LayerJacobian):
     def _apply(self, matrices: Tensor) -> Tensor:
         """Return ``V a`` of shape ``(c, G, N·T, d_out)`` for matrices ``(c, G, d_out, d_in+)``."""
         d_in = self.layout.d_in
+        result: Tensor
         if self.layout.has_weight and hasattr(self._inputs, "products"):
             result = self._inputs.products(matrices[..., :d_in])
         else:
@@ -267,9 +268,18 @@ class LinearJacobian(LayerJacobian):
         right = self if other is None else other
         if not isinstance(right, LinearJacobian) or type(right) is not type(self):
             return gram_by_gradients(self, right, symmetric)
-        if self._gram_operations(right, "positions") <= self._gram_operations(right, "gradients"):
-            return self._gram_by_positions(right, symmetric)
-        return gram_by_gradients(self, right, symmetric)
+        if self._gradients_are_cheaper(right):
+            return gram_by_gradients(self, right, symmetric)
+        return self._gram_by_positions(right, symmetric)
+
+    @property
+    def gram_takes_gradients(self) -> bool:
+        """Whether ``J Jᵀ`` takes fewer operations from per-sample gradients."""
+        return self._gradients_are_cheaper(self)
+
+    def _gradients_are_cheaper(self, other: LinearJacobian) -> bool:
+        by_positions = self._gram_operations(other, "positions")
+        return self._gram_operations(other, "gradients") < by_positions
 
     def _gram_operations(
         self, other: LinearJacobian, route: Literal["positions", "gradients"]

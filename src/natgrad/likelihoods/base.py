@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -20,21 +20,17 @@ FOREIGN = (
     "output means by likelihood=..., or train losses made of residuals by ResidualNGD"
 )
 
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
-_L = TypeVar("_L", bound="Likelihood")
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
-def full_precision(
-    method: Callable[Concatenate[_L, Tensor, _P], _T],
-) -> Callable[Concatenate[_L, Tensor, _P], _T]:
+def full_precision(method: _Method) -> _Method:
     """Run a method on the output in float32 or better, with autocast switched off.
 
     float16 and bfloat16 outputs reach the method as float32.
     """
 
     @functools.wraps(method)
-    def wrapped(self: _L, output: Tensor, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+    def wrapped(self: Any, output: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(output, Tensor) or not output.is_floating_point():
             kind = output.dtype if isinstance(output, Tensor) else type(output).__name__
             raise TypeError(
@@ -54,7 +50,7 @@ def full_precision(
                 return method(self, output, *args, **kwargs)
         return method(self, output, *args, **kwargs)
 
-    return wrapped
+    return cast(_Method, wrapped)
 
 
 class Likelihood(ABC):
@@ -209,7 +205,8 @@ class Likelihood(ABC):
         """
         root = self.output_hessian_root(output, target)
         events = self.split_events(cotangent.to(root.dtype))
-        return (torch.linalg.pinv(root) @ events.unsqueeze(-1)).flatten(1)
+        found: Tensor = (torch.linalg.pinv(root) @ events.unsqueeze(-1)).flatten(1)
+        return found
 
     @full_precision
     def sampled_vectors(

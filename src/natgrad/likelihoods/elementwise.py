@@ -45,7 +45,7 @@ class Elementwise(Likelihood):
 
     def averaging(self) -> Elementwise:
         """Return the likelihood of torch's own loss that averages over outputs."""
-        return dataclasses.replace(cast(Any, self), reduce_outputs="mean")
+        return cast(Elementwise, dataclasses.replace(cast(Any, self), reduce_outputs="mean"))
 
     @property
     def decision(self) -> Any:
@@ -64,7 +64,7 @@ class Elementwise(Likelihood):
         return self.averaging() if decision == "mean" else self._summing()
 
     def _summing(self) -> Elementwise:
-        return dataclasses.replace(cast(Any, self), reduce_outputs="sum")
+        return cast(Elementwise, dataclasses.replace(cast(Any, self), reduce_outputs="sum"))
 
     @full_precision
     def seen_with(

@@ -69,14 +69,14 @@ class Gaussian(Elementwise):
         if target is not None:
             return super().root_vectors(output, target)
         shape, size = output.shape, output[0].numel()
-        scale = (self._scale(output) / self.variance) ** 0.5
+        scale: float = (self._scale(output) / self.variance) ** 0.5
         eye = torch.eye(size, dtype=output.dtype, device=output.device) * scale
         return eye.reshape(size, 1, *shape[1:]).expand(size, *shape)
 
     @full_precision
     def sample(self, output: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draw a target of the output's shape; see the base class."""
-        deviation = (self.variance / self._scale(output)) ** 0.5
+        deviation: float = (self.variance / self._scale(output)) ** 0.5
         noise = random_like(output.detach().unsqueeze(0), generator, "normal")[0]
         return output.detach() + deviation * noise
 
@@ -90,4 +90,5 @@ class Gaussian(Elementwise):
         return torch.full_like(output, 1 / self.variance)
 
     def _sample(self, output: Tensor, generator: torch.Generator | None) -> Tensor:
-        return output + self.variance**0.5 * random_like(output, generator, "normal")
+        deviation: float = self.variance**0.5
+        return output + deviation * random_like(output, generator, "normal")

@@ -51,7 +51,8 @@ class _Layer:
         inputs = self.cross_inputs if name == "cross" else self.inputs
         assert inputs is not None
         rows = self.columns if name == "gradients" else self.outputs
-        return _repeat_for_outputs(inputs, rows, self.columns) * values
+        found: Tensor = _repeat_for_outputs(inputs, rows, self.columns) * values
+        return found
 
 
 class InfiniteNetwork(NetworkInFunctionSpace):
@@ -92,7 +93,8 @@ class InfiniteNetwork(NetworkInFunctionSpace):
             return torch.zeros(shape, dtype=torch.float64, device=x.device)
         with undisturbed(model), torch.no_grad():
             dtype = next(model.parameters()).dtype
-            return model(x.to(dtype)).double()
+            outputs: Tensor = model(x.to(dtype)).double()
+            return outputs
 
     def maps(self, structure: str, damping: float = 0.0) -> tuple[Tensor, Tensor | None]:
         """Return K ``(N, N)`` and K' ``(N', N)``, the same for every output.

@@ -72,4 +72,5 @@ def _unit_norm(x: Tensor) -> Tensor:
     norms = x.norm(dim=1, keepdim=True)
     if bool((norms == 0).any()):
         raise ValueError("a sample is zero, so it has no direction: remove it")
-    return x / norms
+    directions: Tensor = x / norms
+    return directions

@@ -52,7 +52,7 @@ class NTKLinear(nn.Linear):
         self.weight_variance = weight_variance
         self.bias_variance = bias_variance
         self.weight_scale = (weight_variance / in_features) ** 0.5
-        self.bias_scale = bias_variance**0.5
+        self.bias_scale: float = bias_variance**0.5
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
@@ -63,7 +63,7 @@ class NTKLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``(σ_w / √d_in) W x + σ_b b``."""
-        output = nn.functional.linear(input * self.weight_scale, self.weight)
+        output: Tensor = nn.functional.linear(input * self.weight_scale, self.weight)
         return output if self.bias is None else output + self.bias_scale * self.bias
 
 

@@ -75,7 +75,8 @@ class TwoLayerNetwork(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Return ``f``, ``(N, 1)``, for inputs ``(N, d)``."""
         active = torch.relu(self.hidden(input))
-        return (active @ self.signs / self.signs.numel() ** 0.5).unsqueeze(-1)
+        output: Tensor = (active @ self.signs / self.signs.numel() ** 0.5).unsqueeze(-1)
+        return output
 
 
 def two_layer_kernel(x1: Tensor, x2: Tensor | None = None) -> Tensor:

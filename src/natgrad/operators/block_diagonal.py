@@ -93,7 +93,8 @@ class FisherMatrix(Operator):
                 f"expected a vector of length {size} or columns ({size}, k), got shape "
                 f"{tuple(vector.shape)}"
             )
-        return super().__matmul__(vector)
+        product: Tensor = super().__matmul__(vector)
+        return product
 
     def solve(self, vector: Vector, damping: float = 0.0) -> Vector:
         """Return ``(F + damping I)⁻¹ v``; keep :meth:`inverse` where it is wanted again.

@@ -48,7 +48,8 @@ def tridiagonal_coefficients(depth: int) -> Tensor:
     ones = torch.ones(depth, dtype=torch.float64)
     index = torch.arange(depth)
     pattern = ((index[:, None] - index[None, :]).abs() <= 1).to(torch.float64)
-    return torch.linalg.solve(pattern, ones).round()
+    found: Tensor = torch.linalg.solve(pattern, ones).round()
+    return found
 
 
 def _check_depth(depth: int) -> None:
@@ -213,7 +214,8 @@ class BlockTridiagonalOperator(Operator):
         if self.is_zero:
             return self.layout.zeros(self.layout.numel)
         if not self.in_sample_space:
-            return torch.linalg.eigvalsh(self.dense())
+            values: Tensor = torch.linalg.eigvalsh(self.dense())
+            return values
         core, _, _ = _core([linalg.eigh(gram) for gram in self.layer_grams])
         values = torch.linalg.eigvalsh(core)
         return torch.cat([values, values.new_zeros(self.layout.numel - values.shape[0])])
@@ -323,7 +325,8 @@ class _Solver(Operator):
         if operator.is_zero:
             return columns / self.damping if self.damping else torch.zeros_like(columns)
         if self.lu is not None:
-            return torch.linalg.lu_solve(*self.lu, columns)
+            solution: Tensor = torch.linalg.lu_solve(*self.lu, columns)
+            return solution
         if self.spectra:
             return self._pseudo_inverse(columns)
         elimination = self.elimination

@@ -39,7 +39,8 @@ class DenseOperator(Operator):
 
     def eigenvalues(self) -> Tensor:
         """Return the eigenvalues."""
-        return torch.linalg.eigvalsh(self.matrix)
+        values: Tensor = torch.linalg.eigvalsh(self.matrix)
+        return values
 
     def to_dense(self) -> Tensor:
         """Return the matrix."""
@@ -122,4 +123,5 @@ class CholeskyInverse(Operator):
 
     def eigenvalues(self) -> Tensor:
         """Return the eigenvalues."""
-        return torch.linalg.svdvals(self.factor).square().reciprocal()
+        values: Tensor = torch.linalg.svdvals(self.factor).square().reciprocal()
+        return values

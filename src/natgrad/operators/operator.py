@@ -102,7 +102,8 @@ class Operator(Record, ABC):
 
     def eigenvalues(self) -> Tensor:
         """Return all ``P`` eigenvalues, in any order."""
-        return torch.linalg.eigvalsh(self.to_dense())
+        values: Tensor = torch.linalg.eigvalsh(self.to_dense())
+        return values
 
     def direct_inverse(self, damping: float) -> Operator:
         """Return ``(F + damping I)⁻¹`` by the matrix's own factorisation; the pseudo-inverse for 0.
@@ -190,7 +191,8 @@ class Operator(Record, ABC):
 
     def solve(self, columns: Tensor, damping: float = 0.0) -> Tensor:
         """Return ``(F + damping I)⁻¹ V``; keep :meth:`inverse` where it is wanted again."""
-        return self.inverse(damping) @ columns
+        solution: Tensor = self.inverse(damping) @ columns
+        return solution
 
     def __matmul__(self, columns: Any) -> Any:
         """Return ``F v`` for a vector ``(P,)`` or columns ``(P, k)``, in the type of v."""

@@ -74,7 +74,8 @@ class UnitBlocksOperator(Operator):
         return self._spectra().flatten()
 
     def _spectra(self) -> Tensor:
-        return torch.linalg.eigvalsh(self.blocks).clamp(min=0)
+        values: Tensor = torch.linalg.eigvalsh(self.blocks).clamp(min=0)
+        return values
 
     def logdet(self, damping: float = 0.0) -> Tensor:
         """Return the sum of the units' log-determinants."""
@@ -106,7 +107,8 @@ class _UnitCholesky(UnitBlocksOperator):
         return columns_of(self.layout, diagonal.unsqueeze(-1))[:, 0]
 
     def _spectra(self) -> Tensor:
-        return torch.linalg.svdvals(self.blocks).square().reciprocal()
+        values: Tensor = torch.linalg.svdvals(self.blocks).square().reciprocal()
+        return values
 
     def direct_inverse(self, damping: float) -> Operator:
         """Return the inverse of the blocks."""

@@ -75,7 +75,7 @@ class CheckpointedOptimizer(EagerOptimizer):
 
     def _carrier(self) -> torch.Tensor:
         """Return the parameter in whose state distributed checkpoints keep what is natgrad's."""
-        parameters = [p for group in self.param_groups for p in group["params"]]
+        parameters: list[torch.Tensor] = [p for group in self.param_groups for p in group["params"]]
         return next((p for p in parameters if p.requires_grad), parameters[0])
 
     def _mark(self) -> None:

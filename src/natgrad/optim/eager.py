@@ -21,7 +21,8 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def _eager(method: _Method) -> _Method:
-    return outside_graphs(inspect.unwrap(method))
+    own: _Method = inspect.unwrap(method)
+    return outside_graphs(own)
 
 
 class EagerOptimizer(torch.optim.Optimizer):

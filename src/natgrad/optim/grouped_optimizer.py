@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from torch import Tensor
+from torch.nn import Parameter
 
 from natgrad.distributed.shards import whole
 from natgrad.optim.checkpoints import CheckpointedOptimizer
@@ -203,6 +204,7 @@ class GroupedOptimizer(CheckpointedOptimizer):
         )
 
     def _carrier(self) -> Tensor:
+        p: Parameter
         for group in self.param_groups:  # The fallback looks whether a parameter has state.
             for p in group["params"] if group["preconditioned"] else ():
                 if p.requires_grad and self._names[p] not in self._left_out:

@@ -265,7 +265,9 @@ class NaturalGradient(GroupedOptimizer, CopiedByState):
             ValueError: If damping is adaptive or lengths are searched, and there is no closure, or
                 none that makes gradients.
         """
-        return self._step(closure)  # Which subclasses extend: around this one torch calls hooks.
+        # Which subclasses extend: around this one torch calls hooks.
+        loss: float | None = self._step(closure)
+        return loss
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         preconditioner, observer = self.preconditioner, self.preconditioner.observer

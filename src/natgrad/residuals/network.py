@@ -60,7 +60,7 @@ class ResidualNetwork(nn.Module):
 
     def loss(self) -> Tensor:
         """Return ``Σ_b w_b/(2N_b) Σ_n ‖r_bn‖²``."""
-        output = self(None)
+        output: Tensor = self(None)
         return output.square().sum() / (2 * len(output))
 
     def values(self) -> dict[str, Tensor]:

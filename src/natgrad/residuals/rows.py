@@ -127,7 +127,8 @@ class FunctionRows(ResidualRows):
 
     def _values(self, residual: Residual, chosen: slice) -> Tensor:
         with torch.no_grad():
-            return self._over_points(residual, chosen, {}, lambda function: function)
+            values: Tensor = self._over_points(residual, chosen, {}, lambda function: function)
+        return values
 
     def chunks(self) -> Iterator[tuple[float, Tensor, Jacobians]]:
         """Yield shares of the points, their ρ ``(n·R, 1)`` and their rows."""

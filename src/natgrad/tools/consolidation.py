@@ -7,7 +7,7 @@ is the mean loss of the earlier task around its optimum θ*, to second order and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -68,8 +68,7 @@ class EWCPenalty:
         layout = self.matrix.layout
         moved = values_of(layout, model)
         change = layout.to_flat({name: moved[name] - old for name, old in self.anchor.items()})
-        result: Tensor = _QuadraticForm.apply(change, self.matrix)
-        return result
+        return _quadratic_form(change, self.matrix)
 
 
 class _QuadraticForm(torch.autograd.Function):
@@ -86,7 +85,7 @@ class _QuadraticForm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         vector, product = ctx.saved_tensors
         if torch.is_grad_enabled():  # With create_graph=True.
-            product = _Product.apply(vector, ctx.matrix)
+            product = _product(vector, ctx.matrix)
         return gradient * product, None
 
 
@@ -100,4 +99,8 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _Product.apply(gradient, ctx.matrix), None
+        return _product(gradient, ctx.matrix), None
+
+
+_quadratic_form: Callable[[Tensor, FisherMatrix], Tensor] = _QuadraticForm.apply
+_product: Callable[[Tensor, FisherMatrix], Tensor] = _Product.apply

@@ -97,7 +97,8 @@ def _xtrace(matrix: Operator, omega: Tensor) -> Tensor:
     forms = forms + (coordinates * (inside @ coordinates)).sum(0)
     lengths = omega.square().sum(0) - coordinates.square().sum(0)
     known = inside.trace() - (left_out * (inside @ left_out)).sum(0)
-    return known + forms * (size - number + 1) / lengths
+    found: Tensor = known + forms * (size - number + 1) / lengths
+    return found
 
 
 def estimate_diagonal(
@@ -131,13 +132,15 @@ def estimate_diagonal(
     generator = torch.Generator(matrix.device).manual_seed(seed)
     if method == "hutchinson":
         signs = _signs(matrix, products, generator)
-        return (signs * (matrix @ signs)).mean(1)
+        known: Tensor = (signs * (matrix @ signs)).mean(1)
+        return known
     basis = _basis(matrix, _signs(matrix, products // 3, generator))
     known = (basis * (matrix @ basis)).sum(1)
     signs = _signs(matrix, products - 2 * (products // 3), generator)
     rest = matrix @ signs
     rest = rest - basis @ (basis.mT @ rest)
-    return known + (signs * rest).mean(1)
+    found: Tensor = known + (signs * rest).mean(1)
+    return found
 
 
 def _check_products(products: int) -> None:

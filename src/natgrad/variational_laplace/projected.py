@@ -121,5 +121,5 @@ class ProjectedOperator(Operator):
         """Return ``J_n (·) J_nᵀ``: a multiple of ``J_n J_nᵀ``, and a part in coordinates."""
         own = self.coordinates(rows).unflatten(0, (rows.samples, rows.directions))
         weighted = own * (self.values - self.shift)
-        inside = (own * weighted).sum(-1) if diagonal else weighted @ own.mT
+        inside: Tensor = (own * weighted).sum(-1) if diagonal else weighted @ own.mT
         return inside if self.shift == 0 else inside + self.shift * sample_grams(rows, diagonal)

@@ -82,7 +82,7 @@ class LogAmplitude:
             name: value.to(self.parameters[name].dtype)
             for name, value in self.layout.to_dict(direction).items()
         }
-        found = jvp(lambda p: self(samples, p), (self._detached(),), (tangents,))[1]
+        found: Tensor = jvp(lambda p: self(samples, p), (self._detached(),), (tangents,))[1]
         return found.to(self.layout.dtype)
 
     def tangents(self, samples: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:

@@ -68,4 +68,5 @@ def probabilities(model: nn.Module, configurations: Tensor) -> Tensor:
         model: Returns ``log ψ``, ``(D,)``.
         configurations: All there are, or one sector of a conserved number.
     """
-    return (2 * model(configurations).reshape(-1).real).softmax(0)
+    found: Tensor = (2 * model(configurations).reshape(-1).real).softmax(0)
+    return found

@@ -129,7 +129,8 @@ class Metropolis:
 
     def _logs(self, configurations: Tensor) -> Tensor:
         """Return ``log |ψ|``."""
-        return self.model(configurations).reshape(-1).real
+        logs: Tensor = self.model(configurations).reshape(-1).real
+        return logs
 
     def _uniform(self, *shape: int) -> Tensor:
         device = self.generator.device

@@ -12,6 +12,7 @@ whose minimum is an eigenvalue of a matrix of ``k + 1`` rows.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -98,7 +99,7 @@ class TangentSpace:
         return Minimum(self.basis @ found, energy, self._distance(found), is_bounded)
 
     def _distance(self, found: Tensor) -> float:
-        return float(found @ self.lengths @ found) ** 0.5
+        return math.sqrt(float(found @ self.lengths @ found))
 
 
 def tangent_space(

@@ -159,7 +159,7 @@ class OwnBackward(ABC):
         bias = module._parameters.get("bias")
         context = self, self.products[module], call
         # What `apply` adds to this for torch.func costs more than all the rest of the hook.
-        apply = super(torch.autograd.Function, _Own).apply
+        apply: Any = super(torch.autograd.Function, _Own).apply
         return apply(output.detach(), inputs, weight, bias, context)
 
 

@@ -67,4 +67,5 @@ class AdamMoments:
         (beta1, beta2), steps = self.betas, moments["graft_steps"]
         mean = moments["graft_mean"] / (1.0 - beta1**steps)
         square = moments["graft_square"] / (1.0 - beta2**steps)
-        return mean / (square.sqrt() + self.eps)
+        direction: Tensor = mean / (square.sqrt() + self.eps)
+        return direction
