@@ -368,6 +368,25 @@ def test_any_module_with_buffers_and_shared_parameters():
     dense.assert_same(flat(network), expected, 1e-9)
 
 
+@pytest.mark.parametrize("chunk", [None, 60_000], ids=["whole", "chunks"])
+def test_grams_of_many_rows_multiply_layers_together(chunk, monkeypatch):
+    """More rows than a block of the triangle, of layers of either kind of product."""
+    if chunk is not None:
+        monkeypatch.setattr("natgrad.jacobians.layer.CHUNK_ELEMENTS", chunk)
+    network, x = perceptron([5, 12, 30, 1]), points(290, 5)
+    residuals = {"part": Residual(lambda u, x: u.laplacian - u.value, x)}
+    rows = CapturedRows(TaylorNetwork(network, laplacian=True), residuals, None)
+    ((_, _, jacobian),) = rows.chunks()
+    assert [block.gram_takes_gradients for block in jacobian.values()] == [True, True, True]
+    dense_rows = jacobian.to_dense()
+    dense.assert_same(jacobian.gram(), dense_rows @ dense_rows.T, 1e-11)
+    first = type(next(iter(jacobian.values())))  # As if positions were cheaper for most of them.
+    monkeypatch.setattr(
+        first, "gram_takes_gradients", property(lambda block: block.layout.d_out == 1)
+    )
+    dense.assert_same(jacobian.gram(), dense_rows @ dense_rows.T, 1e-11)
+
+
 # Steps.
 
 

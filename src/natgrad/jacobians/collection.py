@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from natgrad.jacobians.layer import LayerJacobian
+from natgrad.jacobians.layer import LayerJacobian, joint_gram
 from natgrad.jacobians.linear import LinearJacobian
 from natgrad.layouts import ParameterLayout
 
@@ -79,14 +80,19 @@ class Jacobians(Mapping[str, LayerJacobian]):
         Raises:
             ValueError: If no block was reached.
         """
-        total: Tensor | None = None
-        for name, block in self.items():
-            if other is not None and name not in other:
-                continue
-            part = block.gram(None if other is None else other[name])
-            total = part if total is None else total.add_(part)
+        parts: Iterator[Tensor]
+        if other is None:
+            together = [block for block in self.values() if block.gram_takes_gradients]
+            apart = [block for block in self.values() if not block.gram_takes_gradients]
+            joint = [joint_gram(together)] if together else []
+            parts = chain(joint, (block.gram() for block in apart))
+        else:
+            parts = (block.gram(other[name]) for name, block in self.items() if name in other)
+        total = next(parts, None)
         if total is None:
             raise ValueError("the output depends on no captured parameter, so there is no Gram")
+        for part in parts:
+            total.add_(part)
         return total
 
     def combined(self, weights: Tensor) -> Jacobians:

@@ -44,6 +44,11 @@ class DenseJacobian(LayerJacobian):
         """Return the rows."""
         return {"rows": self._rows}
 
+    @property
+    def gram_takes_gradients(self) -> bool:
+        """Whether ``J Jᵀ`` is had from per-sample gradients: always."""
+        return True
+
     def gram(self, other: LayerJacobian | None = None) -> Tensor:
         """Return ``J J'ᵀ``."""
         return gram_by_gradients(self, self if other is None else other, other is None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -21,6 +21,7 @@ __all__ = [
     "WeightSharing",
     "at_least_float32",
     "gram_by_gradients",
+    "joint_gram",
 ]
 
 WeightSharing = Literal["expand", "reduce"]
@@ -89,6 +90,11 @@ class LayerJacobian(ABC):
     @abstractmethod
     def gram(self, other: LayerJacobian | None = None) -> Tensor:
         """Return ``J J'ᵀ`` of shape ``(N·K, N'·K')``; ``other=None`` means ``J' = J``."""
+
+    @property
+    def gram_takes_gradients(self) -> bool:
+        """Whether ``J Jᵀ`` is had from per-sample gradients, which layers can share."""
+        return False
 
     @abstractmethod
     def matvec(self, vectors: Tensor) -> Tensor:
@@ -218,22 +224,43 @@ def _unit_rows(jacobian: LayerJacobian, start: int = 0, stop: int | None = None)
 
 def gram_by_gradients(left: LayerJacobian, right: LayerJacobian, symmetric: bool) -> Tensor:
     """Multiply per-sample gradients chunk by chunk, in each block's flat order."""
+    if symmetric:
+        return joint_gram([left])
     result = torch.empty(left.rows, right.rows, dtype=left.dtype, device=left.device)
     k, k2 = left.directions, right.directions
     for start, stop in left.chunks():
         rows = left.layout.flat(left.per_sample_gradients(start, stop)).flatten(0, 1)
         for first, last in right.chunks():
-            if symmetric and last <= start:
-                continue
-            if symmetric and first == start and last == stop:
-                columns = rows
-            else:
-                columns = right.layout.flat(right.per_sample_gradients(first, last)).flatten(0, 1)
-            block = rows @ columns.T
-            result[start * k : stop * k, first * k2 : last * k2] = block
-            if symmetric and first > start:
-                result[first * k2 : last * k2, start * k : stop * k] = block.T
+            columns = right.layout.flat(right.per_sample_gradients(first, last)).flatten(0, 1)
+            result[start * k : stop * k, first * k2 : last * k2] = rows @ columns.T
     return result
+
+
+def joint_gram(blocks: Sequence[LayerJacobian]) -> Tensor:
+    """Return ``Σ_l J_l J_lᵀ``, ``(N·K, N·K)``, of some layers from their per-sample gradients.
+
+    Gradients of all layers lie side by side, chunk by chunk of samples, so that the lower triangle
+    is multiplied once and mirrored once.
+    """
+    samples, k = blocks[0].samples, blocks[0].directions
+    width = sum(block.layout.numel for block in blocks)
+    step = max(1, CHUNK_ELEMENTS // max(1, k * width))
+
+    def rows(start: int) -> Tensor:
+        stop = min(start + step, samples)
+        parts = [block.per_sample_gradients(start, stop).flatten(2) for block in blocks]
+        return torch.cat(parts, 2).flatten(0, 1)
+
+    size = samples * k
+    lower = torch.zeros(size, size, dtype=blocks[0].dtype, device=blocks[0].device)
+    for start in range(0, samples, step):
+        columns = rows(start)
+        own = slice(start * k, start * k + len(columns))
+        linalg.lower_gram(columns.T, out=lower[own, own])
+        for later in range(start + step, samples, step):
+            others = rows(later)
+            lower[later * k : later * k + len(others), own] = others @ columns.T
+    return linalg.symmetric(lower)
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

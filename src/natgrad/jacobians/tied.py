@@ -49,6 +49,11 @@ class SumJacobian(LayerJacobian):
         """Return every part's tensors under its number."""
         return {f"{i}.{k}": v for i, part in enumerate(self.parts) for k, v in part.state().items()}
 
+    @property
+    def gram_takes_gradients(self) -> bool:
+        """Whether ``J Jᵀ`` is had from per-sample gradients: always."""
+        return True
+
     def gram(self, other: LayerJacobian | None = None) -> Tensor:
         """Return ``J J'ᵀ`` with the cross terms between uses."""
         return gram_by_gradients(self, self if other is None else other, other is None)
