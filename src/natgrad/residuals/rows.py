@@ -67,10 +67,11 @@ class ResidualRows(ABC):
 
     def values(self) -> dict[str, Tensor]:
         """Return the residuals as they are, part by part, ``(N_b, R_b)``."""
-        return {
-            name: torch.cat([self._values(residual, chosen) for chosen in self._slices(residual)])
-            for name, residual in self.residuals.items()
-        }
+        return {name: self.values_of(residual) for name, residual in self.residuals.items()}
+
+    def values_of(self, residual: Residual) -> Tensor:
+        """Return the residuals of a part, one of those given or another, ``(N, R)``."""
+        return torch.cat([self._values(residual, chosen) for chosen in self._slices(residual)])
 
     def loss(self) -> Tensor:
         """Return ``Σ_b w_b/(2N_b) Σ_n ‖r_bn‖²``."""
