@@ -107,11 +107,11 @@ class Laplace:
     ) -> None:
         if parameters not in ("all", "last_layer"):
             raise ValueError(f"parameters must be 'all' or 'last_layer', got {parameters!r}")
-        self.model = unwrap(model)
+        self.model: nn.Module = unwrap(model)
         mesh = mesh_group(self.model)
         self._shards, replicas = mesh is not None, Replicas.of(model, process_group or mesh)
-        self.likelihood = as_likelihood(likelihood)
-        self.output = self.likelihood.selection(output)
+        self.likelihood: Likelihood = as_likelihood(likelihood)
+        self.output: Callable[[Any], Any] | None = self.likelihood.selection(output)
         self.prior_precision = prior_precision
         self._factorised: tuple[float, FisherMatrix] | None = None
         if iter(data) is data:
@@ -129,14 +129,15 @@ class Laplace:
                 raise ValueError("data has no batches")
             self._trainable = frozenset(layers[0])
         with self._only_trainable():
-            self.matrix = fisher_matrix(
+            self.matrix: FisherMatrix = fisher_matrix(
                 model, data, self.likelihood, structure, fisher, output=output,
                 process_group=process_group, **structure_options,
             )  # fmt: skip
             names = self.matrix.parameter_names
             values = dict(self.model.named_parameters())
             self._squared_norm = sum(float(whole(values[n]).detach().square().sum()) for n in names)
-        self.count, self.log_likelihood = 0.0, 0.0
+        self.count: float = 0.0
+        self.log_likelihood: float = 0.0
         for inputs, target in batches:
             if target is None:
                 raise ValueError("the posterior needs targets with every batch")

@@ -188,8 +188,8 @@ class ParameterLayout:
         dtypes: Mapping[str, torch.dtype] | None = None,
     ) -> None:
         self.dtype = dtype
-        self.dtypes = dict.fromkeys(parameters, dtype) if dtypes is None else dict(dtypes)
-        self.device = device or torch.device("cpu")
+        self.dtypes: dict[str, torch.dtype] = dict(dtypes or dict.fromkeys(parameters, dtype))
+        self.device: torch.device = device or torch.device("cpu")
         self.names: tuple[str, ...] = tuple(parameters)
         self.shapes: dict[str, tuple[int, ...]] = dict(parameters)
         self.offsets: dict[str, int] = {}

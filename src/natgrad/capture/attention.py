@@ -35,7 +35,7 @@ class AttentionKind(LayerKind):
     packed weight.
     """
 
-    owned_children = ("out_proj",)
+    owned_children: tuple[str, ...] = ("out_proj",)
     own_layout: ClassVar[bool] = True
 
     def parameter_groups(self, module: nn.Module) -> list[tuple[str, ...]]:
@@ -106,7 +106,7 @@ class RecordProjections(TorchFunctionMode):
         super().__init__()
         self.module = module
         self.record = record
-        self.batch = 0
+        self.batch: int = 0
 
     def __torch_function__(
         self,

@@ -124,12 +124,15 @@ class Capture:
         batch_dim: int | None = None,
         shards: bool = False,
     ) -> None:
-        self.model, self.shards = unwrap(model), shards
+        self.model: nn.Module = unwrap(model)
+        self.shards: bool = shards
         if batch_dim is not None and not (isinstance(batch_dim, int) and batch_dim >= 0):
             raise ValueError(
                 f"batch_dim must be None or a dimension of the output, from 0 on, got {batch_dim!r}"
             )
-        self.select, self.excluded, self.batch_dim = output, frozenset(excluded), batch_dim
+        self.select: Callable[[Any], Tensor] | None = output
+        self.excluded: frozenset[str] = frozenset(excluded)
+        self.batch_dim: int | None = batch_dim
         _check_usable(self.model)
         self.recording = True
         self.passes: list[ForwardPass] = []
@@ -152,9 +155,13 @@ class Capture:
 
     def _find(self) -> None:
         """Find the blocks of the model as it is now, and watch their layers."""
+        self.blocks: dict[str, Block]
+        self.uncovered: dict[str, str]
         self.blocks, self.uncovered = find_blocks(self.model, self.excluded)
-        self.layout = ParameterLayout.of(self.model, self.shards)
-        self.rows = RowBuilder(self.model, self.blocks, self.layout, self._unrecorded, self.tell)
+        self.layout: ParameterLayout = ParameterLayout.of(self.model, self.shards)
+        self.rows: RowBuilder = RowBuilder(
+            self.model, self.blocks, self.layout, self._unrecorded, self.tell
+        )
         for sentence in self.rows.costly():
             self.tell(sentence)
         self._present = self._signature()

@@ -146,7 +146,7 @@ class ModelHook:
     """
 
     def __init__(self, owner: object, method: Callable[..., Any]) -> None:
-        self.owner = weakref.ref(owner)
+        self.owner: weakref.ReferenceType[object] = weakref.ref(owner)
         self.method = method
 
     def __call__(self, *args: Any) -> Any:

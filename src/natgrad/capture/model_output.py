@@ -88,7 +88,8 @@ class Selection:
     """
 
     def __init__(self, keys: Sequence[Any], output: Callable[[Any], Any] | None = None) -> None:
-        self.keys, self.output = tuple(keys), output
+        self.keys: tuple[Any, ...] = tuple(keys)
+        self.output: Callable[[Any], Any] | None = output
 
     def __call__(self, output: Any) -> dict[Any, Tensor]:
         """Return key → tensor.

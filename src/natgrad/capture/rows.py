@@ -134,13 +134,16 @@ class RowBuilder:
         unrecorded: Callable[[], AbstractContextManager[Any]],
         on_finding: Callable[[str], None],
     ) -> None:
-        self.blocks, self.layout, self.unrecorded = blocks, layout, unrecorded
-        self.names = {module: name for name, module in model.named_modules()}
-        self.parameters = dict(model.named_parameters())
-        self.direct = {n: why for n, b in blocks.items() if (why := _only_at_parameters(b))}
-        self.inseparable = dict(self.direct)
+        self.blocks: Mapping[str, Block] = blocks
+        self.layout: ParameterLayout = layout
+        self.unrecorded: Callable[[], AbstractContextManager[Any]] = unrecorded
+        self.names: dict[nn.Module, str] = {m: name for name, m in model.named_modules()}
+        self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
+        reasons = {name: _only_at_parameters(block) for name, block in blocks.items()}
+        self.direct: dict[str, str] = {name: why for name, why in reasons.items() if why}
+        self.inseparable: dict[str, str] = dict(self.direct)
         self.unavailable: dict[str, str] = {}
-        self.time_first = False
+        self.time_first: bool = False
         self.on_finding = on_finding
         self._users: dict[nn.Module, list[tuple[str, Use]]] = {}
         for name, block in blocks.items():
@@ -150,8 +153,9 @@ class RowBuilder:
         self._unreached: set[_Place] = set()
         self._constant: set[nn.Module] = set()  # Modules whose output depends on no input.
         self._whole: set[nn.Module] = set()  # Modules that are run again on the whole batch.
-        self.checks = 0
-        self.checked = self._turned = False
+        self.checks: int = 0
+        self.checked: bool = False
+        self._turned = False
         self._passes = 0  # Since the first that was checked.
         self._last: Callable[[], Tensor | None] = lambda: None
         self._unverified: set[str] = set()  # Blocks whose gradients have all been zero.

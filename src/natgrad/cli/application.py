@@ -23,7 +23,7 @@ from natgrad.version import __version__
 
 __all__ = ["app", "run"]
 
-app = typer.Typer(
+app: typer.Typer = typer.Typer(
     name="natgrad",
     help="Natural gradient descent for PyTorch.",
     no_args_is_help=True,
@@ -31,8 +31,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # Else "[default: ...]" is taken for markup and left out.
 )
-for command in (compare, theory, claims, inspect, plan):
-    app.command()(command)
+for _command in (compare, theory, claims, inspect, plan):
+    app.command()(_command)
 
 # Typer's usage errors derive from a class that it does not export under a name of its own.
 _UsageError: Any = typer.BadParameter.__mro__[1]

@@ -93,7 +93,7 @@ class DecentralizedKFAC(KFAC):
         super().__init__(model, likelihood, **options)
         try:
             self._check_agent()
-            self.gossip = Gossip(graph, agents)
+            self.gossip: Gossip = Gossip(graph, agents)
             self._manifolds = self._found(manifolds or {})
         except ValueError:
             self.preconditioner.capture.remove()  # Whoever holds the error holds the hooks.

@@ -82,8 +82,8 @@ class Gossip:
         self.group = group
         running = torch.distributed.is_available() and torch.distributed.is_initialized()
         number = torch.distributed.get_world_size(group) if running else 1
-        self.rank = torch.distributed.get_rank(group) if running else 0
-        self.matrix = mixing_matrix(graph, number)
+        self.rank: int = torch.distributed.get_rank(group) if running else 0
+        self.matrix: Tensor = mixing_matrix(graph, number)
 
     @property
     def spectral_gap(self) -> float:

@@ -62,10 +62,10 @@ class TensorBatches(Batches):
     def __init__(self, data: Dataset, encode: Encoding, batch_size: int | None) -> None:
         self._train = data.train_inputs, encode(data.train_labels, data.classes)
         self._test = data.test_inputs, encode(data.test_labels, data.classes)
-        self.whole = batch_size is None
+        self.whole: bool = batch_size is None
         samples = len(data.train_labels)
-        self.batch_size = samples if batch_size is None else min(batch_size, samples)
-        self.epoch = -(-samples // self.batch_size)
+        self.batch_size: int = samples if batch_size is None else min(batch_size, samples)
+        self.epoch: int = -(-samples // self.batch_size)
 
     def training(self, seed: int) -> Iterator[Batch]:
         """Yield training batches without end; the same for the same seed."""
@@ -119,12 +119,14 @@ class LoaderBatches(Batches):
         samples: int = 2000,
         seed: int = 0,
     ) -> None:
-        self.specification, self._device, self._dtype = specification, device, dtype
+        self.specification: str = specification
+        self._device = device
+        self._dtype = dtype
         self._source = find(specification)
         with reproducible(seed):
             self._train, held_out = self._make()
         self._generators = [(generator, generator.get_state()) for generator in self._own()]
-        self.epoch = max(1, operator.length_hint(self._train, _UNKNOWN_LENGTH))
+        self.epoch: int = max(1, operator.length_hint(self._train, _UNKNOWN_LENGTH))
         self._measured, whole = _first(self._passes(seed), samples)
         if whole:
             self.epoch = len(self._measured)

@@ -69,8 +69,8 @@ class SmallCNN(nn.Module):
             side = (side + stride - 1) // stride
             layers += [nn.Conv2d(channels, width, 3, stride=stride, padding=1), nn.ReLU()]
             channels = width
-        self.features = nn.Sequential(*layers)
-        self.classifier = nn.Linear(width, classes)
+        self.features: nn.Sequential = nn.Sequential(*layers)
+        self.classifier: nn.Linear = nn.Linear(width, classes)
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 gain = 2.0 if isinstance(module, nn.Conv2d) else 1.0

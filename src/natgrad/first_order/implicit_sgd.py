@@ -87,10 +87,14 @@ class ImplicitSGD(torch.optim.Optimizer):
         if inner_lr is not None and not 0 < inner_lr < math.inf:
             raise ValueError(f"inner_lr must be a finite number > 0, got {inner_lr}")
         super().__init__(params, {"lr": lr})
-        self.inner, self.inner_steps, self.tolerance = inner, inner_steps, tolerance
-        self.inner_lr = inner_lr if inner_lr is not None else 1.0 if inner == "lbfgs" else 1e-3
-        self.history, self.replicas = history, Replicas(process_group)
-        self.converged = True
+        self.inner = inner
+        self.inner_steps: int = inner_steps
+        self.tolerance: float = tolerance
+        usual_lr = 1.0 if inner == "lbfgs" else 1e-3
+        self.inner_lr: float = usual_lr if inner_lr is None else inner_lr
+        self.history: int = history
+        self.replicas: Replicas = Replicas(process_group)
+        self.converged: bool = True
         self._warned = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

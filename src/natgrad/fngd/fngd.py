@@ -162,10 +162,11 @@ class FNGD(NaturalGradient):
                 "FNGD needs rows that are multiples of the samples' gradients: fisher must be "
                 f"'empirical' or 'improved', got {found!r}"
             )
-        self.coefficient_steps, self.refresh_interval = coefficient_steps, refresh_interval
+        self.coefficient_steps: int = coefficient_steps
+        self.refresh_interval: int | None = refresh_interval
         self.share = share
         self.preconditioner.observer.schedule = self.computes_coefficients
-        self.clock = CoefficientClock(self.model, counts=share == "iteration")
+        self.clock: CoefficientClock = CoefficientClock(self.model, counts=share == "iteration")
         self._indices: list[Tensor] = []
         self._lay_backward_passes()
 

@@ -136,8 +136,8 @@ class WeightedConvolution(WeightedProduct):
     def __init__(self, module: nn.Module) -> None:
         convolution = cast(nn.Conv2d, module)
         padding = convolution._reversed_padding_repeated_twice[::-2]
-        self.has_bias = convolution.bias is not None
-        self.options = (
+        self.has_bias: bool = convolution.bias is not None
+        self.options: tuple[Any, ...] = (
             list(convolution.stride), list(padding), list(convolution.dilation), False,
             [0] * len(padding), convolution.groups,
         )  # fmt: skip
@@ -177,8 +177,8 @@ class WeightedEmbedding(WeightedProduct):
 
     def __init__(self, module: nn.Module) -> None:
         table = cast(nn.Embedding, module)
-        self.size = table.num_embeddings
-        self.padding = -1 if table.padding_idx is None else table.padding_idx
+        self.size: int = table.num_embeddings
+        self.padding: int = -1 if table.padding_idx is None else table.padding_idx
 
     def weighted(
         self, inputs: Tensor, weight: Tensor, delta: Tensor, factors: Tensor, needs_inputs: bool

@@ -39,8 +39,8 @@ class CoefficientClock:
     def __init__(self, model: nn.Module, counts: bool) -> None:
         self.counts = counts
         self.weighing = False
-        self.passes = 0
-        self.samples = 0
+        self.passes: int = 0
+        self.samples: int = 0
         self.indices: Tensor | None = None
         hook = ModelHook(self, CoefficientClock._before_model)
         model.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
@@ -82,7 +82,8 @@ class WeightedGradient(OwnBackward):
         clock: CoefficientClock,
     ) -> None:
         super().__init__(layout.names, layers)
-        self.coefficients, self.clock = coefficients, clock
+        self.coefficients: Callable[[], Coefficients] = coefficients
+        self.clock: CoefficientClock = clock
 
     def call(self, module: nn.Module, inputs: Tensor) -> Tensor | None:
         """Return the coefficients of the batch, or None while there are none."""
@@ -102,7 +103,7 @@ class WeightedGradient(OwnBackward):
     ) -> Gradients:
         """Return weighted gradients; see :class:`OwnBackward`."""
         assert isinstance(product, WeightedProduct)
-        self.active = True
+        self.active: bool = True
         factors = call
         if len(delta) % len(factors):
             factors = factors.mean().reshape(1)

@@ -28,6 +28,8 @@ class DenseJacobian(LayerJacobian):
     def __init__(self, layout: BlockLayout, rows: Tensor) -> None:
         self.layout = layout
         self._rows = at_least_float32(rows)
+        self.samples: int
+        self.directions: int
         self.samples, self.directions = rows.shape[:2]
 
     @property

@@ -33,7 +33,7 @@ class EmbeddingJacobian(LinearJacobian):
         skip_silent: bool = False,
     ) -> None:
         super().__init__(layout, torch.empty(0), output_gradients, skip_silent=skip_silent)
-        self.indices = indices
+        self.indices: Tensor = indices
 
     @property
     def inputs(self) -> Tensor:

@@ -50,7 +50,10 @@ class LinearJacobian(LayerJacobian):
     ) -> None:
         self.layout = layout
         self._inputs = inputs if callable(inputs) else at_least_float32(inputs)
-        self.output_gradients = at_least_float32(output_gradients)
+        self.output_gradients: Tensor = at_least_float32(output_gradients)
+        self.samples: int
+        self.directions: int
+        self.positions: int
         self.samples, self.directions, self.positions = self.output_gradients.shape[:3]
         self.bias_value = bias_value
         self.skip_silent = skip_silent

@@ -30,10 +30,10 @@ class SumJacobian(LayerJacobian):
     """
 
     def __init__(self, parts: list[LayerJacobian], layout: BlockLayout | None = None) -> None:
-        self.parts = sorted(parts, key=lambda part: part.layout.transposed)
-        self.layout = self.parts[0].layout if layout is None else layout
-        self.samples = parts[0].samples
-        self.directions = parts[0].directions
+        self.parts: list[LayerJacobian] = sorted(parts, key=lambda part: part.layout.transposed)
+        self.layout: BlockLayout = self.parts[0].layout if layout is None else layout
+        self.samples: int = parts[0].samples
+        self.directions: int = parts[0].directions
 
     @property
     def dtype(self) -> torch.dtype:

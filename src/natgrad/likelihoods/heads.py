@@ -36,7 +36,7 @@ class Heads(Likelihood):
             raise ValueError("Heads need at least one output with its likelihood.")
         from natgrad.likelihoods.conversion import as_likelihood  # It knows Heads, too.
 
-        self.heads = {key: as_likelihood(one) for key, one in heads.items()}
+        self.heads: dict[Any, Likelihood] = {key: as_likelihood(one) for key, one in heads.items()}
         if any(isinstance(one, Heads) for one in self.heads.values()):
             raise ValueError(
                 "A head has one likelihood, not a mapping: pass output=lambda out: {...} to bring "
@@ -89,7 +89,11 @@ class Heads(Likelihood):
             "for anything else pick one head by output=... and give its likelihood."
         )
 
-    nll = gradient = output_hessian_root = sample = split_events = _unjoined
+    nll: Any = _unjoined
+    gradient: Any = _unjoined
+    output_hessian_root: Any = _unjoined
+    sample: Any = _unjoined
+    split_events: Any = _unjoined
 
 
 class JoinedHeads(Likelihood):
@@ -103,8 +107,10 @@ class JoinedHeads(Likelihood):
     def __init__(
         self, parts: Sequence[Likelihood], shapes: Sequence[torch.Size], keys: Sequence[Any]
     ) -> None:
-        self.parts, self.shapes, self.keys = parts, shapes, keys
-        self.sizes = [shape[1:].numel() for shape in shapes]
+        self.parts: Sequence[Likelihood] = parts
+        self.shapes: Sequence[torch.Size] = shapes
+        self.keys: Sequence[Any] = keys
+        self.sizes: list[int] = [shape[1:].numel() for shape in shapes]
 
     def pieces(self, flat: Tensor) -> list[Tensor]:
         """Return the heads' outputs, or vectors like them with leading dimensions."""

@@ -16,6 +16,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,7 @@ class Activation(ABC):
     """
 
     name: str
-    active_fraction: float = 1.0
+    active_fraction: ClassVar[float] = 1.0
 
     @abstractmethod
     def module(self) -> nn.Module:
@@ -121,7 +122,7 @@ class ReLUActivation(ClosedFormActivation):
     """``max(x, 0)``; arc-cosine kernels of orders 1 and 0 (Cho & Saul 2009)."""
 
     name = "relu"
-    active_fraction = 0.5
+    active_fraction: ClassVar[float] = 0.5
 
     def module(self) -> nn.Module:
         """Return ``nn.ReLU()``."""

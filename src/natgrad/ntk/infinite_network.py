@@ -82,10 +82,12 @@ class InfiniteNetwork(NetworkInFunctionSpace):
             network = Architecture.of(network)
         self.architecture: Architecture = network
         self.kernel: InfiniteKernel = infinite_kernel(network, x)
-        self.test_kernel = None if x_test is None else infinite_kernel(network, x_test, x)
+        self.test_kernel: InfiniteKernel | None = (
+            None if x_test is None else infinite_kernel(network, x_test, x)
+        )
         _warn_if_singular(self.kernel.total, x)
-        self.outputs = self._initial(model, x)
-        self.test_outputs = None if x_test is None else self._initial(model, x_test)
+        self.outputs: Tensor = self._initial(model, x)
+        self.test_outputs: Tensor | None = None if x_test is None else self._initial(model, x_test)
 
     def _initial(self, model: nn.Module | None, x: Tensor) -> Tensor:
         if model is None:

@@ -61,6 +61,7 @@ class LinearizedNetwork(NetworkInFunctionSpace):
             capture.check_covered()
             self._blocks = {name: block.layout for name, block in capture.blocks.items()}
             self._layout = capture.layout
+            self.outputs: Tensor
             self.outputs, self._rows = output_rows(capture, cast_inputs(x, dtype))
             self.test_outputs: Tensor | None = None
             self._test_rows: Jacobians | None = None

@@ -51,7 +51,7 @@ class NTKLinear(nn.Linear):
             )
         self.weight_variance = weight_variance
         self.bias_variance = bias_variance
-        self.weight_scale = (weight_variance / in_features) ** 0.5
+        self.weight_scale: float = (weight_variance / in_features) ** 0.5
         self.bias_scale: float = bias_variance**0.5
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
 

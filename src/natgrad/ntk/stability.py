@@ -104,7 +104,7 @@ class JacobianStability:
                 "network is not dead"
             )
         threshold = len(values) * torch.finfo(gram.dtype).eps * values[-1]
-        self.smallest_eigenvalue = float(values[0]) if values[0] > threshold else 0.0
+        self.smallest_eigenvalue: float = float(values[0]) if values[0] > threshold else 0.0
         self._squared_norm = float(values.sum())
         self._residual = None if targets is None else float((z - targets).double().norm())
         self._parameters = self._flat_parameters()

@@ -65,7 +65,7 @@ class TwoLayerNetwork(nn.Module):
         draws = torch.randint(0, 2, (width,), generator=generator, device="cpu")
         signs = 2.0 * draws.to(weight.dtype) - 1.0
         place = torch.empty(0, device=device).device
-        self.hidden = nn.utils.skip_init(
+        self.hidden: nn.Module = nn.utils.skip_init(
             nn.Linear, inputs, width, bias=False, device=place, dtype=dtype
         )
         with torch.no_grad():

@@ -103,10 +103,12 @@ class WeightAverage(CopiedByState):
             check_range("decay", decay, below=1.0)
         if start is not None and not (isinstance(start, int) and start >= 0):
             raise ValueError(f"start must be a whole number of steps >= 0, got {start}")
-        self.optimizer, self.model = optimizer, unwrap(model)
-        self.decay, self.start = decay, start or 0
+        self.optimizer: torch.optim.Optimizer = optimizer
+        self.model: nn.Module = unwrap(model)
+        self.decay: float | None = decay
+        self.start: int = start or 0
         #: Steps of the optimizer that were seen, skipped ones apart.
-        self.steps = 0
+        self.steps: int = 0
         self._means: dict[str, _Mean] = {}
         self._skipped = self._skips()
         strange = self._trained() - set(self.model.parameters())

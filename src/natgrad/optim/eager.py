@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -28,10 +28,11 @@ def _eager(method: _Method) -> _Method:
 class EagerOptimizer(torch.optim.Optimizer):
     """The base class of torch's optimizers."""
 
-    add_param_group = _eager(torch.optim.Optimizer.add_param_group)
-    load_state_dict = _eager(torch.optim.Optimizer.load_state_dict)
-    state_dict = _eager(torch.optim.Optimizer.state_dict)
-    zero_grad = _eager(torch.optim.Optimizer.zero_grad)
+    if not TYPE_CHECKING:  # Their types are those of torch.
+        add_param_group = _eager(torch.optim.Optimizer.add_param_group)
+        load_state_dict = _eager(torch.optim.Optimizer.load_state_dict)
+        state_dict = _eager(torch.optim.Optimizer.state_dict)
+        zero_grad = _eager(torch.optim.Optimizer.zero_grad)
 
 
 class EagerAdamW(EagerOptimizer, torch.optim.AdamW):

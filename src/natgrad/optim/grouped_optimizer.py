@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 
 from natgrad.distributed.shards import whole
 from natgrad.optim.checkpoints import CheckpointedOptimizer
@@ -41,7 +41,8 @@ class GroupedOptimizer(CheckpointedOptimizer):
         params: list[dict[str, Any]],
         fallback: Literal["adamw", "sgd"] | Fallback,
     ) -> None:
-        self.preconditioner, self.model = preconditioner, preconditioner.model
+        self.preconditioner: Preconditioner = preconditioner
+        self.model: Module = preconditioner.model
         self._names = {p: n for n, p in preconditioner.parameters.items()}
         uncovered = preconditioner.capture.uncovered
         groups, first_order = split_groups(self.model, defaults, uncovered, params)
@@ -152,7 +153,7 @@ class GroupedOptimizer(CheckpointedOptimizer):
     def regroup(self, groups: Iterable[Mapping[str, Any]]) -> None:
         """Take the parameter groups of a state dict, by the names of their parameters."""
         present, preconditioner = self.preconditioner.parameters, self.preconditioner
-        self.param_groups = [
+        self.param_groups: list[dict[str, Any]] = [
             {**group, "params": [present[name] for name in group["param_names"]]}
             for group in groups
         ]

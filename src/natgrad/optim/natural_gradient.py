@@ -109,6 +109,7 @@ class NaturalGradient(GroupedOptimizer, CopiedByState):
     preconditioner_type: ClassVar[type[Preconditioner]] = Preconditioner
     #: What the optimizer is made of.
     method: ClassVar[Method] = Method()
+    __signature__: ClassVar[inspect.Signature]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Tell where an option belongs that is none of the optimizer's."""
@@ -126,7 +127,7 @@ class NaturalGradient(GroupedOptimizer, CopiedByState):
         """Show the method's defaults in the signature."""
         super().__init_subclass__(**kwargs)
         if "method" in cls.__dict__ and "__init__" not in cls.__dict__:
-            cls.__signature__ = signature_with(cls.method, NaturalGradient.__init__)  # type: ignore[attr-defined]
+            cls.__signature__ = signature_with(cls.method, NaturalGradient.__init__)
 
     def __init__(
         self,
@@ -176,7 +177,9 @@ class NaturalGradient(GroupedOptimizer, CopiedByState):
         if getattr(method.structure, "fused", False):
             rule.check_fused()
         self.step_rule = rule
-        self.levenberg_marquardt = damping if isinstance(damping, LevenbergMarquardt) else None
+        self.levenberg_marquardt: LevenbergMarquardt | None = (
+            damping if isinstance(damping, LevenbergMarquardt) else None
+        )
         if isinstance(damping, LevenbergMarquardt):
             damping = damping.initial
         self._relative_damping = isinstance(damping, RelativeDamping)

@@ -98,16 +98,19 @@ class Observer:
         curvature: Curvature,
         seed: int,
     ) -> None:
-        self.capture, self.likelihood, self.fisher = capture, likelihood, fisher
+        self.capture: Capture = capture
+        self.likelihood: Likelihood = likelihood
+        self.fisher: FisherType = fisher
         #: The likelihood as it was given, before any loss was seen.
         self.given = likelihood
-        self.refresh, self.curvature = refresh, curvature
-        self.generator = PlacedGenerator(capture.layout.device)
+        self.refresh: Refresh = refresh
+        self.curvature: Curvature = curvature
+        self.generator: PlacedGenerator = PlacedGenerator(capture.layout.device)
         self.generator.manual_seed(seed)
         #: Processes that have a share of every batch each.
-        self.replicas = Replicas()
-        self.steps = 0
-        self.warmup = refresh.warmup
+        self.replicas: Replicas = Replicas()
+        self.steps: int = 0
+        self.warmup: int = refresh.warmup
         #: The step from which intervals are counted: when layers were last new, or back.
         self.start = 0
         self.schedule: Callable[[int], bool] | None = None
@@ -119,10 +122,10 @@ class Observer:
         self.batch_fisher: BatchFisher | None = None
         self.seen: list[SeenPass] = []
         self.failures: list[Tensor] = []
-        self.audit = GradientAudit(capture)
+        self.audit: GradientAudit = GradientAudit(capture)
         self._audited = 0  # Checks of rows at the last audit.
         #: Whether the likelihood has been held against the gradient of the loss.
-        self.compared = False
+        self.compared: bool = False
         #: Called before anything of a step changes.
         self.before_change: Callable[[], None] = lambda: None
         capture.on_forward = self._on_forward

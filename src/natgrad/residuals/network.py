@@ -44,7 +44,7 @@ class ResidualNetwork(nn.Module):
                 "the network in one, or use natgrad.ResidualNGD, which takes any module"
             )
         self.model = model
-        self.residuals = as_residuals(residuals)
+        self.residuals: dict[str, Residual] = as_residuals(residuals)
 
     def forward(self, chosen: Sequence[tuple[str, slice]] | None = None) -> Tensor:
         """Return the scaled residuals, ``(Σ N_b, K)``.

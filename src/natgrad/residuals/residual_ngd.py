@@ -155,14 +155,14 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
         if jacobians is None:
             jacobians = "captured" if isinstance(model, TaylorNetwork) else "vmap"
         check_choice("jacobians", jacobians, "captured", "vmap")
-        self.residuals = as_residuals(residuals)
+        self.residuals: dict[str, Residual] = as_residuals(residuals)
         source = CapturedRows if jacobians == "captured" else FunctionRows
         self.rows: ResidualRows = source(model, self.residuals, chunk_size)
         blocks = {name: block.layout for name, block in self.rows.blocks.items()}
         chosen = as_structure(structure, training=True)
-        self.curvature = Curvature(chosen, blocks, self.rows.layout)
+        self.curvature: Curvature = Curvature(chosen, blocks, self.rows.layout)
         iterates = isinstance(chosen, ExactRows) and chosen.is_iterative
-        self.acceleration = acceleration and not iterates
+        self.acceleration: bool = acceleration and not iterates
         self.last: ResidualStep | None = None
         self._warned, self._without_success = False, 0
         self._seen: tuple[Any, list[Tensor]] | None = None

@@ -47,7 +47,9 @@ class ResidualRows(ABC):
     def __init__(
         self, model: nn.Module, residuals: Mapping[str, Residual], chunk_size: int | None
     ) -> None:
-        self.model, self.residuals, self.chunk_size = model, residuals, chunk_size
+        self.model: nn.Module = model
+        self.residuals: Mapping[str, Residual] = residuals
+        self.chunk_size: int | None = chunk_size
         self._widths: dict[str, tuple[Any, int]] = {}
 
     @abstractmethod
@@ -119,11 +121,12 @@ class FunctionRows(ResidualRows):
                 "the residual of a point must depend on that point alone, but the model "
                 f"{reason}: call model.eval() first"
             )
-        self.layout = ParameterLayout.of(model)
-        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.layout: ParameterLayout = ParameterLayout.of(model)
+        named = model.named_parameters()
+        self.parameters: dict[str, nn.Parameter] = {n: p for n, p in named if p.requires_grad}
         if not self.parameters:
             raise ValueError("the model has no trainable parameter")
-        self.blocks = _dense_blocks(model, self.parameters)
+        self.blocks: dict[str, Block] = _dense_blocks(model, self.parameters)
         self._places = parameter_places(model, self.parameters)
 
     def _values(self, residual: Residual, chosen: slice) -> Tensor:
@@ -223,13 +226,14 @@ class CapturedRows(ResidualRows):
                 "wrap the network in one, or use jacobians='vmap'"
             )
         super().__init__(model, residuals, chunk_size)
-        self.problem = ResidualNetwork(model, residuals)
-        self.capture = Capture(self.problem)
+        self.problem: ResidualNetwork = ResidualNetwork(model, residuals)
+        self.capture: Capture = Capture(self.problem)
         self.capture.check_covered()
         self.capture.recording = False
-        self.blocks, self.layout = self.capture.blocks, self.capture.layout
+        self.blocks: dict[str, Block] = self.capture.blocks
+        self.layout: ParameterLayout = self.capture.layout
         named = dict(self.problem.named_parameters())
-        self.parameters = {name: named[name] for name in self.layout.names}
+        self.parameters: dict[str, nn.Parameter] = {name: named[name] for name in self.layout.names}
 
     def _values(self, residual: Residual, chosen: slice) -> Tensor:
         assert isinstance(self.model, TaylorNetwork)

@@ -89,7 +89,8 @@ class StackLinear(nn.Module):
                 "TaylorNetwork needs plain Linear layers, got one whose weight is computed from "
                 "other parameters: remove the parametrization, or use jacobians='vmap'"
             )
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.in_features: int = linear.in_features
+        self.out_features: int = linear.out_features
         self.weight: nn.Parameter = linear.weight
         self.bias: nn.Parameter | None = linear.bias
 
@@ -115,7 +116,8 @@ class StackActivation(nn.Module):
 
     def __init__(self, activation: nn.Module, rows: StackRows) -> None:
         super().__init__()
-        self.activation, self.rows = activation, rows
+        self.activation: nn.Module = activation
+        self.rows: StackRows = rows
         self._derivatives = activation_derivatives(activation)
 
     def forward(self, stack: Tensor) -> Tensor:

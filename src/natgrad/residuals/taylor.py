@@ -80,9 +80,9 @@ class TaylorNetwork(nn.Module):
         linear = next((m for m in network.modules() if isinstance(m, nn.Linear)), None)
         if linear is None:
             raise TypeError("TaylorNetwork needs a network with at least one Linear layer")
-        self.dimension = linear.in_features
-        self.rows = _rows(self.dimension, first, second, laplacian)
-        self.network = _converted(network, self.rows, {})
+        self.dimension: int = linear.in_features
+        self.rows: StackRows = _rows(self.dimension, first, second, laplacian)
+        self.network: nn.Sequential = _converted(network, self.rows, {})
 
     def forward(self, points: Tensor) -> Tensor:
         """Return the stack at points ``(N, D)``: ``(N, T, C)``, value first.

@@ -61,7 +61,7 @@ class EWCPenalty:
     def __init__(self, matrix: FisherMatrix, anchor: nn.Module | Mapping[str, Tensor]) -> None:
         self.matrix = matrix
         found = values_of(matrix.layout, anchor)
-        self.anchor = {name: value.detach().clone() for name, value in found.items()}
+        self.anchor: dict[str, Tensor] = {n: v.detach().clone() for n, v in found.items()}
 
     def __call__(self, model: nn.Module | Mapping[str, Tensor]) -> Tensor:
         """Return the penalty of a model's parameters, a scalar."""

@@ -49,7 +49,7 @@ from natgrad.fisher.estimation import update_from_output
 from natgrad.fisher.types import as_fisher_type
 from natgrad.jacobians import Jacobians
 from natgrad.laplace import Laplace, _is_pair, _log_normalizer
-from natgrad.likelihoods import Gaussian, LikelihoodLike, as_likelihood
+from natgrad.likelihoods import Gaussian, Likelihood, LikelihoodLike, as_likelihood
 from natgrad.operators import FisherMatrix
 from natgrad.variational_laplace.inducing_points import choose_inducing_points
 from natgrad.variational_laplace.predictive_fit import PredictiveFit
@@ -131,9 +131,9 @@ class VariationalLaplace(Laplace):
         check_choice("outputs", outputs, "all", "one")
         if steps is not None and steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
-        self.model = unwrap(model)
-        self.likelihood = as_likelihood(likelihood)
-        self.output = self.likelihood.selection(output)
+        self.model: nn.Module = unwrap(model)
+        self.likelihood: Likelihood = as_likelihood(likelihood)
+        self.output: Callable[[Any], Any] | None = self.likelihood.selection(output)
         self.prior_precision = prior_precision
         self._factorised = None
         self._fisher, self._seed = as_fisher_type(fisher), seed
@@ -167,8 +167,8 @@ class VariationalLaplace(Laplace):
             parameter = dict(self.model.named_parameters())
             self._squared_norm = sum(float(parameter[n].detach().square().sum()) for n in names)
         scale = 1.0 if steps is None or count is None else count / seen.samples
-        self.count = seen.count * scale
-        self.log_likelihood = seen.log_likelihood * scale
+        self.count: float = seen.count * scale
+        self.log_likelihood: float = seen.log_likelihood * scale
         self._observed = seen.observed * scale
         self._trace = seen.trace * scale  # tr H
         self._set(seen.span.rotated(seen.moment * (scale / self.count)), tuple(rows))
@@ -207,7 +207,7 @@ class VariationalLaplace(Laplace):
 
     def _set(self, projected: ProjectedOperator, blocks: tuple[str, ...]) -> None:
         """Make ``U B Uᵀ/N`` the Fisher matrix."""
-        self.matrix = FisherMatrix(
+        self.matrix: FisherMatrix = FisherMatrix(
             projected.layout, {PART: projected}, {PART: blocks}, "inducing_points"
         )
         self._factorised = None
@@ -288,7 +288,7 @@ class VariationalLaplace(Laplace):
             delta, factor = logarithms.exp()
             prior = delta * self._squared_norm + left / (factor * delta)
             prior = prior + (1.0 + values / (factor * delta)).log().sum()
-            loss = quadratic / factor + 0.5 * (self._observed * logarithms[1] + prior)
+            loss: Tensor = quadratic / factor + 0.5 * (self._observed * logarithms[1] + prior)
             loss.backward()
             return loss.detach()
 

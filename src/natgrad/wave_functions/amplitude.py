@@ -10,7 +10,7 @@ from torch.func import functional_call, jacrev, jvp, vjp, vmap
 
 from natgrad.capture.generic import not_by_samples, parameter_places
 from natgrad.capture.kinds import dense_layout
-from natgrad.layouts import ParameterLayout
+from natgrad.layouts import BlockLayout, ParameterLayout
 
 __all__ = ["LogAmplitude"]
 
@@ -40,11 +40,13 @@ class LogAmplitude:
                 f"model {reason}: call model.eval() first"
             )
         self.model = model
-        self.layout = ParameterLayout.of(model)
-        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.layout: ParameterLayout = ParameterLayout.of(model)
+        named = model.named_parameters()
+        self.parameters: dict[str, nn.Parameter] = {n: p for n, p in named if p.requires_grad}
         if not self.parameters:
             raise ValueError("the model has no trainable parameter")
-        self.block = dense_layout(self.layout.names, tuple(self.layout.shapes.values()))
+        shapes = tuple(self.layout.shapes.values())
+        self.block: BlockLayout = dense_layout(self.layout.names, shapes)
         self._places = parameter_places(model, self.parameters)
 
     def __call__(self, samples: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:

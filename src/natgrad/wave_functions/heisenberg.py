@@ -38,8 +38,10 @@ class Heisenberg(Hamiltonian):
         edges: Edges | None = None,
         marshall: bool = False,
     ) -> None:
-        self.sites, self.coupling, self.marshall = sites, coupling, marshall
-        self.edges = checked_edges(sites, edges)
+        self.sites: int = sites
+        self.coupling: float = coupling
+        self.marshall: bool = marshall
+        self.edges: Tensor = checked_edges(sites, edges)
         if marshall and not _is_bipartite(sites, self.edges.tolist()):
             raise ValueError(
                 "Marshall's sign rule needs two sublattices with edges between them only, as in a "

@@ -31,8 +31,10 @@ class TransverseFieldIsing(Hamiltonian):
     def __init__(
         self, sites: int, coupling: float = 1.0, field: float = 1.0, edges: Edges | None = None
     ) -> None:
-        self.sites, self.coupling, self.field = sites, coupling, field
-        self.edges = checked_edges(sites, edges)
+        self.sites: int = sites
+        self.coupling: float = coupling
+        self.field: float = field
+        self.edges: Tensor = checked_edges(sites, edges)
 
     def diagonal(self, samples: Tensor) -> Tensor:
         """Return ``−J Σ σ_i σ_j``."""

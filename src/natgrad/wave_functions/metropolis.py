@@ -65,13 +65,19 @@ class Metropolis:
         if abs(magnetization) > sites or (sites + magnetization) % 2 and move == "exchange":
             raise ValueError(f"{sites} spins cannot have the sum {magnetization}")
         like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-        self.model, self.sites, self.chains, self.move = model, sites, chains, move
-        self.sweep, self.burn_in = sweep or sites, burn_in
-        self.edges = checked_edges(sites, edges).to(like.device) if move == "exchange" else None
-        self.generator = torch.Generator(like.device)
+        self.model: nn.Module = model
+        self.sites: int = sites
+        self.chains: int = chains
+        self.move = move
+        self.sweep: int = sweep or sites
+        self.burn_in: int = burn_in
+        self.edges: Tensor | None = (
+            checked_edges(sites, edges).to(like.device) if move == "exchange" else None
+        )
+        self.generator: torch.Generator = torch.Generator(like.device)
         self.generator.manual_seed(seed)
-        self.configurations = self._start(magnetization, dtype or like.dtype)
-        self.acceptance = float("nan")
+        self.configurations: Tensor = self._start(magnetization, dtype or like.dtype)
+        self.acceptance: float = float("nan")
         self._is_thermal = False
 
     def _start(self, magnetization: int, dtype: torch.dtype) -> Tensor:

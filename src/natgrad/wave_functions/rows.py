@@ -13,6 +13,7 @@ from torch import Tensor
 
 from natgrad.jacobians import CHUNK_ELEMENTS, DenseJacobian, KroneckerSums, LayerJacobian
 from natgrad.jacobians.layer import WeightSharing, gram_by_gradients
+from natgrad.layouts import BlockLayout
 from natgrad.wave_functions.amplitude import LogAmplitude
 
 __all__ = ["AmplitudeJacobian"]
@@ -39,12 +40,16 @@ class AmplitudeJacobian(LayerJacobian):
     def __init__(
         self, amplitude: LogAmplitude, samples: Tensor, shares: Tensor, chunk_size: int | None
     ) -> None:
-        self.amplitude, self.configurations = amplitude, samples
-        self.layout, self.samples = amplitude.block, len(samples)
-        self.shares, self.roots = shares.view(-1, 1), shares.sqrt().view(-1, 1)
+        self.amplitude: LogAmplitude = amplitude
+        self.configurations: Tensor = samples
+        self.layout: BlockLayout = amplitude.block
+        self.samples: int = len(samples)
+        self.shares: Tensor = shares.view(-1, 1)
+        self.roots: Tensor = shares.sqrt().view(-1, 1)
         size = chunk_size or max(1, CHUNK_ELEMENTS // (OVERHEAD * self.layout.numel))
-        self.slices = [slice(s, min(s + size, len(samples))) for s in range(0, len(samples), size)]
-        self.directions = amplitude(samples[:1]).shape[1]
+        starts = range(0, len(samples), size)
+        self.slices: list[slice] = [slice(s, min(s + size, len(samples))) for s in starts]
+        self.directions: int = amplitude(samples[:1]).shape[1]
         self._kept: Tensor | None = None
         if len(self.slices) == 1:
             rows = amplitude.rows(samples)
@@ -52,7 +57,7 @@ class AmplitudeJacobian(LayerJacobian):
             self._kept = rows.sub_(mean).mul_(self.roots.unsqueeze(2))
         else:
             ones = torch.eye(self.directions, dtype=shares.dtype, device=shares.device)
-            self.mean = torch.stack([self._pulled(self.shares * one) for one in ones])
+            self.mean: Tensor = torch.stack([self._pulled(self.shares * one) for one in ones])
 
     @property
     def dtype(self) -> torch.dtype:

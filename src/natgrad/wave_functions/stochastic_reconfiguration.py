@@ -169,9 +169,11 @@ class StochasticReconfiguration(CheckpointedOptimizer, CopiedByState):
         if chunk_size is not None:
             check_interval("chunk_size", chunk_size)
         as_solver(solver)
-        self.amplitude = LogAmplitude(model)
-        self.hamiltonian, self.chunk_size = hamiltonian, chunk_size
-        self.space, self.solver = space, solver
+        self.amplitude: LogAmplitude = LogAmplitude(model)
+        self.hamiltonian: Hamiltonian | None = hamiltonian
+        self.chunk_size: int | None = chunk_size
+        self.space = space
+        self.solver: str | Solver = solver
         self.last: ReconfigurationStep | None = None
         self._distance = FIRST_DISTANCE
         self._keeps_direction = lr is None or momentum > 0

@@ -222,7 +222,8 @@ class Source:
     """
 
     def __init__(self, name: str, reference: str) -> None:
-        self.name, self.reference = name, reference
+        self.name: str = name
+        self.reference: str = reference
         self.claims: list[Claim] = []
 
     def claim(

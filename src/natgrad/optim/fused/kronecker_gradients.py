@@ -45,7 +45,9 @@ class FusedGradient(OwnBackward):
         inverse: Callable[[], Operator | None],
     ) -> None:
         super().__init__(layout.names, [(module, LinearProduct())])
-        self.layout, self.takes_rows, self.inverse = layout, takes_rows, inverse
+        self.layout: BlockLayout = layout
+        self.takes_rows: Callable[[int], bool] = takes_rows
+        self.inverse: Callable[[], Operator | None] = inverse
         self._products: Tensor | None = None
         self._probes: Tensor | None = None
         self._made: Tensor | None = None
@@ -93,7 +95,7 @@ class FusedGradient(OwnBackward):
         inverse = self.inverse()
         ready = isinstance(inverse, KroneckerOperator)
         if self.active is None:
-            self.active = ready and self.takes_rows(d.shape[0])
+            self.active: bool = ready and self.takes_rows(d.shape[0])
         if not self.active:
             return to_inputs, d.T @ a, d.sum(0)
         assert isinstance(inverse, KroneckerOperator)

@@ -85,10 +85,10 @@ class OwnBackward(ABC):
     def __init__(
         self, names: Iterable[str], modules: Iterable[tuple[nn.Module, LayerProduct]]
     ) -> None:
-        self.names = tuple(names)
+        self.names: tuple[str, ...] = tuple(names)
         #: Whether ``.grad`` holds the modified gradient; None before the first backward pass.
         self.active: bool | None = None
-        self.products = dict(modules)
+        self.products: dict[nn.Module, LayerProduct] = dict(modules)
         hook = ModelHook(self, OwnBackward._after_forward)
         self._handles = [
             module.register_forward_hook(hook, prepend=True, with_kwargs=True)

@@ -38,7 +38,8 @@ class AdamMoments:
     """
 
     def __init__(self, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
-        self.betas, self.eps = betas, eps
+        self.betas: tuple[float, float] = betas
+        self.eps: float = eps
 
     def following(self, state: dict[str, Any], gradient: Tensor) -> dict[str, Any]:
         """Return the moments after one more gradient.

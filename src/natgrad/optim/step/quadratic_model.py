@@ -51,7 +51,8 @@ class BatchFisher:
 
     def __init__(self, layout: ParameterLayout, exactly: bool = True) -> None:
         self.layout = layout
-        self.additive = self.by_layer = not exactly
+        self.additive: bool = not exactly
+        self.by_layer: bool = self.additive
         self._rows: list[Jacobians] = []
         self._count: Tensor | float = 0.0
 
