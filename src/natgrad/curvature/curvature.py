@@ -22,7 +22,7 @@ from natgrad.curvature.sharing import (
 )
 from natgrad.curvature.structure import Part, Structure
 from natgrad.distributed import Replicas
-from natgrad.distributed.place import WHOLE_BATCH
+from natgrad.distributed.place import WHOLE_BATCH, Place
 from natgrad.jacobians import Draw, Jacobians
 from natgrad.jacobians.packing import in_type
 from natgrad.layouts import BlockLayout, ParameterLayout
@@ -94,12 +94,15 @@ class Curvature:
     ) -> None:
         if not blocks:
             raise ValueError("the model has no trainable parameter that natgrad can cover")
-        self.structure, self.layout, self.blocks = structure, layout, dict(blocks)
+        self.structure: Structure = structure
+        self.layout: ParameterLayout = layout
+        self.blocks: dict[str, BlockLayout] = dict(blocks)
         self.parts: dict[str, Part] = structure.parts(blocks, layout)
         self.estimates: dict[str, Estimate] = {name: Estimate() for name in self.parts}
         #: What is known of parts that the model had and may have again, as of layers frozen now.
         self.resting: dict[str, dict[str, Any]] = {}
-        self.replicas, self.place = Replicas(), WHOLE_BATCH
+        self.replicas: Replicas = Replicas()
+        self.place: Place = WHOLE_BATCH
         self.sharing: Sharing = "inverses"
         self._owners: dict[int, dict[str, int]] = {}
         self._warned: set[str] = set()

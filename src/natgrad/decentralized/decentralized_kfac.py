@@ -73,7 +73,8 @@ class DecentralizedKFAC(KFAC):
     Example:
         >>> torch.distributed.init_process_group()
         >>> optimizer = natgrad.DecentralizedKFAC(model, graph="ring")
-        >>> loss.backward(); optimizer.step()
+        >>> cross_entropy(model(x), y).backward()
+        >>> optimizer.step()
     """
 
     method: ClassVar[Method] = replace(

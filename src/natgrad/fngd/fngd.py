@@ -94,7 +94,7 @@ class FNGD(NaturalGradient):
         >>> optimizer = natgrad.FNGD(model, coefficient_steps=len(loader))
         >>> for x, y in loader:
         ...     optimizer.zero_grad()
-        ...     F.cross_entropy(model(x), y).backward()
+        ...     cross_entropy(model(x), y).backward()
         ...     optimizer.step()
     """
 

@@ -317,6 +317,12 @@ def isotropic_constant(
     Raises:
         ValueError: If the structure has no such constant, as the diagonal, or a number it needs is
             missing; for the block tri-diagonal form at depth ``3s + 2``.
+
+    Example:
+        >>> natgrad.ntk.isotropic_constant("block_diagonal", depth=3, samples=100)
+        3.0
+        >>> natgrad.ntk.isotropic_constant("kfac", depth=3, samples=100)
+        201.0
     """
     key = structure.replace("-", "_")
     if depth < 1 or samples < 1:

@@ -70,7 +70,7 @@ class WeightAverage(CopiedByState):
 
     Example:
         >>> average = natgrad.WeightAverage(optimizer, decay=0.99)
-        >>> ...  # Train.
+        >>> train(model)
         >>> with average.applied():
         ...     evaluate(model)
     """

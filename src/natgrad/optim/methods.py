@@ -66,6 +66,13 @@ class KFAC(NaturalGradient):
 
     The method for networks of ordinary size: a step without refresh costs SGD plus two matrix
     products per layer. ``structure`` is a :class:`natgrad.curvature.KroneckerFactors`.
+
+    Example:
+        >>> optimizer = natgrad.KFAC(model)
+        >>> for x, y in loader:
+        ...     optimizer.zero_grad()
+        ...     cross_entropy(model(x), y).backward()
+        ...     optimizer.step()
     """
 
     method: ClassVar[Method] = Method(
@@ -81,6 +88,11 @@ class EKFAC(NaturalGradient):
     Second moments are measured in the eigenbases with every update of the curvature, eigenbases
     renewed more rarely. Damping is added to the moments. A step costs four matrix products per
     layer, twice what K-FAC's take. ``structure`` is a :class:`natgrad.curvature.EigenKronecker`.
+
+    Example:
+        >>> optimizer = natgrad.EKFAC(model, damping=1e-2, refresh=natgrad.Refresh(inverses=100))
+        >>> cross_entropy(model(x), y).backward()
+        >>> optimizer.step()
     """
 
     method: ClassVar[Method] = Method(
@@ -163,6 +175,11 @@ class SINGD(NaturalGradient):
     :class:`natgrad.curvature.InverseFactors`.
 
     Source: Lin et al., Structured inverse-free natural gradient descent (2024), arXiv 2312.05705.
+
+    Example:
+        >>> optimizer = natgrad.SINGD(model.bfloat16())
+        >>> cross_entropy(model(x.bfloat16()), y).backward()
+        >>> optimizer.step()
     """
 
     method: ClassVar[Method] = Method(
@@ -181,6 +198,15 @@ class ExactNGD(NaturalGradient):
     Solved in sample space: ``R = N·C`` rows cost ``R³/3`` multiplications per step, whatever the
     number of parameters. For small data sets and few outputs (physics, regression) nothing else
     takes fewer steps. ``structure`` is a :class:`natgrad.curvature.Full`.
+
+    Example:
+        >>> model, x = nn.Linear(3, 1), torch.randn(20, 3)
+        >>> y = x.sum(1, keepdim=True)
+        >>> optimizer = natgrad.ExactNGD(model, "gaussian", damping=1e-8, kl_clip=None)
+        >>> (0.5 * (model(x) - y).square().mean()).backward()
+        >>> optimizer.step()  # Newton's step: all the way to the least squares
+        >>> torch.allclose(model(x), y, atol=1e-4)
+        True
     """
 
     method: ClassVar[Method] = Method(Full(), lr=1.0, damping=1e-2, kl_clip=0.1)
@@ -294,7 +320,7 @@ class EGN(NaturalGradient):
     Example:
         >>> optimizer = natgrad.EGN(model, "categorical")
         >>> for x, y in loader:
-        ...     loss = optimizer.step(lambda: F.cross_entropy(model(x), y))
+        ...     loss = optimizer.step(lambda: cross_entropy(model(x), y))
     """
 
     method: ClassVar[Method] = Method(

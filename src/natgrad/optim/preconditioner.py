@@ -72,7 +72,9 @@ class Preconditioner(CopiedByState):
     Example:
         >>> preconditioner = natgrad.Preconditioner(model, structure="kfac", damping=1e-2)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        >>> loss.backward(); preconditioner.step(); optimizer.step()
+        >>> cross_entropy(model(x), y).backward()
+        >>> preconditioner.step()
+        >>> optimizer.step()
     """
 
     def __init__(
@@ -112,16 +114,16 @@ class Preconditioner(CopiedByState):
             )
         likelihood = as_likelihood(likelihood)
         mesh = mesh_group(unwrap(model))
-        self.capture = Capture(
+        self.capture: Capture = Capture(
             model, likelihood.selection(output), excluded=excluded, batch_dim=batch_dim,
             shards=mesh is not None,
         )  # fmt: skip
-        self.model = self.capture.model
-        self.parameters = dict(self.model.named_parameters())
+        self.model: nn.Module = self.capture.model
+        self.parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())
         layouts = {name: block.layout for name, block in self.capture.blocks.items()}
-        self.curvature = Curvature(structure, layouts, self.capture.layout)
+        self.curvature: Curvature = Curvature(structure, layouts, self.capture.layout)
         self.curvature.sharing = refresh.sharing
-        self.excluded = frozenset(excluded)
+        self.excluded: frozenset[str] = frozenset(excluded)
         self.untrusted: dict[str, str] = {}
         self._named: set[str] = set()  # Parameters with some gradient from elsewhere, once told.
         self._watch = ModelWatch(self.model)
@@ -133,9 +135,11 @@ class Preconditioner(CopiedByState):
         #: λ, one value or one per block name.
         self.damping: float | dict[str, float] = damping
         kind = as_fisher_type(fisher)
-        self.observer = Observer(self.capture, likelihood, kind, refresh, self.curvature, seed)
+        self.observer: Observer = Observer(
+            self.capture, likelihood, kind, refresh, self.curvature, seed
+        )
         self.observer.before_change = self._open
-        self.gradient_rows = GradientRows(self.observer)
+        self.gradient_rows: GradientRows = GradientRows(self.observer)
         self._share_with(Replicas.of(model, process_group or mesh))
         self.capture.on_forward = self._before_pass
         #: Called when the model has other parameters or blocks than before.
