@@ -6,10 +6,11 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from natgrad import linalg
 from natgrad.layouts import BlockLayout
