@@ -187,7 +187,8 @@ IN_FOUR = (
     "KFAC", "EKFAC", "KPSVD", "TwoLevelKFAC", "SINGD", "ExactNGD", "UnitWiseNGD", "DiagonalNGD",
     "ThermodynamicNGD", "FNGD", "EGN", "KFAC, transformer", "EKFAC, transformer",
     "SINGD, transformer", "KFAC, quadratic model", "KFAC, some ignored", "EKFAC, two passes",
-    "EKFAC, sharing memory", "KPSVD, sharing memory", "KFAC, sharing nothing",
+    "EKFAC, sharing memory", "KPSVD, sharing memory", "KFAC, sharing nothing", "BlockDiagonalNGD",
+    "ImprovedEmpiricalNGD", "ConjugateGradientNGD", "ExactNGD, two passes",
 )  # fmt: skip
 
 

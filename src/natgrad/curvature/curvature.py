@@ -87,6 +87,8 @@ class Curvature:
         replicas: Processes that have a share of every batch each; by default none but this one.
         place: Which samples of the present batch are this process's.
         sharing: What they share of the work, where the structure is made for that.
+        rows_stay: Whether rows stay with the processes that have made them, so that what is made of
+            them must be asked for by all together; otherwise they are gathered.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class Curvature:
         self.replicas: Replicas = Replicas()
         self.place: Place = WHOLE_BATCH
         self.sharing: Sharing = "inverses"
+        self.rows_stay: bool = False
         self._owners: dict[int, dict[str, int]] = {}
         self._warned: set[str] = set()
 

@@ -30,6 +30,10 @@ class ExactRows(Structure):
     factorised: the Gram matrix ``JJᵀ`` or ``F``. Rows belong to one batch, so there is no average
     over steps.
 
+    Optimizers in several processes leave rows with the process that has made them: each holds its
+    own, the joint Gram matrix and two shares of one layer of others at most, see
+    :class:`natgrad.jacobians.shares.Shares`.
+
     Attributes:
         solver: How gradients are preconditioned: ``"direct"``, ``"eigh"``,
             ``"conjugate_gradient"``, ``"thermodynamic"`` or a :class:`natgrad.solvers.Solver` with
@@ -40,6 +44,7 @@ class ExactRows(Structure):
     """
 
     additive: ClassVar[bool] = False
+    rows_stay: ClassVar[bool] = True
 
     solver: str | Solver = "direct"
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from natgrad.operators.block_diagonal import damping_of
 from natgrad.records import Record
+from natgrad.statistics import RowStatistics, Statistics
 
 if TYPE_CHECKING:
     from natgrad.curvature.curvature import Curvature, Damping, Estimate
@@ -37,7 +38,9 @@ def unite(curvature: Curvature) -> None:
     for owner, names in curvature.by_owner().items():
         own = {n: held[n] for n in names}
         own_sums = {n: None if batch is None else batch.sums() for n, batch in own.items()}
-        own_rows = {n: None if batch is None else batch.rows() for n, batch in own.items()}
+        own_rows = {
+            n: None if batch is None else _rows(curvature, batch) for n, batch in own.items()
+        }
         sums = replicas.summed(own_sums, device, owner)
         rows = replicas.gathered(own_rows, device, owner)
         for name in names:
@@ -47,9 +50,26 @@ def unite(curvature: Curvature) -> None:
                 present = replace(present, batch=None, average=None, inverse=None, draws=draws)
                 curvature.estimates[name] = present
             elif sums[name] is not None:
-                found = [one[name] for one in rows]
-                batch = curvature.structure.united(part, sums[name], found, present.average)
+                batch = _united(curvature, part, sums[name], [one[name] for one in rows])
                 curvature.estimates[name] = replace(present, batch=batch, draws=draws)
+
+
+def _rows(curvature: Curvature, batch: Statistics) -> Any:
+    """Return what is sent of a batch's rows: all, or what to know of those that stay."""
+    if curvature.rows_stay:
+        assert isinstance(batch, RowStatistics)
+        return batch.outlined_rows()
+    return batch.rows()
+
+
+def _united(curvature: Curvature, part: Part, sums: Any, rows: Sequence[Any]) -> Statistics:
+    """Return the statistics of all processes of sums and of what :func:`_rows` returned in each."""
+    present, structure = curvature.estimates[part.name], curvature.structure
+    if not curvature.rows_stay:
+        return structure.united(part, sums, rows, present.average)
+    own, total = present.batch, structure.united(part, sums, [], present.average)
+    assert isinstance(total, RowStatistics) and (own is None or isinstance(own, RowStatistics))
+    return total.with_shares(own, rows, curvature.replicas, part)
 
 
 def agree(curvature: Curvature, missed: Mapping[str, Tensor | float]) -> dict[str, Tensor]:

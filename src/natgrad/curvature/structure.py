@@ -85,6 +85,8 @@ class Structure(ABC):
     recursive: ClassVar[bool] = False
     #: Whether inverses follow every update, between the factorisations, as they cost little.
     follows_updates: ClassVar[bool] = False
+    #: Whether rows may stay with the processes that have made them, where these use them together.
+    rows_stay: ClassVar[bool] = False
     #: Whether processes do well to divide the factorisations and send each other the inverses.
     shareable: ClassVar[bool] = False
 

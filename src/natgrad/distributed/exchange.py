@@ -24,6 +24,8 @@ __all__ = [
     "Symmetric",
     "gathered",
     "is_padded",
+    "laid_end_to_end",
+    "passed_round",
     "put_together",
     "summed",
     "taken_apart",
@@ -118,10 +120,9 @@ def gathered(
     own = list(_tensors(value))
     here = owner is None or owner == torch.distributed.get_rank(group)
     dtypes = {slot.dtype: None for one in slots for slot in one}  # In the same order everywhere.
-    received: dict[torch.dtype, list[Iterator[Tensor]]] = {}
+    received: dict[torch.dtype, list[Tensor]] = {}
     for dtype in dtypes:
-        sizes = [[prod(slot.shape) for slot in one if slot.dtype == dtype] for one in slots]
-        totals = [sum(one) for one in sizes]
+        totals = [sum(prod(slot.shape) for slot in one if slot.dtype == dtype) for one in slots]
         longest = max(totals)
         mine = [tensor.reshape(-1) for tensor in own if tensor.dtype == dtype]
         flat = torch.cat([*mine, torch.zeros(0, dtype=dtype, device=device)])
@@ -134,16 +135,89 @@ def gathered(
             torch.distributed.all_gather(found, flat, group=group)
         else:
             torch.distributed.gather(flat, found or None, _global(owner, group), group=group)
-        if not here:
-            continue
-        pieces = zip(found, sizes, strict=True)
-        received[dtype] = [iter(one[: sum(n)].split(n)) for one, n in pieces]
+        received[dtype] = found
     if not here:
         return []
     return [
-        _filled(outline, _in_order(one, {d: received[d][rank] for d in received}), _as_shaped)
-        for rank, (outline, one) in enumerate(zip(outlines, slots, strict=True))
+        _cut(outline, {dtype: found[rank] for dtype, found in received.items()})
+        for rank, outline in enumerate(outlines)
     ]
+
+
+def passed_round(
+    value: Any, group: Any, device: torch.device, known: Outlines, steps: int
+) -> Iterator[Any]:
+    """Yield the values of the processes before this one in a ring, the nearest first.
+
+    Every process hands on what it was handed. While one value is looked at the next arrives, so
+    that no process ever holds more than two that are not its own; all must take all of them.
+
+    Args:
+        value: The value of this process.
+        group: The process group.
+        device: Where tensors lie, also on a process that has none.
+        known: Outlines seen before in this group, by all of its processes.
+        steps: How many are wanted, less than there are processes.
+    """
+    outlines = _outlines(_outline(value), group, device, known)
+    rank, world = torch.distributed.get_rank(group), len(outlines)
+    after, before = (_global((rank + step) % world, group) for step in (1, -1))
+    dtypes = {slot.dtype: None for one in outlines for slot in _slots(one)}
+    held = {
+        dtype: torch.cat(
+            [t.reshape(-1) for t in _tensors(value) if t.dtype == dtype]
+            or [torch.empty(0, dtype=dtype, device=device)]
+        )
+        for dtype in dtypes
+    }
+    del value  # It may have been made for this.
+
+    def hand_on(step: int) -> tuple[dict[torch.dtype, Tensor], list[Any]]:
+        """Send what is held, and return where the value of ``step`` places before arrives."""
+        slots = list(_slots(outlines[(rank - step) % world]))
+        arriving, messages = {}, []
+        for dtype, mine in held.items():
+            size = sum(prod(slot.shape) for slot in slots if slot.dtype == dtype)
+            arriving[dtype] = mine.new_empty(size)
+            for number, operation, tensor, other in (
+                (mine.numel(), torch.distributed.isend, mine, after),
+                (size, torch.distributed.irecv, arriving[dtype], before),
+            ):
+                if number:
+                    messages.append(torch.distributed.P2POp(operation, tensor, other, group))
+        return arriving, torch.distributed.batch_isend_irecv(messages) if messages else []
+
+    arriving, requests = hand_on(1) if steps else ({}, [])
+    for step in range(1, steps + 1):
+        while requests:
+            requests.pop().wait()  # And with it goes what was sent.
+        held = arriving
+        if step < steps:
+            arriving, requests = hand_on(step + 1)
+        yield _cut(outlines[(rank - step) % world], held)
+
+
+def _cut(outline: Any, flat: dict[torch.dtype, Tensor]) -> Any:
+    """Return the value of an outline whose tensors lie end to end, type by type."""
+    slots = list(_slots(outline))
+    sizes = {d: [prod(slot.shape) for slot in slots if slot.dtype == d] for d in flat}
+    pieces = {d: iter(one[: sum(sizes[d])].split(sizes[d])) for d, one in flat.items()}
+    return _filled(outline, _in_order(slots, pieces), _as_shaped)
+
+
+def laid_end_to_end(own: Tensor, lengths: Sequence[int], group: Any) -> Tensor:
+    """Return the rows ``(n_r, ...)`` of all processes, one after the other.
+
+    Args:
+        own: Those of this process.
+        lengths: How many each has, in the order of ranks.
+        group: The process group.
+    """
+    padded = own.new_zeros(max(lengths), *own.shape[1:])
+    padded[: len(own)] = own
+    found = [torch.empty_like(padded) for _ in lengths]
+    torch.distributed.all_gather(found, padded, group=group)
+    return torch.cat([one[:number] for one, number in zip(found, lengths, strict=True)])
 
 
 def is_padded(sizes: Sequence[int]) -> bool:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from natgrad.distributed.exchange import Outlines, gathered, summed
+from natgrad.distributed.exchange import (
+    Outlines,
+    gathered,
+    laid_end_to_end,
+    passed_round,
+    summed,
+)
 from natgrad.distributed.place import WHOLE_BATCH, Place
 from natgrad.distributed.shards import is_sharded
 
@@ -142,6 +148,20 @@ class Replicas:
         if self.are_alone:
             return value
         return summed(value, self.group, device, self.outlines, owner)
+
+    def passed_round(self, value: Any, device: torch.device, steps: int) -> Iterator[Any]:
+        """Yield values of others, likewise, that are passed on from one process to the next."""
+        return passed_round(value, self.group, device, self.outlines, steps)
+
+    def laid_end_to_end(self, own: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Return the rows ``(n_r, ...)`` of all of them, of which each has so many."""
+        return laid_end_to_end(own, lengths, self.group)
+
+    def added_up(self, value: Tensor) -> Tensor:
+        """Return the sum of a tensor that all of them have in the same shape."""
+        total = value.contiguous().clone()
+        torch.distributed.all_reduce(total, group=self.group)
+        return total
 
     def placed(self, samples: int, flag: bool, device: torch.device) -> tuple[Place, bool]:
         """Return which samples of a batch are those of this process, and whether any flag is up.

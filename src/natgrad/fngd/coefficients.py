@@ -70,6 +70,7 @@ class SharedCoefficients(BlockDiagonal):
     """
 
     name: ClassVar[str] = "shared_coefficients"
+    rows_stay: ClassVar[bool] = False
 
     share: Share = "position"
     damping_scale: DampingScale = "absolute"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from torch import Tensor
 from natgrad.jacobians.layer import LayerJacobian, joint_gram
 from natgrad.jacobians.linear import LinearJacobian
 from natgrad.layouts import ParameterLayout
+
+if TYPE_CHECKING:
+    from natgrad.jacobians.shares import Shares
 
 __all__ = ["Jacobians"]
 
@@ -43,6 +46,8 @@ class Jacobians(Mapping[str, LayerJacobian]):
                 block.moments = self.moments
         self.samples = samples
         self.directions = directions
+        #: Which rows are whose, where other processes keep some; blocks and samples are one's own.
+        self.shares: Shares | None = None
 
     def __getitem__(self, name: str) -> LayerJacobian:
         """Return one block's Jacobian."""
@@ -58,8 +63,8 @@ class Jacobians(Mapping[str, LayerJacobian]):
 
     @property
     def rows(self) -> int:
-        """Number of rows, ``N·K``."""
-        return self.samples * self.directions
+        """Number of rows, ``N·K``, those of other processes included."""
+        return self.samples * self.directions if self.shares is None else self.shares.rows
 
     def of_blocks(self, names: Iterable[str], layout: ParameterLayout) -> Jacobians:
         """Return the rows of some of the blocks alone.
@@ -72,6 +77,8 @@ class Jacobians(Mapping[str, LayerJacobian]):
         wanted = set(names)
         result._blocks = {name: block for name, block in self.items() if name in wanted}
         result.layout = layout
+        if self.shares is not None:
+            result.shares = self.shares.of_blocks(wanted)
         return result
 
     def gram(self, other: Jacobians | None = None) -> Tensor:
@@ -80,6 +87,9 @@ class Jacobians(Mapping[str, LayerJacobian]):
         Raises:
             ValueError: If no block was reached.
         """
+        right = self if other is None else other
+        if self.shares is not None and right.shares is not None:
+            return self.shares.gram(self, right, right.shares)
         parts: Iterator[Tensor]
         if other is None:
             together = [block for block in self.values() if block.gram_takes_gradients]
@@ -100,25 +110,45 @@ class Jacobians(Mapping[str, LayerJacobian]):
         blocks = {name: block.combined(weights) for name, block in self.items()}
         return Jacobians(self.layout, blocks, self.samples, weights.shape[2])
 
+    def times(self, columns: Tensor) -> Tensor:
+        """Return ``J V``, ``(N·K, k)``, for columns ``(P, k)``."""
+        total = columns.new_zeros(self.samples * self.directions, columns.shape[1])
+        for block in self.values():
+            total += block.matvec(self.layout.gather(block.layout, columns))
+        return total if self.shares is None else self.shares.of_all(total)
+
+    def transposed_times(self, weights: Tensor) -> Tensor:
+        """Return ``Jᵀ W``, ``(P, k)``, for row weights ``(N·K, k)``."""
+        own = weights if self.shares is None else self.shares.own(weights)
+        result = weights.new_zeros(self.layout.numel, weights.shape[1])
+        for block in self.values():
+            self.layout.add(block.layout, block.rmatvec(own), result)
+        return result if self.shares is None else self.shares.added_up(result)
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal of ``JᵀJ``, ``(P,)``."""
+        dtype = self.layout.dtype if self.shares is None else self.shares.dtype
+        for block in self.values():
+            dtype = block.dtype
+        result = torch.zeros(self.layout.numel, dtype=dtype, device=self.layout.device)
+        for block in self.values():
+            self.layout.add(block.layout, block.diagonal(), result)
+        return result if self.shares is None else self.shares.added_up(result)
+
     def matvec(self, vector: Tensor) -> Tensor:
         """Return ``J v`` as ``(N, K)`` for a flat vector ``(P,)``."""
-        total = vector.new_zeros(self.rows, 1)
-        for block in self.values():
-            total = total + block.matvec(self.layout.gather(block.layout, vector.unsqueeze(1)))
-        return total.view(self.samples, self.directions)
+        return self.times(vector.unsqueeze(1)).view(self.samples, self.directions)
 
     def rmatvec(self, weights: Tensor) -> Tensor:
         """Return ``Jᵀ w`` as a flat vector ``(P,)`` for ``(N, K)`` row weights."""
-        flat = weights.reshape(-1, 1)
-        result = flat.new_zeros(self.layout.numel, 1)
-        for block in self.values():
-            self.layout.scatter(block.layout, block.rmatvec(flat), result)
-        return result[:, 0]
+        return self.transposed_times(weights.reshape(-1, 1))[:, 0]
 
     def to_dense(self) -> Tensor:
         """Return the whole Jacobian ``(N·K, P)``, columns in parameter order."""
-        first = next(iter(self.values()))
-        result = torch.zeros(self.layout.numel, self.rows, dtype=first.dtype, device=first.device)
+        first = next(iter(self.values()), self.shares)
+        assert first is not None
+        rows = self.samples * self.directions
+        result = torch.zeros(self.layout.numel, rows, dtype=first.dtype, device=first.device)
         for block in self.values():
             self.layout.scatter(block.layout, block.to_dense().T, result)
-        return result.T
+        return result.T if self.shares is None else self.shares.of_all(result.T)

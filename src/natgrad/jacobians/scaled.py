@@ -29,4 +29,6 @@ class ScaledRows(Jacobians):
 
     def __init__(self, rows: Jacobians, scales: Tensor, coordinates: Tensor) -> None:
         super().__init__(rows.layout, dict(rows), rows.samples, rows.directions)
-        self.scales, self.coordinates = scales, coordinates
+        self.shares = rows.shares
+        self.scales: Tensor = scales
+        self.coordinates: Tensor = coordinates

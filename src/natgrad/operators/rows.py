@@ -60,6 +60,8 @@ class RowsOperator(Operator):
     def dtype(self) -> torch.dtype:
         """Type of the rows."""
         for _, rows in self.pieces:
+            if rows.shares is not None:
+                return rows.shares.dtype
             for block in rows.values():
                 return block.dtype
         return self.layout.dtype
@@ -97,15 +99,10 @@ class RowsOperator(Operator):
 
     def diagonal(self) -> Tensor:
         """Return the diagonal."""
-        result: Tensor | None = None
-        for weight, rows in self.pieces:
-            for block in rows.values():
-                value = block.diagonal()
-                value = value * (weight / self.count).to(value.dtype)
-                if result is None:
-                    result = value.new_zeros(self.layout.numel)
-                self.layout.add(block.layout, value, result)
-        return self.layout.zeros(self.layout.numel) if result is None else result
+        if not self.pieces:
+            return self.layout.zeros(self.layout.numel)
+        squares = [(weight / self.count, rows.diagonal()) for weight, rows in self.pieces]
+        return torch.stack([value * weight.to(value.dtype) for weight, value in squares]).sum(0)
 
     def eigenvalues(self) -> Tensor:
         """Return ``P_l`` eigenvalues, padded with exact zeros beyond the number of rows."""
@@ -311,24 +308,18 @@ def _zero_inverse(operator: RowsOperator, damping: float) -> Operator:
 
 def times(pieces: Pieces, columns: Tensor) -> Tensor:
     """Return ``J V``, ``(R, k)``, each row scaled by the root of its weight."""
-    parts = []
-    for weight, rows in pieces:
-        total = columns.new_zeros(rows.rows, columns.shape[1])
-        for block in rows.values():
-            total += block.matvec(rows.layout.gather(block.layout, columns))
-        parts.append(total if weight == 1.0 else total * weight**0.5)
-    return torch.cat(parts)
+    parts = [(weight, rows.times(columns)) for weight, rows in pieces]
+    return torch.cat([part if weight == 1.0 else part * weight**0.5 for weight, part in parts])
 
 
 def transposed_times(pieces: Pieces, weights: Tensor) -> Tensor:
     """Return ``Jᵀ W``, ``(P_l, k)``."""
-    layout = pieces[0][1].layout
-    result = weights.new_zeros(layout.numel, weights.shape[1])
-    parts = weights.split([rows.rows for _, rows in pieces])
-    for (weight, rows), part in zip(pieces, parts, strict=True):
-        for block in rows.values():
-            layout.add(block.layout, block.rmatvec(part * weight**0.5), result)
-    return result
+    parts = zip(pieces, weights.split([rows.rows for _, rows in pieces]), strict=True)
+    terms = [
+        rows.transposed_times(part if weight == 1.0 else part * weight**0.5)
+        for (weight, rows), part in parts
+    ]
+    return terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)
 
 
 _Rows = TypeVar("_Rows", Jacobians, LayerJacobian)

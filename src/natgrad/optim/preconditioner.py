@@ -123,6 +123,7 @@ class Preconditioner(CopiedByState):
         layouts = {name: block.layout for name, block in self.capture.blocks.items()}
         self.curvature: Curvature = Curvature(structure, layouts, self.capture.layout)
         self.curvature.sharing = refresh.sharing
+        self.curvature.rows_stay = structure.rows_stay
         self.excluded: frozenset[str] = frozenset(excluded)
         self.untrusted: dict[str, str] = {}
         self._named: set[str] = set()  # Parameters with some gradient from elsewhere, once told.

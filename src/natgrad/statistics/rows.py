@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,11 +13,16 @@ from typing_extensions import Self
 
 from natgrad import linalg
 from natgrad.distributed.exchange import Symmetric
-from natgrad.jacobians import CHUNK_ELEMENTS, Jacobians
+from natgrad.distributed.replicas import Replicas
+from natgrad.jacobians import CHUNK_ELEMENTS, Jacobians, LayerJacobian
 from natgrad.jacobians.packing import pack, unpack
 from natgrad.jacobians.scaled import ScaledRows
+from natgrad.jacobians.shares import Shares
 from natgrad.layouts import ParameterLayout
 from natgrad.statistics.statistics import Statistics
+
+if TYPE_CHECKING:
+    from natgrad.curvature.structure import Part
 
 __all__ = ["Pieces", "RowStatistics"]
 
@@ -107,7 +113,9 @@ class RowStatistics(Statistics):
     def is_finite(self) -> Tensor:
         """Return whether no entry is NaN or infinite."""
         floating = [t for t in self.tensors() if t.is_floating_point()]
-        return torch.stack([torch.isfinite(t).all() for t in floating]).all()
+        found = torch.stack([torch.isfinite(t).all() for t in floating]).all()
+        shares = [rows.shares for _, rows in self.pieces if rows.shares is not None]
+        return shares[0].all(found) if shares else found
 
     def sums(self) -> dict[str, Any]:
         """Return count and moment."""
@@ -129,6 +137,49 @@ class RowStatistics(Statistics):
         )
         return replace(self, pieces=self.pieces + pieces)._bounded()
 
+    def outlined_rows(self) -> Any:
+        """Return what other processes need to know of rows that stay here."""
+        return [
+            {
+                "weight": weight,
+                "samples": rows.samples,
+                "directions": rows.directions,
+                "names": list(rows),
+                "scaled": isinstance(rows, ScaledRows),
+            }
+            for weight, rows in self.pieces
+        ] or None
+
+    def with_shares(
+        self, own: Self | None, found: Sequence[Any], replicas: Replicas, part: Part
+    ) -> Self:
+        """Return sums with the rows of all processes, each of which keeps its own.
+
+        Args:
+            own: The statistics of this process's share of the batch; None if it has none.
+            found: What :meth:`outlined_rows` returned in each process; None without any.
+            replicas: The processes.
+            part: What the rows are about.
+        """
+        pieces, layout = list(self.pieces), part.layout
+        for number in range(max(len(one or ()) for one in found)):
+            each = [one[number] if one and number < len(one) else None for one in found]
+            present = [one for one in each if one is not None]
+            directions, weight = present[0]["directions"], present[0]["weight"]
+            lengths = tuple(directions * one["samples"] if one else 0 for one in each)
+            names = tuple(dict.fromkeys(name for one in present for name in one["names"]))
+            shares = Shares(replicas, lengths, names, part.dtype, layout.device)
+            mine = own.pieces[number][1] if each[replicas.rank] and own is not None else None
+            rows = Jacobians(layout, {}, 0, directions) if mine is None else copy.copy(mine)
+            rows.shares = shares
+            if all(one["scaled"] for one in present):
+                none = torch.zeros(0, 2, dtype=part.dtype, device=layout.device)
+                known = mine if isinstance(mine, ScaledRows) else None
+                both = none if known is None else torch.stack([known.scales, known.coordinates], 1)
+                rows = ScaledRows(rows, *shares.of_all(both.to(part.dtype)).unbind(1))
+            pieces.append((weight, rows))
+        return replace(self, pieces=tuple(pieces))._bounded()
+
     def for_checkpoint(self) -> RowStatistics:
         """Return count and moment: rows belong to one batch, and the next one brings its own."""
         return replace(self, pieces=())
@@ -137,10 +188,14 @@ class RowStatistics(Statistics):
 def _add_moment(moment: Tensor | None, rows: Jacobians, weight: float) -> Tensor:
     """Return a moment plus that of some rows."""
     layout = rows.layout
+    if rows.shares is not None:
+        own = copy.copy(rows)
+        own.shares = None
+        found = _add_moment(_no_moment(layout, rows.shares), own, weight)
+        total: Tensor = rows.shares.replicas.summed(Symmetric(found), layout.device)
+        return total if moment is None else moment + total
     if moment is None:
-        first = next(iter(rows.values()))
-        size = layout.numel
-        moment = torch.zeros(size, size, dtype=first.dtype, device=first.device)
+        moment = _no_moment(layout, next(iter(rows.values())))
     step = max(1, CHUNK_ELEMENTS // max(1, layout.numel * rows.directions))
     for start in range(0, rows.samples, step):
         stop = min(start + step, rows.samples)
@@ -153,3 +208,8 @@ def _add_moment(moment: Tensor | None, rows: Jacobians, weight: float) -> Tensor
         gram = linalg.symmetric(linalg.lower_gram(dense))
         moment = torch.add(moment, gram, alpha=weight)
     return moment
+
+
+def _no_moment(layout: ParameterLayout, like: LayerJacobian | Shares) -> Tensor:
+    size = layout.numel
+    return torch.zeros(size, size, dtype=like.dtype, device=like.device)
