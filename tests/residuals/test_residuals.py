@@ -1015,4 +1015,4 @@ def test_the_guide_runs():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Five steps of ImplicitSGD need not converge.
         exec("\n".join(blocks), names)
-    assert len(blocks) == 8 and math.isfinite(float(names["loss"].detach()))
+    assert len(blocks) == 9 and math.isfinite(float(names["loss"].detach()))
