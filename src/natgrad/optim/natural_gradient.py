@@ -411,7 +411,7 @@ class NaturalGradient(GroupedOptimizer, CopiedByState):
         if share < 1:
             self._take_back(grouped, share)
             return None
-        state = self._length.answered(rule, along).met(rule, inner)
+        state = self._length.answered(rule, along, grouped.largest_rate).met(rule, inner)
         if "fisher" in found:
             terms = zip(grouped.dampings, found["grams"], strict=True)
             damped = found["scale"] * sum(d * gram[0][0] for d, gram in terms)

@@ -40,7 +40,8 @@ def batches(likelihood: str, steps: int, size: int = 6) -> list[tuple[Tensor, Te
     def target(seed: int) -> Tensor:
         if likelihood == "categorical":
             return labels(size, 3, seed)
-        return normal(size, 3, seed=100 + seed)
+        far = 40.0 if likelihood == "huber" else 0.0
+        return far * normal(1, 3, seed=99).sign() + normal(size, 3, seed=100 + seed)
 
     return [(normal(size, 3, seed=seed), target(seed)) for seed in range(steps)]
 
@@ -48,6 +49,8 @@ def batches(likelihood: str, steps: int, size: int = 6) -> list[tuple[Tensor, Te
 def loss_of(likelihood: str) -> Callable[[Tensor, Tensor], Tensor]:
     if likelihood == "categorical":
         return functional.cross_entropy
+    if likelihood == "huber":
+        return lambda z, y: functional.huber_loss(z, y, reduction="sum") / len(z)
     return lambda z, y: 0.5 * (z - y).square().sum() / len(z)
 
 
@@ -68,7 +71,7 @@ def jacobian(model: nn.Module, x: Tensor) -> Tensor:
 
 def output_roots(likelihood: str, z: Tensor) -> Tensor:
     """Return the root of every output Hessian, (N, C, C)."""
-    if likelihood == "gaussian":
+    if likelihood != "categorical":
         return torch.eye(z.shape[1], dtype=z.dtype).expand(len(z), -1, -1)
     p = z.softmax(1)
     return torch.diag_embed(p.sqrt()) - p.unsqueeze(2) * p.sqrt().unsqueeze(1)
@@ -173,10 +176,15 @@ class Reference:
             self.s = None
             self.taken_back += 1
             return "taken back"
-        if self.s is not None and self.log_k > self.long_log_k - 0.1:
-            ratio = min(0.5, max(-0.5, along / expected))
-            self.zeta *= math.exp(-self.length.annealing * (ratio - 0.05))
-            self.zeta = min(1.0, max(0.01, self.zeta))
+        if self.s is not None:
+            ratio, kappa = min(0.5, max(-0.5, along / expected)), self.length.annealing
+            short = 0.8 * min(1.0, float(self.rates.max())) - 1
+            if self.zeta > 1 or (self.zeta == 1 and ratio < short):
+                if ratio > short or self.caution == 1:
+                    self.zeta = max(1.0, self.zeta * math.exp(kappa * (short - ratio)))
+            elif self.log_k > self.long_log_k - 0.1:
+                self.zeta *= math.exp(-kappa * (ratio - 0.05))
+                self.zeta = min(1.0, max(0.01, self.zeta))
         slope = float(delta @ g)
         old = math.log(slope) if self.log_slope is None else self.log_slope
         self.log_slope = self.length.memory * old + (1 - self.length.memory) * math.log(slope)
@@ -261,7 +269,7 @@ def test_steps_are_those_of_the_formulas(kind, likelihood, refresh, momentum):
         close(position(model), reference.theta)
         state = optimizer._length
         close(torch.tensor(state.caution).double(), torch.tensor(reference.caution).double())
-        close(torch.tensor(state.annealed).double(), torch.tensor(reference.zeta).double())
+        close(torch.tensor(state.stretch).double(), torch.tensor(reference.zeta).double())
         close(torch.tensor(state.log_decrement).double(), torch.tensor(reference.log_k).double())
     assert state.measurements == reference.measured
     assert state.taken_back == outcomes.count("taken back") < 14
@@ -320,7 +328,7 @@ def test_lengths_are_annealed_by_the_formula(kind, momentum):
     for x, y in batches("gaussian", 40):
         reference.step(x, y)
         take(optimizer, model, "gaussian", x, y)
-        annealed.append(optimizer._length.annealed)
+        annealed.append(optimizer._length.stretch)
         close(torch.tensor(annealed[-1]).double(), torch.tensor(reference.zeta).double())
         close(position(model), reference.theta, 1e-8)
     assert 0.01 < min(annealed) < 0.97
@@ -345,13 +353,67 @@ def student(noise: float, annealing: float, seed: int) -> tuple[float, float]:
     x = torch.randn(1000, 6).double()
     with torch.no_grad():
         error = 0.5 * (model(x) - teacher(x)).square().sum(1).mean()
-    return float(error), optimizer._length.annealed
+    return float(error), optimizer._length.stretch
 
 
 def test_noise_that_stays_anneals_lengths_at_a_constant_rate():
     plain, annealed = ([student(1.0, k, seed) for seed in range(4)] for k in (0.0, 0.2))
     assert sum(error for error, _ in annealed) < 0.75 * sum(error for error, _ in plain)
     assert all(zeta < 0.8 for _, zeta in annealed)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+@pytest.mark.parametrize("kind", ["kfac", "full"])
+def test_lengths_are_stretched_by_the_formula(kind, momentum):
+    """Residuals of 40 have gradients of 1, until they are as small as that."""
+    length = MeasuredLength(interval=4)
+    model = network()
+    optimizer = optimizer_of(model, kind, "gaussian", length, momentum=momentum)
+    reference = Reference(network(), kind, "huber", length, EVERY_STEP)
+    reference.momenta.fill_(momentum)
+    stretch = []
+    for step, (x, y) in enumerate(batches("huber", 70)):
+        reference.rates.fill_(0.5 if step < 5 else 1.0)
+        optimizer.param_groups[0]["lr"] = 0.5 if step < 5 else 1.0
+        reference.step(x, y)
+        take(optimizer, model, "huber", x, y)
+        stretch.append(optimizer._length.stretch)
+        close(torch.tensor(stretch[-1]).double(), torch.tensor(reference.zeta).double())
+        close(position(model), reference.theta, 1e-8)
+    assert stretch[5] <= 1.0  # Steps are short because the rate is low.
+    assert 2.0 < max(stretch) and stretch[-1] < 0.8 * max(stretch)
+
+
+def test_bounded_gradients_do_not_bound_the_way():
+    """The unit of targets does not matter where only signs of residuals do."""
+    torch.manual_seed(0)
+    x, far = torch.randn(256, 6).double(), 100 * torch.randn(6, 2).double()
+    shares = []
+    for annealing in (0.0, 0.2):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 2)).double()
+        rule = StepRule(length=MeasuredLength(annealing=annealing))
+        optimizer = natgrad.KFAC(model, "gaussian", step_rule=rule)
+        losses = []
+        for _ in range(150):
+            chosen = torch.randint(256, (64,))
+            optimizer.zero_grad()
+            loss = functional.huber_loss(model(x[chosen]), torch.tanh(x[chosen]) @ far)
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        shares.append(sum(losses[-10:]) / sum(losses[:10]))
+    assert shares[1] < 0.2 < shares[0]
+
+
+def test_a_low_learning_rate_stays_low():
+    """Steps that are short by intention are not stretched."""
+    for rate in (0.01, 0.1, 0.4):
+        model = network()
+        optimizer = natgrad.KFAC(model, "gaussian", lr=rate)
+        for x, y in batches("gaussian", 40, size=32):
+            take(optimizer, model, "gaussian", x, 10 * torch.tanh(x) + 0 * y)
+            assert optimizer._length.stretch <= 1.0
 
 
 def test_what_can_be_fitted_keeps_its_lengths():

@@ -50,8 +50,14 @@ TOLERATED = 0.05
 #: Weight of the past in the longer average of log K, and how far below it K counts as falling.
 LONG_MEMORY, FALL = 0.9, 0.1
 
-#: Largest part that a single ratio of slopes plays in that average, either way.
+#: Share of its slope that a step of a learning rate of 1 must use up, else lengths are stretched.
+LEAST_SHARE = 0.8
+
+#: Largest part that a single ratio of slopes plays, either way.
 LARGEST_RATIO = 0.5
+
+#: Largest ζ: whatever unit a residual is in.
+LONGEST = 1e6
 
 #: Factor on the caution after a step that went well, where such lengths went too far before.
 SLOW_GROWTH = 1.05
@@ -99,6 +105,12 @@ class MeasuredLength:
     schedule, and a schedule that shortens steps lets ζ rise again. q is the hypergradient of Baydin
     et al. (2018) in units of the slope.
 
+    A loss whose gradients do not shrink with its residuals (Huber's, a hinge) has less curvature
+    than the Fisher matrix says, and steps are too short: the slope hardly changes along them. A
+    step of η < 1 leaves a share 1 − η of it by intention; where less than 0.8 min(η, 1) is gone,
+    lengths are stretched, ``ζ ← ζ exp(−κ(q − 0.8 min(η, 1) + 1))``, and shrink again by the same
+    formula, down to 1.
+
     Attributes:
         interval: Steps between measurements of K; some more are taken in the first interval. One
             costs a product with the batch's rows, and, unless curvature is updated at the same
@@ -107,7 +119,7 @@ class MeasuredLength:
         start: γ at the first step, in (0, 1].
         growth: Factor on γ after a step that went well, at least 1.
         overshoot: The ratio of slopes q beyond which a step is taken back; infinite for never.
-        annealing: κ, how fast lengths follow q where K does not fall; 0 for never.
+        annealing: κ, how fast lengths follow q; 0 for never.
 
     Raises:
         ValueError: If an option is out of range.
@@ -161,7 +173,7 @@ class LengthState:
         scale: c, the curvature of the loss in units of the Fisher matrix.
         measurements: How many there were.
         caution: γ.
-        annealed: ζ.
+        stretch: ζ, below 1 where lengths are annealed.
         ceiling: Up to which γ grows quickly: its value where a step last went too far.
         slope: s, by how much the last step was to lower the loss to first order; None where the
             next gradient is not to be held against it.
@@ -176,7 +188,7 @@ class LengthState:
     scale: float = 1.0
     measurements: int = 0
     caution: float = 1.0
-    annealed: float = 1.0
+    stretch: float = 1.0
     ceiling: float = 1.0
     slope: float | None = None
     usual_slope: float = 0.0
@@ -232,7 +244,7 @@ class LengthState:
             return 0.0
         log_slope = max(math.log(slope), self.log_slope)
         alpha = math.exp(min(self.log_decrement - log_slope, -math.log(self.scale)))
-        length = self.caution * self.annealed * alpha
+        length = self.caution * self.stretch * alpha
         return length if length * change <= LARGEST_CHANGE else LARGEST_CHANGE / change
 
     def share_kept(self, rule: MeasuredLength, slope: float) -> float:
@@ -259,18 +271,27 @@ class LengthState:
             return False
         return self.log_decrement < self.usual_log_decrement - FALL
 
-    def answered(self, rule: MeasuredLength, slope: float) -> LengthState:
+    def answered(self, rule: MeasuredLength, slope: float, rate: float) -> LengthState:
         """Return the state after the present gradient answered to the last step, which stays.
 
         Args:
             rule: The rule.
             slope: ``⟨v, g⟩`` with the last step v and the present gradient.
+            rate: η.
         """
-        if self.slope is None or self._decrement_falls():
+        if self.slope is None:
             return self
         ratio = min(LARGEST_RATIO, max(-LARGEST_RATIO, self._ratio(slope)))
-        annealed = self.annealed * math.exp(-rule.annealing * (ratio - TOLERATED))
-        return replace(self, annealed=min(1.0, max(LEAST_LENGTH, annealed)))
+        too_short = LEAST_SHARE * min(rate, 1.0) - 1.0
+        if self.stretch > 1.0 or (self.stretch == 1.0 and ratio < too_short):
+            if self.caution < 1.0:  # That is why.
+                ratio = max(ratio, too_short)
+            stretch = self.stretch * math.exp(-rule.annealing * (ratio - too_short))
+            return replace(self, stretch=min(LONGEST, max(1.0, stretch)))
+        if self._decrement_falls():
+            return self
+        stretch = self.stretch * math.exp(-rule.annealing * (ratio - TOLERATED))
+        return replace(self, stretch=min(1.0, max(LEAST_LENGTH, stretch)))
 
     def shortened(self, share: float, rate: float) -> LengthState:
         """Return the state after the last step, at a rate η, was cut to a share of it."""
