@@ -13,6 +13,7 @@ from torch import Tensor
 from natgrad.distributed.exchange import Symmetric, gathered, summed
 from natgrad.distributed.place import Place, PlacedGenerator, drawn
 from natgrad.distributed.triangles import packed_triangles, unpacked_triangles
+from natgrad.jacobians.positions import Draw, random_samples
 from tests import processes
 from tests.cases import normal
 
@@ -115,3 +116,32 @@ def test_draws_depend_on_the_place_alone(own: int, before: int, after: int, dim:
     whole = draw(Place(0, number, number), number)
     part = draw(Place(before, own, number), own)
     assert torch.equal(part, whole.narrow(dim, before, own))
+
+
+@given(st.integers(1, 6), st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(0, 99))
+def test_processes_take_their_parts_of_a_random_subset(
+    limit: int, shares: list[int], number: int
+) -> None:
+    total, taken, before = sum(shares), [], 0
+    for samples in shares:
+        draw = Draw(number, Place(before, samples, total))
+        chosen, weight = random_samples(samples, limit, draw)
+        if total <= limit:
+            assert chosen is None and weight == 1.0
+            chosen = list(range(samples))
+        else:
+            assert weight == total / limit
+        # As many as the share says, to within one.
+        assert abs(len(chosen) - samples * min(1.0, limit / total)) < 1
+        taken += [before + i for i in chosen]
+        before += samples
+    assert len(set(taken)) == len(taken) == min(limit, total) and taken == sorted(taken)
+    if total > limit:
+        assert random_samples(total, limit, Draw(number))[0] == taken
+
+
+def test_every_sample_is_taken_equally_often() -> None:
+    counts = torch.zeros(10)
+    for number in range(3000):
+        counts[random_samples(10, 4, Draw(number))[0]] += 1
+    assert float((counts / 3000 - 0.4).abs().max()) < 5 * (0.4 * 0.6 / 3000) ** 0.5

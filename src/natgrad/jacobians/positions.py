@@ -48,13 +48,15 @@ def random_subset(size: int, count: int, seed: int, device: torch.device) -> Ten
 def random_samples(samples: int, limit: int, draw: Draw) -> tuple[list[int] | None, float]:
     """Return which samples an update takes, at most ``limit`` in all processes, and their weight.
 
-    None stands for all of them.
+    None stands for all of them. They are equally far apart from a random beginning on, so that
+    every sample is taken equally often and every process has its part of them.
     """
     place, total = draw.place, draw.place.of_all(samples)
     if total <= limit:
         return None, 1.0
     before = place.before * samples // place.samples if place.is_shared else 0
-    chosen = random_subset(total, limit, draw.number, torch.device("cpu")).tolist()
+    begin = float(torch.rand((), generator=torch.Generator().manual_seed(draw.number)))
+    chosen = [int((i + begin) * total / limit) for i in range(limit)]
     return [i - before for i in chosen if before <= i < before + samples], total / limit
 
 
