@@ -300,8 +300,8 @@ def test_distributed_checkpoints_hold_it(tmp_path):
     for _ in range(3):
         KINDS["Padam"].step(averages[0].optimizer, models[0])
     checkpoint = torch.distributed.checkpoint
-    checkpoint.save({"average": averages[0]}, checkpoint_id=tmp_path, no_dist=True)
-    checkpoint.load({"average": averages[1]}, checkpoint_id=tmp_path, no_dist=True)
+    checkpoint.save({"average": averages[0]}, checkpoint_id=tmp_path)
+    checkpoint.load({"average": averages[1]}, checkpoint_id=tmp_path)
     assert torch.equal(averaged(averages[0], models[0]), averaged(averages[1], models[1]))
     assert averages[1].steps == 3
 

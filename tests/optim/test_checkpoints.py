@@ -182,9 +182,9 @@ def test_distributed_state_dicts_hold_everything(name: str, flat: bool):
 def test_distributed_checkpoints_hold_everything(name: str, tmp_path: Path):
     original, other = trained(name, 3), trained(name, 0)
     state = {"optimizer": get_optimizer_state_dict(original[1], original[0])}
-    dcp.save(state, checkpoint_id=str(tmp_path), no_dist=True)
+    dcp.save(state, checkpoint_id=str(tmp_path))
     state = {"optimizer": get_optimizer_state_dict(other[1], other[0])}
-    dcp.load(state, checkpoint_id=str(tmp_path), no_dist=True)
+    dcp.load(state, checkpoint_id=str(tmp_path))
     set_optimizer_state_dict(other[1], other[0], state["optimizer"])
     continues(name, original, other)
 
