@@ -968,6 +968,59 @@ def test_float32_is_warned_of():
         ResidualNGD(network, Residual(data, points(3).float()))
 
 
+@pytest.mark.parametrize("route", ["vmap", "captured"])
+def test_float32_takes_the_step_to_its_accuracy_and_trains(route):
+    network = perceptron([2, 5, 4, 1]).float()
+    residuals = parts(route == "captured")
+    for residual in residuals.values():
+        data = residual.data
+        residual.replace(residual.points.float(), None if data is None else data.float())
+    model = TaylorNetwork(network, laplacian=True) if route == "captured" else network
+    jacobian, rho = default_problem()
+    before = flat(network).double()
+    with pytest.warns(UserWarning, match="use model.double"):
+        optimizer = ResidualNGD(model, residuals, damping=1e-2, acceleration=False)
+    optimizer.step()
+    expected = expected_step(jacobian, rho, [44], optimizer.last.damping, None)
+    moved = before - flat(network).double()
+    dense.assert_same(moved, optimizer.last.length * expected, 2e-4)
+    first = optimizer.last.loss
+    for _ in range(30):
+        loss = optimizer.step()
+        assert optimizer.last.loss_after <= loss
+        if loss < 1e-6 * first:
+            break
+    assert loss < 1e-6 * first
+    assert all(p.dtype == torch.float32 for p in network.parameters())
+
+
+def test_chunks_bound_what_a_step_allocates():
+    """With 1,051 parameters the matrix is the largest tensor, but for chunks of more points."""
+    network = perceptron([2, 30, 30, 1])
+    model, parameters = TaylorNetwork(network, laplacian=True), len(flat(network))
+    residual = Residual(lambda u, x: u.laplacian - u.value, points(3000))
+
+    def largest(chunk_size: int | None) -> int:
+        found = 0
+
+        class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                nonlocal found
+                result = function(*args, **(kwargs or {}))
+                leaves = torch.utils._pytree.tree_leaves(result)
+                sizes = [leaf.numel() for leaf in leaves if isinstance(leaf, Tensor)]
+                found = max([found, *sizes])
+                return result
+
+        optimizer = ResidualNGD(model, residual, chunk_size=chunk_size)
+        with Watch():
+            optimizer.step()
+        return found
+
+    assert largest(100) == parameters**2
+    assert largest(None) == 3000 * parameters  # All rows, as they are fewer numbers than 2²⁵.
+
+
 # Other optimizers on the captured route.
 
 

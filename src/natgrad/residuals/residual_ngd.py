@@ -111,8 +111,10 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
             one more evaluation of them (Transtrum & Sethna 2012, "geodesic acceleration"). It is
             left out where ``‖Δ'‖ > ¾‖Δ‖``, and with solvers that iterate. Far from a solution it
             changes little, near to one it saves most of the steps.
-        chunk_size: Points differentiated at a time, which bounds memory; chosen by the number of
-            parameters by default.
+        chunk_size: Points differentiated at a time; by default so many that a chunk takes 2²⁵
+            numbers (256 MiB in float64) while it is differentiated, eight times its rows. A step of
+            R residuals and P parameters takes about ``8 min(R, P)²`` numbers beside, for matrix and
+            factors. Where R ≤ P the rows stay: factored, or ``R·P`` numbers by ``"vmap"``.
 
     Attributes:
         last: What the last step did, a :class:`ResidualStep`; None before the first.
