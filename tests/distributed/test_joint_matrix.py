@@ -218,6 +218,7 @@ def in_shards(rank: int) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@processes.shards_on_cpus
 def test_shards_are_whole_for_the_matrix() -> None:
     each = processes.run(in_shards)
     joint = LOOKS["kfac"].joint()
@@ -278,6 +279,7 @@ def posteriors(rank: int) -> dict[Any, Any]:
 
 
 @pytest.mark.slow
+@processes.shards_on_cpus
 def test_posteriors_are_those_of_the_data_of_all() -> None:
     each = processes.run(posteriors)
     for name, options in POSTERIORS.items():

@@ -15,6 +15,8 @@ from tests import processes
 from tests.distributed.networks import SAMPLES, batch, make, summed_loss, weights
 from tests.methods import make_optimizer
 
+pytestmark = processes.shards_on_cpus
+
 
 class Narrow(nn.Module):
     """A network with weights of one row, whose shards are empty in all processes but one."""

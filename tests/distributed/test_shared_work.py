@@ -213,6 +213,7 @@ def checkpointing(rank: int, world: int, folder: Path) -> dict[str, Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
+@processes.shards_on_cpus
 def test_distributed_checkpoints_fit_any_number_of_processes(tmp_path: Path) -> None:
     found = {
         world: processes.run(checkpointing, world, tmp_path, world=world)[0] for world in (2, 1, 4)

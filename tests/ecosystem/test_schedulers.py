@@ -90,6 +90,7 @@ def test_rates_and_momenta_follow_the_schedule(name, optimizer_name):
     sgd = torch.optim.SGD(twin.parameters(), lr=LR, momentum=0.9)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "The epoch parameter in")  # SequentialLR of torch 2.6.
         schedules = [SCHEDULERS[name](o) for o in (optimizer, sgd)]
         for index, batch in enumerate(batches(8)):
             assert settings(optimizer) == settings(sgd)
@@ -197,6 +198,7 @@ def test_fallback_groups_are_scheduled_too(name, fallback):
     schedule = SCHEDULERS[name](optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "The epoch parameter in")  # SequentialLR of torch 2.6.
         for index, batch in enumerate(batches(6)):
             before = flat(model)
             train(model, optimizer, [batch])

@@ -152,6 +152,7 @@ def refused(rank: int) -> tuple[dict[str, str], Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
+@processes.shards_on_cpus
 def test_what_needs_whole_parameters_refuses_shards():
     said, found = processes.run(refused)[0]
     # Padam works entry by entry, so that shards do.
