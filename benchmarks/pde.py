@@ -14,9 +14,11 @@ Nine equations (`pde_problems.py`), the same network, points and weights for eve
 
 They evaluate the loss of ``natgrad.ResidualNetwork``, and take its rows: derivatives propagated
 forward, which suits high dimensions. Where the problem says so, points are drawn anew for every
-step of all but the quasi-Newton methods, which need a loss that stays.
+step of all but the quasi-Newton methods, which need a loss that stays, or added during training
+(``natgrad.residuals.AdaptivePoints`` with its defaults).
 
-The clock is the processor time of steps on one thread; drawing points and measuring are outside.
+The clock is the processor time of steps on one thread, adding points included; drawing them anew
+and measuring are outside.
 
     python benchmarks/pde.py --problems burgers,kovasznay --methods natgrad,adam --seconds 60
     python benchmarks/pde.py --methods natgrad          # the seconds that are asked for, or 60
@@ -48,7 +50,7 @@ from scipy.optimize import line_search
 from torch import Tensor, nn
 
 import natgrad
-from natgrad.residuals import Residual, ResidualNetwork
+from natgrad.residuals import AdaptivePoints, Residual, ResidualNetwork
 from natgrad.residuals.rows import CapturedRows
 
 Record = dict[str, Any]
@@ -289,6 +291,10 @@ def perform(run: Run) -> Record:
     network = tanh_network(problem.widths, run.seed)
     residuals = problem.sample(run.seed)
     resampled = problem.resampled and run.method not in QUASI_NEWTON
+    adaptive = None
+    if problem.draw is not None and run.method not in QUASI_NEWTON:
+        draw = problem.draw(10**6 + run.seed)
+        adaptive = AdaptivePoints(problem.model(network), residuals, draw)
     judge = ResidualNetwork(problem.model(network), problem.sample(10**6 + run.seed))
     curve: list[tuple[int, float, float, float]] = []
     steps, seconds, state, message = 0, 0.0, "done", ""
@@ -312,6 +318,8 @@ def perform(run: Run) -> Record:
                         residuals[name].replace(fresh.points, fresh.data)
                 began = time.process_time()
                 step(min(seconds / run.seconds, 1.0))
+                if adaptive is not None:
+                    adaptive.update()
                 seconds += time.process_time() - began
                 steps += 1
                 if seconds >= run.seconds * len(curve) / MEASUREMENTS:
@@ -323,6 +331,7 @@ def perform(run: Run) -> Record:
         "state": state,
         "message": message,
         "steps": steps,
+        "points": sum(map(len, residuals.values())),
         "loss": curve[-1][2],
         "error": curve[-1][3] if state == "done" else None,
         "curve": curve,

@@ -20,6 +20,7 @@ from natgrad.residuals import Residual, Taylor, TaylorNetwork
 __all__ = ["PROBLEMS", "Problem", "allen_cahn", "burgers", "tanh_network"]
 
 Residuals = dict[str, Residual]
+Draw = Callable[[int], "Tensor | tuple[Tensor, Tensor]"]  # Points, or points and data.
 PI = math.pi
 
 
@@ -35,6 +36,8 @@ class Problem:
         taylor: Derivatives that the residuals need, options of ``TaylorNetwork``.
         outputs: Columns of the output that are compared.
         resampled: Whether points are drawn anew for every step of methods that allow it.
+        draw: Seed → functions to draw points of the parts by, where they are added as
+            ``AdaptivePoints`` does, to methods that allow it; None where they stay.
         asked: Error and seconds that the project asks of itself, or None.
     """
 
@@ -45,6 +48,7 @@ class Problem:
     taylor: dict[str, Any]
     outputs: tuple[int, ...] = (0,)
     resampled: bool = False
+    draw: Callable[[int], dict[str, Draw]] | None = None
     asked: tuple[float, float] | None = None
 
     def error(self, network: nn.Module) -> float:
@@ -87,6 +91,22 @@ def on_faces(count: int, dimension: int, seed: int) -> Tensor:
     face = torch.randint(dimension, (count, 1), generator=generator)
     side = torch.randint(2, (count, 1), generator=generator).double()
     return points.scatter(1, face, side)
+
+
+def sobol_points(dimension: int, seed: int) -> Callable[[int], Tensor]:
+    """Return what draws points of the unit cube, the next ones of a scrambled Sobol sequence."""
+    sobol = torch.quasirandom.SobolEngine(dimension, scramble=True, seed=seed)
+    return lambda count: sobol.draw(count, dtype=torch.float64)
+
+
+def with_data(draw: Callable[[int], Tensor], data: Callable[[Tensor], Tensor]) -> Draw:
+    """Return what draws points and what is known there."""
+
+    def both(count: int) -> tuple[Tensor, Tensor]:
+        points = draw(count)
+        return points, data(points)
+
+    return both
 
 
 def column(*values: Tensor) -> Tensor:
@@ -193,19 +213,46 @@ def burgers_problem(viscosity: float, title: str, asked: tuple[float, float]) ->
     def equation(u: Taylor, x: Tensor) -> Tensor:
         return u.first[1] + u.value * u.first[0] - viscosity * u.second[0]
 
+    def first(points: Tensor) -> Tensor:
+        return -torch.sin(PI * points[:, :1])
+
+    def inside(seed: int) -> Callable[[int], Tensor]:
+        cube = sobol_points(2, seed)
+
+        def draw(count: int) -> Tensor:
+            points = cube(count)
+            points[:, 0] = 2 * points[:, 0] - 1
+            near, width = points[: count // 2], 0.05
+            near[:, 0] = width * torch.tan(near[:, 0] * math.atan(1 / width))
+            return points
+
+        return draw
+
     def sample(seed: int) -> Residuals:
-        sobol = torch.quasirandom.SobolEngine(2, scramble=True, seed=seed)
-        inside = sobol.draw(1500, dtype=torch.float64)
-        inside[:, 0] = 2 * inside[:, 0] - 1
-        near, width = inside[:750], 0.05
-        near[:, 0] = width * torch.tan(near[:, 0] * math.atan(1 / width))
         along = (torch.arange(100, dtype=torch.float64) + 0.5) / 100
         start = column(2 * along - 1, torch.zeros_like(along))
         ends = column(torch.where(torch.arange(100) % 2 == 0, -1.0, 1.0).double(), along)
         return {
-            "equation": Residual(equation, inside),
-            "start": Residual(known, start, -torch.sin(PI * start[:, :1]), weight=20.0),
+            "equation": Residual(equation, inside(seed)(1500)),
+            "start": Residual(known, start, first(start), weight=20.0),
             "ends": Residual(known, ends, torch.zeros(100, 1).double(), weight=20.0),
+        }
+
+    def draw(seed: int) -> dict[str, Draw]:
+        line, edge = sobol_points(1, seed), sobol_points(2, seed)
+
+        def start(count: int) -> Tensor:
+            along = line(count)[:, 0]
+            return column(2 * along - 1, torch.zeros_like(along))
+
+        def ends(count: int) -> Tensor:
+            side, along = edge(count).unbind(1)
+            return column(torch.where(side < 0.5, -1.0, 1.0), along)
+
+        return {
+            "equation": inside(seed),
+            "start": with_data(start, first),
+            "ends": with_data(ends, lambda points: torch.zeros(len(points), 1).double()),
         }
 
     @cache
@@ -214,7 +261,8 @@ def burgers_problem(viscosity: float, title: str, asked: tuple[float, float]) ->
         points = torch.cartesian_prod(x, t)
         return points, burgers(points, viscosity)
 
-    return Problem(title, (2, 20, 20, 20, 1), sample, truth, {"second": [(0, 0)]}, asked=asked)
+    widths = (2, 20, 20, 20, 1)
+    return Problem(title, widths, sample, truth, {"second": [(0, 0)]}, draw=draw, asked=asked)
 
 
 # Allen and Cahn's equation: u_t = 1e-4 u_xx + 5u − 5u³, periodic, u = x² cos πx at t = 0. It is
@@ -288,20 +336,37 @@ def flat_end(u: Taylor, x: Tensor) -> Tensor:
     return u.first[0]
 
 
+def allen_cahn_start(points: Tensor) -> Tensor:
+    """Return u at t = 0, ``(N, 1)``."""
+    return points[:, :1].square() * torch.cos(PI * points[:, :1])
+
+
 def allen_cahn_sample(seed: int) -> Residuals:
     """Return 2,000 points inside, 200 at the start and 50 at each end."""
-    sobol = torch.quasirandom.SobolEngine(2, scramble=True, seed=seed)
     along = torch.linspace(0, 1, 200, dtype=torch.float64)
     start = column(along, torch.zeros_like(along))
     later = (torch.arange(50, dtype=torch.float64) + 0.5) / 50
     ends = torch.cat([column(torch.full_like(later, x), later) for x in (0.0, 1.0)])
     return {
-        "equation": Residual(allen_cahn_equation, sobol.draw(2000, dtype=torch.float64)),
-        "start": Residual(
-            known, start, (along.square() * torch.cos(PI * along)).unsqueeze(1), weight=100.0
-        ),
+        "equation": Residual(allen_cahn_equation, sobol_points(2, seed)(2000)),
+        "start": Residual(known, start, allen_cahn_start(start), weight=100.0),
         "ends": Residual(flat_end, ends),
     }
+
+
+def allen_cahn_draw(seed: int) -> dict[str, Draw]:
+    """Return what draws points of each part, evenly."""
+    inside, line, edge = sobol_points(2, seed), sobol_points(1, seed), sobol_points(2, seed + 1)
+
+    def start(count: int) -> Tensor:
+        along = line(count)[:, 0]
+        return column(along, torch.zeros_like(along))
+
+    def ends(count: int) -> Tensor:
+        side, along = edge(count).unbind(1)
+        return column(side.round(), along)
+
+    return {"equation": inside, "start": with_data(start, allen_cahn_start), "ends": ends}
 
 
 # Kovasznay's flow: the stationary equations of Navier and Stokes, Reynolds number 40.
@@ -430,7 +495,7 @@ PROBLEMS: dict[str, Problem] = {
     "burgers_smooth": burgers_problem(0.01, "Burgers, ν = 0.01", (1e-6, 60)),
     "allen_cahn": Problem(
         "Allen–Cahn", (2, 20, 20, 20, 20, 1), allen_cahn_sample, cache(allen_cahn),
-        {"second": [(0, 0)]}, asked=(4e-6, 300),
+        {"second": [(0, 0)]}, draw=allen_cahn_draw, asked=(4e-6, 300),
     ),
     "kovasznay": Problem(
         "Kovasznay, Re = 40", (2, 20, 20, 20, 3), flow_sample, flow_truth,

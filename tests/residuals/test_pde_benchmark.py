@@ -110,6 +110,31 @@ def test_reference_of_allen_and_cahn_has_converged_and_solves_it(problems):
         assert power == 1 or float(diffused[11:21].min()) > 1e-4
 
 
+@pytest.mark.parametrize("name", ["burgers", "burgers_smooth", "allen_cahn"])
+def test_points_that_are_added_lie_where_their_part_is(problems, name):
+    problem = problems.PROBLEMS[name]
+    parts, draw = problem.sample(0), problem.draw(5)
+    assert set(draw) == set(parts)
+    low = 0.0 if name == "allen_cahn" else -1.0
+    for part, function in draw.items():
+        for count in (1, 1001):
+            drawn = function(count)
+            points, known = drawn if isinstance(drawn, tuple) else (drawn, None)
+            assert points.shape == (count, 2) and points.dtype == torch.float64
+            assert (known is None) == (parts[part].data is None)
+            x, t = points.unbind(1)
+            assert bool(((x >= low) & (x <= 1) & (t >= 0) & (t <= 1)).all())
+            if part == "start":
+                first = x.square() * torch.cos(math.pi * x)
+                exact = first if name == "allen_cahn" else problems.burgers(points, 0.01)[:, 0]
+                assert not t.any()
+                torch.testing.assert_close(known[:, 0], exact, rtol=0, atol=1e-14)
+            if part == "ends":
+                assert bool(((x == low) | (x == 1)).all()) and len(x.unique()) == min(count, 2)
+                assert known is None or not known.any()
+        assert len(points.unique(dim=0)) == 1001
+
+
 def test_the_benchmark_goes_on_where_it_was(tmp_path):
     settings = "--problems kovasznay --methods natgrad,lbfgs,ssbfgs --seconds 0.4"
     outputs = [
