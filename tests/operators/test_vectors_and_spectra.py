@@ -113,6 +113,18 @@ def regular() -> tuple[nn.Module, Tensor]:
 
 
 @pytest.mark.parametrize("structure", NAMES)
+def test_determinants_and_norms_are_those_of_the_dense_matrix(structure):
+    model, x = regular()
+    matrix = fisher_matrix(model, (x, None), "gaussian", structure)
+    for one in (matrix, -2.0 * matrix, matrix + 0.5 * matrix, matrix.inverse(0.1)):
+        expected = one.to_dense()
+        assert float(one.frobenius_norm()) == pytest.approx(float(expected.norm()), rel=1e-9)
+        for damping in (0.0, 0.3):
+            damped = expected + damping * torch.eye(len(expected)).double()
+            assert float(one.det(damping)) == pytest.approx(float(damped.det()), rel=1e-8)
+
+
+@pytest.mark.parametrize("structure", NAMES)
 @pytest.mark.parametrize("problem", [few_samples, deep_linear, dead_unit, zero_input, regular])
 def test_the_determinant_of_a_singular_matrix_is_zero(structure, problem):
     model, x = problem()

@@ -74,6 +74,8 @@ class KroneckerSumOperator(Operator):
 
     def __mul__(self, factor: float) -> Operator:
         """Return a multiple."""
+        if factor < 0:  # Spectra of products take negative eigenvalues of a factor for rounding.
+            return super().__mul__(factor)
         return replace(self, inputs=self.inputs * factor)
 
     def multiply(self, columns: Tensor) -> Tensor:

@@ -209,6 +209,16 @@ class Operator(Record, ABC):
         check_damping(damping)
         return linalg.log_determinant(self.eigenvalues(), damping)
 
+    def det(self, damping: float = 0.0) -> Tensor:
+        """Return ``det(F + damping I)``, with its sign; it soon leaves the range of numbers."""
+        check_damping(damping)
+        return (self.eigenvalues() + damping).prod()
+
+    def frobenius_norm(self) -> Tensor:
+        """Return ``‖F‖ = √(Σ F_ij²)``, from the eigenvalues."""
+        norm: Tensor = torch.linalg.vector_norm(self.eigenvalues())
+        return norm
+
     def to_dense(self) -> Tensor:
         """Return the matrix, ``(P, P)``."""
         return self.multiply(torch.eye(self.layout.numel, dtype=self.dtype, device=self.device))
