@@ -55,6 +55,28 @@ def test_rows_are_centred_derivatives(kind):
         dense.assert_same(one.rmatvec(columns), rows.to_dense().T @ columns, 1e-12)
 
 
+@pytest.mark.parametrize("chunk_size", [None, 7])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_can_be_used_as_those_of_a_layer(kind, chunk_size):
+    """By way of rows that are formed: products with others, combinations, Kronecker factors."""
+    amplitude = LogAmplitude(exact.AMPLITUDES[kind](SITES))
+    shares = torch.full((len(SPINS),), 1 / len(SPINS), dtype=torch.float64)
+    rows = AmplitudeJacobian(amplitude, SPINS, shares, chunk_size)
+    formed = rows.to_dense()
+    other = AmplitudeJacobian(amplitude, SPINS.flip(0), shares, chunk_size)
+    dense.assert_same(rows.gram(other), formed @ other.to_dense().T, 1e-12)
+    by_sample = formed.unflatten(0, (len(SPINS), -1))
+    weights = torch.randn(*by_sample.shape[:2], 3, dtype=torch.float64)
+    combined = torch.einsum("nkj,nkp->njp", weights, by_sample)
+    dense.assert_same(rows.combined(weights).to_dense(), combined.flatten(0, 1), 1e-12)
+    assert torch.equal(rows.per_sample_gradients(2, 4).flatten(2), by_sample[2:4])
+    found = rows.kronecker_factors()
+    moment = found.inputs[0].tril() * found.outputs[0] / found.positions
+    dense.assert_same(moment, (formed.T @ formed).tril(), 1e-12)
+    assert rows.device == SPINS.device
+    assert set(rows.state()) == {"configurations", "shares"}
+
+
 def test_metric_of_a_positive_state_is_a_quarter_of_the_fisher_matrix():
     model = exact.RealAmplitude(SITES)
     shares = exact.probabilities(model, SPINS)
