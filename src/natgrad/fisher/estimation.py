@@ -196,7 +196,9 @@ def fisher_matrix(
             outputs a mapping from their keys to such, and targets are a mapping, too.
         structure: A name in :data:`natgrad.curvature.STRUCTURES`, or a
             :class:`natgrad.curvature.Structure`. SINGD's is filled by training alone: here it is
-            the identity, with a warning.
+            the identity, with a warning. An object keeps its options, whose defaults are those of
+            training: ``KroneckerFactors()`` takes a random subset of the positions where they are
+            many, and splits the damping, the name ``"kfac"`` neither.
         fisher: ``"exact"``, ``"mc"``, ``"empirical"``, ``"improved"`` or a :class:`FisherType` with
             options of its own, such as ``MonteCarloFisher(samples=10)``.
         seed: Seed of sampled labels.
