@@ -182,7 +182,7 @@ class Reference:
             if self.zeta > 1 or (self.zeta == 1 and ratio < short):
                 if ratio > short or self.caution == 1:
                     self.zeta = max(1.0, self.zeta * math.exp(kappa * (short - ratio)))
-            elif self.log_k > self.long_log_k - 0.1:
+            elif self.log_k > self.long_log_k - 0.5:
                 self.zeta *= math.exp(-kappa * (ratio - 0.05))
                 self.zeta = min(1.0, max(0.01, self.zeta))
         slope = float(delta @ g)

@@ -48,7 +48,7 @@ USUAL = 0.9
 TOLERATED = 0.05
 
 #: Weight of the past in the longer average of log K, and how far below it K counts as falling.
-LONG_MEMORY, FALL = 0.9, 0.1
+LONG_MEMORY, FALL = 0.9, 0.5
 
 #: Share of its slope that a step of a learning rate of 1 must use up, else lengths are stretched.
 LEAST_SHARE = 0.8
