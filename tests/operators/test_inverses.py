@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import natgrad
 from natgrad import fisher_matrix
 from natgrad.curvature import STRUCTURES
 from tests import dense
@@ -36,3 +37,32 @@ def test_an_inverse_has_all_quantities_of_a_matrix(structure: str) -> None:
         shifted = torch.linalg.inv(expected + 0.5 * torch.eye(len(expected)).double())
         dense.assert_same(inverse.inverse(0.5).to_dense(), shifted, 1e-8)
         dense.assert_same(inverse.inverse(0.0).to_dense(), damped, 1e-8)
+
+
+@pytest.mark.parametrize("structure", ["full", "block_diagonal", "diagonal", "ekfac"])
+def test_roots_of_multiples(structure: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    matrix = fisher_matrix(model, (normal(60, 3), None), "gaussian", structure)
+    eye = torch.eye(matrix.shape[0]).double()
+    for factor, damping in ((3.0, 0.1), (1e-3, 1e-4), (-0.5, 10.0)):
+        found = (factor * matrix).inverse_root(damping).to_dense()
+        expected = torch.linalg.inv(factor * matrix.to_dense() + damping * eye)
+        dense.assert_same(found @ found, expected, 1e-9)
+    with pytest.raises(natgrad.linalg.FactorizationError, match="not positive definite"):
+        (-1.0 * matrix).inverse_root(1e-3)
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac", "block_diagonal"])
+def test_roots_of_differences(structure: str) -> None:
+    """Of matrices whose structured forms do not add, so that their sum is kept as one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x = normal(60, 3)
+    first, second = (
+        fisher_matrix(model, (part, None), "gaussian", structure) for part in x.split(30)
+    )
+    difference = first + -1.0 * second
+    eye = torch.eye(difference.shape[0]).double()
+    found = difference.inverse_root(10.0).to_dense()
+    dense.assert_same(found @ found, torch.linalg.inv(difference.to_dense() + 10.0 * eye), 1e-9)

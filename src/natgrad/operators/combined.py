@@ -12,7 +12,7 @@ from torch import Tensor
 from natgrad import linalg
 from natgrad.arguments import check_damping
 from natgrad.jacobians import Jacobians
-from natgrad.operators.dense import DenseOperator
+from natgrad.operators.dense import SpectralOperator
 from natgrad.operators.operator import GradientSource, Operator, VectorLayout
 
 __all__ = ["ScaledOperator", "SumOperator"]
@@ -84,11 +84,15 @@ class ScaledOperator(Operator):
         return self.operator.sample_forms(names, rows, diagonal) * self.factor
 
     def inverse_root(self, damping: float) -> Operator:
-        """Return ``(F + λ/c I)^(−1/2)/√c``."""
+        """Return ``(F + λ/c I)^(−1/2)/√c``.
+
+        Raises:
+            FactorizationError: If ``cF + λI`` is not positive definite.
+        """
         if self.factor > 0:
             root = self.operator.inverse_root(damping / self.factor)
             return replace(self, operator=root, factor=self.factor**-0.5)
-        return DenseOperator(self.layout, self.to_dense()).inverse_root(damping)
+        return _spectral_root(self, damping)
 
     def natural_gradient(self, source: GradientSource) -> dict[str, Tensor]:
         """Return c times that of F."""
@@ -163,4 +167,18 @@ class SumOperator(Operator):
 
     def inverse_root(self, damping: float) -> Operator:
         """Return the root of the dense matrix."""
-        return DenseOperator(self.layout, self.to_dense()).inverse_root(damping)
+        return _spectral_root(self, damping)
+
+
+def _spectral_root(matrix: Operator, damping: float) -> SpectralOperator:
+    """Return the inverse root of a damped matrix that may have negative eigenvalues.
+
+    Raises:
+        FactorizationError: If it is not positive definite.
+    """
+    values, vectors = linalg.eigh(matrix.to_dense())
+    rounding = len(values) * torch.finfo(values.dtype).eps * values.abs().max()
+    damped = torch.where(values.abs() <= rounding, values.clamp(min=0.0), values) + damping
+    if not bool((damped > 0).all()):
+        raise linalg.FactorizationError("the damped matrix is not positive definite")
+    return SpectralOperator(matrix.layout, damped.rsqrt(), vectors)
