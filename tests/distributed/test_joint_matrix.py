@@ -27,6 +27,7 @@ class Look:
         network: Name of the network.
         shares: Of every joint batch, how many samples each process has; None: no batch any more.
         ignored: How many of the last labels of a joint batch do not count.
+        likelihood: What the outputs mean.
     """
 
     structure: str = "kfac"
@@ -34,6 +35,7 @@ class Look:
     network: str = "mlp"
     shares: tuple[tuple[int, int | None], ...] = ((8, 8), (5, 11))
     ignored: int = 0
+    likelihood: str = "categorical"
 
     def joint(self) -> Batches:
         found = []
@@ -53,7 +55,8 @@ class Look:
 
     def matrix(self, model: nn.Module, data: Batches, **options: Any) -> natgrad.FisherMatrix:
         options = {**self.options, **options}
-        return natgrad.fisher_matrix(model, data, "categorical", self.structure, **options)
+        pairs = data if self.likelihood == "categorical" else [(x, None) for x, _ in data]
+        return natgrad.fisher_matrix(model, pairs, self.likelihood, self.structure, **options)
 
 
 STRUCTURES = (
@@ -64,6 +67,12 @@ LOOKS: dict[str, Look] = {
     **{name: Look(name) for name in STRUCTURES},
     **{f"{n}, transformer": Look(n, network="transformer") for n in ("kfac", "ekfac", "unit_wise")},
     "sampled": Look("kfac", {"fisher": "mc", "seed": 4}),
+    **{
+        f"sampled, {name}": Look(
+            "kfac", {"fisher": "mc"}, shares=((8, 8), (0, 16)), likelihood=name
+        )
+        for name in ("poisson", "gaussian", "bernoulli")
+    },
     "sampled tokens": Look("ekfac", {"fisher": "mc"}, "transformer"),
     "normalised tokens": Look("kfac", {"fisher": "improved"}, "transformer", ((0, 16), (7, 9))),
     "empirical": Look("full", {"fisher": "empirical"}),

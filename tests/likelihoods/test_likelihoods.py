@@ -21,6 +21,7 @@ from natgrad.likelihoods import (
     as_likelihood,
     from_loss,
 )
+from natgrad.likelihoods.poisson import counts_at
 
 TOLERANCE = dict(rtol=1e-12, atol=1e-13)
 DOUBLE = torch.float64
@@ -720,3 +721,14 @@ def test_a_new_likelihood_needs_four_methods():
     vectors = likelihood.sampled_vectors(output, generator(2), 20_000)
     products = torch.einsum("kni,knj->nij", vectors, vectors)
     assert (products - 2 * torch.eye(3)).abs().max() < 5 * 2 * (2 / 20_000) ** 0.5
+
+
+@given(st.floats(-9, 9), st.floats(1e-15, 1.0, exclude_max=True))
+def test_counts_are_quantiles(logarithm: float, number: float) -> None:
+    rate = torch.tensor(logarithm, dtype=DOUBLE).exp()
+    found = counts_at(torch.tensor(number, dtype=DOUBLE), rate)
+    # Σ exp(k log λ − λ − log k!) passes the number at this count, but for rounding.
+    k = torch.arange(float(found) + 1, dtype=DOUBLE)
+    terms = (k * rate.log() - rate - torch.lgamma(k + 1)).exp()
+    assert float(terms[:-1].sum()) <= number + 1e-11
+    assert float(terms.sum()) > number - 1e-11
