@@ -99,6 +99,13 @@ def sobol_points(dimension: int, seed: int) -> Callable[[int], Tensor]:
     return lambda count: sobol.draw(count, dtype=torch.float64)
 
 
+def to_faces(points: Tensor) -> Tensor:
+    """Move points of the unit cube, ``(N, D + 1)``, to the boundary of that of D dimensions."""
+    dimension = points.shape[1] - 1
+    face = (2 * dimension * points[:, -1:]).long()
+    return points[:, :-1].scatter(1, face // 2, (face % 2).double())
+
+
 def with_data(draw: Callable[[int], Tensor], data: Callable[[Tensor], Tensor]) -> Draw:
     """Return what draws points and what is known there."""
 
@@ -129,8 +136,18 @@ def poisson_problem(
     solution: Callable[[Tensor], Tensor],
     source: Callable[[Tensor], Tensor],
     asked: tuple[float, float],
+    added: bool = False,
 ) -> Problem:
-    """Return −Δu = f with u known on the boundary, points drawn anew for every step."""
+    """Return −Δu = f with u known on the boundary, points added or drawn anew for every step."""
+
+    def draw(seed: int) -> dict[str, Draw]:
+        edge = sobol_points(dimension + 1, seed)
+        return {
+            "equation": with_data(sobol_points(dimension, seed), lambda x: source(x).unsqueeze(1)),
+            "boundary": with_data(
+                lambda count: to_faces(edge(count)), lambda x: solution(x).unsqueeze(1)
+            ),
+        }
 
     def sample(seed: int) -> Residuals:
         inside = uniform(counts[0], dimension, 2 * seed)
@@ -146,8 +163,10 @@ def poisson_problem(
         return points, solution(points).unsqueeze(1)
 
     title = f"Poisson, {dimension} dimensions"
-    widths = (dimension, *hidden, 1)
-    return Problem(title, widths, sample, truth, {"laplacian": True}, resampled=True, asked=asked)
+    return Problem(
+        title, (dimension, *hidden, 1), sample, truth, {"laplacian": True}, resampled=not added,
+        draw=draw if added else None, asked=asked,
+    )  # fmt: skip
 
 
 # The heat equation in four dimensions: u_t = Δu/4, u = exp(−t) Σ sin 2x_i, points (t, x).
@@ -164,14 +183,32 @@ def heat(u: Taylor, x: Tensor) -> Tensor:
 
 
 def heat_sample(seed: int) -> Residuals:
-    """Return 3,000 points inside, 250 at the start and 250 on the boundary."""
-    start = uniform(250, 5, 3 * seed + 1)
+    """Return 450 points inside, 40 at the start and 40 on the boundary."""
+    start = uniform(40, 5, 3 * seed + 1)
     start[:, 0] = 0
-    edge = torch.cat([uniform(250, 1, 3 * seed + 2), on_faces(250, 4, 3 * seed + 2)], 1)
+    edge = torch.cat([uniform(40, 1, 3 * seed + 2), on_faces(40, 4, 3 * seed + 2)], 1)
     return {
-        "equation": Residual(heat, uniform(3000, 5, 3 * seed)),
+        "equation": Residual(heat, uniform(450, 5, 3 * seed)),
         "start": Residual(known, start, heat_solution(start)),
         "boundary": Residual(known, edge, heat_solution(edge)),
+    }
+
+
+def heat_draw(seed: int) -> dict[str, Draw]:
+    """Return what draws more points of the parts."""
+    begin, edge = sobol_points(4, seed), sobol_points(6, seed)
+
+    def start(count: int) -> Tensor:
+        return torch.cat([torch.zeros(count, 1).double(), begin(count)], 1)
+
+    def boundary(count: int) -> Tensor:
+        points = edge(count)
+        return torch.cat([points[:, :1], to_faces(points[:, 1:])], 1)
+
+    return {
+        "equation": sobol_points(5, seed),
+        "start": with_data(start, heat_solution),
+        "boundary": with_data(boundary, heat_solution),
     }
 
 
@@ -476,8 +513,8 @@ def inverse_truth() -> tuple[Tensor, Tensor]:
 
 PROBLEMS: dict[str, Problem] = {
     "poisson_5d": poisson_problem(
-        5, (64, 64, 48, 48), (3000, 500), lambda x: (PI * x).cos().sum(1),
-        lambda x: PI**2 * (PI * x).cos().sum(1), (1e-5, 300),
+        5, (64, 64, 48, 48), (450, 75), lambda x: (PI * x).cos().sum(1),
+        lambda x: PI**2 * (PI * x).cos().sum(1), (1e-5, 300), added=True,
     ),
     "poisson_10d": poisson_problem(
         10, (64, 64, 48, 48), (1000, 300), lambda x: (x[:, ::2] * x[:, 1::2]).sum(1),
@@ -489,7 +526,7 @@ PROBLEMS: dict[str, Problem] = {
     ),
     "heat_4d": Problem(
         "heat, 4 + 1 dimensions", (5, 64, 64, 48, 48, 1), heat_sample, heat_truth,
-        {"laplacian": (1, 2, 3, 4)}, resampled=True, asked=(4.7e-5, 300),
+        {"laplacian": (1, 2, 3, 4)}, draw=heat_draw, asked=(4.7e-5, 300),
     ),
     "burgers": burgers_problem(0.01 / PI, "Burgers, ν = 0.01/π", (1e-6, 300)),
     "burgers_smooth": burgers_problem(0.01, "Burgers, ν = 0.01", (1e-6, 60)),
