@@ -58,7 +58,7 @@ class Rows:
     def hand_on(self, curvature: Curvature, decay: float) -> None:
         for jacobians, count, continued in self.chunks:
             curvature.observe(jacobians, count, continued=continued)
-        curvature.join(decay, absent=self.count.double())
+        curvature.join(decay, counts_absent=True)
 
 
 @dataclass(frozen=True, eq=False)

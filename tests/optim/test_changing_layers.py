@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import natgrad
+from natgrad.curvature import as_structure
+from tests.cases import normal
 from tests.methods import make_optimizer
 from tests.optim.every_optimizer import KINDS, loss, make_model, weights
 
@@ -358,3 +360,33 @@ def test_checkpoints_find_parameters_by_name(name: str):
         kind.step(optimizer, model)
         kind.step(resumed, other)
         torch.testing.assert_close(weights(model), weights(other), rtol=1e-12, atol=0)
+
+
+class Routed(nn.Module):
+    """One of two layers, by the sign of a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.head = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh((self.left if x[0, 0] > 0 else self.right)(x)))
+
+
+@pytest.mark.parametrize(
+    "structure", ["block_diagonal", "diagonal", "unit_wise", "kfac", "ekfac", "tkfac", "kpsvd"]
+)
+def test_layers_that_one_of_several_passes_reaches_are_averaged_over_all(structure):
+    """As in the Fisher matrix of both batches, and as a joint batch would have it."""
+    torch.manual_seed(0)
+    model = Routed().double()
+    batches = [(sign * normal(n, 3, seed=n).abs(), normal(n, 2)) for n, sign in ((4, 1), (7, -1))]
+    chosen = as_structure(structure)
+    optimizer = natgrad.NaturalGradient(model, "gaussian", structure=chosen, fisher="exact", lr=0.0)
+    for x, y in batches:
+        (nn.functional.mse_loss(model(x), y, reduction="sum") / 11).backward()
+    optimizer.step()
+    found = optimizer.preconditioner.curvature.matrix().to_dense()
+    expected = natgrad.fisher_matrix(model, batches, "gaussian", chosen, "exact").to_dense()
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    assert expected.diagonal().min() > 0

@@ -55,6 +55,7 @@ class Estimate:
         inverse: The last inverse.
         damping: Damping of the last inverse.
         draws: Updates so far.
+        missed: Count of the samples of the present step whose pass had no rows of the part.
         absent: Count of batches of a sum in which the part had no rows.
         rejected: Whether rows of the present step were left out, as not finite.
     """
@@ -64,6 +65,7 @@ class Estimate:
     inverse: Operator | None = None
     damping: float = 0.0
     draws: int = 0
+    missed: Tensor | float = 0.0
     absent: Tensor | float = 0.0
     rejected: bool = False
 
@@ -209,7 +211,11 @@ class Curvature:
         for name, part in self.parts.items():
             present = self.estimates[name]
             rows = in_type(jacobians.of_blocks(part.blocks, part.layout), part.dtype)
-            if not len(rows) or (continued and present.batch is None):
+            if not len(rows):
+                if not continued:
+                    self.estimates[name] = replace(present, missed=present.missed + weight)
+                continue
+            if continued and present.batch is None:
                 continue  # What a left-out chunk began is left out whole.
             draws = present.draws + (not continued)
             found = self.structure.statistics(
@@ -231,42 +237,42 @@ class Curvature:
 
     # Statistics to their average.
 
-    def join(self, decay: float = 1.0, *, absent: Tensor | None = None) -> None:
+    def join(self, decay: float = 1.0, *, counts_absent: bool = False) -> None:
         """Make the statistics of the present step part of the average.
+
+        A part's mean is over all samples of the step, also those of another pass or process that
+        had no rows of it.
 
         Args:
             decay: Weight of what was there before: 1 for a sum over batches, below 1 for a moving
                 average, 0 to start afresh.
-            absent: Count of the batch for parts that had no rows in it, whose mean is then over its
-                samples, too, as in the Fisher matrix of a data set. By default such a part stays as
-                it is.
+            counts_absent: Whether that holds of parts without any rows in the step, too, as in the
+                Fisher matrix of a data set. By default such a part stays as it is.
         """
         for entry in self.resting.values():
             entry["weight"] = max(entry["weight"] * decay, LEAST_WEIGHT)
-        missed: Mapping[str, Tensor | float] = {
-            name: absent if isinstance(absent, Tensor) and one.batch is None else 0.0
-            for name, one in self.estimates.items()
-        }
+        missed = {name: one.missed for name, one in self.estimates.items()}
         if not self.replicas.are_alone:
-            if absent is not None:
-                missed = agree(self, missed)
+            missed.update(agree(self, missed))
             unite(self)
         for name, present in self.estimates.items():
             average, batch = present.average, present.batch
+            present = replace(present, batch=None, missed=0.0, rejected=False)
             if batch is None:
-                count = present.absent + (0.0 if present.rejected else missed[name])
-                self.estimates[name] = replace(present, absent=count, rejected=False)
+                counts = counts_absent and not self.estimates[name].rejected
+                count = present.absent + missed[name] if counts else present.absent
+                self.estimates[name] = replace(present, absent=count)
                 continue
-            if isinstance(missed[name], Tensor):  # By processes whose samples had no rows of it.
+            if isinstance(missed[name], Tensor):
                 batch = batch.with_count(batch.count + missed[name])
             if average is not None:
                 batch = average.followed_by(batch, decay)
-            self.estimates[name] = replace(present, average=batch, batch=None, rejected=False)
+            self.estimates[name] = replace(present, average=batch)
 
     def update(self, jacobians: Jacobians, count: Tensor | float) -> None:
         """Add the rows of a batch to a sum over batches."""
         self.observe(jacobians, count)
-        self.join(absent=torch.as_tensor(count, dtype=torch.float64, device=self.layout.device))
+        self.join(counts_absent=True)
 
     def restore_unusable(self, before: Mapping[str, Estimate]) -> None:
         """Return the parts whose average is not finite to what they were before.

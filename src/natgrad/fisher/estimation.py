@@ -244,8 +244,8 @@ def fisher_matrix(
         batches = 0
         for batch in batches_together(batches_of(data), replicas, capture):
             batches += 1
-            count = _take_batch(curvature, capture, likelihood, fisher, batch, generators, seed)
-            curvature.join(absent=count)
+            _take_batch(curvature, capture, likelihood, fisher, batch, generators, seed)
+            curvature.join(counts_absent=True)
     if batches == 0:
         raise ValueError("data has no batches, so there is nothing to estimate a Fisher from")
     return curvature.matrix()
@@ -259,8 +259,8 @@ def _take_batch(
     batch: Batch | None,
     generators: dict[torch.device, PlacedGenerator],
     seed: int,
-) -> Tensor:
-    """Hand the rows of a batch on; return its count.
+) -> None:
+    """Hand the rows of a batch on.
 
     Args:
         curvature: What takes the rows.
@@ -272,10 +272,9 @@ def _take_batch(
         seed: Seed of further ones.
     """
     replicas, home = curvature.replicas, capture.layout.device
-    nothing = torch.zeros((), dtype=torch.float64, device=home)
     if batch is None:
         replicas.placed(0, False, home)
-        return nothing
+        return
     inputs, target = batch
     with evaluated(capture, inputs) as found:
         if target is not None:
@@ -292,8 +291,7 @@ def _take_batch(
         generator.place = curvature.place = place
         if weights is None:
             draw_in_step(own, fisher, detached, generator)
-            return nothing
-        count = own.count(detached, target)
+            return
         update_from_output(
             curvature,
             capture,
@@ -301,13 +299,12 @@ def _take_batch(
             fisher,
             found,
             weights,
-            count,
+            own.count(detached, target),
             skip_silent=silent,
             generator=generator,
             target=target,
             retain_graph=False,
         )
-        return count.to(home, torch.float64)
 
 
 def batches_together(
