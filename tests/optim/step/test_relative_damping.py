@@ -135,7 +135,7 @@ def test_checkpoint_keeps_the_unit():
     again = KFAC(other, refresh=Refresh(factors=1, inverses=4, decay=0.9))
     again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert again._mean_eigenvalue == optimizer._mean_eigenvalue is not None
-    assert again.param_groups[0]["damping"] == 0.1
+    assert again.param_groups[0]["damping"] == 0.2
     for step in range(6, 12):
         take(optimizer, model, *batch(step))
         take(again, other, *batch(step))

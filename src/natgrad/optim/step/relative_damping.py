@@ -19,13 +19,13 @@ class RelativeDamping:
     one before it. Multiplying the loss, or what it averages over, by a constant changes nothing.
 
     Attributes:
-        share: ε, a tenth by default. A group's ``"damping"`` is its ε.
+        share: ε. A group's ``"damping"`` is its ε.
 
     Raises:
         ValueError: If ε is negative or not finite.
     """
 
-    share: float = 0.1
+    share: float = 0.2
 
     def __post_init__(self) -> None:
         """Check the share."""
