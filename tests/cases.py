@@ -664,3 +664,14 @@ class Checkpointed(nn.Module):
 @case
 def checkpointed() -> Case:
     return Case(Checkpointed(), normal(4, 3), (rows("a"), rows("b"), rows("c")))
+
+
+class Routed(nn.Module):
+    """One of two layers, by the sign of a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.head = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh((self.left if x[0, 0] > 0 else self.right)(x)))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import natgrad
 from natgrad.curvature import as_structure
-from tests.cases import normal
+from tests.cases import Routed, normal
 from tests.methods import make_optimizer
 from tests.optim.every_optimizer import KINDS, loss, make_model, weights
 
@@ -360,17 +360,6 @@ def test_checkpoints_find_parameters_by_name(name: str):
         kind.step(optimizer, model)
         kind.step(resumed, other)
         torch.testing.assert_close(weights(model), weights(other), rtol=1e-12, atol=0)
-
-
-class Routed(nn.Module):
-    """One of two layers, by the sign of a batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.left, self.right, self.head = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(torch.tanh((self.left if x[0, 0] > 0 else self.right)(x)))
 
 
 @pytest.mark.parametrize(
