@@ -108,7 +108,7 @@ def gap(options: argparse.Namespace) -> None:
     whole, source = sparse(points, "greedy"), sparse(points, "greedy")
     for posterior, mean_term in ((whole, True), (source, False)):
         posterior.fit_predictive((x, y), 50 if options.fast else 500, mean_term=mean_term)
-    posteriors: dict[str, natgrad.Laplace] = {
+    posteriors: dict[str, natgrad.Laplace | natgrad.VariationalLaplace] = {
         "full": full,
         f"{points // 2} points, greedy": sparse(points // 2, "greedy"),
         f"{points} points, greedy": sparse(points, "greedy"),
@@ -260,7 +260,7 @@ def images(options: argparse.Namespace) -> None:
     def laplace(structure: str, parameters: Any = "all") -> natgrad.Laplace:
         return natgrad.Laplace(model, loader, "categorical", structure, parameters=parameters)
 
-    ways: dict[str, Callable[[], natgrad.Laplace]] = {
+    ways: dict[str, Callable[[], natgrad.Laplace | natgrad.VariationalLaplace]] = {
         "last layer, full": lambda: laplace("full", "last_layer"),
         "K-FAC": lambda: laplace("kfac"),
         f"{points} points": lambda: sparse("all"),

@@ -14,14 +14,14 @@ import natgrad
 GUIDE = Path(__file__).parents[1] / "docs" / "uncertainty.md"
 
 
-def test_the_guide_runs():
+def test_the_guide_runs(tmp_path):
     torch.manual_seed(0)
     blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.S)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
     data = torch.utils.data.TensorDataset(torch.randn(40, 4).double(), torch.randint(0, 3, (40,)))
     x = torch.randn(5, 4).double()
     names: dict[str, Any] = {
-        "natgrad": natgrad, "model": model, "x": x,
+        "natgrad": natgrad, "torch": torch, "model": model, "x": x, "path": tmp_path / "state.pt",
         "loader": torch.utils.data.DataLoader(data, batch_size=8),
     }  # fmt: skip
     before = [p.clone() for p in model.parameters()]
@@ -30,7 +30,8 @@ def test_the_guide_runs():
         exec(compile(block, str(GUIDE), "exec"), names)
         assert torch.allclose(names["probabilities"].sum(1), torch.ones(5).double())
         bounds.append(names["posterior"].log_marginal_likelihood())
-    assert len(blocks) == 3
+    assert len(blocks) == 5
+    assert float(names["precision"].grad) != 0 and set(names["deltas"]) == {"0", "2"}
     assert names["covariance"].shape == (5, 3, 3) and names["weights"].shape == (5, 67)
     assert torch.equal(names["mean"], model(x).detach())
     exact = natgrad.Laplace(model, names["loader"], "categorical", "full")

@@ -28,6 +28,7 @@ __all__ = [
     "RowReceiver",
     "batches_of",
     "batches_together",
+    "curvature_of",
     "draw_in_step",
     "fisher_matrix",
     "update_from_output",
@@ -222,8 +223,57 @@ def fisher_matrix(
         >>> P = F.inverse(damping=1e-3)  # factorised once
         >>> step = P @ gradient
     """
-    likelihood = as_likelihood(likelihood)
-    fisher = as_fisher_type(fisher)
+    chosen = as_structure(structure, **structure_options)
+    if chosen.recursive:
+        warnings.warn(
+            f"structure {chosen.name!r} is the state of a recursion, which one look at data "
+            "leaves at the identity: take 'kfac', which it follows in training",
+            stacklevel=2,
+        )
+    curvature = curvature_of(
+        model,
+        data,
+        as_likelihood(likelihood),
+        chosen,
+        as_fisher_type(fisher),
+        seed=seed,
+        output=output,
+        batch_dim=batch_dim,
+        process_group=process_group,
+    )
+    return curvature.matrix()
+
+
+def curvature_of(
+    model: nn.Module,
+    data: Batch | Iterable[Batch],
+    likelihood: Likelihood,
+    structure: Structure,
+    fisher: FisherType,
+    *,
+    seed: int = 0,
+    output: Callable[[Any], Tensor] | None = None,
+    batch_dim: int | None = None,
+    process_group: Any = None,
+    known: Curvature | None = None,
+) -> Curvature:
+    """Return the sums over some data that :func:`fisher_matrix` makes its matrix of.
+
+    Args:
+        model: As there, and so are the other arguments.
+        data: The data.
+        likelihood: What the outputs mean.
+        structure: Which entries are kept.
+        fisher: Which vectors are pulled back.
+        seed: Seed of sampled labels.
+        output: Picks the tensor the likelihood looks at out of the model's output.
+        batch_dim: Its dimension that holds the samples.
+        process_group: Processes whose data it is.
+        known: Sums over earlier data, which these are added to, in place; by default none.
+
+    Raises:
+        ValueError: If the data is empty, or a parameter cannot be covered.
+    """
     mesh = mesh_group(unwrap(model))
     replicas = Replicas.of(model, process_group or mesh)
     with Capture(
@@ -231,14 +281,7 @@ def fisher_matrix(
     ) as capture:
         capture.check_covered()
         layouts = {name: block.layout for name, block in capture.blocks.items()}
-        chosen = as_structure(structure, **structure_options)
-        if chosen.recursive:
-            warnings.warn(
-                f"structure {chosen.name!r} is the state of a recursion, which one look at data "
-                "leaves at the identity: take 'kfac', which it follows in training",
-                stacklevel=2,
-            )
-        curvature = Curvature(chosen, layouts, capture.layout)
+        curvature = Curvature(structure, layouts, capture.layout) if known is None else known
         curvature.replicas = replicas
         generators: dict[torch.device, PlacedGenerator] = {}
         batches = 0
@@ -248,7 +291,7 @@ def fisher_matrix(
             curvature.join(counts_absent=True)
     if batches == 0:
         raise ValueError("data has no batches, so there is nothing to estimate a Fisher from")
-    return curvature.matrix()
+    return curvature
 
 
 def _take_batch(

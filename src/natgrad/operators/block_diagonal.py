@@ -142,23 +142,25 @@ class FisherMatrix(Operator):
         """Return the inverse by the structure's own factorisation."""
         return self.inverse(damping)
 
-    def inverse_root(self, damping: float) -> FisherMatrix:
+    def inverse_root(self, damping: float | Mapping[str, float]) -> FisherMatrix:
         """Return the symmetric root ``(F + damping I)^(−1/2)``.
 
         Standard normal vectors become samples of ``N(0, (F + damping I)⁻¹)``.
 
         Args:
-            damping: λ > 0, in the units of F.
+            damping: λ > 0, in the units of F: one value, or one per part name.
 
         Raises:
             NotImplementedError: If the structure has no square root at hand.
             ValueError: If the damping is not positive and finite.
         """
-        check_damping(damping)
-        if damping == 0:
-            raise ValueError("inverse_root needs a positive damping")
+        dampings = {name: damping_of(name, damping) for name in self.parts}
+        for one in dampings.values():
+            check_damping(one)
+            if one == 0:
+                raise ValueError("inverse_root needs a positive damping")
         try:
-            return self._with(lambda _, one: one.inverse_root(damping))
+            return self._with(lambda name, one: one.inverse_root(dampings[name]))
         except NotImplementedError as error:
             raise NotImplementedError(
                 f"structure {self.structure!r} has no square root of its inverse: use 'full', "

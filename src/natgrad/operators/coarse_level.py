@@ -308,7 +308,7 @@ class TwoLevelMatrix(FisherMatrix):
 
         return make
 
-    def inverse_root(self, damping: float) -> FisherMatrix:
+    def inverse_root(self, damping: Damping) -> FisherMatrix:
         """Refuse: the corrected inverse is not symmetric.
 
         Raises:

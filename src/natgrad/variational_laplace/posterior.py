@@ -48,7 +48,8 @@ from natgrad.fisher import Batch, FisherType
 from natgrad.fisher.estimation import update_from_output
 from natgrad.fisher.types import as_fisher_type
 from natgrad.jacobians import Jacobians
-from natgrad.laplace import Laplace, _is_pair, _log_normalizer
+from natgrad.laplace.linearized import LinearizedPosterior, is_pair
+from natgrad.laplace.observations import log_normalizer
 from natgrad.likelihoods import Gaussian, Likelihood, LikelihoodLike, as_likelihood
 from natgrad.operators import FisherMatrix
 from natgrad.variational_laplace.inducing_points import choose_inducing_points
@@ -60,12 +61,11 @@ __all__ = ["VariationalLaplace"]
 PART = "all layers"
 
 
-class VariationalLaplace(Laplace):
+class VariationalLaplace(LinearizedPosterior):
     """A Gaussian posterior around trained parameters from inducing points, VaLLA.
 
-    It is a :class:`natgrad.Laplace` in all but how its covariance comes about: predictions,
-    samples of the parameters and the choice of δ are the same calls, and
-    ``log_marginal_likelihood()`` is a lower bound of Laplace's.
+    Predictions, samples of the parameters and the choice of δ are the calls of
+    :class:`natgrad.Laplace`, and ``log_marginal_likelihood()`` is a lower bound of Laplace's.
 
     Args:
         model: The trained model; it runs in its present mode (call ``model.eval()`` first) and is
@@ -141,7 +141,7 @@ class VariationalLaplace(Laplace):
             raise ValueError(
                 "data must be re-iterable, as a list or a data loader: it is read twice"
             )
-        batches = cast("Iterable[Batch]", [data] if _is_pair(data) else data)
+        batches = cast("Iterable[Batch]", [data] if is_pair(data) else data)
         first = next(iter(batches), None)
         if first is None:
             raise ValueError("data has no batches")
@@ -194,7 +194,7 @@ class VariationalLaplace(Laplace):
                 if float(count) == 0:
                     continue
                 seen.count += float(count)
-                seen.log_likelihood += _log_normalizer(own, detached, target)
+                seen.log_likelihood += log_normalizer(own, detached, target)[0]
                 seen.log_likelihood -= float(own.loss(detached, target) * count)
                 seen.observed += float(own.spread(weights, detached).sum())
                 generator = generators.setdefault(
@@ -225,11 +225,10 @@ class VariationalLaplace(Laplace):
             prior_precision: δ; the present one by default. The bound is that for the covariance
                 that is best for it.
         """
-        delta = self.prior_precision if prior_precision is None else prior_precision
+        delta = float(self.prior_precision if prior_precision is None else prior_precision)
         logdet = float((1.0 + self._best / delta).log().sum())
-        return self.log_likelihood - 0.5 * (
-            delta * self._squared_norm + logdet + self._left / delta
-        )
+        divergence = delta * self._squared_norm + logdet + self._left / delta
+        return float(self.log_likelihood - 0.5 * divergence)
 
     @property
     def _left(self) -> float:
@@ -255,9 +254,8 @@ class VariationalLaplace(Laplace):
         delta, values = self.prior_precision, self.count * self._projected.values.double()
         divergence = (delta / (delta + values) - 1.0 + (1.0 + values / delta).log()).sum()
         fit = seen.log_likelihood - 0.5 * seen.trace / self.count
-        return self.count / seen.count * fit - 0.5 * (
-            float(divergence) + delta * self._squared_norm
-        )
+        penalty = float(divergence) + float(delta) * self._squared_norm
+        return self.count / seen.count * fit - 0.5 * penalty
 
     def optimize_noise(self) -> tuple[float, float]:
         """Set δ and the variance of Gaussian noise to the maximum of the bound over both.
@@ -403,7 +401,7 @@ def _unit_weights(rows: Jacobians) -> Tensor:
 def _endless(data: Batch | Iterable[Batch]) -> Iterator[Batch]:
     while True:
         empty = True
-        for batch in cast("Iterable[Batch]", [data] if _is_pair(data) else data):
+        for batch in cast("Iterable[Batch]", [data] if is_pair(data) else data):
             empty = False
             yield batch
         if empty:
@@ -412,7 +410,7 @@ def _endless(data: Batch | Iterable[Batch]) -> Iterator[Batch]:
 
 def _length(data: Any) -> int:
     """Return the number of samples behind some data."""
-    if _is_pair(data):
+    if is_pair(data):
         return count_samples(data[0])
     try:
         return len(data.dataset)

@@ -1,0 +1,5 @@
+"""The linearised Laplace approximation."""
+
+from natgrad.laplace.posterior import Laplace
+
+__all__ = ["Laplace"]

@@ -1,0 +1,493 @@
+r"""The linearised Laplace approximation: what a Fisher matrix says about uncertainty.
+
+With a Gaussian prior :math:`N(\mu, \Delta^{-1})`, mostly :math:`\Delta = \delta I`, and the Fisher
+matrix F of N data points the posterior of the parameters is
+:math:`N(\theta^*, (\tfrac{N}{T} F + \Delta)^{-1})`. Through the linearised model it becomes a
+Gaussian over outputs (Immer, Korzepa & Bauer 2021),
+
+.. math:: f(x) \sim N\left(f(x, \theta^*),\;
+          J(x) (\tfrac{N}{T} F + \Delta)^{-1} J(x)^\top\right),
+
+and the evidence of the data, for choosing Δ without a validation set (MacKay 1992), is
+
+.. math:: \log p(D) \approx \tfrac1T \log p(D \mid \theta^*) + \tfrac12 \left[\log\det \Delta
+          - \|\theta^* - \mu\|^2_\Delta - \log\det(\tfrac{N}{T} F + \Delta)\right].
+
+The temperature T is 1 in Bayes' rule; below 1 the posterior is colder, as if there were more data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, Literal, cast, overload
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.capture.evaluation import call_model, undisturbed
+from natgrad.capture.model_output import Selection, require_output, unwrap
+from natgrad.curvature import Curvature, Structure, as_structure
+from natgrad.distributed import Replicas
+from natgrad.distributed.shards import mesh_group
+from natgrad.fisher import Batch, FisherType, as_fisher_type
+from natgrad.fisher.estimation import curvature_of
+from natgrad.laplace.evidence import Evidence
+from natgrad.laplace.linearized import LinearizedPosterior, is_pair
+from natgrad.laplace.observations import Observations
+from natgrad.laplace.prior import check_layers, checked_mean, checked_precisions
+from natgrad.laplace.saved import load_statistics, saved_statistics
+from natgrad.laplace.subnetwork import named_parameters
+from natgrad.likelihoods import Gaussian, Likelihood, LikelihoodLike, as_likelihood
+from natgrad.operators import DenseOperator, FisherMatrix, Operator
+
+__all__ = ["Laplace"]
+
+Precision = float | Mapping[str, float]
+
+
+class Laplace(LinearizedPosterior):
+    """A Gaussian posterior around trained parameters, in any structure of the Fisher matrix.
+
+    Args:
+        model: The trained model; it runs in its present mode (call ``model.eval()`` first) and is
+            left as it was.
+        data: The training data: a pair ``(inputs, targets)`` or a re-iterable of such pairs, as a
+            data loader. None for none yet: they come by :meth:`update` or :meth:`load_state_dict`.
+        likelihood: A name, a :class:`natgrad.Likelihood`, or a torch loss module. The variance of
+            ``Gaussian(variance)`` is that of the noise.
+        structure: Structure of the Fisher matrix.
+        prior_precision: δ, the inverse variance of every parameter under the prior: one number, or
+            one for each layer by name. It may be set later.
+        prior_mean: μ, default 0: one number, or tensors by parameter name, as the
+            ``state_dict()`` of a model that training began with.
+        temperature: T, default 1. The likelihood is taken to the power of 1/T.
+        parameters: ``"all"``; ``"last_layer"`` to be uncertain about the last layer alone; or a
+            subnetwork: names of parameters, or of modules with all that they hold.
+        fisher: Fisher type.
+        output: Picks the tensor the likelihood looks at out of the model's output.
+        process_group: Processes that have a share of the data each, as in
+            :func:`natgrad.fisher_matrix`; all must make the posterior, which is the same in each.
+        **structure_options: Options of the structure.
+
+    Attributes:
+        matrix: The Fisher matrix, the mean over data points.
+        count: N, the number of data points.
+
+    Raises:
+        ValueError: If an argument is out of range or the data cannot be used.
+
+    Example:
+        >>> posterior = natgrad.Laplace(model, loader, "categorical", "kfac")
+        >>> posterior.optimize_prior_precision()
+        >>> probabilities = posterior.predict(x)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Batch | Iterable[Batch] | None,
+        likelihood: LikelihoodLike = "categorical",
+        structure: str | Structure = "kfac",
+        *,
+        prior_precision: Precision = 1.0,
+        prior_mean: float | Mapping[str, Tensor] = 0.0,
+        temperature: float = 1.0,
+        parameters: Literal["all", "last_layer"] | Collection[str] = "all",
+        fisher: str | FisherType = "exact",
+        output: Callable[[Any], Tensor] | None = None,
+        process_group: Any = None,
+        **structure_options: Any,
+    ) -> None:
+        if isinstance(parameters, str) and parameters not in ("all", "last_layer"):
+            raise ValueError(
+                f"parameters must be 'all', 'last_layer' or a list of names, got {parameters!r}"
+            )
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be positive and finite, got {temperature}")
+        self.model: nn.Module = unwrap(model)
+        mesh = mesh_group(self.model)
+        self._shards, self._group = mesh is not None, process_group or mesh
+        self._wrapped = model
+        self.likelihood: Likelihood = as_likelihood(likelihood)
+        self._chosen_output, self._first_likelihood = output, self.likelihood
+        self.output: Callable[[Any], Any] | None = self.likelihood.selection(output)
+        self.structure: Structure = as_structure(structure, **structure_options)
+        self.fisher: FisherType = as_fisher_type(fisher)
+        self.temperature: float = float(temperature)
+        self._prior_mean = prior_mean
+        self._last_only = parameters == "last_layer"
+        if not isinstance(parameters, str):
+            self._trainable = named_parameters(self.model, parameters)
+        self._curvature: Curvature | None = None
+        self._seen, self._updates, self._noise = Observations(), 0, 1.0
+        self._evidence: Evidence | None = None
+        if isinstance(prior_precision, Mapping):
+            prior_precision = dict(prior_precision)  # Checked once the layers are known.
+            self._prior_precision = prior_precision
+        else:
+            self.prior_precision = prior_precision
+        if data is not None:
+            self.update(data)
+
+    # Data.
+
+    def update(self, data: Batch | Iterable[Batch]) -> None:
+        """Take further data into the posterior, of the model as it is.
+
+        The result is that of all data at once. EKFAC and TEKFAC stay in the eigenbases of the first
+        data, so begin with some that are like all; KPSVD sums products of batches in their order.
+
+        Args:
+            data: A pair ``(inputs, targets)`` or a re-iterable of such pairs.
+
+        Raises:
+            ValueError: If the data cannot be used, or the parameters have changed since earlier
+                data; the posterior is then as it was.
+        """
+        if iter(data) is data:
+            raise ValueError(
+                "data must be re-iterable, as a list or a data loader: it is read twice"
+            )
+        batches = cast("Iterable[Batch]", [data] if is_pair(data) else data)
+        replicas = Replicas.of(self._wrapped, self._group)
+        if self._curvature is not None:
+            self._check_parameters(self._mean)
+        elif self._last_only:
+            self._trainable = self._found_last_layer(batches, replicas)
+        saved = None if self._curvature is None else self._curvature.snapshot()
+        try:
+            with self._only_trainable():
+                curvature = curvature_of(
+                    self._wrapped, data, self._first_likelihood, self.structure, self.fisher,
+                    seed=self._updates, output=self._chosen_output, process_group=self._group,
+                    known=self._curvature,
+                )  # fmt: skip
+            seen = self._observed(batches, replicas, curvature.layout.device)
+        except BaseException:
+            if saved is not None and self._curvature is not None:
+                self._curvature.rollback(saved)
+            raise
+        self._take(curvature, self._seen + seen)
+        self._updates += 1
+
+    def _found_last_layer(self, batches: Iterable[Batch], replicas: Replicas) -> frozenset[str]:
+        """Return the last layer's parameters, of whichever process has a batch."""
+        first = next(iter(batches), None)
+        own_layer = [] if first is None else sorted(self._last_layer(first[0]))
+        device = next(self.model.parameters()).device
+        layers = [one for one in replicas.gathered(own_layer, device) if one]
+        if not layers:
+            raise ValueError("data has no batches")
+        return frozenset(layers[0])
+
+    def _observed(
+        self, batches: Iterable[Batch], replicas: Replicas, device: torch.device
+    ) -> Observations:
+        """Return what batches say, those of all processes together."""
+        seen = Observations()
+        for inputs, target in batches:
+            if target is None:
+                raise ValueError("the posterior needs targets with every batch")
+            outputs, own = self._outputs(inputs)
+            seen = seen + Observations.of(own, outputs, target)
+        own_part = torch.tensor(dataclasses.astuple(seen), dtype=torch.float64)
+        return Observations(*replicas.summed(own_part.to(device), device).tolist())
+
+    def _outputs(self, inputs: Any) -> tuple[Tensor, Likelihood]:
+        """Return the outputs, and the likelihood of them."""
+        with undisturbed(self.model), torch.no_grad():
+            found = call_model(self.model, inputs)
+            heads = self.output(found) if isinstance(self.output, Selection) else None
+            shapes = None if heads is None else {key: one.shape for key, one in heads.items()}
+            own = self._first_likelihood.of_shapes(shapes)
+            return require_output(found, self.output), own
+
+    def _take(self, curvature: Curvature, seen: Observations) -> None:
+        """Make sums over data the posterior's."""
+        self._curvature, self._seen = curvature, seen
+        self.count: float = seen.count
+        matrix = curvature.matrix()
+        self.matrix: FisherMatrix = matrix if self._noise == 1.0 else matrix * (1.0 / self._noise)
+        self._factorised = self._evidence = None
+        self._mean = self._center(matrix.layout)[:, 0]
+        checked_mean(self._prior_mean, self.matrix.layout)
+        self._prior_precision = checked_precisions(self._prior_precision, self.layers)
+
+    @property
+    def _fitted(self) -> Curvature:
+        if self._curvature is None:
+            raise ValueError(
+                "the posterior has seen no data: call update(data) or load_state_dict(state) first"
+            )
+        return self._curvature
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers that may have a prior precision each.
+
+        Raises:
+            ValueError: If there are no data yet.
+        """
+        return tuple(self._fitted.blocks)
+
+    @property
+    def log_likelihood(self) -> float:
+        """``log p(D | θ*)``.
+
+        Without the constants that depend on neither the parameters nor Gaussian noise.
+        """
+        return float(self._seen.log_likelihood(self._noise))
+
+    # The prior.
+
+    @property
+    def prior_precision(self) -> Any:
+        """δ, a number, or one for each layer by name.
+
+        Raises:
+            ValueError: When set to something that is not positive and finite, or has other names.
+        """
+        value = self._prior_precision
+        return dict(value) if isinstance(value, dict) else value
+
+    @prior_precision.setter
+    def prior_precision(self, value: Any) -> None:
+        layers = self.layers if isinstance(value, Mapping) else ()
+        self._prior_precision = checked_precisions(value, layers)
+
+    def _damping(self) -> Any:
+        """Return what the prior adds to F: a number, or one for each layer."""
+        self._fitted  # noqa: B018
+        value = self._prior_precision
+        if isinstance(value, dict):
+            return {name: delta / self._scale for name, delta in value.items()}
+        return value / self._scale
+
+    @property
+    def _scale(self) -> float:
+        return self.count / self.temperature
+
+    def _damped_inverse(self, damping: Any) -> FisherMatrix:
+        matrix, damping = self._with_equal_damping(damping)
+        return matrix.inverse(damping)
+
+    def _inverse_root(self) -> FisherMatrix:
+        matrix, damping = self._with_equal_damping(self._damping())
+        return matrix.inverse_root(damping)
+
+    def _with_equal_damping(self, damping: Any) -> tuple[FisherMatrix, Any]:
+        """Return a matrix of whose parts each has one damping, and these.
+
+        Parts of several layers with a damping each take all but the least of it into themselves.
+        """
+        if not isinstance(damping, dict):
+            return self.matrix, damping
+        parts: dict[str, Operator] = {}
+        shared: dict[str, float] = {}
+        blocks = self._fitted.blocks
+        for name, part in self.matrix.parts.items():
+            layers = self.matrix.members[name]
+            parts[name], shared[name] = part, min(damping[layer] for layer in layers)
+            if len(layers) > 1:
+                dense = part.to_dense()
+                of = {n: damping[layer] for layer in layers for n in blocks[layer].names}
+                pieces = zip(part.layout.names, part.layout.sizes, strict=True)
+                extra = [dense.new_full((size,), of[n] - shared[name]) for n, size in pieces]
+                parts[name] = DenseOperator(part.layout, dense + torch.diag(torch.cat(extra)))
+        return dataclasses.replace(self.matrix, parts=parts), shared
+
+    # The evidence.
+
+    @overload
+    def log_marginal_likelihood(
+        self,
+        prior_precision: Precision | None = None,
+        noise_variance: float | None = None,
+    ) -> float: ...
+
+    @overload
+    def log_marginal_likelihood(
+        self,
+        prior_precision: Precision | Tensor | Mapping[str, Tensor] | None = None,
+        noise_variance: float | Tensor | None = None,
+    ) -> float | Tensor: ...
+
+    def log_marginal_likelihood(
+        self, prior_precision: Any = None, noise_variance: Any = None
+    ) -> Any:
+        """Return the evidence ``log p(D)`` of the data, up to constants.
+
+        The matrix is decomposed at the first call only; further ones cost one logarithm per
+        parameter. If one structure joins layers with different δ, they cost a determinant.
+
+        Args:
+            prior_precision: δ, one or one for each layer by name; the present one by default.
+            noise_variance: Variance σ² of Gaussian noise; that of ``likelihood`` by default. θ* is
+                taken for the maximum for any δ and σ².
+
+        Returns:
+            A number; or, if an argument is a tensor or has some, a float64 scalar that can be
+            differentiated with respect to them.
+
+        Raises:
+            TypeError: If a variance is given and the likelihood is not Gaussian.
+            ValueError: If an argument is out of range, or there are no data yet.
+        """
+        delta = self._prior_precision if prior_precision is None else prior_precision
+        if isinstance(delta, Mapping):
+            check_layers(delta, self.layers)
+        given = [*(delta.values() if isinstance(delta, Mapping) else [delta]), noise_variance]
+        for one in given:
+            number = one.detach() if isinstance(one, Tensor) else one
+            if number is not None and not 0 < float(number) < math.inf:
+                raise ValueError(
+                    f"prior precisions and noise variance must be positive and finite, got {one}"
+                )
+        noise: Any = self._noise
+        if noise_variance is not None:
+            noise = noise * noise_variance / self._gaussian("noise_variance").variance
+        found = self._evidence_at_mode().value(delta, noise)
+        return found if any(isinstance(one, Tensor) for one in given) else float(found)
+
+    def _evidence_at_mode(self) -> Evidence:
+        if self._evidence is None:
+            blocks, layout = self._fitted.blocks, self.matrix.layout
+            deviations = self._mean - checked_mean(self._prior_mean, layout)
+            self._evidence = Evidence(
+                self.matrix, blocks, self._seen, deviations, self.temperature, self._noise
+            )
+        return self._evidence
+
+    def _gaussian(self, what: str) -> Gaussian:
+        if not isinstance(self.likelihood, Gaussian):
+            raise TypeError(f"{what} needs a gaussian likelihood, not {self.likelihood!r}")
+        return self.likelihood
+
+    def optimize_prior_precision(
+        self,
+        lowest: float = 1e-4,
+        highest: float = 1e6,
+        *,
+        per_layer: bool = False,
+        noise: bool = False,
+    ) -> Any:
+        """Set δ to the maximum of the evidence and return it.
+
+        One δ alone is searched on a grid, to a thousandth. More variables are then moved together
+        by L-BFGS from there, so their maximum may be a local one.
+
+        Args:
+            lowest: Smallest δ tried.
+            highest: Largest δ tried.
+            per_layer: Whether each layer has a δ of its own.
+            noise: Whether the variance of Gaussian noise is chosen with it, and set in
+                ``likelihood``.
+
+        Returns:
+            δ, or δ by layer.
+
+        Raises:
+            TypeError: If ``noise`` is asked for and the likelihood is not Gaussian.
+        """
+        evidence, start = self._evidence_at_mode(), self._noise
+        if noise:
+            self._gaussian("noise=True")
+            residuals = 2.0 * self._seen.loss / max(self._seen.observed, 1.0)
+            start = max(residuals, 1e-8)
+        variance = None if start == self._noise else self._variance(start)
+        best = self._best_precision(lowest, highest, noise_variance=variance)
+        if not (per_layer or noise):
+            self.prior_precision = best
+            return best
+        names = self.layers if per_layer else ("",)
+        found, factor = evidence.maximize(
+            dict.fromkeys(names, best), start, (lowest, highest), noise
+        )
+        if noise:
+            self._set_noise(factor)
+        self.prior_precision = found if per_layer else found[""]
+        return self.prior_precision
+
+    def _variance(self, noise: float) -> float:
+        """Return the variance that is so many times that of the losses."""
+        return cast("Gaussian", self._first_likelihood).variance * noise
+
+    def _set_noise(self, noise: float) -> None:
+        """Make the variance of Gaussian noise so many times that of the losses."""
+        self._noise = noise
+        likelihood = cast("Gaussian", self.likelihood)
+        self.likelihood = dataclasses.replace(likelihood, variance=self._variance(noise))
+        self._take(self._fitted, self._seen)
+
+    # State.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the posterior as tensors and plain values, without the model.
+
+        ``torch.load(..., weights_only=True)`` reads it.
+
+        Raises:
+            ValueError: If there are no data yet.
+        """
+        curvature = self._fitted
+        names = curvature.layout.names
+        mean = self._prior_mean
+        return {
+            "structure": self.structure.name,
+            "parameters": list(names),
+            "mean": self._mean,
+            "statistics": saved_statistics(curvature),
+            "observations": dataclasses.asdict(self._seen),
+            "updates": self._updates,
+            "noise": self._noise,
+            "temperature": self.temperature,
+            "prior_precision": self.prior_precision,
+            "prior_mean": {n: mean[n] for n in names} if isinstance(mean, Mapping) else mean,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned, of a posterior made with the same options.
+
+        Args:
+            state: What it returned.
+
+        Raises:
+            ValueError: If it is of another structure, or of a model with other parameters.
+        """
+        if state["structure"] != self.structure.name:
+            raise ValueError(
+                f"the state is of structure {state['structure']!r}, and this posterior's is "
+                f"{self.structure.name!r}"
+            )
+        trainable, names = self._trainable, frozenset(state["parameters"])
+        unknown = sorted(names - set(dict(self.model.named_parameters())))
+        if unknown:
+            raise ValueError(f"the state has parameters that the model has not: {unknown}")
+        self._trainable = names
+        try:
+            with self._only_trainable(), self._capture() as capture:
+                blocks = {name: block.layout for name, block in capture.blocks.items()}
+                curvature = Curvature(self.structure, blocks, capture.layout)
+            self._check_parameters(state["mean"], curvature)
+            load_statistics(curvature, state["statistics"])
+        except BaseException:
+            self._trainable = trainable
+            raise
+        self.temperature, self._updates = state["temperature"], state["updates"]
+        self._prior_mean, self._prior_precision = state["prior_mean"], state["prior_precision"]
+        self._noise = state["noise"]
+        if isinstance(self._first_likelihood, Gaussian):
+            variance = self._variance(self._noise)
+            self.likelihood = dataclasses.replace(self._first_likelihood, variance=variance)
+        self._take(curvature, Observations(**state["observations"]))
+
+    def _check_parameters(self, mean: Tensor, curvature: Curvature | None = None) -> None:
+        """Raise a ValueError unless the model's parameters are those that data were seen with."""
+        own = self._center((curvature or self._fitted).layout)[:, 0]
+        if own.shape != mean.shape or not bool(torch.equal(own, mean.to(own))):
+            raise ValueError(
+                "the model's parameters are not those that the posterior has seen data with: load "
+                "them first, or make a new posterior"
+            )

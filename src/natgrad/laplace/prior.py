@@ -1,0 +1,75 @@
+"""The Gaussian prior: its precision, one for all layers or one for each, and its mean."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natgrad.layouts import ParameterLayout
+
+__all__ = ["checked_mean", "checked_precision", "checked_precisions"]
+
+
+def checked_precision(value: Any) -> float:
+    """Return a prior precision as a number.
+
+    Raises:
+        ValueError: If it is not positive and finite.
+    """
+    if isinstance(value, (Mapping, str)) or not 0 < float(value) < math.inf:
+        raise ValueError(f"prior_precision must be positive and finite, got {value}")
+    return float(value)
+
+
+def checked_precisions(value: Any, layers: Collection[str]) -> float | dict[str, float]:
+    """Return a prior precision as a number, or as one for each layer.
+
+    Args:
+        value: A number, or a mapping from layer names.
+        layers: The layers there are.
+
+    Raises:
+        ValueError: If a number is not positive and finite, or the names are not those of the
+            layers.
+    """
+    if not isinstance(value, Mapping):
+        return checked_precision(value)
+    check_layers(value, layers)
+    return {name: checked_precision(value[name]) for name in layers}
+
+
+def check_layers(value: Mapping[str, Any], layers: Collection[str]) -> None:
+    """Raise a ValueError unless a mapping has the names of the layers."""
+    if set(value) != set(layers):
+        raise ValueError(
+            f"prior_precision must be one number, or have one for each layer {list(layers)}, got "
+            f"them for {list(value)}"
+        )
+
+
+def checked_mean(value: float | Mapping[str, Tensor], layout: ParameterLayout) -> Tensor:
+    """Return a prior mean as a flat vector ``(P,)``.
+
+    Args:
+        value: One number for all parameters, or a mapping from their names to tensors, as the
+            ``state_dict()`` of a model that was trained before.
+        layout: The parameters.
+
+    Raises:
+        ValueError: If a parameter has no mean, or one of another shape.
+    """
+    if not isinstance(value, Mapping):
+        return torch.full_like(layout.zeros(layout.numel), float(value))
+    for name, shape in layout.shapes.items():
+        found = tuple(value[name].shape) if name in value else None
+        if found != shape:
+            raise ValueError(
+                f"prior_mean must have a tensor of shape {shape} for parameter {name!r}, got "
+                f"{'none' if found is None else f'one of shape {found}'}"
+            )
+    tensors = {name: value[name].detach().to(layout.device) for name in layout.names}
+    return layout.to_column(tensors)[:, 0]
