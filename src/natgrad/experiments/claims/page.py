@@ -19,7 +19,7 @@ the verdict of the rule: *reproduced*, *refuted*, or *cannot be told*. Figures w
 what is random must clear their bounds by two standard errors, which follow ±, the number of draws
 in parentheses. Every figure has the command that repeats it; this page is written by the command.
 
-The rules of Zhang, Martens & Grosse were written before their claims were measured. Those of
+The rules were written, and committed, before the claims were measured. Only those of
 Karakida & Osawa were settled after a first run had been seen: bounds became exponents of the width
 where the theory is asymptotic, `divergence` and `gradient-descent` came to start near a solution,
 and what that left out became the claims `best-rate` and `divergence-from-start`. Their figures

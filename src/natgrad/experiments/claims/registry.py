@@ -5,13 +5,21 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
-from natgrad.experiments.claims import karakida_osawa, zhang_martens_grosse
+from natgrad.experiments.claims import (
+    gao,
+    karakida_osawa,
+    zhang_martens_grosse,
+)
 from natgrad.experiments.claims.claim import Claim, Source
 from natgrad.experiments.config import ConfigError
 
 __all__ = ["SOURCES", "choose"]
 
-SOURCES: tuple[Source, ...] = (karakida_osawa.SOURCE, zhang_martens_grosse.SOURCE)
+SOURCES: tuple[Source, ...] = (
+    karakida_osawa.SOURCE,
+    zhang_martens_grosse.SOURCE,
+    gao.SOURCE,
+)
 """The sources; to add one, write a module with a `SOURCE` and name it here."""
 
 

@@ -1,0 +1,241 @@
+"""Convolutional networks of the kinds that papers train, and one loop that trains them all."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from natgrad.experiments.claims.claim import Setting
+from natgrad.experiments.data import Dataset
+
+__all__ = [
+    "VGG",
+    "Curves",
+    "ImageTask",
+    "MakeOptimizer",
+    "ResNet",
+    "at_time",
+    "images",
+    "processor_time",
+    "train",
+]
+
+Curves = dict[str, list[float]]
+"""``loss`` (mean over the batches of an epoch), ``accuracy`` (on test images after it) and
+``seconds`` (of training until then, without what measuring took), one entry an epoch."""
+
+MakeOptimizer = Callable[[nn.Module, float, int], torch.optim.Optimizer]
+"""Makes an optimizer of a model, a learning rate, and the number of batches in an epoch."""
+
+
+class ResidualBlock(nn.Module):
+    """Two 3×3 convolutions with BatchNorm, and a shortcut past them (He et al. 2016)."""
+
+    def __init__(self, d_in: int, d_out: int, stride: int) -> None:
+        super().__init__()
+        self.body: nn.Sequential = nn.Sequential(
+            nn.Conv2d(d_in, d_out, 3, stride=stride, padding=1, bias=False),
+            nn.BatchNorm2d(d_out),
+            nn.ReLU(),
+            nn.Conv2d(d_out, d_out, 3, padding=1, bias=False),
+            nn.BatchNorm2d(d_out),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if d_in != d_out or stride > 1:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(d_in, d_out, 1, stride=stride, bias=False), nn.BatchNorm2d(d_out)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, d_in, H, W) to (N, d_out, H / stride, W / stride)."""
+        return functional.relu(self.body(x) + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """A residual network for small images: ResNet-20 is (16, 32, 64) with 3 blocks each.
+
+    Args:
+        channels: Channels of the images.
+        classes: The number of outputs.
+        widths: Channels of each stage; every stage but the first halves the resolution.
+        blocks: Residual blocks of each stage.
+    """
+
+    def __init__(self, channels: int, classes: int, widths: Sequence[int], blocks: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [
+            nn.Conv2d(channels, widths[0], 3, padding=1, bias=False),
+            nn.BatchNorm2d(widths[0]),
+            nn.ReLU(),
+        ]
+        d_in = widths[0]
+        for stage, width in enumerate(widths):
+            for block in range(blocks):
+                layers.append(ResidualBlock(d_in, width, 2 if stage and not block else 1))
+                d_in = width
+        self.features: nn.Sequential = nn.Sequential(*layers)
+        self.classifier: nn.Linear = nn.Linear(d_in, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images to logits."""
+        logits: Tensor = self.classifier(self.features(x).mean((2, 3)))
+        return logits
+
+
+class VGG(nn.Module):
+    """3×3 convolutions and ReLU without normalisation; VGG-16 is its 13 convolutions (2014).
+
+    Args:
+        channels: Channels of the images.
+        classes: The number of outputs.
+        widths: Channels of the convolutions, group by group; each group ends in a maximum of 2×2
+            pixels as long as there are so many.
+        side: Pixels of a side of the images.
+    """
+
+    def __init__(
+        self, channels: int, classes: int, widths: Sequence[Sequence[int]], side: int
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        d_in = channels
+        for group in widths:
+            for width in group:
+                layers += [nn.Conv2d(d_in, width, 3, padding=1), nn.ReLU()]
+                d_in = width
+            if side >= 2:
+                layers.append(nn.MaxPool2d(2))
+                side //= 2
+        self.features: nn.Sequential = nn.Sequential(*layers)
+        self.classifier: nn.Linear = nn.Linear(d_in * side**2, classes)
+        for module in self.features:
+            if isinstance(module, nn.Conv2d):  # He et al. 2015: else nothing comes through.
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images to logits."""
+        logits: Tensor = self.classifier(self.features(x).flatten(1))
+        return logits
+
+
+@dataclass(frozen=True)
+class ImageTask:
+    """A network and images to train it on.
+
+    Attributes:
+        data: The images.
+        network: Makes the network of channels, classes and side.
+        epochs: Epochs of training.
+        batch_size: Images a batch; a last incomplete one is left out.
+    """
+
+    data: Dataset
+    network: Callable[[int, int, int], nn.Module]
+    epochs: int
+    batch_size: int = 128
+
+    @property
+    def steps(self) -> int:
+        """Batches in an epoch."""
+        return len(self.data.train_labels) // self.batch_size
+
+    def model(self, draw: int) -> nn.Module:
+        """Return the network at random weights, numbered by `draw`."""
+        channels, side, _ = self.data.input_shape
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(draw)
+            model = self.network(channels, self.data.classes, side)
+        return model.to(self.data.train_inputs.device)
+
+
+def images(setting: Setting, train_samples: int, classes: int) -> Dataset:
+    """Return the images of a claim: all of them at the published size.
+
+    Args:
+        setting: What the claim runs with.
+        train_samples: Training images at the small size, beside half as many test images. Of the
+            digits, which stand in where there are no files, all are taken.
+        classes: Classes at the small size, the first ones; 2×2 pixels become one there.
+    """
+    if setting.full or setting.data == "digits":
+        return setting.dataset()
+    found = setting.dataset(
+        train_samples, test_samples=train_samples // 2, classes=tuple(range(classes))
+    )
+    return replace(
+        found,
+        train_inputs=functional.avg_pool2d(found.train_inputs, 2),
+        test_inputs=functional.avg_pool2d(found.test_inputs, 2),
+    )
+
+
+def processor_time(device: torch.device) -> float:
+    """Return the processor seconds of this process; on an accelerator, those of the clock."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def train(task: ImageTask, make: MakeOptimizer, rate: float, draw: int) -> Curves:
+    """Train the network of a task; a run whose loss is not finite ends there, with infinite losses.
+
+    Args:
+        task: The network, the images, and how long.
+        make: Makes the optimizer.
+        rate: Its learning rate, constant.
+        draw: Number of the random weights and of the random order of the images.
+    """
+    data, device = task.data, task.data.train_inputs.device
+    model = task.model(draw)
+    optimizer = make(model, rate, task.steps)
+    generator = torch.Generator().manual_seed(draw)
+    curves: Curves = {"loss": [], "accuracy": [], "seconds": []}
+    seconds = 0.0
+    for _ in range(task.epochs):
+        order = torch.randperm(len(data.train_labels), generator=generator)
+        model.train()
+        losses: list[Tensor] = []
+        began = processor_time(device)
+        for chosen in order.split(task.batch_size)[: task.steps]:
+            optimizer.zero_grad()
+            output = model(data.train_inputs[chosen])
+            loss = functional.cross_entropy(output, data.train_labels[chosen])
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        seconds += processor_time(device) - began
+        mean = float(torch.stack(losses).mean())
+        if not math.isfinite(mean):
+            missing = task.epochs - len(curves["loss"])
+            curves["loss"] += [math.inf] * missing
+            curves["accuracy"] += [1.0 / data.classes] * missing
+            curves["seconds"] += [seconds] * missing
+            break
+        curves["loss"].append(mean)
+        curves["accuracy"].append(_accuracy(model, data))
+        curves["seconds"].append(seconds)
+    return curves
+
+
+@torch.no_grad()
+def _accuracy(model: nn.Module, data: Dataset) -> float:
+    model.eval()
+    found = torch.cat([model(part).argmax(1) for part in data.test_inputs.split(500)])
+    return float((found == data.test_labels).double().mean())
+
+
+def at_time(curves: Curves, figure: str, seconds: float) -> float:
+    """Return a figure after some seconds of training, linear in between epochs."""
+    values, times = curves[figure], curves["seconds"]
+    after = next((i for i, time in enumerate(times) if time >= seconds), len(times) - 1)
+    if after == 0 or not math.isfinite(values[after]):
+        return values[after]
+    share = (seconds - times[after - 1]) / (times[after] - times[after - 1])
+    return values[after - 1] + min(share, 1.0) * (values[after] - values[after - 1])
