@@ -6,8 +6,12 @@ import difflib
 from collections.abc import Sequence
 
 from natgrad.experiments.claims import (
+    donatella,
     gao,
+    immer,
+    karakida_akaho_amari,
     karakida_osawa,
+    wu,
     zhang_martens_grosse,
 )
 from natgrad.experiments.claims.claim import Claim, Source
@@ -19,6 +23,10 @@ SOURCES: tuple[Source, ...] = (
     karakida_osawa.SOURCE,
     zhang_martens_grosse.SOURCE,
     gao.SOURCE,
+    karakida_akaho_amari.SOURCE,
+    wu.SOURCE,
+    donatella.SOURCE,
+    immer.SOURCE,
 )
 """The sources; to add one, write a module with a `SOURCE` and name it here."""
 

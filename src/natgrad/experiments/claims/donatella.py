@@ -1,0 +1,271 @@
+"""Donatella et al. (2024): natural gradients from a thermodynamic equilibrium."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import natgrad
+from natgrad.curvature import Full
+from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
+from natgrad.experiments.claims.side_by_side import MakeAtRate, MakeOptimizer, Task, mlp, ratios
+from natgrad.operators import FisherMatrix
+from natgrad.solvers import Thermodynamic
+from natgrad.solvers.thermodynamic import MARGIN
+
+__all__ = ["SOURCE"]
+
+SOURCE = Source(
+    "donatella-et-al", "Donatella et al., Thermodynamic natural gradient descent (2024)"
+)
+
+DRAWS = 5
+BATCH_SIZE = 50
+HIDDEN = 16
+#: Condition number of F + λI. Its inverse times λ_max is the relaxation time, 1/λ.
+CONDITION = 30.0
+STEPS = 20
+
+
+def _task(setting: Setting) -> Task:
+    data = setting.dataset()
+    x = data.train_inputs.flatten(1).double()
+    return Task(x, data.train_labels, functional.cross_entropy, BATCH_SIZE)
+
+
+def _network(task: Task, setting: Setting, draw: int) -> nn.Module:
+    sizes = (task.x.shape[1], HIDDEN, int(task.y.max()) + 1)
+    return mlp(sizes, 1000 * setting.seed + draw, dtype=torch.float64)
+
+
+def _system(setting: Setting, draw: int) -> tuple[FisherMatrix, float, Tensor]:
+    """Return F and the gradient of one batch at random weights, and λ = λ_max/CONDITION."""
+    task = _task(setting)
+    model = _network(task, setting, draw)
+    x, y = next(task.batches(draw))
+    matrix = natgrad.fisher_matrix(model, (x, y), "categorical", "full")
+    gradients = torch.autograd.grad(task.loss(model(x), y), list(model.parameters()))
+    gradient = torch.cat([g.flatten() for g in gradients])
+    return matrix, float(matrix.eigenvalues()[0]) / CONDITION, gradient
+
+
+def _process(relaxation_times: float, **options: object) -> Thermodynamic:
+    """Return the process simulated for so many times 1/λ."""
+    time = relaxation_times * CONDITION * MARGIN
+    return Thermodynamic(**{"start": "zero", "time": time, **options})  # type: ignore[arg-type]
+
+
+@SOURCE.claim(
+    "error",
+    where="section 4",
+    says="The mean of the process tends to the natural gradient exponentially in time, within a "
+    "few relaxation times 1/λ.",
+    expects=[
+        Expect(
+            "error over e^(−λt)",
+            at_most=1.1,
+            because="the slowest mode decays by λ at least; λ_max is estimated",
+        ),
+        Expect("error after 10/λ", at_most=1e-3, because="e⁻¹⁰ is 5e-5"),
+    ],
+)
+def error(setting: Setting) -> Figures:
+    """Relative error of the simulated solution of (F + λI)x = ∇L, without noise, from x = 0.
+
+    One batch of 50 images, a network with 16 hidden tanh units, λ = λ_max/30.
+    """
+    figures: dict[str, list[float]] = {}
+    for draw in range(DRAWS):
+        matrix, damping, gradient = _system(setting, draw)
+        exact = matrix.solve(gradient, damping)
+        for count in (1, 2, 4, 10):
+            found = matrix.inverse(damping, _process(count)) @ gradient
+            share = float((found - exact).norm() / exact.norm())
+            figures.setdefault(f"error after {count}/λ", []).append(share)
+            figures.setdefault(f"error over e^(−λt), t = {count}/λ", []).append(
+                share * math.exp(count)
+            )
+        setting.progress((draw + 1) / DRAWS)
+    return {name: figures[name] for name in sorted(figures)}
+
+
+@SOURCE.claim(
+    "noise",
+    where="section 4",
+    says="With thermal noise the average over time tends to the natural gradient, its error like "
+    "one over the square root of the time.",
+    expects=[Expect("exponent of the time", -0.65, -0.35, "theory says −½")],
+)
+def noise(setting: Setting) -> Figures:
+    """Error of averages over 10, 40 and 160 relaxation times, after five to burn in.
+
+    The temperature makes the noise at equilibrium a third of the solution.
+    """
+    exponents, errors = [], []
+    for draw in range(DRAWS):
+        matrix, damping, gradient = _system(setting, draw)
+        exact = matrix.solve(gradient, damping)
+        spread = float((matrix.eigenvalues() + damping).reciprocal().sum())  # tr A⁻¹
+        temperature = (float(exact.norm()) / 3.0) ** 2 / spread
+        times = (10.0, 40.0, 160.0)
+        found = []
+        for time in times:
+            burn_in = 5.0 * CONDITION * MARGIN
+            process = _process(time + 5.0, temperature=temperature, seed=draw, burn_in=burn_in)
+            average = matrix.inverse(damping, process) @ gradient
+            found.append(float((average - exact).norm() / exact.norm()))
+        logarithms = [math.log(t) for t in times], [math.log(e) for e in found]
+        exponents.append(statistics.linear_regression(*logarithms).slope)
+        errors.append(found[-1])
+        setting.progress((draw + 1) / DRAWS)
+    return {"exponent of the time": exponents, "error after 160/λ": errors}
+
+
+def _make(process: Thermodynamic, lr: float = 1.0, damping: float = 0.1) -> MakeOptimizer:
+    def make(model: nn.Module) -> torch.optim.Optimizer:
+        return natgrad.ThermodynamicNGD(
+            model,
+            "categorical",
+            structure=Full(solver=process),
+            lr=lr,
+            damping=damping,
+            kl_clip=None,
+        )
+
+    return make
+
+
+def _exact(lr: float = 1.0, damping: float = 0.1) -> MakeOptimizer:
+    def make(model: nn.Module) -> torch.optim.Optimizer:
+        return natgrad.ExactNGD(model, "categorical", lr=lr, damping=damping, kl_clip=None)
+
+    return make
+
+
+def _distance(model: nn.Module, other: nn.Module) -> float:
+    pairs = zip(model.parameters(), other.parameters(), strict=True)
+    return math.sqrt(sum(float((p - q).detach().square().sum()) for p, q in pairs))
+
+
+@SOURCE.claim(
+    "interpolation",
+    where="section 4, figure 2",
+    says="With the time that the process is given, from the gradient on, training goes over from "
+    "gradient descent to natural gradient descent.",
+    expects=[
+        Expect("distance from gradient descent, t = 0", at_most=1e-9, because="the gradient"),
+        Expect("distance from NGD, t = 300", at_most=0.05, because="ten and more times 1/λ"),
+        Expect(
+            "largest ratio of distances from NGD at successive times",
+            at_most=1.0,
+            because="longer is closer",
+        ),
+    ],
+)
+def interpolation(setting: Setting) -> Figures:
+    """Distance of the weights after 20 steps of rate 0.3, over that of the two limits.
+
+    λ = 0.1, batches of 50, times t in units of 1/λ_max: 0, 1, 3, 10, 30, 100 and 300.
+    """
+    task = _task(setting)
+    times = (0.0, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+    figures: dict[str, list[float]] = {}
+    for draw in range(DRAWS):
+        model = _network(task, setting, draw)
+
+        def trained(make: MakeOptimizer) -> nn.Module:
+            return task.train(model, make, STEPS, seed=draw).model  # noqa: B023
+
+        plain = trained(lambda m: torch.optim.SGD(m.parameters(), 0.3))
+        natural = trained(_exact(0.3))
+        whole = _distance(plain, natural)
+        distances = []
+        for time in times:
+            found = trained(_make(Thermodynamic(time=time, start="gradient"), 0.3))
+            distances.append(_distance(found, natural) / whole)
+            figures.setdefault(f"distance from NGD, t = {time:g}", []).append(distances[-1])
+            if time == 0:
+                figures.setdefault("distance from gradient descent, t = 0", []).append(
+                    _distance(found, plain) / whole
+                )
+        ratios = [b / a for a, b in zip(distances[:-1], distances[1:], strict=True)]
+        name = "largest ratio of distances from NGD at successive times"
+        figures.setdefault(name, []).append(max(ratios))
+        setting.progress((draw + 1) / DRAWS)
+    return dict(figures)
+
+
+@SOURCE.claim(
+    "delay",
+    where="section 5, figure 4",
+    says="That the process runs on old matrices for a small part of the time does no harm.",
+    expects=[
+        Expect(
+            "loss with a delay of a tenth of the time, over that without",
+            at_most=1.05,
+            because="no harm, to a twentieth",
+        )
+    ],
+)
+def delay(setting: Setting) -> Figures:
+    """Training loss after 40 steps of rate 1, λ = 0.1, each from where the last ended; t = 20."""
+    task = _task(setting)
+    figures: dict[str, list[float]] = {}
+    for draw in range(DRAWS):
+        model = _network(task, setting, draw)
+        ends = {
+            share: task.train(
+                model, _make(Thermodynamic(time=20.0, delay=20.0 * share)), 2 * STEPS, seed=draw
+            ).losses[-1]
+            for share in (0.0, 0.1, 0.5)
+        }
+        for share, part in ((0.1, "a tenth"), (0.5, "half")):
+            name = f"loss with a delay of {part} of the time, over that without"
+            figures.setdefault(name, []).append(ends[share] / ends[0.0])
+        setting.progress((draw + 1) / DRAWS)
+    return dict(figures)
+
+
+@SOURCE.claim(
+    "training",
+    where="section 5, figure 3",
+    says="Thermodynamic natural gradient descent lowers the loss faster, step by step, than Adam "
+    "and no worse than natural gradient descent with exact solutions.",
+    expects=[
+        Expect("training loss over Adam's", at_most=1.0, because="faster"),
+        Expect("training loss over NGD's", at_most=1.1, because="no worse, to a tenth"),
+    ],
+)
+def training(setting: Setting) -> Figures:
+    """Training loss after 100 steps with batches of 50, each at the best of four rates.
+
+    λ = 0.1, t = 20 from where the last solution ended. Rates are chosen on another network.
+    """
+    task, steps = _task(setting), 5 * STEPS
+    process = Thermodynamic(time=20.0)
+    methods: dict[str, tuple[MakeAtRate, tuple[float, ...]]]
+    methods = {
+        "TNGD": (lambda m, r: _make(process, r)(m), (0.1, 0.3, 1.0, 3.0)),
+        "NGD": (lambda m, r: _exact(r)(m), (0.1, 0.3, 1.0, 3.0)),
+        "Adam": (lambda m, r: torch.optim.Adam(m.parameters(), r), (3e-3, 1e-2, 3e-2, 0.1)),
+        "SGD": (lambda m, r: torch.optim.SGD(m.parameters(), r), (0.1, 0.3, 1.0, 3.0)),
+    }
+    found = task.compare(
+        methods,
+        lambda draw: _network(task, setting, draw),
+        DRAWS,
+        steps,
+        progress=setting.progress,
+    )
+    ends = {title: tuned.ends for title, tuned in found.items()}
+    return {
+        **{
+            f"training loss over {o}'s": ratios(ends["TNGD"], ends[o])
+            for o in ("Adam", "NGD", "SGD")
+        },
+        **{f"learning rate, {title}": tuned.rate for title, tuned in found.items()},
+    }

@@ -1,0 +1,174 @@
+"""Immer, Korzepa & Bauer (2021): predictions by the linearised model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import natgrad
+from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
+from natgrad.experiments.claims.side_by_side import Task, mlp
+from natgrad.experiments.data import Dataset
+
+__all__ = ["SOURCE"]
+
+SOURCE = Source(
+    "immer-korzepa-bauer",
+    "Immer, Korzepa & Bauer, Improving predictions of Bayesian neural nets via local linearization "
+    "(2021)",
+)
+
+DRAWS = 5
+#: Training images, and test images at most.
+SAMPLES = 200
+EPOCHS = 100
+WEIGHT_SAMPLES = 50
+STRUCTURES = {"full": "full", "kfac": "K-FAC", "diagonal": "diagonal"}
+TUNED = {"kfac": "K-FAC", "diagonal": "diagonal"}
+#: Prior precisions δ of which the held-out likelihood chooses, for every way to predict.
+PRECISIONS = (0.1, 1.0, 10.0, 100.0)
+
+
+def _data(setting: Setting) -> Dataset:
+    return setting.dataset(SAMPLES, test_samples=SAMPLES)
+
+
+def _trained(data: Dataset, precision: float, seed: int) -> nn.Module:
+    """Return a network at the maximum a posteriori, near enough, by Adam with full batches."""
+    x = data.train_inputs.flatten(1).double()
+    model = mlp((x.shape[1], 32, data.classes), seed, dtype=torch.float64)
+
+    task = Task(x, data.train_labels, functional.cross_entropy, 50)
+    decay = precision / len(x)
+    steps = EPOCHS * len(x) // 50
+    return task.train(
+        model,
+        lambda m: torch.optim.Adam(m.parameters(), 3e-3, weight_decay=decay),
+        steps,
+        seed=seed,
+    ).model.eval()
+
+
+def sampled_predictive(posterior: natgrad.Laplace, x: Tensor, samples: int, seed: int) -> Tensor:
+    """Return mean probabilities of the network itself at weights drawn from the posterior.
+
+    Args:
+        posterior: The posterior; its model is left as it is.
+        x: Inputs, ``(N, …)``.
+        samples: Number of draws.
+        seed: Their seed.
+
+    Returns:
+        ``(N, C)``.
+    """
+    model = posterior.model
+    parameters = list(model.parameters())
+    start = nn.utils.parameters_to_vector(parameters).detach().clone()
+    draws = posterior.sample(samples, torch.Generator().manual_seed(seed))
+    total = torch.zeros(())
+    with torch.no_grad():
+        for one in draws:
+            nn.utils.vector_to_parameters(one, parameters)
+            total = total + model(x).softmax(1) / samples
+        nn.utils.vector_to_parameters(start, parameters)
+    return total
+
+
+def _nll(probabilities: Tensor, labels: Tensor) -> float:
+    chosen = probabilities.gather(1, labels.unsqueeze(1))
+    return -float(chosen.clamp(min=1e-30).log().mean())
+
+
+@SOURCE.claim(
+    "linearised",
+    where="section 4, table 1",
+    says="The posterior of the generalised Gauss-Newton matrix is one of the linearised model: "
+    "predictions by that are better than those of the network at sampled weights, which underfit.",
+    expects=[
+        Expect("test NLL, sampled weights − linearised", at_least=0.0, because="better"),
+        Expect("training NLL, sampled weights − linearised", at_least=0.0, because="underfits"),
+    ],
+)
+def linearised(setting: Setting) -> Figures:
+    """Negative log-likelihoods (NLL) of 200 training and 200 test images.
+
+    A network with 32 hidden tanh units, at δ = 1 and its maximum a posteriori; 50 samples of
+    weights, and the probit approximation of the linearised model.
+    """
+    figures: dict[str, list[float]] = {}
+    data = _data(setting)
+    sets = {
+        "training": (data.train_inputs.flatten(1).double(), data.train_labels),
+        "test": (data.test_inputs.flatten(1).double(), data.test_labels),
+    }
+    for draw in range(DRAWS):
+        model = _trained(data, 1.0, 1000 * setting.seed + draw)
+        for structure, title in STRUCTURES.items():
+            posterior = natgrad.Laplace(model, sets["training"], "categorical", structure)
+            for name, (x, labels) in sets.items():
+                linear = _nll(_probabilities(posterior, x), labels)
+                sampled = _nll(sampled_predictive(posterior, x, WEIGHT_SAMPLES, draw), labels)
+                key = f"{name} NLL, sampled weights − linearised, {title}"
+                figures.setdefault(key, []).append(sampled - linear)
+        setting.progress((draw + 1) / DRAWS)
+    return dict(figures)
+
+
+def _probabilities(posterior: natgrad.Laplace, x: Tensor) -> Tensor:
+    found = posterior.predict(x)
+    assert isinstance(found, Tensor)
+    return found
+
+
+@SOURCE.claim(
+    "tuned",
+    where="section 4, table 1",
+    says="With the prior precision of each chosen on held-out data, predictions of the linearised "
+    "model are at least as good as those of the network at its maximum a posteriori, and better "
+    "than those at sampled weights.",
+    expects=[
+        Expect("test NLL, linearised − maximum a posteriori", at_most=0.0, because="as good"),
+        Expect("test NLL, sampled weights − linearised", at_least=0.0, because="better"),
+    ],
+)
+def tuned(setting: Setting) -> Figures:
+    """Test NLL with δ of 0.1, 1, 10 and 100 chosen on half of 200 test images.
+
+    The network is trained anew for every δ; the other half is judged.
+    """
+    figures: dict[str, list[float]] = {}
+    data = _data(setting)
+    train = data.train_inputs.flatten(1).double(), data.train_labels
+    x, labels = data.test_inputs.flatten(1).double(), data.test_labels
+    half = len(x) // 2
+    for draw in range(DRAWS):
+        found: dict[str, list[tuple[float, float]]] = {}
+        for precision in PRECISIONS:
+            model = _trained(data, precision, 1000 * setting.seed + draw)
+            with torch.no_grad():
+                predictions = {"maximum a posteriori": model(x).softmax(1)}
+            for structure, title in TUNED.items():
+                posterior = natgrad.Laplace(
+                    model, train, "categorical", structure, prior_precision=precision
+                )
+                predictions[f"linearised, {title}"] = _probabilities(posterior, x)
+                predictions[f"sampled weights, {title}"] = sampled_predictive(
+                    posterior, x, WEIGHT_SAMPLES, draw
+                )
+            for name, one in predictions.items():
+                pair = _nll(one[:half], labels[:half]), _nll(one[half:], labels[half:])
+                found.setdefault(name, []).append(pair)
+        best = {name: min(pairs)[1] for name, pairs in found.items()}
+        mode = best["maximum a posteriori"]
+        for title in TUNED.values():
+            linear, sampled = best[f"linearised, {title}"], best[f"sampled weights, {title}"]
+            pairs = {
+                "linearised − maximum a posteriori": linear - mode,
+                "sampled weights − linearised": sampled - linear,
+            }
+            for name, value in pairs.items():
+                figures.setdefault(f"test NLL, {name}, {title}", []).append(value)
+        figures.setdefault("test NLL, maximum a posteriori", []).append(mode)
+        setting.progress((draw + 1) / DRAWS)
+    return dict(figures)

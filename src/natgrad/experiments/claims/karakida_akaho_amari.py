@@ -1,0 +1,283 @@
+"""Karakida, Akaho & Amari (2019, 2021): the spectra of Fisher matrices of random wide networks."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from natgrad import fisher_matrix, ntk
+from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
+from natgrad.experiments.claims.side_by_side import ratios
+from natgrad.experiments.theory.by_width import ByWidth
+
+__all__ = ["SOURCE"]
+
+SOURCE = Source(
+    "karakida-akaho-amari",
+    "Karakida, Akaho & Amari, Universal statistics of Fisher information in deep neural networks: "
+    "mean field approach (2019), and Pathological spectra of the Fisher information metric and its "
+    "variants in deep neural networks (2021)",
+)
+
+#: Draws of the random weights and inputs.
+DRAWS = 5
+OUTPUTS = 10
+DEPTH = 3
+WIDTHS = (128, 256, 512, 1024)
+SAMPLES = 100
+#: Numbers of samples, and of layers, where these are what changes.
+COUNTS = (10, 30, 100, 300, 1000)
+DEPTHS = (2, 3, 5, 8)
+#: Steps of gradient descent.
+STEPS = 100
+STATISTICS = ("mean", "second moment", "largest")
+
+
+def _widths(setting: Setting) -> tuple[int, ...]:
+    widths: tuple[int, ...] = setting.of(WIDTHS, (512, 1024, 2048, 4096))
+    return widths
+
+
+def _samples(setting: Setting) -> int:
+    samples: int = setting.of(SAMPLES, 1000)
+    return samples
+
+
+def _seed(setting: Setting, draw: int) -> torch.Generator:
+    return torch.Generator().manual_seed(1000 * setting.seed + draw)
+
+
+def _inputs(width: int, samples: int, generator: torch.Generator) -> Tensor:
+    """Return inputs with independent standard normal entries, as many as the network is wide."""
+    return torch.randn(samples, width, generator=generator, dtype=torch.float64)
+
+
+def _network(
+    width: int, depth: int, outputs: int, generator: torch.Generator
+) -> tuple[nn.Module, ntk.MLP]:
+    """Return a random ReLU network of L weight layers, and the one that theory is about.
+
+    The first is in standard parameterisation, with weights of variance 2/fan-in and no biases.
+    """
+    sizes = [width] * depth + [outputs]
+    layers: list[nn.Module] = []
+    for d_in, d_out in zip(sizes[:-1], sizes[1:], strict=True):
+        layer = nn.Linear(d_in, d_out, bias=False, dtype=torch.float64)
+        nn.init.normal_(layer.weight, std=math.sqrt(2.0 / d_in), generator=generator)
+        layers += [layer, nn.ReLU()]
+    return nn.Sequential(*layers[:-1]), ntk.MLP(sizes, dtype=torch.float64)
+
+
+def _measured_and_theory(
+    width: int, depth: int, samples: int, outputs: int, generator: torch.Generator
+) -> dict[str, tuple[float, float]]:
+    """Return the three statistics of one random network: measured, and at infinite width."""
+    x = _inputs(width, samples, generator)
+    model, architecture = _network(width, depth, outputs, generator)
+    found, theory = ntk.fisher_spectrum(model, x), ntk.infinite_spectrum(architecture, x)
+    return {
+        "mean": (found.mean, theory.mean),
+        "second moment": (found.second_moment, theory.second_moment),
+        "largest": (float(found.eigenvalues[0]), theory.largest),
+    }
+
+
+@SOURCE.claim(
+    "width",
+    where="2019, theorems 1 to 3",
+    says="With the width M of a random network, the mean eigenvalue of its Fisher matrix vanishes "
+    "like 1/M, the mean square does not change, and the largest grows like M: flat in most "
+    "directions, very steep in a few.",
+    expects=[
+        Expect("exponent of the width, mean", -1.1, -0.9, "theory says −1"),
+        Expect("exponent of the width, second moment", -0.15, 0.15, "theory says 0"),
+        Expect("exponent of the width, largest", 0.9, 1.1, "theory says 1"),
+        Expect("measured / theory", 0.9, 1.1, "O(1/√M) is 0.03 at M = 1024"),
+    ],
+)
+def width(setting: Setting) -> Figures:
+    """Exponents, and the statistics at the largest width over those of infinite width.
+
+    ReLU networks of three weight layers with ten linear outputs, in standard parameterisation; the
+    inputs are random, of the dimension M and as many as the sample size.
+    """
+    widths, samples = _widths(setting), _samples(setting)
+    found = {name: ByWidth() for name in STATISTICS}
+    shares: dict[str, list[float]] = {name: [] for name in STATISTICS}
+    for index, one in enumerate(widths):
+        for draw in range(DRAWS):
+            generator = _seed(setting, draw)
+            values = _measured_and_theory(one, DEPTH, samples, OUTPUTS, generator)
+            for name, (measured, theory) in values.items():
+                found[name].add(one, measured)
+                if one == widths[-1]:
+                    shares[name].append(measured / theory)
+        setting.progress((index + 1) / len(widths))
+    return {
+        **{f"exponent of the width, {name}": found[name].exponents() for name in STATISTICS},
+        **{f"measured / theory, {name}": shares[name] for name in STATISTICS},
+    }
+
+
+@SOURCE.claim(
+    "depth",
+    where="2019, theorems 1 to 3",
+    says="The same formulas hold for every number of layers.",
+    expects=[
+        Expect("measured / theory, mean", 0.9, 1.1, "O(1/√M), growing with the depth"),
+        Expect("measured / theory, second moment", 0.8, 1.2, "a square errs twice as much"),
+        Expect("measured / theory, largest", 0.8, 1.2, "as the square root of the second moment"),
+    ],
+)
+def depth(setting: Setting) -> Figures:
+    """The statistics at a width of 512 (2048) over those of infinite width, L = 2 to 8."""
+    size, samples, figures = _widths(setting)[-2], _samples(setting), Figures()
+    for index, one in enumerate(DEPTHS):
+        values = [
+            _measured_and_theory(size, one, samples, OUTPUTS, _seed(setting, draw))
+            for draw in range(2 * DRAWS)
+        ]
+        for name in STATISTICS:
+            found = [value[name][0] / value[name][1] for value in values]
+            figures[f"measured / theory, {name}, L = {one}"] = found
+        setting.progress((index + 1) / len(DEPTHS))
+    return figures
+
+
+@SOURCE.claim(
+    "samples",
+    where="2019, theorems 2 and 3",
+    says="The largest eigenvalue does not vanish however many the samples: it tends to ακ₂M.",
+    expects=[
+        Expect("measured / theory", 0.9, 1.1, "O(1/√M) is 0.03 at M = 1024"),
+        Expect(
+            "largest eigenvalue of all samples, over that of ten",
+            at_least=0.5,
+            because="(κ₂ + (κ₁ − κ₂)/N)/(κ₂ + (κ₁ − κ₂)/10), with κ₂ about half of κ₁",
+        ),
+    ],
+)
+def samples(setting: Setting) -> Figures:
+    """The largest eigenvalue for 10, 30, 100, 300 and 1000 samples, width 1024 (4096), C = 1."""
+    size = _widths(setting)[-1]
+    shares: dict[int, list[float]] = {}
+    largest: dict[int, list[float]] = {}
+    for index, count in enumerate(COUNTS):
+        pairs = [
+            _measured_and_theory(size, DEPTH, count, 1, _seed(setting, draw))["largest"]
+            for draw in range(DRAWS)
+        ]
+        shares[count] = [measured / theory for measured, theory in pairs]
+        largest[count] = [measured for measured, _ in pairs]
+        setting.progress((index + 1) / len(COUNTS))
+    changes = ratios(largest[COUNTS[-1]], largest[COUNTS[0]])
+    return {
+        **{f"measured / theory, N = {count}": found for count, found in shares.items()},
+        "largest eigenvalue of all samples, over that of ten": changes,
+    }
+
+
+@SOURCE.claim(
+    "learning-rate",
+    where="2019, section 4, figure 3",
+    says="Gradient descent from random weights converges below the learning rate 2/λ_max, which "
+    "theory gives without training, and explodes above it.",
+    expects=[
+        Expect("loss below the bound", at_most=1.0, because="it must fall"),
+        Expect(
+            "loss above the bound",
+            at_least=1.0,
+            because="in the linear regime the leading residual grows by 1.2 and more a step",
+        ),
+    ],
+)
+def learning_rate(setting: Setting) -> Figures:
+    """The training loss after 100 steps of full batches, relative to the first.
+
+    Targets are the outputs of another random network of width 512 (2048).
+    """
+    size, samples = _widths(setting)[-2], _samples(setting)
+    ends: dict[float, list[float]] = {0.5: [], 0.9: [], 1.1: [], 1.5: [], 2.0: [], 3.0: []}
+    for draw in range(DRAWS):
+        generator = _seed(setting, draw)
+        x = _inputs(size, samples, generator)
+        model, architecture = _network(size, DEPTH, 1, generator)
+        teacher, _ = _network(size, DEPTH, 1, generator)
+        bound = ntk.infinite_spectrum(architecture, x).largest_step
+        start = {name: value.clone() for name, value in model.state_dict().items()}
+        y = teacher(x).detach()
+        for factor, found in ends.items():
+            model.load_state_dict(start)
+            found.append(_relative_loss(model, x, y, factor * bound, STEPS))
+        setting.progress((draw + 1) / DRAWS)
+    return {
+        f"loss {'below' if factor < 1 else 'above'} the bound, at {factor:g} of it": found
+        for factor, found in ends.items()
+    }
+
+
+def _relative_loss(model: nn.Module, x: Tensor, y: Tensor, lr: float, steps: int) -> float:
+    """Return the mean of ½‖f − y‖² after gradient descent, over that before."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    losses: list[float] = []
+    for _ in range(steps):
+        loss = 0.5 * (model(x) - y).square().sum(1).mean()
+        losses.append(float(loss.detach()))
+        if not losses[-1] <= 1e6 * losses[0]:
+            return math.inf
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        last = float(0.5 * (model(x) - y).square().sum(1).mean())
+    return last / losses[0] if math.isfinite(last) else math.inf
+
+
+@SOURCE.claim(
+    "softmax",
+    where="2021, section 4, figure 2",
+    says="With linear outputs the C largest eigenvalues are outliers far from the bulk; softmax "
+    "outputs disperse them, so that a tail spreads from the bulk.",
+    expects=[
+        Expect(
+            "largest over C-th largest, linear outputs",
+            at_most=1.5,
+            because="theory says C times the same, up to O(1/√M)",
+        ),
+        Expect("largest over C-th largest, softmax, over linear", at_least=2.0, because="a tail"),
+        Expect(
+            "widest gap among the leading 3C, linear outputs, over softmax",
+            at_least=2.0,
+            because="ratio of neighbours: outliers are apart from the bulk, a tail is not",
+        ),
+    ],
+)
+def softmax(setting: Setting) -> Figures:
+    """Ratios of leading eigenvalues of the exact Fisher matrices, Gaussian and categorical.
+
+    Width 1024 (4096), three weight layers, ten outputs.
+    """
+    size, samples = _widths(setting)[-1], _samples(setting)
+    spreads: dict[str, list[float]] = {"gaussian": [], "categorical": []}
+    gaps: dict[str, list[float]] = {"gaussian": [], "categorical": []}
+    for draw in range(DRAWS):
+        generator = _seed(setting, draw)
+        x = _inputs(size, samples, generator)
+        model, _ = _network(size, DEPTH, OUTPUTS, generator)
+        for likelihood, found in spreads.items():
+            matrix = fisher_matrix(model, (x, None), likelihood, "full")
+            values = matrix.eigenvalues()[: 3 * OUTPUTS + 1]
+            found.append(float(values[0] / values[OUTPUTS - 1]))
+            gaps[likelihood].append(float((values[:-1] / values[1:]).max()))
+        setting.progress((draw + 1) / DRAWS)
+    linear, classes = spreads["gaussian"], spreads["categorical"]
+    wide, narrow = gaps["gaussian"], gaps["categorical"]
+    return {
+        "largest over C-th largest, linear outputs": linear,
+        "largest over C-th largest, softmax, over linear": ratios(classes, linear),
+        "widest gap among the leading 3C, linear outputs, over softmax": ratios(wide, narrow),
+        "widest gap among the leading 3C, linear outputs": wide,
+        "widest gap among the leading 3C, softmax": narrow,
+    }

@@ -1,0 +1,210 @@
+"""Small fully connected networks, trained by one optimizer after the other on the same batches."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LinearLR
+
+__all__ = ["MakeAtRate", "MakeOptimizer", "Run", "Task", "Tuned", "accuracy", "mlp", "ratios"]
+
+MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+MakeAtRate = Callable[[nn.Module, float], torch.optim.Optimizer]
+"""Makes an optimizer of a network and a learning rate."""
+
+
+def mlp(
+    sizes: Sequence[int],
+    seed: int,
+    activation: type[nn.Module] = nn.Tanh,
+    dtype: torch.dtype | None = None,
+) -> nn.Sequential:
+    """Return a fully connected network at PyTorch's random weights, numbered by a seed.
+
+    Args:
+        sizes: Inputs, units of every hidden layer, outputs.
+        seed: Its number.
+        activation: What is between the layers.
+        dtype: Type of its parameters; torch's default type for None.
+    """
+    layers: list[nn.Module] = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for d_in, d_out in zip(sizes[:-1], sizes[1:], strict=True):
+            layers += [nn.Linear(d_in, d_out), activation()]
+    return nn.Sequential(*layers[:-1]).to(dtype=dtype)
+
+
+def accuracy(model: nn.Module, x: Tensor, labels: Tensor) -> float:
+    """Return the share of samples of which the largest output is that of the label."""
+    with torch.no_grad():
+        return float((model(x).argmax(1) == labels).double().mean())
+
+
+def ratios(numbers: Sequence[float], others: Sequence[float]) -> list[float]:
+    """Return the ratios of the numbers of draws that belong together; NaN for ∞/∞."""
+    return [a / b for a, b in zip(numbers, others, strict=True)]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of training.
+
+    Attributes:
+        losses: Loss of all training data before the first step and after every `every` steps;
+            infinite from where it is not finite on.
+        seconds: Processor time of the steps until then, without that of measuring.
+        every: Steps between measurements.
+        model: The trained network.
+    """
+
+    losses: list[float]
+    seconds: list[float]
+    every: int
+    model: nn.Module
+
+    def reaching(self, loss: float) -> tuple[float, float]:
+        """Return steps and seconds until a loss was first measured; infinite if it never was."""
+        for index, value in enumerate(self.losses):
+            if value <= loss:
+                return float(index * self.every), self.seconds[index]
+        return math.inf, math.inf
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """Runs of one method.
+
+    Attributes:
+        rate: The learning rate that was chosen.
+        runs: One run a network.
+    """
+
+    rate: float
+    runs: list[Run]
+
+    @property
+    def ends(self) -> list[float]:
+        """The last losses."""
+        return [run.losses[-1] for run in self.runs]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What networks are trained for.
+
+    Attributes:
+        x: Training inputs, ``(N, …)``.
+        y: Their targets, ``(N, …)``.
+        loss: The loss of outputs and targets, a mean over samples.
+        batch_size: Samples a batch; None for all.
+        decays: Whether learning rates fall linearly, to a hundredth at the end.
+    """
+
+    x: Tensor
+    y: Tensor
+    loss: Callable[[Tensor, Tensor], Tensor]
+    batch_size: int | None = None
+    decays: bool = False
+
+    def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield batches without end, every epoch in an order of its own."""
+        generator = torch.Generator().manual_seed(seed)
+        size = min(self.batch_size or len(self.x), len(self.x))
+        while True:
+            order = torch.arange(len(self.x))
+            if size < len(self.x):
+                order = torch.randperm(len(self.x), generator=generator)
+            for start in range(0, len(self.x) - size + 1, size):
+                chosen = order[start : start + size]
+                yield self.x[chosen], self.y[chosen]
+
+    def value(self, model: nn.Module) -> float:
+        """Return the loss of all training data."""
+        with torch.no_grad():
+            return float(self.loss(model(self.x), self.y))
+
+    def train(
+        self, model: nn.Module, make: MakeOptimizer, steps: int, *, every: int = 0, seed: int = 0
+    ) -> Run:
+        """Train a copy of a network.
+
+        Args:
+            model: The network; left as it is.
+            make: Makes the optimizer of the copy.
+            steps: Steps to take; a run whose loss is not finite ends early.
+            every: Steps between measurements; 0 for one before the first step and one at the end.
+            seed: Seed of the order of samples.
+        """
+        model, every = copy.deepcopy(model), every or steps
+        optimizer, batches = make(model), self.batches(seed)
+        schedule = LinearLR(optimizer, 1.0, 0.01, steps) if self.decays else None
+        losses, seconds, spent = [self.value(model)], [0.0], 0.0
+        for step in range(1, steps + 1):
+            x, y = next(batches)
+            began = time.process_time()
+
+            def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+                optimizer.zero_grad()
+                loss = self.loss(model(x), y)
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)  # type: ignore[arg-type]
+            if schedule is not None:
+                schedule.step()
+            spent += time.process_time() - began
+            if step % every == 0:
+                losses.append(self.value(model))
+                seconds.append(spent)
+                if not math.isfinite(losses[-1]):
+                    break
+        missing = steps // every + 1 - len(losses)
+        losses = [value if math.isfinite(value) else math.inf for value in losses]
+        return Run(losses + [math.inf] * missing, seconds + [math.inf] * missing, every, model)
+
+    def compare(
+        self,
+        methods: Mapping[str, tuple[MakeAtRate, Sequence[float]]],
+        network: Callable[[int], nn.Module],
+        draws: int,
+        steps: int,
+        *,
+        every: int = 0,
+        progress: Callable[[float], None] = lambda share: None,
+    ) -> dict[str, Tuned]:
+        """Train some networks by every method, each at the best of its learning rates.
+
+        Args:
+            methods: What makes an optimizer, and the rates to choose from, by title.
+            network: Returns the network of a number; rates are chosen on that of number `draws`.
+            draws: How many networks to train, numbered from 0.
+            steps: Steps of every run.
+            every: Steps between measurements; see :meth:`train`.
+            progress: Told the share that is done.
+        """
+        found = {}
+        for index, (title, (make, rates)) in enumerate(methods.items()):
+            ends = {rate: self._run(make, rate, network, draws, steps, 0) for rate in rates}
+            best = min(ends, key=lambda rate: ends[rate].losses[-1])  # noqa: B023
+            runs = [self._run(make, best, network, n, steps, every) for n in range(draws)]
+            found[title] = Tuned(best, runs)
+            progress((index + 1) / len(methods))
+        return found
+
+    def _run(
+        self,
+        make: MakeAtRate,
+        rate: float,
+        network: Callable[[int], nn.Module],
+        draw: int,
+        steps: int,
+        every: int,
+    ) -> Run:
+        return self.train(network(draw), lambda m: make(m, rate), steps, every=every, seed=draw)
