@@ -19,9 +19,7 @@ from natgrad.solvers.thermodynamic import MARGIN
 
 __all__ = ["SOURCE"]
 
-SOURCE = Source(
-    "donatella-et-al", "Donatella et al., Thermodynamic natural gradient descent (2024)"
-)
+SOURCE = Source("donatella", "Donatella et al., Thermodynamic natural gradient descent (2024)")
 
 DRAWS = 5
 BATCH_SIZE = 50

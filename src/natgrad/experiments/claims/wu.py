@@ -20,7 +20,7 @@ from natgrad.fisher import FisherType, ImprovedFisher
 __all__ = ["SOURCE"]
 
 SOURCE = Source(
-    "wu-et-al",
+    "wu",
     "Wu et al., An improved empirical Fisher approximation for natural gradient descent (2024)",
 )
 
