@@ -90,6 +90,14 @@ def kfac_factors(
     return [(a, b / count) for a, b in found]
 
 
+def foof_factors(
+    block: DenseBlock, count: float, sharing: str, skip_silent: bool = False
+) -> list[tuple[Tensor, Tensor]]:
+    """Return FOOF's pair (A, I) of every group, (A, 0) of a layer that the output passes by."""
+    eye = torch.eye(block.where.shape[1], dtype=block.rows.dtype) * bool(block.rows.any())
+    return [(a, eye) for a, _ in kfac_factors(block, count, sharing, skip_silent)]
+
+
 def tkfac_factors(
     block: DenseBlock, count: float, sharing: str, skip_silent: bool = False
 ) -> list[tuple[Tensor, Tensor]]:

@@ -477,6 +477,7 @@ class Entry:
         not_below: Entry whose distance from the exact blocks bounds this one's.
         exact_for_one_sample: Whether the blocks of a single sample are kept exactly.
         same_sums: Entry that sums up the same, so that only the inverse differs.
+        of_loss: Whether the matrix depends on the loss, and not on inputs alone.
         stepped: Whether the matrix follows only from a refresh.
         tolerance: Relative error of the matrix.
     """
@@ -503,6 +504,7 @@ class Entry:
     not_below: str | None = None
     exact_for_one_sample: bool = False
     same_sums: str | None = None
+    of_loss: bool = True
     stepped: bool = False
     tolerance: float = 1e-9
 
@@ -614,6 +616,8 @@ TABLE: dict[str, Entry] = {
         Entry("tkfac[factored]", "tkfac", TKFAC, SPLIT, **EIGEN | {"sharings": ()}, cases=FACTORED,
               layers=FEW, same_sums="tkfac", solution=pi_inverted(kronecker.tkfac_factors)),
         Entry("tekfac", "tekfac", eigen(kronecker.tkfac_factors), **EIGEN, not_below="tkfac"),
+        Entry("foof", "foof", product(kronecker.foof_factors),
+              **FACTORS | {"exact_for_one_sample": False}, of_loss=False),
         Entry("kfoc", "kfoc", nearest(1), limit=True, **SUM, not_below="kfac"),
         Entry("kpsvd[1]", "kpsvd", nearest(1), limit=True, **SUM, not_below="tkfac"),
         Entry("kpsvd[2]", "kpsvd", nearest(2), {"rank": 2}, **SUM, positive=False,

@@ -134,7 +134,8 @@ def test_the_determinant_of_a_singular_matrix_is_zero(structure, problem):
     if problem is regular:
         assert not singular
     elif structure not in ("diagonal", "unit_wise"):
-        assert singular
+        # Inputs have full rank where gradients have not.
+        assert singular is not (structure == "foof" and problem is deep_linear)
     for factor in (1.0, 1e-3):
         found = float((factor * matrix).logdet())
         if singular:

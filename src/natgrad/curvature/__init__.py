@@ -5,6 +5,7 @@ from natgrad.curvature.block_tridiagonal import BlockTridiagonal
 from natgrad.curvature.curvature import Curvature
 from natgrad.curvature.diagonal import Diagonal
 from natgrad.curvature.ekfac import EigenKronecker
+from natgrad.curvature.foof import ForwardOnly
 from natgrad.curvature.full import Full
 from natgrad.curvature.kfac import KroneckerFactors
 from natgrad.curvature.kpsvd import KroneckerProducts, NearestKronecker
@@ -22,6 +23,7 @@ __all__ = [
     "Curvature",
     "Diagonal",
     "EigenKronecker",
+    "ForwardOnly",
     "Full",
     "InverseFactors",
     "KroneckerFactors",

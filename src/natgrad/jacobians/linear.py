@@ -365,23 +365,13 @@ class LinearJacobian(LayerJacobian):
     ) -> KroneckerSums:
         """Return ``Σ a aᵀ`` and ``Σ δ δᵀ`` over samples and positions (or samples, reduced)."""
         delta = self.output_gradients
-        active = self.active_positions
-        large_inputs, large_outputs = self.layout.large_factors(max_factor_size)
+        large_outputs = self.layout.large_factors(max_factor_size)[1]
         moment: Tensor | None = None
         positions = delta.new_zeros(())
-        if continued:
-            if weight_sharing == "reduce":
-                delta = delta.sum(2, keepdim=True)
-        elif weight_sharing == "reduce" and self.positions > 1:
-            _, moment, positions = self._reduced_second_moment(active, large_inputs)
+        if not continued:
+            moment, positions = self.input_factor(weight_sharing, max_factor_size)
+        if weight_sharing == "reduce" and (continued or self.positions > 1):
             delta = delta.sum(2, keepdim=True)
-        else:
-            moment = self._input_second_moment(active, large_inputs)
-            positions = (
-                delta.new_tensor(float(self.samples * self.positions))
-                if active is None
-                else active.sum()
-            )
         flat = delta.permute(3, 0, 1, 2, 4).flatten(1, 3)  # (G, N·K·T, d_out)
         if large_outputs:
             outputs = flat.square().sum(1)
@@ -390,6 +380,23 @@ class LinearJacobian(LayerJacobian):
         else:
             outputs = flat.mT @ flat
         return KroneckerSums(moment, positions, outputs)
+
+    def input_factor(
+        self, weight_sharing: WeightSharing = "expand", max_factor_size: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return ``Σ a aᵀ``, or its diagonal, and how many terms it sums.
+
+        The arguments are those of :meth:`kronecker_factors`.
+        """
+        active = self.active_positions
+        diagonal = self.layout.large_factors(max_factor_size)[0]
+        if weight_sharing == "reduce" and self.positions > 1:
+            _, moment, positions = self._reduced_second_moment(active, diagonal)
+            return moment, positions
+        moment = self._input_second_moment(active, diagonal)
+        if active is not None:
+            return moment, active.sum()
+        return moment, self.output_gradients.new_tensor(float(self.samples * self.positions))
 
     def _reduced_second_moment(
         self, active: Tensor | None, diagonal: bool
