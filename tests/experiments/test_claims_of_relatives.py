@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 import natgrad
-from natgrad.experiments.claims import immer, wu
+from natgrad.experiments.claims import immer, korbit, koroko, li_chen_huang, lin, wu
 from natgrad.experiments.claims.claim import Claim, Setting
 from natgrad.experiments.claims.side_by_side import Run, Task, mlp
 from natgrad.fisher import ImprovedFisher
@@ -26,12 +26,27 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "wu": {
         "DRAWS": 2, "BATCHES": 1, "BATCH_SIZE": 8, "EPOCHS": (1,), "DAMPINGS": (1e-6, 1.0),
-        "TRAINING_EPOCHS": 1, "HIDDEN": (4,),
+        "STEPS": 2, "HIDDEN": (4,),
     },
-    "donatella": {"DRAWS": 2, "BATCH_SIZE": 5, "HIDDEN": 2, "STEPS": 2, "CONDITION": 3.0},
+    "donatella": {
+        "DRAWS": 2, "BATCH_SIZE": 5, "HIDDEN": 2, "STEPS": 2, "CONDITION": 3.0,
+        "TIMES": (0.0, 3.0, 300.0),
+    },
     "immer": {
         "DRAWS": 2, "SAMPLES": 20, "EPOCHS": 5, "WEIGHT_SAMPLES": 2, "PRECISIONS": (1.0, 10.0),
     },
+    "koroko": {
+        "DRAWS": 2, "HIDDEN": (2,), "SAMPLES": 4, "STAGES": (0, 2), "STEPS": 4, "BATCH_SIZE": 5,
+        "MEASUREMENTS": 2, "DAMPINGS": (1e-1,),
+    },
+    "korbit": {
+        "DRAWS": 2, "HIDDEN": (2,), "BATCH_SIZE": 60, "STEPS": 4, "EVERY": 2, "RATES": (1.0,),
+    },
+    "lin": {
+        "DRAWS": 2, "HIDDEN": (3,), "BATCH_SIZE": 8, "STEPS": 3, "RATES": (0.03,), "WIDE": (64,),
+    },
+    "li_chen_huang": {"DRAWS": 2, "HIDDEN": (3,), "POINTS": 8, "EVALUATIONS": 10},
+    "chen": {"DRAWS": 2, "WIDTH": 2, "STEPS": 2, "BATCH_SIZE": 4},
 }  # fmt: skip
 
 MEASURED = [
@@ -53,8 +68,8 @@ def test_a_measurement_finds_every_figure_of_its_rule(
     assert judged - {None} == set(claim.expects)
     for name, draws in figures.items():
         if claim.expectation(name) is not None:
-            assert isinstance(draws, list) and len(draws) > 1, name
-            assert not any(math.isnan(value) for value in draws), name
+            values = draws if isinstance(draws, list) else [draws]
+            assert not any(math.isnan(value) for value in values), name
     assert shares == sorted(shares) and shares[-1] == 1.0
 
 
@@ -173,3 +188,86 @@ def test_sampled_weights_predict_by_the_mean_of_the_networks_they_make():
         nn.utils.vector_to_parameters(one, copy.parameters())
         expected.append(copy(x).softmax(1).detach())
     torch.testing.assert_close(found, sum(expected) / 3, rtol=1e-9, atol=1e-12)
+
+
+def test_block_errors_are_those_of_dense_blocks():
+    torch.manual_seed(0)
+    model, x = mlp((3, 4, 2), 0, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
+    exact = natgrad.fisher_matrix(model, (x, None), "gaussian", "full").to_dense()
+    found = natgrad.fisher_matrix(model, (x, None), "gaussian", "diagonal").to_dense()
+    first = 4 * 3 + 4
+    layers = torch.zeros_like(exact)
+    layers[:first, :first], layers[first:, first:] = exact[:first, :first], exact[first:, first:]
+    expected = float((found - layers).norm() / layers.norm())
+    assert koroko.block_error(model, x, "diagonal") == pytest.approx(expected, rel=1e-9)
+    assert koroko.block_error(model, x, "block_diagonal") == pytest.approx(0.0, abs=1e-12)
+
+
+def test_runs_are_compared_at_the_lowest_loss_that_both_reach():
+    fast = Run([4.0, 2.0, 1.0], [0.0, 1.0, 2.0], 5, nn.Identity())
+    slow = Run([4.0, 3.0, 2.0], [0.0, 3.0, 6.0], 5, nn.Identity())
+    assert korbit.to_the_same_loss(fast, slow) == (0.5, 1 / 6)
+    assert korbit.to_the_same_loss(slow, fast) == (2.0, 6.0)
+    stuck = Run([4.0, 5.0, 6.0], [0.0, 1.0, 2.0], 5, nn.Identity())
+    assert all(math.isnan(ratio) for ratio in korbit.to_the_same_loss(fast, stuck))
+
+
+def test_the_average_that_the_recursion_follows_is_that_of_its_definition():
+    torch.manual_seed(0)
+    model, x = mlp((3, 2), 0, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    y = torch.tensor([0, 1, 1, 0, 1])
+    errors = model(x).softmax(1).detach() - functional.one_hot(y, 2)
+    inputs = torch.cat([x, torch.ones(5, 1, dtype=torch.float64)], 1)
+    a, b = inputs.T @ inputs / 5, errors.T @ errors / 5
+    eye = [torch.eye(len(factor), dtype=torch.float64) for factor in (a, b)]
+    a, b = (0.7 * i + 0.3 * (f + lin.DAMPING * i) for f, i in zip((a, b), eye, strict=True))
+    natural = torch.linalg.inv(b) @ (errors.T @ inputs / 5) @ torch.linalg.inv(a)
+    expected = torch.cat([natural[:, :-1].flatten(), natural[:, -1]])
+    torch.testing.assert_close(
+        lin.inverse_of_average(model, x, y, 0.3), expected, rtol=1e-9, atol=1e-12
+    )
+
+
+def test_rounded_factors_hold_nothing_that_bfloat16_cannot():
+    model, x = mlp((3, 4, 2), 0), torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    y = torch.tensor([0, 1, 1, 0, 1, 0])
+    optimizer = natgrad.KFAC(model, "categorical", structure=lin.RoundedFactors())
+    for _ in range(2):
+        optimizer.zero_grad()
+        functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    tensors = [
+        t
+        for estimate in optimizer.preconditioner.curvature.estimates.values()
+        for t in (estimate.average.inputs, estimate.average.outputs)
+    ]
+    assert len(tensors) == 4
+    for tensor in tensors:
+        assert torch.equal(tensor, tensor.bfloat16().to(tensor.dtype))
+
+
+def test_the_numbers_that_an_optimizer_keeps_are_counted():
+    model, x, y = mlp((3, 4, 2), 0), torch.zeros(2, 3), torch.tensor([0, 1])
+    count = sum(p.numel() for p in model.parameters())
+    found = lin.state_entries(model, lambda m: torch.optim.AdamW(m.parameters()), x, y)
+    assert found == 2 * count
+    plain = lin.state_entries(model, lambda m: torch.optim.SGD(m.parameters(), 0.1), x, y)
+    assert plain == 0
+
+
+def test_the_stiff_equation_has_the_solution_it_says():
+    problem = li_chen_huang.StiffPoisson(20, 3)
+    x = problem.x.requires_grad_()
+    (slope,) = torch.autograd.grad(problem.solution(x).sum(), x, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope.sum(), x)
+    torch.testing.assert_close(-curvature, problem.source(x).detach(), rtol=1e-9, atol=1e-9)
+
+    class Solution(nn.Module):
+        def forward(self, x):
+            return problem.solution(x) / (x * (1 - x)).clamp(min=1e-30)
+
+    assert problem.loss(Solution()).item() < 1e-18
+    assert problem.error(Solution()) == pytest.approx(0.0, abs=1e-9)
+    zero = nn.Linear(1, 1, dtype=torch.float64)
+    nn.init.zeros_(zero.weight), nn.init.zeros_(zero.bias)
+    assert problem.loss(zero).item() == pytest.approx(1.0) == problem.error(zero)

@@ -27,6 +27,8 @@ HIDDEN = 16
 #: Condition number of F + λI. Its inverse times λ_max is the relaxation time, 1/λ.
 CONDITION = 30.0
 STEPS = 20
+#: Simulated times in units of 1/λ_max, from none to next to all.
+TIMES = (0.0, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
 
 def _task(setting: Setting) -> Task:
@@ -170,7 +172,6 @@ def interpolation(setting: Setting) -> Figures:
     λ = 0.1, batches of 50, times t in units of 1/λ_max: 0, 1, 3, 10, 30, 100 and 300.
     """
     task = _task(setting)
-    times = (0.0, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
     figures: dict[str, list[float]] = {}
     for draw in range(DRAWS):
         model = _network(task, setting, draw)
@@ -182,7 +183,7 @@ def interpolation(setting: Setting) -> Figures:
         natural = trained(_exact(0.3))
         whole = _distance(plain, natural)
         distances = []
-        for time in times:
+        for time in TIMES:
             found = trained(_make(Thermodynamic(time=time, start="gradient"), 0.3))
             distances.append(_distance(found, natural) / whole)
             figures.setdefault(f"distance from NGD, t = {time:g}", []).append(distances[-1])

@@ -6,11 +6,16 @@ import difflib
 from collections.abc import Sequence
 
 from natgrad.experiments.claims import (
+    chen,
     donatella,
     gao,
     immer,
     karakida_akaho_amari,
     karakida_osawa,
+    korbit,
+    koroko,
+    li_chen_huang,
+    lin,
     wu,
     zhang_martens_grosse,
 )
@@ -27,6 +32,11 @@ SOURCES: tuple[Source, ...] = (
     wu.SOURCE,
     donatella.SOURCE,
     immer.SOURCE,
+    koroko.SOURCE,
+    korbit.SOURCE,
+    lin.SOURCE,
+    li_chen_huang.SOURCE,
+    chen.SOURCE,
 )
 """The sources; to add one, write a module with a `SOURCE` and name it here."""
 

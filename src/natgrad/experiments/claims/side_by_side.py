@@ -12,7 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LinearLR
 
-__all__ = ["MakeAtRate", "MakeOptimizer", "Run", "Task", "Tuned", "accuracy", "mlp", "ratios"]
+__all__ = [
+    "MakeAtRate",
+    "MakeOptimizer",
+    "Run",
+    "Task",
+    "Tuned",
+    "accuracy",
+    "mlp",
+    "ratios",
+    "step_of",
+]
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 MakeAtRate = Callable[[nn.Module, float], torch.optim.Optimizer]
@@ -45,6 +55,30 @@ def accuracy(model: nn.Module, x: Tensor, labels: Tensor) -> float:
     """Return the share of samples of which the largest output is that of the label."""
     with torch.no_grad():
         return float((model(x).argmax(1) == labels).double().mean())
+
+
+def step_of(
+    model: nn.Module,
+    make: MakeOptimizer,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+) -> dict[str, Tensor]:
+    """Return what the first step of an optimizer subtracts from each parameter.
+
+    Args:
+        model: The network; left as it is.
+        make: Makes the optimizer of a copy of it.
+        loss: The loss of outputs and targets.
+        x: The inputs of a batch.
+        y: Its targets.
+    """
+    trained = copy.deepcopy(model)
+    optimizer = make(trained)
+    loss(trained(x), y).backward()
+    optimizer.step()
+    new = dict(trained.named_parameters())
+    return {name: (old - new[name]).detach() for name, old in model.named_parameters()}
 
 
 def ratios(numbers: Sequence[float], others: Sequence[float]) -> list[float]:

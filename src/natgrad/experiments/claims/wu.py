@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import statistics
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,7 @@ from torch.nn import functional
 
 import natgrad
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
-from natgrad.experiments.claims.side_by_side import MakeAtRate, Task, accuracy, mlp, ratios
+from natgrad.experiments.claims.side_by_side import MakeAtRate, Task, accuracy, mlp, ratios, step_of
 from natgrad.fisher import FisherType, ImprovedFisher
 
 __all__ = ["SOURCE"]
@@ -30,8 +29,8 @@ BATCHES = 4
 BATCH_SIZE = 100
 #: Epochs of training before the quality is measured.
 EPOCHS = (1, 5, 25)
-#: Epochs of the training that compares optimizers.
-TRAINING_EPOCHS = 10
+#: Steps of the training that compares optimizers: ten epochs.
+STEPS = 240
 HIDDEN = (32, 32)
 #: Fisher types by title. The improved one is damped where the source does, on the Gram matrix.
 TYPES: dict[str, str | FisherType] = {
@@ -95,19 +94,14 @@ def quality(
         damping: Damping, in units of the mean eigenvalue of the empirical Fisher matrix.
     """
     empirical = natgrad.fisher_matrix(model, (x, y), "categorical", "full", "empirical")
-    trained = copy.deepcopy(model)
-    optimizer = natgrad.NaturalGradient(
-        trained,
-        "categorical",
-        structure="full",
-        fisher=fisher,
-        lr=1.0,
-        damping=damping * float(empirical.trace()) / len(x),
-    )
-    functional.cross_entropy(trained(x), y).backward()
-    optimizer.step()
-    new = dict(trained.named_parameters())
-    update = {name: (old - new[name]).detach() for name, old in model.named_parameters()}
+    absolute = damping * float(empirical.trace()) / len(x)
+
+    def make(one: nn.Module) -> torch.optim.Optimizer:
+        return natgrad.NaturalGradient(
+            one, "categorical", structure="full", fisher=fisher, lr=1.0, damping=absolute
+        )
+
+    update = step_of(model, make, functional.cross_entropy, x, y)
     return natgrad.update_quality(model, (x, y), update, "categorical").relative
 
 
@@ -250,7 +244,7 @@ def training(setting: Setting) -> Figures:
     Each method at the best of four rates for another network. Damping is 10⁻⁶.
     """
     task, data = _task(setting, 50), setting.dataset()
-    steps = TRAINING_EPOCHS * (len(task.x) // 50)
+    steps = setting.of(STEPS, 10 * (len(task.x) // 50))
     x_test = data.test_inputs.flatten(1).double()
     found = task.compare(
         METHODS,

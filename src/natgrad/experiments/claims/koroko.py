@@ -1,0 +1,213 @@
+"""Koroko et al. (2022, 2023): nearest Kronecker products, and two-level K-FAC."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import natgrad
+from natgrad.curvature import KroneckerProducts, TwoLevelKronecker
+from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
+from natgrad.experiments.claims.side_by_side import MakeAtRate, Task, Tuned, mlp, ratios
+
+__all__ = ["SOURCE"]
+
+SOURCE = Source(
+    "koroko",
+    "Koroko et al., Efficient approximations of the Fisher matrix in neural networks using "
+    "Kronecker product singular value decomposition (2022), and Analysis and comparison of "
+    "two-level KFAC methods for training deep neural networks (2023)",
+)
+
+DRAWS = 5
+#: Units of the hidden layers of the autoencoder.
+HIDDEN = (16, 8, 16)
+#: Images whose Fisher matrix is approximated, and steps of training before.
+SAMPLES = 50
+STAGES = (0, 100, 500)
+STEPS = 200
+BATCH_SIZE = 100
+#: Measurements of the loss along the training.
+MEASUREMENTS = 20
+DAMPINGS = (1e-3, 1e-2, 1e-1)
+#: Structures of the first paper, by title; the second product is what deflation leaves.
+PRODUCTS = {"KPSVD": 1, "deflation": 2}
+COARSE_SPACES = ("nicolaides", "residual", "spectral", "krylov")
+
+
+def _squares(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean over samples of ½‖f − x‖²."""
+    return 0.5 * (outputs - targets).square().sum(1).mean()
+
+
+def _task(setting: Setting) -> Task:
+    """Return the images as inputs and targets."""
+    x = setting.dataset(setting.of(None, 10000)).train_inputs.flatten(1).double()
+    return Task(x, x, _squares, BATCH_SIZE)
+
+
+def _network(setting: Setting, task: Task, draw: int) -> nn.Module:
+    pixels = task.x.shape[1]
+    hidden = setting.of(HIDDEN, (1000, 500, 250, 30, 250, 500, 1000))
+    return mlp((pixels, *hidden, pixels), 1000 * setting.seed + draw, dtype=torch.float64)
+
+
+def block_error(model: nn.Module, x: Tensor, structure: str, **options: Any) -> float:
+    """Return ‖F̂ − F_b‖/‖F_b‖ of the layers' exact Fisher blocks F_b, in the Frobenius norm.
+
+    Args:
+        model: The network, of a Gaussian likelihood.
+        x: Inputs, ``(N, …)``.
+        structure: The structure of F̂, whose parts are the layers.
+        **options: Its options.
+    """
+    exact = natgrad.fisher_matrix(model, (x, None), "gaussian", "block_diagonal")
+    found = natgrad.fisher_matrix(model, (x, None), "gaussian", structure, **options)
+    squares, whole = 0.0, 0.0
+    for name, block in exact.parts.items():
+        dense = block.to_dense()
+        squares += float((found.parts[name].to_dense() - dense).square().sum())
+        whole += float(dense.square().sum())
+    return math.sqrt(squares / whole)
+
+
+@SOURCE.claim(
+    "block-error",
+    where="2022, section 4",
+    says="The nearest Kronecker product (KPSVD) approximates the blocks of the Fisher matrix "
+    "better than K-FAC's product, and two products (deflation) better than one.",
+    expects=[
+        Expect("error of KPSVD over that of K-FAC", at_most=1.0, because="nearest by definition"),
+        Expect("error of deflation over that of KPSVD", at_most=1.0, because="one term more"),
+    ],
+)
+def block_errors(setting: Setting) -> Figures:
+    """Frobenius error of all blocks of an autoencoder 64-16-8-16-64 with tanh units.
+
+    Exact Fisher matrix of 50 images, before and after 100 and 500 steps of Adam.
+    """
+    task, figures = _task(setting), dict[str, list[float]]()
+    for draw in range(DRAWS):
+        model, before = _network(setting, task, draw), 0
+        for stage in STAGES:
+            if stage > before:
+                model = task.train(model, _adam, stage - before, seed=draw + stage).model
+            before = stage
+            x = task.x[:SAMPLES]
+            kfac = block_error(model, x, "kfac")
+            nearest, two = (block_error(model, x, "kpsvd", rank=r) for r in (1, 2))
+            found = {
+                "error of K-FAC": kfac,
+                "error of KPSVD over that of K-FAC": nearest / kfac,
+                "error of deflation over that of KPSVD": two / nearest,
+            }
+            for name, value in found.items():
+                figures.setdefault(f"{name}, {stage} steps", []).append(value)
+        setting.progress((draw + 1) / DRAWS)
+    return dict(figures)
+
+
+def _adam(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters(), 3e-3)
+
+
+def _kfac(model: nn.Module, damping: float) -> torch.optim.Optimizer:
+    return natgrad.KFAC(model, "gaussian", damping=damping)
+
+
+def _products(model: nn.Module, damping: float, rank: int) -> torch.optim.Optimizer:
+    structure = KroneckerProducts(rank=rank)
+    return natgrad.KPSVD(model, "gaussian", structure=structure, damping=damping)
+
+
+def _two_level(model: nn.Module, damping: float, space: Any) -> torch.optim.Optimizer:
+    structure = TwoLevelKronecker(coarse_space=space)
+    return natgrad.TwoLevelKFAC(model, "gaussian", structure=structure, damping=damping)
+
+
+def _compared(setting: Setting, methods: dict[str, MakeAtRate]) -> dict[str, Tuned]:
+    """Train by every method at the best of three dampings, found on another network."""
+    task = _task(setting)
+    steps = setting.of(STEPS, 100 * STEPS)
+    return task.compare(
+        {title: (make, DAMPINGS) for title, make in methods.items()},
+        partial(_network, setting, task),
+        DRAWS,
+        steps,
+        every=max(1, steps // MEASUREMENTS),
+        progress=setting.progress,
+    )
+
+
+def _time_over(one: Tuned, other: Tuned) -> list[float]:
+    """Return the processor time to the last loss of another method, over that of the other."""
+    return [
+        run.reaching(reference.losses[-1])[1] / reference.seconds[-1]
+        for run, reference in zip(one.runs, other.runs, strict=True)
+    ]
+
+
+@SOURCE.claim(
+    "training",
+    where="2022, section 5",
+    says="With nearest Kronecker products autoencoders train to lower losses than with K-FAC in "
+    "as many steps, and reach K-FAC's loss in less time.",
+    expects=[
+        Expect("training loss over K-FAC's", at_most=1.0, because="lower"),
+        Expect("processor time to K-FAC's loss over K-FAC's", at_most=1.0, because="less"),
+    ],
+)
+def training(setting: Setting) -> Figures:
+    """The loss after 200 steps with batches of 100, each at the best of three dampings.
+
+    The autoencoder of `koroko.block-error`; natgrad's defaults for all else. A loss that is not
+    reached takes infinite time.
+    """
+    methods: dict[str, MakeAtRate] = {"K-FAC": _kfac}
+    methods |= {title: partial(_products, rank=rank) for title, rank in PRODUCTS.items()}
+    found = _compared(setting, methods)
+    kfac, figures = found["K-FAC"], Figures()
+    for title in PRODUCTS:
+        one = found[title]
+        figures[f"training loss over K-FAC's, {title}"] = ratios(one.ends, kfac.ends)
+        key = "processor time to K-FAC's loss over K-FAC's"
+        figures[f"{key}, {title}"] = _time_over(one, kfac)
+    return figures | {f"damping, {title}": one.rate for title, one in found.items()}
+
+
+@SOURCE.claim(
+    "two-level",
+    where="2023, sections 5 and 6",
+    says="Coarse corrections that couple the layers do not really improve on K-FAC, whatever the "
+    "coarse space.",
+    expects=[
+        Expect(
+            "training loss over K-FAC's",
+            at_least=0.9,
+            because="an improvement by less than a tenth is none",
+        )
+    ],
+)
+def two_level(setting: Setting) -> Figures:
+    """The loss after 200 steps, as in `koroko.training`; K-FAC updates as often as the others.
+
+    Two-level K-FAC updates curvature at every step and factorises every 20 steps.
+    """
+    refresh = natgrad.TwoLevelKFAC.method.refresh
+    methods: dict[str, MakeAtRate] = {
+        "K-FAC": lambda m, d: natgrad.KFAC(m, "gaussian", damping=d, refresh=refresh)
+    }
+    methods |= {space: partial(_two_level, space=space) for space in COARSE_SPACES}
+    found = _compared(setting, methods)
+    kfac, figures = found["K-FAC"], Figures()
+    for space in COARSE_SPACES:
+        figures[f"training loss over K-FAC's, {space}"] = ratios(found[space].ends, kfac.ends)
+        key = "processor time of all steps over K-FAC's"
+        figures[f"{key}, {space}"] = ratios(
+            [run.seconds[-1] for run in found[space].runs], [run.seconds[-1] for run in kfac.runs]
+        )
+    return figures | {f"damping, {title}": one.rate for title, one in found.items()}

@@ -1,0 +1,352 @@
+"""Lin et al. (2024): structured inverse-free natural gradient descent."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import natgrad
+from natgrad.curvature import InverseFactors, KroneckerFactors
+from natgrad.curvature.structure import Part
+from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
+from natgrad.experiments.claims.side_by_side import (
+    MakeAtRate,
+    MakeOptimizer,
+    Task,
+    mlp,
+    ratios,
+    step_of,
+)
+from natgrad.jacobians import FIRST_DRAW, Draw, Jacobians
+from natgrad.operators.structured_factors import FactorStructure
+from natgrad.statistics import KroneckerStatistics, Statistics
+
+__all__ = ["SOURCE"]
+
+SOURCE = Source(
+    "lin",
+    "Lin et al., Structured inverse-free natural gradient descent: memory-efficient and "
+    "numerically-stable KFAC (2024)",
+)
+
+DRAWS = 5
+HIDDEN = (48, 48)
+BATCH_SIZE = 64
+STEPS = 150
+#: Damping of the methods that are compared in bfloat16.
+DAMPING = 1e-3
+#: Step sizes β₁ of the recursion.
+FACTOR_RATES = (0.1, 0.05, 0.025, 0.0125)
+RATES = (0.01, 0.03, 0.1, 0.3)
+#: Hidden layers of the network whose optimizers' memory is counted.
+WIDE = (256, 256)
+
+
+def _task(setting: Setting, dtype: torch.dtype) -> Task:
+    data = setting.dataset()
+    return Task(
+        data.train_inputs.flatten(1).to(dtype),
+        data.train_labels,
+        lambda outputs, labels: functional.cross_entropy(outputs.float(), labels),
+        BATCH_SIZE,
+        decays=True,
+    )
+
+
+def _network(setting: Setting, task: Task, draw: int) -> nn.Module:
+    sizes = (task.x.shape[1], *HIDDEN, int(task.y.max()) + 1)
+    return mlp(sizes, 1000 * setting.seed + draw, nn.ReLU, task.x.dtype)
+
+
+# K-FAC in bfloat16, as far as it goes.
+
+
+@dataclass(frozen=True, eq=False)
+class RoundedStatistics(KroneckerStatistics):
+    """Sums and moving averages of them that are rounded to bfloat16."""
+
+    def __post_init__(self) -> None:
+        """Round both sums."""
+        for name in ("inputs", "outputs"):
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                object.__setattr__(self, name, value.bfloat16().to(value.dtype))
+
+
+@dataclass(frozen=True)
+class RoundedFactors(KroneckerFactors):
+    """K-FAC whose factors are in bfloat16, and its inverses once they are made.
+
+    Inversion itself, for which bfloat16 has no routines, is in float32.
+    """
+
+    name: ClassVar[str] = "kfac in bfloat16"
+    product_dtype: torch.dtype | None = torch.bfloat16
+
+    def statistics(
+        self,
+        part: Part,
+        rows: Jacobians,
+        count: Tensor,
+        *,
+        previous: Statistics | None = None,
+        draw: Draw = FIRST_DRAW,
+        continued: bool = False,
+    ) -> KroneckerStatistics:
+        """Sum ``a aᵀ`` and ``δ δᵀ``, and round the sums."""
+        found = super().statistics(
+            part, rows, count, previous=previous, draw=draw, continued=continued
+        )
+        return RoundedStatistics(found.count, found.inputs, found.positions, found.outputs)
+
+
+# The recursion.
+
+
+def _natural_gradient(model: nn.Module, x: Tensor, y: Tensor, **options: Any) -> Tensor:
+    """Return the first natural gradient of an optimizer with the empirical Fisher matrix."""
+
+    def make(one: nn.Module) -> torch.optim.Optimizer:
+        return natgrad.NaturalGradient(one, "categorical", fisher="empirical", lr=1.0, **options)
+
+    found = step_of(model, make, functional.cross_entropy, x, y)
+    return torch.cat([value.flatten() for value in found.values()])
+
+
+def inverse_of_average(model: nn.Module, x: Tensor, y: Tensor, rate: float) -> Tensor:
+    """Return K-FAC's natural gradient after one step of a moving average from the identity.
+
+    The factors are ``(1 − β₁)I + β₁(A + λI)`` and ``(1 − β₁)I + β₁(B + λI)``.
+
+    Args:
+        model: The network, of a categorical likelihood.
+        x: The inputs of a batch.
+        y: Its labels.
+        rate: β₁.
+    """
+    matrix = natgrad.fisher_matrix(model, (x, y), "categorical", "kfac", "empirical")
+    gradients = torch.autograd.grad(functional.cross_entropy(model(x), y), list(model.parameters()))
+    by_name = dict(zip(dict(model.named_parameters()), gradients, strict=True))
+    found = []
+    for name in matrix.parts:
+        layer = model.get_submodule(name)
+        weight, bias = by_name[f"{name}.weight"], by_name[f"{name}.bias"]
+        a, b = (_averaged(factor, rate) for factor in _factors(matrix.parts[name]))
+        gradient = torch.cat([weight, bias.unsqueeze(1)], 1)
+        natural = torch.linalg.solve(b, torch.linalg.solve(a, gradient.T).T)
+        assert isinstance(layer, nn.Linear)
+        found += [natural[:, :-1].flatten(), natural[:, -1]]
+    return torch.cat(found)
+
+
+def _factors(operator: Any) -> tuple[Tensor, Tensor]:
+    """Return A and B of a layer's operator, whole."""
+    inputs, outputs = operator.inputs[0], operator.outputs[0]
+    return tuple(torch.tril(f) + torch.tril(f, -1).T for f in (inputs, outputs))  # type: ignore[return-value]
+
+
+def _averaged(factor: Tensor, rate: float) -> Tensor:
+    identity = torch.eye(len(factor), dtype=factor.dtype)
+    return (1.0 - rate) * identity + rate * (factor + DAMPING * identity)
+
+
+def _recursion(rate: float) -> InverseFactors:
+    """Return inverse-free K-FAC (IKFAC) as it stands, with dense factors."""
+    return InverseFactors(
+        factor_lr=rate,
+        early_factor_lr=False,
+        coupled=False,
+        max_change=None,
+        initial_scale="identity",
+        rows_per_unit=None,
+    )
+
+
+@SOURCE.claim(
+    "inverse-free",
+    where="theorem 1",
+    says="With dense factors a step of the inverse-free recursion (IKFAC) is that of K-FAC's "
+    "moving average, up to the square of its step size.",
+    expects=[Expect("exponent of the step size", 1.8, 2.2, "theory says 2")],
+)
+def inverse_free(setting: Setting) -> Figures:
+    """How the relative error of the natural gradient falls with β₁ = 0.1, 0.05, 0.025, 0.0125.
+
+    One step from the identity in float64, λ = 0.001, a batch of 64 images.
+    """
+    task = _task(setting, torch.float64)
+    exponents, errors = [], []
+    for draw in range(DRAWS):
+        model = _network(setting, task, draw)
+        x, y = next(task.batches(draw))
+        found = []
+        for rate in FACTOR_RATES:
+            exact = inverse_of_average(model, x, y, rate)
+            own = _natural_gradient(model, x, y, structure=_recursion(rate), damping=DAMPING)
+            found.append(float((own - exact).norm() / exact.norm()))
+        logarithms = [math.log(r) for r in FACTOR_RATES], [math.log(e) for e in found]
+        exponents.append(statistics.linear_regression(*logarithms).slope)
+        errors.append(found[-1])
+        setting.progress((draw + 1) / DRAWS)
+    return {"exponent of the step size": exponents, "error at the least step size": errors}
+
+
+# Training in bfloat16.
+
+
+_PLAIN: dict[str, Any] = {
+    "momentum": 0.9,
+    "step_rule": natgrad.StepRule(),
+    "refresh": natgrad.Refresh(factors=5, inverses=5, decay=0.95, early=True),
+    "damping": DAMPING,
+    "fisher": "empirical",
+}
+
+
+def _kfac(model: nn.Module, lr: float, structure: KroneckerFactors) -> torch.optim.Optimizer:
+    return natgrad.KFAC(model, "categorical", structure=structure, lr=lr, **_PLAIN)
+
+
+def _singd(
+    model: nn.Module, lr: float, structures: FactorStructure = "dense"
+) -> torch.optim.Optimizer:
+    options = {**_PLAIN, "refresh": natgrad.Refresh(factors=5, inverses=5, early=True)}
+    structure = InverseFactors(factor_structures=structures)
+    return natgrad.SINGD(model, "categorical", structure=structure, lr=lr, **options)
+
+
+def _adamw(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr)
+
+
+_ADAMW: tuple[MakeAtRate, tuple[float, ...]] = (_adamw, (1e-3, 3e-3, 1e-2, 3e-2))
+
+
+def _ends(
+    setting: Setting, dtype: torch.dtype, methods: dict[str, tuple[MakeAtRate, tuple[float, ...]]]
+) -> dict[str, list[float]]:
+    """Return last losses, each method at the best of its rates for another network."""
+    task = _task(setting, dtype)
+    found = task.compare(
+        methods, partial(_network, setting, task), DRAWS, setting.of(STEPS, 50 * STEPS)
+    )
+    return {title: tuned.ends for title, tuned in found.items()}
+
+
+@SOURCE.claim(
+    "bfloat16",
+    where="figure 1, section 4",
+    says="In bfloat16 inverse-free K-FAC and SINGD train as stably as in float32, where K-FAC in "
+    "bfloat16 does not, and SINGD reaches lower losses than AdamW.",
+    expects=[
+        Expect(
+            "training loss in bfloat16 over that in float32, SINGD", at_most=1.1, because="stable"
+        ),
+        Expect(
+            "training loss in bfloat16 over that in float32, K-FAC", at_least=1.5, because="not so"
+        ),
+        Expect("training loss in bfloat16, SINGD over AdamW", at_most=1.0, because="lower"),
+    ],
+)
+def bfloat16(setting: Setting) -> Figures:
+    """The loss after 150 steps with batches of 64, rates falling linearly.
+
+    Weights, factors, momenta and products are in bfloat16; K-FAC, whose inversion has to be in
+    float32, rounds factors and inverses. Every method at the best of four rates for another
+    network; curvature of the empirical Fisher matrix every five steps, λ = 0.001.
+    """
+    half = torch.bfloat16
+    ends: dict[str, list[float]] = {}
+    for index, dtype in enumerate((torch.float32, half)):
+        kfac = RoundedFactors() if dtype == half else KroneckerFactors()
+        methods: dict[str, tuple[MakeAtRate, tuple[float, ...]]] = {
+            "SINGD": (_singd, RATES),
+            "K-FAC": (partial(_kfac, structure=kfac), RATES),
+            "AdamW": _ADAMW,
+        }
+        kind = "bfloat16" if dtype == half else "float32"
+        found = _ends(setting, dtype, methods)
+        ends |= {f"{title}, {kind}": values for title, values in found.items()}
+        setting.progress((index + 1) / 2)
+    key = "training loss in bfloat16 over that in float32"
+    return {
+        **{
+            f"{key}, {title}": ratios(ends[f"{title}, bfloat16"], ends[f"{title}, float32"])
+            for title in ("SINGD", "K-FAC", "AdamW")
+        },
+        "training loss in bfloat16, SINGD over AdamW": ratios(
+            ends["SINGD, bfloat16"], ends["AdamW, bfloat16"]
+        ),
+        **{f"training loss, {title}": values for title, values in ends.items()},
+    }
+
+
+#: Structures whose entries grow like the width, not its square.
+SPARSE: tuple[FactorStructure, ...] = (
+    "diagonal",
+    "block_diagonal",
+    "upper_toeplitz",
+    "hierarchical",
+)
+
+
+def state_entries(model: nn.Module, make: MakeOptimizer, x: Tensor, y: Tensor) -> int:
+    """Return how many numbers an optimizer keeps from step to step, but for single ones."""
+    optimizer = make(model)
+    functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    return _entries(optimizer.state_dict())
+
+
+def _entries(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() if value.numel() > 1 and value.is_floating_point() else 0
+    if isinstance(value, dict):
+        return sum(map(_entries, value.values()))
+    return sum(map(_entries, value)) if isinstance(value, (list, tuple)) else 0
+
+
+@SOURCE.claim(
+    "structures",
+    where="section 3.2, figure 1",
+    says="With structured factors SINGD keeps no more than AdamW does, and trains as well as with "
+    "dense ones.",
+    expects=[
+        Expect("numbers kept, over AdamW's", at_most=1.1, because="no more, to a tenth"),
+        Expect("training loss over that of dense factors", at_most=1.1, because="to a tenth"),
+    ],
+)
+def structures(setting: Setting) -> Figures:
+    """Numbers kept for a network 64-256-256-10, and the loss as in `lin.bfloat16`, in float32.
+
+    Block-diagonal factors have blocks of 32, hierarchical ones dense corners of 16.
+    """
+    task = _task(setting, torch.float32)
+    classes = int(task.y.max()) + 1
+    x, y = task.x[:BATCH_SIZE], task.y[:BATCH_SIZE]
+    sizes = (task.x.shape[1], *WIDE, classes)
+
+    def kept(make: MakeOptimizer) -> int:
+        return state_entries(mlp(sizes, 0, nn.ReLU), make, x, y)
+
+    adamw = kept(lambda m: _adamw(m, 1e-3))
+    singd = {s: partial(_singd, structures=s) for s in ("dense", *SPARSE)}
+    memory = {s: kept(partial(make, lr=0.1)) / adamw for s, make in singd.items()}
+    ends = _ends(setting, torch.float32, {s: (make, RATES) for s, make in singd.items()})
+    setting.progress(1.0)
+    titles = {s: s.replace("_", " ") for s in SPARSE}
+    return {
+        **{f"numbers kept, over AdamW's, {titles[s]}": memory[s] for s in SPARSE},
+        "numbers kept by dense factors, over AdamW's": memory["dense"],
+        **{
+            f"training loss over that of dense factors, {titles[s]}": ratios(ends[s], ends["dense"])
+            for s in SPARSE
+        },
+    }
