@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar, cast
 
 import torch
@@ -9,15 +10,17 @@ from torch import Tensor, nn
 
 from natgrad.capture.kinds import (
     BlockRecord,
+    CallGradients,
     LayerCall,
     LayerKind,
     fold_gradients,
     register_kind,
 )
+from natgrad.capture.rerun import rerun
 from natgrad.jacobians import EmbeddingJacobian, LayerJacobian
 from natgrad.layouts import BlockLayout
 
-__all__ = ["EmbeddingBagKind", "EmbeddingKind"]
+__all__ = ["EmbeddingBagKind", "EmbeddingKind", "LookupKind", "looked_up"]
 
 
 class EmbeddingKind(LayerKind):
@@ -31,7 +34,7 @@ class EmbeddingKind(LayerKind):
 
     def refuse(self, module: nn.Module) -> str | None:
         """Refuse tables whose gradient is rescaled by token frequency."""
-        if cast(nn.Embedding, module).scale_grad_by_freq:
+        if getattr(module, "scale_grad_by_freq", False):
             return "its gradient is scaled by token frequency (scale_grad_by_freq=True)"
         return None
 
@@ -49,7 +52,7 @@ class EmbeddingKind(LayerKind):
         for call, delta in block.single_outputs():
             d = fold_gradients(delta, block.samples, block.layout.d_out)
             index = call.inputs[0].reshape(block.samples, -1)
-            padding = cast(nn.Embedding, call.module).padding_idx
+            padding = getattr(call.module, "padding_idx", None)
             if padding is not None:
                 d = d * (index != padding)[:, None, :, None]
             indices.append(index)
@@ -57,6 +60,48 @@ class EmbeddingKind(LayerKind):
         return EmbeddingJacobian(
             block.layout, torch.cat(indices, 1), torch.cat(deltas, 2), skip_silent=block.skip_silent
         )
+
+
+class LookupKind(EmbeddingKind):
+    """Any module whose outputs are rows of its weight, each times a factor.
+
+    Such are scaled embeddings, and tables of positions that are told no positions. Which rows and
+    factors a call took is read from further runs of the module.
+    """
+
+    def observe(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> list[LayerCall]:
+        """Keep ``(..., 2)``: a row, and its factor."""
+        return [LayerCall(module, "", (looked_up(module, args, kwargs),), (output,))]
+
+    def jacobian(self, block: BlockRecord) -> LayerJacobian:
+        """Form rows from the rows of the table, their factors and output gradients."""
+        calls: list[CallGradients] = []
+        for call, delta in block.single_outputs():
+            rows, factors = call.inputs[0].unbind(-1)
+            scaled = delta * factors.unsqueeze(-1).to(delta.dtype)
+            calls.append((replace(call, inputs=(rows.long(),)), [scaled]))
+        return super().jacobian(replace(block, calls=calls))
+
+
+def looked_up(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return which rows of its weight a module returns, and times what, ``(..., 2)`` in float64.
+
+    Args:
+        module: A module whose output is affine in its weight ``(V, d)``, row by row.
+        args: What it is called with.
+        kwargs: What it is called with by name.
+    """
+    weight = module.get_parameter("weight")
+    numbers = torch.arange(len(weight), dtype=torch.float64, device=weight.device)
+    rest, ones, numbered = (
+        rerun(module, {"weight": column.unsqueeze(1).expand(weight.shape)}, args, kwargs)[..., 0]
+        for column in (torch.zeros_like(numbers), torch.ones_like(numbers), numbers)
+    )
+    factors = ones - rest
+    rows = torch.where(factors == 0, 0.0, (numbered - rest) / factors).round()
+    return torch.stack([rows, factors], -1)
 
 
 class EmbeddingBagKind(EmbeddingKind):

@@ -2,7 +2,8 @@
 
 Libraries write linear maps and norms of their own. A module with a ``weight`` and perhaps a
 ``bias`` is tried: it runs once more with both changed at random, and if its output changes as that
-of a known layer would, its rows are those of such a layer, whatever else it adds.
+of a known layer would, its rows are those of such a layer, whatever else it adds. So are those of
+tables whose rows are scaled, or looked up by numbers that the module makes itself.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional
 
+from natgrad.capture.embedding import LookupKind, looked_up
 from natgrad.capture.kinds import LayerCall, LayerKind
 from natgrad.capture.linear import LinearKind, TransposedLinearKind
 from natgrad.capture.normalization import NormalizationKind
+from natgrad.capture.rerun import rerun
 
 __all__ = ["kind_alike", "kind_by_trial"]
 
@@ -30,11 +32,14 @@ def kind_by_trial(module: nn.Module) -> LayerKind | None:
     It is tried on random inputs, if it has nothing but a weight, and perhaps a bias, to remember.
     """
     own = dict(module.named_parameters())
-    state = any(True for _ in module.buffers()) or any(True for _ in module.children())
-    if state or "weight" not in own or not set(own) <= {"weight", "bias"}:
+    if any(True for _ in module.children()) or not {"weight"} <= set(own) <= {"weight", "bias"}:
         return None
     weight = own["weight"]
     if not (1 <= weight.dim() <= 2 and weight.numel() and weight.is_floating_point()):
+        return None
+    if isinstance(module, nn.Embedding):
+        return _lookup(module)
+    if any(True for _ in module.buffers()):
         return None
     for features in dict.fromkeys(reversed(weight.shape)):
         devices = [weight.device] if weight.is_cuda else []
@@ -47,7 +52,7 @@ def kind_by_trial(module: nn.Module) -> LayerKind | None:
         found = kind_alike(module, inputs, output)
         if found is not None:
             return found
-    return None
+    return _lookup(module)
 
 
 def kind_alike(module: nn.Module, inputs: Tensor, output: Tensor) -> LayerKind | None:
@@ -123,6 +128,25 @@ def _norm(
     return None
 
 
+def _lookup(module: nn.Module) -> LayerKind | None:
+    """Return the kind of a table that is given integers, or None."""
+    own = {name: p.detach() for name, p in module.named_parameters()}
+    if set(own) != {"weight"} or own["weight"].dim() != 2:
+        return None
+    weight = own["weight"]
+    numbers = torch.arange(6, device=weight.device).reshape(2, 3) % len(weight)
+    try:
+        with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
+            changes = {"weight": torch.randn_like(weight)}
+            output = _output(module, numbers, own, {})
+            difference = _output(module, numbers, own, changes) - output
+            rows, factors = looked_up(module, (numbers,), {}).unbind(-1)
+            expected = factors.unsqueeze(-1) * changes["weight"][rows.long()]
+    except Exception:  # Whatever a strange module raises: it is not of a known kind.
+        return None
+    return LookupKind() if _same(difference, expected.to(difference.dtype)) else None
+
+
 def normalize(inputs: Tensor, center: bool, eps: float) -> Tensor:
     """Return ``x̂``, by layer norm if ``center``, else by RMS norm."""
     norm = functional.layer_norm if center else functional.rms_norm
@@ -145,20 +169,8 @@ def _output(
     module: nn.Module, inputs: Tensor, own: dict[str, Tensor], changes: dict[str, Tensor]
 ) -> Tensor:
     state = {name: p + changes[name] if name in changes else p for name, p in own.items()}
-    state |= {name: buffer.clone() for name, buffer in module.named_buffers()}
-    named = {f"module.{name}": value for name, value in state.items()}
-    result: Tensor = functional_call(_WithoutHooks(module), named, (inputs,))
+    result: Tensor = rerun(module, state, (inputs,))
     return result
-
-
-class _WithoutHooks(nn.Module):
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        result: Tensor = self.module.forward(inputs)
-        return result
 
 
 def _same(found: Tensor, expected: Tensor) -> bool:

@@ -420,7 +420,8 @@ class RowBuilder:
         axes = self._find_axes(calls, output)
         if axes is None or not _finite(truth.values()):
             return  # Something overflowed: what is zero cannot be told.
-        later = output.transpose(0, 1) if output.dim() > 2 and output.shape[1] > 1 else None
+        with torch.enable_grad():
+            later = output.transpose(0, 1) if output.dim() > 2 and output.shape[1] > 1 else None
         if later is not None and not self.time_first and self._mixing(axes):
             moved = self._find_axes(calls, later)
             # Rows of an output laid out as it is are still right, but several times as dear.

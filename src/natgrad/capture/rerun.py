@@ -1,0 +1,37 @@
+"""A module run once more, with other parameters, leaving no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+__all__ = ["rerun"]
+
+
+def rerun(
+    module: nn.Module,
+    parameters: Mapping[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+) -> Any:
+    """Return the output of a module with other parameters, on copies of its buffers.
+
+    Its hooks are not called, and no gradient is recorded.
+    """
+    state = {name: buffer.clone() for name, buffer in module.named_buffers()} | dict(parameters)
+    named = {f"module.{name}": value for name, value in state.items()}
+    with torch.no_grad():
+        return functional_call(_WithoutHooks(module), named, args, dict(kwargs or {}))
+
+
+class _WithoutHooks(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.forward(*args, **kwargs)
