@@ -17,7 +17,6 @@ from natgrad.experiments.claims.image_training import (
     VGG,
     ImageTask,
     ResNet,
-    at_time,
     images,
     train,
 )
@@ -26,6 +25,7 @@ from natgrad.experiments.claims.layer_damping import (
     LayerDampedTEKFAC,
     LayerDampedTKFAC,
 )
+from natgrad.experiments.claims.race import Race, at_time, time_to
 
 CLAIMS = {claim.name: claim for claim in gao.SOURCE.claims}
 
@@ -60,7 +60,7 @@ def test_images_are_shrunk_and_classes_kept():
 
 def test_training_is_that_of_a_plain_loop():
     task = small_task()
-    curves = train(task, lambda m, rate, _: torch.optim.SGD(m.parameters(), lr=rate), 0.05, 3)
+    curves = train(task, lambda m: torch.optim.SGD(m.parameters(), lr=0.05), 3)
 
     model, data = task.model(3), task.data
     generator, means = torch.Generator().manual_seed(3), []
@@ -84,8 +84,7 @@ def test_training_is_that_of_a_plain_loop():
 
 
 def test_a_run_that_diverges_has_infinite_losses_and_chance_accuracy():
-    sgd = lambda m, rate, _: torch.optim.SGD(m.parameters(), lr=rate)  # noqa: E731
-    curves = train(small_task(3), sgd, 1e12, 0)
+    curves = train(small_task(3), lambda m: torch.optim.SGD(m.parameters(), lr=1e12), 0)
     assert curves["loss"][-1] == math.inf and curves["accuracy"][-1] == 0.1
     assert {len(values) for values in curves.values()} == {3}
     assert at_time(curves, "loss", curves["seconds"][-1]) == math.inf
@@ -95,6 +94,11 @@ def test_figures_at_a_time_are_linear_between_epochs():
     curves = {"loss": [4.0, 2.0, 1.0], "seconds": [1.0, 3.0, 4.0]}
     times = (0.5, 1.0, 2.0, 3.0, 3.25, 9.0)
     assert [at_time(curves, "loss", t) for t in times] == [4.0, 4.0, 3.0, 2.0, 1.75, 1.0]
+
+
+def test_an_accuracy_is_reached_after_the_first_epoch_that_has_it():
+    curves = {"accuracy": [0.1, 0.4, 0.3, 0.5], "seconds": [1.0, 2.0, 3.0, 4.0]}
+    assert [time_to(curves, a) for a in (0.1, 0.4, 0.45, 0.6)] == [1.0, 2.0, 4.0, math.inf]
 
 
 @pytest.mark.parametrize(
@@ -170,13 +174,8 @@ def test_the_source_s_coefficient_is_its_formula():
 @pytest.fixture
 def tiny(monkeypatch):
     """Two draws, two trials, one epoch of a small network."""
-    monkeypatch.setattr(gao, "DRAWS", 2)
-    monkeypatch.setattr(gao, "_task", lambda *key: small_task(1))
-    gao._curves.cache_clear()
     few = {n: dataclasses.replace(m, trials=m.trials[:2]) for n, m in gao.METHODS.items()}
-    monkeypatch.setattr(gao, "METHODS", few)
-    yield
-    gao._curves.cache_clear()
+    monkeypatch.setattr(gao, "VGG_16", Race(lambda setting: small_task(1), few, 2))
 
 
 def test_orders_compare_every_method_at_its_best_rate(tiny):
@@ -188,9 +187,9 @@ def test_orders_compare_every_method_at_its_best_rate(tiny):
         a / b for a, b in zip(losses["TEKFAC"], losses["SGD"], strict=True)
     ]
     parts = setting.parts
-    searched = {rate: parts[f"VGG sgd ({rate},) 0"]["loss"][-1] for rate in (0.01, 0.03)}
+    searched = {rate: parts[f"sgd ({rate},) 0"]["loss"][-1] for rate in (0.02, 0.06)}
     assert figures["best rate of SGD"] == min(searched, key=searched.__getitem__)
-    assert losses["SGD"][0] == parts[f"VGG sgd ({figures['best rate of SGD']},) 1"]["loss"][-1]
+    assert losses["SGD"][0] == parts[f"sgd ({figures['best rate of SGD']},) 1"]["loss"][-1]
     judged = [name for name in figures if CLAIMS["gao.vgg-epochs"].expectation(name)]
     assert len(judged) == 8
     # The same runs, read after equal time: all methods but the fastest have come less far.

@@ -19,16 +19,17 @@ from natgrad.curvature import Structure, TraceKronecker
 from natgrad.curvature.structure import Part
 from natgrad.curvature.tkfac import TraceStatistics
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
-from natgrad.experiments.claims.image_training import (
-    VGG,
-    Curves,
-    ImageTask,
-    ResNet,
-    at_time,
-    images,
-    train,
-)
+from natgrad.experiments.claims.image_training import VGG, ImageTask, ResNet, images
 from natgrad.experiments.claims.layer_damping import LayerDampedKFAC, LayerDampedTKFAC
+from natgrad.experiments.claims.race import (
+    Method,
+    Race,
+    Trial,
+    as_key,
+    at_time,
+    differences,
+    ratios,
+)
 from natgrad.jacobians import Jacobians, LinearJacobian
 
 __all__ = ["SOURCE"]
@@ -39,11 +40,10 @@ SOURCE = Source(
     "and Eigenvalue-corrected natural gradient based on a new approximation (2020)",
 )
 
-DRAWS = 4
-"""Draws of weights and order that figures are of; another one chooses the rates."""
-
-
 # What is known of the matrices themselves.
+
+#: Draws of the weights.
+DRAWS = 4
 
 #: Steps of training after which matrices are compared.
 CHECKPOINTS = (0, 20, 200)
@@ -180,11 +180,6 @@ def _errors(title: str, draw: int, *key: Any) -> dict[int, dict[str, list[float]
     return errors
 
 
-def _key(setting: Setting) -> tuple[Any, ...]:
-    """Return what makes an equal setting, apart from what it has found."""
-    return setting.full, setting.seed, setting.data, setting.data_dir, setting.device
-
-
 def _ratio(errors: dict[str, list[float]], one: str, other: str) -> float:
     """Return the geometric mean over layers of the ratio of two structures' errors."""
     pairs = zip(errors[one], errors[other], strict=True)
@@ -210,7 +205,7 @@ def tekfac_error(setting: Setting) -> Figures:
     """Frobenius errors to the exact blocks of all layers of three networks along training."""
     figures: Figures = {}
     for index, title in enumerate(_matrix_networks(setting)):
-        found = [_errors(title, draw, *_key(setting)) for draw in range(DRAWS)]
+        found = [_errors(title, draw, *as_key(setting)) for draw in range(DRAWS)]
         for one, other, name in (
             ("tekfac", "tkfac", "largest ‖F − TEKFAC‖ / ‖F − TKFAC‖"),
             ("ekfac", "kfac", "for comparison, largest ‖F − EKFAC‖ / ‖F − K-FAC‖"),
@@ -243,7 +238,7 @@ def tkfac_error(setting: Setting) -> Figures:
     """Frobenius errors to the exact blocks, as the geometric mean of the ratio over layers."""
     figures: Figures = {}
     for index, title in enumerate(_matrix_networks(setting)):
-        found = [_errors(title, draw, *_key(setting)) for draw in range(DRAWS)]
+        found = [_errors(title, draw, *as_key(setting)) for draw in range(DRAWS)]
         for step in CHECKPOINTS:
             errors = [by_step[step] for by_step in found]
             for one, other, name in (
@@ -259,23 +254,6 @@ def tkfac_error(setting: Setting) -> Figures:
 
 # What they do to training.
 
-Trial = tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class _Method:
-    """A way to train.
-
-    Attributes:
-        title: What figures call it.
-        make: Makes the optimizer of a model and a trial.
-        trials: Learning rates, and shares of damping where these are searched too.
-    """
-
-    title: str
-    make: Callable[[nn.Module, Trial], torch.optim.Optimizer]
-    trials: tuple[Trial, ...]
-
 
 def _rates(*rates: float) -> tuple[Trial, ...]:
     return tuple((rate,) for rate in rates)
@@ -283,7 +261,7 @@ def _rates(*rates: float) -> tuple[Trial, ...]:
 
 def _damped(
     optimizer: type[natgrad.NaturalGradient], own: Structure | None
-) -> Callable[[nn.Module, Trial], torch.optim.Optimizer]:
+) -> Callable[[nn.Module, Trial, int, int], torch.optim.Optimizer]:
     """Return a maker of the sources' steps: rate times direction, with momentum.
 
     Args:
@@ -292,7 +270,7 @@ def _damped(
     """
     structure: dict[str, Any] = {} if own is None else {"structure": own}
 
-    def make(model: nn.Module, trial: Trial) -> torch.optim.Optimizer:
+    def make(model: nn.Module, trial: Trial, *_: int) -> torch.optim.Optimizer:
         rate, share = trial
         return optimizer(
             model,
@@ -306,84 +284,67 @@ def _damped(
     return make
 
 
-_NATURAL = _rates(0.375, 0.75, 1.5, 3.0)
+_NATURAL = _rates(0.375, 0.75, 1.5)
 _BOTH = tuple(itertools.product((0.002, 0.006), (0.05, 0.2)))
 
 METHODS = {
-    "sgd": _Method(
+    "sgd": Method(
         "SGD",
-        lambda model, trial: torch.optim.SGD(model.parameters(), lr=trial[0], momentum=0.9),
-        _rates(0.01, 0.03, 0.1, 0.3),
+        lambda model, trial, *_: torch.optim.SGD(model.parameters(), lr=trial[0], momentum=0.9),
+        _rates(0.02, 0.06, 0.2),
     ),
-    "adam": _Method(
+    "adam": Method(
         "Adam",
-        lambda model, trial: torch.optim.Adam(model.parameters(), lr=trial[0]),
-        _rates(0.001, 0.003, 0.01, 0.03),
+        lambda model, trial, *_: torch.optim.Adam(model.parameters(), lr=trial[0]),
+        _rates(0.001, 0.003, 0.01),
     ),
-    "kfac": _Method("K-FAC", lambda m, trial: natgrad.KFAC(m, lr=trial[0]), _NATURAL),
-    "ekfac": _Method("EKFAC", lambda m, trial: natgrad.EKFAC(m, lr=trial[0]), _NATURAL),
-    "tkfac": _Method("TKFAC", lambda m, trial: natgrad.TKFAC(m, lr=trial[0]), _NATURAL),
-    "tekfac": _Method("TEKFAC", lambda m, trial: natgrad.TEKFAC(m, lr=trial[0]), _NATURAL),
-    "kfac-one": _Method("K-FAC, one damping", _damped(natgrad.KFAC, None), _BOTH),
-    "kfac-own": _Method("K-FAC, own damping", _damped(natgrad.KFAC, LayerDampedKFAC()), _BOTH),
-    "tkfac-one": _Method("TKFAC, one damping", _damped(natgrad.TKFAC, None), _BOTH),
-    "tkfac-own": _Method("TKFAC, own damping", _damped(natgrad.TKFAC, LayerDampedTKFAC()), _BOTH),
+    "ekfac": Method("EKFAC", lambda m, trial, *_: natgrad.EKFAC(m, lr=trial[0]), _NATURAL),
+    "tkfac": Method("TKFAC", lambda m, trial, *_: natgrad.TKFAC(m, lr=trial[0]), _NATURAL),
+    "tekfac": Method("TEKFAC", lambda m, trial, *_: natgrad.TEKFAC(m, lr=trial[0]), _NATURAL),
+    "kfac-one": Method("K-FAC, one damping", _damped(natgrad.KFAC, None), _BOTH),
+    "kfac-own": Method("K-FAC, own damping", _damped(natgrad.KFAC, LayerDampedKFAC()), _BOTH),
+    "tkfac-one": Method("TKFAC, one damping", _damped(natgrad.TKFAC, None), _BOTH),
+    "tkfac-own": Method("TKFAC, own damping", _damped(natgrad.TKFAC, LayerDampedTKFAC()), _BOTH),
 }
 
 
-@functools.cache
-def _task(network: str, *key: Any) -> ImageTask:
-    """Return what a network is trained on."""
-    setting = Setting(*key)
-    data, epochs = images(setting, 2560, 20 if network == "VGG" else 10), setting.of(8, 200)
-    if network == "ResNet":
-        widths, blocks = setting.of(((8, 16, 32), 1), ((16, 32, 64), 3))
-        return ImageTask(data, lambda c, k, side: ResNet(c, k, widths, blocks), epochs)
+def _resnet(setting: Setting) -> ImageTask:
+    """Return a ResNet-8 of width 8, or ResNet-20."""
+    widths, blocks = setting.of(((8, 16, 32), 1), ((16, 32, 64), 3))
+    network = lambda c, k, side: ResNet(c, k, widths, blocks)  # noqa: E731
+    return ImageTask(images(setting, 2560, 10), network, setting.of(6, 200))
+
+
+def _vgg(setting: Setting) -> ImageTask:
+    """Return six convolutions, or VGG-16."""
     groups = setting.of(
         ((8, 8), (16, 16), (32, 32)),
         ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3),
     )
-    return ImageTask(data, lambda c, k, side: VGG(c, k, groups, side), epochs)
+    network = lambda c, k, side: VGG(c, k, groups, side)  # noqa: E731
+    return ImageTask(images(setting, 2560, 20), network, setting.of(6, 200))
 
 
-@functools.cache
-def _curves(network: str, method: str, trial: Trial, draw: int, *key: Any) -> Curves:
-    """Train once in a process, whichever claims want it."""
-    chosen = METHODS[method]
-    return train(_task(network, *key), lambda model, *_: chosen.make(model, trial), trial[0], draw)
+RESNET, VGG_16 = Race(_resnet, METHODS), Race(_vgg, METHODS)
 
 
-def _runs(setting: Setting, network: str, methods: Sequence[str]) -> dict[str, list[Curves]]:
-    """Return the curves of each method with its best trial, draw by draw.
-
-    The best trial is the one with the lowest training loss at the end, of another draw; it is
-    added to the curves as ``trial``.
-    """
-    first = 1000 * setting.seed
-
-    def run(method: str, trial: Trial, draw: int) -> Curves:
-        return setting.part(
-            f"{network} {method} {trial} {draw}",
-            lambda: _curves(network, method, trial, draw, *_key(setting)),
-        )
-
-    found: dict[str, list[Curves]] = {}
-    for index, method in enumerate(methods):
-        searched = {t: run(method, t, first)["loss"][-1] for t in METHODS[method].trials}
-        best = min(searched, key=searched.__getitem__)
-        runs = [run(method, best, first + draw) for draw in range(1, DRAWS + 1)]
-        found[method] = [{**one, "trial": list(best)} for one in runs]
-        setting.progress((index + 1) / len(methods))
-    return found
+def _searched(setting: Setting, race: Race, names: Sequence[str]) -> tuple[Any, Any]:
+    """Return the best trial and the curves of each method."""
+    trials, runs = {}, {}
+    for index, name in enumerate(names):
+        trials[name] = race.best(setting, name)
+        runs[name] = race.runs(setting, name, trials[name])
+        setting.progress((index + 1) / len(names))
+    return trials, runs
 
 
-ORDER = ("sgd", "adam", "kfac", "ekfac", "tkfac", "tekfac")
+ORDER = ("sgd", "adam", "ekfac", "tkfac", "tekfac")
 
 
-def _order(setting: Setting, network: str, equal: str) -> Figures:
+def _order(setting: Setting, race: Race, equal: str) -> Figures:
     """Return TEKFAC's figures beside those of the others, at the end or after equal time."""
-    runs = _runs(setting, network, ORDER)
-    ends = [min(runs[name][draw]["seconds"][-1] for name in ORDER) for draw in range(DRAWS)]
+    trials, runs = _searched(setting, race, ORDER)
+    ends = [min(run["seconds"][-1] for run in draw) for draw in zip(*runs.values(), strict=True)]
     values = {
         (name, figure): [
             at_time(one, figure, end) if equal == "seconds" else one[figure][-1]
@@ -393,12 +354,13 @@ def _order(setting: Setting, network: str, equal: str) -> Figures:
         for figure in ("loss", "accuracy")
     }
     figures: Figures = {}
-    for name in ("sgd", "adam", "ekfac", "tkfac"):
-        pairs = zip(values["tekfac", "loss"], values[name, "loss"], strict=True)
-        figures[f"training loss, TEKFAC / {METHODS[name].title}"] = [a / b for a, b in pairs]
-    for name in ("sgd", "adam", "ekfac", "tkfac"):
-        pairs = zip(values["tekfac", "accuracy"], values[name, "accuracy"], strict=True)
-        figures[f"test accuracy, TEKFAC − {METHODS[name].title}"] = [a - b for a, b in pairs]
+    rivals = {name: METHODS[name].title for name in ("sgd", "adam", "ekfac", "tkfac")}
+    for name, title in rivals.items():
+        losses = values["tekfac", "loss"], values[name, "loss"]
+        figures[f"training loss, TEKFAC / {title}"] = ratios(*losses)
+    for name, title in rivals.items():
+        accuracies = values["tekfac", "accuracy"], values[name, "accuracy"]
+        figures[f"test accuracy, TEKFAC − {title}"] = differences(*accuracies)
     for name in ORDER:
         title = METHODS[name].title
         figures[f"training loss of {title}"] = values[name, "loss"]
@@ -407,7 +369,7 @@ def _order(setting: Setting, network: str, equal: str) -> Figures:
             epochs = len(runs[name][0]["seconds"])
             figures[f"seconds an epoch, {title}"] = [r["seconds"][-1] / epochs for r in runs[name]]
         else:
-            figures[f"best rate of {title}"] = runs[name][0]["trial"][0]
+            figures[f"best rate of {title}"] = trials[name][0]
     return figures
 
 
@@ -427,14 +389,14 @@ _ORDER_RULE = [
     expects=_ORDER_RULE,
 )
 def resnet_epochs(setting: Setting) -> Figures:
-    """Mean loss over the last of 8 epochs (200) and test accuracy after it, constant rates.
+    """Mean loss over the last of 6 epochs (200) and test accuracy after it, constant rates.
 
     A ResNet-8 of width 8 (ResNet-20) on 2,560 images of 16×16 pixels (all, 32×32) of 10 classes,
     batch 128. All methods of curvature are natgrad's with their defaults, so that they differ in
-    their matrix alone. The rate of each is the best of four, a factor of about 3 apart (2 for
-    factors on measured lengths), by the training loss of a draw that does not count.
+    their matrix alone. The rate of each is the best of three, a factor of 3 apart (2 for factors
+    on measured lengths), by the training loss of a draw that does not count.
     """
-    return _order(setting, "ResNet", "epochs")
+    return _order(setting, RESNET, "epochs")
 
 
 @SOURCE.claim(
@@ -451,7 +413,7 @@ def resnet_seconds(setting: Setting) -> Figures:
 
     Time is that of the processor, spent on training.
     """
-    return _order(setting, "ResNet", "seconds")
+    return _order(setting, RESNET, "seconds")
 
 
 @SOURCE.claim(
@@ -468,7 +430,7 @@ def vgg_epochs(setting: Setting) -> Figures:
 
     Without BatchNorm.
     """
-    return _order(setting, "VGG", "epochs")
+    return _order(setting, VGG_16, "epochs")
 
 
 @SOURCE.claim(
@@ -481,13 +443,13 @@ def vgg_epochs(setting: Setting) -> Figures:
 )
 def vgg_seconds(setting: Setting) -> Figures:
     """The runs of `gao.vgg-epochs`, read when the fastest method has ended its epochs."""
-    return _order(setting, "VGG", "seconds")
+    return _order(setting, VGG_16, "seconds")
 
 
-def _damping(setting: Setting, network: str) -> Figures:
+def _damping(setting: Setting, race: Race) -> Figures:
     """Return the training losses of K-FAC and TKFAC with both ways of damping, as ratios."""
     names = ("kfac-one", "kfac-own", "tkfac-one", "tkfac-own")
-    runs = _runs(setting, network, names)
+    trials, runs = _searched(setting, race, names)
     losses = {name: [one["loss"][-1] for one in found] for name, found in runs.items()}
     figures: Figures = {}
     for title, one, other in (
@@ -497,10 +459,9 @@ def _damping(setting: Setting, network: str) -> Figures:
         ("one damping of both, TKFAC / K-FAC", "tkfac-one", "kfac-one"),
         ("own damping of both, TKFAC / K-FAC", "tkfac-own", "kfac-own"),
     ):
-        pairs = zip(losses[one], losses[other], strict=True)
-        figures[f"training loss, {title}"] = [a / b for a, b in pairs]
+        figures[f"training loss, {title}"] = ratios(losses[one], losses[other])
     for name in names:
-        title, (rate, share) = METHODS[name].title, runs[name][0]["trial"]
+        title, (rate, share) = METHODS[name].title, trials[name]
         figures[f"final loss of {title}"] = losses[name]
         figures[f"test accuracy of {title}"] = [one["accuracy"][-1] for one in runs[name]]
         figures |= {f"best rate of {title}": rate, f"best share of {title}": share}
@@ -542,7 +503,7 @@ def damping_resnet(setting: Setting) -> Figures:
     Steps are the sources': rate times direction, momentum 0.9, constant rates. Two rates (0.002,
     0.006) and two shares (0.05, 0.2) are tried for each, on a draw that does not count.
     """
-    return _damping(setting, "ResNet")
+    return _damping(setting, RESNET)
 
 
 @SOURCE.claim(
@@ -556,4 +517,4 @@ def damping_resnet(setting: Setting) -> Figures:
 )
 def damping_vgg(setting: Setting) -> Figures:
     """As `gao.damping-resnet`, of the network and images of `gao.vgg-epochs`."""
-    return _damping(setting, "VGG")
+    return _damping(setting, VGG_16)

@@ -18,9 +18,7 @@ __all__ = [
     "VGG",
     "Curves",
     "ImageTask",
-    "MakeOptimizer",
     "ResNet",
-    "at_time",
     "images",
     "processor_time",
     "train",
@@ -29,9 +27,6 @@ __all__ = [
 Curves = dict[str, list[float]]
 """``loss`` (mean over the batches of an epoch), ``accuracy`` (on test images after it) and
 ``seconds`` (of training until then, without what measuring took), one entry an epoch."""
-
-MakeOptimizer = Callable[[nn.Module, float, int], torch.optim.Optimizer]
-"""Makes an optimizer of a model, a learning rate, and the number of batches in an epoch."""
 
 
 class ResidualBlock(nn.Module):
@@ -183,18 +178,17 @@ def processor_time(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def train(task: ImageTask, make: MakeOptimizer, rate: float, draw: int) -> Curves:
+def train(task: ImageTask, make: Callable[[nn.Module], torch.optim.Optimizer], draw: int) -> Curves:
     """Train the network of a task; a run whose loss is not finite ends there, with infinite losses.
 
     Args:
         task: The network, the images, and how long.
-        make: Makes the optimizer.
-        rate: Its learning rate, constant.
+        make: Makes the optimizer; its learning rate stays as it is.
         draw: Number of the random weights and of the random order of the images.
     """
     data, device = task.data, task.data.train_inputs.device
     model = task.model(draw)
-    optimizer = make(model, rate, task.steps)
+    optimizer = make(model)
     generator = torch.Generator().manual_seed(draw)
     curves: Curves = {"loss": [], "accuracy": [], "seconds": []}
     seconds = 0.0
@@ -229,13 +223,3 @@ def _accuracy(model: nn.Module, data: Dataset) -> float:
     model.eval()
     found = torch.cat([model(part).argmax(1) for part in data.test_inputs.split(500)])
     return float((found == data.test_labels).double().mean())
-
-
-def at_time(curves: Curves, figure: str, seconds: float) -> float:
-    """Return a figure after some seconds of training, linear in between epochs."""
-    values, times = curves[figure], curves["seconds"]
-    after = next((i for i, time in enumerate(times) if time >= seconds), len(times) - 1)
-    if after == 0 or not math.isfinite(values[after]):
-        return values[after]
-    share = (seconds - times[after - 1]) / (times[after] - times[after - 1])
-    return values[after - 1] + min(share, 1.0) * (values[after] - values[after - 1])

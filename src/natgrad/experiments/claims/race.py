@@ -1,0 +1,111 @@
+"""Methods that train one network, each at the best of as many trials, over several draws."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from natgrad.experiments.claims.claim import Setting
+from natgrad.experiments.claims.image_training import Curves, ImageTask, train
+
+__all__ = ["Method", "Race", "Trial", "as_key", "at_time", "differences", "ratios", "time_to"]
+
+Trial = tuple[float, ...]
+"""A learning rate, and whatever else is searched with it."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train.
+
+    Attributes:
+        title: What figures call it.
+        make: Makes the optimizer of a model, a trial, and the batches of an epoch and of all.
+        trials: What is tried.
+    """
+
+    title: str
+    make: Callable[[nn.Module, Trial, int, int], torch.optim.Optimizer]
+    trials: tuple[Trial, ...] = ()
+
+
+@dataclass(frozen=True)
+class Race:
+    """Methods on one task. Runs are made once in a process, whichever claims want them.
+
+    Attributes:
+        task: Makes the task.
+        methods: The methods by name.
+        draws: Draws of weights and order that figures are of; another one chooses the trials.
+    """
+
+    task: Callable[[Setting], ImageTask]
+    methods: Mapping[str, Method]
+    draws: int = 3
+    _tasks: dict[Any, ImageTask] = field(default_factory=dict)
+    _runs: dict[Any, Curves] = field(default_factory=dict)
+
+    def _run(self, setting: Setting, name: str, trial: Trial, draw: int) -> Curves:
+        key, method = as_key(setting), self.methods[name]
+        place = key, name, trial, draw
+
+        def compute() -> Curves:
+            if place not in self._runs:
+                if key not in self._tasks:
+                    self._tasks[key] = self.task(setting)
+                task = self._tasks[key]
+                total = task.steps * task.epochs
+                self._runs[place] = train(
+                    task,
+                    lambda model: method.make(model, trial, task.steps, total),
+                    1000 * setting.seed + draw,
+                )
+            return self._runs[place]
+
+        return setting.part(f"{name} {trial} {draw}", compute)
+
+    def best(self, setting: Setting, name: str) -> Trial:
+        """Return a method's trial with the lowest training loss at the end."""
+        trials = self.methods[name].trials
+        found = {trial: self._run(setting, name, trial, 0)["loss"][-1] for trial in trials}
+        return min(found, key=found.__getitem__)
+
+    def runs(self, setting: Setting, name: str, trial: Trial) -> list[Curves]:
+        """Return a method's curves with a trial, draw by draw."""
+        return [self._run(setting, name, trial, draw) for draw in range(1, self.draws + 1)]
+
+
+def as_key(setting: Setting) -> tuple[Any, ...]:
+    """Return what makes an equal setting, apart from what it has found."""
+    return setting.full, setting.seed, setting.data, setting.data_dir, setting.device
+
+
+def ratios(one: Sequence[float], other: Sequence[float]) -> list[float]:
+    """Return the ratios draw by draw."""
+    return [a / b for a, b in zip(one, other, strict=True)]
+
+
+def differences(one: Sequence[float], other: Sequence[float]) -> list[float]:
+    """Return the differences draw by draw."""
+    return [a - b for a, b in zip(one, other, strict=True)]
+
+
+def at_time(curves: Curves, figure: str, seconds: float) -> float:
+    """Return a figure after some seconds of training, linear in between epochs."""
+    values, times = curves[figure], curves["seconds"]
+    after = next((i for i, time in enumerate(times) if time >= seconds), len(times) - 1)
+    if after == 0 or not math.isfinite(values[after]):
+        return values[after]
+    share = (seconds - times[after - 1]) / (times[after] - times[after - 1])
+    return values[after - 1] + min(share, 1.0) * (values[after] - values[after - 1])
+
+
+def time_to(curves: Curves, accuracy: float) -> float:
+    """Return the seconds of training after the first epoch with an accuracy; infinite if none."""
+    pairs = zip(curves["accuracy"], curves["seconds"], strict=True)
+    return next((seconds for found, seconds in pairs if found >= accuracy), math.inf)
