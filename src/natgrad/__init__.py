@@ -51,6 +51,7 @@ from natgrad.version import __version__
 if TYPE_CHECKING:
     from natgrad import ntk, tools, wave_functions
     from natgrad.decentralized import DecentralizedKFAC
+    from natgrad.derivatives import gauss_newton_matrix, hessian_matrix, jacobian_matrix
     from natgrad.first_order import ImplicitSGD, Padam
     from natgrad.fngd import FNGD
     from natgrad.laplace import Laplace
@@ -74,6 +75,10 @@ _LAZY = {
     "TaylorNetwork": "natgrad.residuals",
     "UpdateQuality": "natgrad.quality",
     "VariationalLaplace": "natgrad.variational_laplace",
+    "derivatives": "natgrad.derivatives",
+    "gauss_newton_matrix": "natgrad.derivatives",
+    "hessian_matrix": "natgrad.derivatives",
+    "jacobian_matrix": "natgrad.derivatives",
     "laplace": "natgrad.laplace",
     "ntk": "natgrad.ntk",
     "quality": "natgrad.quality",
@@ -139,6 +144,9 @@ __all__ = [
     "__version__",
     "curvature",
     "fisher_matrix",
+    "gauss_newton_matrix",
+    "hessian_matrix",
+    "jacobian_matrix",
     "ntk",
     "operators",
     "register_layer",

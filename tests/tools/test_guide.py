@@ -64,3 +64,15 @@ def test_spectra_and_estimates(names):
     assert abs(names["dimension_too"] - names["dimension"]) < 6
     assert names["curve"].shape == (100,) and names["variances"].shape == (67,)
     assert abs(names["trace"] / float(inverse.trace()) - 1) < 0.05
+
+
+def test_hessians_and_jacobians(names):
+    hessian, jacobian, model = names["H"].to_dense(), names["J"], names["model"]
+    values, vectors = torch.linalg.eigh(hessian)
+    torch.testing.assert_close(names["sharpness"], values[-1:])
+    direction = names["direction"][:, 0]
+    torch.testing.assert_close((direction @ vectors[:, -1]).abs(), torch.ones(()).double())
+    assert abs(names["hessian_trace"] - float(hessian.trace())) < 5 * names["spread"] + 1e-9
+    torch.testing.assert_close(names["layer"].to_dense(), hessian[:40, :40])
+    assert jacobian.shape == (7 * 3, sum(p.numel() for p in model.parameters()))
+    torch.testing.assert_close(names["pulled"], jacobian.to_dense().T @ names["moved"])

@@ -6,7 +6,9 @@ from natgrad.operators.dense import DenseOperator
 from natgrad.operators.diagonal import DiagonalOperator
 from natgrad.operators.eigen_kronecker import EigenKroneckerOperator
 from natgrad.operators.kronecker import KroneckerOperator
+from natgrad.operators.linear_map import LinearMap
 from natgrad.operators.operator import GradientSource, Operator
+from natgrad.operators.submatrix import Submatrix, SubmatrixOperator
 
 __all__ = [
     "DenseOperator",
@@ -15,7 +17,10 @@ __all__ = [
     "FisherMatrix",
     "GradientSource",
     "KroneckerOperator",
+    "LinearMap",
     "Operator",
     "ScaledOperator",
+    "Submatrix",
+    "SubmatrixOperator",
     "SumOperator",
 ]

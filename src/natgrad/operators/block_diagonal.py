@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -81,19 +81,7 @@ class FisherMatrix(Operator):
             TypeError: If it is something else.
             ValueError: If it has a wrong shape or wrong names.
         """
-        if isinstance(vector, Mapping):
-            flat = self.layout.to_flat({n: v.to(self.dtype) for n, v in vector.items()})
-            found = self.layout.to_dict(self.multiply(flat.unsqueeze(1))[:, 0])
-            return {name: value.to(vector[name].dtype) for name, value in found.items()}
-        if not isinstance(vector, Tensor):
-            raise TypeError(f"expected a tensor or a dict of tensors, got {type(vector).__name__}")
-        size = self.layout.numel
-        if vector.dim() not in (1, 2) or vector.shape[0] != size:
-            raise ValueError(
-                f"expected a vector of length {size} or columns ({size}, k), got shape "
-                f"{tuple(vector.shape)}"
-            )
-        product: Tensor = super().__matmul__(vector)
+        product: Vector = super().__matmul__(vector)
         return product
 
     def solve(self, vector: Vector, damping: float = 0.0) -> Vector:
@@ -167,14 +155,22 @@ class FisherMatrix(Operator):
                 "'block_diagonal', 'kfac', 'ekfac', 'tkfac', 'tekfac', 'singd' or 'diagonal'"
             ) from error
 
-    def __add__(self, other: Operator) -> FisherMatrix:
-        """Return the sum with a matrix about the same parameters in the same parts.
+    @overload
+    def __add__(self, other: FisherMatrix) -> FisherMatrix: ...
+
+    @overload
+    def __add__(self, other: Operator) -> Operator: ...
+
+    def __add__(self, other: Operator) -> Operator:
+        """Return the sum with a matrix about the same parameters.
+
+        That of Fisher matrices in the same parts is one again.
 
         Raises:
             ValueError: If parameters or parts differ.
         """
         if not isinstance(other, FisherMatrix):
-            raise ValueError(f"only Fisher matrices add to one, got {type(other).__name__}")
+            return super().__add__(other)
         if self.layout.names != other.layout.names or self.members != other.members:
             raise ValueError(
                 "only Fisher matrices of the same parameters in the same parts add, got "
@@ -233,26 +229,6 @@ class FisherMatrix(Operator):
                     result[i, j] = piece
         assert result is not None
         return result
-
-    def to_scipy(self) -> Any:
-        """Return a :class:`scipy.sparse.linalg.LinearOperator` on float64 NumPy vectors.
-
-        Raises:
-            ImportError: If SciPy is not installed.
-        """
-        try:
-            from scipy.sparse.linalg import LinearOperator
-        except ImportError as error:
-            raise ImportError("to_scipy() needs SciPy: pip install scipy") from error
-
-        def matmat(columns: Any) -> Any:
-            tensor = torch.as_tensor(columns, dtype=self.dtype, device=self.device)
-            flat = tensor.reshape(self.layout.numel, -1)
-            return self.multiply(flat).reshape(tensor.shape).double().cpu().numpy()
-
-        return LinearOperator(
-            self.shape, matvec=matmat, rmatvec=matmat, matmat=matmat, rmatmat=matmat, dtype="f8"
-        )
 
     def function_space_map(  # type: ignore[override]
         self, rows: Jacobians, other: Jacobians | None = None, damping: float = 0.0

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -361,7 +361,13 @@ class TwoLevelMatrix(FisherMatrix):
             )
         return coarse
 
-    def __add__(self, other: Operator) -> FisherMatrix:
+    @overload
+    def __add__(self, other: FisherMatrix) -> FisherMatrix: ...
+
+    @overload
+    def __add__(self, other: Operator) -> Operator: ...
+
+    def __add__(self, other: Operator) -> Operator:
         """Return the sum of the matrices, without a coarse level."""
         plain = other._plain() if isinstance(other, TwoLevelMatrix) else other
         return self._plain() + plain

@@ -15,7 +15,7 @@ from natgrad.jacobians import Jacobians
 from natgrad.operators.dense import SpectralOperator
 from natgrad.operators.operator import GradientSource, Operator, VectorLayout
 
-__all__ = ["ScaledOperator", "SumOperator"]
+__all__ = ["ScaledOperator", "SumOperator", "spectral_root"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +92,7 @@ class ScaledOperator(Operator):
         if self.factor > 0:
             root = self.operator.inverse_root(damping / self.factor)
             return replace(self, operator=root, factor=self.factor**-0.5)
-        return _spectral_root(self, damping)
+        return spectral_root(self, damping)
 
     def natural_gradient(self, source: GradientSource) -> dict[str, Tensor]:
         """Return c times that of F."""
@@ -167,10 +167,10 @@ class SumOperator(Operator):
 
     def inverse_root(self, damping: float) -> Operator:
         """Return the root of the dense matrix."""
-        return _spectral_root(self, damping)
+        return spectral_root(self, damping)
 
 
-def _spectral_root(matrix: Operator, damping: float) -> SpectralOperator:
+def spectral_root(matrix: Operator, damping: float) -> SpectralOperator:
     """Return the inverse root of a damped matrix that may have negative eigenvalues.
 
     Raises:

@@ -21,6 +21,7 @@ from natgrad.jacobians import (
     LinearJacobian,
 )
 from natgrad.layouts import ParameterLayout
+from natgrad.operators.linear_map import LinearMap, check_columns, scipy_operator
 from natgrad.records import Record
 from natgrad.solvers import IterativeSolver, Solver, TruncatedEigh, as_solver
 
@@ -194,11 +195,52 @@ class Operator(Record, ABC):
         solution: Tensor = self.inverse(damping) @ columns
         return solution
 
-    def __matmul__(self, columns: Any) -> Any:
-        """Return ``F v`` for a vector ``(P,)`` or columns ``(P, k)``, in the type of v."""
-        own = columns.to(self.dtype)
+    def __matmul__(self, vector: Any) -> Any:
+        """Return ``F v`` for a flat vector, columns ``(P, k)``, or a dict name → tensor.
+
+        The result is of the same kind, in the type of v.
+
+        Raises:
+            TypeError: If it is something else.
+            ValueError: If it has a wrong shape or wrong names.
+        """
+        if isinstance(vector, Mapping):
+            flat = self.layout.to_flat({n: v.to(self.dtype) for n, v in vector.items()})
+            found = self.layout.to_dict(self.multiply(flat.unsqueeze(1))[:, 0])
+            return {name: value.to(vector[name].dtype) for name, value in found.items()}
+        check_columns(vector, self.layout.numel)
+        own = vector.to(self.dtype)
         product = self.multiply(own.unsqueeze(1))[:, 0] if own.dim() == 1 else self.multiply(own)
-        return product.to(columns.dtype)
+        return product.to(vector.dtype)
+
+    def to_scipy(self) -> Any:
+        """Return a :class:`scipy.sparse.linalg.LinearOperator` on float64 NumPy vectors.
+
+        Raises:
+            ImportError: If SciPy is not installed.
+        """
+        return scipy_operator(self.shape, self.multiply, self.multiply, self.dtype, self.device)
+
+    def submatrix(
+        self, rows: Collection[str] | Tensor | Sequence[int], columns: Any = None
+    ) -> Operator | LinearMap:
+        """Return some rows and columns of the matrix, by products with the whole one.
+
+        Args:
+            rows: Which: names of parameters, or of modules for all of theirs, in the order of the
+                matrix; or indices, in any order.
+            columns: Likewise; the same ones by default.
+
+        Returns:
+            An operator again, if rows and columns are the same ones by default; else a
+            :class:`natgrad.operators.LinearMap`.
+
+        Raises:
+            ValueError: If a name is unknown, or an index out of range or there twice.
+        """
+        from natgrad.operators.submatrix import submatrix_of
+
+        return submatrix_of(self, rows, columns)
 
     def logdet(self, damping: float = 0.0) -> Tensor:
         """Return ``log det(F + damping I)``; −inf where that is singular.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from natgrad import linalg
 from natgrad.arguments import check_interval
-from natgrad.operators import FisherMatrix, Operator
+from natgrad.operators import Operator
 
 __all__ = ["SpectralDensity", "effective_dimension", "spectral_density", "top_eigenpairs"]
 
@@ -127,11 +127,11 @@ def _lanczos(matrix: Operator, vector: Tensor, steps: int) -> tuple[Tensor, Tens
     return torch.stack(diagonal), torch.stack(beside) if beside else vector.new_zeros(0)
 
 
-def top_eigenpairs(matrix: FisherMatrix, number: int) -> tuple[Tensor, Tensor]:
+def top_eigenpairs(matrix: Operator, number: int) -> tuple[Tensor, Tensor]:
     """Return the largest eigenvalues and their eigenvectors, by products with the matrix alone.
 
     Args:
-        matrix: A Fisher matrix in any structure.
+        matrix: A Fisher matrix in any structure, a Hessian, or another symmetric matrix.
         number: How many, less than P.
 
     Returns:

@@ -1,0 +1,152 @@
+"""Passes of a model over data, to be differentiated once or twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from natgrad.capture.evaluation import call_model, undisturbed
+from natgrad.capture.model_output import Selection, require_output, unwrap
+from natgrad.fisher import Batch
+from natgrad.fisher.estimation import batches_of
+from natgrad.layouts import ParameterLayout
+from natgrad.likelihoods import Likelihood
+
+__all__ = ["Pass", "Passes", "derivatives", "pushed_forward"]
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """One batch.
+
+    Attributes:
+        output: The model's output, ``(N, …)``, with its graph.
+        target: Its targets; None without any.
+        likelihood: What this output means; None where nobody asked.
+    """
+
+    output: Tensor
+    target: Any
+    likelihood: Likelihood | None
+
+
+@dataclass(frozen=True, eq=False)
+class Passes:
+    """Batches that a model may run on as often as wanted.
+
+    Attributes:
+        model: The model, which runs in its present mode.
+        data: A pair ``(inputs, targets)`` or a re-iterable of such pairs.
+        layout: Its trainable parameters.
+        likelihood: What its outputs mean, if it matters.
+        select: Picks the tensor of interest out of the model's output.
+    """
+
+    model: nn.Module
+    data: Any
+    layout: ParameterLayout
+    likelihood: Likelihood | None = None
+    select: Callable[[Any], Any] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        data: Batch | Iterable[Batch],
+        likelihood: Likelihood | None,
+        output: Callable[[Any], Tensor] | None,
+    ) -> Passes:
+        """Return the passes of a model over some data.
+
+        Raises:
+            ValueError: If the model has no trainable parameter, or the data can be read only once.
+        """
+        inner = unwrap(model)
+        layout = ParameterLayout.of(inner)
+        if not layout.numel:
+            raise ValueError(
+                "the model has no trainable parameter to differentiate with respect to"
+            )
+        if iter(data) is data:
+            raise ValueError(
+                "data must be re-iterable, as a list or a data loader: every product reads it"
+            )
+        select = output if likelihood is None else likelihood.selection(output)
+        return cls(inner, data, layout, likelihood, select)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters, in the order of the layout."""
+        values = dict(self.model.named_parameters())
+        return [values[name] for name in self.layout.names]
+
+    def __iter__(self) -> Iterator[Pass]:
+        """Run the model on one batch after the other; its buffers and random state stay."""
+        empty = True
+        for inputs, target in batches_of(self.data):
+            empty = False
+            # Other kernels of attention know no second derivative.
+            kernels = sdpa_kernel(SDPBackend.MATH)
+            with undisturbed(self.model), torch.enable_grad(), kernels:
+                found = call_model(self.model, inputs)
+                heads = self.select(found) if isinstance(self.select, Selection) else None
+                output = require_output(found, self.select)
+                own = self.likelihood
+                if own is not None and heads is not None:
+                    own = own.of_shapes({key: one.shape for key, one in heads.items()})
+                yield Pass(output, target, own)
+        if empty:
+            raise ValueError("data has no batches")
+
+    def flat(self, found: Sequence[Tensor | None]) -> Tensor:
+        """Return gradients of the parameters side by side, zero where there are none."""
+        pieces = [
+            parameter.new_zeros(parameter.numel()) if one is None else one.reshape(-1)
+            for parameter, one in zip(self.parameters, found, strict=True)
+        ]
+        return torch.cat([piece.to(self.layout.dtype) for piece in pieces])
+
+
+def derivatives(
+    output: Tensor, passes: Passes, vectors: Iterable[Tensor], create_graph: bool = False
+) -> list[Tensor]:
+    """Return ``vᵀ ∂output/∂θ``, ``(P,)``, for every vector v of the output's shape."""
+    if not output.requires_grad:
+        return [passes.layout.zeros(passes.layout.numel) for _ in vectors]
+    return [
+        passes.flat(
+            torch.autograd.grad(
+                output,
+                passes.parameters,
+                vector.to(output.dtype),
+                retain_graph=True,
+                create_graph=create_graph,
+                allow_unused=True,
+            )  # fmt: skip
+        )
+        for vector in vectors
+    ]
+
+
+def pushed_forward(output: Tensor, passes: Passes, columns: Tensor) -> list[Tensor]:
+    """Return ``J v``, of the output's shape, for every column v ``(P,)`` of ``(P, k)``.
+
+    ``Jᵀw`` is linear in w, and its derivative with respect to w along v is ``J v``: two backward
+    passes, which all layers know, for one forward-mode pass, which some do not.
+    """
+    probe = torch.zeros_like(output, requires_grad=True)
+    (pulled,) = derivatives(output, passes, [probe], create_graph=True)
+    if not pulled.requires_grad:
+        return [torch.zeros_like(output) for _ in columns.unbind(1)]
+    found = []
+    for column in columns.unbind(1):
+        (one,) = torch.autograd.grad(
+            pulled, probe, column.to(pulled.dtype), retain_graph=True, allow_unused=True
+        )
+        found.append(torch.zeros_like(output) if one is None else one.detach())
+    return found
