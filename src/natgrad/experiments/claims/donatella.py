@@ -244,7 +244,7 @@ def training(setting: Setting) -> Figures:
 
     λ = 0.1, t = 20 from where the last solution ended. Rates are chosen on another network.
     """
-    task, steps = _task(setting), 5 * STEPS
+    task, steps = _task(setting), setting.of(5 * STEPS, 100 * STEPS)
     process = Thermodynamic(time=20.0)
     methods: dict[str, tuple[MakeAtRate, tuple[float, ...]]]
     methods = {

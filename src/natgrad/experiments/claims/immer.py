@@ -31,7 +31,8 @@ PRECISIONS = (0.1, 1.0, 10.0, 100.0)
 
 
 def _data(setting: Setting) -> Dataset:
-    return setting.dataset(SAMPLES, test_samples=SAMPLES)
+    count = setting.of(SAMPLES, 5 * SAMPLES)
+    return setting.dataset(count, test_samples=count)
 
 
 def _trained(data: Dataset, precision: float, seed: int) -> nn.Module:

@@ -101,6 +101,7 @@ def exact(setting: Setting) -> Figures:
     """
     titles = {"gaussian": ("regression", 1), "categorical": ("classification", 10)}
     figures: dict[str, list[float]] = {}
+    steps = setting.of(STEPS, 20 * STEPS)
     for index, (likelihood, task) in enumerate(_tasks(setting).items()):
         title, outputs = titles[likelihood]
         methods: dict[str, tuple[MakeAtRate, tuple[float, ...]]] = {
@@ -108,7 +109,7 @@ def exact(setting: Setting) -> Figures:
             "SGN": (partial(_sgn, likelihood=likelihood), (1.0,)),
         }
         found = task.compare(
-            methods, partial(_network, setting, task, outputs), DRAWS, STEPS, every=EVERY
+            methods, partial(_network, setting, task, outputs), DRAWS, steps, every=EVERY
         )
         pairs = [
             to_the_same_loss(a, b)
@@ -151,7 +152,7 @@ def generalisation(setting: Setting) -> Figures:
         methods,
         partial(_network, setting, task, data.classes),
         DRAWS,
-        STEPS,
+        setting.of(STEPS, 20 * STEPS),
         progress=setting.progress,
     )
     x = data.test_inputs.flatten(1).double()
