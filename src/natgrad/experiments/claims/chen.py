@@ -50,7 +50,7 @@ METHODS: dict[str, tuple[MakeAtRate, tuple[float, ...]]] = {
 
 @SOURCE.claim(
     "generalisation",
-    where="section 5, figures 1 and 2",
+    where="abstract",
     says="Padam (p = 1/8) trains as fast as the adaptive methods and generalises as well as SGD "
     "with momentum, which generalises better than they do.",
     expects=[

@@ -61,7 +61,7 @@ def _process(relaxation_times: float, **options: object) -> Thermodynamic:
 
 @SOURCE.claim(
     "error",
-    where="section 4",
+    where="method",
     says="The mean of the process tends to the natural gradient exponentially in time, within a "
     "few relaxation times 1/λ.",
     expects=[
@@ -95,7 +95,7 @@ def error(setting: Setting) -> Figures:
 
 @SOURCE.claim(
     "noise",
-    where="section 4",
+    where="method",
     says="With thermal noise the average over time tends to the natural gradient, its error like "
     "one over the square root of the time.",
     expects=[Expect("exponent of the time", -0.65, -0.35, "theory says −½")],
@@ -153,7 +153,7 @@ def _distance(model: nn.Module, other: nn.Module) -> float:
 
 @SOURCE.claim(
     "interpolation",
-    where="section 4, figure 2",
+    where="method",
     says="With the time that the process is given, from the gradient on, training goes over from "
     "gradient descent to natural gradient descent.",
     expects=[
@@ -200,7 +200,7 @@ def interpolation(setting: Setting) -> Figures:
 
 @SOURCE.claim(
     "delay",
-    where="section 5, figure 4",
+    where="experiments",
     says="That the process runs on old matrices for a small part of the time does no harm.",
     expects=[
         Expect(
@@ -231,7 +231,7 @@ def delay(setting: Setting) -> Figures:
 
 @SOURCE.claim(
     "training",
-    where="section 5, figure 3",
+    where="abstract",
     says="Thermodynamic natural gradient descent lowers the loss faster, step by step, than Adam "
     "and no worse than natural gradient descent with exact solutions.",
     expects=[

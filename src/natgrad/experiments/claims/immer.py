@@ -83,7 +83,7 @@ def _nll(probabilities: Tensor, labels: Tensor) -> float:
 
 @SOURCE.claim(
     "linearised",
-    where="section 4, table 1",
+    where="abstract",
     says="The posterior of the generalised Gauss-Newton matrix is one of the linearised model: "
     "predictions by that are better than those of the network at sampled weights, which underfit.",
     expects=[
@@ -124,7 +124,7 @@ def _probabilities(posterior: natgrad.Laplace, x: Tensor) -> Tensor:
 
 @SOURCE.claim(
     "tuned",
-    where="section 4, table 1",
+    where="experiments",
     says="With the prior precision of each chosen on held-out data, predictions of the linearised "
     "model are at least as good as those of the network at its maximum a posteriori, and better "
     "than those at sampled weights.",

@@ -86,7 +86,7 @@ def _measured_and_theory(
 
 @SOURCE.claim(
     "width",
-    where="2019, theorems 1 to 3",
+    where="2019, statistics of eigenvalues",
     says="With the width M of a random network, the mean eigenvalue of its Fisher matrix vanishes "
     "like 1/M, the mean square does not change, and the largest grows like M: flat in most "
     "directions, very steep in a few.",
@@ -125,7 +125,7 @@ def width(setting: Setting) -> Figures:
 
 @SOURCE.claim(
     "depth",
-    where="2019, theorems 1 to 3",
+    where="2019, statistics of eigenvalues",
     says="The same formulas hold for every number of layers.",
     expects=[
         Expect("measured / theory, mean", 0.9, 1.1, "O(1/√M), growing with the depth"),
@@ -152,7 +152,7 @@ def depth(setting: Setting) -> Figures:
 
 @SOURCE.claim(
     "samples",
-    where="2019, theorems 2 and 3",
+    where="2019, statistics of eigenvalues",
     says="The largest eigenvalue does not vanish however many the samples: it tends to ακ₂M.",
     expects=[
         Expect("measured / theory", 0.9, 1.1, "O(1/√M) is 0.03 at M = 1024"),
@@ -185,7 +185,7 @@ def samples(setting: Setting) -> Figures:
 
 @SOURCE.claim(
     "learning-rate",
-    where="2019, section 4, figure 3",
+    where="2019, abstract and experiments",
     says="Gradient descent from random weights converges below the learning rate 2/λ_max, which "
     "theory gives without training, and explodes above it.",
     expects=[
@@ -244,7 +244,7 @@ def _relative_loss(model: nn.Module, x: Tensor, y: Tensor, lr: float, steps: int
 
 @SOURCE.claim(
     "softmax",
-    where="2021, section 4, figure 2",
+    where="2021, abstract",
     says="With linear outputs the C largest eigenvalues are outliers far from the bulk; softmax "
     "outputs disperse them, so that a tail spreads from the bulk.",
     expects=[

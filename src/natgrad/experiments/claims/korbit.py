@@ -84,7 +84,7 @@ def to_the_same_loss(one: Run, other: Run) -> tuple[float, float]:
 
 @SOURCE.claim(
     "exact",
-    where="sections 3 and 5",
+    where="method",
     says="Solving for the Gauss-Newton direction exactly, in the space of the samples, takes fewer "
     "steps and less time than conjugate gradients (SGN).",
     expects=[
@@ -126,7 +126,7 @@ def exact(setting: Setting) -> Figures:
 
 @SOURCE.claim(
     "generalisation",
-    where="section 5, table 2",
+    where="abstract",
     says="EGN generalises at least as well as well-tuned SGD, Adam and SGN.",
     expects=[
         Expect("test accuracy, EGN −", at_least=-0.005, because="as well, to half a percent"),

@@ -81,7 +81,7 @@ def block_error(model: nn.Module, x: Tensor, structure: str, **options: Any) -> 
 
 @SOURCE.claim(
     "block-error",
-    where="2022, section 4",
+    where="2022, abstract",
     says="The nearest Kronecker product (KPSVD) approximates the blocks of the Fisher matrix "
     "better than K-FAC's product, and two products (deflation) better than one.",
     expects=[
@@ -157,7 +157,7 @@ def _time_over(one: Tuned, other: Tuned) -> list[float]:
 
 @SOURCE.claim(
     "training",
-    where="2022, section 5",
+    where="2022, abstract",
     says="With nearest Kronecker products autoencoders train to lower losses than with K-FAC in "
     "as many steps, and reach K-FAC's loss in less time.",
     expects=[
@@ -185,7 +185,7 @@ def training(setting: Setting) -> Figures:
 
 @SOURCE.claim(
     "two-level",
-    where="2023, sections 5 and 6",
+    where="2023, abstract",
     says="Coarse corrections that couple the layers do not really improve on K-FAC, whatever the "
     "coarse space.",
     expects=[

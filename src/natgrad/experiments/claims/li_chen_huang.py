@@ -127,7 +127,7 @@ def _run(setting: Setting, title: str, rate: float, draw: int) -> tuple[float, f
 
 @SOURCE.claim(
     "stability",
-    where="section 3",
+    where="method",
     says="On stiff physics-informed networks implicit steps are stable at large rates, at which "
     "explicit gradient descent diverges.",
     expects=[
@@ -152,7 +152,7 @@ def stability(setting: Setting) -> Figures:
 
 @SOURCE.claim(
     "accuracy",
-    where="section 5",
+    where="experiments",
     says="With implicit steps physics-informed networks learn solutions of several scales that "
     "Adam fails to learn with as many evaluations.",
     expects=[Expect("error of u, implicit over Adam", at_most=1.0, because="more accurate")],

@@ -171,7 +171,7 @@ def _recursion(rate: float) -> InverseFactors:
 
 @SOURCE.claim(
     "inverse-free",
-    where="theorem 1",
+    where="inverse-free update",
     says="With dense factors a step of the inverse-free recursion (IKFAC) is that of K-FAC's "
     "moving average, up to the square of its step size.",
     expects=[Expect("exponent of the step size", 1.8, 2.2, "theory says 2")],
@@ -242,7 +242,7 @@ def _ends(
 
 @SOURCE.claim(
     "bfloat16",
-    where="figure 1, section 4",
+    where="abstract",
     says="In bfloat16 inverse-free K-FAC and SINGD train as stably as in float32, where K-FAC in "
     "bfloat16 does not, and SINGD reaches lower losses than AdamW.",
     expects=[
@@ -315,7 +315,7 @@ def _entries(value: Any) -> int:
 
 @SOURCE.claim(
     "structures",
-    where="section 3.2, figure 1",
+    where="abstract",
     says="With structured factors SINGD keeps no more than AdamW does, and trains as well as with "
     "dense ones.",
     expects=[

@@ -113,7 +113,7 @@ def _mean_quality(stage: Stage, fisher: str | FisherType, damping: float = NEAR_
 
 @SOURCE.claim(
     "quality",
-    where="section 6.1, figure 2",
+    where="abstract",
     says="At every stage of training the update of the improved empirical Fisher matrix is closer "
     "to the exact natural gradient than the gradient, and than the updates of the empirical and "
     "the sampled Fisher matrices.",
@@ -149,7 +149,7 @@ def quality_over_training(setting: Setting) -> Figures:
 
 @SOURCE.claim(
     "empirical",
-    where="section 4, figure 2",
+    where="the inversely-scaled projection",
     says="The empirical Fisher matrix favours samples that are fitted already, so that its update "
     "is worse than the gradient itself, and gets worse as training goes on.",
     expects=[
@@ -175,7 +175,7 @@ def empirical_over_training(setting: Setting) -> Figures:
 
 @SOURCE.claim(
     "damping",
-    where="section 6.3, figure 4",
+    where="abstract",
     says="The quality of iEF does not depend on a well chosen damping: next to none is nearly as "
     "good as the best, which it is not for the empirical and the sampled Fisher matrices.",
     expects=[
@@ -231,7 +231,7 @@ METHODS: dict[str, tuple[MakeAtRate, tuple[float, ...]]] = {
 
 @SOURCE.claim(
     "training",
-    where="section 6.2, table 1",
+    where="abstract",
     says="Used as an optimizer, exact iEF reaches a lower training loss than the empirical Fisher "
     "matrix and well-tuned AdamW, and no worse test performance.",
     expects=[
