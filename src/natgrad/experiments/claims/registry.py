@@ -16,6 +16,7 @@ from natgrad.experiments.claims import (
     koroko,
     li_chen_huang,
     lin,
+    ou,
     wu,
     zhang_martens_grosse,
 )
@@ -27,6 +28,7 @@ __all__ = ["SOURCES", "choose"]
 SOURCES: tuple[Source, ...] = (
     karakida_osawa.SOURCE,
     zhang_martens_grosse.SOURCE,
+    ou.SOURCE,
     gao.SOURCE,
     karakida_akaho_amari.SOURCE,
     wu.SOURCE,
