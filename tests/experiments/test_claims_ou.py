@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import itertools
 import math
 from collections import Counter
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from natgrad.experiments.claims import ou
+from natgrad.experiments.claims import ou, translation
 from natgrad.experiments.claims.claim import CANNOT, Setting
 from natgrad.experiments.claims.image_training import VGG, ImageTask
 from natgrad.experiments.claims.race import Race
@@ -119,14 +120,21 @@ def test_without_its_files_the_claim_cannot_be_told(tmp_path):
     assert result.verdict(claim) == CANNOT and "give --data-dir" in result.error
 
 
-def test_bleu_is_that_of_greedy_translations_by_its_definition(folder):
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock by which every step takes two seconds."""
+    looks = itertools.count()
+    monkeypatch.setattr(translation, "processor_time", lambda device: 2.0 * next(looks))
+
+
+def test_bleu_is_that_of_greedy_translations_by_its_definition(folder, clock):
     corpus = read_corpus(folder, None, 40, 1)
     torch.manual_seed(0)
     model = Translator(len(corpus.german), len(corpus.english), 8, 1)
     before = bleu(model, corpus)
     adam = lambda m, loss: torch.optim.Adam(m.parameters(), lr=0.02)  # noqa: E731
-    loss, steps = train_for(1.0, model, adam, corpus, 8, 0)
-    assert steps > 10 and loss < 1.0
+    loss, steps = train_for(299.0, model, adam, corpus, 8, 0)
+    assert steps == 150 and loss < 1.0
     after = bleu(model, corpus)
     assert before < 20 < after
 
@@ -162,19 +170,13 @@ def test_a_translation_that_diverges_has_an_infinite_loss(folder):
     assert train_for(5.0, model, sgd, corpus, 8, 0)[0] == math.inf
 
 
-def test_translations_are_compared_after_equal_time(folder, monkeypatch):
+def test_translations_are_compared_after_equal_time(folder, monkeypatch, clock):
     corpus = read_corpus(folder, None, 5, 1)
     monkeypatch.setattr(ou, "_corpus", lambda *key: corpus)
     monkeypatch.setattr(ou, "TRANSLATION_DRAWS", 2)
-    seconds: list[float] = []
-
-    def short(limit: float, *rest: object) -> tuple[float, int]:
-        seconds.append(limit)
-        return train_for(0.02, *rest)
-
-    monkeypatch.setattr(ou, "train_for", short)
     figures = ou.translation(Setting())
-    assert set(seconds) == {10.0} and len(seconds) == 3 * 2 + 3 * 2
+    for name in ("AdamW", "FNGD", "SGD"):
+        assert figures[f"steps of {name}"] == [5.0, 5.0]  # 10 seconds
     pairs = zip(figures["BLEU of FNGD"], figures["BLEU of AdamW"], strict=True)
     assert figures["BLEU, FNGD − AdamW"] == [a - b for a, b in pairs]
     assert figures["rate of SGD"] == figures["rate of FNGD"]
