@@ -209,6 +209,8 @@ def interpolation(setting: Setting) -> Figures:
             because="no harm, to a twentieth",
         )
     ],
+    remark="Runs at this rate differ from draw to draw by more than a delay does, even one of half "
+    "the time.",
 )
 def delay(setting: Setting) -> Figures:
     """Training loss after 40 steps of rate 1, λ = 0.1, each from where the last ended; t = 20."""
@@ -238,6 +240,8 @@ def delay(setting: Setting) -> Figures:
         Expect("training loss over Adam's", at_most=1.0, because="faster"),
         Expect("training loss over NGD's", at_most=1.1, because="no worse, to a tenth"),
     ],
+    remark="Starting where the last solution ended, with simulations of t = 20, is not the same as "
+    "exact solutions; where the process has time enough, it is (`donatella.interpolation`).",
 )
 def training(setting: Setting) -> Figures:
     """Training loss after 100 steps with batches of 50, each at the best of four rates.
