@@ -29,7 +29,7 @@ TINY: dict[str, dict[str, Any]] = {
         "STEPS": 2, "HIDDEN": (4,),
     },
     "donatella": {
-        "DRAWS": 2, "BATCH_SIZE": 5, "HIDDEN": 2, "STEPS": 2, "CONDITION": 3.0,
+        "DRAWS": 2, "BATCH_SIZE": 5, "HIDDEN": 2, "STEPS": 1, "CONDITION": 3.0,
         "TIMES": (0.0, 3.0, 300.0),
     },
     "immer": {
@@ -43,7 +43,7 @@ TINY: dict[str, dict[str, Any]] = {
         "DRAWS": 2, "HIDDEN": (2,), "BATCH_SIZE": 60, "STEPS": 4, "EVERY": 2, "RATES": (1.0,),
     },
     "lin": {
-        "DRAWS": 2, "HIDDEN": (3,), "BATCH_SIZE": 8, "STEPS": 3, "RATES": (0.03,), "WIDE": (64,),
+        "DRAWS": 2, "HIDDEN": (3,), "BATCH_SIZE": 8, "STEPS": 3, "DAMPINGS": (1.0,), "WIDE": (64,),
     },
     "li_chen_huang": {"DRAWS": 2, "HIDDEN": (3,), "POINTS": 8, "EVALUATIONS": 10},
     "chen": {"DRAWS": 2, "WIDTH": 2, "STEPS": 2, "BATCH_SIZE": 4},

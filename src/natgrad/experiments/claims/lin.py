@@ -40,11 +40,12 @@ DRAWS = 5
 HIDDEN = (48, 48)
 BATCH_SIZE = 64
 STEPS = 150
-#: Damping of the methods that are compared in bfloat16.
+#: Damping of the recursion that is held against K-FAC.
 DAMPING = 1e-3
 #: Step sizes β₁ of the recursion.
-FACTOR_RATES = (0.1, 0.05, 0.025, 0.0125)
-RATES = (0.01, 0.03, 0.1, 0.3)
+FACTOR_RATES = (1e-3, 5e-4, 2.5e-4, 1.25e-4)
+#: Dampings of which the best is taken.
+DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0)
 #: Hidden layers of the network whose optimizers' memory is counted.
 WIDE = (256, 256)
 
@@ -175,9 +176,12 @@ def _recursion(rate: float) -> InverseFactors:
     says="With dense factors a step of the inverse-free recursion (IKFAC) is that of K-FAC's "
     "moving average, up to the square of its step size.",
     expects=[Expect("exponent of the step size", 1.8, 2.2, "theory says 2")],
+    remark="A first measurement, with β₁ from 0.1 to 0.0125, gave an exponent of 0.56 ± 0.06, as "
+    "β₁ times the largest eigenvalue of A, for 64 pixels of unit variance, was not small. These are "
+    "smaller steps and other draws (seed 1); the rule is the same.",
 )
 def inverse_free(setting: Setting) -> Figures:
-    """How the relative error of the natural gradient falls with β₁ = 0.1, 0.05, 0.025, 0.0125.
+    """How the relative error of the natural gradient falls with β₁, 0.001 and three times half.
 
     One step from the identity in float64, λ = 0.001, a batch of 64 images.
     """
@@ -202,24 +206,24 @@ def inverse_free(setting: Setting) -> Figures:
 
 
 _PLAIN: dict[str, Any] = {
+    "lr": 0.03,
     "momentum": 0.9,
     "step_rule": natgrad.StepRule(),
     "refresh": natgrad.Refresh(factors=5, inverses=5, decay=0.95, early=True),
-    "damping": DAMPING,
     "fisher": "empirical",
 }
 
 
-def _kfac(model: nn.Module, lr: float, structure: KroneckerFactors) -> torch.optim.Optimizer:
-    return natgrad.KFAC(model, "categorical", structure=structure, lr=lr, **_PLAIN)
+def _kfac(model: nn.Module, damping: float, structure: KroneckerFactors) -> torch.optim.Optimizer:
+    return natgrad.KFAC(model, "categorical", structure=structure, damping=damping, **_PLAIN)
 
 
 def _singd(
-    model: nn.Module, lr: float, structures: FactorStructure = "dense"
+    model: nn.Module, damping: float, structures: FactorStructure = "dense"
 ) -> torch.optim.Optimizer:
     options = {**_PLAIN, "refresh": natgrad.Refresh(factors=5, inverses=5, early=True)}
     structure = InverseFactors(factor_structures=structures)
-    return natgrad.SINGD(model, "categorical", structure=structure, lr=lr, **options)
+    return natgrad.SINGD(model, "categorical", structure=structure, damping=damping, **options)
 
 
 def _adamw(model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -232,7 +236,7 @@ _ADAMW: tuple[MakeAtRate, tuple[float, ...]] = (_adamw, (1e-3, 3e-3, 1e-2, 3e-2)
 def _ends(
     setting: Setting, dtype: torch.dtype, methods: dict[str, tuple[MakeAtRate, tuple[float, ...]]]
 ) -> dict[str, list[float]]:
-    """Return last losses, each method at the best of its rates for another network."""
+    """Return last losses, each method at its best rate or damping for another network."""
     task = _task(setting, dtype)
     found = task.compare(
         methods, partial(_network, setting, task), DRAWS, setting.of(STEPS, 50 * STEPS)
@@ -254,21 +258,25 @@ def _ends(
         ),
         Expect("training loss in bfloat16, SINGD over AdamW", at_most=1.0, because="lower"),
     ],
+    remark="A first measurement, with λ = 0.001 and the best of four rates from 0.01 on, told "
+    "nothing: K-FAC and SINGD diverged in float32, too. Now dampings are searched, and the draws "
+    "are others (seed 1); the rule is the same.",
 )
 def bfloat16(setting: Setting) -> Figures:
     """The loss after 150 steps with batches of 64, rates falling linearly.
 
     Weights, factors, momenta and products are in bfloat16; K-FAC, whose inversion has to be in
-    float32, rounds factors and inverses. Every method at the best of four rates for another
-    network; curvature of the empirical Fisher matrix every five steps, λ = 0.001.
+    float32, rounds factors and inverses. Curvature is of the empirical Fisher matrix, every five
+    steps; rate 0.03, momentum 0.9 and the best of four dampings, 0.001 to 1, for another network.
+    AdamW has the best of four rates.
     """
     half = torch.bfloat16
     ends: dict[str, list[float]] = {}
     for index, dtype in enumerate((torch.float32, half)):
         kfac = RoundedFactors() if dtype == half else KroneckerFactors()
         methods: dict[str, tuple[MakeAtRate, tuple[float, ...]]] = {
-            "SINGD": (_singd, RATES),
-            "K-FAC": (partial(_kfac, structure=kfac), RATES),
+            "SINGD": (_singd, DAMPINGS),
+            "K-FAC": (partial(_kfac, structure=kfac), DAMPINGS),
             "AdamW": _ADAMW,
         }
         kind = "bfloat16" if dtype == half else "float32"
@@ -338,8 +346,8 @@ def structures(setting: Setting) -> Figures:
 
     adamw = kept(lambda m: _adamw(m, 1e-3))
     singd = {s: partial(_singd, structures=s) for s in ("dense", *SPARSE)}
-    memory = {s: kept(partial(make, lr=0.1)) / adamw for s, make in singd.items()}
-    ends = _ends(setting, torch.float32, {s: (make, RATES) for s, make in singd.items()})
+    memory = {s: kept(partial(make, damping=0.1)) / adamw for s, make in singd.items()}
+    ends = _ends(setting, torch.float32, {s: (make, DAMPINGS) for s, make in singd.items()})
     setting.progress(1.0)
     titles = {s: s.replace("_", " ") for s in SPARSE}
     return {
