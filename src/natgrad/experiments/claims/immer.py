@@ -133,8 +133,7 @@ def _probabilities(posterior: natgrad.Laplace, x: Tensor) -> Tensor:
         Expect("test NLL, sampled weights − linearised", at_least=0.0, because="better"),
     ],
     remark="With one prior precision for training and posterior, predictions of the linearised "
-    "model are behind those at the maximum a posteriori by half a nat here; it would take another "
-    "for each to see more.",
+    "model are behind those at the maximum a posteriori by half a nat here.",
 )
 def tuned(setting: Setting) -> Figures:
     """Test NLL with δ of 0.1, 1, 10 and 100 chosen on half of 200 test images.

@@ -177,8 +177,8 @@ def _recursion(rate: float) -> InverseFactors:
     "moving average, up to the square of its step size.",
     expects=[Expect("exponent of the step size", 1.8, 2.2, "theory says 2")],
     remark="A first measurement, with β₁ from 0.1 to 0.0125, gave an exponent of 0.56 ± 0.06, as "
-    "β₁ times the largest eigenvalue of A, for 64 pixels of unit variance, was not small. These are "
-    "smaller steps and other draws (seed 1); the rule is the same.",
+    "β₁ times the largest eigenvalue of A, for 64 pixels of unit variance, was not small. These "
+    "are smaller steps and other draws (seed 1); the rule is the same.",
 )
 def inverse_free(setting: Setting) -> Figures:
     """How the relative error of the natural gradient falls with β₁, 0.001 and three times half.
