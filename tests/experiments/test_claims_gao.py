@@ -25,7 +25,7 @@ from natgrad.experiments.claims.layer_damping import (
     LayerDampedTEKFAC,
     LayerDampedTKFAC,
 )
-from natgrad.experiments.claims.race import Race, at_time, time_to
+from natgrad.experiments.claims.race import Race, at_equal_time, time_to
 
 CLAIMS = {claim.name: claim for claim in gao.SOURCE.claims}
 
@@ -87,13 +87,17 @@ def test_a_run_that_diverges_has_infinite_losses_and_chance_accuracy():
     curves = train(small_task(3), lambda m: torch.optim.SGD(m.parameters(), lr=1e12), 0)
     assert curves["loss"][-1] == math.inf and curves["accuracy"][-1] == 0.1
     assert {len(values) for values in curves.values()} == {3}
-    assert at_time(curves, "loss", curves["seconds"][-1]) == math.inf
+    assert at_equal_time([curves], "loss") == [math.inf]
 
 
-def test_figures_at_a_time_are_linear_between_epochs():
-    curves = {"loss": [4.0, 2.0, 1.0], "seconds": [1.0, 3.0, 4.0]}
-    times = (0.5, 1.0, 2.0, 3.0, 3.25, 9.0)
-    assert [at_time(curves, "loss", t) for t in times] == [4.0, 4.0, 3.0, 2.0, 1.75, 1.0]
+def test_figures_at_equal_time_are_linear_between_epochs():
+    fast = {"loss": [3.0, 2.0], "accuracy": [0.2, 0.3], "seconds": [1.0, 2.0]}
+    slow = {"loss": [4.0, 2.0, 1.0], "accuracy": [0.1, 0.5, 0.6], "seconds": [1.6, 3.2, 4.8]}
+    # The fast one's accuracy is known after 2 s at last, its loss in the middle of an epoch, 1.5 s.
+    assert at_equal_time([fast, slow], "accuracy") == pytest.approx([0.3, 0.1 + 0.4 * 0.4 / 1.6])
+    assert at_equal_time([fast, slow], "loss") == pytest.approx([2.0, 4.0 - 2.0 * 0.7 / 1.6])
+    late = {"loss": [4.0, 2.0], "accuracy": [0.1, 0.2], "seconds": [9.0, 18.0]}
+    assert at_equal_time([fast, late], "loss") == [2.0, 4.0]
 
 
 def test_an_accuracy_is_reached_after_the_first_epoch_that_has_it():
@@ -195,6 +199,7 @@ def test_orders_compare_every_method_at_its_best_rate(tiny):
     # The same runs, read after equal time: all methods but the fastest have come less far.
     later = gao.vgg_seconds(Setting())
     assert later.keys() >= {f"seconds an epoch, {title}" for title in losses}
+    # After one epoch there is no earlier figure to come from.
     assert later["training loss of SGD"] == losses["SGD"]
 
 

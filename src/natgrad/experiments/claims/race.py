@@ -13,7 +13,7 @@ from torch import nn
 from natgrad.experiments.claims.claim import Setting
 from natgrad.experiments.claims.image_training import Curves, ImageTask, train
 
-__all__ = ["Method", "Race", "Trial", "as_key", "at_time", "differences", "ratios", "time_to"]
+__all__ = ["Method", "Race", "Trial", "as_key", "at_equal_time", "differences", "ratios", "time_to"]
 
 Trial = tuple[float, ...]
 """A learning rate, and whatever else is searched with it."""
@@ -95,9 +95,21 @@ def differences(one: Sequence[float], other: Sequence[float]) -> list[float]:
     return [a - b for a, b in zip(one, other, strict=True)]
 
 
-def at_time(curves: Curves, figure: str, seconds: float) -> float:
-    """Return a figure after some seconds of training, linear in between epochs."""
-    values, times = curves[figure], curves["seconds"]
+def _times(curves: Curves, figure: str) -> list[float]:
+    """Return when a figure is what it is: a loss, the mean over an epoch, in the middle of it."""
+    ends = curves["seconds"]
+    if figure != "loss":
+        return ends
+    return [(begin + end) / 2 for begin, end in zip([0.0, *ends[:-1]], ends, strict=True)]
+
+
+def at_equal_time(runs: Sequence[Curves], figure: str) -> list[float]:
+    """Return a figure of each run when the first of them has its last one, linear in between."""
+    last = min(_times(one, figure)[-1] for one in runs)
+    return [_at_time(one[figure], _times(one, figure), last) for one in runs]
+
+
+def _at_time(values: Sequence[float], times: Sequence[float], seconds: float) -> float:
     after = next((i for i, time in enumerate(times) if time >= seconds), len(times) - 1)
     if after == 0 or not math.isfinite(values[after]):
         return values[after]
