@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from natgrad import Laplace, fisher_matrix
+from natgrad.curvature import STRUCTURES
+from natgrad.laplace import largest_entries
 from tests import dense
 from tests.cases import normal
 from tests.laplace.gaussians import data, network
@@ -51,3 +53,80 @@ def test_unknown_names_are_refused():
     for names, message in ((["3"], "'3'"), ([], "at least one"), ("first", "last_layer")):
         with pytest.raises(ValueError, match=message):
             Laplace(model, (x, y), "gaussian", parameters=names)
+
+
+def masked_covariance(posterior: Laplace, index: torch.Tensor, delta: torch.Tensor):
+    """Return ``E (N F_SS/T + diag(δ_S))⁻¹ Eᵀ`` and the precision of the entries alone."""
+    fisher = posterior.matrix.to_dense()
+    scale = posterior.count / posterior.temperature
+    precision = scale * fisher[index][:, index] + torch.diag(delta[index])
+    covariance = torch.zeros_like(fisher)
+    covariance[index.unsqueeze(1), index] = torch.linalg.inv(precision)
+    return covariance, precision
+
+
+@pytest.mark.parametrize("structure", sorted(set(STRUCTURES) - {"singd"}))
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_single_entries_alone_are_uncertain(structure, per_layer):
+    model, (x, y), new = network(), data("gaussian"), normal(4, 3, seed=5)
+    scores = {name: normal(*p.shape, seed=i) for i, (name, p) in enumerate(
+        model.named_parameters()
+    )}  # fmt: skip
+    masks = largest_entries(scores, 11)
+    assert sum(int(mask.sum()) for mask in masks.values()) == 11
+    flat = torch.cat([scores[name].flatten() for name in masks])
+    index = torch.cat([masks[name].flatten() for name in masks]).nonzero()[:, 0]
+    assert flat[index].min() > torch.cat([flat, flat.new_tensor([-9.0])]).sort().values[-12]
+    delta = {"0": 0.4, "2": 3.0} if per_layer else 0.7
+    posterior = Laplace(model, (x, y), "gaussian", structure, parameters=masks, temperature=0.5)
+    posterior.prior_precision = delta
+    names = posterior.matrix.parameter_names
+    assert set(names) == set(masks)
+    parameters = dict(model.named_parameters())
+    of = [delta[name[0]] if per_layer else delta for name in names]
+    deltas = torch.cat([
+        torch.full((parameters[name].numel(),), value, dtype=torch.float64)
+        for name, value in zip(names, of, strict=True)
+    ])  # fmt: skip
+    sigma, precision = masked_covariance(posterior, index, deltas)
+    dense.assert_same(posterior.covariance.to_dense(), sigma, 1e-8)
+    _, rows = dense.jacobian(model, new)
+    places = {name: place for name, place in zip(
+        parameters, torch.arange(32).split([p.numel() for p in parameters.values()]), strict=True
+    )}  # fmt: skip
+    rows = rows[:, :, torch.cat([places[name] for name in names])]
+    dense.assert_same(posterior.functional_variance(new)[1], rows @ sigma @ rows.mT, 1e-8)
+    theta = torch.cat([parameters[name].detach().flatten() for name in names])
+    fit = -0.5 * float((model(x) - y).square().sum().detach()) / 0.5
+    prior = (deltas[index].log() - deltas[index] * theta[index].square()).sum()
+    expected = fit + 0.5 * float(prior - torch.logdet(precision))
+    assert posterior.log_marginal_likelihood() == pytest.approx(expected, rel=1e-9)
+    samples = posterior.sample(3, torch.Generator().manual_seed(0))
+    certain = torch.ones(len(theta), dtype=torch.bool)
+    certain[index] = False
+    assert torch.equal(samples[:, certain], theta[certain].expand(3, -1))
+    noise = torch.randn(
+        3, len(theta), generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
+    values, vectors = torch.linalg.eigh(torch.linalg.inv(precision))
+    root = vectors @ torch.diag(values.sqrt()) @ vectors.T
+    dense.assert_same(samples[:, index], theta[index] + noise[:, index] @ root, 1e-8)
+    restored = Laplace(model, None, "gaussian", structure)
+    restored.load_state_dict(posterior.state_dict())
+    assert restored.log_marginal_likelihood() == posterior.log_marginal_likelihood()
+
+
+def test_wrong_masks_are_refused():
+    model, (x, y) = network(), data("gaussian")
+    whole = torch.ones(5, 3, dtype=torch.bool)
+    for masks, message in (
+        ({"0.weight": whole[:2]}, r"shape \(2, 3\)"),
+        ({"1.weight": whole}, "none"),
+        ({"0.weight": whole.double()}, "type bool"),
+        ({"0.weight": ~whole}, "true somewhere"),
+        ({}, "at least one"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Laplace(model, (x, y), "gaussian", parameters=masks)
+    with pytest.raises(ValueError, match="at most"):
+        largest_entries({"a": torch.ones(3)}, 4)

@@ -21,8 +21,7 @@ from torch import Tensor
 
 from natgrad import linalg
 from natgrad.laplace.observations import Observations
-from natgrad.layouts import BlockLayout
-from natgrad.operators import FisherMatrix
+from natgrad.operators import Operator
 
 __all__ = ["Evidence"]
 
@@ -32,18 +31,20 @@ class Evidence:
     """The evidence at trained parameters; what it needs of F is decomposed once.
 
     Attributes:
-        matrix: F.
-        blocks: Layer → how its parameters are laid out.
+        layers: Names of the layers.
+        parts: Part → its uncertain entries of F.
+        owners: Part → number of the layer that every uncertain entry belongs to.
+        deviations: Part → ``θ* − μ`` of these entries.
         observations: What the data say.
-        deviations: ``θ* − μ``, ``(P,)``.
         temperature: T.
         noise: Variance of Gaussian noise that F is for, in units of that of the losses.
     """
 
-    matrix: FisherMatrix
-    blocks: dict[str, BlockLayout]
+    layers: tuple[str, ...]
+    parts: dict[str, Operator]
+    owners: dict[str, Tensor]
+    deviations: dict[str, Tensor]
     observations: Observations
-    deviations: Tensor
     temperature: float
     noise: float
 
@@ -57,13 +58,8 @@ class Evidence:
         Raises:
             ValueError: If the precision of the posterior is not positive definite there.
         """
-        deltas = {
-            name: torch.as_tensor(
-                precision[name] if isinstance(precision, Mapping) else precision,
-                dtype=torch.float64,
-            ).cpu()
-            for name in self.blocks
-        }
+        each = [precision[n] if isinstance(precision, Mapping) else precision for n in self.layers]
+        deltas = torch.stack([torch.as_tensor(one, dtype=torch.float64).cpu() for one in each])
         noise = torch.as_tensor(noise, dtype=torch.float64).cpu()
         scale = self.observations.count * self.noise / (self.temperature * noise)
         logdet = self._logdet(deltas, scale, shared=not isinstance(precision, Mapping))
@@ -72,41 +68,46 @@ class Evidence:
                 f"the precision of the posterior with prior precision {precision} is not positive "
                 "definite, as this structure of the Fisher matrix is not: take a larger one"
             )
-        prior = torch.stack(
-            [
-                block.numel * deltas[name].log() - deltas[name] * self.distances[name]
-                for name, block in self.blocks.items()
-            ]
-        ).sum()
+        prior = (self._sizes * deltas.log() - self._distances * deltas).sum()
         fit = self.observations.log_likelihood(noise) / self.temperature
         found: Tensor = fit + 0.5 * (prior - logdet)
         return found
 
     @cached_property
-    def distances(self) -> dict[str, float]:
-        """Layer → ``‖θ* − μ‖²``."""
-        column = self.deviations.unsqueeze(1)
-        gather = self.matrix.layout.gather
-        return {n: float(gather(b, column).square().sum()) for n, b in self.blocks.items()}
+    def _sizes(self) -> Tensor:
+        """Numbers of uncertain entries of the layers."""
+        return self._summed({name: torch.ones_like(d) for name, d in self.deviations.items()})
 
     @cached_property
-    def spectra(self) -> dict[str, Tensor]:
+    def _distances(self) -> Tensor:
+        """``‖θ* − μ‖²`` of the layers."""
+        return self._summed({name: d.square() for name, d in self.deviations.items()})
+
+    def _summed(self, values: dict[str, Tensor]) -> Tensor:
+        """Return the sums over the entries of each layer, float64."""
+        total = torch.zeros(len(self.layers), dtype=torch.float64)
+        for name, one in values.items():
+            total.index_add_(0, self.owners[name].cpu(), one.double().cpu())
+        return total
+
+    @cached_property
+    def _spectra(self) -> dict[str, Tensor]:
         """Part → eigenvalues."""
         found = {}
-        for name, part in self.matrix.parts.items():
+        for name, part in self.parts.items():
             values = part.eigenvalues()
             rounded = torch.where(values.abs() <= linalg.rounding(values), 0.0, values)
             found[name] = rounded.double().cpu()
         return found
 
-    def _logdet(self, deltas: dict[str, Tensor], scale: Tensor, shared: bool) -> Tensor:
+    def _logdet(self, deltas: Tensor, scale: Tensor, shared: bool) -> Tensor:
         """Return ``log det(scale F + diag(δ))``."""
         total = torch.zeros((), dtype=torch.float64)
-        for name, layers in self.matrix.members.items():
-            if shared or len(layers) == 1:
-                total = total + (scale * self.spectra[name] + deltas[layers[0]]).log().sum()
+        for name, owners in self.owners.items():
+            if shared or name not in self._dense:
+                total = total + (scale * self._spectra[name] + deltas[owners[0]]).log().sum()
             else:
-                found = scale * self._dense[name] + torch.diag(self._spread(name, deltas))
+                found = scale * self._dense[name] + torch.diag(deltas[owners.cpu()])
                 sign, logabsdet = torch.linalg.slogdet(found)
                 total = total + torch.where(sign > 0, logabsdet, math.nan)
         return total
@@ -114,20 +115,10 @@ class Evidence:
     @cached_property
     def _dense(self) -> dict[str, Tensor]:
         """Part → its matrix, for parts of several layers."""
-        size = max(part.shape[0] for part in self.matrix.parts.values())
-        linalg.check_memory(size, 2, torch.float64, torch.device("cpu"))
-        return {
-            name: part.to_dense().double().cpu()
-            for name, part in self.matrix.parts.items()
-            if len(self.matrix.members[name]) > 1
-        }
-
-    def _spread(self, name: str, deltas: dict[str, Tensor]) -> Tensor:
-        """Return δ of every parameter of a part."""
-        layout = self.matrix.parts[name].layout
-        of = {n: deltas[layer] for layer, block in self.blocks.items() for n in block.names}
-        pieces = zip(layout.names, layout.sizes, strict=True)
-        return torch.cat([of[n].expand(size) for n, size in pieces])
+        joint = [name for name, owners in self.owners.items() if len(owners.unique()) > 1]
+        for name in joint:
+            linalg.check_memory(len(self.owners[name]), 2, torch.float64, torch.device("cpu"))
+        return {name: self.parts[name].to_dense().double().cpu() for name in joint}
 
     def maximize(
         self,

@@ -38,9 +38,10 @@ from natgrad.laplace.linearized import LinearizedPosterior, is_pair
 from natgrad.laplace.observations import Observations
 from natgrad.laplace.prior import check_layers, checked_mean, checked_precisions
 from natgrad.laplace.saved import load_statistics, saved_statistics
-from natgrad.laplace.subnetwork import named_parameters
+from natgrad.laplace.subnetwork import checked_masks, named_parameters
+from natgrad.laplace.uncertain import UncertainMatrix
 from natgrad.likelihoods import Gaussian, Likelihood, LikelihoodLike, as_likelihood
-from natgrad.operators import DenseOperator, FisherMatrix, Operator
+from natgrad.operators import FisherMatrix
 
 __all__ = ["Laplace"]
 
@@ -64,7 +65,9 @@ class Laplace(LinearizedPosterior):
             ``state_dict()`` of a model that training began with.
         temperature: T, default 1. The likelihood is taken to the power of 1/T.
         parameters: ``"all"``; ``"last_layer"`` to be uncertain about the last layer alone; or a
-            subnetwork: names of parameters, or of modules with all that they hold.
+            subnetwork: names of parameters, or of modules with all that they hold; or masks by
+            parameter name, as of :func:`natgrad.laplace.largest_entries`, for single entries. Of
+            these the posterior is dense in every part of the matrix, unless that is diagonal.
         fisher: Fisher type.
         output: Picks the tensor the likelihood looks at out of the model's output.
         process_group: Processes that have a share of the data each, as in
@@ -94,7 +97,7 @@ class Laplace(LinearizedPosterior):
         prior_precision: Precision = 1.0,
         prior_mean: float | Mapping[str, Tensor] = 0.0,
         temperature: float = 1.0,
-        parameters: Literal["all", "last_layer"] | Collection[str] = "all",
+        parameters: Literal["all", "last_layer"] | Collection[str] | Mapping[str, Tensor] = "all",
         fisher: str | FisherType = "exact",
         output: Callable[[Any], Tensor] | None = None,
         process_group: Any = None,
@@ -118,6 +121,9 @@ class Laplace(LinearizedPosterior):
         self.temperature: float = float(temperature)
         self._prior_mean = prior_mean
         self._last_only = parameters == "last_layer"
+        self._masks: dict[str, Tensor] | None = None
+        if isinstance(parameters, Mapping):
+            self._masks = checked_masks(self.model, parameters)
         if not isinstance(parameters, str):
             self._trainable = named_parameters(self.model, parameters)
         self._curvature: Curvature | None = None
@@ -210,6 +216,7 @@ class Laplace(LinearizedPosterior):
         self.count: float = seen.count
         matrix = curvature.matrix()
         self.matrix: FisherMatrix = matrix if self._noise == 1.0 else matrix * (1.0 / self._noise)
+        self._uncertain = UncertainMatrix(self.matrix, curvature.blocks, self._masks)
         self._factorised = self._evidence = None
         self._mean = self._center(matrix.layout)[:, 0]
         checked_mean(self._prior_mean, self.matrix.layout)
@@ -270,33 +277,10 @@ class Laplace(LinearizedPosterior):
         return self.count / self.temperature
 
     def _damped_inverse(self, damping: Any) -> FisherMatrix:
-        matrix, damping = self._with_equal_damping(damping)
-        return matrix.inverse(damping)
+        return self._uncertain.inverse(damping)
 
     def _inverse_root(self) -> FisherMatrix:
-        matrix, damping = self._with_equal_damping(self._damping())
-        return matrix.inverse_root(damping)
-
-    def _with_equal_damping(self, damping: Any) -> tuple[FisherMatrix, Any]:
-        """Return a matrix of whose parts each has one damping, and these.
-
-        Parts of several layers with a damping each take all but the least of it into themselves.
-        """
-        if not isinstance(damping, dict):
-            return self.matrix, damping
-        parts: dict[str, Operator] = {}
-        shared: dict[str, float] = {}
-        blocks = self._fitted.blocks
-        for name, part in self.matrix.parts.items():
-            layers = self.matrix.members[name]
-            parts[name], shared[name] = part, min(damping[layer] for layer in layers)
-            if len(layers) > 1:
-                dense = part.to_dense()
-                of = {n: damping[layer] for layer in layers for n in blocks[layer].names}
-                pieces = zip(part.layout.names, part.layout.sizes, strict=True)
-                extra = [dense.new_full((size,), of[n] - shared[name]) for n, size in pieces]
-                parts[name] = DenseOperator(part.layout, dense + torch.diag(torch.cat(extra)))
-        return dataclasses.replace(self.matrix, parts=parts), shared
+        return self._uncertain.inverse_root(self._damping())
 
     # The evidence.
 
@@ -353,10 +337,11 @@ class Laplace(LinearizedPosterior):
 
     def _evidence_at_mode(self) -> Evidence:
         if self._evidence is None:
-            blocks, layout = self._fitted.blocks, self.matrix.layout
-            deviations = self._mean - checked_mean(self._prior_mean, layout)
+            layers, own = self.layers, self._uncertain
+            mean = checked_mean(self._prior_mean, own.matrix.layout)
+            deviations = own.of_parts(self._mean - mean)
             self._evidence = Evidence(
-                self.matrix, blocks, self._seen, deviations, self.temperature, self._noise
+                layers, own.parts, own.owners, deviations, self._seen, self.temperature, self._noise
             )
         return self._evidence
 
@@ -445,6 +430,7 @@ class Laplace(LinearizedPosterior):
             "temperature": self.temperature,
             "prior_precision": self.prior_precision,
             "prior_mean": {n: mean[n] for n in names} if isinstance(mean, Mapping) else mean,
+            "masks": self._masks,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -477,7 +463,7 @@ class Laplace(LinearizedPosterior):
             raise
         self.temperature, self._updates = state["temperature"], state["updates"]
         self._prior_mean, self._prior_precision = state["prior_mean"], state["prior_precision"]
-        self._noise = state["noise"]
+        self._noise, self._masks = state["noise"], state["masks"]
         if isinstance(self._first_likelihood, Gaussian):
             variance = self._variance(self._noise)
             self.likelihood = dataclasses.replace(self._first_likelihood, variance=variance)

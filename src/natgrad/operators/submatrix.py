@@ -13,6 +13,7 @@ from natgrad import linalg
 from natgrad.arguments import check_damping
 from natgrad.layouts import ParameterLayout
 from natgrad.operators.combined import spectral_root
+from natgrad.operators.diagonal import DiagonalOperator
 from natgrad.operators.linear_map import LinearMap
 from natgrad.operators.operator import Operator, VectorLayout
 
@@ -143,6 +144,8 @@ class Submatrix(LinearMap):
 def submatrix_of(operator: Operator, rows: Choice, columns: Choice | None) -> Operator | LinearMap:
     """Return some rows and columns of an operator; see :meth:`Operator.submatrix`."""
     index, layout = _chosen(operator, rows)
+    if columns is None and isinstance(operator, DiagonalOperator):
+        return DiagonalOperator(layout, operator.entries[index])
     if columns is None:
         return SubmatrixOperator(layout, operator, index)
     return Submatrix(operator, index, *_chosen(operator, columns))
