@@ -271,3 +271,18 @@ def test_the_stiff_equation_has_the_solution_it_says():
     zero = nn.Linear(1, 1, dtype=torch.float64)
     nn.init.zeros_(zero.weight), nn.init.zeros_(zero.bias)
     assert problem.loss(zero).item() == pytest.approx(1.0) == problem.error(zero)
+
+
+def test_the_largest_curvature_is_that_of_the_dense_hessian():
+    problem, model = li_chen_huang.StiffPoisson(6, 1), mlp((1, 3, 1), 0, dtype=torch.float64)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+
+    def loss(vector: torch.Tensor) -> torch.Tensor:
+        parts = vector.split([shape.numel() for shape in shapes.values()])
+        values = {n: v.view(s) for (n, s), v in zip(shapes.items(), parts, strict=True)}
+        return problem.loss(lambda x: torch.func.functional_call(model, values, (x,)))
+
+    start = nn.utils.parameters_to_vector(model.parameters()).detach()
+    values = torch.linalg.eigvalsh(torch.autograd.functional.hessian(loss, start)).abs()
+    found = li_chen_huang.largest_curvature(problem, model, 300)
+    assert found == pytest.approx(values.max().item(), rel=1e-6)
