@@ -164,7 +164,7 @@ def _time_over(one: Tuned, other: Tuned) -> list[float]:
         Expect("training loss over K-FAC's", at_most=1.0, because="lower"),
         Expect("processor time to K-FAC's loss over K-FAC's", at_most=1.0, because="less"),
     ],
-    remark="All end within a few hundredths of K-FAC's loss, at the same damping: the nearer matrix "
+    remark="All end within a few hundredths of K-FAC's loss, at the same damping: a nearer matrix "
     "makes no difference here. One draw that stops just above that loss makes the mean time ∞.",
 )
 def training(setting: Setting) -> Figures:
