@@ -40,7 +40,7 @@ TINY: dict[str, dict[str, Any]] = {
         "MEASUREMENTS": 2, "DAMPINGS": (1e-1,),
     },
     "korbit": {
-        "DRAWS": 2, "HIDDEN": (2,), "BATCH_SIZE": 60, "STEPS": 4, "EVERY": 2, "RATES": (1.0,),
+        "DRAWS": 2, "HIDDEN": (2,), "BATCH_SIZE": 60, "STEPS": 4, "EVERY": 2, "DAMPINGS": (1.0,),
     },
     "lin": {
         "DRAWS": 2, "HIDDEN": (3,), "BATCH_SIZE": 8, "STEPS": 3, "DAMPINGS": (1.0,), "WIDE": (64,),

@@ -37,7 +37,9 @@ STEPS = 100
 EVERY = 5
 #: Iterations of conjugate gradients that a step of SGN takes at most.
 ITERATIONS = 10
-RATES = (0.3, 1.0)
+#: Rate from which lengths of steps are searched, and constant dampings of which the best is taken.
+RATE = 0.3
+DAMPINGS = (1e-2, 1e-1, 1.0)
 
 
 def _squares(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -61,13 +63,14 @@ def _network(setting: Setting, task: Task, outputs: int, draw: int) -> nn.Module
     return mlp(sizes, 1000 * setting.seed + draw, dtype=torch.float64)
 
 
-def _egn(model: nn.Module, lr: float, likelihood: str) -> torch.optim.Optimizer:
-    return natgrad.EGN(model, likelihood, lr=lr)
+def _egn(model: nn.Module, damping: float, likelihood: str) -> torch.optim.Optimizer:
+    return natgrad.EGN(model, likelihood, lr=RATE, damping=damping)
 
 
-def _sgn(model: nn.Module, lr: float, likelihood: str) -> torch.optim.Optimizer:
+def _sgn(model: nn.Module, damping: float, likelihood: str) -> torch.optim.Optimizer:
     solver = ConjugateGradient(max_iterations=ITERATIONS, warm_start=False)
-    return natgrad.EGN(model, likelihood, lr=lr, structure=Full(solver=solver))
+    structure = Full(solver=solver)
+    return natgrad.EGN(model, likelihood, lr=RATE, damping=damping, structure=structure)
 
 
 def to_the_same_loss(one: Run, other: Run) -> tuple[float, float]:
@@ -92,12 +95,16 @@ def to_the_same_loss(one: Run, other: Run) -> tuple[float, float]:
         for what in ("steps", "processor time")
         for task in ("regression", "classification")
     ],
+    remark="A first measurement, with damping adapted to the reduction ratio of each batch, as is "
+    "natgrad's default, was refuted, EGN taking 1.3 times the steps of SGN in regression. Here "
+    "damping is constant and the draws are others (seed 1); the rule is the same.",
 )
 def exact(setting: Setting) -> Figures:
     """Steps and processor time to the lowest loss that both reach within 100 steps.
 
-    Batches of 64; one output for the number that an image shows, ten for its class. Both with the
-    line search and the adaptive damping of EGN; ten iterations of conjugate gradients.
+    Batches of 64; one output for the number that an image shows, ten for its class. Both with a
+    line search from rate 0.3 and the best of three dampings, 0.01 to 1, for another network; ten
+    iterations of conjugate gradients.
     """
     titles = {"gaussian": ("regression", 1), "categorical": ("classification", 10)}
     figures: dict[str, list[float]] = {}
@@ -105,8 +112,8 @@ def exact(setting: Setting) -> Figures:
     for index, (likelihood, task) in enumerate(_tasks(setting).items()):
         title, outputs = titles[likelihood]
         methods: dict[str, tuple[MakeAtRate, tuple[float, ...]]] = {
-            "EGN": (partial(_egn, likelihood=likelihood), (1.0,)),
-            "SGN": (partial(_sgn, likelihood=likelihood), (1.0,)),
+            "EGN": (partial(_egn, likelihood=likelihood), DAMPINGS),
+            "SGN": (partial(_sgn, likelihood=likelihood), DAMPINGS),
         }
         found = task.compare(
             methods, partial(_network, setting, task, outputs), DRAWS, steps, every=EVERY
@@ -131,17 +138,19 @@ def exact(setting: Setting) -> Figures:
     expects=[
         Expect("test accuracy, EGN −", at_least=-0.005, because="as well, to half a percent"),
     ],
+    remark="A first measurement, with damping adapted to the reduction ratio of each batch, as is "
+    "natgrad's default, found a test accuracy of 0.73 for EGN and of 0.96 for SGN. Here damping is "
+    "constant and the draws are others (seed 1); the rule is the same.",
 )
 def generalisation(setting: Setting) -> Figures:
-    """Test accuracy after 100 steps with batches of 64, each at the best of its rates.
+    """Test accuracy after 100 steps with batches of 64.
 
-    Two rates for EGN and SGN, which search for the length of steps, and four for SGD (momentum
-    0.9) and Adam, on the training loss of another network.
+    EGN and SGN as in `korbit.exact`; SGD (momentum 0.9) and Adam with the best of four rates.
     """
     task, data = _tasks(setting)["categorical"], setting.dataset()
     methods: dict[str, tuple[MakeAtRate, tuple[float, ...]]] = {
-        "EGN": (partial(_egn, likelihood="categorical"), RATES),
-        "SGN": (partial(_sgn, likelihood="categorical"), RATES),
+        "EGN": (partial(_egn, likelihood="categorical"), DAMPINGS),
+        "SGN": (partial(_sgn, likelihood="categorical"), DAMPINGS),
         "SGD": (
             lambda m, r: torch.optim.SGD(m.parameters(), r, momentum=0.9),
             (0.01, 0.03, 0.1, 0.3),
@@ -169,5 +178,5 @@ def generalisation(setting: Setting) -> Figures:
             for other in others
         },
         **{f"test accuracy, {title}": shares for title, shares in right.items()},
-        **{f"learning rate, {title}": tuned.rate for title, tuned in found.items()},
+        **{f"damping or rate, {title}": tuned.rate for title, tuned in found.items()},
     }
