@@ -197,6 +197,8 @@ def training(setting: Setting) -> Figures:
             because="an improvement by less than a tenth is none",
         )
     ],
+    remark="Here they are behind K-FAC, each at its best damping, of which K-FAC takes the least "
+    "that was tried.",
 )
 def two_level(setting: Setting) -> Figures:
     """The loss after 200 steps, as in `koroko.training`; K-FAC updates as often as the others.

@@ -25,6 +25,7 @@ where the theory is asymptotic, `divergence` and `gradient-descent` came to star
 and what that left out became the claims `best-rate` and `divergence-from-start`. Their figures
 here are of a second run, with other images and draws (seed 1), before which nothing changed but
 that more draws are taken and exponents are fitted to every draw, so that they have errors too.
+Where else a measurement was changed after a first one, the rule stayed, and a remark says so.
 
     natgrad claims --list            # the claims, and what is known of them
     natgrad claims NAME ...          # measure some, claims or whole sources, in minutes on a core
