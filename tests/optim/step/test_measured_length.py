@@ -131,6 +131,7 @@ class Reference:
         self.log_k, self.measured, self.count, self.taken_back = None, 0, 0, 0
         self.ceiling, self.usual, self.zeta = 1.0, 0.0, 1.0
         self.long_log_k = 0.0
+        self.q, self.pairs = None, 0.0
         self.mean, self.matrix, self.inverse = None, None, None
         self.theta = position(model)
         ends = torch.tensor([p.numel() for p in model.parameters()]).cumsum(0).tolist()
@@ -164,7 +165,9 @@ class Reference:
         delta = self.inverse @ g
         along = float(self.v @ g)
         expected = max(self.s or 0.0, self.usual)
-        if self.s is not None and along > self.length.overshoot * expected:
+        sigma = math.sqrt(self.pairs)
+        most = max(self.length.overshoot, min(1.5, self.length.overshoot + 2 * sigma))
+        if self.s is not None and along > most * expected:
             self.mean, self.matrix, self.inverse = saved
             kept = expected / (expected + along)
             self.usual *= kept
@@ -177,6 +180,10 @@ class Reference:
             self.taken_back += 1
             return "taken back"
         if self.s is not None:
+            q = min(3.0, max(-3.0, along / expected))
+            if self.q is not None:
+                self.pairs = 0.9 * self.pairs + 0.1 * (q - self.q) ** 2 / 2
+            self.q = q
             ratio, kappa = min(0.5, max(-0.5, along / expected)), self.length.annealing
             short = 0.8 * min(1.0, float(self.rates.max())) - 1
             if self.zeta > 1 or (self.zeta == 1 and ratio < short):
@@ -623,7 +630,9 @@ def test_loss_that_is_scaled_up_makes_no_step_longer():
 
 def test_warning_of_many_steps_taken_back_comes_once():
     model = network()
-    optimizer = optimizer_of(model, "full", "gaussian", MeasuredLength(overshoot=1e-3))
+    optimizer = optimizer_of(
+        model, "full", "gaussian", MeasuredLength(overshoot=1e-3), lr=3.0, momentum=0.9
+    )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for seed in range(80):

@@ -38,6 +38,10 @@ LEAST_LENGTH = 0.01
 #: Share of a step kept below which no noise explains that the rest went too far.
 UNMISTAKABLE = 0.25
 
+#: How many standard deviations of q its noise explains, up to which q; and what q counts as at most
+#: in σ, either way.
+NOISE, LARGEST_OVERSHOOT, OUTLIER = 2.0, 1.5, 3.0
+
 #: Share of their norms by which two weights may change in one step.
 LARGEST_CHANGE = 0.3
 
@@ -90,10 +94,12 @@ class MeasuredLength:
 
     The gradient at the next step tells whether the last one went too far, for the price of an
     inner product: the slope along v was −s and is ``q·s`` now, with s at least its average, as that
-    of a batch fitted well says little. Where ``q > overshoot`` the step is taken back to the
-    minimum of the parabola with these slopes, ``θ ← θ − v·q/(1 + q)``, nothing else moves, and the
+    of a batch fitted well says little. Where ``q > overshoot + 2σ``, or 1.5, the step is taken back
+    to the minimum of the parabola with these slopes, ``θ ← θ − v·q/(1 + q)``, nothing else moves,
+    and the
     caution γ falls by as much, or by half where noise may explain it, but never below 0.01, or
-    0.01/η with rates above 1. Steps that went well let it grow to 1 again, by 5 % a step where such
+    0.01/η with rates above 1. σ is the noise of q where batches are small: ``σ²`` averages
+    ``(q − q')²/2`` over pairs of steps in a row. Steps that went well let it grow to 1 again, by 5 % a step where such
     lengths went too far before, quickly up to there. A gradient that is not finite skips the step;
     a second one running takes all of the last step back.
 
@@ -118,7 +124,8 @@ class MeasuredLength:
         memory: Weight of the past in the averages of log K and log ⟨Δ, g⟩, below 1.
         start: γ at the first step, in (0, 1].
         growth: Factor on γ after a step that went well, at least 1.
-        overshoot: The ratio of slopes q beyond which a step is taken back; infinite for never.
+        overshoot: The ratio of slopes q beyond which a step is taken back, were q not noisy;
+            infinite for never.
         annealing: κ, how fast lengths follow q; 0 for never.
 
     Raises:
@@ -178,6 +185,8 @@ class LengthState:
         slope: s, by how much the last step was to lower the loss to first order; None where the
             next gradient is not to be held against it.
         usual_slope: The average of s over steps.
+        ratio: The last q.
+        ratio_variance: σ², the noise of q.
         steps: Steps taken or taken back.
         taken_back: How many of them were.
     """
@@ -192,6 +201,8 @@ class LengthState:
     ceiling: float = 1.0
     slope: float | None = None
     usual_slope: float = 0.0
+    ratio: float | None = None
+    ratio_variance: float = 0.0
     steps: int = 0
     taken_back: int = 0
 
@@ -254,10 +265,9 @@ class LengthState:
             rule: The rule.
             slope: ``⟨v, g⟩`` with the last step v and the present gradient.
         """
-        ratio = self._ratio(slope)
-        if not ratio > rule.overshoot:
-            return 1.0
-        return 1.0 / (1.0 + ratio)
+        ratio, noise = self._ratio(slope), NOISE * math.sqrt(self.ratio_variance)
+        most = max(rule.overshoot, min(rule.overshoot + noise, LARGEST_OVERSHOOT))
+        return 1.0 / (1.0 + ratio) if ratio > most else 1.0
 
     def _ratio(self, slope: float) -> float:
         """Return q; 0 where there is no step to hold the slope against."""
@@ -281,17 +291,33 @@ class LengthState:
         """
         if self.slope is None:
             return self
-        ratio = min(LARGEST_RATIO, max(-LARGEST_RATIO, self._ratio(slope)))
+        ratio = min(OUTLIER, max(-OUTLIER, self._ratio(slope)))
+        return replace(
+            self,
+            stretch=self._stretched(rule, ratio, rate),
+            ratio=ratio,
+            ratio_variance=self._noisier(ratio),
+        )
+
+    def _noisier(self, ratio: float) -> float:
+        """Return σ² with another q."""
+        if self.ratio is None:
+            return self.ratio_variance
+        return USUAL * self.ratio_variance + (1 - USUAL) * (ratio - self.ratio) ** 2 / 2
+
+    def _stretched(self, rule: MeasuredLength, ratio: float, rate: float) -> float:
+        """Return ζ after a step with a ratio of slopes."""
+        ratio = min(LARGEST_RATIO, max(-LARGEST_RATIO, ratio))
         too_short = LEAST_SHARE * min(rate, 1.0) - 1.0
         if self.stretch > 1.0 or (self.stretch == 1.0 and ratio < too_short):
             if self.caution < 1.0:  # That is why.
                 ratio = max(ratio, too_short)
             stretch = self.stretch * math.exp(-rule.annealing * (ratio - too_short))
-            return replace(self, stretch=min(LONGEST, max(1.0, stretch)))
+            return min(LONGEST, max(1.0, stretch))
         if self._decrement_falls():
-            return self
+            return self.stretch
         stretch = self.stretch * math.exp(-rule.annealing * (ratio - TOLERATED))
-        return replace(self, stretch=min(1.0, max(LEAST_LENGTH, stretch)))
+        return min(1.0, max(LEAST_LENGTH, stretch))
 
     def shortened(self, share: float, rate: float) -> LengthState:
         """Return the state after the last step, at a rate η, was cut to a share of it."""
