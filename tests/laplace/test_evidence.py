@@ -47,6 +47,12 @@ def test_evidence_and_predictions_are_the_dense_ones(structure, kind, delta):
     rows = jacobian.flatten(0, 1)
     _, together = posterior.functional_variance(new, joint=True)
     dense.assert_same(together, rows @ sigma @ rows.T, 1e-8)
+    # Set later it is the same.
+    later = Laplace(model, (x, y), kind, structure, prior_precision=delta)
+    later.log_marginal_likelihood()
+    later.temperature, later.prior_mean = 0.4, named(mean, model)
+    assert later.log_marginal_likelihood() == posterior.log_marginal_likelihood()
+    dense.assert_same(later.functional_variance(new)[1], covariance, 1e-12)
     if structure != "unit_wise":
         noise = torch.randn(50, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
         values, vectors = torch.linalg.eigh(sigma)

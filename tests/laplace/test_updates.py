@@ -136,6 +136,12 @@ def test_wrong_updates_and_states_leave_the_posterior_as_it_was():
     for call in calls:
         with pytest.raises(ValueError, match="has seen no data"):
             call()
+    with pytest.raises(ValueError, match="no target"):
+        empty.update((x, torch.full((6,), -100)))
+    wrong = Laplace(model, None, prior_precision={"3": 1.0})
+    for _ in range(2):  # And not half fitted after the first.
+        with pytest.raises(ValueError, match="one for each layer"):
+            wrong.update((x, y))
     posterior = Laplace(model, (x, y), "categorical", "kfac")
     evidence, state = posterior.log_marginal_likelihood(), posterior.state_dict()
     for wrong, message in (

@@ -87,6 +87,8 @@ class Laplace(LinearizedPosterior):
         >>> probabilities = posterior.predict(x)
     """
 
+    _evidence: Evidence | None = None
+
     def __init__(
         self,
         model: nn.Module,
@@ -107,8 +109,6 @@ class Laplace(LinearizedPosterior):
             raise ValueError(
                 f"parameters must be 'all', 'last_layer' or a list of names, got {parameters!r}"
             )
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature must be positive and finite, got {temperature}")
         self.model: nn.Module = unwrap(model)
         mesh = mesh_group(self.model)
         self._shards, self._group = mesh is not None, process_group or mesh
@@ -118,20 +118,18 @@ class Laplace(LinearizedPosterior):
         self.output: Callable[[Any], Any] | None = self.likelihood.selection(output)
         self.structure: Structure = as_structure(structure, **structure_options)
         self.fisher: FisherType = as_fisher_type(fisher)
-        self.temperature: float = float(temperature)
-        self._prior_mean = prior_mean
+        self._curvature: Curvature | None = None
+        self.temperature = temperature
+        self.prior_mean = prior_mean
         self._last_only = parameters == "last_layer"
         self._masks: dict[str, Tensor] | None = None
         if isinstance(parameters, Mapping):
             self._masks = checked_masks(self.model, parameters)
         if not isinstance(parameters, str):
             self._trainable = named_parameters(self.model, parameters)
-        self._curvature: Curvature | None = None
         self._seen, self._updates, self._noise = Observations(), 0, 1.0
-        self._evidence: Evidence | None = None
-        if isinstance(prior_precision, Mapping):
-            prior_precision = dict(prior_precision)  # Checked once the layers are known.
-            self._prior_precision = prior_precision
+        if isinstance(prior_precision, Mapping):  # Checked once the layers are known.
+            self._prior_precision = dict(prior_precision)
         else:
             self.prior_precision = prior_precision
         if data is not None:
@@ -170,12 +168,14 @@ class Laplace(LinearizedPosterior):
                     seed=self._updates, output=self._chosen_output, process_group=self._group,
                     known=self._curvature,
                 )  # fmt: skip
-            seen = self._observed(batches, replicas, curvature.layout.device)
+            seen = self._seen + self._observed(batches, replicas, curvature.layout.device)
+            if not seen.count > 0:
+                raise ValueError("no target of the data counts, so there is nothing to learn from")
         except BaseException:
             if saved is not None and self._curvature is not None:
                 self._curvature.rollback(saved)
             raise
-        self._take(curvature, self._seen + seen)
+        self._take(curvature, seen)
         self._updates += 1
 
     def _found_last_layer(self, batches: Iterable[Batch], replicas: Replicas) -> frozenset[str]:
@@ -212,6 +212,8 @@ class Laplace(LinearizedPosterior):
 
     def _take(self, curvature: Curvature, seen: Observations) -> None:
         """Make sums over data the posterior's."""
+        checked_mean(self._prior_mean, curvature.layout)
+        self._prior_precision = checked_precisions(self._prior_precision, tuple(curvature.blocks))
         self._curvature, self._seen = curvature, seen
         self.count: float = seen.count
         matrix = curvature.matrix()
@@ -219,8 +221,6 @@ class Laplace(LinearizedPosterior):
         self._uncertain = UncertainMatrix(self.matrix, curvature.blocks, self._masks)
         self._factorised = self._evidence = None
         self._mean = self._center(matrix.layout)[:, 0]
-        checked_mean(self._prior_mean, self.matrix.layout)
-        self._prior_precision = checked_precisions(self._prior_precision, self.layers)
 
     @property
     def _fitted(self) -> Curvature:
@@ -263,6 +263,38 @@ class Laplace(LinearizedPosterior):
     def prior_precision(self, value: Any) -> None:
         layers = self.layers if isinstance(value, Mapping) else ()
         self._prior_precision = checked_precisions(value, layers)
+
+    @property
+    def prior_mean(self) -> Any:
+        """μ, a number, or tensors by parameter name.
+
+        Raises:
+            ValueError: When set to something without a tensor of the right shape for a parameter.
+        """
+        return self._prior_mean
+
+    @prior_mean.setter
+    def prior_mean(self, value: Any) -> None:
+        if self._curvature is not None:
+            checked_mean(value, self._curvature.layout)
+        if isinstance(value, Mapping):  # A state_dict() changes as its model trains.
+            value = {name: one.detach().clone() for name, one in value.items()}
+        self._prior_mean, self._evidence = value, None
+
+    @property
+    def temperature(self) -> float:
+        """T.
+
+        Raises:
+            ValueError: When set to something else than a positive finite number.
+        """
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        if not 0 < value < math.inf:
+            raise ValueError(f"temperature must be positive and finite, got {value}")
+        self._temperature, self._evidence = float(value), None
 
     def _damping(self) -> Any:
         """Return what the prior adds to F: a number, or one for each layer."""
