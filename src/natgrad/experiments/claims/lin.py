@@ -331,8 +331,8 @@ def _entries(value: Any) -> int:
         Expect("numbers kept, over AdamW's", at_most=1.1, because="no more, to a tenth"),
         Expect("training loss over that of dense factors", at_most=1.1, because="to a tenth"),
     ],
-    remark="Measured for the second time, for the reason given in `lin.bfloat16`. The best structure "
-    "is that with dense corners.",
+    remark="Measured for the second time, for the reason given in `lin.bfloat16`. Factors with "
+    "dense corners come closest.",
 )
 def structures(setting: Setting) -> Figures:
     """Numbers kept for a network 64-256-256-10, and the loss as in `lin.bfloat16`, in float32.
