@@ -61,7 +61,7 @@ def test_evidence_and_predictions_are_the_dense_ones(structure, kind, delta):
         dense.assert_same(samples, reference.theta + noise @ root, 1e-8)
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", ["full", "unit_wise", "kfac"])
 @pytest.mark.parametrize("per_layer", [False, True])
 def test_evidence_is_differentiable_in_prior_and_noise(structure, per_layer):
     model, (x, y) = network(), data("gaussian")
@@ -85,7 +85,7 @@ def test_evidence_is_differentiable_in_prior_and_noise(structure, per_layer):
     assert isinstance(posterior.log_marginal_likelihood(0.4, 0.3), float)
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", ["full", "kfac", "diagonal"])
 @pytest.mark.parametrize("noise", [False, True])
 @pytest.mark.parametrize("per_layer", [False, True])
 def test_the_best_prior_and_noise_are_stationary_points_of_the_dense_evidence(

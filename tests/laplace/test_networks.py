@@ -63,7 +63,7 @@ def network(kind: type[nn.Module]) -> nn.Module:
 
 
 @pytest.mark.parametrize("kind", [Residual, Transformer])
-@pytest.mark.parametrize("structure", ["full", "block_diagonal", "kfac", "ekfac", "diagonal"])
+@pytest.mark.parametrize("structure", ["full", "kfac", "ekfac"])
 def test_posteriors_are_the_dense_ones_in_pieces_of_any_size(kind, structure):
     model = network(kind)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -71,7 +71,7 @@ def test_posteriors_are_the_dense_ones_in_pieces_of_any_size(kind, structure):
     posterior = Laplace(model, [(x[:7], y[:7]), (x[7:], y[7:])], structure=structure,
                         prior_precision=0.5)  # fmt: skip
     fisher = posterior.matrix.to_dense()
-    if structure not in ("ekfac",):  # Whose basis is that of one batch or the other.
+    if structure != "ekfac":  # Whose basis is that of one batch or the other.
         whole = fisher_matrix(model, (x, y), structure=structure).to_dense()
         dense.assert_same(fisher, whole, 1e-8)
     sigma = torch.linalg.inv(12 * fisher + 0.5 * torch.eye(len(fisher)).double())

@@ -32,8 +32,10 @@ def assert_same_posterior(found: Laplace, expected: Laplace, x: Any) -> None:
         assert found.log_marginal_likelihood(delta) == pytest.approx(evidence, rel=1e-9)
 
 
-@pytest.mark.parametrize("structure", [name for name in NAMES if name not in IN_BASES])
-@pytest.mark.parametrize("parameters", ["all", "last_layer"])
+@pytest.mark.parametrize(
+    "structure, parameters",
+    [("kfac", "last_layer"), *((name, "all") for name in NAMES if name not in IN_BASES)],
+)
 def test_further_data_give_the_posterior_of_all(structure, parameters):
     model, (x, y), new = network(), data("categorical", 14), normal(3, 3, seed=5)
     batches = [(x[:6], y[:6]), (x[6:10], y[6:10]), (x[10:], y[10:])]
@@ -72,8 +74,10 @@ def saved(posterior: Laplace) -> dict[str, Any]:
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize("structure", NAMES)
-@pytest.mark.parametrize("samples", [4, 40])
+@pytest.mark.parametrize(
+    "structure, samples",
+    [*((name, 4) for name in NAMES), *((n, 40) for n in ("full", "block_diagonal", "unit_wise"))],
+)
 def test_a_restored_posterior_is_the_one_saved_and_takes_further_data(structure, samples):
     """With fewer rows than parameters, and with more."""
     model, (x, y), new = network(), data("categorical", samples), normal(3, 3, seed=5)
