@@ -84,3 +84,12 @@ def test_posteriors_are_the_dense_ones_in_pieces_of_any_size(kind, structure):
     _, joint = posterior.functional_variance(new, joint=True)
     dense.assert_same(joint, rows @ sigma @ rows.T, 1e-7)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", [Residual, Transformer])
+def test_the_last_layer_is_the_one_called_last(kind):
+    """Not a parameter of the model itself, as the table of positions."""
+    model = network(kind)
+    posterior = Laplace(model, (normal(6, 1, 4, 4), torch.arange(6) % 3), structure="full",
+                        parameters="last_layer")  # fmt: skip
+    assert posterior.matrix.parameter_names == ("head.weight", "head.bias")

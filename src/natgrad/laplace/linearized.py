@@ -275,7 +275,9 @@ class LinearizedPosterior(ABC):
         """Return the names of the parameters of the layer that is called last."""
         with self._capture() as capture, evaluated(capture, inputs) as output:
             rows = capture.pull_back(output, torch.ones_like(output.detach()).unsqueeze(0))
-            return frozenset(rows[list(rows)[-1]].layout.names)
+            # Parameters that are used outside the calls of modules come last, whenever they are.
+            called = [name for name in rows if name not in capture.rows.direct] or list(rows)
+            return frozenset(rows[called[-1]].layout.names)
 
     @contextmanager
     def _only_trainable(self) -> Iterator[None]:
