@@ -58,7 +58,7 @@ class ForwardOnly(Structure):
         ValueError: If an option is out of range.
 
     Source: Benzing, Gradient descent on neurons and its link to approximate second-order
-    optimization (2022), equation 4, there with a sum over the batch for its mean.
+    optimization (2022).
     """
 
     name: ClassVar[str] = "foof"
