@@ -501,8 +501,13 @@ _DAMPING_RULE = [
 ]
 _DAMPING_REMARK = (
     "The formula of the source could not be confirmed. What is measured is its aim: layer l is "
-    "damped by λ tr F_l / P_l, where one damping is λ tr F / P for all layers. The other ratios "
-    "tell what is due to the factors and what to damping."
+    "damped by a share of tr F_l / P_l, its own mean eigenvalue; one damping for all layers is a "
+    "share of tr F / P. The other ratios tell what is due to the factors and what to damping: on "
+    "the VGG K-FAC gains from it as TKFAC does, on the ResNet the factors give more than damping. "
+    "The smaller of the two rates was best for all four, so that still smaller ones may be better. "
+    "With natgrad's measured lengths, which choose the rate themselves, one run each of a pilot "
+    "(share 0.2) found TKFAC worse with own damping: losses 0.59 and 0.44 on the ResNet, 0.39 and "
+    "0.17 on the VGG."
 )
 
 
