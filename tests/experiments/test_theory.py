@@ -206,7 +206,8 @@ def test_a_section_that_fails_says_why(monkeypatch):
         (["--output=/dev/null"], "is a file"),
     ],
 )
-def test_wrong_input_ends_with_one_sentence(tmp_path, capsys, options, message):
+def test_wrong_input_ends_with_one_sentence(tmp_path, capsys, monkeypatch, options, message):
+    monkeypatch.delenv("NATGRAD_DATA", raising=False)
     assert run(["theory", f"--output={tmp_path / 'out'}", *options]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
