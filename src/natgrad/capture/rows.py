@@ -156,6 +156,7 @@ class RowBuilder:
         self.checks: int = 0
         self.checked: bool = False
         self._turned = False
+        self._elements = 0  # Entries that a vector meets on its way through the last pass.
         self._passes = 0  # Since the first that was checked.
         self._last: Callable[[], Tensor | None] = lambda: None
         self._unverified: set[str] = set()  # Blocks whose gradients have all been zero.
@@ -197,6 +198,8 @@ class RowBuilder:
             return Jacobians(self.layout, {}, samples, directions)
         self.check(recorded, output)
         calls = self._available(recorded)
+        layers = sum(prod(shape) for one in recorded for shape in one.shapes)
+        self._elements = max(layers, output.numel())
         for one in calls:
             one.axis = self._axis(one, samples)
         own = self._by_block(calls)
@@ -310,7 +313,7 @@ class RowBuilder:
         if not alone:
             return batched_gradients(output, targets, vectors, retain_graph)
         directions, samples = vectors.shape[:2]
-        elements = output.numel() * directions + sum(_size(one) for one in targets)
+        elements = directions * (self._elements + sum(_size(one) for one in targets))
         step = max(1, min(samples, SPLIT_ELEMENTS // max(1, elements)))
         pieces = []
         for start in range(0, samples, step):
