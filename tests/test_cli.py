@@ -135,7 +135,10 @@ def test_ctrl_c_before_anything_is_there_is_one_line(monkeypatch, capsys):
 
 def test_ctrl_c_of_a_whole_process_is_one_line(tmp_path):
     (tmp_path / "slow.py").write_text(
-        "import os, signal\n\ndef model():\n    os.kill(os.getpid(), signal.SIGINT)\n"
+        "import os, signal\n\n"
+        # Processes started in the background inherit that it is ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n\n"
+        "def model():\n    os.kill(os.getpid(), signal.SIGINT)\n"
     )
     done = subprocess.run(
         [sys.executable, "-m", "natgrad", "inspect", "slow:model"],
