@@ -15,22 +15,20 @@ from natgrad.jacobians import Jacobians
 from natgrad.operators.dense import SpectralOperator
 from natgrad.operators.operator import GradientSource, Operator, VectorLayout
 
-__all__ = ["ScaledOperator", "SumOperator", "spectral_root"]
+__all__ = ["DerivedOperator", "ScaledOperator", "SumOperator", "spectral_root"]
 
 
 @dataclass(frozen=True, eq=False)
-class ScaledOperator(Operator):
-    """``c F``, solved as F is: ``(cF + λI)⁻¹ = (F + λ/c I)⁻¹/c``.
+class DerivedOperator(Operator):
+    """A matrix made of another one, with entries of its type and where its are.
 
     Attributes:
         layout: How vectors are cut into parameters.
-        operator: F.
-        factor: c.
+        operator: The other one.
     """
 
     layout: VectorLayout
     operator: Operator
-    factor: float
 
     @property
     def dtype(self) -> torch.dtype:
@@ -41,6 +39,19 @@ class ScaledOperator(Operator):
     def device(self) -> torch.device:
         """Where the entries are."""
         return self.operator.device
+
+
+@dataclass(frozen=True, eq=False)
+class ScaledOperator(DerivedOperator):
+    """``c F``, solved as F is: ``(cF + λI)⁻¹ = (F + λ/c I)⁻¹/c``.
+
+    Attributes:
+        layout: How vectors are cut into parameters.
+        operator: F.
+        factor: c.
+    """
+
+    factor: float
 
     def multiply(self, columns: Tensor) -> Tensor:
         """Return ``c F V``."""

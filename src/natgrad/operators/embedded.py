@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from natgrad.operators.operator import Operator, VectorLayout
+from natgrad.operators.combined import DerivedOperator
 from natgrad.operators.submatrix import spread
 
 __all__ = ["EmbeddedOperator"]
 
 
 @dataclass(frozen=True, eq=False)
-class EmbeddedOperator(Operator):
+class EmbeddedOperator(DerivedOperator):
     """``E F Eᵀ`` with the columns of the identity that an index picks, E.
 
     Attributes:
@@ -23,19 +23,7 @@ class EmbeddedOperator(Operator):
         index: Which entries F is about, ``(P',)``.
     """
 
-    layout: VectorLayout
-    operator: Operator
     index: Tensor
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the entries."""
-        return self.operator.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the entries are."""
-        return self.operator.device
 
     def multiply(self, columns: Tensor) -> Tensor:
         """Return ``E F Eᵀ V``."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from natgrad import linalg
 from natgrad.arguments import check_damping
 from natgrad.layouts import ParameterLayout
-from natgrad.operators.combined import spectral_root
+from natgrad.operators.combined import DerivedOperator, spectral_root
 from natgrad.operators.diagonal import DiagonalOperator
 from natgrad.operators.linear_map import LinearMap
 from natgrad.operators.operator import Operator, VectorLayout
@@ -52,7 +52,7 @@ class EntriesLayout:
 
 
 @dataclass(frozen=True, eq=False)
-class SubmatrixOperator(Operator):
+class SubmatrixOperator(DerivedOperator):
     """``F[i, i]``: products with F of vectors that are zero elsewhere.
 
     Attributes:
@@ -61,19 +61,7 @@ class SubmatrixOperator(Operator):
         index: i, which entries, ``(P',)``.
     """
 
-    layout: VectorLayout
-    operator: Operator
     index: Tensor
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the entries."""
-        return self.operator.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the entries are."""
-        return self.operator.device
 
     def multiply(self, columns: Tensor) -> Tensor:
         """Return the product with ``(P', k)``."""
