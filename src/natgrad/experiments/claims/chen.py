@@ -9,7 +9,8 @@ from torch.nn import functional
 import natgrad
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
 from natgrad.experiments.claims.image_training import images
-from natgrad.experiments.claims.side_by_side import MakeAtRate, Task, accuracy, ratios
+from natgrad.experiments.claims.paired_draws import ratios
+from natgrad.experiments.claims.side_by_side import MakeAtRate, Task, accuracy
 from natgrad.experiments.models import build_model
 
 __all__ = ["SOURCE"]

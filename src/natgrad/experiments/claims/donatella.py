@@ -12,7 +12,13 @@ from torch.nn import functional
 import natgrad
 from natgrad.curvature import Full
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
-from natgrad.experiments.claims.side_by_side import MakeAtRate, MakeOptimizer, Task, mlp, ratios
+from natgrad.experiments.claims.paired_draws import ratios
+from natgrad.experiments.claims.side_by_side import (
+    MakeAtRate,
+    MakeOptimizer,
+    Task,
+    mlp,
+)
 from natgrad.operators import FisherMatrix
 from natgrad.solvers import Thermodynamic
 from natgrad.solvers.thermodynamic import MARGIN

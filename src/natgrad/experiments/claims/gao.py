@@ -21,14 +21,13 @@ from natgrad.curvature.tkfac import TraceStatistics
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
 from natgrad.experiments.claims.image_training import VGG, ImageTask, ResNet, images
 from natgrad.experiments.claims.layer_damping import LayerDampedKFAC, LayerDampedTKFAC
+from natgrad.experiments.claims.paired_draws import differences, ratios
 from natgrad.experiments.claims.race import (
     Method,
     Race,
     Trial,
     as_key,
     at_equal_time,
-    differences,
-    ratios,
 )
 from natgrad.jacobians import Jacobians, LinearJacobian
 

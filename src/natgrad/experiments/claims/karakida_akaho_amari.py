@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from natgrad import fisher_matrix, ntk
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
-from natgrad.experiments.claims.side_by_side import ratios
+from natgrad.experiments.claims.paired_draws import ratios
 from natgrad.experiments.theory.by_width import ByWidth
 
 __all__ = ["SOURCE"]

@@ -12,13 +12,13 @@ from torch.nn import functional
 import natgrad
 from natgrad.curvature import Full
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
+from natgrad.experiments.claims.paired_draws import ratios
 from natgrad.experiments.claims.side_by_side import (
     MakeAtRate,
     Run,
     Task,
     accuracy,
     mlp,
-    ratios,
 )
 from natgrad.solvers import ConjugateGradient
 

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 import natgrad
 from natgrad.curvature import KroneckerProducts, TwoLevelKronecker
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
-from natgrad.experiments.claims.side_by_side import MakeAtRate, Task, Tuned, mlp, ratios
+from natgrad.experiments.claims.paired_draws import ratios
+from natgrad.experiments.claims.side_by_side import (
+    MakeAtRate,
+    Task,
+    Tuned,
+    mlp,
+)
 
 __all__ = ["SOURCE"]
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import natgrad
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
-from natgrad.experiments.claims.side_by_side import MakeAtRate, mlp, ratios
+from natgrad.experiments.claims.paired_draws import ratios
+from natgrad.experiments.claims.side_by_side import MakeAtRate, mlp
 
 __all__ = ["SOURCE"]
 

@@ -16,12 +16,12 @@ import natgrad
 from natgrad.curvature import InverseFactors, KroneckerFactors
 from natgrad.curvature.structure import Part
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
+from natgrad.experiments.claims.paired_draws import ratios
 from natgrad.experiments.claims.side_by_side import (
     MakeAtRate,
     MakeOptimizer,
     Task,
     mlp,
-    ratios,
     step_of,
 )
 from natgrad.jacobians import FIRST_DRAW, Draw, Jacobians

@@ -12,13 +12,12 @@ from torch import nn
 import natgrad
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
 from natgrad.experiments.claims.image_training import Curves, ImageTask, ResNet, images
+from natgrad.experiments.claims.paired_draws import differences, ratios
 from natgrad.experiments.claims.race import (
     Method,
     Race,
     Trial,
     as_key,
-    differences,
-    ratios,
     time_to,
 )
 from natgrad.experiments.claims.translation import (

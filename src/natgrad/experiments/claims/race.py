@@ -13,7 +13,7 @@ from torch import nn
 from natgrad.experiments.claims.claim import Setting
 from natgrad.experiments.claims.image_training import Curves, ImageTask, train
 
-__all__ = ["Method", "Race", "Trial", "as_key", "at_equal_time", "differences", "ratios", "time_to"]
+__all__ = ["Method", "Race", "Trial", "as_key", "at_equal_time", "time_to"]
 
 Trial = tuple[float, ...]
 """A learning rate, and whatever else is searched with it."""
@@ -83,16 +83,6 @@ class Race:
 def as_key(setting: Setting) -> tuple[Any, ...]:
     """Return what makes an equal setting, apart from what it has found."""
     return setting.full, setting.seed, setting.data, setting.data_dir, setting.device
-
-
-def ratios(one: Sequence[float], other: Sequence[float]) -> list[float]:
-    """Return the ratios draw by draw."""
-    return [a / b for a, b in zip(one, other, strict=True)]
-
-
-def differences(one: Sequence[float], other: Sequence[float]) -> list[float]:
-    """Return the differences draw by draw."""
-    return [a - b for a, b in zip(one, other, strict=True)]
 
 
 def _times(curves: Curves, figure: str) -> list[float]:

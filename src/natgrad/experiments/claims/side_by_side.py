@@ -20,7 +20,6 @@ __all__ = [
     "Tuned",
     "accuracy",
     "mlp",
-    "ratios",
     "step_of",
 ]
 
@@ -79,11 +78,6 @@ def step_of(
     optimizer.step()
     new = dict(trained.named_parameters())
     return {name: (old - new[name]).detach() for name, old in model.named_parameters()}
-
-
-def ratios(numbers: Sequence[float], others: Sequence[float]) -> list[float]:
-    """Return the ratios of the numbers of draws that belong together; NaN for ∞/∞."""
-    return [a / b for a, b in zip(numbers, others, strict=True)]
 
 
 @dataclass(frozen=True)

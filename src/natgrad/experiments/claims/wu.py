@@ -13,7 +13,14 @@ from torch.nn import functional
 
 import natgrad
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
-from natgrad.experiments.claims.side_by_side import MakeAtRate, Task, accuracy, mlp, ratios, step_of
+from natgrad.experiments.claims.paired_draws import ratios
+from natgrad.experiments.claims.side_by_side import (
+    MakeAtRate,
+    Task,
+    accuracy,
+    mlp,
+    step_of,
+)
 from natgrad.fisher import FisherType, ImprovedFisher
 
 __all__ = ["SOURCE"]
