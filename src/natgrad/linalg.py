@@ -163,16 +163,16 @@ def lower_gram(rows: Tensor, out: Tensor | None = None) -> Tensor:
 
     Args:
         rows: ``X``.
-        out: Zeros to write the result to, ``(d, d)``; a new tensor by default.
+        out: What the result is added to, ``(d, d)``; a new tensor of zeros by default.
     """
     size = rows.shape[1]
     if rows.device.type != "cpu" or size < 2 * GRAM_BLOCK:
-        return rows.T @ rows if out is None else torch.mm(rows.T, rows, out=out)
+        return rows.T @ rows if out is None else out.addmm_(rows.T, rows)
     if out is None:
         out = rows.new_zeros(size, size)
     for start in range(0, size, GRAM_BLOCK):
         stop = min(start + GRAM_BLOCK, size)
-        torch.mm(rows[:, start:stop].T, rows[:, :stop], out=out[start:stop, :stop])
+        out[start:stop, :stop].addmm_(rows[:, start:stop].T, rows[:, :stop])
     return out
 
 

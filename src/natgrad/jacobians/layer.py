@@ -109,6 +109,13 @@ class LayerJacobian(ABC):
     def per_sample_gradients(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Return rows of samples ``start:stop`` as matrices ``(n, K, G, d_out, d_in + bias)``."""
 
+    def by_units(self, width: int) -> Iterator[LayerJacobian]:
+        """Yield rows of some units each, of at most ``width`` numbers or one unit.
+
+        Here of all units at once; layers whose units share their inputs form some alone.
+        """
+        yield self
+
     @abstractmethod
     def combined(self, weights: Tensor) -> LayerJacobian:
         """Return rows ``Σ_k w_nkj M_nk`` for ``w`` of shape ``(N, K, J)``, J per sample.
@@ -240,28 +247,42 @@ def gram_by_gradients(left: LayerJacobian, right: LayerJacobian, symmetric: bool
 def joint_gram(blocks: Sequence[LayerJacobian]) -> Tensor:
     """Return ``Σ_l J_l J_lᵀ``, ``(N·K, N·K)``, of some layers from their per-sample gradients.
 
-    Gradients of all layers lie side by side, chunk by chunk of samples, so that the lower triangle
-    is multiplied once and mirrored once.
+    Gradients of all layers lie side by side, as many units at a time as the chunk budget holds for
+    all samples, so that each is formed once and the lower triangle alone is multiplied.
     """
+    size = blocks[0].rows
+    lower = torch.zeros(size, size, dtype=blocks[0].dtype, device=blocks[0].device)
+    width, together = CHUNK_ELEMENTS // max(1, size), list[LayerJacobian]()
+    for piece in (piece for block in blocks for piece in block.by_units(width)):
+        if together and sum(map(_width, together)) + _width(piece) > width:
+            _add_lower_gram(together, lower)
+            together = []
+        together.append(piece)
+    _add_lower_gram(together, lower)
+    return linalg.symmetric(lower)
+
+
+def _add_lower_gram(blocks: Sequence[LayerJacobian], lower: Tensor) -> None:
+    """Add the lower triangle of ``Σ_l J_l J_lᵀ``, chunk by chunk of samples."""
     samples, k = blocks[0].samples, blocks[0].directions
-    width = sum(block.layout.numel for block in blocks)
-    step = max(1, CHUNK_ELEMENTS // max(1, k * width))
+    step = max(1, CHUNK_ELEMENTS // max(1, k * sum(map(_width, blocks))))
 
     def rows(start: int) -> Tensor:
         stop = min(start + step, samples)
         parts = [block.per_sample_gradients(start, stop).flatten(2) for block in blocks]
         return torch.cat(parts, 2).flatten(0, 1)
 
-    size = samples * k
-    lower = torch.zeros(size, size, dtype=blocks[0].dtype, device=blocks[0].device)
     for start in range(0, samples, step):
         columns = rows(start)
         own = slice(start * k, start * k + len(columns))
         linalg.lower_gram(columns.T, out=lower[own, own])
         for later in range(start + step, samples, step):
             others = rows(later)
-            lower[later * k : later * k + len(others), own] = others @ columns.T
-    return linalg.symmetric(lower)
+            lower[later * k : later * k + len(others), own].addmm_(others, columns.T)
+
+
+def _width(block: LayerJacobian) -> int:
+    return block.layout.groups * block.layout.d_out * block.layout.d_augmented
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Literal, cast
 
@@ -135,6 +135,15 @@ class LinearJacobian(LayerJacobian):
         result.samples, result.directions = result.output_gradients.shape[:2]
         result._active = None
         return result
+
+    def by_units(self, width: int) -> Iterator[LinearJacobian]:
+        """Yield rows of some units each; see :meth:`LayerJacobian.by_units`."""
+        units = max(1, width // (self.layout.groups * self.layout.d_augmented))
+        for delta in self.output_gradients.split(units, -1):
+            piece = copy.copy(self)
+            piece.layout = replace(self.layout, d_out=delta.shape[-1])
+            piece.output_gradients, piece._active = delta, None
+            yield piece
 
     def _share_inputs(self, samples: int) -> None:
         self._inputs = self.inputs.expand(samples, *self.inputs.shape[1:])

@@ -275,6 +275,18 @@ class RowsInverse(Operator):
             rest = rest * scales.square().mean()
         return self.layout.to_dict((known + self._solve(rest, scales))[:, 0])
 
+    def of_coordinates(self, coordinates: Tensor) -> dict[str, Tensor] | None:
+        """Return the natural gradient of ``Jᵀu``, parameter name → tensor, by push-through.
+
+        Args:
+            coordinates: u, ``(R, 1)``; None is returned where rows have weights or scales.
+        """
+        pieces = self.operator.pieces
+        if len(pieces) != 1 or pieces[0][0] != 1.0 or scaled_rows(pieces) is not None:
+            return None
+        solution = self.in_sample_space(coordinates.to(self.dtype))
+        return self.layout.to_dict(transposed_times(pieces, solution)[:, 0])
+
     def row_products(self, direction: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
         """Return ``JΔ`` and the count."""
         return self.operator.row_products(direction)

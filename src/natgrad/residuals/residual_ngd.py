@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from natgrad.curvature.full import ExactRows
 from natgrad.jacobians import Jacobians
 from natgrad.linalg import FactorizationError
 from natgrad.operators import GradientSource, Operator
+from natgrad.operators.rows import RowsInverse
 from natgrad.optim.checkpoints import CheckpointedOptimizer, only_initialises
 from natgrad.optim.copying import CopiedByState
 from natgrad.optim.step.line_search import LineSearch
@@ -350,38 +351,64 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
 
         ``(F + λI)Δ = ∇L + λμΔ₀``, so that ``ΔᵀFΔ`` needs no product with F.
         """
-        step = self._precondition(right.gradient, right.coordinates)
+        step = self._precondition(lambda: right.gradient, right.coordinates)
         rest = step
         if right.shift is not None:
             step, rest = step + right.shift, step
         slope, square = float(step @ gradient), float(step.square().sum())
         return step, slope, (slope - damping * float(step @ rest)) / square if square else 0.0
 
-    def _precondition(self, gradient: Tensor, coordinates: Tensor | None) -> Tensor:
+    def _precondition(self, gradient: Callable[[], Tensor], coordinates: Tensor | None) -> Tensor:
+        """Return ``(F + λI)⁻¹Jᵀu``.
+
+        Args:
+            gradient: Computes ``Jᵀu``, flat; in sample space that is not needed.
+            coordinates: u, where all rows were had at once.
+        """
         layout = self.rows.layout
-        source = GradientSource(layout.to_dict(gradient), coordinates=coordinates)
-        natural = self.curvature.natural_gradient(source)
+        natural = None if coordinates is None else self._in_sample_space(coordinates)
+        if natural is None:
+            source = GradientSource(layout.to_dict(gradient()), coordinates=coordinates)
+            natural = self.curvature.natural_gradient(source)
         return layout.to_flat({name: natural[name] for name in layout.names}).to(layout.dtype)
+
+    def _in_sample_space(self, coordinates: Tensor) -> dict[str, Tensor] | None:
+        """Return ``Jᵀ(JJᵀ + λI)⁻¹u``, part by part; None where an inverse is of another form."""
+        natural: dict[str, Tensor] = {}
+        for name in self.curvature.parts:
+            inverse = self.curvature.estimates[name].inverse
+            found = None
+            if isinstance(inverse, RowsInverse):
+                found = inverse.of_coordinates(coordinates.reshape(-1, 1))
+            if found is None:
+                return None
+            natural |= found
+        return natural
 
     def _bend(self, step: Tensor, start: Tensor, here: _Linearised) -> Tensor:
         """Return Δ', or zero where it is not finite or too long to be a correction."""
-        bent, second = torch.zeros_like(start), None
+        straight = torch.zeros_like(start)
         if not self.acceleration:
-            return bent
+            return straight
         self._set(start - PROBE * step)
         ahead = list(self.rows.scaled_values())
-        self._set(start)  # Rows of several chunks are had once more.
-        chunks: Iterable[tuple[Tensor, Jacobians]] = (one[1:] for one in self.rows.chunks())
-        for (values, rows), after in zip(
-            chunks if here.rows is None else [here.rows], ahead, strict=True
-        ):
-            second = (2.0 / PROBE) * ((after - values) / PROBE + rows.matvec(step))
-            bent = bent + rows.rmatvec(second)
-        if not bool(torch.isfinite(bent).all()):
-            return torch.zeros_like(start)
-        bend = self._precondition(bent, None if here.rows is None else second)
-        fits = bool(bend.norm() <= LARGEST_BEND * step.norm())
-        return bend if fits else torch.zeros_like(start)
+        self._set(start)
+
+        def second(values: Tensor, rows: Jacobians, after: Tensor) -> Tensor:
+            return (2.0 / PROBE) * ((after - values) / PROBE + rows.matvec(step))
+
+        if here.rows is not None:
+            (values, rows), (after,) = here.rows, ahead
+            along = second(values, rows, after)
+            bend = self._precondition(lambda: rows.rmatvec(along), along)
+        else:  # Rows of several chunks are had once more.
+            bent = torch.zeros_like(start)
+            for (_, values, rows), after in zip(self.rows.chunks(), ahead, strict=True):
+                bent = bent + rows.rmatvec(second(values, rows, after))
+            bend = self._precondition(lambda: bent, None)
+        size = float(bend.norm())
+        fits = math.isfinite(size) and size <= LARGEST_BEND * float(step.norm())
+        return bend if fits else straight
 
     def _set(self, flat: Tensor) -> None:
         for name, value in self.rows.layout.to_dict(flat).items():
