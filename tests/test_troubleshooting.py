@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import re
 import sys
@@ -32,20 +33,32 @@ def load_messages() -> Any:
     return module
 
 
-messages = load_messages()
-LIST = messages.as_markdown()
-SITE = PAGE.read_text().replace(messages.MARKER, LIST)
-PATTERNS = [
-    re.compile(".*".join(map(re.escape, text.split("…"))), re.S)
-    for text in re.findall(r"^- `(.*)`", LIST, re.M)
-    if len(text.replace("…", "").split()) >= 3
-]
-NODES = [
-    (f"{path.name}:{getattr(node, 'lineno', 0)}", node)
-    for path in sorted((ROOT / "src" / "natgrad").rglob("*.py"))
-    for node in ast.walk(ast.parse(path.read_text()))
-    if isinstance(node, (ast.Call, ast.Raise))
-]
+@functools.cache
+def site() -> str:
+    """Return the page as it is on the site, with the list of all messages."""
+    messages = load_messages()
+    return PAGE.read_text().replace(messages.MARKER, messages.as_markdown())
+
+
+@functools.cache
+def nodes() -> list[tuple[str, ast.Call | ast.Raise]]:
+    """Return all calls and raised errors of the library, and where they are."""
+    return [
+        (f"{path.name}:{node.lineno}", node)
+        for path in sorted((ROOT / "src" / "natgrad").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.Call, ast.Raise))
+    ]
+
+
+@functools.cache
+def patterns() -> list[re.Pattern[str]]:
+    """Return the messages of the list, with anything where they name something."""
+    return [
+        re.compile(".*".join(map(re.escape, text.split("…"))), re.S)
+        for text in re.findall(r"^- `(.*)`", site(), re.M)
+        if len(text.replace("…", "").split()) >= 3
+    ]
 
 
 def plain(text: str) -> str:
@@ -61,7 +74,7 @@ def pieces(node: ast.expr) -> list[str]:
 
 def calls(*names: str) -> Iterator[tuple[str, ast.expr]]:
     """The first arguments of all calls of these functions in the library."""
-    for where, node in NODES:
+    for where, node in nodes():
         if isinstance(node, ast.Call) and node.args:
             if getattr(node.func, "attr", getattr(node.func, "id", "")) in names:
                 yield where, node.args[0]
@@ -83,13 +96,13 @@ def beginning(text: str) -> str:
 
 
 def test_every_error_is_on_the_site():
-    site, number = plain(SITE), 0
-    for where, node in NODES:
+    listed, number = plain(site()), 0
+    for where, node in nodes():
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
             for text in node.exc.args[:1]:
                 number += 1
                 for piece in pieces(text):
-                    assert re.sub(r"\{\w*(![rs])?\}", "…", piece).strip() in site, where
+                    assert re.sub(r"\{\w*(![rs])?\}", "…", piece).strip() in listed, where
     assert number > 300
 
 
@@ -191,7 +204,7 @@ def test_what_is_really_said_is_on_the_site(give: Callable[[], None]):
     said += [str(one.message) for one in caught if one.category is UserWarning]
     assert said
     for sentence in said:
-        assert any(pattern.search(plain(sentence)) for pattern in PATTERNS), sentence
+        assert any(pattern.search(plain(sentence)) for pattern in patterns()), sentence
 
 
 @pytest.mark.parametrize("block", BLOCKS)

@@ -18,7 +18,13 @@ from tests.ecosystem.loops import OPTIMIZERS, ROWS, assert_curvature_everywhere
 from tests.methods import make_optimizer
 from tests.state import flat
 
-transformers = pytest.importorskip("transformers")
+
+@pytest.fixture(scope="module", autouse=True)
+def _loaded() -> None:
+    """Where these tests run, and not by every process: loading takes a second."""
+    global transformers
+    transformers = pytest.importorskip("transformers")
+
 
 IGNORED = -100
 

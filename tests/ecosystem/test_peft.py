@@ -16,10 +16,15 @@ from tests.ecosystem.loops import assert_curvature_everywhere
 from tests.methods import make_optimizer, measures
 from tests.state import flat
 
-peft = pytest.importorskip("peft")
-pytest.importorskip("transformers")
-
 DAMPING, LR = 0.05, 0.3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _loaded() -> None:
+    """Where these tests run, and not by every process: loading takes a second."""
+    global peft
+    pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
 
 
 class Net(nn.Module):
