@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from natgrad.arguments import check_parameters
+from natgrad.distributed.shards import own_shard, shard_count
 
 __all__ = ["BlockLayout", "ParameterLayout", "inner_product"]
 
@@ -67,6 +68,11 @@ class BlockLayout:
     def sizes(self) -> tuple[int, ...]:
         """Number of entries of each parameter, in the order of ``names``."""
         return tuple(prod(shape) for shape in self.shapes)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the matrix is one row of all parameters."""
+        return self.groups == self.d_out == 1 and self.d_augmented == self.numel
 
     @property
     def d_augmented(self) -> int:
@@ -143,13 +149,15 @@ class BlockLayout:
 
 
 def inner_product(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Tensor:
-    """Return ``Σ ⟨left, right⟩`` over the names of ``left``; NaN or infinite if any entry is."""
-    return torch.stack(
-        [
-            torch.dot(value.reshape(-1), right[name].reshape(-1).to(value.dtype))
-            for name, value in left.items()
-        ]
-    ).sum()
+    """Return ``Σ ⟨left, right⟩`` over the names of ``left``; NaN or infinite if any entry is.
+
+    Of tensors in shards it is what has that as its mean over processes.
+    """
+    terms = []
+    for name, value in left.items():
+        one, other = own_shard(value).reshape(-1), own_shard(right[name]).reshape(-1)
+        terms.append(torch.dot(one, other.to(one.dtype)) * shard_count(value))
+    return torch.stack(terms).sum()
 
 
 class HasParameters(Protocol):

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 import natgrad
 from natgrad.curvature import Full
@@ -20,6 +17,7 @@ from natgrad.operators.rows import RowsOperator, cross_gram
 from natgrad.statistics import RowStatistics
 from tests import dense, processes
 from tests.cases import normal
+from tests.distributed.counting import Held
 from tests.distributed.networks import make
 from tests.methods import make_optimizer
 
@@ -153,36 +151,6 @@ def elements(rows: Jacobians) -> int:
 
 
 # -- what is held ----------------------------------------------------------------------------------
-
-
-class Held(TorchDispatchMode):
-    """Counts the bytes of storages that are alive, of those that operations return inside.
-
-    Attributes:
-        level: Now.
-        most: At most.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.level = self.most = 0
-        self._sizes: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                key = storage._cdata
-                if key not in self._sizes:
-                    self._sizes[key] = storage.nbytes()
-                    self.level += self._sizes[key]
-                    self.most = max(self.most, self.level)
-                    weakref.finalize(storage, self._gone, key)
-        return result
-
-    def _gone(self, key: int) -> None:
-        self.level -= self._sizes.pop(key)
 
 
 WIDTH, ROWS = 10000, 48

@@ -16,6 +16,7 @@ from natgrad.curvature.cost import Cost, Workload
 from natgrad.curvature.sharing import (
     Sharing,
     agree,
+    natural_shards,
     of_all,
     take_inverses,
     unite,
@@ -23,6 +24,7 @@ from natgrad.curvature.sharing import (
 from natgrad.curvature.structure import Part, Structure
 from natgrad.distributed import Replicas
 from natgrad.distributed.place import WHOLE_BATCH, Place
+from natgrad.distributed.shards import is_sharded
 from natgrad.jacobians import Draw, Jacobians
 from natgrad.jacobians.packing import in_type
 from natgrad.layouts import BlockLayout, ParameterLayout
@@ -468,19 +470,27 @@ class Curvature:
     def _by_parts(self, source: GradientSource) -> dict[str, Tensor]:
         # Parameters without entries are in no part.
         result = {n: g for n, g in source.gradients.items() if not g.numel()}
-        for name, part in self.parts.items():
-            inverse = self.estimates[name].inverse
-            if name == self.structure.companion or not self.owns(name):
-                continue
-            if inverse is None or name in source.natural:
-                names = (n for block in part.blocks.values() for n in block.names)
-                result.update({n: source.gradients[n] for n in names})
-            else:
-                result.update(inverse.natural_gradient(source))
+        if any(is_sharded(gradient) for gradient in source.gradients.values()):
+            return result | natural_shards(self, source.gradients, self._of_parts)
+        own = [name for name in self.parts if self.owns(name)]
+        result.update(self._of_parts(own, source))
         return of_all(self, result) if self.is_spread else result
 
+    def _of_parts(self, names: Sequence[str], source: GradientSource) -> dict[str, Tensor]:
+        """Return the natural gradient of some parts."""
+        result: dict[str, Tensor] = {}
+        for name in names:
+            inverse = self.estimates[name].inverse
+            if name == self.structure.companion:
+                continue
+            if inverse is None or name in source.natural:
+                result.update({n: source.gradients[n] for n in self.parts[name].layout.offsets})
+            else:
+                result.update(inverse.natural_gradient(source))
+        return result
+
     def quadratic(self, direction: dict[str, Tensor], inner: Tensor) -> Tensor:
-        """Return ``ΔᵀFΔ`` of a natural gradient, as nearly as can be told.
+        """Return ``ΔᵀFΔ`` of a natural gradient, as nearly as can be told, but for its sign.
 
         Structures that hold the rows of the batch return the exact form ``‖JΔ‖²/count``; others
         ``⟨Δ, ∇L⟩ = Δᵀ(F̂ + λI)Δ``, which is known already.
@@ -497,9 +507,9 @@ class Curvature:
         for present in self.estimates.values():
             found = None if present.inverse is None else present.inverse.row_products(direction)
             if found is None or (total is not None and found[0].shape != total.shape):
-                return inner.abs()
+                return inner
             total, count = found[0] if total is None else total + found[0], found[1]
-        return inner.abs() if total is None else total.square().sum() / count
+        return inner if total is None else total.square().sum() / count
 
     def costs(self, workload: Workload) -> dict[str, Cost]:
         """Return what each part costs."""

@@ -8,13 +8,15 @@ sends natural gradients.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
+from natgrad.distributed.shards import at_owners, from_owners
+from natgrad.operators import GradientSource
 from natgrad.operators.block_diagonal import damping_of
 from natgrad.records import Record
 from natgrad.statistics import RowStatistics, Statistics
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from natgrad.curvature.curvature import Curvature, Damping, Estimate
     from natgrad.curvature.structure import Part
 
-__all__ = ["Sharing", "agree", "of_all", "take_inverses", "unite"]
+__all__ = ["Sharing", "agree", "natural_shards", "of_all", "take_inverses", "unite"]
 
 Sharing = Literal["inverses", "memory", "nothing"]
 
@@ -147,3 +149,25 @@ def of_all(curvature: Curvature, own: dict[str, Any]) -> dict[str, Any]:
     for found in curvature.replicas.gathered(own, curvature.layout.device):
         result.update(found)
     return result
+
+
+def natural_shards(
+    curvature: Curvature,
+    gradients: Mapping[str, Tensor],
+    natural_gradient: Callable[[Sequence[str], GradientSource], dict[str, Tensor]],
+) -> dict[str, Tensor]:
+    """Return natural gradients in shards, each layer's made of its whole gradient by its owner.
+
+    Args:
+        curvature: The curvature.
+        gradients: Parameter name → gradient in shards.
+        natural_gradient: Makes those of some parts of whole gradients.
+    """
+    owners, parts, replicas = curvature.owners, curvature.parts, curvature.replicas
+    by_parameter = {n: owners[name] for name in owners for n in parts[name].layout.offsets}
+    shards = {name: gradients[name] for name in by_parameter}
+    wholes = at_owners(shards, by_parameter, replicas.group)
+    own = [name for name in parts if owners[name] == replicas.rank]
+    found = natural_gradient(own, GradientSource(wholes))
+    del wholes
+    return from_owners(found, shards, by_parameter, replicas.group)

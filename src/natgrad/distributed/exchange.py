@@ -28,6 +28,7 @@ __all__ = [
     "passed_round",
     "put_together",
     "summed",
+    "swapped",
     "taken_apart",
 ]
 
@@ -195,6 +196,37 @@ def passed_round(
         if step < steps:
             arriving, requests = hand_on(step + 1)
         yield _cut(outlines[(rank - step) % world], held)
+
+
+def swapped(
+    sent: Sequence[Sequence[Tensor]],
+    coming: Sequence[Sequence[Tensor]],
+    dtypes: Sequence[torch.dtype],
+    group: Any,
+) -> list[list[Tensor]]:
+    """Return the tensors that each process has sent to this one, in one message a type.
+
+    Args:
+        sent: Those for each process.
+        coming: What each has for this one, as tensors on the meta device.
+        dtypes: All types that any process sends, in the same order everywhere.
+        group: The process group.
+    """
+    found = {}
+    device = next((t.device for each in sent for t in each), torch.device("cpu"))
+    for dtype in dtypes:
+        own = [[t.reshape(-1) for t in each if t.dtype == dtype] for each in sent]
+        sizes = [[t.numel() for t in each if t.dtype == dtype] for each in coming]
+        nothing = torch.empty(0, dtype=dtype, device=device)
+        counts = [sum(map(len, each)) for each in own]
+        flat = torch.cat([nothing, *(t for each in own for t in each)])
+        del own
+        arrived = flat.new_empty(sum(map(sum, sizes)))
+        torch.distributed.all_to_all_single(
+            arrived, flat, [sum(each) for each in sizes], counts, group=group
+        )
+        found[dtype] = iter(arrived.split([size for each in sizes for size in each]))
+    return [[next(found[one.dtype]).view(one.shape) for one in each] for each in coming]
 
 
 def _cut(outline: Any, flat: dict[torch.dtype, Tensor]) -> Any:

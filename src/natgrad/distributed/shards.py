@@ -1,20 +1,27 @@
 """Parameters that FSDP2's ``fully_shard`` keeps in shards: whole where they are looked at.
 
-A shard is never preconditioned as a matrix. Gradients are gathered, natural gradients are made of
-whole matrices in every process, and each moves its own shard.
+A shard is never preconditioned as a matrix. Where processes divide the work, the gradient of a
+layer becomes whole in the process that owns the layer, and shards of its natural gradient come
+back; with other structures it becomes whole in all of them.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from natgrad.distributed.exchange import swapped
+
 __all__ = [
+    "at_owners",
+    "from_owners",
+    "in_form_of",
     "is_sharded",
     "mesh_group",
     "own_shard",
@@ -89,6 +96,125 @@ def sharded_like(value: Tensor, parameter: Tensor) -> Tensor:
 
     like: Any = parameter
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def in_form_of(value: Tensor, other: Tensor) -> Tensor:
+    """Return a value as it is where another of its shape is in shards, else whole."""
+    return value if is_sharded(other) else whole(value)
+
+
+def at_owners(
+    values: Mapping[str, Tensor], owners: Mapping[str, int], group: Any
+) -> dict[str, Tensor]:
+    """Return those values whole that this process owns.
+
+    Every shard is sent once; of replicas of shards by those that the owner's is made of.
+
+    Args:
+        values: Name → tensor, the same names in all processes.
+        owners: Name → rank in the group.
+        group: The process group.
+    """
+    rank, world = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+    sent: list[list[Tensor]] = [[] for _ in range(world)]
+    coming: list[list[Tensor]] = [[] for _ in range(world)]
+    senders: dict[str, list[int]] = {}
+    for name, value in values.items():
+        owner, places = owners[name], _places(value, group)
+        if places[rank][0] == places[owner][0]:
+            sent[owner].append(own_shard(value))
+        if owner == rank:
+            row = places[rank][0]
+            own = {shard: q for q, (replica, shard) in enumerate(places) if replica == row}
+            senders[name] = [own[shard] for shard in range(shard_count(value))]
+            for q, piece in zip(senders[name], _pieces(_outline(value), value), strict=True):
+                coming[q].append(piece)
+    found = [iter(each) for each in swapped(sent, coming, _types(values), group)]
+    return {
+        name: torch.cat([next(found[q]) for q in ranks], _dimension(values[name]))
+        for name, ranks in senders.items()
+    }
+
+
+def from_owners(
+    wholes: Mapping[str, Tensor], like: Mapping[str, Tensor], owners: Mapping[str, int], group: Any
+) -> dict[str, Tensor]:
+    """Return values, of which one process each has the whole, in shards like others.
+
+    Args:
+        wholes: Name → value of those that this process owns.
+        like: Name → tensor of the value's shape and type, the same names in all processes.
+        owners: Name → rank in the group.
+        group: The process group.
+    """
+    rank, world = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+    sent: list[list[Tensor]] = [[] for _ in range(world)]
+    coming: list[list[Tensor]] = [[] for _ in range(world)]
+    for name, value in like.items():
+        coming[owners[name]].append(_outline(own_shard(value)))
+        if owners[name] == rank:
+            pieces = _pieces(wholes[name].to(value.dtype), value)
+            for q, (_, shard) in enumerate(_places(value, group)):
+                sent[q].append(pieces[shard])
+    found = [iter(each) for each in swapped(sent, coming, _types(like), group)]
+    return {name: _shard_like(next(found[owners[name]]), value) for name, value in like.items()}
+
+
+def _outline(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
+def _types(values: Mapping[str, Tensor]) -> list[torch.dtype]:
+    """Return the types of values, in the same order everywhere."""
+    return sorted({value.dtype for value in values.values()}, key=str)
+
+
+def _dimension(tensor: Tensor) -> int:
+    """Return the dimension along which a tensor is cut."""
+    cut: Any = tensor
+    placements = cut.placements if is_sharded(tensor) else ()
+    return next((one.dim for one in placements if one.is_shard()), 0)
+
+
+def _pieces(value: Tensor, like: Tensor) -> list[Tensor]:
+    """Return the shards of a whole value, cut like another; the last ones may be empty."""
+    count, dim = shard_count(like), _dimension(like)
+    pieces = list(value.chunk(count, dim)) if value.dim() else [value]
+    return pieces + [value.narrow(dim, 0, 0)] * (count - len(pieces))
+
+
+def _shard_like(shard: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor of shards, of which this process has one, cut like another."""
+    if not is_sharded(like):
+        return shard
+    from torch.distributed.tensor import DTensor
+
+    cut: Any = like
+    return DTensor.from_local(
+        shard, cut.device_mesh, cut.placements, run_check=False, shape=cut.shape,
+        stride=cut.stride(),
+    )  # fmt: skip
+
+
+def _places(tensor: Tensor, group: Any) -> Sequence[tuple[Any, int]]:
+    """Return which replica and which of its shards every process has of a tensor."""
+    ranks = tuple(torch.distributed.get_process_group_ranks(group))
+    cut: Any = tensor
+    if not is_sharded(tensor):
+        return [(rank, 0) for rank in ranks]
+    return _places_in(cut.device_mesh, tuple(cut.placements), ranks)
+
+
+@functools.lru_cache(maxsize=64)
+def _places_in(
+    mesh: Any, placements: tuple[Any, ...], ranks: tuple[int, ...]
+) -> list[tuple[Any, int]]:
+    (cut,) = (i for i, one in enumerate(placements) if one.is_shard())
+    found = []
+    for rank in ranks:
+        seat = (mesh.mesh == rank).nonzero()[0].tolist()
+        found.append((tuple(seat[:cut]), seat[cut]))
+    return found
 
 
 @contextmanager

@@ -72,7 +72,7 @@ class GroupedOptimizer(CheckpointedOptimizer):
 
     def _gradients(self, preconditioned: bool) -> dict[str, Tensor]:
         """Return parameter name → ``.grad`` of the preconditioned or of all other parameters."""
-        found = {}
+        found, gathers = {}, preconditioned and not self.preconditioner.keeps_shards
         for group in self.param_groups:
             for p in group["params"]:
                 name = self._names[p]
@@ -80,7 +80,7 @@ class GroupedOptimizer(CheckpointedOptimizer):
                 if natural is preconditioned and p.grad is not None and p.requires_grad:
                     if p.grad.is_sparse:
                         p.grad = p.grad.to_dense()
-                    found[name] = whole(p.grad) if preconditioned else p.grad
+                    found[name] = whole(p.grad) if gathers else p.grad
         return found
 
     def _link_fallback(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from natgrad.distributed.shards import whole
 from natgrad.jacobians import LinearJacobian
 from natgrad.likelihoods import Categorical
 from natgrad.optim.gradient_rows import gradient_along_probe, rows_along_probe
@@ -81,7 +82,7 @@ def _factor_since(observer: Observer, gradients: dict[str, Tensor]) -> tuple[Ten
     expected, found = torch.zeros(block.d_out, dtype=layout.dtype, device=layout.device), None
     some = not observer.replicas.are_alone
     if all(n in gradients for n in block.names):
-        found = gradient_along_probe(block, gradients)
+        found = gradient_along_probe(block, {n: whole(gradients[n]) for n in block.names})
         for one in observer.seen:
             rows = None
             if not one.is_empty:

@@ -223,6 +223,12 @@ class Preconditioner(CopiedByState):
         """Names of the parameters that have rows."""
         return {name for block in self.curvature.blocks.values() for name in block.names}
 
+    @property
+    def keeps_shards(self) -> bool:
+        """Whether gradients stay in shards, and are whole for the owners of layers alone."""
+        coupled = self.curvature.structure.companion is not None or bool(self.own_backward)
+        return self.capture.shards and self.curvature.is_divided and not coupled
+
     def newly_untrusted(self) -> dict[str, str]:
         """Return those untrusted parameters that had rows until now, which they lose."""
         new = {n: why for n, why in self.untrusted.items() if n not in self.capture.excluded}
@@ -253,7 +259,7 @@ class Preconditioner(CopiedByState):
             )
         covered = self.covered
         gradients = {
-            name: whole(p.grad.to_dense())
+            name: p.grad if self.keeps_shards else whole(p.grad.to_dense())
             for name, p in self.parameters.items()
             if p.grad is not None and name in covered
         }
@@ -301,7 +307,7 @@ class Preconditioner(CopiedByState):
             Parameter name → natural gradient, for every covered parameter, and the flag.
         """
         complete = {
-            name: gradients[name] if name in gradients else p.new_zeros(p.shape)
+            name: gradients[name] if name in gradients else self._zeros_like(p)
             for name, p in self.parameters.items()
             if name in self.capture.layout.offsets
         }
@@ -317,6 +323,12 @@ class Preconditioner(CopiedByState):
                 mismatches = self._complete_source(source, backpropagated, by_rows=True)
                 natural = self.curvature.natural_gradient(source)
             return natural, _any([*self.observer.failures, *failures, *mismatches])
+
+    def _zeros_like(self, parameter: Tensor) -> Tensor:
+        """Return the gradient of a parameter that has none."""
+        if self.keeps_shards:
+            return torch.zeros_like(parameter)
+        return torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
 
     def update_curvature(self) -> None:
         """Let the rows of this step join the average; part of :meth:`natural_gradient`."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from natgrad.distributed.shards import whole
+from natgrad.distributed.shards import in_form_of
 from natgrad.optim.step.groups import PreconditionedGroups
 from natgrad.optim.step.levenberg_marquardt import LevenbergMarquardt
 from natgrad.optim.step.line_search import LineSearch
@@ -109,6 +109,7 @@ class ComparedStep:
 
     def _predicted(self, batch: BatchFisher) -> float:
         """Return ``M(δ) − M(0)`` of the quadratic model for the way gone so far."""
-        parameters = self.grouped.parameters
-        step = {name: whole(parameters[name] - old) for name, old in self.start.items()}
-        return predicted_change(batch, self.grouped, step, self.plan.gradients)
+        parameters, gradients = self.grouped.parameters, self.plan.gradients
+        pairs = ((name, parameters[name] - old) for name, old in self.start.items())
+        step = {name: in_form_of(value, gradients[name]) for name, value in pairs}
+        return predicted_change(batch, self.grouped, step, gradients)

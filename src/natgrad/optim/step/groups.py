@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.distributed.replicas import Replicas
-from natgrad.distributed.shards import whole
+from natgrad.distributed.shards import in_form_of
+from natgrad.layouts import inner_product
 from natgrad.optim.step.levenberg_marquardt import LevenbergMarquardt
 
 if TYPE_CHECKING:
@@ -134,14 +135,18 @@ class PreconditionedGroups:
             if states[name] or parameter in self.states:
                 self.states[parameter] = states[name]
 
-    def previous_steps(self, names: Collection[str]) -> dict[str, Tensor]:
-        """Return the last step of those named parameters for which it matters."""
+    def previous_steps(self, natural: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the last step of those parameters for which it matters.
+
+        Args:
+            natural: Name → natural gradient, of all that are asked for.
+        """
         return {
-            self.names[p]: whole(self.states[p]["previous_step"])
+            self.names[p]: in_form_of(self.states[p]["previous_step"], natural[self.names[p]])
             for group in self.groups
             for p in self.members(group)
             if (group["momentum"] > 0 or self.rule.measured is not None)
-            and self.names[p] in names
+            and self.names[p] in natural
             and "previous_step" in self.states.get(p, {})
         }
 
@@ -152,18 +157,23 @@ class PreconditionedGroups:
         penalties = self.penalties
         if not any(name in penalties for name in gradients):
             return gradients
+        pairs = {n: in_form_of(self.parameters[n], g) for n, g in gradients.items()}
         return {
-            name: torch.add(gradient, whole(self.parameters[name]), alpha=penalties.get(name, 0.0))
+            name: torch.add(gradient, pairs[name], alpha=penalties.get(name, 0.0))
             for name, gradient in gradients.items()
         }
 
     def penalty_change(self, start: Mapping[str, Tensor]) -> float:
-        """Return by how much the penalty has changed since parameters were ``start``."""
+        """Return by how much the penalty has changed since parameters were ``start``.
+
+        In shards, what has that as its mean over processes.
+        """
         total = 0.0
         for name, decay in self.penalties.items():
             if name in start:
-                now, before = (whole(p[name]).flatten() for p in (self.parameters, start))
-                total += 0.5 * decay * float((now + before) @ (now - before))
+                now, before = self.parameters[name], start[name]
+                product = inner_product({name: now + before}, {name: now - before})
+                total += 0.5 * decay * float(product)
         return total
 
     def summed(

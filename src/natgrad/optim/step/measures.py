@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from natgrad.distributed.shards import own_shard, shard_count
+from natgrad.distributed.shards import own_shard, shard_count, whole
 from natgrad.optim.step.groups import PreconditionedGroups, rate_of
 from natgrad.optim.step.quadratic_model import (
     BatchFisher,
@@ -79,16 +79,18 @@ def measure(
         if rule.graft is None:
             measures["quadratic"] = curvature.quadratic(natural, inner)
         else:
-            column = curvature.layout.to_column(natural)
+            column = curvature.layout.to_column({n: whole(value) for n, value in natural.items()})
             measures["quadratic"] = (column * curvature.matrix().multiply(column)).sum()
     weights = _weights(natural, grouped) if rule.measured is not None else []
     if any(weights):
         measures["weights"] = _squares(grouped.parameters, weights)
-    grouped.replicas.average(measures)
-    if any(weights):
-        measures["changes"] = _largest_changes(natural, weights, measures.pop("weights"))
+        measures["steps"] = _squares(natural, weights)
     if "fisher" in measures or rule.norm_clip is not None:
         measures["grams"] = group_grams(directions, grouped.group_names)
+    grouped.replicas.average(measures)
+    if any(weights):
+        squares = measures.pop("steps"), measures.pop("weights")
+        measures["changes"] = _largest_changes(natural, weights, *squares)
     return measures
 
 
@@ -99,24 +101,23 @@ def _weights(natural: dict[str, Tensor], grouped: PreconditionedGroups) -> list[
 
 
 def _squares(parameters: Mapping[str, Tensor], weights: list[list[str]]) -> Tensor:
-    """Return ``‖W‖²`` of all weights; where W is in shards, their average over processes is."""
+    """Return ``‖W‖²`` of all weights; see :func:`inner_product`."""
     chosen = [parameters[name] for names in weights for name in names]
     norms = torch.stack(torch._foreach_norm([own_shard(w) for w in chosen])).double()
     return norms.square() * norms.new_tensor([shard_count(w) for w in chosen])
 
 
 def _largest_changes(
-    natural: dict[str, Tensor], weights: list[list[str]], squares: Tensor
+    natural: dict[str, Tensor], weights: list[list[str]], steps: Tensor, squares: Tensor
 ) -> Tensor:
-    """Return every group's two largest ``‖Δ_W‖/‖W‖``, ``(G, 2)``.
+    """Return every group's two largest ``‖Δ_W‖/‖W‖``, ``(G, 2)``, of their squares.
 
     A weight counts as no smaller than layers of torch begin with, whose entries have the variance
     1/(3·inputs): those that begin at zero, as of LoRA, have to leave it.
     """
     chosen = [natural[name] for names in weights for name in names]
     least = squares.new_tensor([max(1, step.shape[0]) / 3 for step in chosen])
-    norms = torch.stack(torch._foreach_norm(chosen)).double()
-    ratios = (norms / torch.maximum(squares, least).sqrt()).split([len(names) for names in weights])
+    ratios = (steps / torch.maximum(squares, least)).sqrt().split([len(names) for names in weights])
     return torch.stack([torch.cat([one, one.new_zeros(2)]).topk(2).values for one in ratios])
 
 
@@ -225,6 +226,8 @@ def predicted_change(
         gradients: Parameter name → gradient of the loss.
     """
     gram = fisher_gram(batch, [step], grouped.replicas)
-    measures = {"fisher": gram, "slopes": slopes([step], gradients)}
+    measures = {"slopes": slopes([step], gradients)}
     measures["grams"] = group_grams([step], grouped.group_names)
+    grouped.replicas.average(measures)
+    measures["fisher"] = gram
     return damped_model(on_host(measures), grouped.dampings).value([1.0])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad.distributed.shards import sharded_like, whole
+from natgrad.distributed.shards import in_form_of, sharded_like
 from natgrad.layouts import inner_product
 from natgrad.optim.step.groups import PreconditionedGroups, rate_of
 
@@ -168,8 +168,12 @@ class GroupUpdate:
         torch._foreach_add_(self.parameters, self.directions, alpha=-share * self.rate)
 
     def slope(self, gradients: Mapping[str, Tensor]) -> Tensor:
-        """Return ``r⟨v, ∇L⟩`` in float64: by how much the loss falls to first order."""
-        directions = dict(zip(self.names, map(whole, self.directions), strict=True))
+        """Return ``r⟨v, ∇L⟩`` in float64: by how much the loss falls to first order.
+
+        In shards, what has that as its mean over processes.
+        """
+        pairs = zip(self.names, self.directions, strict=True)
+        directions = {name: in_form_of(value, gradients[name]) for name, value in pairs}
         return self.rate * inner_product(directions, gradients).double()
 
 

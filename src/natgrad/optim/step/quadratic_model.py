@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from natgrad.distributed import Replicas
+from natgrad.distributed.shards import whole
 from natgrad.fisher import RowReceiver
 from natgrad.jacobians import Jacobians
 from natgrad.jacobians.packing import in_type
@@ -108,6 +109,7 @@ def fisher_gram(
         directions: k directions, the same in all processes.
         replicas: The processes.
     """
+    directions = [{n: whole(value) for n, value in one.items()} for one in directions]
     size, device = len(directions), next(iter(directions[0].values())).device
     if batch is None:
         total = torch.zeros(size * size + 1, dtype=torch.float64, device=device)
@@ -158,7 +160,7 @@ class RowReceivers:
 
 
 def group_grams(directions: Sequence[dict[str, Tensor]], groups: Sequence[Sequence[str]]) -> Tensor:
-    """Return every group's ``VᵀV``, ``(G, k, k)`` in float64.
+    """Return every group's ``VᵀV``, ``(G, k, k)`` in float64; see :func:`inner_product`.
 
     Args:
         directions: k directions, parameter name → tensor; zero where a name is missing.
@@ -177,7 +179,7 @@ def group_grams(directions: Sequence[dict[str, Tensor]], groups: Sequence[Sequen
 
 
 def slopes(directions: Sequence[dict[str, Tensor]], gradient: dict[str, Tensor]) -> Tensor:
-    """Return ``Vᵀg``, ``(k,)`` in float64."""
+    """Return ``Vᵀg``, ``(k,)`` in float64; see :func:`inner_product`."""
     return torch.stack([inner_product(direction, gradient).double() for direction in directions])
 
 

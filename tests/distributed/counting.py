@@ -1,0 +1,62 @@
+"""What operations move between processes, and what they hold."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["Held", "Received"]
+
+
+class Held(TorchDispatchMode):
+    """Counts the bytes of storages that are alive, of those that operations return inside.
+
+    Attributes:
+        level: Now.
+        most: At most.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.level = self.most = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                key = storage._cdata
+                if key not in self._sizes:
+                    self._sizes[key] = storage.nbytes()
+                    self.level += self._sizes[key]
+                    self.most = max(self.most, self.level)
+                    weakref.finalize(storage, self._gone, key)
+        return result
+
+    def _gone(self, key: int) -> None:
+        self.level -= self._sizes.pop(key)
+
+
+class Received(TorchDispatchMode):
+    """Counts the bytes that gathers and exchanges of pieces leave in this process.
+
+    Attributes:
+        sizes: Collective → bytes, what comes from this process itself included.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.name().partition("::")[2].partition(".")[0]
+        if name in ("all_gather_into_tensor", "alltoall_base_"):
+            found = result if isinstance(result, Tensor) else args[0]
+            self.sizes[name] = self.sizes.get(name, 0) + found.numel() * found.dtype.itemsize
+        return result
