@@ -216,6 +216,24 @@ def test_inspect_shows_layers_and_costs(capsys):
         assert text in printed
 
 
+def test_inspect_shows_the_spectrum_on_data(capsys):
+    arguments = ["tests.test_cli:small_network", "--data=tests.test_cli:small_data"]
+    assert run(["inspect", *arguments, "--fisher=exact"]) == 0
+    printed = capsys.readouterr().out
+    for text in ("on 12 samples: 90 eigenvalues", "eigenvector in", "less, or zero", "dimension"):
+        assert text in printed
+    assert run(["inspect", *arguments, "--fisher=exact", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["spectrum"]
+    assert (found["samples"], found["parameters"], len(found["top"])) == (12, 90, 10)
+    assert sum(found["decades"].values()) + found["rest"] == pytest.approx(90)
+
+
+def small_data():
+    import torch
+
+    return [(torch.randn(6, 1, 8, 8), torch.randint(0, 10, (6,))) for _ in range(2)]
+
+
 def small_network():
     from torch import nn
 
@@ -230,6 +248,8 @@ def small_network():
         (["absent_package.module:factory"], "cannot be imported"),
         (["tests.test_cli:small_network", "--structure=cubic"], "cubic"),
         (["tests.test_cli:small_network", "--samples=0"], "at least 1"),
+        (["tests.test_cli:small_network", "--data-samples=0"], "at least 1"),
+        (["tests.test_cli:small_network", "--data=tests.test_cli:nothing"], "no attribute"),
         (["tests.test_cli:small_network", "--input-shape=3"], "fails on the example"),
         ([], "Missing argument"),
     ],

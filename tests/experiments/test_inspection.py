@@ -2,13 +2,15 @@ import pytest
 import torch
 from torch import nn
 
-from natgrad.experiments.factories import FactoryError, load_model
+import natgrad
+from natgrad.experiments.factories import FactoryError, find, load_model
 from natgrad.experiments.inspection import (
     InspectionError,
     example_input,
     inspect_model,
     shared_positions,
 )
+from natgrad.experiments.spectrum import fisher_spectrum
 
 FACTORIES = """
 import torch
@@ -20,6 +22,17 @@ def plain():
 def convolutional():
     layers = nn.Conv2d(3, 6, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     return nn.Sequential(*layers, nn.Linear(6, 10)), torch.randn(2, 3, 9, 11)
+
+def precise():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5), nn.Tanh(), nn.Linear(3, 5)).double()
+
+def frozen():
+    return precise().requires_grad_(False)
+
+def batches():
+    torch.manual_seed(1)
+    return [(torch.randn(6, 4).double(), torch.randint(0, 5, (6,))) for _ in range(4)]
 
 class Box:
     inner = staticmethod(plain)
@@ -130,3 +143,40 @@ def test_example_inputs():
     for text in ("", "3,x", "3,,4", "-1", "0"):
         with pytest.raises(InspectionError, match="such as 3,32,32"):
             example_input(text)
+
+
+@pytest.mark.parametrize("structure", ["full", "kfac"])
+def test_spectra_are_those_of_the_matrix(factories, structure):
+    model, *_ = load_model(f"{factories}:precise")
+    batches = find(f"{factories}:batches")()
+    found = fisher_spectrum(
+        model, f"{factories}:batches", structure, "categorical", "exact", samples=15, number=4
+    )
+    assert model.training
+    matrix = natgrad.fisher_matrix(model.eval(), batches[:3], structure=structure)
+    values, vectors = torch.linalg.eigh(matrix.to_dense())
+    assert (found.samples, found.parameters) == (18, 35)  # Whole batches, of 15 samples or more.
+    assert found.trace == pytest.approx(float(values.sum()), rel=1e-9)
+    for number, one in enumerate(found.top, start=1):
+        assert one.value == pytest.approx(float(values[-number]), rel=1e-9)
+        first = float(vectors[:15, -number].square().sum())
+        assert one.layer == ("0" if first > 0.5 else "3")
+        assert one.share == pytest.approx(max(first, 1 - first), rel=1e-6)
+    positive = values[values > values[-1] * torch.finfo(torch.float64).eps * 35]
+    seen = {k for k, count in found.decades.items() if count > 0}
+    assert seen == set(positive.log10().floor().int().tolist())
+    assert sum(found.decades.values()) + found.rest == pytest.approx(35, rel=1e-9)
+    dimensions = list(found.effective_dimension.values())
+    assert dimensions == sorted(dimensions) and 0 < dimensions[0] < dimensions[-1] < 35
+
+
+def test_spectra_that_cannot_be_had_are_refused(factories):
+    model, *_ = load_model(f"{factories}:precise")
+    options = {"samples": 10, "structure": "full", "likelihood": "categorical", "fisher": "exact"}
+    with pytest.raises(FactoryError, match="returns int|gives int"):
+        fisher_spectrum(model, f"{factories}:number", **options)
+    wrong, *_ = load_model(f"{factories}:plain")
+    with pytest.raises(InspectionError):
+        fisher_spectrum(wrong, f"{factories}:batches", **options)
+    with pytest.raises(InspectionError):
+        fisher_spectrum(load_model(f"{factories}:frozen").model, f"{factories}:batches", **options)

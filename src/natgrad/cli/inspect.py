@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
 from natgrad.cli.invocation import JsonOption, make_console
 from natgrad.curvature import STRUCTURES
-from natgrad.experiments.console import print_summary
+from natgrad.experiments.config import EVAL_SAMPLES
+from natgrad.experiments.console import print_spectrum, print_summary
 from natgrad.experiments.factories import load_model
 from natgrad.experiments.inspection import (
     InspectionError,
@@ -18,6 +20,7 @@ from natgrad.experiments.inspection import (
     shared_positions,
     summary_values,
 )
+from natgrad.experiments.spectrum import fisher_spectrum
 
 __all__ = ["inspect"]
 
@@ -47,19 +50,42 @@ def inspect(
             "example, to count the positions that share weights."
         ),
     ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="package.module:loader, a function that returns an iterable of batches: with it "
+            "the spectrum of the Fisher matrix of your model on them is shown, too (largest "
+            "eigenvalues and their layers, how many there are per decade, effective dimension)."
+        ),
+    ] = None,
+    data_samples: Annotated[
+        int, typer.Option(help="Samples of your data, the first ones, that the spectrum is of.")
+    ] = EVAL_SAMPLES,
     as_json: JsonOption = False,
 ) -> int:
-    """Show what would be preconditioned in a model, and its cost."""
-    if samples < 1:
-        raise InspectionError(f"The number of samples must be at least 1, not {samples}.")
+    """Show what would be preconditioned in a model, its cost, and the spectrum on your data."""
+    for number in (samples, data_samples):
+        if number < 1:
+            raise InspectionError(f"The number of samples must be at least 1, not {number}.")
     network, _, example = load_model(model)
     if input_shape is not None:
         example = example_input(input_shape)
     positions = None if example is None else shared_positions(network, example)
     structure = structure.replace("-", "_")
     summary = inspect_model(network, structure, likelihood, fisher, samples, positions)
+    spectrum = None
+    if data is not None:
+        spectrum = fisher_spectrum(
+            network, data, structure, likelihood, fisher, samples=data_samples
+        )
     if as_json:
-        print(json.dumps(summary_values(summary, positions), indent=2, ensure_ascii=False))
-    else:
-        print_summary(make_console(), summary, positions)
+        values = summary_values(summary, positions)
+        if spectrum is not None:
+            values["spectrum"] = asdict(spectrum)
+        print(json.dumps(values, indent=2, ensure_ascii=False))
+        return 0
+    console = make_console()
+    print_summary(console, summary, positions)
+    if spectrum is not None:
+        print_spectrum(console, spectrum)
     return 0

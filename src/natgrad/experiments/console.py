@@ -35,11 +35,19 @@ from natgrad.experiments.pages import (
 )
 from natgrad.experiments.report import format_metric, headline, last, outcome, over_seeds
 from natgrad.experiments.results import MethodResult, Results
+from natgrad.experiments.spectrum import Spectrum
 from natgrad.experiments.theory.results import Section, TheoryResults
 from natgrad.experiments.theory.run import TheoryObserver
 from natgrad.optim.summary import Summary, format_bytes
 
-__all__ = ["ProgressBars", "SectionBars", "print_findings", "print_results", "print_summary"]
+__all__ = [
+    "ProgressBars",
+    "SectionBars",
+    "print_findings",
+    "print_results",
+    "print_spectrum",
+    "print_summary",
+]
 
 
 class _Bars(Progress):
@@ -253,3 +261,37 @@ def print_summary(console: Console, summary: Summary, positions: Mapping[str, in
         console.print(
             "Positions that share weights are counted as 1: give --input-shape to count them."
         )
+
+
+def print_spectrum(console: Console, spectrum: Spectrum) -> None:
+    """Print eigenvalues: the largest, how many there are per decade, and what they amount to."""
+    console.print(
+        f"\nFisher matrix on {spectrum.samples:,} samples: {spectrum.parameters:,} eigenvalues, "
+        f"trace {spectrum.trace:.3g}."
+    )
+    largest = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("largest", "of the trace", "eigenvector in", "share"):
+        largest.add_column(heading, justify="left" if heading == "eigenvector in" else "right")
+    for one in spectrum.top:
+        part = one.value / spectrum.trace if spectrum.trace else math.nan
+        row = f"{one.value:.3g}", format_percent(part), escape(one.layer), format_percent(one.share)
+        largest.add_row(*row)
+    console.print(largest)
+    decades = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    decades.add_column("eigenvalues of")
+    decades.add_column("about", justify="right")
+    decades.add_column("")
+    counts = {f"1e{k} to 1e{k + 1}": count for k, count in spectrum.decades.items()}
+    counts["less, or zero"] = spectrum.rest
+    most = max(math.log1p(count) for count in counts.values())
+    for name, count in counts.items():
+        bar = "█" * round(24 * math.log1p(count) / most) if most else ""
+        decades.add_row(name, f"{count:,.0f}", bar)
+    console.print(decades)
+    dimensions = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    dimensions.add_column("damping", justify="right")
+    dimensions.add_column("effective dimension", justify="right")
+    for damping, dimension in spectrum.effective_dimension.items():
+        dimensions.add_row(f"{damping:g}", f"{dimension:,.1f}")
+    console.print(dimensions)
+    console.print("Counts and dimensions are estimates by random vectors; bars are logarithmic.")
