@@ -112,7 +112,7 @@ def test_data_belong_to_their_points():
 
     network, x = perceptron([2, 4, 1]), points(3)
     residual = Residual(lambda u, x, f: u(x) - 10 * f, x, network(x).detach() / 10)
-    AdaptivePoints(network, residual, draw).update()
+    AdaptivePoints(network, residual, draw, growth=0.5).update()
     assert len(residual) == 5
     torch.testing.assert_close(residual.data[3:, 0], residual.points[3:].sum(1), rtol=0, atol=0)
     torch.testing.assert_close(residual.data[:3], network(x).detach() / 10, rtol=0, atol=0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad import ResidualNGD
-from natgrad.residuals import Residual, Sine, TaylorNetwork
+from natgrad.residuals import Residual, Sine, TaylorNetwork, register_activation
 from tests import dense
 from tests.residuals.test_residuals import flat, perceptron
 
@@ -133,6 +133,33 @@ def test_periodic_embeddings_need_no_boundary_condition():
     with torch.no_grad():
         shifted = network(inside + torch.tensor([2.0, 0.0]))
         torch.testing.assert_close(shifted, network(inside), rtol=0, atol=1e-13)
+
+
+def test_embeddings_that_differ_by_column_propagate_their_derivatives():
+    """The activation of the guide, ``(πx + π/2, πx, t) ↦ (cos πx, sin πx, t)``."""
+
+    class Columns(nn.Module):
+        def forward(self, z: Tensor) -> Tensor:
+            return torch.cat([z[..., :2].sin(), z[..., 2:]], -1)
+
+    def derivatives(module: nn.Module, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        angles, rest = z[..., :2], z[..., 2:]
+        slopes = torch.cat([angles.cos(), torch.ones_like(rest)], -1)
+        return module(z), slopes, torch.cat([-angles.sin(), torch.zeros_like(rest)], -1)
+
+    register_activation(Columns, derivatives)
+    frozen = nn.Linear(2, 3).double().requires_grad_(False)
+    frozen.weight.copy_(torch.tensor([[PI, 0], [PI, 0], [0, 1]], dtype=torch.float64))
+    frozen.bias.copy_(torch.tensor([PI / 2, 0, 0], dtype=torch.float64))
+    inner, x = perceptron([3, 8, 1]), torch.randn(20, 2, dtype=torch.float64)
+    u = TaylorNetwork(nn.Sequential(frozen, Columns(), *inner), second=[(0, 0), (0, 1)])
+    found = u.derivatives(x)
+    plain = nn.Sequential(PeriodicInput(), *inner)
+    hessians = torch.func.vmap(torch.func.hessian(plain))(x)[:, 0]
+    first = torch.func.vmap(torch.func.jacrev(plain))(x)[:, 0]
+    torch.testing.assert_close(found.value, plain(x), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found.first[..., 0], first, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found.second[..., 0], hessians[:, 0], rtol=1e-9, atol=1e-12)
 
 
 def poisson_parts(weighted: bool) -> dict[str, Residual]:

@@ -1068,4 +1068,4 @@ def test_the_guide_runs():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Five steps of ImplicitSGD need not converge.
         exec("\n".join(blocks), names)
-    assert len(blocks) == 9 and math.isfinite(float(names["loss"].detach()))
+    assert len(blocks) == 10 and math.isfinite(float(names["loss"].detach()))

@@ -70,7 +70,7 @@ class AdaptivePoints:
         residuals: Residual | Mapping[str, Residual],
         draw: Draw | Mapping[str, Draw],
         *,
-        growth: float = 0.5,
+        growth: float = 0.25,
         most: int | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
