@@ -33,11 +33,12 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-#: Where there is no GPU, :func:`torch.manual_seed` spends most of its time on devices to come.
-seed = torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed
+if not torch.cuda.is_available():
+    # What torch does besides is to note the call, with its stack, for devices to come.
+    torch.manual_seed = torch.default_generator.manual_seed
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Every test starts from the same random state."""
-    seed(0)
+    torch.manual_seed(0)
