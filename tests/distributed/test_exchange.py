@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from natgrad.distributed.exchange import Symmetric, gathered, summed
+from natgrad.distributed.exchange import Sum, Symmetric, gathered
 from natgrad.distributed.place import Place, PlacedGenerator, drawn
 from natgrad.distributed.triangles import packed_triangles, unpacked_triangles
 from natgrad.jacobians.positions import Draw, random_samples
@@ -54,11 +54,11 @@ def rows(rank: int) -> list[Any]:
 
 def exchange(rank: int) -> dict[str, Any]:
     known: Any = {}
-    found: dict[str, Any] = {"sums": [summed(v, None, CPU, known) for v in values(rank)]}
+    found: dict[str, Any] = {"sums": [Sum(v, None, CPU, known).result() for v in values(rank)]}
     found["rows"] = [gathered(v, None, CPU, known) for v in rows(rank)]
     found["again"] = [gathered(v, None, CPU, known) for v in rows(rank)]
     try:
-        summed(normal(2 + rank), None, CPU, known)
+        Sum(normal(2 + rank), None, CPU, known)
     except ValueError as error:
         found["said"] = str(error)
     return found

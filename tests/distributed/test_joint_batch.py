@@ -191,15 +191,33 @@ IN_FOUR = (
     "ImprovedEmpiricalNGD", "ConjugateGradientNGD", "ExactNGD, two passes",
 )  # fmt: skip
 
+#: What four processes do only: fractions of them keep each layer.
+FRACTIONS: dict[str, Run] = {
+    **{
+        f"{name}, sharing {fraction:g}": Run(name, {"sharing": fraction}, network="transformer")
+        for name, fraction in (
+            ("KFAC", 0.25), ("KFAC", 0.5), ("KFAC", 1.0), ("EKFAC", 0.5), ("TKFAC", 0.5),
+            ("KPSVD", 0.5), ("TwoLevelKFAC", 0.5),
+        )
+    },
+    "KFAC, broad, sharing 0.5": Run(
+        "KFAC", {**PLAIN, "sharing": 0.5, "stagger": True, "inverses": 3}, network="broad"
+    ),
+    "EKFAC, unequal, sharing 0.5": Run("EKFAC", {"sharing": 0.5}, shares=(5, 0, 7, 4)),
+    "KFAC, relative damping, sharing 0.5": Run(
+        "KFAC", {"sharing": 0.5, "damping": natgrad.RelativeDamping(0.1)}
+    ),
+}  # fmt: skip
+
 
 def runs(world: int) -> dict[str, Run]:
-    return RUNS | UNEQUAL if world == 2 else {name: RUNS[name] for name in IN_FOUR}
+    return RUNS | UNEQUAL if world == 2 else {name: RUNS[name] for name in IN_FOUR} | FRACTIONS
 
 
 @functools.cache
 def trained_alone(name: str, world: int) -> Tensor:
     """Return what one process comes to, which depends on their number if passes are cut by it."""
-    return runs(2)[name].train(world)
+    return (RUNS | UNEQUAL | FRACTIONS)[name].train(world)
 
 
 def trained(rank: int, world: int) -> dict[str, Tensor]:

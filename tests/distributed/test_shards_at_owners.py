@@ -27,6 +27,7 @@ RUNS: dict[str, tuple[str, bool, int, dict[str, Any]]] = {
     "shards": ("transformer", False, 0, {}),
     "replicas of shards": ("transformer", True, 0, {"sharing": "memory"}),
     "columns": ("mlp", False, 1, {}),
+    "half keep each layer": ("transformer", False, 0, {"sharing": 0.5}),
     "plain steps": ("mlp", True, 0, {"length": "lr", "lr": 0.05, "momentum": 0.9, "damping": 0.1}),
 }
 

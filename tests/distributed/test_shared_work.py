@@ -12,6 +12,7 @@ from torch.nn import functional
 
 import natgrad
 from natgrad.curvature import Curvature
+from natgrad.curvature.sharing import holders_of
 from natgrad.distributed.replicas import Replicas
 from tests import processes
 from tests.distributed.networks import batch, make, summed_loss, weights
@@ -22,6 +23,7 @@ METHODS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("KFAC", "EKFAC", "TKFAC", "KPSVD", "SINGD", "FNGD", "ExactNGD"), {}),
     "KFAC, memory": {"sharing": "memory"},
     "EKFAC, memory": {"sharing": "memory"},
+    "EKFAC, half": {"sharing": 0.5},
 }
 WIDTHS = (60, 80, 70, 50)
 
@@ -153,6 +155,37 @@ def flat(state: dict[str, Tensor]) -> Tensor:
 
 
 # -- values in one process -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sharing", "number", "count"),
+    [("inverses", 6, 6), ("nothing", 6, 6), ("memory", 6, 1), (1, 6, 6), (0.5, 6, 3), (1 / 3, 6, 2),
+     (1 / 6, 6, 1), (0.333, 3, 1)],
+)  # fmt: skip
+def test_fractions_are_numbers_of_processes(sharing: Any, number: int, count: int) -> None:
+    assert holders_of(sharing, number) == count
+    natgrad.Refresh(sharing=sharing)
+
+
+@pytest.mark.parametrize(("sharing", "number"), [(0.25, 6), (2 / 3, 6), (0.1, 4), (0.5, 3)])
+def test_fractions_that_are_no_processes_are_refused(sharing: float, number: int) -> None:
+    with pytest.raises(ValueError, match=f"a whole number that divides .* take one of 1/{number}"):
+        holders_of(sharing, number)
+
+
+@pytest.mark.parametrize("sharing", [0, -0.5, 1.5, "owner", None, float("nan")])
+def test_other_ways_of_sharing_are_refused(sharing: Any) -> None:
+    with pytest.raises(ValueError, match=r"'nothing' or a fraction of the processes in \(0, 1\]"):
+        natgrad.Refresh(sharing=sharing)
+
+
+@pytest.mark.parametrize("sharing", [0.5, "memory"])
+def test_fused_gradients_need_every_inverse(sharing: Any) -> None:
+    with pytest.raises(ValueError, match=f"sharing={sharing!r}.* leaves each with some"):
+        natgrad.KFAC(
+            make("mlp"), structure=natgrad.curvature.KroneckerFactors(fused=True),
+            refresh=natgrad.Refresh(sharing=sharing),
+        )  # fmt: skip
 
 
 def test_one_process_sends_nothing():

@@ -16,7 +16,6 @@ from natgrad.cli import run
 from natgrad.curvature import KroneckerFactors
 from natgrad.experiments.plan import (
     METHODS,
-    SHARINGS,
     Message,
     Options,
     PlanError,
@@ -25,6 +24,7 @@ from natgrad.experiments.plan import (
     parse_ranks,
     plan_factory,
     plan_model,
+    sharings,
     to_dict,
 )
 from tests import processes
@@ -89,7 +89,7 @@ def training(rank: int) -> dict[Any, Any]:
         setattr(torch.distributed, collective, noting(collective, log))
     found = {}
     for network, name in RUNS:
-        for sharing in SHARINGS:
+        for sharing in sharings(torch.distributed.get_world_size()):
             model = nn.parallel.DistributedDataParallel(NETWORKS[network]())
             options = {"factors": 2, "inverses": 4, "early": False, "sharing": sharing, "lr": 1e-3}
             # Plain steps and much damping: nothing is taken back or tried again.
@@ -120,25 +120,32 @@ def trained(request: pytest.FixtureRequest) -> list[Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("sharing", sharings(4))
 @pytest.mark.parametrize(("network", "name"), RUNS)
 def test_processes_keep_and_send_what_is_planned(
-    trained: Any, network: str, name: str, sharing: str
+    trained: Any, network: str, name: str, sharing: Any
 ) -> None:
+    if sharing not in sharings(len(trained)):
+        pytest.skip("of two processes half is one")
     options = Options(name, (len(trained),), SAMPLES, factors=2, inverses=4)
     plan = plan_model(NETWORKS[network](), options)
     (work,) = (one for one in plan.works if one.sharing == sharing)
     step = (work.natural_gradients,)
-    update = (*step, work.sums, work.rows)
+    update = (*step, work.sums, work.rows, work.column_sums, work.column_rows)
     factorisation = (*update, work.inverses, work.parameters)
     assert sum(m.per_step for m in factorisation) == work.sent
-    for each in trained:
-        for log, messages in zip(
-            each[network, name, sharing]["logs"], (update, step, factorisation), strict=True
-        ):
-            planned = dict.fromkeys(COLLECTIVES, 0.0)
-            for message in messages:
-                planned[message.collective] += message.size / 8
+    logs = [each[network, name, sharing]["logs"] for each in trained]
+    for each, messages in zip(zip(*logs, strict=True), (update, step, factorisation), strict=True):
+        planned = dict.fromkeys(COLLECTIVES, 0.0)
+        for message in messages:
+            planned[message.collective] += message.size / 8
+        most = max(each, key=lambda log: sum(log.values()))
+        # Columns of a grid differ; where there is but one or a process is one, all are alike.
+        alike = not isinstance(sharing, float)
+        assert sum(most.values()) == pytest.approx(sum(planned.values()), rel=0.05, abs=200)
+        if not alike and network == "speaking":
+            continue  # In its column the second sums of a tied weight are more than that.
+        for log in each if alike else [most]:
             for collective, elements in planned.items():
                 found = log.get(collective, 0)
                 if elements:
@@ -204,9 +211,11 @@ def test_large_networks_are_planned_for(network: str, parameters: int, parts: in
     options = Options(ranks=(8, 1024), samples=2, positions=64)
     plan = plan_factory(f"tests.distributed.planned_networks:{network}", options)
     assert plan.parameters == plan.covered == parameters and plan.parts == parts
-    # What each keeps of its own layers is never more than all of them.
-    for work, all_of_it in zip(plan.works[1::3], plan.works[::3], strict=True):
-        assert 0 < work.memory < all_of_it.memory and 0 < work.moved
+    # The fewer keep a layer, the less each keeps.
+    for ranks in options.ranks:
+        kept = [work.memory for work in plan.works if work.ranks == ranks]
+        assert kept[:-1] == sorted(kept[:-1], reverse=True) and kept[0] == kept[-1] > kept[-2] > 0
+    assert all(work.moved > 0 for work in plan.works)
 
 
 def test_a_model_that_needs_values_is_made_with_values() -> None:
@@ -217,11 +226,11 @@ def test_a_model_that_needs_values_is_made_with_values() -> None:
 def test_rings_move_what_they_move() -> None:
     for ranks in (1, 2, 5):
         moved = (ranks - 1) / ranks * 60
-        assert Message("all_reduce", 120, 2).moved(ranks) == pytest.approx(2 * moved)
-        assert Message("broadcast", 120, 2).moved(ranks) == pytest.approx(moved)
-        assert Message("reduce", 120, 2).moved(ranks) == pytest.approx(moved)
+        assert Message("all_reduce", 120, 2, ranks).moved == pytest.approx(2 * moved)
+        assert Message("broadcast", 120, 2, ranks).moved == pytest.approx(moved)
+        assert Message("reduce", 120, 2, ranks).moved == pytest.approx(moved)
         for collective in ("all_gather", "gather"):
-            assert Message(collective, 120, 2).moved(ranks) == pytest.approx(60 * (ranks - 1))
+            assert Message(collective, 120, 2, ranks).moved == pytest.approx(60 * (ranks - 1))
 
 
 def test_one_process_sends_nothing_and_keeps_all() -> None:
@@ -253,12 +262,13 @@ def test_work_is_that_of_the_layers() -> None:
 
 
 def test_rows_of_all_are_worked_on_wherever_they_are_kept() -> None:
-    one, many = plan_model(wide(), Options("ekfac", (1, 4))).works[2::3]
+    one, many = plan_model(wide(), Options("ekfac", (1, 3))).works[2::3]
     parameters = sum(p.numel() for p in wide().parameters())
-    assert many.statistics - one.statistics == pytest.approx(2 * 3 * 128 * parameters / 10)
+    assert many.statistics - one.statistics == pytest.approx(2 * 2 * 128 * parameters / 10)
     # Of shared weights moments are those of 16 samples, however many processes there are.
     options = Options("ekfac", (1, 4), positions=5)
-    one, many = plan_model(wide(), options).works[2::3]
+    works = plan_model(wide(), options).works
+    one, many = works[2], works[-1]
     assert many.statistics <= one.statistics and many.rows.size * 4 == pytest.approx(
         16 * 5 * 8 * sum(a + b for a, b in zip(WIDTHS, WIDTHS[1:], strict=False))
     )
@@ -318,7 +328,7 @@ def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
     options = Options(ranks=(2, 64), memory=1e-6, factors=3)
     assert found == json.loads(json.dumps(to_dict(plan_model(language_model(), options))))
     assert [(w["ranks"], w["sharing"]) for w in found["works"]] == [
-        (ranks, sharing) for ranks in (2, 64) for sharing in SHARINGS
+        (ranks, sharing) for ranks in (2, 64) for sharing in sharings(ranks)
     ]
     assert found["best"] == {"2": None, "64": None} and found["options"]["inverses"] == 20
     work = found["works"][0]

@@ -16,6 +16,7 @@ from natgrad.curvature.cost import Cost, Workload
 from natgrad.curvature.sharing import (
     Sharing,
     agree,
+    holders_of,
     natural_shards,
     of_all,
     take_inverses,
@@ -23,6 +24,7 @@ from natgrad.curvature.sharing import (
 )
 from natgrad.curvature.structure import Part, Structure
 from natgrad.distributed import Replicas
+from natgrad.distributed.grid import Grid
 from natgrad.distributed.place import WHOLE_BATCH, Place
 from natgrad.distributed.shards import is_sharded
 from natgrad.jacobians import Draw, Jacobians
@@ -90,7 +92,8 @@ class Curvature:
         estimates: What is known of each.
         replicas: Processes that have a share of every batch each; by default none but this one.
         place: Which samples of the present batch are this process's.
-        sharing: What they share of the work, where the structure is made for that.
+        sharing: What they share of the work, where the structure is made for that; a number is
+            the fraction of them that keeps what is known of a layer.
         rows_stay: Whether rows stay with the processes that have made them, so that what is made of
             them must be asked for by all together; otherwise they are gathered.
     """
@@ -109,9 +112,10 @@ class Curvature:
         self.resting: dict[str, dict[str, Any]] = {}
         self.replicas: Replicas = Replicas()
         self.place: Place = WHOLE_BATCH
-        self.sharing: Sharing = "inverses"
+        self.sharing: Sharing | float = "inverses"
         self.rows_stay: bool = False
-        self._owners: dict[int, dict[str, int]] = {}
+        self._owners: dict[tuple[int, int], dict[str, int]] = {}
+        self._grid: Grid | None = None
         self._warned: set[str] = set()
 
     @property
@@ -126,30 +130,49 @@ class Curvature:
         return wanted and not self.replicas.are_alone
 
     @property
+    def holders(self) -> int:
+        """How many processes keep what is known of a part, those of a column of the grid."""
+        number, whole = self.replicas.number, self.structure.companion is not None
+        return holders_of(self.sharing, number) if self.is_divided and not whole else number
+
+    @property
     def is_spread(self) -> bool:
-        """Whether statistics and inverses are kept by their owners alone."""
-        return self.is_divided and self.sharing == "memory" and self.structure.companion is None
+        """Whether no process keeps all statistics and inverses."""
+        return self.holders < self.replicas.number
+
+    @property
+    def grid(self) -> Grid:
+        """The processes by what they keep; all must ask for it together the first time."""
+        if self._grid is None or (self._grid.replicas, self._grid.height) != (
+            self.replicas, self.holders,
+        ):  # fmt: skip
+            self._grid = Grid.of(self.replicas, self.holders)
+        return self._grid
 
     def owns(self, name: str) -> bool:
         """Return whether this process keeps what is known of a part."""
-        return not self.is_spread or self.owners[name] == self.replicas.rank
+        height = self.holders
+        return not self.is_spread or self.owners[name] // height == self.replicas.rank // height
 
     @property
     def owners(self) -> dict[str, int]:
-        """Part → rank of the process that keeps what is known of it, where memory is shared."""
-        number = self.replicas.number
-        if number not in self._owners:
-            lists = self.balanced(list(self.parts), number)
-            self._owners[number] = {n: rank for rank, names in enumerate(lists) for n in names}
-        return self._owners[number]
+        """Part → rank of the process that makes its natural gradient where one is to."""
+        number, height = self.replicas.number, self.holders
+        if (number, height) not in self._owners:
+            columns = self.balanced(list(self.parts), number // height)
+            lists = [own for names in columns for own in self.balanced(names, height)]
+            owners = {name: rank for rank, names in enumerate(lists) for name in names}
+            self._owners[number, height] = owners
+        return self._owners[number, height]
 
-    def by_owner(self) -> dict[int | None, list[str]]:
-        """Return the parts of each owner; None stands for all processes."""
+    def by_column(self) -> list[list[str]]:
+        """Return the parts that the processes of each column keep."""
         if not self.is_spread:
-            return {None: list(self.parts)}
-        owners = self.owners
-        ranks = range(self.replicas.number)
-        return {rank: [n for n in self.parts if owners[n] == rank] for rank in ranks}
+            return [list(self.parts)]
+        lists: list[list[str]] = [[] for _ in range(self.grid.columns)]
+        for name in self.parts:
+            lists[self.owners[name] // self.holders].append(name)
+        return lists
 
     @property
     def by_layer(self) -> bool:
@@ -322,8 +345,8 @@ class Curvature:
         """
         if self.is_spread:
             raise ValueError(
-                "the matrix is spread over processes by Refresh(sharing='memory'), and is not "
-                "whole in any of them: use sharing='inverses' to look at it"
+                f"the matrix is spread over processes by Refresh(sharing={self.sharing!r}), and is "
+                "not whole in any of them: use sharing='inverses' to look at it"
             )
         beside = self.structure.companion
         operators = {name: self.operator(name) for name in self.parts if name != beside}
@@ -341,7 +364,7 @@ class Curvature:
                 size += sum(block.numel for block in self.parts[name].blocks.values())
         if self.is_spread:
             own = {"trace": torch.stack(traces).sum() if traces else None, "size": [size]}
-            each = self.replicas.gathered(own, self.layout.device)
+            each = self.grid.row.gathered(own, self.layout.device)
             traces = [one["trace"] for one in each if one["trace"] is not None]
             size = sum(one["size"][0] for one in each)
         if not traces:
@@ -362,10 +385,10 @@ class Curvature:
             for name in (self.parts if names is None else names)
             if self.estimates[name].average is not None and name != self.structure.companion
         ]
-        if not self.is_divided or self.is_spread:
-            self._invert_here([name for name in wanted if self.owns(name)], damping)
+        if not self.is_divided or self.holders == 1:
+            self._invert_here(wanted, damping)
             return
-        own = self.balanced(wanted, self.replicas.number)[self.replicas.rank]
+        own = self.balanced(wanted, self.holders)[self.replicas.rank % self.holders]
         before = {name: self.estimates[name].inverse for name in own}
         self._invert_here(own, damping)
         made = [name for name in own if self.estimates[name].inverse is not before[name]]

@@ -2,8 +2,9 @@
 
 A batch of which each process has a share makes one estimate. Statistics are added up, or rows
 gathered, before they join the average. Then, with Kronecker factors, each factorisation is made by
-one process, its *owner*: it sends the inverse to all, or keeps statistics and inverse to itself and
-sends natural gradients.
+one process, its *owner*. Processes form columns: those of a layer's column hold its statistics and
+inverse, which the owner sends them, and send natural gradients to the others, each along its row.
+One column of all stands for sharing the inverses, columns of one process for sharing the memory.
 """
 
 from __future__ import annotations
@@ -25,26 +26,57 @@ if TYPE_CHECKING:
     from natgrad.curvature.curvature import Curvature, Damping, Estimate
     from natgrad.curvature.structure import Part
 
-__all__ = ["Sharing", "agree", "natural_shards", "of_all", "take_inverses", "unite"]
+__all__ = [
+    "Sharing",
+    "agree",
+    "holders_of",
+    "natural_shards",
+    "of_all",
+    "take_inverses",
+    "unite",
+]
 
 Sharing = Literal["inverses", "memory", "nothing"]
+
+
+def holders_of(sharing: Sharing | float, number: int) -> int:
+    """Return how many processes keep what is known of a layer.
+
+    Args:
+        sharing: What processes share.
+        number: How many there are.
+
+    Raises:
+        ValueError: If a fraction of them is no whole number that divides theirs.
+    """
+    if isinstance(sharing, str):
+        return 1 if sharing == "memory" else number
+    count = round(sharing * number)
+    if count < 1 or abs(count - sharing * number) > 0.05 or number % count:
+        possible = ", ".join(f"{d}/{number}" for d in range(1, number + 1) if number % d == 0)
+        raise ValueError(
+            f"Refresh(sharing={sharing:g}) would keep each layer with {sharing * number:g} of "
+            f"{number} processes, and a whole number that divides theirs is needed: take one of "
+            f"{possible}"
+        )
+    return count
 
 
 def unite(curvature: Curvature) -> None:
     """Make the statistics of the present step those of all processes.
 
-    Where memory is shared they come together at their owners alone.
+    They come together where they are kept.
     """
-    replicas, device = curvature.replicas, curvature.layout.device
+    grid, device = curvature.grid, curvature.layout.device
     held = {name: one.batch for name, one in curvature.estimates.items()}
-    for owner, names in curvature.by_owner().items():
+    for column, names in enumerate(curvature.by_column()):
         own = {n: held[n] for n in names}
         own_sums = {n: None if batch is None else batch.sums() for n, batch in own.items()}
         own_rows = {
             n: None if batch is None else _rows(curvature, batch) for n, batch in own.items()
         }
-        sums = replicas.summed(own_sums, device, owner)
-        rows = replicas.gathered(own_rows, device, owner)
+        sums = grid.sum(own_sums, device, column).result()
+        rows = grid.gathered(own_rows, device, column)
         for name in names:
             present, part = curvature.estimates[name], curvature.parts[name]
             draws = present.draws + (present.batch is None)  # As where there were rows.
@@ -92,7 +124,7 @@ def agree(curvature: Curvature, missed: Mapping[str, Tensor | float]) -> dict[st
 
 
 def take_inverses(curvature: Curvature, made: Sequence[str], damping: Damping) -> None:
-    """Take the inverses that all processes have made.
+    """Take the inverses that the processes of this column have made.
 
     One's own, too: lying in memory in another order they would round otherwise.
 
@@ -102,7 +134,7 @@ def take_inverses(curvature: Curvature, made: Sequence[str], damping: Damping) -
         damping: λ, one value or one per block name.
     """
     own = {name: _handed_out(curvature, curvature.estimates[name]) for name in made}
-    for found in curvature.replicas.gathered(own, curvature.layout.device):
+    for found in curvature.grid.column.gathered(own, curvature.layout.device):
         for name, entry in found.items():
             value = damping_of(name, damping)
             part = curvature.parts[name]
@@ -139,14 +171,14 @@ def _with_inverse(
 
 
 def of_all(curvature: Curvature, own: dict[str, Any]) -> dict[str, Any]:
-    """Return the entries of all owners, in which all processes take part.
+    """Return the entries of all columns, in which all processes take part.
 
     Args:
         curvature: The curvature.
         own: Those of the parts of this process, natural gradients or their state.
     """
     result: dict[str, Any] = {}
-    for found in curvature.replicas.gathered(own, curvature.layout.device):
+    for found in curvature.grid.row.gathered(own, curvature.layout.device):
         result.update(found)
     return result
 

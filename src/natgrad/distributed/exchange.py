@@ -21,13 +21,13 @@ from natgrad.distributed.triangles import packed_triangles, unpacked_triangles
 
 __all__ = [
     "Outlines",
+    "Sum",
     "Symmetric",
     "gathered",
     "is_padded",
     "laid_end_to_end",
     "passed_round",
     "put_together",
-    "summed",
     "swapped",
     "taken_apart",
 ]
@@ -70,37 +70,65 @@ class _Slot:
         return cls(tuple(tensor.shape), tensor.dtype, isinstance(value, Symmetric))
 
 
-def summed(
-    value: Any, group: Any, device: torch.device, known: Outlines, owner: int | None = None
-) -> Any:
-    """Return the sum of a value over processes, entry by entry.
+class Sum:
+    """A sum of values over processes, entry by entry, that is under way.
 
     A process that has None somewhere adds zero. Plain values are those of the first process that
-    has some. :class:`Symmetric` matrices come back as tensors, whole.
+    has some. :class:`Symmetric` matrices come back as tensors, whole. Nobody waits for messages
+    before :meth:`result`, but for the outlines, which are small.
 
     Args:
         value: The value of this process.
         group: The process group.
         device: Where tensors lie, also on a process that has none.
         known: Outlines seen before in this group, by all of its processes.
-        owner: The one process that wants it, by its rank in the group; all by default. Others have
-            their own value back.
+        stages: Groups that this process adds up in, one after the other, each with the one that
+            has the sum then, by its rank there, or None for all; by default in the group, for all.
 
     Raises:
         ValueError: If tensors at the same place have different shapes or types.
     """
-    outline = _merged(_outlines(_outline(value), group, device, known))
-    terms = list(_terms(outline, value, device))
-    for bucket in _buckets(terms):
-        flat = torch.cat([terms[i].reshape(-1) for i in bucket])
+
+    def __init__(
+        self,
+        value: Any,
+        group: Any,
+        device: torch.device,
+        known: Outlines,
+        stages: Sequence[tuple[Any, int | None]] | None = None,
+    ) -> None:
+        self._outline = _merged(_outlines(_outline(value), group, device, known))
+        self._stages = list([(group, None)] if stages is None else stages)
+        terms = list(_terms(self._outline, value, device))
+        self._buckets = _buckets(terms)
+        self._shapes = [term.shape for term in terms]
+        self._flat: list[Tensor] = []
+        self._handles: list[Any] = []
+        for bucket in self._buckets:
+            self._flat.append(torch.cat([terms[i].reshape(-1) for i in bucket]))
+            self._handles += [self._added_up(self._flat[-1], *stage) for stage in self._stages[:1]]
+
+    @staticmethod
+    def _added_up(flat: Tensor, group: Any, owner: int | None) -> Any:
+        """Return the handle of a message that adds up in place."""
         if owner is None:
-            torch.distributed.all_reduce(flat, group=group)
-        else:
-            torch.distributed.reduce(flat, _global(owner, group), group=group)
-        pieces = flat.split([terms[i].numel() for i in bucket])
-        for i, piece in zip(bucket, pieces, strict=True):
-            terms[i] = piece.reshape(terms[i].shape)
-    return _filled(outline, iter(terms), _from_sent)
+            return torch.distributed.all_reduce(flat, group=group, async_op=True)
+        to = _global(owner, group)
+        return torch.distributed.reduce(flat, to, group=group, async_op=True)
+
+    def result(self) -> Any:
+        """Wait for the sum and return it; who is not to have it has a part of it."""
+        for stage in [*self._stages[1:], None]:
+            while self._handles:
+                self._handles.pop(0).wait()
+            if stage is not None:
+                self._handles = [self._added_up(flat, *stage) for flat in self._flat]
+        terms: dict[int, Tensor] = {}
+        for bucket, flat in zip(self._buckets, self._flat, strict=True):
+            pieces = flat.split([self._shapes[i].numel() for i in bucket])
+            for i, piece in zip(bucket, pieces, strict=True):
+                terms[i] = piece.reshape(self._shapes[i])
+        return _filled(self._outline, (terms[i] for i in range(len(terms))), _from_sent)
 
 
 def gathered(

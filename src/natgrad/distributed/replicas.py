@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from natgrad.distributed.exchange import (
     Outlines,
+    Sum,
     gathered,
     laid_end_to_end,
     passed_round,
-    summed,
 )
 from natgrad.distributed.place import WHOLE_BATCH, Place
 from natgrad.distributed.shards import is_sharded
@@ -143,11 +143,11 @@ class Replicas:
             return [value]
         return gathered(value, self.group, device, self.outlines, owner)
 
-    def summed(self, value: Any, device: torch.device, owner: int | None = None) -> Any:
+    def summed(self, value: Any, device: torch.device) -> Any:
         """Return the sum of a value of nested tensors, likewise."""
         if self.are_alone:
             return value
-        return summed(value, self.group, device, self.outlines, owner)
+        return Sum(value, self.group, device, self.outlines).result()
 
     def passed_round(self, value: Any, device: torch.device, steps: int) -> Iterator[Any]:
         """Yield values of others, likewise, that are passed on from one process to the next."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ from natgrad.capture import Capture
 from natgrad.capture.kinds import find_kind
 from natgrad.curvature import Curvature, as_structure
 from natgrad.curvature.cost import Workload
-from natgrad.curvature.sharing import Sharing
+from natgrad.curvature.sharing import Sharing, holders_of
 from natgrad.distributed.exchange import is_padded
 from natgrad.experiments.factories import FactoryError, load_model
 from natgrad.experiments.inspection import InspectionError
@@ -33,7 +33,6 @@ from natgrad.optim import EKFAC, KFAC, KPSVD, TEKFAC, TKFAC, NaturalGradient
 
 __all__ = [
     "METHODS",
-    "SHARINGS",
     "Message",
     "Options",
     "Plan",
@@ -44,6 +43,7 @@ __all__ = [
     "parse_ranks",
     "plan_factory",
     "plan_model",
+    "sharings",
     "to_dict",
 ]
 
@@ -56,8 +56,8 @@ METHODS: dict[str, type[NaturalGradient]] = {
     "kpsvd": KPSVD,
 }
 
-#: The sharing modes, the default first.
-SHARINGS: tuple[Sharing, ...] = get_args(Sharing)
+#: Fractions of the processes that keep each layer, which are planned for where they are some.
+FRACTIONS = (1 / 2, 1 / 4, 1 / 8)
 
 Collective = Literal["all_reduce", "reduce", "all_gather", "gather", "broadcast"]
 
@@ -119,26 +119,29 @@ class Message:
         collective: Its name in ``torch.distributed``.
         size: Bytes that a process hands in, padded to those of the process that has most.
         interval: Steps from one to the next.
+        among: Number of processes N that take part.
     """
 
     collective: Collective
     size: int
     interval: int = 1
+    among: int = 1
 
     @property
     def per_step(self) -> float:
         """Bytes that a process hands in per step."""
         return self.size / self.interval
 
-    def moved(self, ranks: int) -> float:
-        """Return the bytes per step that pass through the link of a process.
+    @property
+    def moved(self) -> float:
+        """Bytes per step that pass through the link of a process.
 
-        Args:
-            ranks: Number of processes N. An all-reduce of n bytes moves 2(N−1)/N·n, all others
-                (N−1)/N·n; what is gathered has n = N·size.
+        An all-reduce of n bytes moves 2(N−1)/N·n, all others (N−1)/N·n; what is gathered has
+        n = N·size.
         """
-        whole = self.per_step * (ranks if self.collective in ("all_gather", "gather") else 1)
-        return (2 if self.collective == "all_reduce" else 1) * (ranks - 1) / ranks * whole
+        number = self.among
+        whole = self.per_step * (number if self.collective in ("all_gather", "gather") else 1)
+        return (2 if self.collective == "all_reduce" else 1) * (number - 1) / number * whole
 
 
 @dataclass(frozen=True)
@@ -147,10 +150,12 @@ class SharedWork:
 
     Attributes:
         ranks: Number of processes.
-        sharing: The mode, of :data:`SHARINGS`.
+        sharing: The mode, of :func:`sharings`.
         memory: Bytes of factors and inverses in the process that keeps most.
         sums: Sums over the batch, of symmetric matrices the triangles, at an update.
         rows: Rows of the batch, at an update, of methods that keep them.
+        column_sums: What a fraction of the processes then adds up for the layers it keeps.
+        column_rows: Likewise the rows it hands on.
         inverses: What a factorisation makes.
         natural_gradients: Natural gradients, at every step.
         parameters: The trained parameters of rank 0, after a factorisation.
@@ -165,10 +170,12 @@ class SharedWork:
     """
 
     ranks: int
-    sharing: Sharing
+    sharing: Sharing | float
     memory: int
     sums: Message
     rows: Message
+    column_sums: Message
+    column_rows: Message
     inverses: Message
     natural_gradients: Message
     parameters: Message
@@ -182,7 +189,8 @@ class SharedWork:
     @property
     def messages(self) -> tuple[Message, ...]:
         """All of natgrad's messages."""
-        return self.sums, self.rows, self.inverses, self.natural_gradients, self.parameters
+        statistics = self.sums, self.rows, self.column_sums, self.column_rows
+        return (*statistics, self.inverses, self.natural_gradients, self.parameters)
 
     @property
     def sent(self) -> float:
@@ -192,7 +200,7 @@ class SharedWork:
     @property
     def moved(self) -> float:
         """Bytes per step that natgrad's collectives move through the link of a process."""
-        return sum(message.moved(self.ranks) for message in self.messages)
+        return sum(message.moved for message in self.messages)
 
     @property
     def seconds(self) -> float:
@@ -217,6 +225,12 @@ class Plan:
     covered: int
     parts: int
     works: tuple[SharedWork, ...]
+
+
+def sharings(ranks: int) -> tuple[Sharing | float, ...]:
+    """Return the modes for a number of ranks, the default first."""
+    fractions = (f for f in FRACTIONS if f * ranks > 1 and f * ranks % 1 == 0)
+    return ("inverses", *fractions, "memory", "nothing")
 
 
 def parse_ranks(text: str) -> tuple[int, ...]:
@@ -288,7 +302,7 @@ def plan_model(model: nn.Module, options: Options) -> Plan:
     works = tuple(
         _shared_work(curvature, options, ranks, sharing, directions, trained)
         for ranks in options.ranks
-        for sharing in SHARINGS
+        for sharing in sharings(ranks)
     )
     covered = sum(block.numel for block in layouts.values())
     count = sum(p.numel() for p in parameters)
@@ -316,11 +330,11 @@ def _shared_work(
     curvature: Curvature,
     options: Options,
     ranks: int,
-    sharing: Sharing,
+    sharing: Sharing | float,
     directions: int,
     trained: int,
 ) -> SharedWork:
-    """Return what one sharing mode takes.
+    """Return what one sharing mode takes; messages are those of the column that moves most.
 
     Args:
         curvature: The curvature, of which nothing has been seen.
@@ -338,51 +352,65 @@ def _shared_work(
     joint = {name: structure.joint_work(part, batch) for name, part in parts.items()}
     elements = {name: structure.elements(part, batch) for name, part in parts.items()}
     entry = {name: part.dtype.itemsize for name, part in parts.items()}
-    everything = [list(parts)]
-    divided = everything if sharing == "nothing" else curvature.balanced(list(parts), ranks)
-    kept = divided if sharing == "memory" else everything
+    height = holders_of(sharing, ranks)
+    kept = curvature.balanced(list(parts), ranks // height)
+    by_column = [curvature.balanced(names, height) for names in kept]
+    if sharing == "nothing":
+        by_column = [kept]
+    divided = [names for column in by_column for names in column]
 
     def fullest(values: Mapping[str, float], lists: list[list[str]]) -> float:
         return max(sum(values[name] for name in names) for names in lists)
 
-    def in_bytes(field: str, lists: list[list[str]]) -> int:
-        sizes = {name: entry[name] * getattr(one, field) for name, one in elements.items()}
-        return int(fullest(sizes, lists))
+    def in_bytes(field: str, names: Sequence[str]) -> int:
+        return sum(entry[name] * getattr(elements[name], field) for name in names)
 
-    def exchanged(sizes: Mapping[str, float], lists: list[list[str]]) -> tuple[Collective, int]:
+    def exchanged(field: Mapping[str, float], lists: list[list[str]]) -> tuple[Collective, int]:
         """Return how processes hand out what they have, and how much."""
-        owned = [int(sum(sizes[name] for name in names)) for names in lists]
+        owned = [int(sum(field[name] for name in names)) for names in lists]
         if is_padded(owned):
             return "broadcast", sum(owned)
         return "all_gather", max(owned)
 
-    def message(collective: Collective, size: int, interval: int | None = 1) -> Message:
-        return Message(collective, size if ranks > 1 else 0, interval or 1)
+    def message(kind: Collective, size: int, interval: int | None = 1, among: int = 0) -> Message:
+        among = among or ranks
+        return Message(kind, size if among > 1 else 0, interval or 1, among)
 
-    spread, shared = sharing == "memory", sharing == "inverses"
+    columns, shares, everything = len(kept), sharing != "nothing", list(parts)
     updates, turns = options.factors, options.inverses
     gradient = {name: entry[name] * part.block.numel for name, part in parts.items()}
     handed_out = {name: entry[name] * one.handed_out for name, one in elements.items()}
-    gathering, made = exchanged(handed_out, divided)
-    natural: tuple[Collective, int] = ("all_reduce", 0 if shared else sum(gradient.values()))
-    if spread:
-        natural = exchanged(gradient, kept)
-    work = SharedWork(
-        ranks=ranks,
-        sharing=sharing,
-        memory=in_bytes("kept", kept),
-        sums=message("reduce" if spread else "all_reduce", in_bytes("sums", everything), updates),
-        rows=message("gather" if spread else "all_gather", in_bytes("rows", everything), updates),
-        inverses=message(gathering, made if shared else 0, turns),
-        natural_gradients=message(*natural),
-        parameters=message("broadcast", trained if shared else 0, turns),
-        gradients=message("all_reduce", trained),
-        factorisation=2 * fullest(factorisation, divided) / (turns or 1),
-        statistics=0.0,
-        preconditioning=2 * fullest({name: cost.step for name, cost in costs.items()}, kept),
-        communication=0.0,
-        computation=0.0,
-    )
+    natural = message("all_reduce", 0 if shares else sum(gradient.values()))
+    sums = message("all_reduce", in_bytes("sums", everything), updates)
+    rows = message("all_gather", in_bytes("rows", everything), updates)
+    if columns > 1:
+        natural = message(*exchanged(gradient, kept), among=columns)
+        sums = message("reduce", sums.size, updates, columns)
+        rows = message("gather", rows.size, updates, columns)
+
+    def of_column(names: list[str], seats: list[list[str]]) -> SharedWork:
+        kind, made = exchanged(handed_out, seats)
+        again = height if columns > 1 else 1  # Of one column there is nothing left to do.
+        return SharedWork(
+            ranks=ranks,
+            sharing=sharing,
+            memory=max(in_bytes("kept", each) for each in kept),
+            sums=sums,
+            rows=rows,
+            column_sums=message("all_reduce", in_bytes("sums", names), updates, again),
+            column_rows=message("all_gather", columns * in_bytes("rows", names), updates, again),
+            inverses=message(kind, made if shares else 0, turns, height),
+            natural_gradients=natural,
+            parameters=message("broadcast", trained if shares and height > 1 else 0, turns),
+            gradients=message("all_reduce", trained),
+            factorisation=2 * fullest(factorisation, divided) / (turns or 1),
+            statistics=0.0,
+            preconditioning=2 * fullest({name: cost.step for name, cost in costs.items()}, kept),
+            communication=0.0,
+            computation=0.0,
+        )
+
+    work = max(map(of_column, kept, by_column), key=lambda one: one.moved)
     # Sums are made of a process's own samples, what takes the rows of all is made of all.
     own = sum(costs[name].refresh - factorisation[name] - joint[name] for name in parts) / ranks
     work = replace(work, statistics=2 * (own + fullest(joint, kept)) / (updates or 1))
@@ -397,7 +425,7 @@ def _shared_work(
 def best(plan: Plan, ranks: int) -> SharedWork | None:
     """Return the mode of least predicted time with so many ranks, of those that fit the memory.
 
-    Of equals the first of :data:`SHARINGS` is taken; None stands for none that fits.
+    Of equals the first of :func:`sharings` is taken; None stands for none that fits.
     """
     limit = plan.options.memory
     fitting = [
@@ -410,7 +438,7 @@ def best(plan: Plan, ranks: int) -> SharedWork | None:
 
 def advice(plan: Plan) -> str:
     """Return one sentence that says which mode to take."""
-    by_mode: dict[str | None, list[str]] = {}
+    by_mode: dict[str | float | None, list[str]] = {}
     for ranks in dict.fromkeys(plan.options.ranks):
         found = best(plan, ranks)
         by_mode.setdefault(None if found is None else found.sharing, []).append(str(ranks))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 
 from rich import box
 from rich.console import Console
@@ -17,7 +18,7 @@ _Columns = dict[str, Callable[[SharedWork], str]]
 
 _BYTES: _Columns = {
     "kept": lambda work: format_bytes(work.memory),
-    "statistics": lambda work: _size(work.sums.per_step + work.rows.per_step),
+    "statistics": lambda work: _size(sum(message.per_step for message in work.messages[:4])),
     "inverses": lambda work: _size(work.inverses.per_step),
     "natural\ngradients": lambda work: _size(work.natural_gradients.per_step),
     "parameters": lambda work: _size(work.parameters.per_step),
@@ -67,7 +68,8 @@ def _print(console: Console, plan: Plan, title: str, columns: _Columns) -> None:
     for work in plan.works:
         mark = " *" if work == best(plan, work.ranks) else ""
         cells = (cell(work) for cell in columns.values())
-        table.add_row(f"{work.ranks:,}", work.sharing + mark, *cells)
+        sharing = work.sharing if isinstance(work.sharing, str) else str(Fraction(work.sharing))
+        table.add_row(f"{work.ranks:,}", sharing + mark, *cells)
     console.print(table, highlight=False)
 
 

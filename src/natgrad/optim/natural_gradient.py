@@ -315,7 +315,7 @@ class NaturalGradient(GroupedOptimizer, CopiedByState):
                     compared.take()
         self._step_fallback()
         curvature = preconditioner.curvature
-        if inverts and curvature.is_divided and not curvature.is_spread:
+        if inverts and curvature.is_divided and curvature.holders > 1:
             # Processors that round differently would drift apart.
             moved = [p for group in grouped.groups for p in group["params"] if p.requires_grad]
             preconditioner.replicas.follow_first(moved)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from natgrad.arguments import check_choice, check_interval, check_range
+from natgrad.arguments import check_choice, check_interval, check_range, is_number
 from natgrad.curvature.sharing import Sharing
 from natgrad.optim.step.line_search import LineSearch
 from natgrad.optim.step.measured_length import MeasuredLength
@@ -46,6 +46,8 @@ class Refresh:
             trace, and KPSVD. ``"inverses"``: each makes some of the factorisations and sends the
             inverses to all. ``"memory"``: each keeps factors and inverses of some layers and sends
             their natural gradients, at every step; ``state_dict`` must then be called in all.
+            A number in (0, 1] lies between the two: the fraction of the processes that keeps each
+            layer, 1/N as ``"memory"`` and 1 as ``"inverses"``.
             ``"nothing"``: each makes all of them, and natural gradients are averaged at every step,
             as with other structures.
 
@@ -59,14 +61,22 @@ class Refresh:
     early: bool = False
     stagger: bool = False
     warmup: int = 0
-    sharing: Sharing = "inverses"
+    sharing: Sharing | float = "inverses"
 
     def __post_init__(self) -> None:
         """Check the options."""
         check_interval("factors", self.factors)
         check_interval("inverses", self.inverses)
         check_range("decay", self.decay, below=1.0)
-        check_choice("sharing", self.sharing, "inverses", "memory", "nothing")
+        if isinstance(self.sharing, str):
+            known = self.sharing in get_args(Sharing)
+        else:
+            known = is_number(self.sharing) and 0 < self.sharing <= 1
+        if not known:
+            raise ValueError(
+                "sharing must be 'inverses', 'memory', 'nothing' or a fraction of the processes in "
+                f"(0, 1], got {self.sharing!r}"
+            )
         if self.warmup < 0 or (self.warmup > 0 and self.decay == 0):
             raise ValueError(
                 "warmup must be 0, or positive with decay > 0 (without an average curvature "

@@ -96,10 +96,12 @@ class Preconditioner(CopiedByState):
         refresh = Refresh() if refresh is None else refresh
         check_kind("refresh", refresh, Refresh)
         structure = as_structure(structure, training=True)
-        if refresh.sharing == "memory" and getattr(structure, "fused", False):
+        everywhere = refresh.sharing in ("inverses", "nothing", 1)
+        if getattr(structure, "fused", False) and not everywhere:
             raise ValueError(
-                "fused=True needs every inverse in the backward pass, and Refresh(sharing='memory')"
-                " leaves each with one process: use sharing='inverses'"
+                "fused=True needs every inverse in the backward pass, and "
+                f"Refresh(sharing={refresh.sharing!r}) leaves each with some processes: use "
+                "sharing='inverses'"
             )
         if not structure.additive and not refresh.every_step:
             raise ValueError(
@@ -160,6 +162,7 @@ class Preconditioner(CopiedByState):
 
     def _share_with(self, replicas: Replicas) -> None:
         self.curvature.replicas = self.observer.replicas = replicas
+        _ = self.curvature.holders  # Of which a fraction may be none.
 
     # Layers that come and go.
 
