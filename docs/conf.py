@@ -49,7 +49,7 @@ html_theme = "furo"
 html_title = f"natgrad {version}"
 html_theme_options = {"source_repository": "https://github.com/natgrad/natgrad"}
 templates_path, html_static_path = ["_templates"], ["_static"]
-html_css_files, html_js_files = ["versions.css"], ["versions.js"]
+html_css_files, html_js_files = ["site.css"], ["versions.js"]
 
 #: Pages of the repository that are pages of the site, too.
 ELSEWHERE = {
