@@ -177,7 +177,7 @@ def unexplained() -> None:
             self.table, self.head = nn.Embedding(4, 3), nn.Linear(3, 2)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.head(self.table(x) @ self.table.weight.T @ self.table.weight)
+            return self.head(self.table(x) @ self.table.weight.T.cov())
 
     model = Bare()
     optimizer = natgrad.KFAC(model)

@@ -444,7 +444,7 @@ class Coupled(nn.Module):
         self.drop = nn.Dropout(0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.norm(x + self.shift))
+        return self.drop(self.norm(x + self.shift.exp()))
 
 
 @pytest.mark.parametrize("frozen", [(), ("norm",), ("norm", "drop")])

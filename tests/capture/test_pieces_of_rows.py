@@ -19,7 +19,7 @@ class Offset(nn.Module):
         self.offset = nn.Parameter(torch.zeros(40))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(torch.tanh(self.first(x) + self.offset))
+        return self.last(torch.tanh(self.first(x) + self.offset.tanh()))
 
 
 def test_pieces_are_bounded_by_all_layers_that_a_vector_meets(monkeypatch):

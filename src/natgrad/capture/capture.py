@@ -16,7 +16,14 @@ from torch.autograd.graph import get_gradient_edge
 
 from natgrad.capture.attention import RecordProjections
 from natgrad.capture.blocks import Block, find_blocks
-from natgrad.capture.hooks import ModelHook, inside_backward, is_pulling_back, outside_graphs
+from natgrad.capture.generic import GenericKind
+from natgrad.capture.hooks import (
+    ModelHook,
+    called_from_graph,
+    inside_backward,
+    is_pulling_back,
+    outside_graphs,
+)
 from natgrad.capture.kinds import LayerCall, LayerKind
 from natgrad.capture.model_output import (
     check_watched,
@@ -27,6 +34,7 @@ from natgrad.capture.model_output import (
     unwrap,
 )
 from natgrad.capture.normalization import batch_norms, fix_statistics
+from natgrad.capture.products import RecordProducts, is_product, watched_parameters
 from natgrad.capture.rows import RecordedCall, RowBuilder
 from natgrad.jacobians import Jacobians
 from natgrad.layouts import ParameterLayout
@@ -147,6 +155,7 @@ class Capture:
         self._open: ForwardPass | None = None
         self._suspended = False
         self._modes: list[RecordProjections] = []
+        self._products: RecordProducts | None = None
         self._told: set[str] = set()
         self._handles: list[Any] = []
         self._find()
@@ -159,10 +168,11 @@ class Capture:
         self.uncovered: dict[str, str]
         self.blocks, self.uncovered = find_blocks(self.model, self.excluded)
         self.layout: ParameterLayout = ParameterLayout.of(self.model, self.shards)
+        self._watched = watched_parameters(self.model, self.blocks)
         self.rows: RowBuilder = RowBuilder(
-            self.model, self.blocks, self.layout, self._unrecorded, self.tell
+            self.model, self.blocks, self._watched, self.layout, self._unrecorded, self.tell
         )
-        for sentence in self.rows.costly():
+        for sentence in self.rows.costly(products=False):
             self.tell(sentence)
         self._present = self._signature()
         self._install()
@@ -230,6 +240,9 @@ class Capture:
         last = ModelHook(self, _after_model)
         self._handles.append(self.model.register_forward_pre_hook(first, prepend=True))
         self._handles.append(self.model.register_forward_hook(last))
+        if self._watched:
+            closing = ModelHook(self, _stop_products)
+            self._handles.append(self.model.register_forward_hook(closing, always_call=True))
 
     def remove(self) -> None:
         """Remove all hooks and forget everything recorded."""
@@ -300,6 +313,33 @@ class Capture:
         assert self._open is not None
         self._open.calls.append(recorded)
         self._open.elements += sum(o.numel() for o in live if o is not None)
+
+    def _watch_products(self) -> None:
+        """Record products in this pass: all while rows are to be checked, then those of rows."""
+        wanted = self._watched
+        if self.rows.checked:
+            wanted = [one for one in wanted if one.block in self.rows.by_products]
+        if called_from_graph():
+            if self.rows.by_products:
+                self.rows.forget_products()
+        elif wanted and (self.recording or self.watching is True):
+            mode = RecordProducts(wanted, self._record)
+            if mode.watched:
+                mode.__enter__()  # type: ignore[no-untyped-call]
+                self._products = mode
+
+    def _forget_product(self, call: LayerCall) -> None:
+        """Forget the product inside a layer's call, which counts as the call."""
+        if self._products is None or self._open is None or not call.inputs:
+            return
+        place = call.inputs[0].data_ptr()
+        calls = self._open.calls
+        for number in range(len(calls) - 1, -1, -1):
+            one = calls[number].call
+            inside = one.module is call.module and is_product(calls[number].kind)
+            if inside and one.inputs[0].data_ptr() == place:
+                del calls[number]
+                return
 
     def _open_pass(self) -> None:
         self._open = ForwardPass(has_edges=self.recording)
@@ -469,6 +509,8 @@ def _after_layer(
     if batch_norms(module):
         fix_statistics(module, args[0], output)
     for call in kind.observe(module, args, kwargs, output):
+        if not isinstance(kind, GenericKind):
+            capture._forget_product(call)
         capture._record(kind, call)
 
 
@@ -481,6 +523,7 @@ def _before_model(capture: Capture, module: nn.Module, args: Any) -> None:
     capture._open = None
     if capture._active():
         capture._open_pass()
+        capture._watch_products()
 
 
 @outside_graphs
@@ -537,6 +580,13 @@ def _after_model(capture: Capture, module: nn.Module, args: Any, output: Any) ->
 
     selected.register_hook(reached)
     return replaced
+
+
+@outside_graphs
+def _stop_products(capture: Capture, module: nn.Module, args: Any, output: Any) -> None:
+    mode, capture._products = capture._products, None
+    if mode is not None:
+        mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
 
 @outside_graphs

@@ -45,6 +45,11 @@ class EmbeddingKind(LayerKind):
         shape = tuple(module.get_parameter("weight").shape)
         return BlockLayout(qualified, (shape,), 1, shape[1], shape[0], True, False, True, True)
 
+    def padding(self, module: nn.Module) -> int | None:
+        """Return the row that gets no gradient, if there is one."""
+        padding: int | None = getattr(module, "padding_idx", None)
+        return padding
+
     def jacobian(self, block: BlockRecord) -> LayerJacobian:
         """Form rows from token indices and output gradients."""
         indices: list[Tensor] = []
@@ -52,7 +57,7 @@ class EmbeddingKind(LayerKind):
         for call, delta in block.single_outputs():
             d = fold_gradients(delta, block.samples, block.layout.d_out)
             index = call.inputs[0].reshape(block.samples, -1)
-            padding = getattr(call.module, "padding_idx", None)
+            padding = self.padding(call.module)
             if padding is not None:
                 d = d * (index != padding)[:, None, :, None]
             indices.append(index)

@@ -34,6 +34,9 @@ __all__ = [
 #: Largest number of parameters of a module of unknown kind that form one dense block.
 DENSE_LIMIT = 1000
 
+#: Up to which ratio the sides of stacked matrices are alike.
+ALIKE = 8
+
 
 def floating_tensors(value: Any) -> Iterator[Tensor]:
     """Yield the floating-point tensors in a tensor, tuple, list, mapping or dataclass-like."""
@@ -129,11 +132,15 @@ def free_layout(qualified: tuple[str, ...], shapes: tuple[tuple[int, ...], ...])
     """Return the layout of parameters whose use is not known.
 
     Few entries are kept together, so that structures keep all products of theirs; a large tensor
-    is a matrix of its first dimension by all others, a large vector one matrix per entry.
+    is a matrix of its first dimension by all others, a large vector one matrix per entry. Three
+    dimensions of which the first is the least and the others are alike, as of stacked experts, are
+    one matrix per entry of the first.
     """
     if sum(map(prod, shapes)) <= DENSE_LIMIT:
         return dense_layout(qualified, shapes)
     (shape,) = shapes
+    if len(shape) == 3 and shape[0] <= min(shape) and max(shape[1:]) <= ALIKE * min(shape[1:]):
+        return BlockLayout(qualified, shapes, *shape, True, False)
     long = [size for size in shape if size > 1]
     rows, columns = (1, 1) if len(long) == 1 else (long[0], prod(long[1:]))
     return BlockLayout(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from torch import Tensor
 
 __all__ = [
     "ModelHook",
+    "called_from_graph",
     "holds_statistics",
     "inside_backward",
     "is_pulling_back",
@@ -106,6 +108,22 @@ def holds_statistics() -> bool:
     return bool(_own_passes) and _own_passes.get(_present_pass(), False)
 
 
+_calls_from_graphs = threading.local()
+
+
+def called_from_graph() -> bool:
+    """Return whether a hook is called by code that ``torch.compile`` has traced."""
+    return getattr(_calls_from_graphs, "open", 0) > 0
+
+
+def _called_from_graph(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    _calls_from_graphs.open = getattr(_calls_from_graphs, "open", 0) + 1
+    try:
+        return function(*args, **kwargs)
+    finally:
+        _calls_from_graphs.open -= 1
+
+
 def outside_graphs(function: _Function) -> _Function:
     """Keep a function out of graphs that ``torch.compile`` traces.
 
@@ -120,7 +138,8 @@ def outside_graphs(function: _Function) -> _Function:
             # Buffers a compiled backward pass gives away cannot be used by a second one, and
             # natgrad's pull-back comes before the user's.
             torch._functorch.config.donated_buffer = False
-            disabled.append(torch.compiler.disable(function))
+            marked = functools.partial(_called_from_graph, function)
+            disabled.append(torch.compiler.disable(marked))
         # Going through `disable` costs more than most hooks do, and only tracing needs it.
         if disabled and torch.compiler.is_dynamo_compiling():
             return disabled[0](*args, **kwargs)

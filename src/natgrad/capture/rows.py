@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from natgrad.capture.batched_backward import RowsUnavailable, batched_gradients
 from natgrad.capture.blocks import Block, Use
 from natgrad.capture.generic import DENSE_LIMIT, GenericKind
 from natgrad.capture.kinds import BlockRecord, CallGradients, LayerCall, LayerKind
+from natgrad.capture.products import WatchedParameter, is_product
 from natgrad.capture.samples import SampleAxis, find_axis, probe_samples, probe_vectors
 from natgrad.jacobians import DenseJacobian, Jacobians, LayerJacobian, SumJacobian
 from natgrad.layouts import BlockLayout, ParameterLayout
@@ -107,18 +109,22 @@ class RowBuilder:
       one's own), or that feed such a layer, get rows per output: every sample's vectors are pulled
       back alone. Where vectors of different samples are independent with mean zero, the sum of
       their rows serves as one row, which is right on average and costs nothing.
-    * Parameters that are used outside the calls of their modules (``F.linear(h, table.weight)``,
-      ``layer.forward(x)``, lists of parameters) get rows from the gradient at the parameter.
+    * Products with parameters outside the calls of layers (``F.linear(h, table.weight)``, stacked
+      experts, lists of parameters) count as calls of layers where they explain the gradient.
+    * Other uses of parameters outside the calls of their modules (``layer.forward(x)``, powers of
+      a matrix) get rows from the gradient at the parameter.
 
     Args:
         model: The model.
         blocks: Its blocks.
+        watched: Parameters whose products may be recorded.
         layout: Order of all trainable parameters.
         unrecorded: Context in which layers run without being recorded.
         on_finding: Called with one sentence about whatever a user should know.
 
     Attributes:
         direct: Block name → why its rows are taken at the parameters.
+        by_products: Blocks whose products are, or are among, their rows.
         checks: How often rows were checked.
         checked: Whether those of the last pass are known to be right.
         inseparable: Block name → why the user's own backward pass leaves no rows of single samples.
@@ -130,6 +136,7 @@ class RowBuilder:
         self,
         model: nn.Module,
         blocks: Mapping[str, Block],
+        watched: Sequence[WatchedParameter],
         layout: ParameterLayout,
         unrecorded: Callable[[], AbstractContextManager[Any]],
         on_finding: Callable[[str], None],
@@ -145,10 +152,11 @@ class RowBuilder:
         self.unavailable: dict[str, str] = {}
         self.time_first: bool = False
         self.on_finding = on_finding
+        self.by_products: set[str] = set()
+        self._products: dict[str, tuple[Use, ...]] = {one.block: one.uses for one in watched}
+        self._uses: dict[str, tuple[Use, ...]] = {name: b.uses for name, b in blocks.items()}
         self._users: dict[nn.Module, list[tuple[str, Use]]] = {}
-        for name, block in blocks.items():
-            for use in block.uses:
-                self._users.setdefault(use.module, []).append((name, use))
+        self._index_uses()
         self._axes: dict[_Place, SampleAxis | None] = {}
         self._unreached: set[_Place] = set()
         self._constant: set[nn.Module] = set()  # Modules whose output depends on no input.
@@ -161,11 +169,36 @@ class RowBuilder:
         self._last: Callable[[], Tensor | None] = lambda: None
         self._unverified: set[str] = set()  # Blocks whose gradients have all been zero.
 
-    def costly(self) -> Iterator[str]:
-        """Say which rows have no factored form although they are large."""
+    def are_of_layers(self, name: str) -> bool:
+        """Return whether a block's rows come from calls of its layers alone."""
+        return name not in self.direct and name not in self.by_products
+
+    def forget_products(self) -> None:
+        """Make rows without products from now on, as of a model that has been compiled."""
+        for name in self.by_products:
+            self._uses[name] = self.blocks[name].uses
+            reason = _only_at_parameters(self.blocks[name])
+            if reason is not None:
+                self.direct[name] = self.inseparable[name] = reason
+        self.by_products.clear()
+        self._index_uses()
+        self.forget_checks()
+
+    def _index_uses(self) -> None:
+        self._users.clear()
+        for name, uses in self._uses.items():
+            for use in uses:
+                self._users.setdefault(use.module, []).append((name, use))
+
+    def costly(self, products: bool) -> Iterator[str]:
+        """Say which rows have no factored form although they are large.
+
+        Args:
+            products: Whether to speak of blocks whose products may be their rows, or of others.
+        """
         for name, block in self.blocks.items():
-            size = block.layout.numel
-            if size > DENSE_LIMIT and _reruns(block) and name not in self.direct:
+            size, asked = block.layout.numel, (name in self._products) == products
+            if asked and size > DENSE_LIMIT and self._reruns(name) and name not in self.direct:
                 yield (
                     f"{name!r} ({block.kind}) is of a kind without a formula: rows of its {size} "
                     f"parameters take {size * 4 * 128 / 2**20:.0f} MiB per vector at a batch of "
@@ -207,7 +240,7 @@ class RowBuilder:
         mixed = list(dict.fromkeys(one for name in coupled for one in own[name]))
         alone = samples > 1 and not independent
         # Rows that a module fails to make are had at its parameters, through the same graph.
-        again = bool(self.direct) or any(_reruns(self.blocks[name]) for name in own)
+        again = bool(self.direct) or any(map(self._reruns, own))
         keep = retain_graph or again or (alone and bool(mixed))
         self._fill(calls, output, vectors, False, keep)
         if alone:
@@ -371,7 +404,8 @@ class RowBuilder:
         """Return the rows of a block; with 1 as ``samples`` the batch counts as one sample."""
         block = self.blocks[name]
         records: dict[tuple[LayerKind, BlockLayout], BlockRecord] = {}
-        for use in block.uses:
+        uses = self._uses[name]
+        for use in uses:
             own = [
                 _laid_out(one, use.kind, samples)
                 for one in calls
@@ -384,7 +418,10 @@ class RowBuilder:
         parts = [kind.jacobian(record) for (kind, _), record in records.items()]
         if not parts:
             return None
-        if len(parts) == 1 and (len(block.uses) == 1 or _same_form(parts[0].layout, block.layout)):
+        if name in self._products and uses[-1] in self._products[name] and block.layout.is_dense:
+            flat = [part.layout.flat(part.per_sample_gradients()) for part in parts]
+            return DenseJacobian(block.layout, functools.reduce(Tensor.add, flat))
+        if len(parts) == 1 and (len(uses) == 1 or _same_form(parts[0].layout, block.layout)):
             return parts[0]
         return SumJacobian(parts, block.layout)
 
@@ -433,6 +470,9 @@ class RowBuilder:
         self._axes.update({p: axis for p, axis in axes.items() if p not in coupled})
         for one in calls:
             one.axis = self._axis(one, len(output))
+        with self._forming(calls):
+            self._find_products(calls, truth)
+        calls = self._available(recorded, calls)
         of_block, explained = self._by_block(calls), self._explained()
         names = {n: [truth[p] for p in self.blocks[n].layout.names] for n in explained}
         self._unverified = {n for n, of in names.items() if not any(_any(g) for g in of)}
@@ -441,11 +481,14 @@ class RowBuilder:
                 of = of_block.get(name, [])
                 self._compare(name, of, truth, 1)
                 split = all(one.axis is not None for one in of)
-                if _reruns(self.blocks[name]) and split and name not in self.direct:
+                if self._reruns(name) and split and name not in self.direct:
                     self._compare(name, of, truth, len(output))
         self.checked = not self._turned
         if self.checked:
-            self._tell_coupled(axes)
+            used = {one.place for one in calls}
+            self._tell_coupled({place: axis for place, axis in axes.items() if place in used})
+            for sentence in self.costly(products=True):
+                self.on_finding(sentence)
             self.inseparable.update(self.direct)
             for name, of in of_block.items():
                 if any(self._axis(one, len(output)) is None for one in of):
@@ -454,7 +497,7 @@ class RowBuilder:
     def _look_at_modes(self) -> None:
         """Run no module again that has become random or coupled since, as in training mode."""
         for name, block in self.blocks.items():
-            if _reruns(block) and name not in self.direct:
+            if self._reruns(name) and name not in self.direct:
                 reason = _only_at_parameters(block)
                 if reason is not None:
                     self.direct[name] = self.inseparable[name] = reason
@@ -479,20 +522,29 @@ class RowBuilder:
         """Return the blocks whose rows are compared with gradients."""
         return [n for n in self.blocks if n not in self.direct and n not in self.unavailable]
 
-    def _available(self, recorded: Sequence[RecordedCall]) -> list[_Call]:
-        """Return the calls whose outputs' gradients can be had."""
-        calls = [one for one in _numbered(recorded) if one.edges]
-        if not self.unavailable:
-            return calls
+    def _reruns(self, name: str) -> bool:
+        return any(isinstance(use.kind, GenericKind) for use in self._uses[name])
+
+    def _available(
+        self, recorded: Sequence[RecordedCall], numbered: Sequence[_Call] | None = None
+    ) -> list[_Call]:
+        """Return the calls of layers, and products, whose outputs' gradients can be had.
+
+        Products that no block's rows are known to be made of are among them until rows are checked.
+        """
+        calls = [one for one in numbered or _numbered(recorded) if one.edges]
         own = {n: of for n, of in self._by_block(calls).items() if n not in self.unavailable}
         wanted = {id(one) for of in own.values() for one in of}
-        return [one for one in calls if id(one) in wanted]
+        untried = not self.checked and numbered is None
+        return [one for one in calls if id(one) in wanted or (untried and is_product(one.kind))]
 
     def _truth(
         self, calls: Sequence[_Call], output: Tensor, vector: Tensor
     ) -> dict[str, Tensor | None]:
         """Pull a vector back to the outputs of calls, and return the gradients at parameters."""
-        names = [n for block in self._explained() for n in self.blocks[block].layout.names]
+        tried = {name for name, _ in self._tried(calls)}
+        blocks = dict.fromkeys([*self._explained(), *(n for n in self.blocks if n in tried)])
+        names = [n for block in blocks for n in self.blocks[block].layout.names]
         edges = [edge for one in calls for edge in one.edges]
         held = [self.parameters[n] for n in names]
         found = iter(self._pull(output, [*edges, *held], vector, False, True))
@@ -539,6 +591,32 @@ class RowBuilder:
         self._unreached = {one.place for one, of in reached.items() if all(g is None for g in of)}
         return {one.place: _axis_of(one, _joined(of), chosen) for one, of in reached.items()}
 
+    def _tried(self, calls: Sequence[_Call]) -> list[tuple[str, list[_Call]]]:
+        """Return blocks that have products which are not known to be rows of theirs, and these."""
+        found: dict[str, list[_Call]] = {}
+        for name, uses in self._products.items():
+            if name not in self.by_products and name not in self.unavailable:
+                of = [one for one in calls if any(_belongs(one.call, use) for use in uses)]
+                if of:
+                    found[name] = of
+        return list(found.items())
+
+    def _find_products(self, calls: Sequence[_Call], truth: Mapping[str, Tensor | None]) -> None:
+        """Take products as rows where they, with the calls of layers, explain the gradient."""
+        for name, of in self._tried(calls):
+            before = self._uses[name]
+            layers = tuple(use for use in before if not isinstance(use.kind, GenericKind))
+            own = [one for one in calls if any(_belongs(one.call, use) for use in layers)]
+            self._uses[name] = layers + self._products[name]
+            known = any(truth[n] is not None for n in self.blocks[name].layout.names)
+            if known and self._explains(name, own + of, truth, 1) is True:
+                self.by_products.add(name)
+                self.direct.pop(name, None)
+                self.inseparable.pop(name, None)
+            else:
+                self._uses[name] = before
+        self._index_uses()
+
     def _compare(
         self,
         name: str,
@@ -547,14 +625,35 @@ class RowBuilder:
         samples: int,
     ) -> None:
         """Compare the sum of a block's rows with its gradient; take other rows if they differ."""
+        problem = self._explains(name, calls, truth, samples)
+        if problem is True:
+            return
+        modules = {one.call.module for one in calls}
+        if samples > 1 and self._reruns(name):
+            self._whole |= modules  # Its samples are coupled inside.
+            self._tell_coupled({one.place: None for one in calls})
+        elif isinstance(problem, Exception):
+            self._distrust(name, problem)
+        elif not calls:
+            self._take_directly(name, "is used without a call of its module")
+        else:
+            self._take_directly(name, "is used outside the calls of its module, too")
+
+    def _explains(
+        self,
+        name: str,
+        calls: Sequence[_Call],
+        truth: Mapping[str, Tensor | None],
+        samples: int,
+    ) -> bool | Exception:
+        """Return whether a block's rows sum to its gradient, or why they cannot be made."""
         layout = self.blocks[name].layout
         true = [truth[n] for n in layout.names]
         if all(gradient is None for gradient in true):
-            return  # The output does not depend on it, or a backward pass of its own hides it.
+            return True  # Nothing depends on it, or a backward pass of its own hides it.
         given = [g for one in calls for g in one.gradients if g is not None]
         dtypes = [g.dtype for g in (*given, *true) if g is not None]
         relative, floor = max(ROUNDING.get(dtype, (0.1, 1e-2)) for dtype in dtypes)
-        problem: Exception | None
         try:
             rows = self._block_rows(name, calls, samples, False)
             wanted = _flat_rows(layout, true)
@@ -565,23 +664,11 @@ class RowBuilder:
                 else rows.rmatvec(torch.ones(rows.rows, 1, dtype=rows.dtype, device=rows.device)).T
             )
             error = (total - wanted).norm()
-            if bool(error <= relative * wanted.norm() + floor * _magnitude(calls)):
-                return
-            problem = None
+            return bool(error <= relative * wanted.norm() + floor * _magnitude(calls))
         except torch.OutOfMemoryError:
             raise
         except Exception as failure:
-            problem = failure
-        modules = {one.call.module for one in calls}
-        if samples > 1 and _reruns(self.blocks[name]):
-            self._whole |= modules  # Its samples are coupled inside.
-            self._tell_coupled({one.place: None for one in calls})
-        elif problem is not None:
-            self._distrust(name, problem)
-        elif not calls:
-            self._take_directly(name, "is used without a call of its module")
-        else:
-            self._take_directly(name, "is used outside the calls of its module, too")
+            return failure
 
     def _distrust(self, name: str, error: Exception) -> None:
         """Take the rows of a block at the parameters, as its kind cannot make them."""
@@ -663,10 +750,6 @@ def _only_at_parameters(block: Block) -> str | None:
             if reason is not None:
                 return reason
     return None
-
-
-def _reruns(block: Block) -> bool:
-    return any(isinstance(use.kind, GenericKind) for use in block.uses)
 
 
 def _flat_rows(layout: BlockLayout, gradients: Sequence[Tensor | None]) -> Tensor | None:

@@ -18,6 +18,7 @@ from natgrad.jacobians.embedding import EmbeddingJacobian
 from natgrad.jacobians.layer import CHUNK_ELEMENTS, KroneckerSums, LayerJacobian, WeightSharing
 from natgrad.jacobians.linear import LinearJacobian
 from natgrad.jacobians.positions import FIRST_DRAW, Draw
+from natgrad.jacobians.stacked import StackedJacobian
 from natgrad.jacobians.tied import SumJacobian
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "KroneckerSums",
     "LayerJacobian",
     "LinearJacobian",
+    "StackedJacobian",
     "SumJacobian",
     "WeightSharing",
 ]

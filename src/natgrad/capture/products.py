@@ -1,0 +1,464 @@
+"""Products of inputs with bare parameters, which no hook of a layer sees.
+
+``x @ self.weight``, ``F.linear(h, table.weight)`` and experts whose matrices are stacked in one
+parameter are linear maps like any other. While a pass runs, a function mode finds them: an operand
+that shares its memory with a parameter is the parameter, a part of it, or its transpose, and where
+it begins and its strides say which.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from natgrad.capture.blocks import Block, Use
+from natgrad.capture.embedding import EmbeddingKind
+from natgrad.capture.generic import GenericKind, free_layout
+from natgrad.capture.kinds import (
+    BlockRecord,
+    LayerCall,
+    LayerKind,
+    fold_gradients,
+    fold_inputs,
+    parameter_shapes,
+)
+from natgrad.capture.linear import LinearKind, TransposedLinearKind
+from natgrad.jacobians import DenseJacobian, LayerJacobian, StackedJacobian
+from natgrad.layouts import BlockLayout
+
+__all__ = ["RecordProducts", "WatchedParameter", "is_product", "watched_parameters"]
+
+#: Kinds of layers whose parameters are also looked for outside the calls of their modules.
+_WATCHED_KINDS = (LinearKind, TransposedLinearKind, EmbeddingKind, GenericKind)
+
+
+@dataclass(frozen=True)
+class ProductKind(LayerKind):
+    """``y = x Wᵀ + b`` of a matrix, of a part of one, or of one of a stack of matrices.
+
+    Attributes:
+        turned: It is ``y = x W + b``.
+        biased: Whether the bias of the block is added.
+        over: What is multiplied at once: ``"matrix"``, one matrix; ``"stack"``, every matrix of a
+            stack with its own inputs, ``(G, B, d)``; ``"routed"``, every matrix with as many of the
+            inputs as it is told.
+    """
+
+    turned: bool = False
+    biased: bool = False
+    over: str = "matrix"
+
+    def sample_dims(self, dims: int) -> range:
+        """Return all but the last; with a stack the second, where samples are routed none."""
+        return {"matrix": range(dims - 1), "stack": range(1, 2)}.get(self.over, range(0))
+
+    def key_of(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Return what marks such products with a parameter."""
+        return (f"{names[0]}: {self.turned}, {self.biased}, {self.over}",)
+
+    def layout(
+        self, module: nn.Module, names: tuple[str, ...], qualified: tuple[str, ...]
+    ) -> BlockLayout:
+        """Return one group per matrix of the stack."""
+        shapes = parameter_shapes(module, names)
+        *stack, rows, columns = shapes[0]
+        d_out, d_in = (columns, rows) if self.turned else (rows, columns)
+        has_bias = len(names) > 1
+        return BlockLayout(qualified, shapes, prod(stack), d_out, d_in, True, has_bias, self.turned)
+
+    def jacobian(self, block: BlockRecord) -> LayerJacobian:
+        """Form rows; products with a part of a matrix are padded with zeros."""
+        pieces: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        for call, delta in block.single_outputs():
+            for group, inputs, gradients in self._by_matrix(call, delta, block.samples):
+                a = fold_inputs(inputs, block.samples, inputs.shape[-1])
+                d = fold_gradients(gradients, block.samples, gradients.shape[-1])
+                row, column = call.options["corner"]
+                before_a, before_d = (row, column) if self.turned else (column, row)
+                a = _padded(a, before_a, block.layout.d_in)
+                d = _padded(d, before_d, block.layout.d_out)
+                pieces.setdefault(group, []).append((a, d))
+        bias_value = float(self.biased)
+        if block.layout.groups == 1:
+            return block.linear(
+                [(a.unsqueeze(2), d.unsqueeze(3)) for a, d in pieces[0]], bias_value
+            )
+        return StackedJacobian.of_matrices(block.layout, pieces, skip_silent=block.skip_silent)
+
+    def _by_matrix(
+        self, call: LayerCall, delta: Tensor, samples: int
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield which matrix of the stack was multiplied, its inputs and output gradients."""
+        inputs = call.inputs[0]
+        if self.over == "matrix":
+            yield call.options["group"], inputs, delta
+        elif self.over == "stack":
+            if samples == 1:  # As it was called: nothing has brought the samples to the front.
+                inputs, delta = inputs.transpose(0, 1), delta.transpose(1, 2)
+            for group in range(inputs.shape[1]):
+                yield group, inputs[:, group], delta[:, :, group]
+        else:
+            ends = call.options["ends"].tolist()
+            for group, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+                if end > start:
+                    yield group, inputs[start:end], delta[:, start:end]
+
+
+@dataclass(frozen=True)
+class AddedKind(LayerKind):
+    """``y = … + b``, the bias of a product or of whatever else; rows are dense."""
+
+    def sample_dims(self, dims: int) -> range:
+        """Return all but the last."""
+        return range(dims - 1)
+
+    def key_of(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Return what marks additions of a parameter."""
+        return (f"{names[0]}: added",)
+
+    def layout(
+        self, module: nn.Module, names: tuple[str, ...], qualified: tuple[str, ...]
+    ) -> BlockLayout:
+        """Return that of a parameter whose use is not known."""
+        return free_layout(qualified, parameter_shapes(module, names))
+
+    def jacobian(self, block: BlockRecord) -> LayerJacobian:
+        """Sum output gradients over positions."""
+        total: Tensor | None = None
+        for call, delta in block.single_outputs():
+            d = fold_gradients(delta, block.samples, delta.shape[-1]).sum(2)
+            d = _padded(d, call.options["start"], block.layout.numel)
+            total = d if total is None else total + d
+        assert total is not None
+        return DenseJacobian(block.layout, total)
+
+
+@dataclass(frozen=True)
+class PickedKind(EmbeddingKind):
+    """Rows of a matrix picked by numbers, as of a table of embeddings."""
+
+    def padding(self, module: nn.Module) -> int | None:
+        """Return None: every row counts."""
+        return None
+
+    def key_of(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Return what marks rows picked of a parameter."""
+        return (f"{names[0]}: picked",)
+
+    def layout(
+        self, module: nn.Module, names: tuple[str, ...], qualified: tuple[str, ...]
+    ) -> BlockLayout:
+        """Return ``d × V``, stored transposed."""
+        shapes = parameter_shapes(module, names)
+        return BlockLayout(
+            qualified, shapes, 1, shapes[0][1], shapes[0][0], True, False, True, True
+        )
+
+
+_PRODUCTS = [
+    ProductKind(turned, biased, over)
+    for over in ("matrix", "stack", "routed")
+    for turned in (False, True)
+    for biased in (False, True)
+]
+
+
+def is_product(kind: LayerKind) -> bool:
+    """Return whether a kind is one of those of this file."""
+    return isinstance(kind, (ProductKind, AddedKind, PickedKind))
+
+
+@dataclass(frozen=True, eq=False)
+class WatchedParameter:
+    """A parameter whose products are looked for.
+
+    Attributes:
+        block: Its block's name.
+        module: The module that holds it.
+        names: The block's parameters, by their names within the module, this one first.
+        parameter: The parameter.
+        bias: The bias of the same block, if there is one.
+        uses: All products it may take part in.
+    """
+
+    block: str
+    module: nn.Module
+    names: tuple[str, ...]
+    parameter: nn.Parameter
+    bias: nn.Parameter | None
+    uses: tuple[Use, ...]
+
+
+def watched_parameters(model: nn.Module, blocks: Mapping[str, Block]) -> list[WatchedParameter]:
+    """Return the parameters whose products would be rows of their blocks.
+
+    Those are weights of linear layers and embeddings, which may be used elsewhere, too, and
+    parameters of modules of unknown kind.
+    """
+    holders = {
+        p: (module, local)
+        for module in reversed(list(model.modules()))
+        for local, p in module._parameters.items()
+        if p is not None
+    }
+    named = dict(model.named_parameters())
+    found = []
+    for name, block in blocks.items():
+        layout = block.layout
+        if not all(isinstance(use.kind, _WATCHED_KINDS) for use in block.uses):
+            continue
+        known = not _is_free(block)
+        weight = named[layout.names[0]]
+        held = [holders[named[n]] for n in layout.names]
+        module, names = held[0][0], tuple(local for _, local in held)
+        if any(holder is not module for holder, _ in held) or not weight.is_contiguous():
+            continue
+        kinds: list[LayerKind] = []
+        if known and layout.has_weight and weight.dim() == 2:
+            # Beside a bias, which is a column of the matrix, it is not used the other way round.
+            biased = layout.has_bias
+            kinds += [
+                k
+                for k in _PRODUCTS
+                if k.over == "matrix" and not (k.turned if biased else k.biased)
+            ]
+            kinds += [] if biased else [PickedKind()]
+        elif not known and len(names) == 1:
+            kinds = [AddedKind()] if weight.dim() <= 2 else []
+            if 2 <= weight.dim() <= 3:
+                stack = prod(weight.shape[:-2])
+                overs = ("matrix",) if weight.dim() == 2 else ("matrix", "stack", "routed")
+                kinds += [k for k in _PRODUCTS if k.over in overs and not k.biased]
+                kinds += [PickedKind()] if weight.dim() == 2 else []
+                if layout.groups != stack and not layout.is_dense:
+                    continue
+        uses = tuple(
+            Use(module, k, names, k.key_of(names), k.layout(module, names, layout.names))
+            for k in kinds
+        )
+        if uses:
+            bias = named[layout.names[1]] if len(names) > 1 else None
+            found.append(WatchedParameter(name, module, names, weight, bias, uses))
+    return found
+
+
+def _is_free(block: Block) -> bool:
+    """Return whether a block's parameters stand in no formula of a layer."""
+    return all(isinstance(use.kind, GenericKind) for use in block.uses)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Which part of a parameter an operand is: of which matrix of its stack, from where on."""
+
+    watched: WatchedParameter
+    transposed: bool
+    group: int
+    row: int
+    column: int
+    whole: bool  # The whole stack.
+
+
+class RecordProducts(TorchFunctionMode):
+    """Record products with parameters while it is entered.
+
+    Args:
+        watched: The parameters.
+        record: Receives a kind and a call per product.
+
+    Attributes:
+        watched: Where in memory a parameter begins → the parameter.
+    """
+
+    def __init__(
+        self, watched: Iterable[WatchedParameter], record: Callable[[LayerKind, LayerCall], None]
+    ) -> None:
+        super().__init__()
+        self.record = record
+        found = [(_address(one.parameter), one) for one in watched]
+        # Parameters in one piece of memory cannot be told apart.
+        number = Counter(address for address, _ in found)
+        self.watched: dict[int, WatchedParameter] = {
+            address: one for address, one in found if address and number[address] == 1
+        }
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run a function, and record what it multiplied."""
+        if torch.compiler.is_compiling():  # Code compiled on its own stays as it is.
+            return func(*args, **(kwargs or {}))
+        output = func(*args, **(kwargs or {}))
+        look = _LOOKS.get(getattr(func, "__name__", ""))
+        if look is not None and isinstance(output, Tensor) and output.requires_grad:
+            look(self, output, *args, **(kwargs or {}))
+        return output
+
+    def _multiplied(
+        self, output: Tensor, inputs: Any, weight: Any, bias: Any, by_rows: bool, ends: Any = None
+    ) -> None:
+        """Look at ``x wᵀ + b`` (``by_rows``) or ``x w + b``."""
+        if not isinstance(inputs, Tensor) or not output.dim():
+            return
+        place, added = self._place(weight), False
+        if place is not None:
+            watched = place.watched
+            added = bias is not None and bias is watched.bias
+            turned = place.transposed == by_rows
+            over = "routed" if ends is not None else "stack" if place.whole else "matrix"
+            kind = ProductKind(turned, added, over)
+            if over == "stack":
+                inputs = inputs.expand(len(weight), *inputs.shape[-2:])
+            options = {
+                "group": place.group,
+                "corner": (place.row, place.column),
+                "ends": None if ends is None else ends.detach(),
+            }
+            if over != "stack" or output.dim() == 3:
+                self._recorded(watched, kind, inputs, output, options)
+        if bias is not None and not added:
+            self._added(output, bias)
+
+    def _added(self, output: Tensor, bias: Any) -> None:
+        """Look at ``… + b``."""
+        if isinstance(bias, Tensor) and bias.dim() == 1 and len(bias) == output.shape[-1]:
+            watched = self._of(bias)
+            if watched is not None and bias.is_contiguous():
+                start = bias.storage_offset() - watched.parameter.storage_offset()
+                options = {"start": start}
+                self._recorded(watched, AddedKind(), output.new_empty(0), output, options)
+
+    def _picked(self, output: Tensor, weight: Any, numbers: Any) -> None:
+        """Look at rows picked of a matrix."""
+        integer = isinstance(numbers, Tensor) and numbers.dtype in (torch.int64, torch.int32)
+        watched = self._of(weight) if integer else None
+        if watched is not None and weight.shape == watched.parameter.shape:
+            self._recorded(watched, PickedKind(), numbers, output, {})
+
+    def _recorded(
+        self,
+        watched: WatchedParameter,
+        kind: LayerKind,
+        inputs: Tensor,
+        output: Tensor,
+        options: dict[str, Any],
+    ) -> None:
+        (key,) = kind.key_of(watched.names)
+        if any(use.keys == (key,) for use in watched.uses):
+            call = LayerCall(watched.module, key, (inputs.detach(),), (output,), options)
+            self.record(kind, call)
+
+    def _of(self, operand: Any) -> WatchedParameter | None:
+        """Return the parameter that an operand is or is a view of."""
+        if not isinstance(operand, Tensor) or not operand.requires_grad or not operand.dim():
+            return None
+        return self.watched.get(_address(operand))
+
+    def _place(self, operand: Any) -> _Place | None:
+        """Return which part of a parameter an operand is."""
+        watched = self._of(operand)
+        if watched is None or operand.dim() < 2 or watched.parameter.dim() < 2:
+            return None
+        parameter = watched.parameter
+        rows, columns = parameter.shape[-2:]
+        offset = operand.storage_offset() - parameter.storage_offset()
+        for transposed in (False, True):
+            stored = operand.mT if transposed else operand
+            if stored.dim() == 3:
+                if stored.shape == parameter.shape and stored.stride() == parameter.stride():
+                    return _Place(watched, transposed, 0, 0, 0, True)
+                continue
+            if stored.dim() == 2 and stored.stride() == parameter.stride()[-2:]:
+                group, inside = divmod(offset, rows * columns)
+                row, column = divmod(inside, columns)
+                if row + stored.shape[0] <= rows and column + stored.shape[1] <= columns:
+                    return _Place(watched, transposed, group, row, column, False)
+        return None
+
+
+def _address(tensor: Tensor) -> int:
+    """Return where a tensor's memory begins; 0 for tensors that have none of their own."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return 0
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # Sparse, fake and other strange tensors.
+        return 0
+
+
+def _padded(tensor: Tensor, before: int, size: int) -> Tensor:
+    """Return a tensor with zeros around its last dimension."""
+    missing = size - before - tensor.shape[-1]
+    return functional.pad(tensor, (before, missing)) if before or missing else tensor
+
+
+def _linear(mode: RecordProducts, out: Tensor, x: Any, w: Any = None, b: Any = None) -> None:
+    mode._multiplied(out, x, w, b, True)
+
+
+def _product(mode: RecordProducts, out: Tensor, x: Any, w: Any = None, **_: Any) -> None:
+    mode._multiplied(out, x, w, None, False)
+
+
+def _product_from_right(mode: RecordProducts, out: Tensor, w: Any, x: Any) -> None:
+    mode._multiplied(out, x, w, None, False)
+
+
+def _sum_of_product(
+    mode: RecordProducts, out: Tensor, b: Any, x: Any, w: Any, *, beta: Any = 1, alpha: Any = 1
+) -> None:
+    if beta == 1 and alpha == 1:
+        mode._multiplied(out, x, w, b, False)
+
+
+def _routed(mode: RecordProducts, out: Tensor, x: Any, w: Any, offs: Any = None, **_: Any) -> None:
+    if offs is not None and isinstance(x, Tensor) and x.dim() == 2:
+        mode._multiplied(out, x, w, None, False, ends=offs)
+
+
+def _sum(mode: RecordProducts, out: Tensor, x: Any, y: Any = None, *, alpha: Any = 1) -> None:
+    if alpha == 1:
+        for one in (x, y):
+            mode._added(out, one)
+
+
+def _embedding(
+    mode: RecordProducts, out: Tensor, numbers: Any, table: Any = None, *_: Any, **more: Any
+) -> None:
+    if not _ and not any(more.get(name) for name in ("scale_grad_by_freq", "sparse", "max_norm")):
+        if more.get("padding_idx") is None:
+            mode._picked(out, table if table is not None else more.get("weight"), numbers)
+
+
+def _item(mode: RecordProducts, out: Tensor, table: Any, numbers: Any = None) -> None:
+    if isinstance(numbers, Tensor) and numbers.dtype != torch.bool:
+        mode._picked(out, table, torch.where(numbers < 0, numbers + len(table), numbers))
+
+
+_LOOKS: dict[str, Callable[..., None]] = {
+    "linear": _linear,
+    "matmul": _product,
+    "__rmatmul__": _product_from_right,
+    "mm": _product,
+    "bmm": _product,
+    "addmm": _sum_of_product,
+    "baddbmm": _sum_of_product,
+    "_grouped_mm": _routed,
+    "grouped_mm_fallback": _routed,
+    "add": _sum,
+    "add_": _sum,
+    "embedding": _embedding,
+    "__getitem__": _item,
+}

@@ -1,0 +1,100 @@
+"""Rows of a stack of matrices, each with inputs of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from natgrad.jacobians.layer import WeightSharing
+from natgrad.jacobians.linear import LinearJacobian
+from natgrad.layouts import BlockLayout
+
+__all__ = ["StackedJacobian"]
+
+
+class StackedJacobian(LinearJacobian):
+    """Rows of linear maps of which each sees a number of positions of its own, as experts do.
+
+    Positions are padded with zeros to the largest number.
+
+    Args:
+        layout: The block's layout, one group per map.
+        inputs: ``(N, T, G, d_in)``, zero where a map has no position.
+        output_gradients: ``δ``, ``(N, K, T, G, d_out)``, likewise.
+        filled: Which positions a map has, ``(N, T, G)`` of 0 and 1.
+        skip_silent: As for :class:`LinearJacobian`.
+    """
+
+    def __init__(
+        self,
+        layout: BlockLayout,
+        inputs: Tensor,
+        output_gradients: Tensor,
+        filled: Tensor,
+        *,
+        skip_silent: bool = False,
+    ) -> None:
+        super().__init__(layout, inputs, output_gradients, skip_silent=skip_silent)
+        self.filled = filled
+
+    @classmethod
+    def of_matrices(
+        cls,
+        layout: BlockLayout,
+        pieces: Mapping[int, Sequence[tuple[Tensor, Tensor]]],
+        *,
+        skip_silent: bool = False,
+    ) -> StackedJacobian:
+        """Lay the positions of every map side by side.
+
+        Args:
+            layout: The block's layout, one group per map.
+            pieces: Group → inputs ``(N, t, d_in)`` and output gradients ``(N, K, t, d_out)``.
+            skip_silent: As for :class:`LinearJacobian`.
+        """
+        lengths = {group: sum(a.shape[1] for a, _ in of) for group, of in pieces.items()}
+        a, d = next(iter(pieces.values()))[0]
+        samples, directions, positions = len(a), d.shape[1], max(lengths.values())
+        inputs = a.new_zeros(samples, positions, layout.groups, layout.d_in)
+        gradients = d.new_zeros(samples, directions, positions, layout.groups, layout.d_out)
+        filled = d.new_zeros(samples, positions, layout.groups)
+        for group, of in pieces.items():
+            inputs[:, : lengths[group], group] = torch.cat([a for a, _ in of], 1)
+            gradients[:, :, : lengths[group], group] = torch.cat([d for _, d in of], 2)
+            filled[:, : lengths[group], group] = 1
+        return cls(layout, inputs, gradients, filled, skip_silent=skip_silent)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return ``a``, ``δ`` and which positions a map has."""
+        return {**super().state(), "filled": self.filled}
+
+    def _share_inputs(self, samples: int) -> None:
+        super()._share_inputs(samples)
+        self.filled = self.filled.expand(samples, *self.filled.shape[1:])
+
+    def _take_inputs(self, positions: Tensor) -> None:
+        super()._take_inputs(positions)
+        self.filled = self.filled[:, positions]
+
+    def _take_samples(self, samples: Tensor) -> None:
+        super()._take_samples(samples)
+        self.filled = self.filled[samples]
+
+    def input_factor(
+        self, weight_sharing: WeightSharing = "expand", max_factor_size: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return ``Σ a aᵀ`` per map, or its diagonal, and how many terms it sums, ``(G,)``."""
+        counted = self.filled.to(self.dtype)
+        if self.skip_silent:
+            silent = (self.output_gradients == 0).all(-1).all(1)
+            counted = counted * (~silent).to(self.dtype)
+        inputs = self.inputs * counted.unsqueeze(-1)
+        if weight_sharing == "reduce" and self.positions > 1:
+            numbers = counted.sum(1, keepdim=True)
+            inputs = inputs.sum(1, keepdim=True) / numbers.clamp(min=1.0).unsqueeze(-1)
+            counted = (numbers > 0).to(self.dtype)
+        a = inputs.permute(2, 0, 1, 3).flatten(1, 2)  # (G, N·T, d_in)
+        diagonal = self.layout.large_factors(max_factor_size)[0]
+        return a.square().sum(1) if diagonal else a.mT @ a, counted.sum((0, 1))
