@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from natgrad.jacobians.collection import Jacobians
+
+if TYPE_CHECKING:
+    from natgrad.jacobians.shares import Shares
 
 __all__ = ["ScaledRows"]
 
@@ -29,6 +34,6 @@ class ScaledRows(Jacobians):
 
     def __init__(self, rows: Jacobians, scales: Tensor, coordinates: Tensor) -> None:
         super().__init__(rows.layout, dict(rows), rows.samples, rows.directions)
-        self.shares = rows.shares
+        self.shares: Shares | None = rows.shares
         self.scales: Tensor = scales
         self.coordinates: Tensor = coordinates
