@@ -48,6 +48,11 @@ FUNCTIONS = {
     "twice": (lambda h, w: functional.linear(torch.tanh(h @ w), w), SQUARE),
     "positions": (lambda h, w: (torch.stack([h, h * h], 1) @ w).sum(1), SQUARE),
     "small": (lambda h, w: functional.pad(h[:, :4] @ w, (0, SIZE - 3)), (4, 3)),
+    "small with bias": (
+        lambda h, w, b: h + functional.linear(h[:, :4], w, b).sum(1, True),
+        (3, 4),
+        (3,),
+    ),
     "small stack": (lambda h, w: h + (h[:, :4] @ w[1] + h[:, 4:8] @ w[0]).sum(1, True), (2, 4, 3)),
     "matrices of a stack": (lambda h, w: h @ w[2] + functional.linear(h, w[0]), STACK),
     "bmm": (lambda h, w: torch.bmm(h.expand(3, -1, -1), w).sum(0), STACK),

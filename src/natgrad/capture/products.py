@@ -222,23 +222,20 @@ def watched_parameters(model: nn.Module, blocks: Mapping[str, Block]) -> list[Wa
         if any(holder is not module for holder, _ in held) or not weight.is_contiguous():
             continue
         kinds: list[LayerKind] = []
-        if known and layout.has_weight and weight.dim() == 2:
-            # Beside a bias, which is a column of the matrix, it is not used the other way round.
-            biased = layout.has_bias
-            kinds += [
-                k
-                for k in _PRODUCTS
-                if k.over == "matrix" and not (k.turned if biased else k.biased)
-            ]
-            kinds += [] if biased else [PickedKind()]
+        shapes = layout.shapes
+        joint = len(shapes) == 2 and len(shapes[0]) == 2 and shapes[1] == shapes[0][:1]
+        if joint:  # A bias is a column of the matrix, which is not used the other way round.
+            kinds += [k for k in _PRODUCTS if k.over == "matrix" and not k.turned]
+        elif known and layout.has_weight and len(shapes[0]) == 2:
+            kinds += [k for k in _PRODUCTS if k.over == "matrix" and not k.biased]
+            kinds += [PickedKind()]
         elif not known and len(names) == 1:
-            kinds = [AddedKind()] if weight.dim() <= 2 else []
+            kinds += [AddedKind()] if weight.dim() <= 2 else []
             if 2 <= weight.dim() <= 3:
-                stack = prod(weight.shape[:-2])
                 overs = ("matrix",) if weight.dim() == 2 else ("matrix", "stack", "routed")
                 kinds += [k for k in _PRODUCTS if k.over in overs and not k.biased]
                 kinds += [PickedKind()] if weight.dim() == 2 else []
-                if layout.groups != stack and not layout.is_dense:
+                if layout.groups != prod(weight.shape[:-2]) and not layout.is_dense:
                     continue
         uses = tuple(
             Use(module, k, names, k.key_of(names), k.layout(module, names, layout.names))
