@@ -35,6 +35,7 @@ SQUARE, VECTOR, STACK = (SIZE, SIZE), (SIZE,), (3, SIZE, SIZE)
 FUNCTIONS = {
     "linear": (lambda h, w: functional.linear(h, w), SQUARE),
     "linear with bias": (lambda h, w, b: functional.linear(h, w, b), SQUARE, VECTOR),
+    "by name": (lambda h, w, b: functional.linear(input=h, bias=b, weight=w), SQUARE, VECTOR),
     "x @ w": (lambda h, w: h @ w, SQUARE),
     "x @ w + b": (lambda h, w, b: h @ w + b, SQUARE, VECTOR),
     "x.mm(w.T)": (lambda h, w: h.mm(w.T), SQUARE),
@@ -60,6 +61,10 @@ FUNCTIONS = {
     "baddbmm": (lambda h, w: torch.baddbmm(h.new_ones(1), h.expand(3, -1, -1), w).sum(0), STACK),
     "picked": (lambda h, w: h + w[torch.arange(len(h)) - 2], SQUARE),
     "embedding": (lambda h, w: h + functional.embedding(torch.arange(len(h)) % 3, w), SQUARE),
+    "embedding by name": (
+        lambda h, w: h + functional.embedding(input=torch.arange(len(h)) % 3, weight=w),
+        SQUARE,
+    ),
 }
 
 

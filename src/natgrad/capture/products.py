@@ -298,9 +298,9 @@ class RecordProducts(TorchFunctionMode):
         if torch.compiler.is_compiling():  # Code compiled on its own stays as it is.
             return func(*args, **(kwargs or {}))
         output = func(*args, **(kwargs or {}))
-        look = _LOOKS.get(getattr(func, "__name__", ""))
-        if look is not None and isinstance(output, Tensor) and output.requires_grad:
-            look(self, output, *args, **(kwargs or {}))
+        found = _LOOKS.get(getattr(func, "__name__", ""))
+        if found is not None and isinstance(output, Tensor) and output.requires_grad:
+            found.look(self, output, found.given(args, kwargs or {}))
         return output
 
     def _multiplied(
@@ -401,61 +401,78 @@ def _padded(tensor: Tensor, before: int, size: int) -> Tensor:
     return functional.pad(tensor, (before, missing)) if before or missing else tensor
 
 
-def _linear(mode: RecordProducts, out: Tensor, x: Any, w: Any = None, b: Any = None) -> None:
-    mode._multiplied(out, x, w, b, True)
+_Given = Mapping[str, Any]
 
 
-def _product(mode: RecordProducts, out: Tensor, x: Any, w: Any = None, **_: Any) -> None:
-    mode._multiplied(out, x, w, None, False)
+def _linear(mode: RecordProducts, output: Tensor, given: _Given) -> None:
+    mode._multiplied(output, given.get("x"), given.get("w"), given.get("b"), True)
 
 
-def _product_from_right(mode: RecordProducts, out: Tensor, w: Any, x: Any) -> None:
-    mode._multiplied(out, x, w, None, False)
+def _product(mode: RecordProducts, output: Tensor, given: _Given) -> None:
+    if given.get("beta", 1) == given.get("alpha", 1) == 1:
+        mode._multiplied(output, given.get("x"), given.get("w"), given.get("b"), False)
 
 
-def _sum_of_product(
-    mode: RecordProducts, out: Tensor, b: Any, x: Any, w: Any, *, beta: Any = 1, alpha: Any = 1
-) -> None:
-    if beta == 1 and alpha == 1:
-        mode._multiplied(out, x, w, b, False)
+def _routed(mode: RecordProducts, output: Tensor, given: _Given) -> None:
+    inputs, ends = given.get("x"), given.get("offs")
+    if isinstance(ends, Tensor) and isinstance(inputs, Tensor) and inputs.dim() == 2:
+        mode._multiplied(output, inputs, given.get("w"), None, False, ends)
 
 
-def _routed(mode: RecordProducts, out: Tensor, x: Any, w: Any, offs: Any = None, **_: Any) -> None:
-    if offs is not None and isinstance(x, Tensor) and x.dim() == 2:
-        mode._multiplied(out, x, w, None, False, ends=offs)
+def _sum(mode: RecordProducts, output: Tensor, given: _Given) -> None:
+    if given.get("alpha", 1) == 1:
+        for one in (given.get("x"), given.get("b")):
+            mode._added(output, one)
 
 
-def _sum(mode: RecordProducts, out: Tensor, x: Any, y: Any = None, *, alpha: Any = 1) -> None:
-    if alpha == 1:
-        for one in (x, y):
-            mode._added(out, one)
+def _embedding(mode: RecordProducts, output: Tensor, given: _Given) -> None:
+    special = ("max_norm", "scale_grad_by_freq", "sparse")
+    if given.get("padding_idx") is None and not any(map(given.get, special)):
+        mode._picked(output, given.get("w"), given.get("numbers"))
 
 
-def _embedding(
-    mode: RecordProducts, out: Tensor, numbers: Any, table: Any = None, *_: Any, **more: Any
-) -> None:
-    if not _ and not any(more.get(name) for name in ("scale_grad_by_freq", "sparse", "max_norm")):
-        if more.get("padding_idx") is None:
-            mode._picked(out, table if table is not None else more.get("weight"), numbers)
+def _item(mode: RecordProducts, output: Tensor, given: _Given) -> None:
+    table, numbers = given.get("w"), given.get("numbers")
+    if isinstance(table, Tensor) and isinstance(numbers, Tensor) and numbers.dtype != torch.bool:
+        mode._picked(output, table, torch.where(numbers < 0, numbers + len(table), numbers))
 
 
-def _item(mode: RecordProducts, out: Tensor, table: Any, numbers: Any = None) -> None:
-    if isinstance(numbers, Tensor) and numbers.dtype != torch.bool:
-        mode._picked(out, table, torch.where(numbers < 0, numbers + len(table), numbers))
+@dataclass(frozen=True)
+class _Look:
+    """What is looked at of a function.
+
+    Attributes:
+        look: Looks at the output and at the arguments by their parts.
+        names: The function's arguments in order.
+        parts: Their parts: x and w are multiplied, b is added.
+    """
+
+    look: Callable[[RecordProducts, Tensor, _Given], None]
+    names: str
+    parts: str
+
+    def given(self, args: tuple[Any, ...], kwargs: _Given) -> dict[str, Any]:
+        """Return part → argument."""
+        parts = self.parts.split()
+        part_of = dict(zip(self.names.split(), parts, strict=True))
+        named = {part_of.get(name, name): value for name, value in kwargs.items()}
+        return dict(zip(parts, args, strict=False)) | named
 
 
-_LOOKS: dict[str, Callable[..., None]] = {
-    "linear": _linear,
-    "matmul": _product,
-    "__rmatmul__": _product_from_right,
-    "mm": _product,
-    "bmm": _product,
-    "addmm": _sum_of_product,
-    "baddbmm": _sum_of_product,
-    "_grouped_mm": _routed,
-    "grouped_mm_fallback": _routed,
-    "add": _sum,
-    "add_": _sum,
-    "embedding": _embedding,
-    "__getitem__": _item,
+_ROUTED = _Look(_routed, "mat_a mat_b offs", "x w offs")
+_OPTIONS = "padding_idx max_norm norm_type scale_grad_by_freq sparse"
+_LOOKS = {
+    "linear": _Look(_linear, "input weight bias", "x w b"),
+    "matmul": _Look(_product, "input other", "x w"),
+    "__rmatmul__": _Look(_product, "self other", "w x"),
+    "mm": _Look(_product, "input mat2", "x w"),
+    "bmm": _Look(_product, "input mat2", "x w"),
+    "addmm": _Look(_product, "input mat1 mat2", "b x w"),
+    "baddbmm": _Look(_product, "input batch1 batch2", "b x w"),
+    "_grouped_mm": _ROUTED,
+    "grouped_mm_fallback": _ROUTED,
+    "add": _Look(_sum, "input other", "x b"),
+    "add_": _Look(_sum, "input other", "x b"),
+    "embedding": _Look(_embedding, f"input weight {_OPTIONS}", f"numbers w {_OPTIONS}"),
+    "__getitem__": _Look(_item, "self index", "w numbers"),
 }
