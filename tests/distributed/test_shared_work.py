@@ -63,7 +63,26 @@ def working(rank: int) -> dict[str, Any]:
         estimates = optimizer.preconditioner.curvature.estimates
         kept = [part for part, one in estimates.items() if one.average or one.inverse]
         found[name] = {"factorised": list(factorised), "log": list(log), "kept": kept}
+    found["passes"] = passing(log)
     return found
+
+
+def passing(log: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Take a step of two passes, of which the last one alone averages gradients."""
+    plain = make("mlp")
+    model = nn.parallel.DistributedDataParallel(plain)
+    optimizer = make_optimizer(natgrad.KFAC, model, fisher="exact", lr=1e-3, length="lr")
+    curvature, begun = optimizer.preconditioner.curvature, []
+    last: Any = plain[4]  # Its gradient is the first that a backward pass makes.
+    last.weight.register_hook(lambda gradient: begun.append(len(curvature.begun)))
+    x, y = batch("mlp", 0)
+    log.clear()
+    with model.no_sync():
+        functional.cross_entropy(model(x), y).backward()
+    functional.cross_entropy(model(x), y).backward()
+    before = len(curvature.begun)
+    optimizer.step()
+    return {"begun": begun, "before": before, "after": len(curvature.begun), "log": list(log)}
 
 
 @pytest.mark.slow
@@ -79,6 +98,11 @@ def test_every_factorisation_is_made_once(world: int) -> None:
         for each in found:
             own = each[name]["factorised"] if "memory" in name else ["0", "1", "2"]
             assert sorted(each[name]["kept"]) == sorted(own)
+    for each in found:
+        passes = each["passes"]
+        assert passes["begun"] == [0, 1] and passes["before"] == 1 and passes["after"] == 0
+        layers_sent = [size for kind, size in passes["log"] if kind == "all_reduce"]
+        assert sum(torch.Size(size).numel() > 100 for size in layers_sent) == 1  # Once a step.
     triangles = sum((a + 1) * (a + 2) / 2 + b * (b + 1) / 2 for a, b in layers)
     squares = [(a + 1) ** 2 + b**2 for a, b in layers]
     parameters = sum((a + 1) * b for a, b in layers)

@@ -16,6 +16,7 @@ from natgrad.curvature.cost import Cost, Workload
 from natgrad.curvature.sharing import (
     Sharing,
     agree,
+    begin_sums,
     holders_of,
     natural_shards,
     of_all,
@@ -24,6 +25,7 @@ from natgrad.curvature.sharing import (
 )
 from natgrad.curvature.structure import Part, Structure
 from natgrad.distributed import Replicas
+from natgrad.distributed.exchange import Sum
 from natgrad.distributed.grid import Grid
 from natgrad.distributed.place import WHOLE_BATCH, Place
 from natgrad.distributed.shards import is_sharded
@@ -116,6 +118,8 @@ class Curvature:
         self.rows_stay: bool = False
         self._owners: dict[tuple[int, int], dict[str, int]] = {}
         self._grid: Grid | None = None
+        #: Sums over processes of the statistics of the present step that are under way.
+        self.begun: list[Sum] = []
         self._warned: set[str] = set()
 
     @property
@@ -210,6 +214,7 @@ class Curvature:
                     average = found.average.scaled(entry["weight"])
                     found = replace(found, average=average, inverse=None)
                 fresh.estimates[name] = found
+        self.drop_sums()
         self.layout, self.blocks = layout, fresh.blocks
         self.parts, self.estimates, self._owners = fresh.parts, fresh.estimates, {}
         return staying
@@ -261,6 +266,19 @@ class Curvature:
         jacobians.moments.clear()
 
     # Statistics to their average.
+
+    def begin_sums(self) -> None:
+        """Begin to add up the statistics of the present step over processes; wait for nobody.
+
+        All of them do so, and observe no further rows before :meth:`join`, or drop these sums.
+        """
+        self.begun = begin_sums(self)
+
+    def drop_sums(self) -> None:
+        """Forget sums that are under way, as those of some passes of a step."""
+        for one in self.begun:
+            one.wait()
+        self.begun = []
 
     def join(self, decay: float = 1.0, *, counts_absent: bool = False) -> None:
         """Make the statistics of the present step part of the average.

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from natgrad.distributed.exchange import Sum
 from natgrad.distributed.shards import at_owners, from_owners
 from natgrad.operators import GradientSource
 from natgrad.operators.block_diagonal import damping_of
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Sharing",
     "agree",
+    "begin_sums",
     "holders_of",
     "natural_shards",
     "of_all",
@@ -62,20 +64,31 @@ def holders_of(sharing: Sharing | float, number: int) -> int:
     return count
 
 
+def begin_sums(curvature: Curvature) -> list[Sum]:
+    """Begin to add up the statistics of the present step, for the processes that keep them."""
+    grid, device = curvature.grid, curvature.layout.device
+    held = {name: one.batch for name, one in curvature.estimates.items()}
+    own = {n: None if batch is None else batch.sums() for n, batch in held.items()}
+    return [
+        grid.sum({name: own[name] for name in names}, device, column)
+        for column, names in enumerate(curvature.by_column())
+    ]
+
+
 def unite(curvature: Curvature) -> None:
     """Make the statistics of the present step those of all processes.
 
     They come together where they are kept.
     """
     grid, device = curvature.grid, curvature.layout.device
+    begun, curvature.begun = curvature.begun or begin_sums(curvature), []
     held = {name: one.batch for name, one in curvature.estimates.items()}
     for column, names in enumerate(curvature.by_column()):
         own = {n: held[n] for n in names}
-        own_sums = {n: None if batch is None else batch.sums() for n, batch in own.items()}
         own_rows = {
             n: None if batch is None else _rows(curvature, batch) for n, batch in own.items()
         }
-        sums = grid.sum(own_sums, device, column).result()
+        sums = begun.pop(0).result()
         rows = grid.gathered(own_rows, device, column)
         for name in names:
             present, part = curvature.estimates[name], curvature.parts[name]
@@ -83,7 +96,7 @@ def unite(curvature: Curvature) -> None:
             if not curvature.owns(name):
                 present = replace(present, batch=None, average=None, inverse=None, draws=draws)
                 curvature.estimates[name] = present
-            elif sums[name] is not None:
+            elif sums[name] is not None and not present.rejected:
                 batch = _united(curvature, part, sums[name], [one[name] for one in rows])
                 curvature.estimates[name] = replace(present, batch=batch, draws=draws)
 

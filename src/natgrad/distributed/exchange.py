@@ -116,11 +116,15 @@ class Sum:
         to = _global(owner, group)
         return torch.distributed.reduce(flat, to, group=group, async_op=True)
 
+    def wait(self) -> None:
+        """Wait for the messages that are under way."""
+        while self._handles:
+            self._handles.pop(0).wait()
+
     def result(self) -> Any:
         """Wait for the sum and return it; who is not to have it has a part of it."""
         for stage in [*self._stages[1:], None]:
-            while self._handles:
-                self._handles.pop(0).wait()
+            self.wait()
             if stage is not None:
                 self._handles = [self._added_up(flat, *stage) for flat in self._flat]
         terms: dict[int, Tensor] = {}

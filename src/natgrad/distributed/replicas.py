@@ -17,7 +17,7 @@ from natgrad.distributed.exchange import (
     passed_round,
 )
 from natgrad.distributed.place import WHOLE_BATCH, Place
-from natgrad.distributed.shards import is_sharded
+from natgrad.distributed.shards import is_sharded, reduces_gradients
 
 __all__ = ["Replicas"]
 
@@ -62,8 +62,8 @@ class Replicas:
         Raises:
             ValueError: If it runs inside :class:`torch.distributed.algorithms.Join`.
         """
-        wrapper = nn.parallel.DistributedDataParallel._active_ddp_module
-        if wrapper is None or all(module is not model for module in wrapper.modules()):
+        wrapper = _wrapper_around(model)
+        if wrapper is None:
             return self
         if wrapper._join_config.enable:
             raise ValueError(
@@ -72,6 +72,17 @@ class Replicas:
                 "(DistributedSampler does), and leave Join out"
             )
         return self if self.group is not None else Replicas(wrapper.process_group)
+
+    @staticmethod
+    def average_after(model: nn.Module) -> bool:
+        """Return whether the backward pass of the present forward pass averages gradients.
+
+        It does not inside ``no_sync``, where another pass follows.
+        """
+        wrapper = _wrapper_around(model)
+        if wrapper is not None:
+            return bool(wrapper.require_backward_grad_sync)
+        return reduces_gradients(model)
 
     @property
     def number(self) -> int:
@@ -176,3 +187,10 @@ class Replicas:
         numbers, flags = zip(*self.told([samples, int(flag)], device), strict=True)
         place = Place(sum(numbers[: self.rank]), samples, sum(numbers))
         return place, any(flags)
+
+
+def _wrapper_around(model: nn.Module) -> Any:
+    """Return the wrapper whose forward pass runs and holds a model; None if none does."""
+    wrapper = nn.parallel.DistributedDataParallel._active_ddp_module
+    holds = wrapper is not None and any(module is model for module in wrapper.modules())
+    return wrapper if holds else None

@@ -25,6 +25,7 @@ __all__ = [
     "is_sharded",
     "mesh_group",
     "own_shard",
+    "reduces_gradients",
     "shard_count",
     "sharded_like",
     "whole",
@@ -217,6 +218,19 @@ def _places_in(
     return found
 
 
+def _groups(unit: Any) -> list[Any]:
+    """Return what a sharded module knows of its parameters, which no public method tells."""
+    state = unit._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    return [group for group in groups if group is not None]
+
+
+def reduces_gradients(model: nn.Module) -> bool:
+    """Return whether the next backward pass reduces the gradients of parameters in shards."""
+    units = [module for module in model.modules() if hasattr(module, "unshard")]
+    return all(group.reduce_grads for unit in units for group in _groups(unit))
+
+
 @contextmanager
 def whole_parameters(model: nn.Module, shards_again: bool = False) -> Iterator[None]:
     """Have a model's parameters whole, and keep them so through backward passes inside.
@@ -231,11 +245,9 @@ def whole_parameters(model: nn.Module, shards_again: bool = False) -> Iterator[N
     before = []
     for unit in units:
         unit.unshard()
-        state = unit._get_fsdp_state()  # What no public method reads is only put back.
-        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
         names = ("reduce_grads", "all_reduce_grads", "reshard_after_backward")
-        held = [(state._state_ctx, "is_last_backward")]
-        held += [(group, name) for group in groups if group is not None for name in names]
+        held = [(unit._get_fsdp_state()._state_ctx, "is_last_backward")]
+        held += [(group, name) for group in _groups(unit) for name in names]
         before += [(owner, name, getattr(owner, name)) for owner, name in held]
     for owner, name, _ in before:
         setattr(owner, name, False)

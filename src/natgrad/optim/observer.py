@@ -128,6 +128,8 @@ class Observer:
         self.compared: bool = False
         #: Called before anything of a step changes.
         self.before_change: Callable[[], None] = lambda: None
+        #: Whether the wrapper averages gradients after the last forward pass.
+        self.last_pass = True
         capture.on_forward = self._on_forward
         capture.on_backward = self._on_backward
 
@@ -166,6 +168,7 @@ class Observer:
     # Passes.
 
     def _on_forward(self) -> None:
+        self.last_pass = self.replicas.average_after(self.capture.model)
         due, own, rows = self.rows_due, self.fisher.from_user_gradients, self.capture.rows
         if due and self.steps and self.steps % CHECK_INTERVAL == 0 and not self.seen:
             rows.forget_checks()
@@ -196,6 +199,18 @@ class Observer:
         one = self._see(recorded, recorded.cotangent)
         if recorded.has_edges:
             self._take_rows(one)
+        self._begin_sums()
+
+    def _begin_sums(self) -> None:
+        """Let the sums over processes be on their way while the user's backward pass runs.
+
+        Rows that its own gradients make, and those of passes to come, are not there yet.
+        """
+        if self.replicas.are_alone or not self.update_due:
+            return
+        self.curvature.drop_sums()
+        if self.last_pass and not self.fisher.from_user_gradients:
+            self.curvature.begin_sums()
 
     def sees(self, recorded: ForwardPass) -> bool:
         """Return whether a pass is among those of the step."""
@@ -407,6 +422,7 @@ class Observer:
                     )
                 cotangent = None if cotangent is None else found.samples_first(cotangent)
             self._take_rows(self._see(found, cotangent))
+            self._begin_sums()
 
     def _see_later(self, recorded: ForwardPass) -> Callable[[Tensor], None]:
         def keep(cotangent: Tensor) -> None:
@@ -435,5 +451,6 @@ class Observer:
         if self.isotropy_probe is not None:
             self.isotropy_probe.clear()
         self.seen, self.failures, self.batch_fisher = [], [], None
+        self.curvature.drop_sums()
         self.audit.drop()
         self.capture.clear()
