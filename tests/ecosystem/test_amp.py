@@ -10,9 +10,9 @@ import torch
 from torch.nn import functional
 
 from tests.ecosystem.loops import (
-    ALL,
     AVERAGING,
     OPTIMIZERS,
+    REPRESENTATIVES,
     assert_curvature_everywhere,
     batches,
     images,
@@ -46,7 +46,11 @@ def rate_of(name):
     return {} if measures(OPTIMIZERS.get(name)) else {"lr": 0.05}
 
 
-@pytest.mark.parametrize("name", ALL)
+#: SINGD keeps types of its own.
+NAMES = [*REPRESENTATIVES, "singd"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_autocast(name):
     model = network(dtype=torch.float32)
     x, y = images(32, dtype=torch.float32)
@@ -75,7 +79,8 @@ def options_of(name, fisher):
 
 
 @pytest.mark.parametrize(
-    ("name", "fisher"), with_fisher(OPTIMIZERS, ["mc", "exact", "empirical", "improved"])
+    ("name", "fisher"),
+    with_fisher(("kfac", "singd", "exact", "fngd"), ["mc", "exact", "empirical", "improved"]),
 )
 def test_the_scale_of_the_loss_does_not_change_the_steps(name, fisher):
     """A power of two scales exactly, so the steps agree to the last bit but for ratios of sums."""
@@ -129,7 +134,7 @@ def test_overflows_are_skipped_by_the_scaler(name, fisher, unscale):
             assert torch.equal(flat(models[0]), flat(models[1]))
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", NAMES)
 def test_models_in_bfloat16(name):
     model = network(dtype=torch.bfloat16)
     x, y = images(32, dtype=torch.bfloat16)

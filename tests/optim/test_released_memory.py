@@ -42,6 +42,7 @@ def test_no_tensor_of_a_step_waits_for_the_garbage_collector(method, network):
     for _ in range(4):
         step()
     gc.collect()
+    gc.freeze()  # What is there by now need not be gone through again.
     flags = gc.get_debug()
     gc.disable()
     gc.set_debug(gc.DEBUG_SAVEALL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 import re
@@ -144,9 +145,15 @@ def test_climbing_is_named(name: str):
 # -- hooks and closures ----------------------------------------------------------------------------
 
 
-def test_step_hooks_are_called_once(name: str):
-    for other in KINDS.values():  # torch wraps the step of every class that is made.
+@functools.cache
+def wrap_all_steps() -> None:
+    """Make one optimizer of every class: torch then wraps its step."""
+    for other in KINDS.values():
         other.make(make_model())
+
+
+def test_step_hooks_are_called_once(name: str):
+    wrap_all_steps()
     optimizer, model = trained(name, 0)
     seen: list[str] = []
     handles = [

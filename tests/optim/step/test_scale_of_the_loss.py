@@ -16,7 +16,7 @@ from natgrad.operators import GradientSource
 from tests.cases import labels, normal
 from tests.pairwise import pairwise
 
-KINDS = [natgrad.KFAC, natgrad.EKFAC, natgrad.TKFAC, natgrad.TEKFAC, natgrad.SINGD]
+KINDS = [natgrad.KFAC, natgrad.EKFAC, natgrad.SINGD]
 
 
 def network() -> nn.Module:
