@@ -185,10 +185,10 @@ def test_every_command_has_json_and_says_what_it_does(command, capsys):
 
 def test_theory_prints_json_alone(tmp_path, capsys):
     options = ["--train-samples=6", "--test-samples=4", "--width=8", "--json"]
-    assert run(["theory", "dynamics", *options, f"--output={tmp_path / 'out'}"]) == 0
+    assert run(["theory", "conditions", *options, f"--output={tmp_path / 'out'}"]) == 0
     captured = capsys.readouterr()
     assert captured.out == (tmp_path / "out" / "results.json").read_text()
-    assert "dynamics: completed" in captured.err
+    assert "conditions: completed" in captured.err
 
 
 def test_inspect_prints_json(capsys):

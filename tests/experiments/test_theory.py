@@ -25,6 +25,19 @@ from tests.experiments.schema import check
 SMALL = ("--width=64", "--train-samples=12", "--test-samples=10")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _few_draws():
+    """The sections at a size that takes less time."""
+    sizes = {
+        "dynamics.FACTORS": (0.5, 1.0, 2.5), "width.DRAWS": 2, "width.KERNEL_DRAWS": 2,
+        "width.GD_STEPS": 20, "isotropy.DRAWS": 2,
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        for name, size in sizes.items():
+            patch.setattr(f"natgrad.experiments.theory.{name}", size)
+        yield
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("theory") / "out"

