@@ -186,7 +186,7 @@ def test_coupled_samples_stay_in_the_first_dimension():
             return self.center(self.mix(x, x, x)[0])
 
     model, x = Attends().double(), normal(4, 5, WIDTH)
-    with natgrad.Capture(model) as capture, pytest.warns(match="coupled in or after 'center'"):
+    with natgrad.Capture(model) as capture, pytest.warns(match="coupled in or after 'mix'"):
         output = model(x)
         with torch.no_grad():  # As inside of a step.
             capture.pull_back(output, torch.ones_like(output).unsqueeze(0))

@@ -59,6 +59,29 @@ FUNCTIONS = {
     "bmm": (lambda h, w: torch.bmm(h.expand(3, -1, -1), w).sum(0), STACK),
     "matmul of all": (lambda h, w: torch.matmul(h, w.mT).prod(0), STACK),
     "baddbmm": (lambda h, w: torch.baddbmm(h.new_ones(1), h.expand(3, -1, -1), w).sum(0), STACK),
+    "w @ x": (lambda h, w: (w @ h.T).T, SQUARE),
+    "w.T @ x of positions": (lambda h, w: (w.mT @ torch.stack([h, h * h], 2)).sum(2), SQUARE),
+    "bmm from the left": (lambda h, w: torch.bmm(w, h.T.expand(3, -1, -1)).prod(0).T, STACK),
+    "einsum": (lambda h, w: torch.einsum("ni,oi->no", h, w), SQUARE),
+    "einsum, turned": (lambda h, w: torch.einsum("io,...i->...o", w, h), SQUARE),
+    "einsum, samples last": (lambda h, w: torch.einsum("in,io->on", h.T, w).T, SQUARE),
+    "einsum of a stack": (lambda h, w: torch.einsum("ni,gio->ngo", h, w).prod(1), STACK),
+    "einsum of own inputs": (
+        lambda h, w: (
+            torch.einsum(
+                "tgni,goi->tong", torch.stack([h, h * h]).expand(3, -1, -1, -1).transpose(0, 1), w
+            )
+            .prod(3)
+            .sum(0)
+            .T
+        ),
+        STACK,
+    ),
+    "einsum, heads": (lambda h, w: torch.einsum("ni,ihd->nhd", h, w).flatten(1), (SIZE, 4, 10)),
+    "einsum, from heads": (
+        lambda h, w: torch.einsum("nhd,ohd->no", h.unflatten(1, (4, 10)), w),
+        (SIZE, 4, 10),
+    ),
     "picked": (lambda h, w: h + w[torch.arange(len(h)) - 2], SQUARE),
     "embedding": (lambda h, w: h + functional.embedding(torch.arange(len(h)) % 3, w), SQUARE),
     "embedding by name": (
@@ -150,8 +173,11 @@ def test_grouped_products():
         assert isinstance(found["own"], StackedJacobian)
 
 
-def test_powers_of_a_parameter_are_no_products():
-    model = Bare(lambda h, w: h @ (w @ w), SQUARE).double()
+@pytest.mark.parametrize(
+    "function", [lambda h, w: h @ (w @ w), lambda h, w: torch.einsum("ni,oi->ni", h, w)]
+)
+def test_what_is_no_product(function):
+    model = Bare(function, SQUARE).double()
     x, vectors = normal(4, 3), normal(1, 4, 2, seed=7)
     with Capture(model) as capture:
         found = capture.pull_back(model(x), vectors)

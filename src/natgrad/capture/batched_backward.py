@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from natgrad.capture.hooks import own_backward, without_hooks
+from natgrad.distributed.shards import whole
 
 __all__ = ["RowsUnavailable", "batched_gradients"]
 
@@ -27,6 +28,8 @@ def batched_gradients(
     fixed_statistics: bool = True,
 ) -> list[Tensor | None]:
     """Return the gradient at every edge or tensor for every vector, stacked over vectors.
+
+    Those at tensors in shards, as in tensor parallelism, are whole.
 
     Args:
         output: What vectors are pulled back from.
@@ -65,16 +68,17 @@ def batched_gradients(
 
     if vectors.shape[0] == 1:
         single = backward(vectors[0], False, retain_graph)
-        return [None if g is None else g.unsqueeze(0) for g in single]
+        return [None if g is None else whole(g).unsqueeze(0) for g in single]
     try:
-        return list(backward(vectors, True, retain_graph))
+        return [None if g is None else whole(g) for g in backward(vectors, True, retain_graph)]
     except RuntimeError as error:
-        if "vmap" not in str(error) and "batching rule" not in str(error).lower():
+        said = str(error).lower()
+        if not any(one in said for one in ("vmap", "batching rule", "have storage")):
             raise
     # Some backward functions cannot be batched: one vector at a time.
     last = vectors.shape[0] - 1
     each = [backward(v, False, retain_graph or i < last) for i, v in enumerate(vectors)]
     return [
-        None if column[0] is None else torch.stack(cast("list[Tensor]", list(column)))
+        None if column[0] is None else whole(torch.stack(cast("list[Tensor]", list(column))))
         for column in zip(*each, strict=True)
     ]

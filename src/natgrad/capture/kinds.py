@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, ClassVar
@@ -39,7 +39,7 @@ class LayerCall:
         inputs: Detached positional inputs, and whatever else the kind needs later.
         outputs: Output tensors; dropped by the capture once their gradient edges are taken.
         options: Keyword inputs or other facts about the call.
-        axis: Where the samples lie, for kinds that lay them out themselves.
+        axis: Where the samples lie, or lay before they were brought to the front.
     """
 
     module: nn.Module
@@ -105,7 +105,7 @@ class LayerKind(ABC):
     #: and output gradients come as ``(N·r, ...)`` and ``(K, N·r, ...)`` whatever the layout.
     own_layout: ClassVar[bool] = False
 
-    def sample_dims(self, dims: int) -> range:
+    def sample_dims(self, dims: int) -> Sequence[int]:
         """Return which of the dimensions of an output may hold the samples, the likeliest first."""
         return range(min(dims, 1))
 

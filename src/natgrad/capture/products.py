@@ -9,8 +9,8 @@ it begins and its strides say which.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from natgrad.capture.blocks import Block, Use
+from natgrad.capture.contraction import contraction
 from natgrad.capture.embedding import EmbeddingKind
 from natgrad.capture.generic import GenericKind, free_layout
 from natgrad.capture.kinds import (
@@ -47,18 +48,21 @@ class ProductKind(LayerKind):
     Attributes:
         turned: It is ``y = x W + b``.
         biased: Whether the bias of the block is added.
-        over: What is multiplied at once: ``"matrix"``, one matrix; ``"stack"``, every matrix of a
-            stack with its own inputs, ``(G, B, d)``; ``"routed"``, every matrix with as many of the
-            inputs as it is told.
+        over: What is multiplied at once: ``"matrix"``, one matrix; ``"folded"``, a parameter of
+            three dimensions as the matrix of its first by the others; ``"stack"``, every matrix of
+            a stack with its own inputs; ``"routed"``, every matrix with as many of the inputs as it
+            is told.
+        apart: Dimensions of the output, counted from its end, that hold features or the stack.
     """
 
     turned: bool = False
     biased: bool = False
     over: str = "matrix"
+    apart: tuple[int, ...] = field(default=(-1,), compare=False)
 
-    def sample_dims(self, dims: int) -> range:
-        """Return all but the last; with a stack the second, where samples are routed none."""
-        return {"matrix": range(dims - 1), "stack": range(1, 2)}.get(self.over, range(0))
+    def sample_dims(self, dims: int) -> Sequence[int]:
+        """Return all but those apart; where samples are routed none."""
+        return [d for d in range(dims) if d - dims not in self.apart and self.over != "routed"]
 
     def key_of(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """Return what marks such products with a parameter."""
@@ -70,6 +74,8 @@ class ProductKind(LayerKind):
         """Return one group per matrix of the stack."""
         shapes = parameter_shapes(module, names)
         *stack, rows, columns = shapes[0]
+        if self.over == "folded":
+            stack, rows, columns = [], shapes[0][0], prod(shapes[0][1:])
         d_out, d_in = (columns, rows) if self.turned else (rows, columns)
         has_bias = len(names) > 1
         return BlockLayout(qualified, shapes, prod(stack), d_out, d_in, True, has_bias, self.turned)
@@ -97,19 +103,25 @@ class ProductKind(LayerKind):
         self, call: LayerCall, delta: Tensor, samples: int
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield which matrix of the stack was multiplied, its inputs and output gradients."""
-        inputs = call.inputs[0]
-        if self.over == "matrix":
-            yield call.options["group"], inputs, delta
-        elif self.over == "stack":
-            if samples == 1:  # As it was called: nothing has brought the samples to the front.
-                inputs, delta = inputs.transpose(0, 1), delta.transpose(1, 2)
-            for group in range(inputs.shape[1]):
-                yield group, inputs[:, group], delta[:, :, group]
-        else:
+        inputs, delta = call.inputs[0], delta.flatten(-call.options["outputs"])
+        if self.over == "routed":
             ends = call.options["ends"].tolist()
             for group, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
                 if end > start:
                     yield group, inputs[start:end], delta[:, start:end]
+            return
+        # Features last, and the stack before them, wherever bringing samples to the front put them.
+        moved = call.axis.dim if samples > 1 else 0
+        places = [inputs.dim() + place for place in call.options["apart"]]
+        places = [place + (place < moved) for place in places]
+        last = tuple(range(-len(places), 0))
+        inputs = inputs.movedim(tuple(places), last)
+        delta = delta.movedim(tuple(place + 1 for place in places), last)
+        if self.over == "stack":
+            for group in range(inputs.shape[-2]):
+                yield group, inputs[..., group, :], delta[..., group, :]
+        else:
+            yield call.options["group"], inputs, delta
 
 
 @dataclass(frozen=True)
@@ -165,7 +177,7 @@ class PickedKind(EmbeddingKind):
 
 _PRODUCTS = [
     ProductKind(turned, biased, over)
-    for over in ("matrix", "stack", "routed")
+    for over in ("matrix", "folded", "stack", "routed")
     for turned in (False, True)
     for biased in (False, True)
 ]
@@ -232,11 +244,11 @@ def watched_parameters(model: nn.Module, blocks: Mapping[str, Block]) -> list[Wa
         elif not known and len(names) == 1:
             kinds += [AddedKind()] if weight.dim() <= 2 else []
             if 2 <= weight.dim() <= 3:
-                overs = ("matrix",) if weight.dim() == 2 else ("matrix", "stack", "routed")
+                flat = layout.groups == 1 and not layout.is_dense
+                overs = ("folded",) if flat else ("matrix", "folded", "stack", "routed")
+                overs = ("matrix",) if weight.dim() == 2 else overs
                 kinds += [k for k in _PRODUCTS if k.over in overs and not k.biased]
                 kinds += [PickedKind()] if weight.dim() == 2 else []
-                if layout.groups != prod(weight.shape[:-2]) and not layout.is_dense:
-                    continue
         uses = tuple(
             Use(module, k, names, k.key_of(names), k.layout(module, names, layout.names))
             for k in kinds
@@ -304,29 +316,79 @@ class RecordProducts(TorchFunctionMode):
         return output
 
     def _multiplied(
-        self, output: Tensor, inputs: Any, weight: Any, bias: Any, by_rows: bool, ends: Any = None
-    ) -> None:
-        """Look at ``x wᵀ + b`` (``by_rows``) or ``x w + b``."""
-        if not isinstance(inputs, Tensor) or not output.dim():
-            return
+        self,
+        output: Tensor,
+        inputs: Any,
+        weight: Any,
+        bias: Any,
+        by_rows: bool,
+        *,
+        ends: Tensor | None = None,
+        features: int = -1,
+    ) -> bool:
+        """Look at ``x wᵀ + b`` (``by_rows``) or ``x w + b``, and return whether w is a parameter.
+
+        Args:
+            output: The product, its features in the dimension ``features``.
+            inputs: x, likewise.
+            weight: w.
+            bias: b, or None.
+            by_rows: Whether rows of w, not columns, belong to outputs.
+            ends: Where the inputs of every matrix of a stack end.
+            features: -1 or, of ``w x``, -2.
+        """
         place, added = self._place(weight), False
-        if place is not None:
-            watched = place.watched
-            added = bias is not None and bias is watched.bias
-            turned = place.transposed == by_rows
+        if place is not None and isinstance(inputs, Tensor) and inputs.dim() >= -features:
+            added = bias is not None and bias is place.watched.bias
             over = "routed" if ends is not None else "stack" if place.whole else "matrix"
-            kind = ProductKind(turned, added, over)
             if over == "stack":
-                inputs = inputs.expand(len(weight), *inputs.shape[-2:])
-            options = {
-                "group": place.group,
-                "corner": (place.row, place.column),
-                "ends": None if ends is None else ends.detach(),
-            }
+                inputs = inputs.expand(*weight.shape[:1], *inputs.shape[-2:])
             if over != "stack" or output.dim() == 3:
-                self._recorded(watched, kind, inputs, output, options)
+                apart = (-3, features) if over == "stack" else (features,)
+                kind = ProductKind(place.transposed == by_rows, added, over, apart)
+                self._record_product(place, kind, inputs, output, ends=ends)
         if bias is not None and not added:
             self._added(output, bias)
+        return place is not None
+
+    def _record_product(
+        self,
+        place: _Place,
+        kind: ProductKind,
+        inputs: Tensor,
+        output: Tensor,
+        *,
+        ends: Tensor | None = None,
+        outputs: int = 1,
+    ) -> None:
+        options = {
+            "group": place.group,
+            "corner": (place.row, place.column),
+            "ends": None if ends is None else ends.detach(),
+            "apart": kind.apart,
+            "outputs": outputs,  # How many dimensions at the end of the output hold features.
+        }
+        self._recorded(place.watched, kind, inputs, output, options)
+
+    def _contracted(self, output: Tensor, equation: str, inputs: Any, weight: Any) -> bool:
+        """Look at a contraction by Einstein's convention, and return whether it is a product."""
+        place = self._place(weight)
+        if place is None or not isinstance(inputs, Tensor) or place.transposed:
+            return False
+        terms = contraction(equation, inputs.dim(), weight.dim())
+        letter = equation.partition(",")[2].strip()[:1]
+        if terms is None and weight.dim() == 3 and letter not in equation.partition(",")[0]:
+            # Every matrix of a stack may be given the same inputs.
+            inputs = inputs.expand(len(weight), *inputs.shape)
+            terms = contraction(letter + equation, inputs.dim(), weight.dim())
+        if terms is None or weight.shape != place.watched.parameter.shape:
+            return False
+        kind = ProductKind(not terms.by_rows, False, terms.over, terms.apart)
+        laid_out = inputs.permute(terms.order)
+        first = inputs.dim() + terms.apart[-1] - (terms.inner - 1)
+        laid_out = laid_out.flatten(first, first + terms.inner - 1)
+        self._record_product(place, kind, laid_out, output, outputs=terms.outer)
+        return True
 
     def _added(self, output: Tensor, bias: Any) -> None:
         """Look at ``… + b``."""
@@ -410,13 +472,23 @@ def _linear(mode: RecordProducts, output: Tensor, given: _Given) -> None:
 
 def _product(mode: RecordProducts, output: Tensor, given: _Given) -> None:
     if given.get("beta", 1) == given.get("alpha", 1) == 1:
-        mode._multiplied(output, given.get("x"), given.get("w"), given.get("b"), False)
+        left, right = given.get("x"), given.get("w")
+        if not mode._multiplied(output, left, right, given.get("b"), False):
+            mode._multiplied(output, right, left, None, True, features=-2)
+
+
+def _einsum(mode: RecordProducts, output: Tensor, given: _Given) -> None:
+    equation, left, right = (given.get(name) for name in ("equation", "x", "w"))
+    if isinstance(equation, str) and not mode._contracted(output, equation, left, right):
+        inputs, _, result = equation.partition("->")
+        turned = ",".join(reversed(inputs.split(",")))
+        mode._contracted(output, f"{turned}->{result}", right, left)
 
 
 def _routed(mode: RecordProducts, output: Tensor, given: _Given) -> None:
     inputs, ends = given.get("x"), given.get("offs")
     if isinstance(ends, Tensor) and isinstance(inputs, Tensor) and inputs.dim() == 2:
-        mode._multiplied(output, inputs, given.get("w"), None, False, ends)
+        mode._multiplied(output, inputs, given.get("w"), None, False, ends=ends)
 
 
 def _sum(mode: RecordProducts, output: Tensor, given: _Given) -> None:
@@ -471,6 +543,7 @@ _LOOKS = {
     "baddbmm": _Look(_product, "input batch1 batch2", "b x w"),
     "_grouped_mm": _ROUTED,
     "grouped_mm_fallback": _ROUTED,
+    "einsum": _Look(_einsum, "equation left right", "equation x w"),
     "add": _Look(_sum, "input other", "x b"),
     "add_": _Look(_sum, "input other", "x b"),
     "embedding": _Look(_embedding, f"input weight {_OPTIONS}", f"numbers w {_OPTIONS}"),

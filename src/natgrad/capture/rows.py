@@ -726,7 +726,7 @@ def _laid_out(one: _Call, kind: LayerKind, samples: int) -> CallGradients:
         return replace(call, axis=axis), one.gradients
     inputs = axis.samples_first(call.inputs[0], samples)
     gradients = [None if g is None else axis.samples_first(g, samples, 1) for g in one.gradients]
-    return replace(call, inputs=(inputs, *call.inputs[1:])), gradients
+    return replace(call, inputs=(inputs, *call.inputs[1:]), axis=axis), gradients
 
 
 def _axis_of(one: _Call, reached: Tensor | None, chosen: Tensor) -> SampleAxis | None:
