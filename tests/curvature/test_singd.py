@@ -821,8 +821,13 @@ def test_the_mode_sees_decompositions():
             torch.linalg.solve(torch.eye(3), torch.ones(3))
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("coupled", [True, False])
+#: Every structure, and some of them without the coupling of the two factors.
+TRAINED = [(True, name) for name in STRUCTURES] + [
+    (False, name) for name in ("dense", "diagonal", "hierarchical")
+]
+
+
+@pytest.mark.parametrize(("coupled", "structure"), TRAINED)
 def test_pure_bfloat16_without_any_decomposition(structure, coupled, no_decompositions):
     model = network().bfloat16()
     optimizer = make_optimizer(
@@ -845,8 +850,7 @@ def test_pure_bfloat16_without_any_decomposition(structure, coupled, no_decompos
         assert stored == [torch.bfloat16] * 4
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("coupled", [True, False])
+@pytest.mark.parametrize(("coupled", "structure"), TRAINED)
 def test_every_structure_trains(structure, coupled):
     """Without a decomposition in float32 either; some steps are watched operation by operation."""
     model = network()

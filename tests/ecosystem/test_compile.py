@@ -9,8 +9,6 @@ import torch
 from torch import nn
 
 from tests.ecosystem.loops import (
-    AVERAGING,
-    ROWS,
     assert_curvature_everywhere,
     batches,
     make,
@@ -30,8 +28,8 @@ def _fresh_compiler():
 ORDERS = ("compiled first", "optimizer first", "in place")
 BACKENDS = ("eager", "aot_eager")
 #: Hooks and their order are the same for all: one optimizer meets every order, on convolutions,
-#: and every other one of them meets one of all combinations with a backend.
-OTHERS = [name for name in (*AVERAGING, *ROWS, "egn", "padam") if name != "kfac"]
+#: and one of each other kind of step meets one of all combinations with a backend.
+OTHERS = ["singd", "exact", "egn", "padam", "conjugate_gradient"]
 CASES = [("kfac", order, BACKENDS[(index + 1) % 2]) for index, order in enumerate(ORDERS)]
 CASES += [(name, ORDERS[index % 3], BACKENDS[index % 2]) for index, name in enumerate(OTHERS)]
 

@@ -113,18 +113,22 @@ def test_wide_networks_obey_the_theory():
         assert result.train.loss[-1] < 1e-3 * result.train.loss[0]
 
 
-@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
-def test_every_method_learns_on_the_full_batch(loss):
-    for result in run(methods=tuple(NATURAL), loss=loss, width=64, steps=12, search_steps=6):
+#: One of rows, one of averaged factors, one of inverse factors, one of coefficients.
+FEW = ("exact", "kfac", "singd", "fngd")
+
+
+@pytest.mark.parametrize(("methods", "loss"), [(NATURAL, "mse"), (FEW, "cross_entropy")])
+def test_every_method_learns_on_the_full_batch(methods, loss):
+    for result in run(methods=tuple(methods), loss=loss, width=64, steps=12, search_steps=6):
         assert result.status == "completed", f"{result.name}: {result.message}"
         assert result.train.loss[-1] < 0.7 * result.train.loss[0], result.name
 
 
-@pytest.mark.parametrize("model", ["mlp", "cnn"])
-def test_every_method_learns_from_mini_batches(model):
+@pytest.mark.parametrize(("methods", "model"), [(NATURAL, "mlp"), (FEW, "cnn")])
+def test_every_method_learns_from_mini_batches(methods, model):
     width = 32 if model == "mlp" else 8
     options = dict(batch_size=15, loss="cross_entropy", steps=20, search_steps=15)
-    for result in run(methods=tuple(NATURAL), model=model, width=width, **options):
+    for result in run(methods=tuple(methods), model=model, width=width, **options):
         assert result.status == "completed", f"{result.name}: {result.message}"
         assert result.train.loss[-1] < 0.9 * result.train.loss[0], result.name
 
