@@ -1,4 +1,4 @@
-"""Parameters that FSDP2's ``fully_shard`` keeps in shards: whole where they are looked at.
+"""Parameters in shards, of FSDP2's ``fully_shard`` or in tensor parallelism: whole where looked at.
 
 A shard is never preconditioned as a matrix. Where processes divide the work, the gradient of a
 layer becomes whole in the process that owns the layer, and shards of its natural gradient come
@@ -20,6 +20,7 @@ from natgrad.distributed.exchange import swapped
 
 __all__ = [
     "at_owners",
+    "features_gathered",
     "from_owners",
     "in_form_of",
     "is_sharded",
@@ -39,19 +40,24 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def mesh_group(model: nn.Module) -> Any:
-    """Return the processes that a model's parameters are sharded over; None if they are not.
+    """Return the processes that a model's parameters are sharded over, each with its own samples.
 
-    Those that a forward pass has left whole are sharded again, as they tell nothing.
+    None if they are not, or in tensor parallelism, where all processes have the same samples. Those
+    that a forward pass has left whole are sharded again, as they tell nothing.
 
     Raises:
         ValueError: If they are sharded otherwise than by FSDP2 over one mesh: of one dimension, or
-            of two, in replicas of shards, that hold all processes.
+            of two, in replicas of shards, that hold all processes; or than linear layers are in
+            tensor parallelism.
     """
     units: list[Any] = [module for module in model.modules() if hasattr(module, "unshard")]
     for unit in units:
         unit.reshard()
     sharded: dict[str, Any] = {n: p for n, p in model.named_parameters() if is_sharded(p)}
     if not sharded:
+        return None
+    if not units:
+        _check_tensor_parallel(model)
         return None
     held = {p for unit in units for p in unit.parameters()}
     mesh = next(iter(sharded.values())).device_mesh
@@ -63,9 +69,50 @@ def mesh_group(model: nn.Module) -> Any:
             raise ValueError(
                 f"parameter {name!r} is spread over {parameter.device_mesh} as "
                 f"{parameter.placements}, and natgrad takes whole parameters, or those that "
-                "fully_shard (FSDP2) has sharded over one mesh, in one dimension or in replicas"
+                "fully_shard (FSDP2) has sharded over one mesh, in one dimension or in replicas: "
+                "shard the model with fully_shard alone, without tensor parallelism"
             )
     return mesh.get_group() if mesh.ndim == 1 else torch.distributed.group.WORLD
+
+
+def _check_tensor_parallel(model: nn.Module) -> None:
+    """Raise a ValueError for shards of another module than a linear layer, or of several meshes."""
+    meshes = set()
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            if is_sharded(parameter):
+                cut: Any = parameter
+                meshes.add(cut.device_mesh)
+                if type(module) is not nn.Linear or len(meshes) > 1 or cut.device_mesh.ndim > 1:
+                    raise ValueError(
+                        f"parameter {name!r} of a {type(module).__name__} is spread over "
+                        f"{cut.device_mesh} as {cut.placements}, and in tensor parallelism natgrad "
+                        "takes linear layers over one mesh of one dimension: leave other modules "
+                        "out of parallelize_module, or shard the model with fully_shard alone"
+                    )
+
+
+def features_gathered(value: Tensor, size: int, parameter: Tensor | None) -> Tensor:
+    """Return inputs or output gradients of a layer with all of their features.
+
+    Args:
+        value: ``(..., size)``, perhaps in shards, or what this process has of its last dimension.
+        size: Number of features.
+        parameter: A parameter of the layer, which tells the mesh in tensor parallelism.
+    """
+    value = whole(value)
+    if parameter is None or not is_sharded(parameter) or value.shape[-1] == size:
+        return value
+    from torch.distributed.tensor import DTensor, Shard
+
+    mesh: Any = parameter
+    shape = torch.Size((*value.shape[:-1], size))
+    cut: Any = DTensor.from_local(
+        value.contiguous(), mesh.device_mesh, [Shard(value.dim() - 1)], run_check=False,
+        shape=shape, stride=torch.empty(shape, device="meta").stride(),
+    )  # fmt: skip
+    found: Tensor = cut.full_tensor()
+    return found
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -72,7 +72,10 @@ class GroupedOptimizer(CheckpointedOptimizer):
 
     def _gradients(self, preconditioned: bool) -> dict[str, Tensor]:
         """Return parameter name → ``.grad`` of the preconditioned or of all other parameters."""
-        found, gathers = {}, preconditioned and not self.preconditioner.keeps_shards
+        preconditioner, found = self.preconditioner, {}
+        gathers = preconditioner.replicas.are_alone  # As in tensor parallelism.
+        if preconditioned:
+            gathers = not preconditioner.keeps_shards
         for group in self.param_groups:
             for p in group["params"]:
                 name = self._names[p]

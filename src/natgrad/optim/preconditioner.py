@@ -19,7 +19,7 @@ from natgrad.capture.model_output import unwrap
 from natgrad.curvature import Curvature, KroneckerFactors, Structure, as_structure
 from natgrad.curvature.curvature import Estimate
 from natgrad.distributed.replicas import Replicas
-from natgrad.distributed.shards import mesh_group, sharded_like, whole
+from natgrad.distributed.shards import is_sharded, mesh_group, sharded_like, whole
 from natgrad.fisher import FisherType, as_fisher_type
 from natgrad.layouts import inner_product
 from natgrad.likelihoods import LikelihoodLike, as_likelihood
@@ -118,7 +118,7 @@ class Preconditioner(CopiedByState):
         mesh = mesh_group(unwrap(model))
         self.capture: Capture = Capture(
             model, likelihood.selection(output), excluded=excluded, batch_dim=batch_dim,
-            shards=mesh is not None,
+            shards=any(map(is_sharded, model.parameters())),
         )  # fmt: skip
         self.model: nn.Module = self.capture.model
         self.parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())
@@ -143,6 +143,7 @@ class Preconditioner(CopiedByState):
         )
         self.observer.before_change = self._open
         self.gradient_rows: GradientRows = GradientRows(self.observer)
+        self._in_tensor_parallel = self.capture.shards and mesh is None
         self._share_with(Replicas.of(model, process_group or mesh))
         self.capture.on_forward = self._before_pass
         #: Called when the model has other parameters or blocks than before.
@@ -161,6 +162,12 @@ class Preconditioner(CopiedByState):
         return self.curvature.replicas
 
     def _share_with(self, replicas: Replicas) -> None:
+        if self._in_tensor_parallel and not replicas.are_alone:
+            raise ValueError(
+                "the model is in tensor parallelism and in data parallelism, of which natgrad "
+                "takes one: leave out parallelize_module, or DistributedDataParallel (and "
+                "process_group=)"
+            )
         self.curvature.replicas = self.observer.replicas = replicas
         _ = self.curvature.holders  # Of which a fraction may be none.
 

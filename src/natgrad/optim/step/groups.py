@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.distributed.replicas import Replicas
-from natgrad.distributed.shards import in_form_of
+from natgrad.distributed.shards import in_form_of, whole
 from natgrad.layouts import inner_product
 from natgrad.optim.step.levenberg_marquardt import LevenbergMarquardt
 
@@ -171,7 +171,9 @@ class PreconditionedGroups:
         total = 0.0
         for name, decay in self.penalties.items():
             if name in start:
-                now, before = self.parameters[name], start[name]
+                now, before = self.parameters[name].detach(), start[name]
+                if self.replicas.are_alone:  # In tensor parallelism nobody averages shards.
+                    now, before = whole(now), whole(before)
                 product = inner_product({name: now + before}, {name: now - before})
                 total += 0.5 * decay * float(product)
         return total

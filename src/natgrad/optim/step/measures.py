@@ -83,7 +83,10 @@ def measure(
             measures["quadratic"] = (column * curvature.matrix().multiply(column)).sum()
     weights = _weights(natural, grouped) if rule.measured is not None else []
     if any(weights):
-        measures["weights"] = _squares(grouped.parameters, weights)
+        held: dict[str, Tensor] = {name: grouped.parameters[name] for name in natural}
+        if grouped.replicas.are_alone:  # In tensor parallelism nobody averages shards.
+            held = {name: whole(parameter) for name, parameter in held.items()}
+        measures["weights"] = _squares(held, weights)
         measures["steps"] = _squares(natural, weights)
     if "fisher" in measures or rule.norm_clip is not None:
         measures["grams"] = group_grams(directions, grouped.group_names)

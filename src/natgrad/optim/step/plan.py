@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad.distributed.shards import in_form_of, sharded_like
+from natgrad.distributed.shards import in_form_of, is_sharded, sharded_like
 from natgrad.layouts import inner_product
 from natgrad.optim.step.groups import PreconditionedGroups, rate_of
 
@@ -43,7 +43,7 @@ class StepPlan:
         if rule.keeps_steps:
             take = self._model_update if rule.uses_model else self._measured_update
         pairs = zip(grouped.groups, self.scales, strict=True)
-        found = [take(grouped, group, scale) for group, scale in pairs]
+        found = [take(grouped, alike, scale) for group, scale in pairs for alike in _parted(group)]
         return [update for update in found if update is not None]
 
     def _moved(
@@ -175,6 +175,12 @@ class GroupUpdate:
         pairs = zip(self.names, self.directions, strict=True)
         directions = {name: in_form_of(value, gradients[name]) for name, value in pairs}
         return self.rate * inner_product(directions, gradients).double()
+
+
+def _parted(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a group's parameters in shards and its others apart: no operation takes both."""
+    parts = [[p for p in group["params"] if is_sharded(p) is kind] for kind in (True, False)]
+    return [{**group, "params": params} for params in parts if params]
 
 
 def _unbiased(

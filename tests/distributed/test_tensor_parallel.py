@@ -1,0 +1,142 @@
+"""Linear layers in tensor parallelism: the steps of one process with whole layers."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import natgrad
+from natgrad.distributed.shards import whole
+from tests import processes
+from tests.distributed.networks import batch, summed_loss, weights
+from tests.methods import make_optimizer
+
+pytestmark = [pytest.mark.slow, processes.shards_on_cpus]
+
+#: Name → optimizer and its options.
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "KFAC": ("KFAC", {}),
+    "KFAC, exact": ("KFAC", {"fisher": "exact"}),
+    "KFAC, empirical": ("KFAC", {"fisher": "empirical"}),
+    "KFAC, plain": (
+        "KFAC", {"length": "lr", "lr": 0.05, "momentum": 0.9, "damping": 0.1, "weight_decay": 0.1},
+    ),
+    "KFAC, adaptive damping": (
+        "KFAC",
+        {"damping": natgrad.LevenbergMarquardt(interval=2), "weight_decay": 0.1,
+         "weight_decay_mode": "model"},
+    ),
+    "KFAC, a layer of AdamW": ("KFAC", {"params": [{"params": "2.*", "preconditioned": False}]}),
+    "KFAC, fused": ("KFAC", {"fused": True}),
+    "KFAC, isotropic": ("KFAC", {"lr": "isotropic", "damping": 0.1}),
+    "EKFAC": ("EKFAC", {}),
+    "FNGD": ("FNGD", {}),
+    "ExactNGD": ("ExactNGD", {}),
+}  # fmt: skip
+
+
+def build() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = [nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 6), nn.LayerNorm(6), nn.Linear(6, 12),
+                  nn.Tanh(), nn.Linear(12, 3)]  # fmt: skip
+        return nn.Sequential(*layers).double()
+
+
+def parallel(**styles: Any) -> nn.Module:
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    mesh = torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel(), "4": ColwiseParallel(),
+            "6": RowwiseParallel()}  # fmt: skip
+    return parallelize_module(build(), mesh, {**plan, **styles})
+
+
+def train(model: nn.Module, name: str) -> Tensor:
+    kind, options = RUNS[name]
+    optimizer = make_optimizer(getattr(natgrad, kind), model, **options)
+    for step in range(4):
+        x, y = batch("mlp", step)
+
+        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+            optimizer.zero_grad()
+            loss = summed_loss(model(x), y) / len(y)
+            loss.backward()
+            return loss.detach()
+
+        if "adaptive" in name:
+            optimizer.step(closure)
+        else:
+            closure()
+            optimizer.step()
+    return torch.cat([whole(p).detach().flatten() for p in model.parameters()])
+
+
+def runs(world: int | None = None) -> list[str]:
+    """Return what so many processes do; four of them some of it."""
+    world = torch.distributed.get_world_size() if world is None else world
+    return list(RUNS) if world == 2 else ["KFAC", "KFAC, plain", "EKFAC"]
+
+
+def together(rank: int) -> dict[str, Any]:
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        SequenceParallel,
+    )
+
+    found: dict[str, Any] = {name: train(parallel(), name) for name in runs()}
+    apart = {
+        "2": RowwiseParallel(output_layouts=Shard(0)), "4": ColwiseParallel(input_layouts=Shard(0)),
+    }  # fmt: skip
+    refused = {
+        "module": lambda: natgrad.KFAC(parallel(**{"3": SequenceParallel()})),
+        "group": lambda: natgrad.KFAC(parallel(), process_group=torch.distributed.group.WORLD),
+        "outputs": lambda: train(parallel(**apart), "KFAC"),
+    }
+    for name, attempt in refused.items():
+        try:
+            attempt()
+        except ValueError as error:
+            found[name] = str(error)
+    return found
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def found(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    return processes.run(together, world=request.param)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", RUNS)
+def test_layers_in_pieces_take_the_steps_of_whole_ones(
+    found: list[dict[str, Any]], name: str
+) -> None:
+    if name not in runs(len(found)):
+        pytest.skip("two processes do it")
+    alone, start = train(build(), name), weights(build())
+    assert alone.isfinite().all() and not torch.equal(alone, start)
+    for each in found:
+        assert float((each[name] - alone).norm() / (alone - start).norm()) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("module", "'3.weight' of a LayerNorm .* takes linear layers .*: leave other modules out"),
+        ("group", "takes one: leave out parallelize_module, or DistributedDataParallel"),
+        ("outputs", r"of Linear\(.* are spread .* by another dimension .*: leave output_layouts"),
+    ],
+)
+def test_other_layouts_are_refused(found: list[dict[str, Any]], what: str, message: str) -> None:
+    for each in found:
+        assert re.search(message, each[what])
