@@ -48,6 +48,10 @@ from natgrad.optim.summary import Summary, summarize
 
 __all__ = ["NaturalGradient"]
 
+#: After so many steps at learning rates below so much, someone has taken them for those of another
+#: optimizer.
+SLOW_STEPS, SLOW_RATE = 100, 0.05
+
 
 class NaturalGradient(GroupedOptimizer, CopiedByState):
     r"""Natural gradient descent with any structure of the Fisher matrix.
@@ -206,6 +210,7 @@ class NaturalGradient(GroupedOptimizer, CopiedByState):
         #: Whether the last batch had a loss or gradient that is not finite.
         self._broken = False
         self._told_trouble = False
+        self._largest_rate = 0.0
         self._adam_moments = AdamMoments(rule.graft_betas)
         #: Share of ``lr`` that the last line search took; 0 if nothing moved, None without one.
         self.searched_share: float | None = None
@@ -424,7 +429,19 @@ class NaturalGradient(GroupedOptimizer, CopiedByState):
         kept = max((group["momentum"] for group in grouped.groups), default=0.0)
         slope = max(rates, default=0.0) * length * inner + kept * max(0.0, -along)
         self._length = state.taken(rule, slope)
+        self._tell_if_slow(grouped.largest_rate)
         return [-length]
+
+    def _tell_if_slow(self, rate: float) -> None:
+        """Say once where all learning rates so far would suit another optimizer."""
+        self._largest_rate = max(self._largest_rate, rate)
+        if self._length.steps == SLOW_STEPS and self._largest_rate < SLOW_RATE:
+            warnings.warn(
+                f"{type(self).__name__} has taken {SLOW_STEPS} steps at learning rates of at most "
+                f"{self._largest_rate:.2g}, which are factors on a measured length: leave lr at "
+                f"its default of {self.method.lr}, and let a scheduler multiply it, not set it",
+                stacklevel=6,
+            )
 
     def _take_back(self, grouped: PreconditionedGroups, share: float) -> None:
         """Keep a share of the last step, and take none now."""
