@@ -397,14 +397,12 @@ def test_factors_that_cannot_be_factorised_keep_the_last_and_name_the_layer(name
 
 # -- long runs -------------------------------------------------------------------------------------
 
-STEPS = 2000
-
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*could not be factorised:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*skipped a step:UserWarning")
 @pytest.mark.parametrize("name", ["kfac", "ekfac"])
-def test_many_steps_with_faults(name):
+def test_five_thousand_steps_with_faults(name):
     model = network()
     plain = dict(momentum=0.9, damping=1e-4, kl_clip=5e-5, nesterov=True)
     plain = plain if measures(OPTIMIZERS[name]) else {}
@@ -413,8 +411,8 @@ def test_many_steps_with_faults(name):
     x, y = data(256)
     first = float(fit(x, y)(model).detach())
     memory = []
-    for index in range(STEPS):
-        optimizer.param_groups[0]["lr"] = 0.05 * (1 - index / STEPS)
+    for index in range(5000):
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 - index / 5000)
         picked = torch.tensor(dice.sample(range(256), dice.choice([1, 7, 16])))
         batch = x[picked], y[picked]
         if dice.random() < 0.05:
@@ -425,14 +423,14 @@ def test_many_steps_with_faults(name):
             step(name, optimizer, model, fit(*batch))
         if index % 100 == 0:
             assert_finite(model, optimizer)
-        if index in (500, STEPS - 1):
+        if index in (1000, 4999):
             gc.collect()
             live = sum(issubclass(type(o), Tensor) for o in gc.get_objects())
             memory.append((len(gc.get_objects()), live))
     assert_finite(model, optimizer)
     assert float(fit(x, y)(model).detach()) < 0.35 * first
-    assert memory[1][0] < memory[0][0] + 500
-    assert memory[1][1] <= memory[0][1] + 5
+    assert memory[1][0] < memory[0][0] + 2000
+    assert memory[1][1] <= memory[0][1] + 20
 
 
 @pytest.mark.slow
