@@ -63,7 +63,7 @@ def inspect(
     ] = EVAL_SAMPLES,
     as_json: JsonOption = False,
 ) -> int:
-    """Show what would be preconditioned in a model, its cost, and the spectrum on your data."""
+    """Show what is preconditioned in a model, its cost and spectrum."""
     for number in (samples, data_samples):
         if number < 1:
             raise InspectionError(f"The number of samples must be at least 1, not {number}.")
