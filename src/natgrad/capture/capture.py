@@ -34,7 +34,8 @@ from natgrad.capture.model_output import (
     unwrap,
 )
 from natgrad.capture.normalization import batch_norms, fix_statistics
-from natgrad.capture.products import RecordProducts, is_product, watched_parameters
+from natgrad.capture.product_kinds import is_product, watched_parameters
+from natgrad.capture.products import RecordProducts
 from natgrad.capture.rows import RecordedCall, RowBuilder
 from natgrad.jacobians import Jacobians
 from natgrad.layouts import ParameterLayout

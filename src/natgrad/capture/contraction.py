@@ -15,7 +15,7 @@ class Contraction:
     Attributes:
         by_rows: Whether W begins with the features of the output: ``x Wᵀ``.
         over: ``"matrix"``, ``"folded"`` or ``"stack"``, as of
-            :class:`natgrad.capture.products.ProductKind`.
+            :class:`natgrad.capture.product_kinds.ProductKind`.
         order: Dimensions of x in the order of those of y, its features where y has those of the
             output.
         inner: How many dimensions features of the input are.

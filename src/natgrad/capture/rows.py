@@ -19,7 +19,7 @@ from natgrad.capture.batched_backward import RowsUnavailable, batched_gradients
 from natgrad.capture.blocks import Block, Use
 from natgrad.capture.generic import DENSE_LIMIT, GenericKind
 from natgrad.capture.kinds import BlockRecord, CallGradients, LayerCall, LayerKind
-from natgrad.capture.products import WatchedParameter, is_product
+from natgrad.capture.product_kinds import WatchedParameter, is_product
 from natgrad.capture.samples import SampleAxis, find_axis, probe_samples, probe_vectors
 from natgrad.jacobians import DenseJacobian, Jacobians, LayerJacobian, SumJacobian
 from natgrad.layouts import BlockLayout, ParameterLayout
