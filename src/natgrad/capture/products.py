@@ -259,7 +259,9 @@ def _embedding(mode: RecordProducts, output: Tensor, given: _Given) -> None:
 
 def _item(mode: RecordProducts, output: Tensor, given: _Given) -> None:
     table, numbers = given.get("w"), given.get("numbers")
-    if isinstance(table, Tensor) and isinstance(numbers, Tensor) and numbers.dtype != torch.bool:
+    # Activations are indexed, too: nothing is computed for them.
+    if mode._of(table) is not None and isinstance(numbers, Tensor) and numbers.dtype != torch.bool:
+        assert isinstance(table, Tensor)
         mode._picked(output, table, torch.where(numbers < 0, numbers + len(table), numbers))
 
 

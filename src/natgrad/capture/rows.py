@@ -418,7 +418,7 @@ class RowBuilder:
         parts = [kind.jacobian(record) for (kind, _), record in records.items()]
         if not parts:
             return None
-        if name in self._products and uses[-1] in self._products[name] and block.layout.is_dense:
+        if name in self.by_products and block.layout.is_dense:
             flat = [part.layout.flat(part.per_sample_gradients()) for part in parts]
             return DenseJacobian(block.layout, functools.reduce(Tensor.add, flat))
         if len(parts) == 1 and (len(uses) == 1 or _same_form(parts[0].layout, block.layout)):
@@ -472,7 +472,7 @@ class RowBuilder:
             one.axis = self._axis(one, len(output))
         with self._forming(calls):
             self._find_products(calls, truth)
-        calls = self._available(recorded, calls)
+        calls = self._used(calls)
         of_block, explained = self._by_block(calls), self._explained()
         names = {n: [truth[p] for p in self.blocks[n].layout.names] for n in explained}
         self._unverified = {n for n, of in names.items() if not any(_any(g) for g in of)}
@@ -525,18 +525,23 @@ class RowBuilder:
     def _reruns(self, name: str) -> bool:
         return any(isinstance(use.kind, GenericKind) for use in self._uses[name])
 
-    def _available(
-        self, recorded: Sequence[RecordedCall], numbered: Sequence[_Call] | None = None
-    ) -> list[_Call]:
+    def _available(self, recorded: Sequence[RecordedCall]) -> list[_Call]:
         """Return the calls of layers, and products, whose outputs' gradients can be had.
 
         Products that no block's rows are known to be made of are among them until rows are checked.
         """
-        calls = [one for one in numbered or _numbered(recorded) if one.edges]
+        calls = [one for one in _numbered(recorded) if one.edges]
+        used = self._used(calls)
+        if self.checked:
+            return used
+        kept = set(map(id, used))
+        return [one for one in calls if id(one) in kept or is_product(one.kind)]
+
+    def _used(self, calls: Sequence[_Call]) -> list[_Call]:
+        """Return those calls that rows of some block are made of."""
         own = {n: of for n, of in self._by_block(calls).items() if n not in self.unavailable}
         wanted = {id(one) for of in own.values() for one in of}
-        untried = not self.checked and numbered is None
-        return [one for one in calls if id(one) in wanted or (untried and is_product(one.kind))]
+        return [one for one in calls if id(one) in wanted]
 
     def _truth(
         self, calls: Sequence[_Call], output: Tensor, vector: Tensor
@@ -608,13 +613,14 @@ class RowBuilder:
             layers = tuple(use for use in before if not isinstance(use.kind, GenericKind))
             own = [one for one in calls if any(_belongs(one.call, use) for use in layers)]
             self._uses[name] = layers + self._products[name]
+            self.by_products.add(name)
             known = any(truth[n] is not None for n in self.blocks[name].layout.names)
             if known and self._explains(name, own + of, truth, 1) is True:
-                self.by_products.add(name)
                 self.direct.pop(name, None)
                 self.inseparable.pop(name, None)
             else:
                 self._uses[name] = before
+                self.by_products.discard(name)
         self._index_uses()
 
     def _compare(
