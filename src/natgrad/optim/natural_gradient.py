@@ -17,7 +17,7 @@ from natgrad.capture.hooks import outside_graphs
 from natgrad.capture.model_output import unwrap
 from natgrad.curvature import Structure
 from natgrad.fisher import FisherType
-from natgrad.likelihoods import LikelihoodLike
+from natgrad.likelihoods import Gaussian, LikelihoodLike
 from natgrad.optim.checkpoints import only_initialises
 from natgrad.optim.copying import CopiedByState
 from natgrad.optim.grouped_optimizer import GroupedOptimizer
@@ -43,7 +43,7 @@ from natgrad.optim.step.measures import (
 )
 from natgrad.optim.step.plan import StepPlan
 from natgrad.optim.step.reevaluation import Reevaluation, as_float, evaluated
-from natgrad.optim.step.relative_damping import RelativeDamping
+from natgrad.optim.step.relative_damping import NoiseToSignal, RelativeDamping
 from natgrad.optim.summary import Summary, summarize
 
 __all__ = ["NaturalGradient"]
@@ -186,11 +186,12 @@ class NaturalGradient(GroupedOptimizer, CopiedByState):
         )
         if isinstance(damping, LevenbergMarquardt):
             damping = damping.initial
-        self._relative_damping = isinstance(damping, RelativeDamping)
+        self._relative_damping = damping if isinstance(damping, RelativeDamping) else None
         if isinstance(damping, RelativeDamping):
             damping = damping.share
         #: tr F/P at the last factorisation; None until it is known or where nothing depends on it.
         self._mean_eigenvalue: float | None = None
+        self._noise = NoiseToSignal()
         self._length = LengthState(caution=rule.measured.start if rule.measured else 1.0)
         params = list(params or [])
         preconditioner = self.preconditioner_type(
@@ -422,6 +423,8 @@ class NaturalGradient(GroupedOptimizer, CopiedByState):
             damped = found["scale"] * sum(d * gram[0][0] for d, gram in terms)
             square = found["fisher"] + damped
             state = state.measured(rule, inner, square, found["scale"], found["largest"])
+            if isinstance(self.preconditioner.observer.likelihood, Gaussian):
+                self._noise = self._noise.measured(found["largest"], rule.memory)
         pairs = zip(grouped.groups, found.get("changes", ()), strict=False)
         changes = sorted(rate_of(group) * change for group, pair in pairs for change in pair)
         length = state.length(inner, changes[-2] if changes else 0.0)
@@ -612,14 +615,14 @@ class NaturalGradient(GroupedOptimizer, CopiedByState):
     @property
     def _damping_unit(self) -> float:
         """What the groups' damping is multiplied by."""
-        known = self._relative_damping and self._mean_eigenvalue is not None
-        return float(self._mean_eigenvalue) if known and self._mean_eigenvalue else 1.0
+        rule, known = self._relative_damping, self._mean_eigenvalue
+        return 1.0 if rule is None or not known else rule.unit(known, self._noise)
 
     @property
     def _units(self) -> dict[str, bool]:
         """What the learning rates and dampings of the groups are factors on."""
         measured = self.step_rule.measured is not None
-        return {"measured_length": measured, "relative_damping": self._relative_damping}
+        return {"measured_length": measured, "relative_damping": self._relative_damping is not None}
 
     def _find_damping_unit(self) -> None:
         """Wait for the mean eigenvalue before the first factorisation; later ones come along."""
@@ -659,6 +662,7 @@ class NaturalGradient(GroupedOptimizer, CopiedByState):
             "units": self._units,
             "mean_eigenvalue": self._mean_eigenvalue,
             "length": self._length.state_dict(),
+            "noise": self._noise.state_dict(),
         }
 
     def _checked(self, own: Mapping[str, Any], state_dict: Mapping[str, Any]) -> Callable[[], None]:
@@ -675,11 +679,12 @@ class NaturalGradient(GroupedOptimizer, CopiedByState):
                 "optimizer's: make it with the step_rule= and damping= it was saved with"
             )
         unit, length = own["mean_eigenvalue"], LengthState.of(own["length"])
+        noise = NoiseToSignal.of(own["noise"])
 
         def restore() -> None:
             loaded = dict(self.state)
             rest()
-            self._mean_eigenvalue, self._length = unit, length
+            self._mean_eigenvalue, self._length, self._noise = unit, length, noise
             self.state.update(loaded)
             self._link_fallback()
             self._set_damping()

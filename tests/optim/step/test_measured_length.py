@@ -133,6 +133,7 @@ class Reference:
         self.long_log_k = 0.0
         self.q, self.pairs = None, 0.0
         self.mean, self.matrix, self.inverse = None, None, None
+        self.residual, self.largest_residual, self.nu = None, 0.0, 1.0
         self.theta = position(model)
         ends = torch.tensor([p.numel() for p in model.parameters()]).cumsum(0).tolist()
         parts = [slice(i, j) for i, j in zip([0, *ends], ends, strict=False)]
@@ -156,7 +157,7 @@ class Reference:
             self.matrix = self.estimate(x, rows)
         if self.mean is None:
             self.mean = float(self.matrix.trace()) / len(g)
-        damping = self.shares * self.mean
+        damping = self.shares * self.nu * self.mean
         if self.count % self.refresh.inverses == 0:
             joint = self.kind == "full"  # One λ, the largest.
             used = damping.max().expand_as(damping) if joint else damping
@@ -205,6 +206,8 @@ class Reference:
             self.log_k = memory * old + (1 - memory) * found
             memory = min(0.9, 1 - 1 / self.measured)
             self.long_log_k = memory * self.long_log_k + (1 - memory) * found
+            if self.likelihood != "categorical":
+                self.follow(self.model(x).detach(), y)
         usual = max(slope, math.exp(self.log_slope))
         alpha = self.caution * self.zeta * min(1 / scale, math.exp(self.log_k) / usual)
         changes = sorted(
@@ -224,6 +227,17 @@ class Reference:
         self.ceiling = max(self.ceiling, self.caution)
         self.count += 1
         return "taken"
+
+    def follow(self, z: Tensor, y: Tensor) -> None:
+        """Let ν follow the squared residuals, N Σ‖∂L/∂z‖² with Λ = I."""
+        z.requires_grad_()
+        (u,) = torch.autograd.grad(loss_of(self.likelihood)(z, y), z)
+        found, memory = len(z) * float(u.square().sum()), self.length.memory
+        old = found if self.residual is None else self.residual
+        self.residual = old**memory * found ** (1 - memory)
+        self.largest_residual = max(self.largest_residual, self.residual)
+        signal = self.largest_residual - self.residual
+        self.nu = 1.0 if self.residual >= signal else max(0.01, self.residual / signal)
 
     def is_measured(self) -> bool:
         free = self.refresh.factors < self.refresh.inverses
@@ -317,6 +331,28 @@ def test_rate_is_in_the_buffer():
     assert steps[0].abs().max() > 0
     close(steps[1], steps[0] / 2)
     close(steps[2], steps[0] / 4)
+
+
+# -- damping by residuals --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["kfac", "diagonal"])
+def test_damping_falls_with_squared_residuals_by_the_formula(kind):
+    """Targets are a network's of the same kind, so that next to nothing is left."""
+    length, teacher, seen = MeasuredLength(interval=4, start=0.5), network(seed=5), []
+    model = network()
+    optimizer = optimizer_of(model, kind, "gaussian", length, refresh=NOW_AND_THEN)
+    reference = Reference(network(), kind, "gaussian", length, NOW_AND_THEN)
+    for seed in range(60):
+        x = normal(24, 3, seed=seed)
+        y = teacher(x).detach() + 3.0
+        reference.step(x, y)
+        take(optimizer, model, "gaussian", x, y)
+        close(position(model), reference.theta, 1e-7)
+        seen.append(optimizer._damping_unit / optimizer._mean_eigenvalue)
+        assert math.isclose(seen[-1], reference.nu, rel_tol=1e-7)
+    assert seen[0] == 1.0 and math.isclose(seen[-1], 0.01)
+    assert any(0.02 < ratio < 0.8 for ratio in seen)
 
 
 # -- noise -----------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from natgrad import KFAC, MeasuredLength, NaturalGradient, Refresh, RelativeDamping, StepRule
 from natgrad.curvature import KroneckerFactors
+from natgrad.optim.step.relative_damping import NoiseToSignal
 from tests.cases import labels, normal
 
 KRONECKER = ["kfac", "ekfac", "tkfac", "tekfac", "kpsvd", "kfoc", "two_level"]
@@ -144,6 +145,46 @@ def test_checkpoint_keeps_the_unit():
         assert torch.equal(p, q)
 
 
+def regression(floor: float, noise: float, steps: int = 80) -> NaturalGradient:
+    """Return what has fitted a linear map, which leaves a part of the targets that is noise."""
+    torch.manual_seed(0)
+    model = nn.Linear(5, 3).double()
+    optimizer = KFAC(model, nn.MSELoss(), damping=RelativeDamping(0.2, floor), fisher="exact")
+    for step in range(steps):
+        x = normal(60, 5, seed=step)
+        y = x[:, :3] + noise * normal(60, 3, seed=1000 + step)
+        optimizer.zero_grad()
+        functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize(("noise", "floor", "low", "high"), [
+    (0.0, 0.01, 0.01, 0.01), (0.0, 1e-4, 1e-4, 1e-4), (0.0, 1.0, 1.0, 1.0),
+    (0.3, 0.01, 0.05, 0.12), (2.0, 0.01, 1.0, 1.0),
+])  # fmt: skip
+def test_damping_is_of_the_noise_that_squared_errors_leave(noise, floor, low, high):
+    """What is left of 0.3² + 1 + 1/3 by 0.3², the weights' own outputs counted."""
+    optimizer = regression(floor, noise)
+    ratio = optimizer._damping_unit / optimizer._mean_eigenvalue
+    assert low <= ratio <= high
+
+
+def test_checkpoint_keeps_what_is_known_of_residuals():
+    optimizer = regression(0.01, 0.3)
+    again = KFAC(nn.Linear(5, 3).double(), nn.MSELoss())
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert again._noise == optimizer._noise
+    assert 0.01 < again._noise.ratio < 1
+
+
+def test_residuals_that_are_not_known_change_nothing():
+    known = NoiseToSignal().measured(4.0, 0.5).measured(1.0, 0.5)
+    assert math.isclose(known.ratio, 1.0)  # √4 is half of 4.
+    for residual in (0.0, -1.0, math.nan, math.inf, 1e300):
+        assert known.measured(residual, 0.5) == known
+
+
 @pytest.mark.parametrize("at", [0, 1, 4])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_unit_is_never_one_of_a_broken_batch(at, value):
@@ -186,3 +227,9 @@ def test_first_batch_in_which_nothing_counts_gives_no_unit():
 def test_share_out_of_range_is_named(share):
     with pytest.raises(ValueError, match="share must be a finite number >= 0"):
         RelativeDamping(share)
+
+
+@pytest.mark.parametrize("floor", [0.0, -0.1, 1.1, math.nan, "low"])
+def test_floor_out_of_range_is_named(floor):
+    with pytest.raises(ValueError, match=r"floor must be in \(0, 1\], got"):
+        RelativeDamping(0.2, floor)
