@@ -42,3 +42,9 @@ if not torch.cuda.is_available():
 def _seeded() -> None:
     """Every test starts from the same random state."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports at whose figures a test does not look hold empty ones: each takes a second."""
+    monkeypatch.setattr("natgrad.experiments.pages.save_figure", lambda *_: b"<svg></svg>")

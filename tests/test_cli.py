@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 
 from natgrad.cli import run
 from natgrad.version import __version__
+from tests import processes
 from tests.experiments.schema import check
 
 TINY = [
@@ -56,6 +58,7 @@ def test_compare_writes_documented_results_and_prints_a_table(tmp_path, capsys):
         assert text in printed
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_given_learning_rates_are_used(tmp_path):
     assert compare(tmp_path, "--methods=sgd", "--learning-rate=sgd=0.25", "--no-quality") == 0
     stored = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -106,6 +109,7 @@ def test_module_can_be_run():
     assert done.stdout.strip() == f"natgrad {__version__}"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_ctrl_c_writes_what_is_there(tmp_path, monkeypatch, capsys):
     from natgrad.experiments.console import ProgressBars
 
@@ -140,9 +144,10 @@ def test_ctrl_c_of_a_whole_process_is_one_line(tmp_path):
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n\n"
         "def model():\n    os.kill(os.getpid(), signal.SIGINT)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "natgrad", "inspect", "slow:model"],
-        capture_output=True, text=True, cwd=tmp_path,
+    (tmp_path / "command.py").write_text("from natgrad.__main__ import main\n\nmain()\n")
+    done = processes.run_script(
+        tmp_path / "command.py", "inspect", "slow:model",
+        folder=tmp_path, environment=dict(os.environ),
     )  # fmt: skip
     assert done.returncode == 130
     assert (done.stdout, done.stderr) == ("", "natgrad: interrupted; nothing was written.\n")
@@ -183,6 +188,7 @@ def test_every_command_has_json_and_says_what_it_does(command, capsys):
     assert "[default: " in printed
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_theory_prints_json_alone(tmp_path, capsys):
     options = ["--train-samples=6", "--test-samples=4", "--width=8", "--json"]
     assert run(["theory", "conditions", *options, f"--output={tmp_path / 'out'}"]) == 0

@@ -309,6 +309,7 @@ def test_seeds_differ_in_weights_and_batches_and_are_those_of_runs_alone():
         assert method["repeats"][1]["batch"]["loss"] == alone["batch"]["loss"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_json_is_printed_alone(tmp_path, capsys):
     assert command(tmp_path, "--methods=kfac", "--steps=2", "--json") == 0
     captured = capsys.readouterr()
@@ -473,6 +474,7 @@ def test_options_that_do_not_go_together_are_refused(options, message):
         CompareConfig(**options)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_loader_that_fails_on_the_way_fails_the_runs_only(tmp_path):
     with pytest.raises(OSError, match="on fire"):
         list(fails_later())

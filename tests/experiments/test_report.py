@@ -119,6 +119,7 @@ def test_text_from_outside_is_escaped(results):
     assert "<script>" not in page
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_failure_while_rendering_leaves_the_folder_as_it_was(results, tmp_path, monkeypatch):
     (tmp_path / "results.json").write_text("old")
 

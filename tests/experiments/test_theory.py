@@ -178,6 +178,7 @@ def test_equal_images_are_refused(tmp_path):
         run_theory(config)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_interruption_keeps_what_is_there(tmp_path, monkeypatch):
     def stop(setting, progress):
         raise KeyboardInterrupt
