@@ -622,8 +622,39 @@ def cubic(u, x, f):
     return value**3 + value - f
 
 
+def straight(loss_at, step, slope, loss):
+    """Return d, its length, the loss there, the factor on λ and 0, or None, by halving lengths."""
+    for halvings in range(6):
+        t = 0.5**halvings
+        after = loss_at(-t * step)
+        if after <= loss - 1e-4 * t * slope:
+            return -t * step, t, after, 0.1 if t >= 0.5 else 10 if t < 0.25 else 1, 0
+    return None
+
+
+def curved(loss_at, beyond, step, slope, promised, loss):
+    """Return the same of a whole step that is corrected up to ten times; 0 is how often."""
+    half_bend = 100 * beyond(-0.1 * step)
+    bends = 2 * half_bend.norm() <= 0.75 * step.norm()
+    moved = -step - half_bend if bends else -step
+    found, losses = None, [math.inf]
+    while True:
+        after = loss_at(moved)
+        if after >= losses[-1]:
+            return found
+        if after <= loss - 1e-4 * slope:
+            count = len(losses) - 1
+            found = moved, 1.0, after, 0.1**0.5 if count <= 4 else 1, count
+        elif after > 0.5 * losses[-1]:
+            return found
+        if not bends or after <= loss - 0.9 * promised or len(losses) == 11:
+            return found
+        losses.append(after)
+        moved = -step - beyond(moved)
+
+
 def steps_by_the_rule(network, residual, steps, momentum, bends):
-    """Yield λ, length, the loss after and trials of every step, by dense algebra."""
+    """Yield λ, length, loss after, trials and corrections of every step, by dense algebra."""
     shapes = {name: p.detach() for name, p in network.named_parameters()}
     sizes = [p.numel() for p in shapes.values()]
 
@@ -637,36 +668,41 @@ def steps_by_the_rule(network, residual, steps, momentum, bends):
         values = cubic(u, residual.points, residual.data)
         return math.sqrt(residual.weight / len(residual)) * values[:, 0]
 
+    def loss_at(theta, d):
+        return float(0.5 * rho_at(theta + d).square().sum())
+
+    def beyond(theta, rho, jacobian, damped, d):
+        rest = rho_at(theta + d) - rho - jacobian @ d
+        return torch.linalg.solve(damped, jacobian.T @ rest)
+
     theta, damping, last = flat(network), None, None
     for _ in range(steps):
         rho, jacobian = rho_at(theta).detach(), torch.func.jacrev(rho_at)(theta)
         loss, gradient = float(0.5 * rho @ rho), jacobian.T @ rho
         if damping is None:
             damping = 1e-3 * float(gradient @ gradient) / float(rho @ rho)
-        pull, trials, length = torch.zeros_like(theta) if last is None else momentum * last, 0, 0.0
-        while not length:
+        pull = torch.zeros_like(theta) if last is None else momentum * last
+        trials, found = 0, None
+        while found is None:
             trials += 1
             damped = jacobian.T @ jacobian + damping * torch.eye(len(theta)).double()
             step = torch.linalg.solve(damped, gradient + damping * pull)
             if step @ gradient <= 0:
                 step = torch.linalg.solve(damped, gradient)
-            bend = torch.zeros_like(step)
+
+            slope = float(step @ gradient)
             if bends:
-                second = 20 * ((rho_at(theta - 0.1 * step) - rho) / 0.1 + jacobian @ step)
-                bend = torch.linalg.solve(damped, jacobian.T @ second)
-                bend = bend if bend.norm() <= 0.75 * step.norm() else torch.zeros_like(step)
-            for halvings in range(6):
-                t = 0.5**halvings
-                moved = t * step + 0.5 * t**2 * bend
-                after = float(0.5 * rho_at(theta - moved).square().sum())
-                if after <= loss - 1e-4 * t * float(step @ gradient):
-                    length = t
-                    break
+                promised = slope - 0.5 * float((jacobian @ step).square().sum())
+                rest = functools.partial(beyond, theta, rho, jacobian, damped)
+                found = curved(functools.partial(loss_at, theta), rest, step, slope, promised, loss)
             else:
-                pull, damping = torch.zeros_like(theta), 10 * damping
-        yield damping, length, after, trials
-        theta, last = (theta - moved).detach(), moved.detach()
-        damping *= 0.1 if length >= 0.5 else 10 if length < 0.25 else 1
+                found = straight(functools.partial(loss_at, theta), step, slope, loss)
+            if found is None:
+                pull, damping = torch.zeros_like(theta), damping * (10**0.5 if bends else 10)
+        moved, length, after, factor, corrections = found
+        yield damping, length, after, trials, corrections
+        theta, last = (theta + moved).detach(), -moved.detach()
+        damping *= factor
 
 
 @pytest.mark.parametrize("count", [12, 60])
@@ -679,9 +715,9 @@ def test_lengths_and_damping_follow_the_rule(count, momentum, bends):
         expected = list(steps_by_the_rule(network, residual, 25, momentum, bends))
     model = TaylorNetwork(network, first=[])
     optimizer = ResidualNGD(model, residual, momentum=momentum, acceleration=bends)
-    losses = [after for _, _, after, _ in expected]
+    losses = [after for _, _, after, *_ in expected]
     assert losses[-1] < 0.1 * losses[0]
-    for damping, length, after, trials in expected:
+    for damping, length, after, trials, corrections in expected:
         if after < 1e-9 * losses[0] or damping < 1e-9:
             break  # Rounding errors decide.
         optimizer.step()
@@ -689,8 +725,12 @@ def test_lengths_and_damping_follow_the_rule(count, momentum, bends):
         assert optimizer.last.length == length
         assert optimizer.last.loss_after == pytest.approx(after, rel=1e-6)
         assert optimizer.last.trials == trials
-    assert {length for _, length, *_ in expected} > {1.0, 0.5}
-    assert max(trials for *_, trials in expected) > 1
+        assert optimizer.last.corrections == corrections
+    if bends:
+        assert len({corrections for *_, corrections in expected}) > 2
+    else:
+        assert {length for _, length, *_ in expected} > {1.0, 0.5}
+    assert max(trials for _, _, _, trials, _ in expected) > 1
 
 
 @pytest.mark.parametrize("factor", [2.0**40, 2.0**-40, 1e3])
@@ -797,7 +837,7 @@ def test_where_no_step_lowers_the_loss_nothing_moves_and_that_is_said():
         assert optimizer.last.loss_after == loss and optimizer.last.length == 0
         if count == 1:
             assert optimizer.last.trials == 10
-            after = 10 * optimizer.last.damping
+            after = 10**0.5 * optimizer.last.damping
             assert optimizer.param_groups[0]["damping"] == pytest.approx(after, rel=1e-14)
     with pytest.warns(UserWarning, match="last 10 steps of ResidualNGD found no decrease"):
         optimizer.step()

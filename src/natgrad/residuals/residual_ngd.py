@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from natgrad.arguments import check_choice, check_interval, check_range, check_rate
 from natgrad.curvature import Curvature, Structure, as_structure
 from natgrad.curvature.full import ExactRows
-from natgrad.jacobians import Jacobians
+from natgrad.jacobians import DenseJacobian, Jacobians, LayerJacobian
 from natgrad.linalg import FactorizationError
 from natgrad.operators import GradientSource, Operator
 from natgrad.operators.rows import RowsInverse
@@ -33,15 +33,25 @@ PROBE = 0.1
 #: ``‖Δ'‖/‖Δ‖`` beyond which Δ' is no correction (Transtrum & Sethna 2012).
 LARGEST_BEND = 0.75
 
+#: Corrections of a step at most, and those up to which it was easy, so that λ falls.
+MOST_CORRECTIONS, FEW_CORRECTIONS = 10, 4
+
+#: A correction is followed by another if it lowers a loss that is too large to this share at least,
+#: until the step achieves this share of what the linear model promises.
+PROGRESS, ENOUGH = 0.5, 0.9
+
 #: The first λ, as a share of ``‖∇L‖²/‖ρ‖²``, the mean of ``JJᵀ`` along ρ.
 FIRST_DAMPING = 1e-3
 
-#: Factor on λ after steps of at least half their length; by its inverse λ rises.
-DECAY = 0.1
+#: Factors on λ after easy steps, curved and straight ones; by their inverses λ rises.
+DECAY, STRAIGHT_DECAY = 0.1**0.5, 0.1
 
 #: Lengths tried with one λ, where the points are those of the last step, and where they are others:
 #: shorter steps with little damping fit these and no others.
 SEARCHES = {False: LineSearch(max_trials=6), True: LineSearch(max_trials=1)}
+
+#: Share of the decrease that the slope promises which a step has to achieve.
+ARMIJO = SEARCHES[True].armijo
 
 #: Values of λ that one step tries at most, and steps without success after which that is said.
 MOST_TRIALS, PATIENCE = 10, 10
@@ -54,9 +64,10 @@ class ResidualStep:
     Attributes:
         loss: ``L(θ)`` before it.
         loss_after: The loss at its end; that before it if nothing moved.
-        length: t, how far it went along its curve; 0 if nothing moved.
+        length: t; 0 if nothing moved.
         damping: λ it was computed with, or the last one tried if nothing moved.
         trials: Values of λ that were tried.
+        corrections: How often it was corrected.
     """
 
     loss: float
@@ -64,6 +75,7 @@ class ResidualStep:
     length: float
     damping: float
     trials: int
+    corrections: int = 0
 
 
 class ResidualNGD(CheckpointedOptimizer, CopiedByState):
@@ -71,22 +83,24 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
 
     .. math:: L = \sum_b \frac{w_b}{2N_b} \sum_n \|r_{bn}\|^2 = \tfrac12 \|\rho\|^2, \qquad
               F = \sum_b \frac{w_b}{N_b} \sum_n J_{bn}^\top J_{bn} = J^\top J, \qquad
-              \theta \leftarrow \theta - t \Delta - \tfrac{t^2}{2} \Delta', \quad
-              \Delta = (\hat F + \lambda I)^{-1} \nabla L, \quad
-              \Delta' = (\hat F + \lambda I)^{-1} J^\top \rho''
+              \theta \leftarrow \theta + d
+
+    .. math:: d \leftarrow -t\Delta
+              - (\hat F + \lambda I)^{-1} J^\top (\rho(\theta + d) - \rho(\theta) - J d), \qquad
+              \Delta = (\hat F + \lambda I)^{-1} \nabla L
 
     ``step()`` needs neither a closure nor a backward pass: the loss, its gradient and the exact
     rows come from the residuals themselves.
 
-    There is nothing to tune. λ begins at ``10⁻³ ‖∇L‖²/‖ρ‖²``. Lengths ``lr, lr/2, …, lr/32`` are
-    tried until the loss falls by 10⁻⁴ of what the slope promises. After lengths of at least lr/2 λ
-    falls to a tenth, to rounding errors of F at least; after those below lr/4 it rises tenfold. If
-    none lowers the loss, or the matrix cannot be factorised, the step is computed anew with ten
-    times the λ, from the same rows. So multiplying all residuals by a number, or choosing other
-    units, changes no step. Where points, data or weights are others than those of the last step,
-    the first length is the only one: short steps with little damping would fit these points and no
-    others. Where residuals are not finite, or 10 values of λ do not help, nothing moves and λ is
-    raised; the first is said once, the second after 10 such steps in a row.
+    There is nothing to tune. λ begins at ``10⁻³ ‖∇L‖²/‖ρ‖²``. A step begins as ``−tΔ − ½t²Δ'``, Δ'
+    being its geodesic acceleration, and is then corrected by what residuals do beyond their linear
+    model, with the matrix that is factorised already, until the loss falls by 0.9 of what the model
+    promises or corrections help no more; ten at most. Where at most four were needed, λ falls by
+    √10, to rounding errors of F at least. Where the loss does not fall, or the matrix cannot be
+    factorised, the step is computed anew with √10 times the λ, from the same rows. So multiplying
+    all residuals by a number, or choosing other units, changes no step. Where residuals are not
+    finite, or 10 values of λ do not help, nothing moves and λ is raised; the first is said once,
+    the second after 10 such steps in a row.
 
     Full-batch problems of this kind are badly conditioned: use float64.
 
@@ -102,16 +116,22 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
             much the faster; ``"vmap"`` differentiates the residual functions by
             :mod:`torch.func`, point by point in batches. By default captured where the model is a
             TaylorNetwork.
-        lr: First length tried; for schedules, as where points change.
+        lr: t; for schedules, as where points change.
         damping: λ to begin with, in the units of F; by default in those of the problem, see above.
         momentum: μ of the last step Δ₀: Δ minimises ``½‖JΔ − ρ‖² + ½λ‖Δ − μΔ₀‖²`` (Goldshlager,
             Abrahamsen & Lin 2024, "SPRING"). It accumulates what single batches of changing points
             tell; with fixed points it changes little. Where it does not lower the loss, the step is
             computed without.
-        acceleration: Bend steps by Δ', with ρ″ the second derivative of the residuals along Δ, from
-            one more evaluation of them (Transtrum & Sethna 2012, "geodesic acceleration"). It is
-            left out where ``‖Δ'‖ > ¾‖Δ‖``, and with solvers that iterate. Far from a solution it
-            changes little, near to one it saves most of the steps.
+        acceleration: Bend and correct steps, at one evaluation of the residuals and one solution
+            each. Δ' is ``(F̂ + λI)⁻¹ Jᵀρ''`` with ρ'' the second derivative of the residuals along Δ
+            (Transtrum & Sethna 2012, "geodesic acceleration"); with ``‖Δ'‖ > ¾‖Δ‖`` the step stays
+            straight. The corrections are the simplified Newton iteration for
+            ``min ½‖ρ(θ + d)‖² + ½λ‖d‖²`` (Deuflhard 2004): in narrow curved valleys, as those of
+            physics-informed networks, they allow a λ that is smaller by orders of magnitude. False,
+            and solvers that iterate: straight steps, whose lengths ``lr, lr/2, …, lr/32`` are tried
+            until the loss falls by 10⁻⁴ of what the slope promises, where points are those of the
+            last step, else lr alone; λ falls to a tenth after lengths of at least lr/2, and rises
+            tenfold after those below lr/4 and where none lowers the loss.
         chunk_size: Points differentiated at a time; by default so many that a chunk takes 2²⁵
             numbers (256 MiB in float64) while it is differentiated, eight times its rows. A step of
             R residuals and P parameters takes about ``8 min(R, P)²`` numbers beside, for matrix and
@@ -166,10 +186,12 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
         self.curvature: Curvature = Curvature(chosen, blocks, self.rows.layout)
         iterates = isinstance(chosen, ExactRows) and chosen.is_iterative
         self.acceleration: bool = acceleration and not iterates
+        self._takes_dense_rows: bool = isinstance(chosen, ExactRows) and not iterates
         self.last: ResidualStep | None = None
         self._warned, self._without_success = False, 0
         self._seen: tuple[Any, list[Tensor]] | None = None
         defaults = {"lr": lr, "damping": damping, "momentum": momentum, "points_change": False}
+        defaults |= {"scale": 0.0}
         super().__init__(list(self.rows.parameters.values()), defaults)
         if self.rows.layout.dtype != torch.float64:
             warnings.warn(
@@ -253,6 +275,8 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
             square += float(values.square().sum())
             if not math.isfinite(square):
                 return None
+            if self._takes_dense_rows and rows.rows > layout.numel:
+                rows = _formed(rows)
             gradient, rest = gradient + rows.rmatvec(values), values
             if previous is not None:
                 rest = values - momentum * rows.matvec(previous)
@@ -287,48 +311,85 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
             return nothing
         if damping is None:
             damping = FIRST_DAMPING * float(gradient.square().sum()) / (2 * loss)
-        matrices, epsilon = self._matrices(), torch.finfo(start.dtype).eps
+        self._set_scale(gradient, loss)
+        matrices, decay = self._matrices(), DECAY if self.acceleration else STRAIGHT_DECAY
+        least = torch.finfo(start.dtype).eps * group["scale"]
         for trial in range(1, MOST_TRIALS + 1):
             tried = damping
             if self._factorise(matrices, tried):
-                step, slope, curvature = self._direction(right, gradient, tried)
+                step, slope, square = self._direction(right, gradient, tried)
                 if not slope > 0 and right is not here.plain:  # Momentum leads uphill.
                     right = here.plain
-                    step, slope, curvature = self._direction(right, gradient, tried)
-                bend = self._bend(step, start, here)
-                length, after = self._walk(start, step, bend, slope, loss, lr)
-                if length and after < loss:  # Not equal, as after steps lost in rounding.
-                    if length >= 0.5 * lr:  # Less than rounding errors of F would not be felt.
-                        damping = max(tried * DECAY, epsilon * curvature)
-                    elif length < 0.25 * lr:
-                        damping = tried / DECAY
-                    group["damping"] = damping
-                    self.last = ResidualStep(loss, after, length, tried, trial)
+                    step, slope, square = self._direction(right, gradient, tried)
+                found = None
+                if slope > 0 and bool(torch.isfinite(step).all()):
+                    linear = _LinearStep(start, step, slope, square, lr)
+                    found = (
+                        self._curved(linear, here)
+                        if self.acceleration
+                        else self._straight(linear, loss)
+                    )
+                if found is not None:
+                    self._set(start + found.moved)
+                    # Less than rounding errors of F would not be felt.
+                    group["damping"] = max(tried * found.factor, least)
+                    self.last = ResidualStep(
+                        loss, found.loss, found.length, tried, trial, found.corrections
+                    )
                     self._without_success = 0
-                    return length * step + 0.5 * length**2 * bend
+                    return -found.moved
                 if torch.equal(start - lr * step, start):
                     break  # More damping would change nothing.
             right = here.plain  # With λ a step with momentum tends to μΔ₀, which need not descend.
-            damping = tried / DECAY
+            damping = tried / decay
         self._set(start)
         group["damping"] = damping
         self.last = ResidualStep(loss, loss, 0.0, tried, trial)
         self._count_failure()
         return nothing
 
-    def _walk(
-        self, start: Tensor, step: Tensor, bend: Tensor, slope: float, before: float, lr: float
-    ) -> tuple[float, float]:
-        """Move along a step and its bend; return how far and the loss there."""
+    def _straight(self, linear: _LinearStep, before: float) -> _Found | None:
+        """Search for a length of a straight step; None where none lowers the loss."""
 
         def move(length: float) -> None:
-            self._set(start - length * step - 0.5 * length**2 * bend)
+            self._set(linear.start - length * linear.step)
 
-        if not slope > 0 or not bool(torch.isfinite(step).all()):
-            move(0.0)
-            return 0.0, before
-        search = SEARCHES[self.param_groups[0]["points_change"]]
-        return search.search(move, self.loss, before, slope, lr)
+        search, lr = SEARCHES[self.param_groups[0]["points_change"]], linear.lr
+        length, after = search.search(move, self.loss, before, linear.slope, lr)
+        if not length or not after < before:  # Equal after steps lost in rounding.
+            return None
+        factor = 1.0
+        if length >= 0.5 * lr:
+            factor = STRAIGHT_DECAY
+        elif length < 0.25 * lr:
+            factor = 1 / STRAIGHT_DECAY
+        return _Found(-length * linear.step, after, length, factor, 0)
+
+    def _curved(self, linear: _LinearStep, here: _Linearised) -> _Found | None:
+        """Correct a step until it does what its linear model says; None where it does not."""
+        start, lr, loss = linear.start, linear.lr, here.loss
+        straight = -lr * linear.step
+        half_bend = self._deviation(start, -PROBE * linear.step, here) / PROBE**2
+        size = 2 * float(half_bend.norm())
+        bends = math.isfinite(size) and size <= LARGEST_BEND * float(linear.step.norm())
+        moved = straight - lr**2 * half_bend if bends else straight
+        promised = lr * linear.slope - 0.5 * lr**2 * linear.square
+        found, last = None, math.inf
+        for count in range(MOST_CORRECTIONS + 1):
+            self._set(start + moved)
+            ahead = list(self.rows.scaled_values())
+            after = 0.5 * float(torch.stack([rho.square().sum() for rho in ahead]).sum())
+            if not after < last:
+                break
+            if after < loss - ARMIJO * lr * linear.slope:
+                found = _Found(moved, after, lr, DECAY if count <= FEW_CORRECTIONS else 1.0, count)
+            elif after > PROGRESS * last:
+                break
+            if not bends or loss - after >= ENOUGH * promised or count == MOST_CORRECTIONS:
+                break
+            last = after
+            moved = straight - self._deviation(start, moved, here, ahead)
+        return found
 
     def _factorise(self, matrices: dict[str, Operator] | None, damping: float) -> bool:
         """Make the inverses for a λ; return whether that was possible."""
@@ -347,7 +408,7 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
     def _direction(
         self, right: _RightSide, gradient: Tensor, damping: float
     ) -> tuple[Tensor, float, float]:
-        """Return Δ, ``⟨Δ, ∇L⟩`` and ``ΔᵀFΔ/‖Δ‖²``.
+        """Return Δ, ``⟨Δ, ∇L⟩`` and ``ΔᵀFΔ``.
 
         ``(F + λI)Δ = ∇L + λμΔ₀``, so that ``ΔᵀFΔ`` needs no product with F.
         """
@@ -355,8 +416,8 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
         rest = step
         if right.shift is not None:
             step, rest = step + right.shift, step
-        slope, square = float(step @ gradient), float(step.square().sum())
-        return step, slope, (slope - damping * float(step @ rest)) / square if square else 0.0
+        slope = float(step @ gradient)
+        return step, slope, slope - damping * float(step @ rest)
 
     def _precondition(self, gradient: Callable[[], Tensor], coordinates: Tensor | None) -> Tensor:
         """Return ``(F + λI)⁻¹Jᵀu``.
@@ -385,30 +446,34 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
             natural |= found
         return natural
 
-    def _bend(self, step: Tensor, start: Tensor, here: _Linearised) -> Tensor:
-        """Return Δ', or zero where it is not finite or too long to be a correction."""
-        straight = torch.zeros_like(start)
-        if not self.acceleration:
-            return straight
-        self._set(start - PROBE * step)
-        ahead = list(self.rows.scaled_values())
-        self._set(start)
+    def _deviation(
+        self, start: Tensor, moved: Tensor, here: _Linearised, ahead: list[Tensor] | None = None
+    ) -> Tensor:
+        """Return ``(F + λI)⁻¹Jᵀ(ρ(θ + d) − ρ − Jd)``: what takes back what d does beyond its model.
 
-        def second(values: Tensor, rows: Jacobians, after: Tensor) -> Tensor:
-            return (2.0 / PROBE) * ((after - values) / PROBE + rows.matvec(step))
-
+        Args:
+            start: θ.
+            moved: d.
+            here: ρ and J.
+            ahead: ``ρ(θ + d)`` in the chunks of the rows, evaluated by default.
+        """
+        if ahead is None:
+            self._set(start + moved)
+            ahead = list(self.rows.scaled_values())
         if here.rows is not None:
             (values, rows), (after,) = here.rows, ahead
-            along = second(values, rows, after)
-            bend = self._precondition(lambda: rows.rmatvec(along), along)
-        else:  # Rows of several chunks are had once more.
-            bent = torch.zeros_like(start)
-            for (_, values, rows), after in zip(self.rows.chunks(), ahead, strict=True):
-                bent = bent + rows.rmatvec(second(values, rows, after))
-            bend = self._precondition(lambda: bent, None)
-        size = float(bend.norm())
-        fits = math.isfinite(size) and size <= LARGEST_BEND * float(step.norm())
-        return bend if fits else straight
+            beyond = after - values - rows.matvec(moved)
+            return self._precondition(lambda: rows.rmatvec(beyond), beyond)
+        self._set(start)  # Rows of several chunks are had once more.
+        total = torch.zeros_like(start)
+        for (_, values, rows), after in zip(self.rows.chunks(), ahead, strict=True):
+            total = total + rows.rmatvec(after - values - rows.matvec(moved))
+        return self._precondition(lambda: total, None)
+
+    def _set_scale(self, gradient: Tensor, loss: float) -> None:
+        """Note ``‖∇L‖²/‖ρ‖²``, the mean of ``JJᵀ`` along ρ, if it is the largest so far."""
+        group, mean = self.param_groups[0], float(gradient.square().sum()) / (2 * loss)
+        group["scale"] = max(group.get("scale", 0.0), mean)  # Older checkpoints have none.
 
     def _set(self, flat: Tensor) -> None:
         for name, value in self.rows.layout.to_dict(flat).items():
@@ -476,6 +541,19 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
         return restore
 
 
+def _formed(rows: Jacobians) -> Jacobians:
+    """Return rows entry by entry: those that are summed are formed anyway, once is enough."""
+    dense: dict[str, LayerJacobian] = {
+        name: block
+        if isinstance(block, DenseJacobian)
+        else DenseJacobian(
+            block.layout, block.to_dense().unflatten(0, (rows.samples, rows.directions))
+        )
+        for name, block in rows.items()
+    }
+    return Jacobians(rows.layout, dense, rows.samples, rows.directions)
+
+
 @dataclass(frozen=True)
 class _RightSide:
     """What a step is computed from: ``Δ = (F + λI)⁻¹ gradient + shift``.
@@ -506,3 +584,41 @@ class _Linearised:
     plain: _RightSide
     right: _RightSide
     rows: tuple[Tensor, Jacobians] | None
+
+
+@dataclass(frozen=True)
+class _LinearStep:
+    """A step as the linear model of the residuals has it.
+
+    Attributes:
+        start: θ.
+        step: Δ.
+        slope: ``⟨Δ, ∇L⟩``.
+        square: ``ΔᵀFΔ``.
+        lr: The first length to try.
+    """
+
+    start: Tensor
+    step: Tensor
+    slope: float
+    square: float
+    lr: float
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A step that lowers the loss.
+
+    Attributes:
+        moved: d, what is added to θ.
+        loss: The loss there.
+        length: t.
+        factor: What λ is multiplied by afterwards.
+        corrections: How often it was corrected.
+    """
+
+    moved: Tensor
+    loss: float
+    length: float
+    factor: float
+    corrections: int

@@ -194,20 +194,23 @@ def _add_moment(moment: Tensor | None, rows: Jacobians, weight: float) -> Tensor
         found = _add_moment(_no_moment(layout, rows.shares), own, weight)
         total: Tensor = rows.shares.replicas.summed(Symmetric(found), layout.device)
         return total if moment is None else moment + total
-    if moment is None:
-        moment = _no_moment(layout, next(iter(rows.values())))
+    first = next(iter(rows.values()))
+    lower: Tensor | None = None
     step = max(1, CHUNK_ELEMENTS // max(1, layout.numel * rows.directions))
     for start in range(0, rows.samples, step):
         stop = min(start + step, rows.samples)
-        dense = moment.new_zeros((stop - start) * rows.directions, layout.numel)
+        count = (stop - start) * rows.directions
+        dense = torch.zeros(count, layout.numel, dtype=first.dtype, device=first.device)
         for block in rows.values():
             flat = block.layout.flat(block.per_sample_gradients(start, stop)).flatten(0, 1)
             pieces = flat.split(list(block.layout.sizes), dim=1)
             for segment, piece in zip(layout.slices(block.layout), pieces, strict=True):
                 dense[:, segment] = piece
-        gram = linalg.symmetric(linalg.lower_gram(dense))
-        moment = torch.add(moment, gram, alpha=weight)
-    return moment
+        lower = linalg.lower_gram(dense, out=lower)
+    found = _no_moment(layout, first) if lower is None else linalg.symmetric(lower)
+    if moment is None:
+        return found if weight == 1.0 else weight * found
+    return torch.add(moment, found, alpha=weight)
 
 
 def _no_moment(layout: ParameterLayout, like: LayerJacobian | Shares) -> Tensor:
