@@ -515,8 +515,9 @@ class Entry:
 
     def build(self, given: Problem | Batch | list[Batch], **options: Any) -> FisherMatrix:
         """Return natgrad's matrix of a problem, or of some batches, from rows pulled back once."""
-        batches = [given.batch] if isinstance(given, Problem) else given
-        estimate = self.estimate(batches, **options)
+        if isinstance(given, Problem):
+            return built(self.name, given, tuple(options.items()))
+        estimate = self.estimate(given, **options)
         if self.stepped:
             estimate.refresh(FIRST_STEP["damping"])
         return estimate.matrix()
@@ -571,6 +572,12 @@ class Entry:
         """Return what the damped inverse makes of columns, by dense algebra."""
         shift = torch.ones(len(matrix), dtype=matrix.dtype) * damping
         return self.solution(problem, found, matrix, shift, columns)
+
+
+@functools.lru_cache(maxsize=256)
+def built(name: str, given: Problem, options: tuple[tuple[str, Any], ...]) -> FisherMatrix:
+    """Return an entry's matrix of a problem, which is also what others are compared with."""
+    return TABLE[name].build(given.batch, **dict(options))
 
 
 EXACT: dict[str, Any] = {"layers": tuple(CASES), "everywhere": True}
