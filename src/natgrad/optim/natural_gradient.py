@@ -41,9 +41,10 @@ from natgrad.optim.step.measures import (
     on_host,
     scalar_checks,
 )
+from natgrad.optim.step.noise_to_signal import NoiseToSignal
 from natgrad.optim.step.plan import StepPlan
 from natgrad.optim.step.reevaluation import Reevaluation, as_float, evaluated
-from natgrad.optim.step.relative_damping import NoiseToSignal, RelativeDamping
+from natgrad.optim.step.relative_damping import RelativeDamping
 from natgrad.optim.summary import Summary, summarize
 
 __all__ = ["NaturalGradient"]
@@ -427,7 +428,8 @@ class NaturalGradient(GroupedOptimizer, CopiedByState):
                 self._noise = self._noise.measured(found["largest"], rule.memory)
         pairs = zip(grouped.groups, found.get("changes", ()), strict=False)
         changes = sorted(rate_of(group) * change for group, pair in pairs for change in pair)
-        length = state.length(inner, changes[-2] if changes else 0.0)
+        lengthened = rule.lengthened(self._noise.ratio)
+        length = state.length(inner, changes[-2] if changes else 0.0, lengthened)
         rates = [rate_of(group) * (1.0 - group["momentum"]) for group in grouped.groups]
         kept = max((group["momentum"] for group in grouped.groups), default=0.0)
         slope = max(rates, default=0.0) * length * inner + kept * max(0.0, -along)

@@ -210,6 +210,7 @@ class Reference:
                 self.follow(self.model(x).detach(), y)
         usual = max(slope, math.exp(self.log_slope))
         alpha = self.caution * self.zeta * min(1 / scale, math.exp(self.log_k) / usual)
+        alpha *= self.nu**-self.length.lengthening
         changes = sorted(
             float((self.rates * delta)[part].norm()) / max(float(self.theta[part].norm()),
                                                            math.sqrt(outputs / 3))

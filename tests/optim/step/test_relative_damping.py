@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from natgrad import KFAC, MeasuredLength, NaturalGradient, Refresh, RelativeDamping, StepRule
 from natgrad.curvature import KroneckerFactors
-from natgrad.optim.step.relative_damping import NoiseToSignal
+from natgrad.optim.step.noise_to_signal import NoiseToSignal
 from tests.cases import labels, normal
 
 KRONECKER = ["kfac", "ekfac", "tkfac", "tekfac", "kpsvd", "kfoc", "two_level"]

@@ -63,6 +63,9 @@ LARGEST_RATIO = 0.5
 #: Largest ζ: whatever unit a residual is in.
 LONGEST = 1e6
 
+#: Least ratio of noise to signal that lengths follow.
+LEAST_NOISE = 0.01
+
 #: Factor on the caution after a step that went well, where such lengths went too far before.
 SLOW_GROWTH = 1.05
 
@@ -76,7 +79,7 @@ class MeasuredLength:
 
     With the learning rate η as a factor, the step is
 
-    .. math:: v \leftarrow \mu v - (1 - \mu)\, \eta \gamma \zeta \alpha \Delta, \quad
+    .. math:: v \leftarrow \mu v - (1 - \mu)\, \eta \gamma \zeta \nu^{-p} \alpha \Delta, \quad
               \alpha = \min(K / \langle \Delta, g \rangle, 1/c), \quad
               \theta \leftarrow \theta + v,
 
@@ -87,10 +90,10 @@ class MeasuredLength:
     The learning rate is in the buffer, so that no schedule stretches old steps.
 
     No step is so long that two weights, vectors aside, change by more than 0.3 of their norms:
-    ``ηγζα‖Δ_W‖ ≤ 0.3‖W‖`` for all but one. A network is linear in each layer, up to what follows
-    it, but not in two at once, and units that saturate show no slope that went too far. Targets
-    whose size the outputs do not have yet ask all layers for such steps. A weight counts as no
-    smaller than layers of torch begin with.
+    ``ηγζν^{−p}α‖Δ_W‖ ≤ 0.3‖W‖`` for all but one. A network is linear in each layer, up to what
+    follows it, but not in two at once, and units that saturate show no slope that went too far.
+    Targets whose size the outputs do not have yet ask all layers for such steps. A weight counts as
+    no smaller than layers of torch begin with.
 
     The gradient at the next step tells whether the last one went too far, for the price of an
     inner product: the slope along v was −s and is ``q·s`` now, with s at least its average, as that
@@ -116,6 +119,12 @@ class MeasuredLength:
     lengths are stretched, ``ζ ← ζ exp(−κ(q − 0.8 min(η, 1) + 1))``, and shrink again by the same
     formula, down to 1.
 
+    What a batch says of a length is right for it alone, too short where other batches agree with
+    it, and too long where each has noise of its own. Squared errors show which it is by the ratio ν
+    of what is left to what has been explained (:class:`natgrad.RelativeDamping`): all lengths are
+    multiplied by ``ν^{−p}``, ν at least 0.01. Steps beyond the minimum are usual for solvers of
+    consistent equations (over-relaxation).
+
     Attributes:
         interval: Steps between measurements of K; some more are taken in the first interval. One
             costs a product with the batch's rows, and, unless curvature is updated at the same
@@ -126,6 +135,8 @@ class MeasuredLength:
         overshoot: The ratio of slopes q beyond which a step is taken back, were q not noisy;
             infinite for never.
         annealing: κ, how fast lengths follow q; 0 for never.
+        lengthening: p, how much longer steps are where there is little noise, by at most a factor
+            of 100^p, 1.6 by default; 0 for no longer.
 
     Raises:
         ValueError: If an option is out of range.
@@ -137,6 +148,7 @@ class MeasuredLength:
     growth: float = 1.5
     overshoot: float = 0.5
     annealing: float = 0.2
+    lengthening: float = 0.1
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -149,6 +161,11 @@ class MeasuredLength:
         if not is_number(self.overshoot) or not self.overshoot > 0:
             raise ValueError(f"overshoot must be positive, got {self.overshoot!r}")
         check_range("annealing", self.annealing)
+        check_range("lengthening", self.lengthening)
+
+    def lengthened(self, noise: float) -> float:
+        """Return the factor on lengths at a ratio of noise to signal in [0, 1]."""
+        return float(max(LEAST_NOISE, noise) ** -self.lengthening)
 
     def is_due(self, step: int, refresh: Refresh, follows_updates: bool) -> bool:
         """Return whether K is measured at a step, counted from 0.
@@ -243,18 +260,19 @@ class LengthState:
             return self
         return replace(self, log_slope=_averaged(self.log_slope, math.log(slope), rule.memory))
 
-    def length(self, slope: float, change: float = 0.0) -> float:
-        """Return γζα for a direction with ``⟨Δ, g⟩`` = slope; α is at most 1/c.
+    def length(self, slope: float, change: float = 0.0, lengthened: float = 1.0) -> float:
+        """Return γζαν^{−p} for a direction with ``⟨Δ, g⟩`` = slope; α is at most 1/c.
 
         Args:
             slope: ``⟨Δ, g⟩``.
             change: The second largest ``η‖Δ_W‖/‖W‖`` of all weights W.
+            lengthened: ν^{−p}.
         """
         if self.log_decrement is None or self.log_slope is None or slope <= 0:
             return 0.0
         log_slope = max(math.log(slope), self.log_slope)
         alpha = math.exp(min(self.log_decrement - log_slope, -math.log(self.scale)))
-        length = self.caution * self.stretch * alpha
+        length = self.caution * self.stretch * alpha * lengthened
         return length if length * change <= LARGEST_CHANGE else LARGEST_CHANGE / change
 
     def share_kept(self, rule: MeasuredLength, slope: float) -> float:
