@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import natgrad
+from natgrad.curvature.kronecker_svd import deflation, lanczos, symmetric_part
 from natgrad.fisher import fisher_matrix
 from natgrad.operators import GradientSource
 from natgrad.operators.kronecker_sum import KroneckerSumOperator
@@ -40,6 +41,31 @@ def test_missing_pairs_are_zero():
     """A block with fewer pairs than asked for has zeros in their place."""
     for part in build(CASES["layer_norm"](), "categorical", "kpsvd", rank=5).parts.values():
         assert len(part.inputs) == len(part.outputs) == part.rank == 5
+
+
+@pytest.mark.parametrize("find", [deflation, lanczos])
+def test_float32_does_not_iterate_below_its_rounding(find):
+    """A bound that float64 meets takes no more products, and finds the same pairs."""
+    spread = torch.logspace(0, -1, 7).double()
+    rows = spread[:, None] * normal(9, 1, 7, 4)  # (rows, G, d_out, d_in)
+
+    def found(dtype: torch.dtype) -> tuple[Tensor, int]:
+        given, products = rows.to(dtype), []
+
+        def forward(v: Tensor) -> Tensor:
+            products.append(v)
+            return symmetric_part(torch.einsum("rgoi,gop,rgpj->gij", given, v, given))
+
+        def adjoint(u: Tensor) -> Tensor:
+            return symmetric_part(torch.einsum("rgoi,gij,rgpj->gop", given, u, given))
+
+        start = torch.eye(7, dtype=dtype).unsqueeze(0)
+        a, b = (pair[:, 0].double() for pair in find(forward, adjoint, start, 2, 1e-12, 1000))
+        return kron_sum(a, b), len(products)
+
+    (exact, enough), (single, taken) = found(torch.float64), found(torch.float32)
+    assert taken <= enough < 1000
+    dense.assert_same(single, exact, 1e-5)
 
 
 def indefinite_part(factored_damping: bool) -> KroneckerSumOperator:

@@ -15,6 +15,9 @@ __all__ = ["Product", "deflation", "lanczos", "symmetric_part"]
 # A product with symmetric matrices, one per group.
 Product = Callable[[Tensor], Tensor]
 
+#: Residuals do not fall below so many machine epsilons: float32 would never meet a bound of 1e-12.
+ROUNDING = 8
+
 
 def deflation(
     forward: Product, adjoint: Product, start: Tensor, rank: int, tolerance: float, limit: int
@@ -26,9 +29,10 @@ def deflation(
         adjoint: ``U ↦ Zᵀ U``.
         start: Identity of the output side, ``(G, d_out, d_out)``.
         rank: Number of pairs.
-        tolerance: Largest residual, relative to the largest σ.
+        tolerance: Largest residual, relative to the largest σ; no less than rounding.
         limit: Most iterations.
     """
+    tolerance = max(tolerance, ROUNDING * torch.finfo(start.dtype).eps)
     inputs: list[Tensor] = []
     outputs: list[Tensor] = []
     largest: Tensor | None = None
@@ -71,9 +75,10 @@ def lanczos(
         adjoint: ``U ↦ Zᵀ U``.
         start: Identity of the output side, ``(G, d_out, d_out)``.
         rank: Number of pairs.
-        tolerance: Largest residual, relative to the largest σ.
+        tolerance: Largest residual, relative to the largest σ; no less than rounding.
         limit: Most iterations.
     """
+    tolerance = max(tolerance, ROUNDING * torch.finfo(start.dtype).eps)
     groups, d_out = start.shape[:2]
     size = d_out * (d_out + 1) // 2
     basis = start.new_zeros(groups, 0, d_out**2)
