@@ -17,8 +17,8 @@ __all__ = ["AdaptivePoints"]
 #: ``draw(count)``, returning that many points ``(count, D)`` or a pair of them and their data.
 Draw = Callable[[int], "Tensor | tuple[Tensor, Tensor]"]
 
-#: Candidates drawn for each point that is added.
-CANDIDATES = 16
+#: Candidates drawn for each point that is added: so many that narrow layers are among them.
+CANDIDATES = 128
 
 
 class AdaptivePoints:

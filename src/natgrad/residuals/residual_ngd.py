@@ -40,8 +40,9 @@ MOST_CORRECTIONS, FEW_CORRECTIONS = 10, 4
 #: until the step achieves this share of what the linear model promises.
 PROGRESS, ENOUGH = 0.5, 0.9
 
-#: The first λ, as a share of ``‖∇L‖²/‖ρ‖²``, the mean of ``JJᵀ`` along ρ.
-FIRST_DAMPING = 1e-3
+#: The first λ, as a share of ``‖∇L‖²/‖ρ‖²``, the mean of ``JJᵀ`` along ρ, and the least one, as a
+#: share of its largest value times the rounding error of 1.
+FIRST_DAMPING, LEAST_DAMPING = 1e-3, 1e-2
 
 #: Factors on λ after easy steps, curved and straight ones; by their inverses λ rises.
 DECAY, STRAIGHT_DECAY = 0.1**0.5, 0.1
@@ -313,7 +314,7 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
             damping = FIRST_DAMPING * float(gradient.square().sum()) / (2 * loss)
         self._set_scale(gradient, loss)
         matrices, decay = self._matrices(), DECAY if self.acceleration else STRAIGHT_DECAY
-        least = torch.finfo(start.dtype).eps * group["scale"]
+        least = LEAST_DAMPING * torch.finfo(start.dtype).eps * group["scale"]
         for trial in range(1, MOST_TRIALS + 1):
             tried = damping
             if self._factorise(matrices, tried):
