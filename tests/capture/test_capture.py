@@ -454,7 +454,7 @@ def test_modules_that_cannot_run_again_get_rows_from_the_gradient_at_their_param
         model.get_submodule(name).eval()
     with Capture(model) as capture:
         assert not capture.uncovered
-        assert set(capture.rows.direct) == (set() if len(frozen) == 2 else {"Coupled"})
+        assert set(capture.sources.direct) == (set() if len(frozen) == 2 else {"Coupled"})
         out = model(normal(4, 3))
         vectors = normal(2, *out.shape, seed=1)
         rows = capture.pull_back(out, vectors)
@@ -474,15 +474,15 @@ def test_a_module_that_becomes_random_is_not_run_again():
     model.norm.eval()
     model.drop.eval()
     with Capture(model) as capture:
-        assert capture.rows.direct == {}
+        assert capture.sources.direct == {}
         out = model(normal(4, 3))
         capture.pull_back(out, normal(1, *out.shape))
-        assert capture.rows.direct == {}
+        assert capture.sources.direct == {}
         model.drop.train()
         out = model(normal(4, 3))
         vector = normal(1, *out.shape, seed=1)
         rows = capture.pull_back(out, vector)
-        assert "dropout" in capture.rows.direct["Coupled"]
+        assert "dropout" in capture.sources.direct["Coupled"]
     (wanted,) = torch.autograd.grad(out, model.shift, vector[0])
     torch.testing.assert_close(rows.to_dense().sum(0), wanted)
 

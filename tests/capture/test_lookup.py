@@ -190,7 +190,7 @@ def test_coupled_samples_stay_in_the_first_dimension():
         output = model(x)
         with torch.no_grad():  # As inside of a step.
             capture.pull_back(output, torch.ones_like(output).unsqueeze(0))
-        assert not capture.rows.time_first
+        assert not capture.sources.time_first
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         check(model, x)

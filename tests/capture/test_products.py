@@ -110,7 +110,7 @@ def test_rows(name):
         for _ in range(2):  # Once with the checks, once after them.
             found = capture.pull_back(model(x), vectors)
             torch.testing.assert_close(found.to_dense(), wanted, rtol=1e-10, atol=1e-12)
-        assert not capture.rows.direct
+        assert not capture.sources.direct
         for one in found.values():
             assert one.layout.is_dense or not isinstance(one, DenseJacobian)
         independent = capture.pull_back(model(x), vectors, independent=True)
@@ -138,7 +138,7 @@ def test_layers_whose_parameters_are_multiplied_elsewhere():
         for _ in range(2):
             found = capture.pull_back(model(tokens), vectors)
             torch.testing.assert_close(found.to_dense(), wanted)
-        assert capture.rows.by_products == {"table", "layer"}
+        assert capture.sources.by_products == {"table", "layer"}
         assert not any(isinstance(one, DenseJacobian) for one in found.values())
 
 
@@ -169,7 +169,7 @@ def test_grouped_products():
         for _ in range(2):
             found = capture.pull_back(model(x), vectors)
             torch.testing.assert_close(found.to_dense(), wanted, rtol=1e-4, atol=1e-5)
-        assert capture.rows.by_products == {"own"}
+        assert capture.sources.by_products == {"own"}
         assert isinstance(found["own"], StackedJacobian)
 
 
@@ -182,7 +182,7 @@ def test_what_is_no_product(function):
     with Capture(model) as capture:
         found = capture.pull_back(model(x), vectors)
         torch.testing.assert_close(found.to_dense(), rows_by_autograd(model, x, vectors))
-        assert list(capture.rows.direct) == ["own"]
+        assert list(capture.sources.direct) == ["own"]
 
 
 def test_a_pass_that_fails_leaves_no_mode_behind():
@@ -199,10 +199,10 @@ def test_a_model_that_is_compiled_later():
     wanted = rows_by_autograd(model, x, vectors)
     with Capture(model) as capture:
         capture.pull_back(model(x), vectors)
-        assert capture.rows.by_products
+        assert capture.sources.by_products
         out = torch.compile(model, backend="eager")(x)
         torch.testing.assert_close(capture.pull_back(out, vectors).to_dense(), wanted)
-        assert not capture.rows.by_products
+        assert not capture.sources.by_products
 
 
 class Experts(nn.Module):

@@ -35,7 +35,7 @@ def test_rows_of_stacked_experts(implementation):
         for _ in range(2):  # With the checks, and after them.
             out = model(input_ids=tokens).logits
             rows = capture.pull_back(out, vectors)
-        assert not capture.rows.direct
+        assert not capture.sources.direct
         for name in experts:
             assert isinstance(rows[name], StackedJacobian)
     parameters = dict(model.named_parameters())

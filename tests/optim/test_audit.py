@@ -107,7 +107,7 @@ def test_it_is_looked_again_when_layers_change_and_rarely_otherwise():
     def train(times: int) -> int:
         for _ in range(times):
             step(optimizer, functional.cross_entropy(model(normal(6, 3)), torch.arange(6) % 2))
-        return optimizer.preconditioner.capture.rows.checks
+        return optimizer.preconditioner.capture.sources.checks
 
     assert train(12) == 1
     model[2] = nn.Linear(4, 2).double()

@@ -330,7 +330,7 @@ def test_a_fault_of_the_first_batch_changes_nothing(name, where):
 )  # fmt: skip
 def test_a_fault_in_curvature_alone(name, value, monkeypatch):
     """A fault that hits natgrad's own backward pass but not the user's spoils no factor."""
-    monkeypatch.setattr("natgrad.capture.rows.CONFIRMATIONS", 0)  # They take passes, too.
+    monkeypatch.setattr("natgrad.capture.row_check.CONFIRMATIONS", 0)  # They take passes, too.
     model, (x, y) = network(), data()
     # Few sampled labels of one batch do not carry steps of the length that exact methods take.
     optimizer = make(name, model, fisher="mc" if name in AVERAGING else "exact")

@@ -293,7 +293,7 @@ def test_rows_of_stacks_are_made_of_their_layers(frozen):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # No pass per sample for want of a formula.
         list(rows.chunks())
-    assert not rows.capture.rows.direct
+    assert not rows.capture.sources.direct
 
 
 def test_loss_and_gradient_of_the_network_of_residuals():

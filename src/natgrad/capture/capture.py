@@ -36,7 +36,10 @@ from natgrad.capture.model_output import (
 from natgrad.capture.normalization import batch_norms, fix_statistics
 from natgrad.capture.product_kinds import is_product, watched_parameters
 from natgrad.capture.products import RecordProducts
-from natgrad.capture.rows import RecordedCall, RowBuilder
+from natgrad.capture.recorded_calls import RecordedCall
+from natgrad.capture.row_check import RowCheck
+from natgrad.capture.row_sources import RowSources
+from natgrad.capture.rows import RowBuilder
 from natgrad.jacobians import Jacobians
 from natgrad.layouts import ParameterLayout
 
@@ -96,7 +99,7 @@ class Capture:
     the model computes, and disappear with :meth:`remove`. Copies and pickles of the model carry
     inert hooks. Recomputations by non-reentrant gradient checkpointing are not recorded twice.
     Under ``torch.compile`` every captured layer is a graph break. What rows rest on is checked; see
-    :class:`natgrad.capture.rows.RowBuilder`.
+    :class:`natgrad.capture.row_check.RowCheck`.
 
     Args:
         model: The model; wrappers of DistributedDataParallel and ``torch.compile`` are looked
@@ -170,10 +173,10 @@ class Capture:
         self.blocks, self.uncovered = find_blocks(self.model, self.excluded)
         self.layout: ParameterLayout = ParameterLayout.of(self.model, self.shards)
         self._watched = watched_parameters(self.model, self.blocks)
-        self.rows: RowBuilder = RowBuilder(
-            self.model, self.blocks, self._watched, self.layout, self._unrecorded, self.tell
-        )
-        for sentence in self.rows.costly(products=False):
+        self.sources: RowSources = RowSources(self.model, self.blocks, self._watched, self.tell)
+        self.rows: RowBuilder = RowBuilder(self.sources, self.layout, self._unrecorded)
+        self.row_check: RowCheck = RowCheck(self.rows)
+        for sentence in self.sources.costly(products=False):
             self.tell(sentence)
         self._present = self._signature()
         self._install()
@@ -318,11 +321,11 @@ class Capture:
     def _watch_products(self) -> None:
         """Record products in this pass: all while rows are to be checked, then those of rows."""
         wanted = self._watched
-        if self.rows.checked:
-            wanted = [one for one in wanted if one.block in self.rows.by_products]
+        if self.sources.checked:
+            wanted = [one for one in wanted if one.block in self.sources.by_products]
         if called_from_graph():
-            if self.rows.by_products:
-                self.rows.forget_products()
+            if self.sources.by_products:
+                self.sources.forget_products()
         elif wanted and (self.recording or self.watching is True):
             mode = RecordProducts(wanted, self._record)
             if mode.watched:
@@ -376,17 +379,17 @@ class Capture:
     def settle(self, recorded: ForwardPass) -> None:
         """Check the rows of a pass, and bring the samples of its output to the first dimension.
 
-        Does nothing on most passes; see :class:`natgrad.capture.rows.RowBuilder`.
+        Does nothing on most passes; see :class:`natgrad.capture.row_check.RowCheck`.
         """
         assert recorded.output is not None
-        self.rows.check(recorded.calls, recorded.output)
-        if self.rows.time_first and self.batch_dim is None and recorded.batch_dim == 0:
+        self.row_check.check(recorded.calls, recorded.output)
+        if self.sources.time_first and self.batch_dim is None and recorded.batch_dim == 0:
             recorded.batch_dim = 1
             with torch.enable_grad():  # Backward passes run their hooks without.
                 recorded.output = recorded.samples_first(recorded.output)
             if recorded.cotangent is not None:
                 recorded.cotangent = recorded.samples_first(recorded.cotangent)
-            self.rows.check(recorded.calls, recorded.output)
+            self.row_check.check(recorded.calls, recorded.output)
 
     def pull_back(
         self,
@@ -427,6 +430,7 @@ class Capture:
         assert found.output is not None
         if found.output is not output:
             vectors = vectors.movedim(1 + found.batch_dim, 1)
+        self.row_check.check(found.calls, found.output)
         return self.rows.pull_back(
             found.calls,
             found.output,
@@ -450,7 +454,7 @@ class Capture:
             scale: Factor that turns the user's gradients into per-sample ones.
             skip_silent: As in :meth:`pull_back`.
             separate: Leave out blocks whose rows that backward pass has summed over samples; they
-                are then in ``rows.inseparable``.
+                are then in ``sources.inseparable``.
         """
         return self.rows.user_rows(recorded.calls, recorded.samples, scale, skip_silent, separate)
 
@@ -547,7 +551,7 @@ def _after_model(capture: Capture, module: nn.Module, args: Any, output: Any) ->
         if current in capture.passes:
             capture.passes.remove(current)
         return None
-    time_first = capture.rows.time_first and selected.dim() > 1
+    time_first = capture.sources.time_first and selected.dim() > 1
     current.batch_dim = int(time_first) if capture.batch_dim is None else capture.batch_dim
     if not current.batch_dim < selected.dim():
         raise ValueError(

@@ -56,7 +56,7 @@ def evaluated(capture: Capture, inputs: Any) -> Iterator[Tensor]:
         parts = whole_parameters(capture.model, True) if capture.shards else nullcontext()
         with parts:
             capture.settle(recorded)
-            for name, reason in capture.rows.unavailable.items():
+            for name, reason in capture.sources.unavailable.items():
                 raise RowsUnavailable(f"there are no rows for {name!r}: {reason}")
             assert recorded.output is not None
             yield recorded.output

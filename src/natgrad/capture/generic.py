@@ -57,7 +57,7 @@ class GenericKind(LayerKind):
     The module is run again on one sample at a time (batched by ``vmap`` where it allows), or on the
     whole batch where it couples samples, and the recorded output gradients are pulled back to its
     own parameters. What that does not explain is had at the parameters themselves (see
-    :class:`natgrad.capture.rows.RowBuilder`).
+    :class:`natgrad.capture.row_check.RowCheck`).
     """
 
     own_layout: ClassVar[bool] = True

@@ -386,7 +386,7 @@ class CoefficientPreconditioner(Preconditioner):
 
     def blocks_without_rows(self) -> dict[str, str]:
         """Return block name → why it has no gradient; layers without rows take the mean."""
-        return self.capture.rows.unavailable
+        return self.capture.sources.unavailable
 
     def checked(self, state: Mapping[str, Any]) -> Callable[[], None]:
         """Return what restores a state; see :meth:`natgrad.Preconditioner.checked`."""

@@ -276,7 +276,7 @@ class LinearizedPosterior(ABC):
         with self._capture() as capture, evaluated(capture, inputs) as output:
             rows = capture.pull_back(output, torch.ones_like(output.detach()).unsqueeze(0))
             # Parameters that are used outside the calls of modules come last, whenever they are.
-            called = [name for name in rows if name not in capture.rows.direct] or list(rows)
+            called = [name for name in rows if name not in capture.sources.direct] or list(rows)
             return frozenset(rows[called[-1]].layout.names)
 
     @contextmanager

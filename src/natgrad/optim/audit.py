@@ -74,10 +74,8 @@ class GradientAudit:
 
     def _captured(self) -> dict[str, nn.Parameter]:
         """Return the trainable parameters that vectors can be pulled back to."""
-        rows = self.capture.rows
-        names = {
-            n for b in rows.blocks if b not in rows.unavailable for n in rows.blocks[b].layout.names
-        }
+        blocks, unavailable = self.capture.blocks, self.capture.sources.unavailable
+        names = {n for b in blocks if b not in unavailable for n in blocks[b].layout.names}
         parameters = self.capture.model.named_parameters()
         return {n: p for n, p in parameters if n in names and p.requires_grad}
 

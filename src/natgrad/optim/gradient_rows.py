@@ -44,7 +44,7 @@ class GradientRows:
             name: block.uses[0].module
             for name, block in capture.blocks.items()
             if len(block.uses) == 1
-            and capture.rows.are_of_layers(name)
+            and capture.sources.are_of_layers(name)
             and takes_rows(block.layout, 8)
         }
 
@@ -62,7 +62,7 @@ class GradientRows:
             if len(block.uses) == 1
             and block.layout.d_in > 0
             and type(block.uses[0].module) is nn.Linear
-            and capture.rows.are_of_layers(name)
+            and capture.sources.are_of_layers(name)
             and name not in others
         }
         observer.probe_layer = min(sizes, key=lambda name: sizes[name]) if sizes else None

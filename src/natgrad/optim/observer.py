@@ -169,11 +169,11 @@ class Observer:
 
     def _on_forward(self) -> None:
         self.last_pass = self.replicas.average_after(self.capture.model)
-        due, own, rows = self.rows_due, self.fisher.from_user_gradients, self.capture.rows
+        due, own, sources = self.rows_due, self.fisher.from_user_gradients, self.capture.sources
         if due and self.steps and self.steps % CHECK_INTERVAL == 0 and not self.seen:
-            rows.forget_checks()
+            sources.forget()
         self._begin_audit()
-        unchecked = due and not rows.checked
+        unchecked = due and not sources.checked
         self.capture.recording = (due and not own) or unchecked or self.isotropy_probe is not None
         watched = self.row_modules
         if self.keeps_batch_fisher and self.probe_layer is not None:
@@ -218,8 +218,8 @@ class Observer:
 
     def _begin_audit(self) -> None:
         """Collect gradients if rows were checked since, or will be in this pass."""
-        rows = self.capture.rows
-        stale = not rows.checked or rows.checks != self._audited
+        sources = self.capture.sources
+        stale = not sources.checked or sources.checks != self._audited
         wanted = self.rows_due and self.warmup == 0 and not self.capture.shards
         if wanted and stale and not self.audit.active:
             self.audit.begin()
@@ -232,7 +232,7 @@ class Observer:
         """
         if not self.audit.active:
             return Findings()
-        self._audited = self.capture.rows.checks
+        self._audited = self.capture.sources.checks
         self.audit.forgive(forgiven)
         return self.audit.end()
 

@@ -412,11 +412,11 @@ class Preconditioner(CopiedByState):
 
     def blocks_without_rows(self) -> dict[str, str]:
         """Return block name → why the Fisher type has no rows for it."""
-        rows = self.capture.rows
+        sources = self.capture.sources
         if not self.observer.fisher.from_user_gradients:
-            return rows.unavailable
-        hints = {n: f"{why}: use fisher='exact' or 'mc'" for n, why in rows.inseparable.items()}
-        return {**hints, **rows.unavailable}
+            return sources.unavailable
+        hints = {n: f"{why}: use fisher='exact' or 'mc'" for n, why in sources.inseparable.items()}
+        return {**hints, **sources.unavailable}
 
     def distrust(self, names: Collection[str], reason: str) -> None:
         """Leave parameters to the first-order fallback from now on.

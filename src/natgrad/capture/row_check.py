@@ -1,0 +1,305 @@
+"""Whether rows are what they are taken for: the sum of a gradient's parts, sample by sample."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from natgrad.capture.batched_backward import RowsUnavailable
+from natgrad.capture.generic import GenericKind
+from natgrad.capture.recorded_calls import PassCall, Place, RecordedCall, belongs
+from natgrad.capture.rows import SPLIT_ELEMENTS, RowBuilder, flat_rows, joined
+from natgrad.capture.samples import SampleAxis, find_axis, probe_samples, probe_vectors
+
+__all__ = ["RowCheck"]
+
+#: Difference between a gradient and the sum of its rows that counts as rounding, relative to its
+#: norm and to the product of the norms of inputs and output gradients, by the dtype of the latter.
+ROUNDING = {
+    torch.float64: (1e-7, 1e-13),
+    torch.float32: (2e-3, 1e-5),
+    torch.float16: (0.05, 2e-3),
+    torch.bfloat16: (0.1, 1e-2),
+}
+
+#: Passes after the first whose samples are looked for again, as routing may have put one of each
+#: sample in its place by chance.
+CONFIRMATIONS = 2
+
+
+class RowCheck:
+    """Finds out where rows come from, and that they are right.
+
+    Rows must explain the gradient, ``∇L = Jᵀu`` for every parameter, and belong to their samples.
+    Both are checked on the first pass, whenever a layer is called as never before, and again after
+    :meth:`natgrad.capture.row_sources.RowSources.forget`, by a few vectors that are zero at some
+    samples. What the check finds decides how the rows of a block are taken.
+
+    Args:
+        rows: What makes rows.
+    """
+
+    def __init__(self, rows: RowBuilder) -> None:
+        self.rows: RowBuilder = rows
+        self.sources = rows.sources
+        self._turned = False
+        self._last: Callable[[], Tensor | None] = lambda: None
+        self._unverified: set[str] = set()  # Blocks whose gradients have all been zero.
+
+    def check(self, recorded: Sequence[RecordedCall], output: Tensor) -> None:
+        """Find out where samples lie and whether rows explain the gradient, if it is not known.
+
+        Args:
+            recorded: The calls of a pass.
+            output: Its output, ``(N, ...)``, with its graph, which is kept.
+        """
+        sources, calls = self.sources, self.sources.available(recorded)
+        if not (len(output) and output.requires_grad):
+            return
+        sources.look_at_modes()
+        if self._turned:  # Coupled were samples along another dimension.
+            sources.axes.clear()
+            self._turned = False
+        if sources.checked and all(one.place in sources.axes for one in calls):
+            if self._last() is output or not self._looks_again(calls, output):
+                return
+        self._last = weakref.ref(output)
+        sources.checks += 1
+        # One vector at all samples, whose rows must sum to the gradient,
+        sources.constant |= {one.call.module for one in calls if not one.call.inputs}
+        everywhere = torch.ones(1, len(output), dtype=torch.bool)
+        vector = probe_vectors(output, everywhere, sources.checks)
+        try:
+            truth = self._truth(calls, output, vector)
+        except RowsUnavailable:
+            self._give_up(calls, output, vector)
+            calls = sources.available(recorded)
+            truth = self._truth(calls, output, vector)
+        # and some that are zero at some samples, whose rows must be zero there.
+        axes = self._find_axes(calls, output)
+        if axes is None or not _finite(truth.values()):
+            return  # Something overflowed: what is zero cannot be told.
+        with torch.enable_grad():
+            later = output.transpose(0, 1) if output.dim() > 2 and output.shape[1] > 1 else None
+        if later is not None and not sources.time_first and sources.mixing(axes):
+            moved = self._find_axes(calls, later)
+            # Rows of an output laid out as it is are still right, but several times as dear.
+            sources.time_first = self._turned = moved is not None and not sources.mixing(moved)
+        coupled = {place for place, axis in sources.axes.items() if axis is None}
+        sources.axes.update({p: axis for p, axis in axes.items() if p not in coupled})
+        for one in calls:
+            one.axis = sources.axis(one, len(output))
+        with self.rows.forming(calls):
+            self._find_products(calls, truth)
+        calls = sources.used(calls)
+        of_block, explained = sources.by_block(calls), sources.explained()
+        names = {n: [truth[p] for p in sources.blocks[n].layout.names] for n in explained}
+        self._unverified = {n for n, of in names.items() if not any(_any(g) for g in of)}
+        with self.rows.forming(calls):
+            for name in explained:
+                of = of_block.get(name, [])
+                self._compare(name, of, truth, 1)
+                split = all(one.axis is not None for one in of)
+                if sources.reruns(name) and split and name not in sources.direct:
+                    self._compare(name, of, truth, len(output))
+        sources.checked = not self._turned
+        if sources.checked:
+            used = {one.place for one in calls}
+            self._tell({p: axis for p, axis in axes.items() if p in used}, of_block, len(output))
+
+    def _tell(
+        self,
+        axes: Mapping[Place, SampleAxis | None],
+        of_block: Mapping[str, Sequence[PassCall]],
+        samples: int,
+    ) -> None:
+        """Say what was found."""
+        sources = self.sources
+        sources.tell_coupled(axes)
+        for sentence in sources.costly(products=True):
+            sources.on_finding(sentence)
+        sources.inseparable.update(sources.direct)
+        for name, of in of_block.items():
+            if any(sources.axis(one, samples) is None for one in of):
+                sources.inseparable[name] = "the samples of a batch are coupled in it or after it"
+
+    def _looks_again(self, calls: Sequence[PassCall], output: Tensor) -> bool:
+        """Return whether another pass than the first is to be checked in full.
+
+        The second and third are if their samples lie elsewhere, or if some gradients have all been
+        zero; because of those, ever fewer of the later ones, too.
+        """
+        sources = self.sources
+        self._last = weakref.ref(output)
+        sources.passes += 1
+        if sources.passes <= CONFIRMATIONS:
+            axes = self._find_axes(calls, output)
+            known = {} if axes is None else axes
+            if any(sources.axes[place] not in (axis, None) for place, axis in known.items()):
+                return True
+        power_of_two = sources.passes & (sources.passes - 1) == 0
+        return bool(self._unverified) and (sources.passes <= CONFIRMATIONS or power_of_two)
+
+    def _truth(
+        self, calls: Sequence[PassCall], output: Tensor, vector: Tensor
+    ) -> dict[str, Tensor | None]:
+        """Pull a vector back to the outputs of calls, and return the gradients at parameters."""
+        sources = self.sources
+        tried = {name for name, _ in sources.tried(calls)}
+        blocks = dict.fromkeys([*sources.explained(), *(n for n in sources.blocks if n in tried)])
+        names = [n for block in blocks for n in sources.blocks[block].layout.names]
+        edges = [edge for one in calls for edge in one.edges]
+        held = [sources.parameters[n] for n in names]
+        found = iter(self.rows.pull(output, [*edges, *held], vector, False, True))
+        for one in calls:
+            one.gradients = one.apart = one.spread([next(found) for _ in one.edges])
+        return dict(zip(names, found, strict=True))
+
+    def _give_up(self, calls: Sequence[PassCall], output: Tensor, vector: Tensor) -> None:
+        """Find out which blocks no vector can be pulled back to."""
+        sources = self.sources
+        own = sources.by_block(calls)
+        for name, block in sources.blocks.items():
+            edges = [edge for one in own.get(name, []) for edge in one.edges]
+            held = [sources.parameters[n] for n in block.layout.names]
+            try:
+                self.rows.pull(output, [*edges, *held], vector, False, True)
+            except RowsUnavailable as error:
+                sources.unavailable[name] = str(error)
+                sources.direct.pop(name, None)
+
+    def _find_axes(
+        self, calls: Sequence[PassCall], output: Tensor
+    ) -> dict[Place, SampleAxis | None] | None:
+        """Return where samples lie, call by call, for samples in the output's first dimension.
+
+        None if a gradient is not finite.
+        """
+        sources = self.sources
+        samples = len(output)
+        if samples == 1:
+            return {one.place: SampleAxis() for one in calls}
+        elements = sum(prod(shape) for one in calls for shape in one.recorded.shapes)
+        chosen = probe_samples(samples, elements, sources.checks, SPLIT_ELEMENTS)
+        edges = [edge for one in calls for edge in one.edges]
+        reached: dict[PassCall, list[Tensor | None]] = {one: [] for one in calls}
+        for one_by_one in chosen.split(1):
+            vector = probe_vectors(output, one_by_one, sources.checks)
+            found = self.rows.pull(output, edges, vector, False, True)
+            if not _finite(found):
+                return None
+            remaining = iter(found)
+            for one in calls:
+                own = [next(remaining) for _ in one.edges]
+                first = next((g for g in own if g is not None), None)
+                reached[one].append(None if first is None else first != 0)
+        sources.unreached = {one.place for one, of in reached.items() if all(g is None for g in of)}
+        return {one.place: _axis_of(one, joined(of), chosen) for one, of in reached.items()}
+
+    def _find_products(self, calls: Sequence[PassCall], truth: Mapping[str, Tensor | None]) -> None:
+        """Take products as rows where they, with the calls of layers, explain the gradient."""
+        sources = self.sources
+        for name, of in sources.tried(calls):
+            before = sources.uses[name]
+            layers = tuple(use for use in before if not isinstance(use.kind, GenericKind))
+            own = [one for one in calls if any(belongs(one.call, use) for use in layers)]
+            sources.uses[name] = layers + sources.products[name]
+            sources.by_products.add(name)
+            known = any(truth[n] is not None for n in sources.blocks[name].layout.names)
+            if known and self._explains(name, own + of, truth, 1) is True:
+                sources.direct.pop(name, None)
+                sources.inseparable.pop(name, None)
+            else:
+                sources.uses[name] = before
+                sources.by_products.discard(name)
+        sources.index_uses()
+
+    def _compare(
+        self,
+        name: str,
+        calls: Sequence[PassCall],
+        truth: Mapping[str, Tensor | None],
+        samples: int,
+    ) -> None:
+        """Compare the sum of a block's rows with its gradient; take other rows if they differ."""
+        sources = self.sources
+        problem = self._explains(name, calls, truth, samples)
+        if problem is True:
+            return
+        modules = {one.call.module for one in calls}
+        if samples > 1 and sources.reruns(name):
+            sources.whole |= modules  # Its samples are coupled inside.
+            sources.tell_coupled({one.place: None for one in calls})
+        elif isinstance(problem, Exception):
+            sources.distrust(name, problem)
+        elif not calls:
+            sources.take_directly(name, "is used without a call of its module")
+        else:
+            sources.take_directly(name, "is used outside the calls of its module, too")
+
+    def _explains(
+        self,
+        name: str,
+        calls: Sequence[PassCall],
+        truth: Mapping[str, Tensor | None],
+        samples: int,
+    ) -> bool | Exception:
+        """Return whether a block's rows sum to its gradient, or why they cannot be made."""
+        layout = self.sources.blocks[name].layout
+        true = [truth[n] for n in layout.names]
+        if all(gradient is None for gradient in true):
+            return True  # Nothing depends on it, or a backward pass of its own hides it.
+        given = [g for one in calls for g in one.gradients if g is not None]
+        dtypes = [g.dtype for g in (*given, *true) if g is not None]
+        relative, floor = max(ROUNDING.get(dtype, (0.1, 1e-2)) for dtype in dtypes)
+        try:
+            rows = self.rows.block_rows(name, calls, samples, False)
+            wanted = flat_rows(layout, true)
+            assert wanted is not None
+            total = (
+                torch.zeros_like(wanted)
+                if rows is None
+                else rows.rmatvec(torch.ones(rows.rows, 1, dtype=rows.dtype, device=rows.device)).T
+            )
+            error = (total - wanted).norm()
+            return bool(error <= relative * wanted.norm() + floor * _magnitude(calls))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as failure:
+            return failure
+
+
+def _axis_of(one: PassCall, reached: Tensor | None, chosen: Tensor) -> SampleAxis | None:
+    """Return where the samples of a call lie, from where vectors at chosen samples reach it."""
+    kind = one.kind
+    if reached is None:
+        return SampleAxis()
+    if not kind.own_layout or isinstance(kind, GenericKind):
+        return find_axis(reached, chosen, kind.sample_dims(reached.dim() - 1))
+    laid_out = kind.samples_first(one.call, reached)
+    return SampleAxis() if laid_out is None else find_axis(laid_out, chosen, (0,))
+
+
+def _magnitude(calls: Sequence[PassCall]) -> Tensor | float:
+    """Return the size of the terms a gradient sums, which may cancel."""
+    total: Tensor | float = 0.0
+    for one in calls:
+        first = one.call.inputs[0] if one.call.inputs else None
+        size = first.norm() if isinstance(first, Tensor) and first.is_floating_point() else 1.0
+        for gradient in one.gradients:
+            if gradient is not None:
+                total = total + gradient.norm().float() * size
+    return total
+
+
+def _any(gradient: Tensor | None) -> bool:
+    return gradient is not None and bool(gradient.any())
+
+
+def _finite(tensors: Iterable[Tensor | None]) -> bool:
+    sums = [t.detach().float().abs().sum() for t in tensors if t is not None]
+    return not sums or bool(torch.isfinite(torch.stack([s.cpu() for s in sums])).all())

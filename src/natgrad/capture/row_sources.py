@@ -1,0 +1,246 @@
+"""Where the rows of every block come from: which calls, products or parameters, and which axis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from natgrad.capture.blocks import Block, Use
+from natgrad.capture.generic import DENSE_LIMIT, GenericKind
+from natgrad.capture.product_kinds import WatchedParameter, is_product
+from natgrad.capture.recorded_calls import PassCall, Place, RecordedCall, belongs, numbered
+from natgrad.capture.samples import SampleAxis
+
+__all__ = ["RowSources"]
+
+
+class RowSources:
+    """What rows are made of, and where samples lie, as far as it is known.
+
+    :class:`natgrad.capture.row_check.RowCheck` finds it out, and
+    :class:`natgrad.capture.rows.RowBuilder` goes by it.
+
+    * Samples that lie in another dimension than the first, or interleaved, are brought to it.
+    * Layers that couple samples (graph convolutions, routing between experts, a batch norm of
+      one's own), or that feed such a layer, get rows per output: every sample's vectors are pulled
+      back alone. Where vectors of different samples are independent with mean zero, the sum of
+      their rows serves as one row, which is right on average and costs nothing.
+    * Products with parameters outside the calls of layers (``F.linear(h, table.weight)``, stacked
+      experts, lists of parameters) count as calls of layers where they explain the gradient.
+    * Other uses of parameters outside the calls of their modules (``layer.forward(x)``, powers of
+      a matrix) get rows from the gradient at the parameter.
+
+    Args:
+        model: The model.
+        blocks: Its blocks.
+        watched: Parameters whose products may be recorded.
+        on_finding: Called with one sentence about whatever a user should know.
+
+    Attributes:
+        names: Qualified names of modules.
+        parameters: Parameters by their names.
+        direct: Block name → why its rows are taken at the parameters.
+        by_products: Blocks whose products are, or are among, their rows.
+        inseparable: Block name → why the user's own backward pass leaves no rows of single samples.
+        unavailable: Block name → why it has no rows at all.
+        products: Block name → its uses by products.
+        uses: Block name → the uses that make up its rows.
+        axes: Where the samples of a call lie; None where they are coupled.
+        unreached: Calls that no vector has reached yet.
+        constant: Modules whose output depends on no input.
+        whole: Modules that are run again on the whole batch.
+        time_first: Whether the samples turned out to lie in the output's second dimension.
+        checks: How often rows were checked.
+        checked: Whether those of the last pass are known to be right.
+        passes: How many there were since the first that was checked.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Mapping[str, Block],
+        watched: Sequence[WatchedParameter],
+        on_finding: Callable[[str], None],
+    ) -> None:
+        self.blocks: Mapping[str, Block] = blocks
+        self.names: dict[nn.Module, str] = {m: name for name, m in model.named_modules()}
+        self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
+        reasons = {name: _only_at_parameters(block) for name, block in blocks.items()}
+        self.direct: dict[str, str] = {name: why for name, why in reasons.items() if why}
+        self.inseparable: dict[str, str] = dict(self.direct)
+        self.unavailable: dict[str, str] = {}
+        self.on_finding = on_finding
+        self.by_products: set[str] = set()
+        self.products: dict[str, tuple[Use, ...]] = {one.block: one.uses for one in watched}
+        self.uses: dict[str, tuple[Use, ...]] = {name: b.uses for name, b in blocks.items()}
+        self._users: dict[nn.Module, list[tuple[str, Use]]] = {}
+        self.index_uses()
+        self.axes: dict[Place, SampleAxis | None] = {}
+        self.unreached: set[Place] = set()
+        self.constant: set[nn.Module] = set()
+        self.whole: set[nn.Module] = set()
+        self.time_first: bool = False
+        self.checks: int = 0
+        self.checked: bool = False
+        self.passes: int = 0
+
+    def are_of_layers(self, name: str) -> bool:
+        """Return whether a block's rows come from calls of its layers alone."""
+        return name not in self.direct and name not in self.by_products
+
+    def forget_products(self) -> None:
+        """Make rows without products from now on, as of a model that has been compiled."""
+        for name in self.by_products:
+            self.uses[name] = self.blocks[name].uses
+            reason = _only_at_parameters(self.blocks[name])
+            if reason is not None:
+                self.direct[name] = self.inseparable[name] = reason
+        self.by_products.clear()
+        self.index_uses()
+        self.forget()
+
+    def index_uses(self) -> None:
+        """Follow a change of ``uses``."""
+        self._users.clear()
+        for name, uses in self.uses.items():
+            for use in uses:
+                self._users.setdefault(use.module, []).append((name, use))
+
+    def costly(self, products: bool) -> Iterator[str]:
+        """Say which rows have no factored form although they are large.
+
+        Args:
+            products: Whether to speak of blocks whose products may be their rows, or of others.
+        """
+        for name, block in self.blocks.items():
+            size, asked = block.layout.numel, (name in self.products) == products
+            if asked and size > DENSE_LIMIT and self.reruns(name) and name not in self.direct:
+                yield (
+                    f"{name!r} ({block.kind}) is of a kind without a formula: rows of its {size} "
+                    f"parameters take {size * 4 * 128 / 2**20:.0f} MiB per vector at a batch of "
+                    "128, and a backward pass per sample; natgrad.register_layer takes a formula"
+                )
+
+    def forget(self) -> None:
+        """Check again at the next pass. What was coupled once is taken to be so."""
+        self.checked, self.passes = False, 0
+        self.axes = {place: axis for place, axis in self.axes.items() if axis is None}
+
+    def look_at_modes(self) -> None:
+        """Run no module again that has become random or coupled since, as in training mode."""
+        for name, block in self.blocks.items():
+            if self.reruns(name) and name not in self.direct:
+                reason = _only_at_parameters(block)
+                if reason is not None:
+                    self.direct[name] = self.inseparable[name] = reason
+
+    def explained(self) -> list[str]:
+        """Return the blocks whose rows are compared with gradients."""
+        return [n for n in self.blocks if n not in self.direct and n not in self.unavailable]
+
+    def reruns(self, name: str) -> bool:
+        """Return whether a block's modules are run again to make its rows."""
+        return any(isinstance(use.kind, GenericKind) for use in self.uses[name])
+
+    def available(self, recorded: Sequence[RecordedCall]) -> list[PassCall]:
+        """Return the calls of layers, and products, whose outputs' gradients can be had.
+
+        Products that no block's rows are known to be made of are among them until rows are checked.
+        """
+        calls = [one for one in numbered(recorded) if one.edges]
+        used = self.used(calls)
+        if self.checked:
+            return used
+        kept = set(map(id, used))
+        return [one for one in calls if id(one) in kept or is_product(one.kind)]
+
+    def used(self, calls: Sequence[PassCall]) -> list[PassCall]:
+        """Return those calls that rows of some block are made of."""
+        own = {n: of for n, of in self.by_block(calls).items() if n not in self.unavailable}
+        wanted = {id(one) for of in own.values() for one in of}
+        return [one for one in calls if id(one) in wanted]
+
+    def by_block(self, calls: Sequence[PassCall]) -> dict[str, list[PassCall]]:
+        """Return the calls of every block, in order of their layers' first call."""
+        found: dict[str, list[PassCall]] = {}
+        first: dict[nn.Module, int] = {}
+        for one in calls:
+            first.setdefault(one.call.module, len(first))
+            for name, use in self._users.get(one.call.module, ()):
+                if belongs(one.call, use) and one not in found.setdefault(name, []):
+                    found[name].append(one)
+        order = {
+            name: min(first[one.call.module] for one in found[name])
+            for name in self.blocks
+            if name in found
+        }
+        return {name: found[name] for name in sorted(order, key=order.__getitem__)}
+
+    def axis(self, one: PassCall, samples: int) -> SampleAxis | None:
+        """Return where the samples of a call lie; None if they are coupled."""
+        if one.call.module in self.whole:
+            return None
+        axis, kind = self.axes.get(one.place, SampleAxis()), one.kind
+        shape = one.recorded.shapes[0]
+        if axis is None or samples == 1:
+            return axis
+        if kind.own_layout and not isinstance(kind, GenericKind):
+            laid_out = kind.samples_first(one.call, torch.empty(1, *shape, device="meta"))
+            return axis if laid_out is None or laid_out.shape[1] % samples == 0 else None
+        return axis if len(shape) > axis.dim and shape[axis.dim] % samples == 0 else None
+
+    def tried(self, calls: Sequence[PassCall]) -> list[tuple[str, list[PassCall]]]:
+        """Return blocks that have products which are not known to be rows of theirs, and these."""
+        found: dict[str, list[PassCall]] = {}
+        for name, uses in self.products.items():
+            if name not in self.by_products and name not in self.unavailable:
+                of = [one for one in calls if any(belongs(one.call, use) for use in uses)]
+                if of:
+                    found[name] = of
+        return list(found.items())
+
+    def distrust(self, name: str, error: Exception) -> None:
+        """Take the rows of a block at the parameters, as its kind cannot make them."""
+        if isinstance(error, torch.OutOfMemoryError):
+            raise error
+        self.take_directly(name, f"has no rows by its module ({type(error).__name__}: {error})")
+
+    def take_directly(self, name: str, reason: str) -> None:
+        """Take the rows of a block at the parameters, and say why."""
+        self.direct[name] = reason
+        block = self.blocks[name]
+        names = " and ".join(repr(n) for n in block.layout.names)
+        self.on_finding(
+            f"{names} ({block.kind}) {reason}: rows are taken from the gradient at the parameter, "
+            "exactly, but with a backward pass per sample where the Fisher type is not 'mc'"
+        )
+
+    def mixing(self, axes: Mapping[Place, SampleAxis | None]) -> list[nn.Module]:
+        """Return modules whose samples are coupled although their output serves not all of them."""
+        uses = [use for block in self.blocks.values() for use in block.uses]
+        shared = {use.module for use in uses if use.kind.may_be_shared} | self.constant
+        return [place[0] for place, axis in axes.items() if axis is None and place[0] not in shared]
+
+    def tell_coupled(self, axes: Mapping[Place, SampleAxis | None]) -> None:
+        """Say which modules couple samples, if any do."""
+        modules = dict.fromkeys(self.mixing(axes))
+        if modules:
+            named = ", ".join(f"{self.names.get(m, '')!r} ({type(m).__name__})" for m in modules)
+            self.on_finding(
+                f"the samples of a batch are coupled in or after {named}: rows are taken output by "
+                "output, which costs a backward pass per sample where the Fisher type is not 'mc'"
+            )
+
+
+def _only_at_parameters(block: Block) -> str | None:
+    """Return why the rows of a block are had at its parameters only, or None."""
+    if not block.uses:
+        return "belongs to no layer of a known kind"
+    for use in block.uses:
+        if isinstance(use.kind, GenericKind):
+            reason = use.kind.cannot_rerun(use.module)
+            if reason is not None:
+                return reason
+    return None
