@@ -194,3 +194,28 @@ def test_coupled_samples_stay_in_the_first_dimension():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         check(model, x)
+
+
+@pytest.mark.parametrize(
+    ("fisher", "structure", "told"),
+    [("mc", "kfac", False), ("exact", "kfac", True), ("mc", "full", True)],
+)
+def test_coupled_samples_are_told_where_they_cost_something(fisher, structure, told):
+    """Sums of rows do for sampled labels, if no rows of different layers are multiplied."""
+
+    class Mixes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.first(x)
+            return self.last(hidden - hidden.mean(0))
+
+    model = Mixes().double()
+    preconditioner = natgrad.Preconditioner(model, structure=structure, fisher=fisher)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        nn.functional.cross_entropy(model(normal(6, 5)), torch.arange(6) % 3).backward()
+        preconditioner.step()
+    assert any("coupled in or after 'first'" in str(one.message) for one in caught) == told

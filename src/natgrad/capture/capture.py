@@ -112,6 +112,8 @@ class Capture:
             the second where samples turn out to lie there, as in ``(time, batch, features)``.
         shards: Whether parameters may be spread over processes, which have them whole where rows
             are made.
+        sums_coupled: Whether the rows of samples that a layer couples are only ever added up
+            (``independent`` in :meth:`pull_back`), so that there is nothing to say of them.
 
     Attributes:
         blocks: Block name → :class:`Block`, in the order of ``model.named_modules()``.
@@ -135,9 +137,11 @@ class Capture:
         excluded: Collection[str] = (),
         batch_dim: int | None = None,
         shards: bool = False,
+        sums_coupled: bool = False,
     ) -> None:
         self.model: nn.Module = unwrap(model)
         self.shards: bool = shards
+        self.sums_coupled: bool = sums_coupled
         if batch_dim is not None and not (isinstance(batch_dim, int) and batch_dim >= 0):
             raise ValueError(
                 f"batch_dim must be None or a dimension of the output, from 0 on, got {batch_dim!r}"
@@ -173,7 +177,9 @@ class Capture:
         self.blocks, self.uncovered = find_blocks(self.model, self.excluded)
         self.layout: ParameterLayout = ParameterLayout.of(self.model, self.shards)
         self._watched = watched_parameters(self.model, self.blocks)
-        self.sources: RowSources = RowSources(self.model, self.blocks, self._watched, self.tell)
+        self.sources: RowSources = RowSources(
+            self.model, self.blocks, self._watched, self.tell, tells_coupled=not self.sums_coupled
+        )
         self.rows: RowBuilder = RowBuilder(self.sources, self.layout, self._unrecorded)
         self.row_check: RowCheck = RowCheck(self.rows)
         for sentence in self.sources.costly(products=False):

@@ -37,6 +37,7 @@ class RowSources:
         blocks: Its blocks.
         watched: Parameters whose products may be recorded.
         on_finding: Called with one sentence about whatever a user should know.
+        tells_coupled: Whether a user should know of modules that couple samples.
 
     Attributes:
         names: Qualified names of modules.
@@ -63,6 +64,7 @@ class RowSources:
         blocks: Mapping[str, Block],
         watched: Sequence[WatchedParameter],
         on_finding: Callable[[str], None],
+        tells_coupled: bool = True,
     ) -> None:
         self.blocks: Mapping[str, Block] = blocks
         self.names: dict[nn.Module, str] = {m: name for name, m in model.named_modules()}
@@ -72,6 +74,7 @@ class RowSources:
         self.inseparable: dict[str, str] = dict(self.direct)
         self.unavailable: dict[str, str] = {}
         self.on_finding = on_finding
+        self.tells_coupled: bool = tells_coupled
         self.by_products: set[str] = set()
         self.products: dict[str, tuple[Use, ...]] = {one.block: one.uses for one in watched}
         self.uses: dict[str, tuple[Use, ...]] = {name: b.uses for name, b in blocks.items()}
@@ -224,9 +227,9 @@ class RowSources:
         return [place[0] for place, axis in axes.items() if axis is None and place[0] not in shared]
 
     def tell_coupled(self, axes: Mapping[Place, SampleAxis | None]) -> None:
-        """Say which modules couple samples, if any do."""
+        """Say which modules couple samples, if any do and it matters."""
         modules = dict.fromkeys(self.mixing(axes))
-        if modules:
+        if modules and self.tells_coupled:
             named = ", ".join(f"{self.names.get(m, '')!r} ({type(m).__name__})" for m in modules)
             self.on_finding(
                 f"the samples of a batch are coupled in or after {named}: rows are taken output by "

@@ -114,11 +114,13 @@ class Preconditioner(CopiedByState):
                 "stagger=True needs a structure made of independent layers, and "
                 f"{structure.name!r} couples them"
             )
-        likelihood = as_likelihood(likelihood)
+        likelihood, kind = as_likelihood(likelihood), as_fisher_type(fisher)
+        by_layer = not structure.joint and structure.companion is None
         mesh = mesh_group(unwrap(model))
         self.capture: Capture = Capture(
             model, likelihood.selection(output), excluded=excluded, batch_dim=batch_dim,
             shards=any(map(is_sharded, model.parameters())),
+            sums_coupled=kind.independent and structure.additive and by_layer,
         )  # fmt: skip
         self.model: nn.Module = self.capture.model
         self.parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())
@@ -137,7 +139,6 @@ class Preconditioner(CopiedByState):
         self._warned = False
         #: λ, one value or one per block name.
         self.damping: float | dict[str, float] = damping
-        kind = as_fisher_type(fisher)
         self.observer: Observer = Observer(
             self.capture, likelihood, kind, refresh, self.curvature, seed
         )
