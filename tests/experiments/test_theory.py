@@ -29,8 +29,8 @@ SMALL = ("--width=64", "--train-samples=12", "--test-samples=10")
 def _few_draws():
     """The sections at a size that takes less time."""
     sizes = {
-        "dynamics.FACTORS": (0.5, 1.0, 2.5), "width.DRAWS": 2, "width.KERNEL_DRAWS": 2,
-        "width.GD_STEPS": 20, "isotropy.DRAWS": 2,
+        "dynamics.FACTORS": (0.5, 1.0, 2.5), "dynamics.STEPS": 5, "width.DRAWS": 2,
+        "width.KERNEL_DRAWS": 2, "width.GD_STEPS": 20, "width.NGD_STEPS": 4, "isotropy.DRAWS": 2,
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         for name, size in sizes.items():
