@@ -521,7 +521,7 @@ PROBLEMS: dict[str, Problem] = {
         lambda x: 0 * x[:, 0], (7e-4, 600),
     ),
     "poisson_100d": poisson_problem(
-        100, (768, 768, 512, 512), (100, 50), lambda x: x.square().sum(1),
+        100, (512,), (100, 150), lambda x: x.square().sum(1),
         lambda x: 0 * x[:, 0] - 200, (2e-2, 600),
     ),
     "heat_4d": Problem(
