@@ -194,6 +194,8 @@ def _add_moment(moment: Tensor | None, rows: Jacobians, weight: float) -> Tensor
         found = _add_moment(_no_moment(layout, rows.shares), own, weight)
         total: Tensor = rows.shares.replicas.summed(Symmetric(found), layout.device)
         return total if moment is None else moment + total
+    if moment is not None and not len(rows):
+        return moment  # A process without a share of them.
     first = next(iter(rows.values()))
     lower: Tensor | None = None
     step = max(1, CHUNK_ELEMENTS // max(1, layout.numel * rows.directions))
