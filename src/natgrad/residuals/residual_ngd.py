@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -20,39 +21,23 @@ from natgrad.operators import GradientSource, Operator
 from natgrad.operators.rows import RowsInverse
 from natgrad.optim.checkpoints import CheckpointedOptimizer, only_initialises
 from natgrad.optim.copying import CopiedByState
-from natgrad.optim.step.line_search import LineSearch
+from natgrad.residuals.corrected_step import (
+    CURVED_DECAY,
+    STRAIGHT_DECAY,
+    FoundStep,
+    LinearStep,
+    corrected,
+    shortened,
+)
 from natgrad.residuals.residual import Residual, as_residuals
 from natgrad.residuals.rows import CapturedRows, FunctionRows, ResidualRows
 from natgrad.residuals.taylor import TaylorNetwork
 
 __all__ = ["ResidualNGD", "ResidualStep"]
 
-#: Share of Δ at which residuals are evaluated for their second derivative along it.
-PROBE = 0.1
-
-#: ``‖Δ'‖/‖Δ‖`` beyond which Δ' is no correction (Transtrum & Sethna 2012).
-LARGEST_BEND = 0.75
-
-#: Corrections of a step at most, and those up to which it was easy, so that λ falls.
-MOST_CORRECTIONS, FEW_CORRECTIONS = 10, 4
-
-#: A correction is followed by another if it lowers a loss that is too large to this share at least,
-#: until the step achieves this share of what the linear model promises.
-PROGRESS, ENOUGH = 0.5, 0.9
-
 #: The first λ, as a share of ``‖∇L‖²/‖ρ‖²``, the mean of ``JJᵀ`` along ρ, and the least one, as a
 #: share of its largest value times the rounding error of 1.
 FIRST_DAMPING, LEAST_DAMPING = 1e-3, 1e-2
-
-#: Factors on λ after easy steps, curved and straight ones; by their inverses λ rises.
-DECAY, STRAIGHT_DECAY = 0.1**0.5, 0.1
-
-#: Lengths tried with one λ, where the points are those of the last step, and where they are others:
-#: shorter steps with little damping fit these and no others.
-SEARCHES = {False: LineSearch(max_trials=6), True: LineSearch(max_trials=1)}
-
-#: Share of the decrease that the slope promises which a step has to achieve.
-ARMIJO = SEARCHES[True].armijo
 
 #: Values of λ that one step tries at most, and steps without success after which that is said.
 MOST_TRIALS, PATIENCE = 10, 10
@@ -313,7 +298,7 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
         if damping is None:
             damping = FIRST_DAMPING * float(gradient.square().sum()) / (2 * loss)
         self._set_scale(gradient, loss)
-        matrices, decay = self._matrices(), DECAY if self.acceleration else STRAIGHT_DECAY
+        matrices, decay = self._matrices(), CURVED_DECAY if self.acceleration else STRAIGHT_DECAY
         least = LEAST_DAMPING * torch.finfo(start.dtype).eps * group["scale"]
         for trial in range(1, MOST_TRIALS + 1):
             tried = damping
@@ -324,12 +309,7 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
                     step, slope, square = self._direction(right, gradient, tried)
                 found = None
                 if slope > 0 and bool(torch.isfinite(step).all()):
-                    linear = _LinearStep(start, step, slope, square, lr)
-                    found = (
-                        self._curved(linear, here)
-                        if self.acceleration
-                        else self._straight(linear, loss)
-                    )
+                    found = self._found(LinearStep(start, step, slope, square, lr), here)
                 if found is not None:
                     self._set(start + found.moved)
                     # Less than rounding errors of F would not be felt.
@@ -349,48 +329,21 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
         self._count_failure()
         return nothing
 
-    def _straight(self, linear: _LinearStep, before: float) -> _Found | None:
-        """Search for a length of a straight step; None where none lowers the loss."""
+    def _found(self, linear: LinearStep, here: _Linearised) -> FoundStep | None:
+        """Return what becomes of a linear step; None where the loss does not fall."""
 
-        def move(length: float) -> None:
-            self._set(linear.start - length * linear.step)
+        def residuals_at(moved: Tensor) -> list[Tensor]:
+            self._set(linear.start + moved)
+            return list(self.rows.scaled_values())
 
-        search, lr = SEARCHES[self.param_groups[0]["points_change"]], linear.lr
-        length, after = search.search(move, self.loss, before, linear.slope, lr)
-        if not length or not after < before:  # Equal after steps lost in rounding.
-            return None
-        factor = 1.0
-        if length >= 0.5 * lr:
-            factor = STRAIGHT_DECAY
-        elif length < 0.25 * lr:
-            factor = 1 / STRAIGHT_DECAY
-        return _Found(-length * linear.step, after, length, factor, 0)
+        def loss_at(moved: Tensor) -> float:
+            self._set(linear.start + moved)
+            return self.loss()
 
-    def _curved(self, linear: _LinearStep, here: _Linearised) -> _Found | None:
-        """Correct a step until it does what its linear model says; None where it does not."""
-        start, lr, loss = linear.start, linear.lr, here.loss
-        straight = -lr * linear.step
-        half_bend = self._deviation(start, -PROBE * linear.step, here) / PROBE**2
-        size = 2 * float(half_bend.norm())
-        bends = math.isfinite(size) and size <= LARGEST_BEND * float(linear.step.norm())
-        moved = straight - lr**2 * half_bend if bends else straight
-        promised = lr * linear.slope - 0.5 * lr**2 * linear.square
-        found, last = None, math.inf
-        for count in range(MOST_CORRECTIONS + 1):
-            self._set(start + moved)
-            ahead = list(self.rows.scaled_values())
-            after = 0.5 * float(torch.stack([rho.square().sum() for rho in ahead]).sum())
-            if not after < last:
-                break
-            if after < loss - ARMIJO * lr * linear.slope:
-                found = _Found(moved, after, lr, DECAY if count <= FEW_CORRECTIONS else 1.0, count)
-            elif after > PROGRESS * last:
-                break
-            if not bends or loss - after >= ENOUGH * promised or count == MOST_CORRECTIONS:
-                break
-            last = after
-            moved = straight - self._deviation(start, moved, here, ahead)
-        return found
+        if self.acceleration:
+            deviation = functools.partial(self._deviation, linear.start, here)
+            return corrected(linear, residuals_at, deviation, here.loss)
+        return shortened(linear, loss_at, here.loss, self.param_groups[0]["points_change"])
 
     def _factorise(self, matrices: dict[str, Operator] | None, damping: float) -> bool:
         """Make the inverses for a λ; return whether that was possible."""
@@ -448,19 +401,16 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
         return natural
 
     def _deviation(
-        self, start: Tensor, moved: Tensor, here: _Linearised, ahead: list[Tensor] | None = None
+        self, start: Tensor, here: _Linearised, moved: Tensor, ahead: list[Tensor]
     ) -> Tensor:
         """Return ``(F + λI)⁻¹Jᵀ(ρ(θ + d) − ρ − Jd)``: what takes back what d does beyond its model.
 
         Args:
             start: θ.
-            moved: d.
             here: ρ and J.
-            ahead: ``ρ(θ + d)`` in the chunks of the rows, evaluated by default.
+            moved: d.
+            ahead: ``ρ(θ + d)`` in the chunks of the rows.
         """
-        if ahead is None:
-            self._set(start + moved)
-            ahead = list(self.rows.scaled_values())
         if here.rows is not None:
             (values, rows), (after,) = here.rows, ahead
             beyond = after - values - rows.matvec(moved)
@@ -488,7 +438,7 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
         damping = group["damping"]
         self.last = ResidualStep(loss, loss, 0.0, math.nan if damping is None else damping, 0)
         if damping is not None:
-            group["damping"] = damping / DECAY
+            group["damping"] = damping / CURVED_DECAY
         if group["momentum"]:
             self._keep(self.rows.layout.zeros(self.rows.layout.numel))
         if self._warned:
@@ -585,41 +535,3 @@ class _Linearised:
     plain: _RightSide
     right: _RightSide
     rows: tuple[Tensor, Jacobians] | None
-
-
-@dataclass(frozen=True)
-class _LinearStep:
-    """A step as the linear model of the residuals has it.
-
-    Attributes:
-        start: θ.
-        step: Δ.
-        slope: ``⟨Δ, ∇L⟩``.
-        square: ``ΔᵀFΔ``.
-        lr: The first length to try.
-    """
-
-    start: Tensor
-    step: Tensor
-    slope: float
-    square: float
-    lr: float
-
-
-@dataclass(frozen=True)
-class _Found:
-    """A step that lowers the loss.
-
-    Attributes:
-        moved: d, what is added to θ.
-        loss: The loss there.
-        length: t.
-        factor: What λ is multiplied by afterwards.
-        corrections: How often it was corrected.
-    """
-
-    moved: Tensor
-    loss: float
-    length: float
-    factor: float
-    corrections: int
