@@ -119,7 +119,9 @@ class Capture:
         blocks: Block name → :class:`Block`, in the order of ``model.named_modules()``.
         uncovered: Parameter name → why no block covers it.
         layout: Order of all trainable parameters.
-        rows: Makes rows from what a pass recorded, and checks them.
+        sources: What rows are made of, as far as it is known.
+        rows: Makes rows from what a pass recorded.
+        row_check: Finds their sources, and that rows are right.
         recording: Whether forward passes are recorded.
 
     Example:

@@ -264,6 +264,7 @@ def _same_form(left: BlockLayout, right: BlockLayout) -> bool:
 
 
 def joined(pieces: Sequence[Tensor | None]) -> Tensor | None:
+    """Return those of the pieces that are there as one; None if none is."""
     present = [piece for piece in pieces if piece is not None]
     return torch.cat(present) if present else None
 

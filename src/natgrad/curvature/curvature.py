@@ -181,7 +181,7 @@ class Curvature:
     @property
     def by_layer(self) -> bool:
         """Whether rows of different layers are never multiplied with each other."""
-        return not self.structure.joint and self.structure.companion is None
+        return self.structure.by_layer
 
     def follow(self, blocks: Mapping[str, BlockLayout], layout: ParameterLayout) -> set[str]:
         """Go on with other blocks, as where layers were frozen, unfrozen or replaced.

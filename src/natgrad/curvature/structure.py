@@ -95,6 +95,11 @@ class Structure(ABC):
         """How its matrix is inverted when it preconditions gradients."""
         return "direct"
 
+    @property
+    def by_layer(self) -> bool:
+        """Whether rows of different layers are never multiplied with each other."""
+        return not self.joint and self.companion is None
+
     def parts(
         self, blocks: Mapping[str, BlockLayout], parameters: ParameterLayout
     ) -> dict[str, Part]:

@@ -115,12 +115,11 @@ class Preconditioner(CopiedByState):
                 f"{structure.name!r} couples them"
             )
         likelihood, kind = as_likelihood(likelihood), as_fisher_type(fisher)
-        by_layer = not structure.joint and structure.companion is None
         mesh = mesh_group(unwrap(model))
         self.capture: Capture = Capture(
             model, likelihood.selection(output), excluded=excluded, batch_dim=batch_dim,
             shards=any(map(is_sharded, model.parameters())),
-            sums_coupled=kind.independent and structure.additive and by_layer,
+            sums_coupled=kind.independent and structure.additive and structure.by_layer,
         )  # fmt: skip
         self.model: nn.Module = self.capture.model
         self.parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())

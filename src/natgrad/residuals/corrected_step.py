@@ -76,25 +76,25 @@ class FoundStep:
 
 
 def shortened(
-    linear: LinearStep, loss_at: Callable[[Tensor], float], before: float, points_change: bool
+    linear: LinearStep,
+    move: Callable[[Tensor], None],
+    loss: Callable[[], float],
+    before: float,
+    points_change: bool,
 ) -> FoundStep | None:
     """Search for a length of a straight step; None where none lowers the loss.
 
     Args:
         linear: The step.
-        loss_at: d ↦ the loss at ``θ + d``.
+        move: Goes to ``θ + d`` for a given d.
+        loss: The loss where that led.
         before: The loss at θ.
         points_change: Whether points are others than those of the last step.
     """
-    moved = torch.zeros_like(linear.start)
-
-    def move(length: float) -> None:
-        nonlocal moved
-        moved = -length * linear.step
-
-    lr = linear.lr
-    search = SEARCHES[points_change]
-    length, after = search.search(move, lambda: loss_at(moved), before, linear.slope, lr)
+    step, lr = linear.step, linear.lr
+    length, after = SEARCHES[points_change].search(
+        lambda length: move(-length * step), loss, before, linear.slope, lr
+    )
     if not length or not after < before:  # Equal after steps lost in rounding.
         return None
     factor = 1.0
@@ -102,7 +102,7 @@ def shortened(
         factor = STRAIGHT_DECAY
     elif length < 0.25 * lr:
         factor = 1 / STRAIGHT_DECAY
-    return FoundStep(-length * linear.step, after, length, factor, 0)
+    return FoundStep(-length * step, after, length, factor, 0)
 
 
 def corrected(

@@ -295,9 +295,10 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
         if lr == 0 or not bool(gradient.any()):
             self.last = ResidualStep(loss, loss, 0.0, math.nan if damping is None else damping, 0)
             return nothing
+        mean = float(gradient.square().sum()) / (2 * loss)  # Of JJᵀ along ρ.
+        group["scale"] = max(group.get("scale", 0.0), mean)  # Older checkpoints have none.
         if damping is None:
-            damping = FIRST_DAMPING * float(gradient.square().sum()) / (2 * loss)
-        self._set_scale(gradient, loss)
+            damping = FIRST_DAMPING * mean
         matrices, decay = self._matrices(), CURVED_DECAY if self.acceleration else STRAIGHT_DECAY
         least = LEAST_DAMPING * torch.finfo(start.dtype).eps * group["scale"]
         for trial in range(1, MOST_TRIALS + 1):
@@ -332,18 +333,18 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
     def _found(self, linear: LinearStep, here: _Linearised) -> FoundStep | None:
         """Return what becomes of a linear step; None where the loss does not fall."""
 
-        def residuals_at(moved: Tensor) -> list[Tensor]:
+        def move(moved: Tensor) -> None:
             self._set(linear.start + moved)
-            return list(self.rows.scaled_values())
 
-        def loss_at(moved: Tensor) -> float:
-            self._set(linear.start + moved)
-            return self.loss()
+        def residuals_at(moved: Tensor) -> list[Tensor]:
+            move(moved)
+            return list(self.rows.scaled_values())
 
         if self.acceleration:
             deviation = functools.partial(self._deviation, linear.start, here)
             return corrected(linear, residuals_at, deviation, here.loss)
-        return shortened(linear, loss_at, here.loss, self.param_groups[0]["points_change"])
+        points_change = self.param_groups[0]["points_change"]
+        return shortened(linear, move, self.loss, here.loss, points_change)
 
     def _factorise(self, matrices: dict[str, Operator] | None, damping: float) -> bool:
         """Make the inverses for a λ; return whether that was possible."""
@@ -420,11 +421,6 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
         for (_, values, rows), after in zip(self.rows.chunks(), ahead, strict=True):
             total = total + rows.rmatvec(after - values - rows.matvec(moved))
         return self._precondition(lambda: total, None)
-
-    def _set_scale(self, gradient: Tensor, loss: float) -> None:
-        """Note ``‖∇L‖²/‖ρ‖²``, the mean of ``JJᵀ`` along ρ, if it is the largest so far."""
-        group, mean = self.param_groups[0], float(gradient.square().sum()) / (2 * loss)
-        group["scale"] = max(group.get("scale", 0.0), mean)  # Older checkpoints have none.
 
     def _set(self, flat: Tensor) -> None:
         for name, value in self.rows.layout.to_dict(flat).items():

@@ -244,8 +244,8 @@ class LengthState:
         found, count = 2 * math.log(slope) - math.log(quadratic), self.measurements + 1
         if largest < math.inf:
             found = min(found, math.log(largest / scale))
-        long = _averaged(self.usual_log_decrement, found, min(LONG_MEMORY, 1 - 1 / count))
-        average = _averaged(self.log_decrement, found, min(rule.memory, 1 - 1 / count))
+        long = averaged(self.usual_log_decrement, found, min(LONG_MEMORY, 1 - 1 / count))
+        average = averaged(self.log_decrement, found, min(rule.memory, 1 - 1 / count))
         return replace(
             self,
             log_decrement=average,
@@ -258,7 +258,7 @@ class LengthState:
         """Return the state after a direction with ``⟨Δ, g⟩`` = slope was found."""
         if not slope > 0:
             return self
-        return replace(self, log_slope=_averaged(self.log_slope, math.log(slope), rule.memory))
+        return replace(self, log_slope=averaged(self.log_slope, math.log(slope), rule.memory))
 
     def length(self, slope: float, change: float = 0.0, lengthened: float = 1.0) -> float:
         """Return γζαν^{−p} for a direction with ``⟨Δ, g⟩`` = slope; α is at most 1/c.
@@ -379,6 +379,6 @@ class LengthState:
         return cls(**values)
 
 
-def _averaged(old: float | None, found: float, memory: float) -> float:
+def averaged(old: float | None, found: float, memory: float) -> float:
     """Return a moving average after another value, which is the first one where old is None."""
     return found if old is None else memory * old + (1 - memory) * found

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from natgrad.optim.step.measured_length import averaged
+
 __all__ = ["NoiseToSignal"]
 
 #: A squared residual as large stands for one that is not known.
@@ -42,9 +44,7 @@ class NoiseToSignal:
         """
         if not 0 < residual < UNKNOWN:
             return self
-        found = math.log(residual)
-        if self.log_residual is not None:
-            found = memory * self.log_residual + (1 - memory) * found
+        found = averaged(self.log_residual, math.log(residual), memory)
         return NoiseToSignal(found, max(self.log_largest, found))
 
     def state_dict(self) -> dict[str, Any]:
