@@ -87,6 +87,11 @@ def test_a_module_that_does_not_import_is_refused(factories, tmp_path):
         load_model("broken_module:model")
     with pytest.raises(FactoryError, match="No module named 'absent_module'"):
         load_model("absent_module:model")
+    with pytest.raises(FactoryError, match="looked for in .* and in the environment's packages"):
+        load_model("absent_module.part:model")
+    (tmp_path / "needy_module.py").write_text("import absent_package")
+    with pytest.raises(FactoryError, match="No module named 'absent_package'.$"):
+        load_model("needy_module:model")
 
 
 def test_positions_are_the_pixels_of_the_output(factories):

@@ -53,7 +53,11 @@ def find(specification: str) -> Any:
     try:
         importlib.import_module(module_name)
     except Exception as error:  # a user's module may raise anything
-        raise FactoryError(f"{module_name} cannot be imported: {described(error)}.") from error
+        told = f"{module_name} cannot be imported: {described(error)}."
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None and f"{module_name}.".startswith(f"{missing}."):
+            told += f" Modules are looked for in {here} and in the environment's packages."
+        raise FactoryError(told) from error
     try:
         return pkgutil.resolve_name(specification)
     except (AttributeError, ValueError) as error:
