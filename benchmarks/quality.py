@@ -15,7 +15,7 @@ ran side by side.
     python benchmarks/quality.py                          # all of it: many hours
     python benchmarks/quality.py --tasks ae_tanh,vit --methods adamw,kfac --schedules cosine
     python benchmarks/quality.py --methods "kfac,kfac:damping=1e-3;momentum=0.8"
-    python benchmarks/quality.py --methods "kfac:step_rule=natgrad.StepRule(nesterov=False)"
+    python benchmarks/quality.py --methods "kfac:step_rule=natgrad.StepRule(norm_clip=1.0)"
     python benchmarks/quality.py --budget steps --scale 0.5
     python benchmarks/quality.py --table --plot quality.png  # of the runs in the file; runs nothing
 

@@ -62,7 +62,7 @@ def make_optimizer(name: str, model: nn.Module, lr: float) -> torch.optim.Optimi
             damping=1e-4,
             kl_clip=1e-4,
             refresh=natgrad.Refresh(factors=10, inverses=20, decay=0.95, early=True),
-            step_rule=natgrad.StepRule(nesterov=True),
+            step_rule=natgrad.StepRule(length="lr", nesterov=True),
         )
     if name == "adamw":
         return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)

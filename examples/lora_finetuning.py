@@ -198,7 +198,7 @@ def make_optimizer(name: str, model: nn.Module, lr: float) -> torch.optim.Optimi
         refresh = natgrad.Refresh(factors=1, inverses=1, decay=0.95)
         return natgrad.KFAC(
             model, lr=lr, momentum=0.9, damping=1e-3, kl_clip=5e-5, refresh=refresh,
-            step_rule=natgrad.StepRule(nesterov=True),
+            step_rule=natgrad.StepRule(length="lr", nesterov=True),
         )  # fmt: skip
     trainable = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(trainable, lr, weight_decay=0.0)

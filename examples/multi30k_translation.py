@@ -79,8 +79,8 @@ def make_optimizer(
             damping=1e-4,
             kl_clip=1e-4,
             # Ten batches before the first step, as a warm-up: one has few of the words.
-            refresh=natgrad.Refresh(factors=10, inverses=20, decay=0.95, early=True, warmup=10),
-            step_rule=natgrad.StepRule(nesterov=True),
+            refresh=natgrad.Refresh(warmup=10),
+            step_rule=natgrad.StepRule(length="lr", nesterov=True),
         )
     if name == "adamw":
         return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98))

@@ -86,7 +86,7 @@ def agreed(rank: int) -> Tensor:
 
 def joint() -> Tensor:
     model = make("mlp")
-    rule = natgrad.StepRule()
+    rule = natgrad.StepRule(length="lr")
     optimizer = natgrad.KFAC(model, momentum=0.5, step_rule=rule, **OPTIONS)
     for step in range(8):
         x, y = batch("mlp", step)
@@ -260,7 +260,7 @@ def test_one_agent_is_kfac() -> None:
     model, twin = make("mlp"), make("mlp")
     agent = natgrad.DecentralizedKFAC(model, weight_decay=0.1, **OPTIONS)
     alone = natgrad.KFAC(
-        twin, weight_decay=0.1, momentum=0.0, step_rule=natgrad.StepRule(), **OPTIONS
+        twin, weight_decay=0.1, momentum=0.0, step_rule=natgrad.StepRule(length="lr"), **OPTIONS
     )
     for step in range(6):
         x, y = batch("mlp", step)

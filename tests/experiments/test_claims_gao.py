@@ -136,7 +136,7 @@ def test_damping_in_own_units_does_not_see_the_scale_of_the_loss():
         likelihood = natgrad.Gaussian(variance=1 / scale)
         optimizer = natgrad.TKFAC(
             model, likelihood, lr=1.0, momentum=0.0, damping=0.2, fisher="exact",
-            structure=LayerDampedTKFAC(), step_rule=natgrad.StepRule(),
+            structure=LayerDampedTKFAC(), step_rule=natgrad.StepRule(length="lr"),
         )  # fmt: skip
         x, y = torch.randn(8, 4).double(), torch.randn(8, 3).double()
         before = model.weight.detach().clone()

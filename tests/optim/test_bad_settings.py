@@ -146,11 +146,11 @@ SETTINGS: dict[str, Setting] = {
     "relative damping 1e-6": of(damping=RelativeDamping(1e-6)),
     "relative damping 1e6": of(damping=RelativeDamping(1e6)),
     # Curvature that is old, or poor.
-    "intervals 1000": of(refresh=Refresh(factors=1000, inverses=1000, decay=0.95)),
+    "intervals 1000": of(refresh=Refresh(factors=1000, inverses=1000, decay=0.95, early=False)),
     "intervals 1000, early": of(refresh=Refresh(1000, 1000, decay=0.95, early=True)),
-    "inverses 1000": of(refresh=Refresh(factors=1, inverses=1000, decay=0.95)),
-    "every step, no average": of(refresh=Refresh()),
-    "staggered": of(refresh=Refresh(2, 7, decay=0.5, stagger=True)),
+    "inverses 1000": of(refresh=Refresh(factors=1, inverses=1000, decay=0.95, early=False)),
+    "every step, no average": of(refresh=Refresh(factors=1, inverses=1, decay=0.0)),
+    "staggered": of(refresh=Refresh(2, 7, decay=0.5, early=False, stagger=True)),
     "one label sampled": of(fisher=MonteCarloFisher(samples=1)),
     "empirical": of(fisher="empirical"),
     # Measurements.

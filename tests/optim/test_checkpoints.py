@@ -94,7 +94,9 @@ def wider(name: str) -> dict[str, Any]:
     return optimizer.state_dict()
 
 
-@pytest.mark.parametrize("options", [{"damping": 1e-3}, {"step_rule": natgrad.StepRule()}])
+@pytest.mark.parametrize(
+    "options", [{"damping": 1e-3}, {"lr": 1.5, "step_rule": natgrad.StepRule(length="lr")}]
+)
 def test_a_checkpoint_in_other_units_is_refused(options):
     saved, optimizer = (natgrad.KFAC(make_model(), **one) for one in ({}, options))
     before = copy.deepcopy(optimizer.state_dict())

@@ -35,7 +35,7 @@ def reads(monkeypatch):
         (natgrad.KFAC, {}),
         (natgrad.KFAC, {"momentum": 0.9, "weight_decay": 0.1}),
         (natgrad.KFAC, {"length": "quadratic_model", "momentum": 0.9}),
-        (natgrad.KFAC, {"norm_clip": 1.0, "graft": "adam"}),
+        (natgrad.KFAC, {"lr": 1.5, "norm_clip": 1.0, "graft": "adam"}),
         (natgrad.EKFAC, {}),
         (natgrad.TKFAC, {}),
         (natgrad.TEKFAC, {}),

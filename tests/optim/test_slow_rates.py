@@ -48,5 +48,5 @@ def test_rates_that_are_not_meant_for_it_are_told_once(rates, told):
 def test_a_rule_that_measures_no_length_takes_small_rates():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
-    optimizer = natgrad.KFAC(model, step_rule=natgrad.StepRule(), damping=1e-2)
+    optimizer = natgrad.KFAC(model, lr=1.5, step_rule=natgrad.StepRule(length="lr"), damping=1e-2)
     assert train(optimizer, model, [1e-3] * 120) == []

@@ -229,10 +229,10 @@ def _padam(parameters: Any, learning_rate: float) -> torch.optim.Optimizer:
 
 
 # Curvature is that of the step's own batch.
-_EVERY_STEP = {"refresh": natgrad.Refresh()}
+_EVERY_STEP = {"refresh": natgrad.Refresh(factors=1, inverses=1, decay=0.0)}
 
 _KRONECKER: dict[str, Any] = {
-    "options": {**_EVERY_STEP, "momentum": 0.5, "step_rule": natgrad.StepRule()},
+    "options": {**_EVERY_STEP, "momentum": 0.5, "step_rule": natgrad.StepRule(length="lr")},
     "batch_options": {"damping": natgrad.RelativeDamping()},
 }
 """What all methods with Kronecker factors share: on wide networks plain steps, as in the theory."""
@@ -341,11 +341,11 @@ METHODS: dict[str, Method] = {
         "search",
         structure="singd",
         options={
-            "refresh": natgrad.Refresh(early=True),
+            "refresh": natgrad.Refresh(factors=1, inverses=1),
             "damping": 1e-4,
             "momentum": 0.9,
             "kl_clip": 3e-5,
-            "step_rule": natgrad.StepRule(nesterov=True),
+            "step_rule": natgrad.StepRule(length="lr", nesterov=True),
         },
         alone=True,
         grid=(-3, 1),

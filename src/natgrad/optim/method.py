@@ -71,8 +71,13 @@ class Method:
 
         Raises:
             TypeError: If the structure is of another kind.
+            ValueError: If lengths are no longer measured, and no learning rate is given.
         """
         changes = {name: value for name, value in given.items() if value is not DEFAULT}
+        for name, kind in (("refresh", Refresh), ("step_rule", StepRule)):
+            if name in changes:
+                check_kind(name, changes[name], kind)
+                changes[name] = changes[name].over(getattr(self, name))
         chosen = changes.get("structure", self.structure)
         if any_structure or "structure" not in changes:
             chosen = as_structure(chosen, training=True)
@@ -81,7 +86,13 @@ class Method:
                 f"the structure of {optimizer} must be a {own.__name__}, got {chosen!r}: "
                 "NaturalGradient takes any"
             )
-        return dataclasses.replace(self, **{**changes, "structure": chosen})
+        made = dataclasses.replace(self, **{**changes, "structure": chosen})
+        if self.step_rule.measured and made.step_rule.length == "lr" and "lr" not in changes:
+            raise ValueError(
+                f"{optimizer}'s lr of {self.lr} is a factor on measured lengths, and length='lr' "
+                "takes lr as the length itself: give lr=, for example 0.1"
+            )
+        return made
 
 
 def signature_with(method: Method, function: Callable[..., Any]) -> inspect.Signature:

@@ -176,7 +176,8 @@ class NaturalGradient(GroupedOptimizer, CopiedByState):
         if method.kl_clip is not None:
             check_range("kl_clip", method.kl_clip)
         if measured:
-            if step_rule is DEFAULT and rule.measured is not None:  # α takes its place.
+            chosen = step_rule is not DEFAULT and step_rule.gives("length")
+            if rule.measured is not None and not chosen:  # α takes its place.
                 rule = dataclasses.replace(rule, length="lr")
             rule.check_isotropic()
         if getattr(method.structure, "fused", False):

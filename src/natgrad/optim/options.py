@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal, get_args
+
+from typing_extensions import Self
 
 from natgrad.arguments import check_choice, check_interval, check_range, is_number
 from natgrad.curvature.sharing import Sharing
@@ -15,6 +17,7 @@ from natgrad.optim.step.measured_length import MeasuredLength
 __all__ = [
     "Fallback",
     "Graft",
+    "MethodOptions",
     "MomentumOn",
     "Refresh",
     "StepRule",
@@ -28,8 +31,40 @@ WeightDecayMode = Literal["decoupled", "model"]
 
 
 @dataclass(frozen=True)
-class Refresh:
+class MethodOptions:
+    """A group of options, of which those that are not given are the method's."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Note which options are given."""
+        group = super().__new__(cls)
+        names = [field.name for field in fields(cls)]
+        object.__setattr__(group, "_given", frozenset((*names[: len(args)], *kwargs)))
+        return group
+
+    def gives(self, name: str) -> bool:
+        """Return whether an option is given."""
+        given: frozenset[str] = getattr(self, "_given")  # noqa: B009, no field
+        return name in given
+
+    def over(self, defaults: Self) -> Self:
+        """Return other options with those given here in their places; all count as given."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(defaults, **{name: x for name, x in given.items() if self.gives(name)})
+
+    def __repr__(self) -> str:
+        """Show the options that are given."""
+        shown = [f.name for f in fields(self) if self.gives(f.name)]
+        listed = ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
+        return f"{type(self).__name__}({listed})"
+
+
+@dataclass(frozen=True, repr=False)
+class Refresh(MethodOptions):
     """When the curvature is updated, averaged and inverted.
+
+    Options that are not given are those of the optimizer: ``KFAC(model,
+    refresh=Refresh(inverses=50))`` is K-FAC as it is but for the interval of its inverses. The
+    defaults below hold where a method has none of its own.
 
     Attributes:
         factors: Steps between updates of the curvature.
@@ -77,7 +112,8 @@ class Refresh:
                 "sharing must be 'inverses', 'memory', 'nothing' or a fraction of the processes in "
                 f"(0, 1], got {self.sharing!r}"
             )
-        if self.warmup < 0 or (self.warmup > 0 and self.decay == 0):
+        forgets = self.warmup > 0 and self.decay == 0 and self.gives("decay")
+        if self.warmup < 0 or forgets:
             raise ValueError(
                 "warmup must be 0, or positive with decay > 0 (without an average curvature "
                 f"forgets the warm-up), got {self.warmup} with decay={self.decay:g}"
@@ -94,9 +130,13 @@ class Refresh:
         return step % interval == 0 or (early and step & (step - 1) == 0)
 
 
-@dataclass(frozen=True)
-class StepRule:
+@dataclass(frozen=True, repr=False)
+class StepRule(MethodOptions):
     """How a natural gradient becomes a step, for all parameters together.
+
+    Options that are not given are those of the optimizer: ``KFAC(model,
+    step_rule=StepRule(norm_clip=1.0))`` measures its lengths as K-FAC does. The defaults below hold
+    where a method has none of its own.
 
     Attributes:
         length: ``"lr"``, the learning rate; a :class:`natgrad.MeasuredLength`: a factor on it that

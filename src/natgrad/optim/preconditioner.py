@@ -95,6 +95,7 @@ class Preconditioner(CopiedByState):
         check_damping(damping)
         refresh = Refresh() if refresh is None else refresh
         check_kind("refresh", refresh, Refresh)
+        refresh = refresh.over(Refresh())
         structure = as_structure(structure, training=True)
         everywhere = refresh.sharing in ("inverses", "nothing", 1)
         if getattr(structure, "fused", False) and not everywhere:

@@ -325,9 +325,9 @@ def test_structures_without_factored_inverse_are_refused(structure, options, err
     "options",
     [
         {"length": "quadratic_model"},
-        {"momentum_on": "gradient"},
+        {"lr": 0.1, "momentum_on": "gradient"},
         {"weight_decay_mode": "model"},
-        {"graft": "adam"},
+        {"lr": 0.1, "graft": "adam"},
     ],
 )
 def test_options_that_need_the_plain_gradient_are_refused(options: dict) -> None:

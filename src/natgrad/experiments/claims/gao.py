@@ -284,7 +284,7 @@ def _damped(
             lr=rate,
             momentum=0.9,
             damping=natgrad.RelativeDamping(share) if own is None else share,
-            step_rule=natgrad.StepRule(),
+            step_rule=natgrad.StepRule(length="lr"),
             **structure,
         )
 

@@ -208,7 +208,7 @@ def inverse_free(setting: Setting) -> Figures:
 _PLAIN: dict[str, Any] = {
     "lr": 0.03,
     "momentum": 0.9,
-    "step_rule": natgrad.StepRule(),
+    "step_rule": natgrad.StepRule(length="lr"),
     "refresh": natgrad.Refresh(factors=5, inverses=5, decay=0.95, early=True),
     "fisher": "empirical",
 }

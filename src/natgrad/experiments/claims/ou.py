@@ -64,7 +64,7 @@ def _kfac(model: nn.Module, trial: Trial, epoch: int, total: int) -> torch.optim
 
 
 def _kfac_always(model: nn.Module, trial: Trial, epoch: int, total: int) -> torch.optim.Optimizer:
-    return natgrad.KFAC(model, lr=trial[0], refresh=natgrad.Refresh(decay=0.95))
+    return natgrad.KFAC(model, lr=trial[0], refresh=natgrad.Refresh(factors=1, inverses=1))
 
 
 _RATES = ((0.02,), (0.06,), (0.2,))

@@ -34,7 +34,7 @@ class TheoryMethod:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-_EVERY_STEP = {"refresh": natgrad.Refresh(), "momentum": 0.0}
+_EVERY_STEP = {"refresh": natgrad.Refresh(factors=1, inverses=1, decay=0.0), "momentum": 0.0}
 
 METHODS: dict[str, TheoryMethod] = {
     "gd": TheoryMethod("Gradient descent", None),
@@ -45,7 +45,7 @@ METHODS: dict[str, TheoryMethod] = {
         "K-FAC",
         natgrad.KFAC,
         1e-14,
-        {**_EVERY_STEP, "fisher": "exact", "step_rule": natgrad.StepRule()},
+        {**_EVERY_STEP, "fisher": "exact", "step_rule": natgrad.StepRule(length="lr")},
     ),
     "unit_wise": TheoryMethod("Unit-wise", natgrad.UnitWiseNGD, 1e-6, _EVERY_STEP),
     "diagonal": TheoryMethod("Diagonal", natgrad.DiagonalNGD, 1e-6, _EVERY_STEP),
