@@ -106,8 +106,8 @@ def pack_layer(rows: LayerJacobian) -> dict[str, Any]:
     """Return the rows of one layer as tensors and plain values."""
     if isinstance(rows, SumJacobian):
         parts = [pack_layer(part) for part in rows.parts]
-        return {"form": "sum", "layout": asdict(rows.layout), "parts": parts}
-    state: dict[str, Any] = {"layout": asdict(rows.layout), **rows.state()}
+        return {"form": "sum", "layout": _pack_layout(rows.layout), "parts": parts}
+    state: dict[str, Any] = {"layout": _pack_layout(rows.layout), **rows.state()}
     if isinstance(rows, EmbeddingJacobian):
         return {"form": "embedding", **state}
     if isinstance(rows, LinearJacobian):
@@ -117,7 +117,7 @@ def pack_layer(rows: LayerJacobian) -> dict[str, Any]:
 
 def unpack_layer(state: Mapping[str, Any], device: torch.device) -> LayerJacobian:
     """Return the rows that :func:`pack_layer` packed."""
-    layout = BlockLayout(**state["layout"])
+    layout = _unpack_layout(state["layout"])
     if state["form"] == "sum":
         return SumJacobian([unpack_layer(part, device) for part in state["parts"]], layout)
     if state["form"] == "dense":
@@ -127,3 +127,15 @@ def unpack_layer(state: Mapping[str, Any], device: torch.device) -> LayerJacobia
         return EmbeddingJacobian(layout, state["indices"].to(device), gradients)
     inputs = state["inputs"].to(device)
     return LinearJacobian(layout, inputs, gradients, bias_value=state["bias_value"])
+
+
+def _pack_layout(layout: BlockLayout) -> dict[str, Any]:
+    """Return a layout as plain values, with its kind: they differ in the order of parameters."""
+    return {"kind": type(layout).__name__, **asdict(layout)}
+
+
+def _unpack_layout(state: Mapping[str, Any]) -> BlockLayout:
+    known: tuple[type[BlockLayout], ...] = (BlockLayout, *BlockLayout.__subclasses__())
+    fields = dict(state)
+    name = fields.pop("kind", BlockLayout.__name__)  # Older checkpoints have none.
+    return next(kind for kind in known if kind.__name__ == name)(**fields)
