@@ -54,7 +54,7 @@ def run(rank: int, world: int, path: str) -> None:
 
 @pytest.mark.slow
 def test_the_guide_runs(tmp_path: Path) -> None:
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 7
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         (tmp_path / "port").write_text(str(free.getsockname()[1]))

@@ -166,10 +166,14 @@ class Replicas:
 
     def laid_end_to_end(self, own: Tensor, lengths: Sequence[int]) -> Tensor:
         """Return the rows ``(n_r, ...)`` of all of them, of which each has so many."""
+        if self.are_alone:
+            return own
         return laid_end_to_end(own, lengths, self.group)
 
     def added_up(self, value: Tensor) -> Tensor:
         """Return the sum of a tensor that all of them have in the same shape."""
+        if self.are_alone:
+            return value
         total = value.contiguous().clone()
         torch.distributed.all_reduce(total, group=self.group)
         return total

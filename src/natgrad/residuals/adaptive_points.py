@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from natgrad.arguments import check_interval
+from natgrad.capture.model_output import unwrap
+from natgrad.distributed import Replicas
 from natgrad.residuals.residual import Residual, as_residuals
 from natgrad.residuals.rows import FunctionRows
 
@@ -31,6 +34,10 @@ class AdaptivePoints:
     which suits optimizers that need a loss that stays; afterwards they are more, so that what was
     fitted stays so.
 
+    Several processes that have points of their own add what one would that has all of them, all at
+    the same steps: losses are those of all points, candidates are drawn by each its share and
+    chosen among those of all. So more points come to the processes where residuals are large.
+
     Args:
         model: The network, as for :class:`natgrad.ResidualNGD`.
         residuals: The parts by name, or one: those that the optimizer was given. Their points are
@@ -38,10 +45,14 @@ class AdaptivePoints:
         draw: Part → function of a number of points that draws that many, ``(count, D)``, or a pair
             of them and their data ``(count, ...)``; one function for a lone part. Points of other
             parts stay. Low-discrepancy sequences fill the domain better than independent points:
-            ``torch.quasirandom.SobolEngine(D, scramble=True).draw``.
+            ``torch.quasirandom.SobolEngine(D, scramble=True).draw``. Of several processes each
+            draws others, such as from a seed or a region of its own.
         growth: Points added at a time, as a share of those there are.
         most: Most points of a part; beyond, those of least residual make room. No bound by default.
-        generator: Random numbers to choose among candidates by; PyTorch's by default.
+        generator: Random numbers to choose among candidates by; PyTorch's by default. Those of the
+            first process decide.
+        process_group: As for :class:`natgrad.ResidualNGD`. All processes make the object and update
+            it together.
 
     Raises:
         TypeError: If a part is no :class:`natgrad.Residual`.
@@ -73,6 +84,7 @@ class AdaptivePoints:
         growth: float = 0.25,
         most: int | None = None,
         generator: torch.Generator | None = None,
+        process_group: Any = None,
     ) -> None:
         if not 0 < growth < math.inf:
             raise ValueError(f"growth must be a finite number above 0, got {growth}")
@@ -90,9 +102,12 @@ class AdaptivePoints:
         self.growth = growth
         self.most = most
         self.generator = generator
-        self._rows = FunctionRows(model, self.residuals, None)
+        self.replicas: Replicas = Replicas.of(model, process_group)
+        self._rows = FunctionRows(unwrap(model), self.residuals, None, self.replicas)
+        self._rows.agree()
+        counts = self._rows.joint.counts
         self.held_out: dict[str, Residual] = {
-            name: self._drawn(name, len(self.residuals[name])) for name in self.draw
+            name: self._drawn(name, counts[name]) for name in self.draw
         }
 
     @torch.no_grad()
@@ -102,34 +117,55 @@ class AdaptivePoints:
         Returns:
             The parts that got points, mostly none.
         """
-        losses = {name: self._loss(one) for name, one in self.residuals.items()}
+        losses, counts = self._losses(self.residuals)
+        outside, _ = self._losses(self.held_out)
         total = sum(losses.values())
-        excess = {name: self._loss(one) - losses[name] for name, one in self.held_out.items()}
+        excess = {name: loss - losses[name] for name, loss in outside.items()}
         needy = [name for name, value in excess.items() if total < value < math.inf]
         for name in needy:
-            count = max(1, round(self.growth * len(self.residuals[name])))
-            self._add(name, count)
-            self.held_out[name] = self._drawn(name, len(self.residuals[name]))
+            count = max(1, round(self.growth * counts[name]))
+            there = self._add(name, count, counts[name])
+            self.held_out[name] = self._drawn(name, there)
         return needy
 
-    def _add(self, name: str, count: int) -> None:
-        """Add points to a part, in place of others where there may be no more."""
+    def _add(self, name: str, count: int, there: int) -> int:
+        """Add points to a part, in place of others where there may be no more.
+
+        Args:
+            name: The part.
+            count: How many points.
+            there: How many there are.
+
+        Returns:
+            How many there are then.
+        """
         residual, candidates = self.residuals[name], self._drawn(name, CANDIDATES * count)
-        sizes = self._sizes(candidates)
+        sizes, begin = self._of_all(self._sizes(candidates))
         density = sizes / sizes.mean() + 1
         added = torch.multinomial(density, count, generator=self.generator)
-        kept = torch.arange(len(residual), device=added.device)
-        if self.most is not None and len(residual) + count > self.most:
-            kept = self._sizes(residual).topk(max(0, self.most - count)).indices
+        before, first = self._of_all(self._sizes(residual))
+        kept = torch.arange(there, device=added.device)
+        if self.most is not None and there + count > self.most:
+            kept = before.topk(max(0, self.most - count)).indices
             added = added[: self.most]
+        if not self.replicas.are_alone:
+            self.replicas.follow_first([kept, added])
+        mine = kept[(kept >= first) & (kept < first + len(residual))] - first
+        new = added[(added >= begin) & (added < begin + len(candidates))] - begin
         data: Tensor | None = None
         if residual.data is not None and candidates.data is not None:
-            data = torch.cat([residual.data[kept], candidates.data[added]])
-        residual.replace(torch.cat([residual.points[kept], candidates.points[added]]), data)
+            data = torch.cat([residual.data[mine], candidates.data[new]])
+        residual.replace(torch.cat([residual.points[mine], candidates.points[new]]), data)
+        return len(kept) + len(added)
 
     def _drawn(self, name: str, count: int) -> Residual:
-        """Return a part at other points."""
-        residual, drawn = self.residuals[name], self.draw[name](count)
+        """Return a part at other points, of which this process draws its share."""
+        residual, number = self.residuals[name], self.replicas.number
+        count = count // number + (self.replicas.rank < count % number)
+        if not count:
+            data = None if residual.data is None else residual.data[:0]
+            return Residual(residual.function, residual.points[:0], data, residual.weight)
+        drawn = self.draw[name](count)
         points, data = drawn if isinstance(drawn, tuple) else (drawn, None)
         if len(points) != count or (data is None) != (residual.data is None):
             expected = "points" if residual.data is None else "a pair of points and data"
@@ -139,8 +175,20 @@ class AdaptivePoints:
             )
         return Residual(residual.function, points, data, residual.weight)
 
-    def _loss(self, residual: Residual) -> float:
-        return 0.5 * residual.weight * float(self._sizes(residual).square().mean())
+    def _losses(self, parts: Mapping[str, Residual]) -> tuple[dict[str, float], dict[str, int]]:
+        """Return the loss of each part and its number of points, in all processes."""
+        own = [
+            torch.stack([sizes.square().sum().double(), sizes.new_tensor(len(sizes)).double()])
+            for sizes in map(self._sizes, parts.values())
+        ]
+        found = dict(zip(parts, self.replicas.added_up(torch.stack(own)).tolist(), strict=True))
+        losses = {name: 0.5 * parts[name].weight * s / n for name, (s, n) in found.items()}
+        return losses, {name: int(n) for name, (_, n) in found.items()}
+
+    def _of_all(self, own: Tensor) -> tuple[Tensor, int]:
+        """Return the numbers of all processes, ``(Σ n,)``, and where those of this one begin."""
+        each = self.replicas.gathered(own, own.device)
+        return torch.cat(each), sum(len(one) for one in each[: self.replicas.rank])
 
     def _sizes(self, residual: Residual) -> Tensor:
         """Return ``‖r(x_n)‖``, ``(N,)``."""

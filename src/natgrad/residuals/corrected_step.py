@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from natgrad.optim.step.line_search import LineSearch
@@ -108,6 +107,7 @@ def shortened(
 def corrected(
     linear: LinearStep,
     residuals_at: Callable[[Tensor], list[Tensor]],
+    loss_of: Callable[[list[Tensor]], float],
     deviation: Callable[[Tensor, list[Tensor]], Tensor],
     before: float,
 ) -> FoundStep | None:
@@ -116,6 +116,7 @@ def corrected(
     Args:
         linear: The step.
         residuals_at: d ↦ ``ρ(θ + d)``, in chunks.
+        loss_of: These ↦ ``½‖ρ‖²``, with what other processes have of ρ.
         deviation: d and these ↦ ``(F + λI)⁻¹Jᵀ(ρ(θ + d) − ρ − Jd)``.
         before: The loss at θ.
     """
@@ -129,7 +130,7 @@ def corrected(
     found, last = None, math.inf
     for count in range(MOST_CORRECTIONS + 1):
         residuals = residuals_at(moved)
-        after = 0.5 * float(torch.stack([rho.square().sum() for rho in residuals]).sum())
+        after = loss_of(residuals)
         if not after < last:
             break
         if after < before - ARMIJO * lr * linear.slope:

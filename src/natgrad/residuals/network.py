@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
+from natgrad.residuals.joint_points import JointPoints
 from natgrad.residuals.residual import Residual, as_residuals
 from natgrad.residuals.taylor import TaylorNetwork
 
@@ -46,16 +47,27 @@ class ResidualNetwork(nn.Module):
         self.model = model
         self.residuals: dict[str, Residual] = as_residuals(residuals)
 
-    def forward(self, chosen: Sequence[tuple[str, slice]] | None = None) -> Tensor:
+    def forward(
+        self,
+        chosen: Sequence[tuple[str, slice]] | None = None,
+        joint: JointPoints | None = None,
+    ) -> Tensor:
         """Return the scaled residuals, ``(Σ N_b, K)``.
 
         Args:
             chosen: Parts and which of their points, for a chunk of the output; all by default.
+            joint: The points of all processes, which the N are of; those here by default.
+
+        Raises:
+            ValueError: If a part has no points.
         """
-        total = sum(len(residual) for residual in self.residuals.values())
-        pieces = self._pieces(chosen)
-        parts = [residual.row_scale() * total**0.5 * value for _, residual, value in pieces]
-        width = max(part.shape[1] for part in parts)
+        if joint is None:
+            joint = JointPoints.of({name: (len(one), 0) for name, one in self.residuals.items()})
+        parts = [
+            residual.row_scale(joint.counts[name]) * joint.total**0.5 * value
+            for name, residual, value in self._pieces(chosen)
+        ]
+        width = max([joint.least_width, *(part.shape[1] for part in parts)])
         return torch.cat([nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
 
     def loss(self) -> Tensor:

@@ -31,7 +31,7 @@ class Residual:
             ``jvp``). Where the model is a :class:`natgrad.TaylorNetwork`, u is the
             :class:`~natgrad.residuals.Taylor` of its value and derivatives at x instead. The
             function must be one that :func:`torch.func.vmap` can batch: no ``if`` on values.
-        points: ``(N, D)``.
+        points: ``(N, D)``. N may be 0 in a process where others have points of the part.
         data: Given to the function as third argument, one entry per point, ``(N, ...)``: what is
             known there, such as a source or measured values.
         weight: w ≥ 0.
@@ -93,12 +93,10 @@ class Residual:
             data: ``(N, ...)``.
 
         Raises:
-            ValueError: If the shapes are wrong or there are no points.
+            ValueError: If the shapes are wrong.
         """
-        if points.dim() != 2 or not len(points):
-            raise ValueError(
-                f"points must have shape (N, D) with N >= 1, got {tuple(points.shape)}"
-            )
+        if points.dim() != 2:
+            raise ValueError(f"points must have shape (N, D), got {tuple(points.shape)}")
         if data is not None and (data.dim() == 0 or len(data) != len(points)):
             raise ValueError(
                 f"data must have one entry for each of the {len(points)} points, got shape "
@@ -121,9 +119,13 @@ class Residual:
             raise TypeError(f"a residual function must return a tensor, got {type(value).__name__}")
         return value.reshape(-1)
 
-    def row_scale(self) -> float:
-        """Return ``√(w/N)``: rows scaled by it sum to this part of F, residuals to the loss."""
-        return math.sqrt(self.weight / len(self))
+    def row_scale(self, points: int | None = None) -> float:
+        """Return ``√(w/N)``: rows scaled by it sum to this part of F, residuals to the loss.
+
+        Args:
+            points: N of all processes; those here by default.
+        """
+        return math.sqrt(self.weight / (len(self) if points is None else points))
 
     def __repr__(self) -> str:
         """Show the function, the number of points and the weight."""

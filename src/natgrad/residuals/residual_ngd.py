@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.arguments import check_choice, check_interval, check_range, check_rate
+from natgrad.capture.model_output import unwrap
 from natgrad.curvature import Curvature, Structure, as_structure
 from natgrad.curvature.full import ExactRows
+from natgrad.distributed import Replicas
+from natgrad.distributed.place import Place
 from natgrad.jacobians import DenseJacobian, Jacobians, LayerJacobian
 from natgrad.linalg import FactorizationError
 from natgrad.operators import GradientSource, Operator
@@ -90,9 +93,13 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
 
     Full-batch problems of this kind are badly conditioned: use float64.
 
+    Several processes that have points of their own, each any number of them, take together the step
+    that one takes with all points. All call ``step()`` and ``loss()``, and decide by the same
+    numbers. Rows stay where they are made; each process has the whole matrix.
+
     Args:
         model: The network: any module for ``jacobians="vmap"``, a :class:`natgrad.TaylorNetwork`
-            for either way.
+            for either way; or either inside DistributedDataParallel.
         residuals: The parts of the loss by name, or one :class:`natgrad.Residual`. Their points
             and weights may be changed between steps.
         structure: Structure of the Fisher matrix, or its name: ``"full"``, ``"block_diagonal"``,
@@ -121,7 +128,11 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
         chunk_size: Points differentiated at a time; by default so many that a chunk takes 2²⁵
             numbers (256 MiB in float64) while it is differentiated, eight times its rows. A step of
             R residuals and P parameters takes about ``8 min(R, P)²`` numbers beside, for matrix and
-            factors. Where R ≤ P the rows stay: factored, or ``R·P`` numbers by ``"vmap"``.
+            factors. Where R ≤ P the rows stay: factored, or ``R·P`` numbers by ``"vmap"``. Of
+            several processes each has its own share of the rows alone, and R is that of all.
+        process_group: Processes that train replicas of the model, each with points of its own; by
+            default those that it is wrapped for in DistributedDataParallel, else none but this one.
+            All have the same parts, weights and parameters.
 
     Attributes:
         last: What the last step did, a :class:`ResidualStep`; None before the first.
@@ -154,6 +165,7 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
         momentum: float = 0.0,
         acceleration: bool = True,
         chunk_size: int | None = None,
+        process_group: Any = None,
     ) -> None:
         check_rate("lr", lr)
         if damping is not None and not 0 < damping < math.inf:
@@ -161,15 +173,18 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
         check_range("momentum", momentum, below=1.0)
         if chunk_size is not None:
             check_interval("chunk_size", chunk_size)
+        self.replicas: Replicas = Replicas.of(model, process_group)
+        model = unwrap(model)
         if jacobians is None:
             jacobians = "captured" if isinstance(model, TaylorNetwork) else "vmap"
         check_choice("jacobians", jacobians, "captured", "vmap")
         self.residuals: dict[str, Residual] = as_residuals(residuals)
         source = CapturedRows if jacobians == "captured" else FunctionRows
-        self.rows: ResidualRows = source(model, self.residuals, chunk_size)
+        self.rows: ResidualRows = source(model, self.residuals, chunk_size, self.replicas)
         blocks = {name: block.layout for name, block in self.rows.blocks.items()}
         chosen = as_structure(structure, training=True)
         self.curvature: Curvature = Curvature(chosen, blocks, self.rows.layout)
+        self.curvature.replicas, self.curvature.rows_stay = self.replicas, chosen.rows_stay
         iterates = isinstance(chosen, ExactRows) and chosen.is_iterative
         self.acceleration: bool = acceleration and not iterates
         self._takes_dense_rows: bool = isinstance(chosen, ExactRows) and not iterates
@@ -197,7 +212,12 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
         super().add_param_group(param_group)
 
     def loss(self) -> float:
-        """Return ``L(θ)`` at the present parameters, without a graph."""
+        """Return ``L(θ)`` at the present parameters, without a graph; all processes ask for it."""
+        self.rows.agree()
+        return self._loss()
+
+    def _loss(self) -> float:
+        """Return the loss at the points that processes have agreed on."""
         return float(self.rows.loss())
 
     @torch.no_grad()
@@ -211,7 +231,7 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
             The loss before the step.
 
         Raises:
-            ValueError: If a closure is given.
+            ValueError: If a closure is given, or processes have other parts or weights.
         """
         if closure is not None:
             raise ValueError("ResidualNGD.step() takes no closure: it evaluates the residuals")
@@ -244,9 +264,13 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
         parts = list(self.residuals.values())
         tensors = [t for one in parts for t in (one.points, one.data) if t is not None]
         signature = [(id(t), t._version) for t in tensors], [one.weight for one in parts]
+        change = self.rows.agree(self._seen is not None and signature != self._seen[0])
         if self._seen is not None:  # What a checkpoint says goes on.
-            self.param_groups[0]["points_change"] = signature != self._seen[0]
+            self.param_groups[0]["points_change"] = change
         self._seen = signature, tensors  # Kept, so that others get no number of theirs.
+        each = [sum(own.values()) for own in self.rows.joint.each]
+        rank = self.replicas.rank
+        self.curvature.place = Place(sum(each[:rank]), each[rank], sum(each))
 
     # The linear model of the residuals.
 
@@ -256,11 +280,11 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
         previous = self._previous() if momentum else None
         gradient, adjusted = layout.zeros(layout.numel), layout.zeros(layout.numel)
         chunks: list[tuple[Tensor, Jacobians, Tensor] | None] = []
-        square = 0.0
+        square, at_once = 0.0, self.rows.come_at_once()
         for share, values, rows in self.rows.chunks():
             square += float(values.square().sum())
             if not math.isfinite(square):
-                return None
+                break  # So is the sum over processes, in all of them.
             if self._takes_dense_rows and rows.rows > layout.numel:
                 rows = _formed(rows)
             gradient, rest = gradient + rows.rmatvec(values), values
@@ -269,14 +293,27 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
                 adjusted = adjusted + rows.rmatvec(rest)
             self.curvature.observe(rows, share)
             chunks = [None] if chunks else [(values, rows, rest)]  # Only sums of several are kept.
-        if not bool(torch.isfinite(gradient).all()):
+        square, gradient, adjusted = self._of_all(square, gradient, adjusted)
+        if not math.isfinite(square) or not bool(torch.isfinite(gradient).all()):
             return None
-        whole = chunks[0]
-        plain = right = _RightSide(gradient, None if whole is None else whole[0], None)
+        whole = chunks[0] if chunks else None
+        known = whole if at_once else None
+        plain = right = _RightSide(gradient, None if known is None else known[0], None)
         if previous is not None:
-            coordinates = None if whole is None else whole[2]
+            coordinates = None if known is None else known[2]
             right = _RightSide(adjusted, coordinates, momentum * previous)
-        return _Linearised(0.5 * square, plain, right, None if whole is None else whole[:2])
+        rows_here = None if whole is None else whole[:2]
+        return _Linearised(0.5 * square, plain, right, rows_here, at_once)
+
+    def _of_all(
+        self, square: float, gradient: Tensor, adjusted: Tensor
+    ) -> tuple[float, Tensor, Tensor]:
+        """Return ``‖ρ‖²``, ``∇L`` and the gradient that momentum adjusts, of all processes."""
+        if self.replicas.are_alone:
+            return square, gradient, adjusted
+        total = self.replicas.added_up(gradient.new_tensor(square, dtype=torch.float64))
+        gradients = self.replicas.added_up(torch.stack([gradient, adjusted]))
+        return float(total), gradients[0], gradients[1]
 
     def _matrices(self) -> dict[str, Operator] | None:
         """Return the parts of F, from rows that all trials share; None for sums of other forms."""
@@ -342,9 +379,12 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
 
         if self.acceleration:
             deviation = functools.partial(self._deviation, linear.start, here)
-            return corrected(linear, residuals_at, deviation, here.loss)
+            return corrected(linear, residuals_at, self._loss_of, deviation, here.loss)
         points_change = self.param_groups[0]["points_change"]
-        return shortened(linear, move, self.loss, here.loss, points_change)
+        return shortened(linear, move, self._loss, here.loss, points_change)
+
+    def _loss_of(self, scaled: list[Tensor]) -> float:
+        return float(self.rows.loss_of(scaled))
 
     def _factorise(self, matrices: dict[str, Operator] | None, damping: float) -> bool:
         """Make the inverses for a λ; return whether that was possible."""
@@ -379,14 +419,22 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
 
         Args:
             gradient: Computes ``Jᵀu``, flat; in sample space that is not needed.
-            coordinates: u, where all rows were had at once.
+            coordinates: u, what this process has of it, where all rows were had at once.
         """
-        layout = self.rows.layout
-        natural = None if coordinates is None else self._in_sample_space(coordinates)
+        layout, natural = self.rows.layout, None
+        if coordinates is not None:
+            own = coordinates.reshape(-1, 1)
+            coordinates = self.replicas.laid_end_to_end(own, self.rows.lengths())
+            natural = self._in_sample_space(coordinates)
+        in_sample_space = natural is not None
         if natural is None:
             source = GradientSource(layout.to_dict(gradient()), coordinates=coordinates)
             natural = self.curvature.natural_gradient(source)
-        return layout.to_flat({name: natural[name] for name in layout.names}).to(layout.dtype)
+        flat = layout.to_flat({name: natural[name] for name in layout.names}).to(layout.dtype)
+        if not in_sample_space and not self.replicas.are_alone:
+            # Processors that round differently would decide differently; sums agree as they are.
+            self.replicas.follow_first([flat])
+        return flat
 
     def _in_sample_space(self, coordinates: Tensor) -> dict[str, Tensor] | None:
         """Return ``Jᵀ(JJᵀ + λI)⁻¹u``, part by part; None where an inverse is of another form."""
@@ -395,7 +443,7 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
             inverse = self.curvature.estimates[name].inverse
             found = None
             if isinstance(inverse, RowsInverse):
-                found = inverse.of_coordinates(coordinates.reshape(-1, 1))
+                found = inverse.of_coordinates(coordinates)
             if found is None:
                 return None
             natural |= found
@@ -415,11 +463,15 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
         if here.rows is not None:
             (values, rows), (after,) = here.rows, ahead
             beyond = after - values - rows.matvec(moved)
-            return self._precondition(lambda: rows.rmatvec(beyond), beyond)
+            return self._precondition(
+                lambda: self.replicas.added_up(rows.rmatvec(beyond)),
+                beyond if here.at_once else None,
+            )
         self._set(start)  # Rows of several chunks are had once more.
         total = torch.zeros_like(start)
         for (_, values, rows), after in zip(self.rows.chunks(), ahead, strict=True):
             total = total + rows.rmatvec(after - values - rows.matvec(moved))
+        total = self.replicas.added_up(total)
         return self._precondition(lambda: total, None)
 
     def _set(self, flat: Tensor) -> None:
@@ -430,7 +482,7 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
 
     def _refuse(self) -> float:
         """Damp more, say once that residuals are not finite, and return the loss."""
-        group, loss = self.param_groups[0], self.loss()
+        group, loss = self.param_groups[0], self._loss()
         damping = group["damping"]
         self.last = ResidualStep(loss, loss, 0.0, math.nan if damping is None else damping, 0)
         if damping is not None:
@@ -440,7 +492,10 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
         if self._warned:
             return loss
         self._warned = True
-        bad = [n for n, v in self.rows.values().items() if not bool(torch.isfinite(v).all())]
+        found = self.rows.values()
+        flags = torch.stack([(~v.isfinite()).any().long() for v in found.values()])
+        flags = self.replicas.added_up(flags)
+        bad = [name for name, flag in zip(found, flags.tolist(), strict=True) if flag]
         why = f"residuals of {', '.join(map(repr, bad))} are" if bad else "their gradient is"
         warnings.warn(
             f"a step of ResidualNGD was skipped, as {why} not finite; parameters are as before",
@@ -507,7 +562,8 @@ class _RightSide:
 
     Attributes:
         gradient: ``∇L``, or ``Jᵀ(ρ − μJΔ₀)``, flat.
-        coordinates: What J is multiplied by there, where all rows were had at once.
+        coordinates: What the rows of this process are multiplied by there, where all were had at
+            once.
         shift: ``μΔ₀``, or None.
     """
 
@@ -524,10 +580,12 @@ class _Linearised:
         loss: ``L(θ)``.
         plain: The right-hand side ``∇L``.
         right: That with momentum; the plain one without.
-        rows: ρ and J, where all rows were had at once.
+        rows: ρ and J of this process, where they are one chunk.
+        at_once: Whether all rows were had at once, in all processes.
     """
 
     loss: float
     plain: _RightSide
     right: _RightSide
     rows: tuple[Tensor, Jacobians] | None
+    at_once: bool

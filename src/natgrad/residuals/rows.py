@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,8 +14,10 @@ from natgrad.capture import Block, Capture
 from natgrad.capture.evaluation import unit_vectors
 from natgrad.capture.generic import not_by_samples, parameter_places
 from natgrad.capture.kinds import dense_layout
+from natgrad.distributed import Replicas
 from natgrad.jacobians import CHUNK_ELEMENTS, DenseJacobian, Jacobians, LayerJacobian
 from natgrad.layouts import ParameterLayout
+from natgrad.residuals.joint_points import JointPoints
 from natgrad.residuals.network import ResidualNetwork
 from natgrad.residuals.residual import Residual
 from natgrad.residuals.taylor import TaylorNetwork
@@ -29,10 +31,13 @@ OVERHEAD = 8
 class ResidualRows(ABC):
     """Scaled residuals ``ρ_bn = √(w_b/N_b) r_bn`` and their rows: ``L = ½‖ρ‖²``, ``F = JᵀJ``.
 
+    Of several processes each has points and rows of its own, N_b counts those of all.
+
     Args:
         model: The model.
         residuals: The parts by name.
         chunk_size: Points at a time; by default as many as keep temporary tensors small.
+        replicas: The processes; none but this one by default.
 
     Attributes:
         blocks: Block name → block.
@@ -45,11 +50,17 @@ class ResidualRows(ABC):
     parameters: dict[str, nn.Parameter]
 
     def __init__(
-        self, model: nn.Module, residuals: Mapping[str, Residual], chunk_size: int | None
+        self,
+        model: nn.Module,
+        residuals: Mapping[str, Residual],
+        chunk_size: int | None,
+        replicas: Replicas | None = None,
     ) -> None:
         self.model: nn.Module = model
         self.residuals: Mapping[str, Residual] = residuals
         self.chunk_size: int | None = chunk_size
+        self.replicas: Replicas = Replicas() if replicas is None else replicas
+        self._agreed: JointPoints | None = None
         self._widths: dict[str, tuple[Any, int]] = {}
 
     @abstractmethod
@@ -60,38 +71,82 @@ class ResidualRows(ABC):
     def chunks(self) -> Iterator[tuple[float, Tensor, Jacobians]]:
         """Yield shares of the points, their ρ ``(n, K)`` and their rows.
 
-        All points come at once if they have no more rows than there are parameters, or few entries.
+        All points come at once if they have no more rows than there are parameters, or few entries;
+        where this process has none of them, as a chunk without rows.
         """
 
     @abstractmethod
     def scaled_values(self) -> Iterator[Tensor]:
         """Yield ρ alone, chunk by chunk as :meth:`chunks` does."""
 
+    @abstractmethod
+    def lengths(self) -> list[int]:
+        """Return how many rows each process has where all come at once, in the order of ranks."""
+
+    @property
+    def joint(self) -> JointPoints:
+        """The points of all processes, those of the last :meth:`agree` where there are others."""
+        if self._agreed is None or self.replicas.are_alone:
+            return JointPoints.of(self._sizes())
+        return self._agreed
+
+    def agree(self, flag: bool = False) -> bool:
+        """Learn how many points each process has, as all do together before a step.
+
+        Args:
+            flag: What the others are to know of.
+
+        Returns:
+            Whether a flag is up in any of them.
+
+        Raises:
+            ValueError: If they have other parts or weights, or none has points of a part.
+        """
+        if self.replicas.are_alone:
+            return flag
+        weights = [one.weight for one in self.residuals.values()]
+        own = {"parts": self._sizes(), "weights": weights, "flag": flag}
+        found = self.replicas.gathered(own, self.layout.device)
+        self._agreed = JointPoints.of(*(one["parts"] for one in found))
+        if any(one["weights"] != weights for one in found):
+            given = ", ".join(str(one["weights"]) for one in found)
+            raise ValueError(f"the residuals' weights differ between processes: {given}")
+        return any(one["flag"] for one in found)
+
     def values(self) -> dict[str, Tensor]:
-        """Return the residuals as they are, part by part, ``(N_b, R_b)``."""
+        """Return the residuals as they are, part by part, ``(N_b, R_b)``, those of this process."""
         return {name: self.values_of(residual) for name, residual in self.residuals.items()}
 
     def values_of(self, residual: Residual) -> Tensor:
         """Return the residuals of a part, one of those given or another, ``(N, R)``."""
-        return torch.cat([self._values(residual, chosen) for chosen in self._slices(residual)])
+        found = [self._values(residual, chosen) for chosen in self._slices(residual)]
+        return torch.cat(found) if found else residual.points.new_zeros(0, 1)
 
     def loss(self) -> Tensor:
-        """Return ``Σ_b w_b/(2N_b) Σ_n ‖r_bn‖²``."""
-        return 0.5 * torch.stack([rho.square().sum() for rho in self.scaled_values()]).sum()
+        """Return ``Σ_b w_b/(2N_b) Σ_n ‖r_bn‖²``, a scalar, over the points of all processes."""
+        return self.loss_of(self.scaled_values())
 
-    def point_count(self) -> int:
-        """Return the number of points of all parts."""
-        return sum(len(residual) for residual in self.residuals.values())
+    def loss_of(self, scaled: Iterable[Tensor]) -> Tensor:
+        """Return the loss of what :meth:`scaled_values` yields in each process, a scalar."""
+        squares = [rho.square().sum() for rho in scaled]
+        own = torch.stack(squares).sum() if squares else self.layout.zeros(1)[0]
+        return 0.5 * self.replicas.added_up(own)
 
-    def _come_at_once(self) -> bool:
+    def come_at_once(self) -> bool:
         """Return whether all rows fit the memory that the factorisation or a chunk takes anyway."""
-        rows = sum(len(one) * self._width(name) for name, one in self.residuals.items())
+        rows = self.joint.rows
         few = rows * self.layout.numel <= CHUNK_ELEMENTS and self.chunk_size is None
         return few or rows <= self.layout.numel
 
+    def _sizes(self) -> dict[str, tuple[int, int]]:
+        """Return of every part how many points this process has, and of residuals at each."""
+        return {name: (len(one), self._width(name)) for name, one in self.residuals.items()}
+
     def _width(self, name: str) -> int:
-        """Return the number of residuals per point, evaluating a function once."""
+        """Return the number of residuals per point, evaluating a function once; 0 without any."""
         residual = self.residuals[name]
+        if not len(residual):
+            return 0
         function, width = self._widths.get(name, (None, 0))
         if function is not residual.function:
             width = self._values(residual, slice(0, 1)).shape[1]
@@ -112,9 +167,13 @@ class FunctionRows(ResidualRows):
     """
 
     def __init__(
-        self, model: nn.Module, residuals: Mapping[str, Residual], chunk_size: int | None
+        self,
+        model: nn.Module,
+        residuals: Mapping[str, Residual],
+        chunk_size: int | None,
+        replicas: Replicas | None = None,
     ) -> None:
-        super().__init__(model, residuals, chunk_size)
+        super().__init__(model, residuals, chunk_size, replicas)
         reason = not_by_samples(model)
         if reason is not None:
             raise ValueError(
@@ -137,24 +196,32 @@ class FunctionRows(ResidualRows):
     def chunks(self) -> Iterator[tuple[float, Tensor, Jacobians]]:
         """Yield shares of the points, their ρ ``(n·R, 1)`` and their rows."""
         waiting: list[tuple[float, Tensor, dict[str, Tensor]]] = []
-        together = self._come_at_once()
-        for residual in self.residuals.values():
+        together, joint, count = self.come_at_once(), self.joint, 0
+        for name, residual in self.residuals.items():
             for chosen in self._slices(residual):
-                waiting.append((residual.row_scale(), *self._rows(residual, chosen)))
+                scale = residual.row_scale(joint.counts[name])
+                waiting.append((scale, *self._rows(residual, chosen)))
+                count += chosen.stop - chosen.start
                 if not together:
-                    yield (chosen.stop - chosen.start) / self.point_count(), *self._joined(waiting)
-                    waiting = []
-        if waiting:
-            yield 1.0, *self._joined(waiting)
+                    yield count / joint.total, *self._joined(waiting)
+                    waiting, count = [], 0
+        if together:
+            yield count / joint.total, *self._joined(waiting)
 
     def scaled_values(self) -> Iterator[Tensor]:
         """Yield ρ alone, ``(n·R, 1)``."""
+        counts = self.joint.counts
         found = [
-            residual.row_scale() * self._values(residual, chosen).reshape(-1, 1)
-            for residual in self.residuals.values()
+            residual.row_scale(counts[name]) * self._values(residual, chosen).reshape(-1, 1)
+            for name, residual in self.residuals.items()
             for chosen in self._slices(residual)
         ]
-        yield from [torch.cat(found)] if self._come_at_once() else found
+        yield from [self._end_to_end(found)] if self.come_at_once() else found
+
+    def lengths(self) -> list[int]:
+        """Return how many rows each process has."""
+        joint = self.joint
+        return [sum(n * joint.widths[name] for name, n in own.items()) for own in joint.each]
 
     def _rows(self, residual: Residual, chosen: slice) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the residuals of some points, ``(n·R, 1)``, and block name → rows ``(n·R, P)``."""
@@ -201,12 +268,15 @@ class FunctionRows(ResidualRows):
         self, chunks: list[tuple[float, Tensor, dict[str, Tensor]]]
     ) -> tuple[Tensor, Jacobians]:
         """Scale residuals and rows and join them."""
-        values = torch.cat([scale * value for scale, value, _ in chunks])
+        values = self._end_to_end([scale * value for scale, value, _ in chunks])
         dense: dict[str, LayerJacobian] = {}
-        for name, block in self.blocks.items():
+        for name, block in self.blocks.items() if chunks else ():
             rows = torch.cat([scale * chunk[name] for scale, _, chunk in chunks])
             dense[name] = DenseJacobian(block.layout, rows.unsqueeze(1))
         return values, Jacobians(self.layout, dense, len(values), 1)
+
+    def _end_to_end(self, values: list[Tensor]) -> Tensor:
+        return torch.cat(values) if values else self.layout.zeros(0, 1)
 
 
 class CapturedRows(ResidualRows):
@@ -218,14 +288,18 @@ class CapturedRows(ResidualRows):
     """
 
     def __init__(
-        self, model: nn.Module, residuals: Mapping[str, Residual], chunk_size: int | None
+        self,
+        model: nn.Module,
+        residuals: Mapping[str, Residual],
+        chunk_size: int | None,
+        replicas: Replicas | None = None,
     ) -> None:
         if not isinstance(model, TaylorNetwork):
             raise TypeError(
                 f"jacobians='captured' needs a natgrad.TaylorNetwork, got {type(model).__name__}: "
                 "wrap the network in one, or use jacobians='vmap'"
             )
-        super().__init__(model, residuals, chunk_size)
+        super().__init__(model, residuals, chunk_size, replicas)
         self.problem: ResidualNetwork = ResidualNetwork(model, residuals)
         self.capture: Capture = Capture(self.problem)
         self.capture.check_covered()
@@ -243,15 +317,23 @@ class CapturedRows(ResidualRows):
 
     def chunks(self) -> Iterator[tuple[float, Tensor, Jacobians]]:
         """Yield shares of the points, their ρ ``(n, K)`` and their rows."""
+        total = self.joint.total
         for chosen in self._together():
             count = sum(which.stop - which.start for _, which in chosen)
-            yield count / self.point_count(), *self._pulled_back(chosen)
+            yield count / total, *(self._pulled_back(chosen) if count else self._nothing())
 
     def scaled_values(self) -> Iterator[Tensor]:
         """Yield ρ alone, ``(n, K)``."""
+        joint = self.joint
         for chosen in self._together():
             with torch.no_grad():
-                yield self.point_count() ** -0.5 * self.problem(chosen)
+                scaled = self.problem(chosen, joint) if chosen else self._nothing()[0]
+                yield joint.total**-0.5 * scaled
+
+    def lengths(self) -> list[int]:
+        """Return how many rows each process has, padded to the widest part."""
+        joint = self.joint
+        return [sum(own.values()) * joint.least_width for own in joint.each]
 
     def _together(self) -> list[list[tuple[str, slice]]]:
         slices = [
@@ -259,14 +341,20 @@ class CapturedRows(ResidualRows):
             for name, residual in self.residuals.items()
             for chosen in self._slices(residual)
         ]
-        return [slices] if self._come_at_once() else [[one] for one in slices]
+        return [slices] if self.come_at_once() else [[one] for one in slices]
+
+    def _nothing(self) -> tuple[Tensor, Jacobians]:
+        """Return residuals and rows where there are no points."""
+        width = self.joint.least_width
+        return self.layout.zeros(0, width), Jacobians(self.layout, {}, 0, width)
 
     def _pulled_back(self, chosen: list[tuple[str, slice]]) -> tuple[Tensor, Jacobians]:
-        scale = self.point_count() ** -0.5
+        joint = self.joint
+        scale = joint.total**-0.5
         self.capture.recording = True
         try:
             with torch.enable_grad():
-                output = self.problem(chosen)
+                output = self.problem(chosen, joint)
             if not output.requires_grad:
                 raise ValueError(
                     "the residuals do not depend on any trainable parameter of the network"
