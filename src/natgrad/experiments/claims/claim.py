@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -31,6 +31,10 @@ Draws = float | list[float]
 Figures = dict[str, Draws]
 """Measured numbers by name: one number, or one for each draw of what is random."""
 
+Measure = Callable[["Setting"], Figures | Iterator[Mapping[str, float]]]
+"""Measures a claim: returns its figures, or yields those of one draw after the other."""
+
+Item = TypeVar("Item")
 Value = TypeVar("Value", float, list[float], dict[str, float], dict[str, list[float]])
 
 #: Standard errors by which the mean of several draws must clear a bound.
@@ -86,6 +90,15 @@ def mean_and_error(draws: Draws) -> tuple[float, float]:
     return mean, ERRORS * statistics.stdev(values) / math.sqrt(len(values))
 
 
+def draw_by_draw(draws: Iterable[Mapping[str, float]]) -> Figures:
+    """Return the figures of several draws, all those of a name in one list."""
+    figures: dict[str, list[float]] = {}
+    for draw in draws:
+        for name, value in draw.items():
+            figures.setdefault(name, []).append(value)
+    return dict(figures)
+
+
 @functools.cache
 def _problem(config: TheoryConfig) -> Problem:
     return Problem.load(config)
@@ -118,6 +131,13 @@ class Setting:
     def of(self, small: Any, published: Any) -> Any:
         """Return the first at the small size, the second at the published one."""
         return published if self.full else small
+
+    def each(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Yield some items, and tell the share that is done after each."""
+        known = list(items)
+        for done, item in enumerate(known, start=1):
+            yield item
+            self.progress(done / len(known))
 
     def torch_device(self) -> torch.device:
         """Return the device."""
@@ -228,7 +248,7 @@ class Source:
 
     def claim(
         self, name: str, *, where: str, says: str, expects: Sequence[Expect], **fields: Any
-    ) -> Callable[[Callable[[Setting], Figures]], Callable[[Setting], Figures]]:
+    ) -> Callable[[Measure], Callable[[Setting], Figures]]:
         """Register the decorated function as the measurement of a claim, its docstring as `about`.
 
         Args:
@@ -239,12 +259,16 @@ class Source:
             **fields: Further fields of :class:`Claim`.
         """
 
-        def register(measure: Callable[[Setting], Figures]) -> Callable[[Setting], Figures]:
+        def register(measure: Measure) -> Callable[[Setting], Figures]:
+            def figures(setting: Setting) -> Figures:
+                found = measure(setting)
+                return found if isinstance(found, dict) else draw_by_draw(found)
+
             about = " ".join((measure.__doc__ or "").split())
             full_name = f"{self.name}.{name}"
             self.claims.append(
-                Claim(full_name, where, says, tuple(expects), measure, about, **fields)
+                Claim(full_name, where, says, tuple(expects), figures, about, **fields)
             )
-            return measure
+            return figures
 
         return register

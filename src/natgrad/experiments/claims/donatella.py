@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +15,7 @@ import natgrad
 from natgrad.curvature import Full
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
 from natgrad.experiments.claims.paired_draws import ratios
-from natgrad.experiments.claims.side_by_side import (
-    MakeAtRate,
-    MakeOptimizer,
-    Task,
-    mlp,
-)
+from natgrad.experiments.claims.side_by_side import MakeAtRate, MakeOptimizer, Task, mlp
 from natgrad.operators import FisherMatrix
 from natgrad.solvers import Thermodynamic
 from natgrad.solvers.thermodynamic import MARGIN
@@ -79,24 +76,21 @@ def _process(relaxation_times: float, **options: object) -> Thermodynamic:
         Expect("error after 10/λ", at_most=1e-3, because="e⁻¹⁰ is 5e-5"),
     ],
 )
-def error(setting: Setting) -> Figures:
+def error(setting: Setting) -> Iterator[dict[str, float]]:
     """Relative error of the simulated solution of (F + λI)x = ∇L, without noise, from x = 0.
 
     One batch of 50 images, a network with 16 hidden tanh units, λ = λ_max/30.
     """
-    figures: dict[str, list[float]] = {}
-    for draw in range(DRAWS):
+    for draw in setting.each(range(DRAWS)):
         matrix, damping, gradient = _system(setting, draw)
         exact = matrix.solve(gradient, damping)
+        figures = {}
         for count in (1, 2, 4, 10):
             found = matrix.inverse(damping, _process(count)) @ gradient
             share = float((found - exact).norm() / exact.norm())
-            figures.setdefault(f"error after {count}/λ", []).append(share)
-            figures.setdefault(f"error over e^(−λt), t = {count}/λ", []).append(
-                share * math.exp(count)
-            )
-        setting.progress((draw + 1) / DRAWS)
-    return {name: figures[name] for name in sorted(figures)}
+            figures[f"error after {count}/λ"] = share
+            figures[f"error over e^(−λt), t = {count}/λ"] = share * math.exp(count)
+        yield dict(sorted(figures.items()))
 
 
 @SOURCE.claim(
@@ -106,13 +100,12 @@ def error(setting: Setting) -> Figures:
     "one over the square root of the time.",
     expects=[Expect("exponent of the time", -0.65, -0.35, "theory says −½")],
 )
-def noise(setting: Setting) -> Figures:
+def noise(setting: Setting) -> Iterator[dict[str, float]]:
     """Error of averages over 10, 40 and 160 relaxation times, after five to burn in.
 
     The temperature makes the noise at equilibrium a third of the solution.
     """
-    exponents, errors = [], []
-    for draw in range(DRAWS):
+    for draw in setting.each(range(DRAWS)):
         matrix, damping, gradient = _system(setting, draw)
         exact = matrix.solve(gradient, damping)
         spread = float((matrix.eigenvalues() + damping).reciprocal().sum())  # tr A⁻¹
@@ -125,10 +118,8 @@ def noise(setting: Setting) -> Figures:
             average = matrix.inverse(damping, process) @ gradient
             found.append(float((average - exact).norm() / exact.norm()))
         logarithms = [math.log(t) for t in times], [math.log(e) for e in found]
-        exponents.append(statistics.linear_regression(*logarithms).slope)
-        errors.append(found[-1])
-        setting.progress((draw + 1) / DRAWS)
-    return {"exponent of the time": exponents, "error after 160/λ": errors}
+        slope = statistics.linear_regression(*logarithms).slope
+        yield {"exponent of the time": slope, "error after 160/λ": found[-1]}
 
 
 def _make(process: Thermodynamic, lr: float = 1.0, damping: float = 0.1) -> MakeOptimizer:
@@ -172,14 +163,13 @@ def _distance(model: nn.Module, other: nn.Module) -> float:
         ),
     ],
 )
-def interpolation(setting: Setting) -> Figures:
+def interpolation(setting: Setting) -> Iterator[dict[str, float]]:
     """Distance of the weights after 20 steps of rate 0.3, over that of the two limits.
 
     λ = 0.1, batches of 50, times t in units of 1/λ_max: 0, 1, 3, 10, 30, 100 and 300.
     """
     task = _task(setting)
-    figures: dict[str, list[float]] = {}
-    for draw in range(DRAWS):
+    for draw in setting.each(range(DRAWS)):
         model = _network(task, setting, draw)
 
         def trained(make: MakeOptimizer) -> nn.Module:
@@ -188,20 +178,16 @@ def interpolation(setting: Setting) -> Figures:
         plain = trained(lambda m: torch.optim.SGD(m.parameters(), 0.3))
         natural = trained(_exact(0.3))
         whole = _distance(plain, natural)
-        distances = []
+        figures, distances = {}, []
         for time in TIMES:
             found = trained(_make(Thermodynamic(time=time, start="gradient"), 0.3))
             distances.append(_distance(found, natural) / whole)
-            figures.setdefault(f"distance from NGD, t = {time:g}", []).append(distances[-1])
+            figures[f"distance from NGD, t = {time:g}"] = distances[-1]
             if time == 0:
-                figures.setdefault("distance from gradient descent, t = 0", []).append(
-                    _distance(found, plain) / whole
-                )
-        ratios = [b / a for a, b in zip(distances[:-1], distances[1:], strict=True)]
-        name = "largest ratio of distances from NGD at successive times"
-        figures.setdefault(name, []).append(max(ratios))
-        setting.progress((draw + 1) / DRAWS)
-    return dict(figures)
+                distance = _distance(found, plain) / whole
+                figures["distance from gradient descent, t = 0"] = distance
+        largest = max(b / a for a, b in pairwise(distances))
+        yield {**figures, "largest ratio of distances from NGD at successive times": largest}
 
 
 @SOURCE.claim(
@@ -218,11 +204,10 @@ def interpolation(setting: Setting) -> Figures:
     remark="Runs at this rate differ from draw to draw by more than a delay does, even one of half "
     "the time.",
 )
-def delay(setting: Setting) -> Figures:
+def delay(setting: Setting) -> Iterator[dict[str, float]]:
     """Training loss after 40 steps of rate 1, λ = 0.1, each from where the last ended; t = 20."""
     task = _task(setting)
-    figures: dict[str, list[float]] = {}
-    for draw in range(DRAWS):
+    for draw in setting.each(range(DRAWS)):
         model = _network(task, setting, draw)
         ends = {
             share: task.train(
@@ -230,11 +215,10 @@ def delay(setting: Setting) -> Figures:
             ).losses[-1]
             for share in (0.0, 0.1, 0.5)
         }
-        for share, part in ((0.1, "a tenth"), (0.5, "half")):
-            name = f"loss with a delay of {part} of the time, over that without"
-            figures.setdefault(name, []).append(ends[share] / ends[0.0])
-        setting.progress((draw + 1) / DRAWS)
-    return dict(figures)
+        yield {
+            f"loss with a delay of {part} of the time, over that without": ends[share] / ends[0.0]
+            for share, part in ((0.1, "a tenth"), (0.5, "half"))
+        }
 
 
 @SOURCE.claim(

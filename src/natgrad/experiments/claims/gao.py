@@ -22,13 +22,7 @@ from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
 from natgrad.experiments.claims.image_training import VGG, ImageTask, ResNet, images
 from natgrad.experiments.claims.layer_damping import LayerDampedKFAC, LayerDampedTKFAC
 from natgrad.experiments.claims.paired_draws import differences, ratios
-from natgrad.experiments.claims.race import (
-    Method,
-    Race,
-    Trial,
-    as_key,
-    at_equal_time,
-)
+from natgrad.experiments.claims.race import Method, Race, Trial, as_key, at_equal_time
 from natgrad.jacobians import Jacobians, LinearJacobian
 
 __all__ = ["SOURCE"]
@@ -147,7 +141,7 @@ def trace(setting: Setting) -> Figures:
     The exact ones come from squared Jacobian rows.
     """
     figures: Figures = {}
-    for index, title in enumerate(_matrix_networks(setting)):
+    for title in setting.each(_matrix_networks(setting)):
         largest: dict[str, float] = {}
         for _, model, pair in _trained_models(setting, title, 0):
             exact = _traces(model, pair, "diagonal")
@@ -160,7 +154,6 @@ def trace(setting: Setting) -> Figures:
                 departure = max(abs(found[name] / exact[name] - 1.0) for name in exact)
                 largest[key] = max(largest.get(key, 0.0), departure)
         figures |= {f"{key}, {title}": value for key, value in largest.items()}
-        setting.progress((index + 1) / 3)
     return figures
 
 
@@ -208,7 +201,7 @@ def tekfac_error(setting: Setting) -> Figures:
     200 steps of Adam.
     """
     figures: Figures = {}
-    for index, title in enumerate(_matrix_networks(setting)):
+    for title in setting.each(_matrix_networks(setting)):
         found = [_errors(title, draw, *as_key(setting)) for draw in range(DRAWS)]
         for one, other, name in (
             ("tekfac", "tkfac", "largest ‖F − TEKFAC‖ / ‖F − TKFAC‖"),
@@ -220,7 +213,6 @@ def tekfac_error(setting: Setting) -> Figures:
                 for errors in by_step.values()
                 for a, b in zip(errors[one], errors[other], strict=True)
             )
-        setting.progress((index + 1) / 3)
     return figures
 
 
@@ -244,7 +236,7 @@ def tkfac_error(setting: Setting) -> Figures:
     The runs of `gao.tekfac-error`.
     """
     figures: Figures = {}
-    for index, title in enumerate(_matrix_networks(setting)):
+    for title in setting.each(_matrix_networks(setting)):
         found = [_errors(title, draw, *as_key(setting)) for draw in range(DRAWS)]
         for step in CHECKPOINTS:
             errors = [by_step[step] for by_step in found]
@@ -255,7 +247,6 @@ def tkfac_error(setting: Setting) -> Figures:
                 figures[f"{name}, {title} after {step} steps"] = [
                     _ratio(each, one, other) for each in errors
                 ]
-        setting.progress((index + 1) / 3)
     return figures
 
 

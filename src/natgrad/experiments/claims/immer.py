@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 import natgrad
-from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
+from natgrad.experiments.claims.claim import Expect, Setting, Source
 from natgrad.experiments.claims.side_by_side import Task, mlp
 from natgrad.experiments.data import Dataset
 
@@ -91,29 +93,25 @@ def _nll(probabilities: Tensor, labels: Tensor) -> float:
         Expect("training NLL, sampled weights − linearised", at_least=0.0, because="underfits"),
     ],
 )
-def linearised(setting: Setting) -> Figures:
+def linearised(setting: Setting) -> Iterator[dict[str, float]]:
     """Negative log-likelihoods (NLL) of 200 training and 200 test images.
 
     A network with 32 hidden tanh units, at δ = 1 and its maximum a posteriori; 50 samples of
     weights, and the probit approximation of the linearised model.
     """
-    figures: dict[str, list[float]] = {}
     data = _data(setting)
     sets = {
         "training": (data.train_inputs.flatten(1).double(), data.train_labels),
         "test": (data.test_inputs.flatten(1).double(), data.test_labels),
     }
-    for draw in range(DRAWS):
+    for draw in setting.each(range(DRAWS)):
         model = _trained(data, 1.0, 1000 * setting.seed + draw)
         for structure, title in STRUCTURES.items():
             posterior = natgrad.Laplace(model, sets["training"], "categorical", structure)
             for name, (x, labels) in sets.items():
                 linear = _nll(_probabilities(posterior, x), labels)
                 sampled = _nll(sampled_predictive(posterior, x, WEIGHT_SAMPLES, draw), labels)
-                key = f"{name} NLL, sampled weights − linearised, {title}"
-                figures.setdefault(key, []).append(sampled - linear)
-        setting.progress((draw + 1) / DRAWS)
-    return dict(figures)
+                yield {f"{name} NLL, sampled weights − linearised, {title}": sampled - linear}
 
 
 def _probabilities(posterior: natgrad.Laplace, x: Tensor) -> Tensor:
@@ -135,17 +133,16 @@ def _probabilities(posterior: natgrad.Laplace, x: Tensor) -> Tensor:
     remark="With one prior precision for training and posterior, predictions of the linearised "
     "model are behind those at the maximum a posteriori by half a nat here.",
 )
-def tuned(setting: Setting) -> Figures:
+def tuned(setting: Setting) -> Iterator[dict[str, float]]:
     """Test NLL with δ of 0.1, 1, 10 and 100 chosen on half of 200 test images.
 
     The network is trained anew for every δ; the other half is judged.
     """
-    figures: dict[str, list[float]] = {}
     data = _data(setting)
     train = data.train_inputs.flatten(1).double(), data.train_labels
     x, labels = data.test_inputs.flatten(1).double(), data.test_labels
     half = len(x) // 2
-    for draw in range(DRAWS):
+    for draw in setting.each(range(DRAWS)):
         found: dict[str, list[tuple[float, float]]] = {}
         for precision in PRECISIONS:
             model = _trained(data, precision, 1000 * setting.seed + draw)
@@ -166,12 +163,8 @@ def tuned(setting: Setting) -> Figures:
         mode = best["maximum a posteriori"]
         for title in TUNED.values():
             linear, sampled = best[f"linearised, {title}"], best[f"sampled weights, {title}"]
-            pairs = {
-                "linearised − maximum a posteriori": linear - mode,
-                "sampled weights − linearised": sampled - linear,
+            yield {
+                f"test NLL, linearised − maximum a posteriori, {title}": linear - mode,
+                f"test NLL, sampled weights − linearised, {title}": sampled - linear,
             }
-            for name, value in pairs.items():
-                figures.setdefault(f"test NLL, {name}, {title}", []).append(value)
-        figures.setdefault("test NLL, maximum a posteriori", []).append(mode)
-        setting.progress((draw + 1) / DRAWS)
-    return dict(figures)
+        yield {"test NLL, maximum a posteriori": mode}

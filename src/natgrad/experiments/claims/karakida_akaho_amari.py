@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +109,7 @@ def width(setting: Setting) -> Figures:
     widths, samples = _widths(setting), _samples(setting)
     found = {name: ByWidth() for name in STATISTICS}
     shares: dict[str, list[float]] = {name: [] for name in STATISTICS}
-    for index, one in enumerate(widths):
+    for one in setting.each(widths):
         for draw in range(DRAWS):
             generator = _seed(setting, draw)
             values = _measured_and_theory(one, DEPTH, samples, OUTPUTS, generator)
@@ -116,7 +117,6 @@ def width(setting: Setting) -> Figures:
                 found[name].add(one, measured)
                 if one == widths[-1]:
                     shares[name].append(measured / theory)
-        setting.progress((index + 1) / len(widths))
     return {
         **{f"exponent of the width, {name}": found[name].exponents() for name in STATISTICS},
         **{f"measured / theory, {name}": shares[name] for name in STATISTICS},
@@ -135,19 +135,13 @@ def width(setting: Setting) -> Figures:
     remark="At a width of 512 deep networks differ too much from draw to draw to tell: from five "
     "layers on, the largest eigenvalue is above the place of the outliers by a quarter and more.",
 )
-def depth(setting: Setting) -> Figures:
+def depth(setting: Setting) -> Iterator[dict[str, float]]:
     """The statistics at a width of 512 (2048) over those of infinite width, L = 2 to 8."""
-    size, samples, figures = _widths(setting)[-2], _samples(setting), Figures()
-    for index, one in enumerate(DEPTHS):
-        values = [
-            _measured_and_theory(size, one, samples, OUTPUTS, _seed(setting, draw))
-            for draw in range(2 * DRAWS)
-        ]
-        for name in STATISTICS:
-            found = [value[name][0] / value[name][1] for value in values]
-            figures[f"measured / theory, {name}, L = {one}"] = found
-        setting.progress((index + 1) / len(DEPTHS))
-    return figures
+    size, samples = _widths(setting)[-2], _samples(setting)
+    for one in setting.each(DEPTHS):
+        for draw in range(2 * DRAWS):
+            values = _measured_and_theory(size, one, samples, OUTPUTS, _seed(setting, draw))
+            yield {f"measured / theory, {n}, L = {one}": a / b for n, (a, b) in values.items()}
 
 
 @SOURCE.claim(
@@ -163,24 +157,18 @@ def depth(setting: Setting) -> Figures:
         ),
     ],
 )
-def samples(setting: Setting) -> Figures:
+def samples(setting: Setting) -> Iterator[dict[str, float]]:
     """The largest eigenvalue for 10, 30, 100, 300 and 1000 samples, width 1024 (4096), C = 1."""
     size = _widths(setting)[-1]
-    shares: dict[int, list[float]] = {}
-    largest: dict[int, list[float]] = {}
-    for index, count in enumerate(COUNTS):
-        pairs = [
-            _measured_and_theory(size, DEPTH, count, 1, _seed(setting, draw))["largest"]
-            for draw in range(DRAWS)
-        ]
-        shares[count] = [measured / theory for measured, theory in pairs]
-        largest[count] = [measured for measured, _ in pairs]
-        setting.progress((index + 1) / len(COUNTS))
-    changes = ratios(largest[COUNTS[-1]], largest[COUNTS[0]])
-    return {
-        **{f"measured / theory, N = {count}": found for count, found in shares.items()},
-        "largest eigenvalue of all samples, over that of ten": changes,
-    }
+    largest: dict[int, list[float]] = {count: [] for count in COUNTS}
+    for count, found in setting.each(largest.items()):
+        for draw in range(DRAWS):
+            values = _measured_and_theory(size, DEPTH, count, 1, _seed(setting, draw))
+            measured, theory = values["largest"]
+            yield {f"measured / theory, N = {count}": measured / theory}
+            found.append(measured)
+    for change in ratios(largest[COUNTS[-1]], largest[COUNTS[0]]):
+        yield {"largest eigenvalue of all samples, over that of ten": change}
 
 
 @SOURCE.claim(
@@ -200,14 +188,13 @@ def samples(setting: Setting) -> Figures:
     "before the growth ruins it: up to three times the bound, the loss after 100 steps is a "
     "fraction of the first. Rates below the bound all converge.",
 )
-def learning_rate(setting: Setting) -> Figures:
+def learning_rate(setting: Setting) -> Iterator[dict[str, float]]:
     """The training loss after 100 steps of full batches, relative to the first.
 
     Targets are the outputs of another random network of width 512 (2048).
     """
     size, samples = _widths(setting)[-2], _samples(setting)
-    ends: dict[float, list[float]] = {0.5: [], 0.9: [], 1.1: [], 1.5: [], 2.0: [], 3.0: []}
-    for draw in range(DRAWS):
+    for draw in setting.each(range(DRAWS)):
         generator = _seed(setting, draw)
         x = _inputs(size, samples, generator)
         model, architecture = _network(size, DEPTH, 1, generator)
@@ -215,14 +202,11 @@ def learning_rate(setting: Setting) -> Figures:
         bound = ntk.infinite_spectrum(architecture, x).largest_step
         start = {name: value.clone() for name, value in model.state_dict().items()}
         y = teacher(x).detach()
-        for factor, found in ends.items():
+        for factor in (0.5, 0.9, 1.1, 1.5, 2.0, 3.0):
             model.load_state_dict(start)
-            found.append(_relative_loss(model, x, y, factor * bound, STEPS))
-        setting.progress((draw + 1) / DRAWS)
-    return {
-        f"loss {'below' if factor < 1 else 'above'} the bound, at {factor:g} of it": found
-        for factor, found in ends.items()
-    }
+            side = "below" if factor < 1 else "above"
+            loss = _relative_loss(model, x, y, factor * bound, STEPS)
+            yield {f"loss {side} the bound, at {factor:g} of it": loss}
 
 
 def _relative_loss(model: nn.Module, x: Tensor, y: Tensor, lr: float, steps: int) -> float:
@@ -261,30 +245,26 @@ def _relative_loss(model: nn.Module, x: Tensor, y: Tensor, lr: float, steps: int
         ),
     ],
 )
-def softmax(setting: Setting) -> Figures:
+def softmax(setting: Setting) -> Iterator[dict[str, float]]:
     """Ratios of leading eigenvalues of the exact Fisher matrices, Gaussian and categorical.
 
     Width 1024 (4096), three weight layers, ten outputs.
     """
     size, samples = _widths(setting)[-1], _samples(setting)
-    spreads: dict[str, list[float]] = {"gaussian": [], "categorical": []}
-    gaps: dict[str, list[float]] = {"gaussian": [], "categorical": []}
-    for draw in range(DRAWS):
+    for draw in setting.each(range(DRAWS)):
         generator = _seed(setting, draw)
         x = _inputs(size, samples, generator)
         model, _ = _network(size, DEPTH, OUTPUTS, generator)
-        for likelihood, found in spreads.items():
-            matrix = fisher_matrix(model, (x, None), likelihood, "full")
-            values = matrix.eigenvalues()[: 3 * OUTPUTS + 1]
-            found.append(float(values[0] / values[OUTPUTS - 1]))
-            gaps[likelihood].append(float((values[:-1] / values[1:]).max()))
-        setting.progress((draw + 1) / DRAWS)
-    linear, classes = spreads["gaussian"], spreads["categorical"]
-    wide, narrow = gaps["gaussian"], gaps["categorical"]
-    return {
-        "largest over C-th largest, linear outputs": linear,
-        "largest over C-th largest, softmax, over linear": ratios(classes, linear),
-        "widest gap among the leading 3C, linear outputs, over softmax": ratios(wide, narrow),
-        "widest gap among the leading 3C, linear outputs": wide,
-        "widest gap among the leading 3C, softmax": narrow,
-    }
+        linear, classes = (
+            fisher_matrix(model, (x, None), likelihood, "full").eigenvalues()[: 3 * OUTPUTS + 1]
+            for likelihood in ("gaussian", "categorical")
+        )
+        spread, dispersed = (float(v[0] / v[OUTPUTS - 1]) for v in (linear, classes))
+        wide, narrow = (float((v[:-1] / v[1:]).max()) for v in (linear, classes))
+        yield {
+            "largest over C-th largest, linear outputs": spread,
+            "largest over C-th largest, softmax, over linear": dispersed / spread,
+            "widest gap among the leading 3C, linear outputs, over softmax": wide / narrow,
+            "widest gap among the leading 3C, linear outputs": wide,
+            "widest gap among the leading 3C, softmax": narrow,
+        }

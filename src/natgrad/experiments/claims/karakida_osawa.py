@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -40,6 +41,32 @@ def _title(name: str) -> str:
     return METHODS[name].title
 
 
+def _by_width(
+    setting: Setting,
+    names: Iterable[str],
+    measure: Callable[[Problem, ntk.MLP, str], float],
+    draws: int,
+) -> dict[str, ByWidth]:
+    """Return a quantity of a problem, a random network and each of some methods, by width."""
+    found = {name: ByWidth() for name in names}
+    for width in setting.each(_widths(setting)):
+        task = _problem(setting, width)
+        for draw in range(draws):
+            model = task.network(draw=draw)
+            for name, values in found.items():
+                values.add(width, measure(task, model, name))
+    return found
+
+
+def _last_and_exponents(found: dict[str, ByWidth], last: str, exponent: str) -> Figures:
+    """Return values at the largest width and exponents of the width, method by method."""
+    figures: Figures = {}
+    for name, values in found.items():
+        figures[f"{last}, {_title(name)}"] = values[max(values)]
+        figures[f"{exponent}, {_title(name)}"] = values.exponents()
+    return figures
+
+
 @SOURCE.claim(
     "dynamics",
     where="theorem 3.1, figure 2",
@@ -60,23 +87,15 @@ def _title(name: str) -> str:
 )
 def dynamics(setting: Setting) -> Figures:
     """Largest distance, over six steps at η = ½/α, of √(loss/first loss) from ½^t."""
-    found = {name: ByWidth() for name in _problem(setting).structures}
-    widths = _widths(setting)
-    for index, width in enumerate(widths):
-        task = _problem(setting, width)
-        for draw in range(DRAWS):
-            model = task.network(draw=draw)
-            for name, values in found.items():
-                damping = damping_of(name, model, task.x)
-                losses = task.train(model, name, 0.5 / task.alpha(name), damping, 6).train_loss
-                shrunk = [math.sqrt(loss / losses[0]) for loss in losses]
-                values.add(width, max(abs(s - 0.5**step) for step, s in enumerate(shrunk)))
-        setting.progress((index + 1) / len(widths))
-    figures: Figures = {}
-    for name, values in found.items():
-        figures[f"departure from (1 − ηα)^t, {_title(name)}"] = values[widths[-1]]
-        figures[f"exponent of the width, {_title(name)}"] = values.exponents()
-    return figures
+
+    def departure(task: Problem, model: ntk.MLP, name: str) -> float:
+        damping = damping_of(name, model, task.x)
+        losses = task.train(model, name, 0.5 / task.alpha(name), damping, 6).train_loss
+        shrunk = [math.sqrt(loss / losses[0]) for loss in losses]
+        return max(abs(s - 0.5**step) for step, s in enumerate(shrunk))
+
+    found = _by_width(setting, _problem(setting).structures, departure, DRAWS)
+    return _last_and_exponents(found, "departure from (1 − ηα)^t", "exponent of the width")
 
 
 @SOURCE.claim(
@@ -98,14 +117,13 @@ def dynamics(setting: Setting) -> Figures:
 def alpha(setting: Setting) -> Figures:
     """α = tr(JF⁻¹Jᵀ/N)/N of networks of three and four layers."""
     figures: Figures = {}
-    for depth in (3, 4):
+    for depth in setting.each((3, 4)):
         task = _problem(setting, depth=depth)
         model = task.network()
         for name in task.structures:
             found = ntk.isotropy(model, task.x, name, damping_of(name, model, task.x))
             label = f"{_title(name)}, L = {depth}"
             figures[f"α measured / theory, {label}"] = found.alpha / task.alpha(name)
-        setting.progress((depth - 2) / 2)
     return figures
 
 
@@ -139,24 +157,19 @@ def alpha(setting: Setting) -> Figures:
 )
 def best_rate(setting: Setting) -> Figures:
     """Vertex of the parabola through the losses after one step at ¾, 1 and 1¼ of 1/α."""
-    widths = _widths(setting)
-    best = {name: ByWidth() for name in _problem(setting).structures}
-    for index, width in enumerate(widths):
-        task = _problem(setting, width)
-        for draw in range(2 * DRAWS):
-            model = task.network(draw=draw)
-            for name, found in best.items():
-                damping, rate = damping_of(name, model, task.x), 1.0 / task.alpha(name)
-                low, middle, high = (
-                    task.train(model, name, factor * rate, damping, 1).train_loss[1]
-                    for factor in (0.75, 1.0, 1.25)
-                )
-                found.add(width, 1.0 + 0.125 * (low - high) / (low - 2.0 * middle + high))
-        setting.progress((index + 1) / len(widths))
+
+    def best(task: Problem, model: ntk.MLP, name: str) -> float:
+        damping, rate = damping_of(name, model, task.x), 1.0 / task.alpha(name)
+        low, middle, high = (
+            task.train(model, name, factor * rate, damping, 1).train_loss[1]
+            for factor in (0.75, 1.0, 1.25)
+        )
+        return 1.0 + 0.125 * (low - high) / (low - 2.0 * middle + high)
+
     figures: Figures = {}
-    for name, found in best.items():
-        figures[f"best learning rate × α, {_title(name)}"] = found[widths[-1]]
-        departures = ByWidth({width: [abs(one - 1.0) for one in found[width]] for width in widths})
+    for name, found in _by_width(setting, _problem(setting).structures, best, 2 * DRAWS).items():
+        figures[f"best learning rate × α, {_title(name)}"] = found[max(found)]
+        departures = ByWidth({w: [abs(one - 1.0) for one in ones] for w, ones in found.items()})
         key = "exponent of the width of |best learning rate × α − 1|"
         figures[f"{key}, {_title(name)}"] = departures.exponents()
     return figures
@@ -175,28 +188,24 @@ def best_rate(setting: Setting) -> Figures:
         ),
     ],
 )
-def divergence(setting: Setting) -> Figures:
+def divergence(setting: Setting) -> Iterator[dict[str, float]]:
     """Growth of the loss in the linear regime.
 
     Its geometric mean over six steps from a residual of 1 % of that at random, near which a network
     of moderate width is as linear as an infinite one is from its start.
     """
-    task, figures = _problem(setting), Figures()
-    for index, name in enumerate(task.structures):
-        growth: dict[float, list[float]] = {1.8: [], 2.2: []}
+    task = _problem(setting)
+    for name in setting.each(task.structures):
         for draw in range(DRAWS):
             model = task.network(draw=draw)
             damping = damping_of(name, model, task.x)
             with torch.no_grad():
                 start = model(task.x)
             near = dataclasses.replace(task, y=start - 0.01 * (start - task.y))
-            for factor, found in growth.items():
+            for factor in (1.8, 2.2):
                 losses = near.train(model, name, factor / task.alpha(name), damping, 6).train_loss
-                found.append((losses[-1] / losses[0]) ** (1 / 6))
-        for factor, found in growth.items():
-            figures[f"growth of the loss per step at {factor}/α, {_title(name)}"] = found
-        setting.progress((index + 1) / len(task.structures))
-    return figures
+                growth = (losses[-1] / losses[0]) ** (1 / 6)
+                yield {f"growth of the loss per step at {factor}/α, {_title(name)}": growth}
 
 
 @SOURCE.claim(
@@ -220,22 +229,18 @@ def divergence(setting: Setting) -> Figures:
     "in which the step is stable: the rates beyond 2/α are worse, yet the loss mostly falls. The "
     "bound holds near a solution (`karakida-osawa.divergence`).",
 )
-def divergence_from_start(setting: Setting) -> Figures:
+def divergence_from_start(setting: Setting) -> Iterator[dict[str, float]]:
     """The training loss after ten steps below and above 2/α."""
-    task, figures = _problem(setting, setting.of(512, 4096)), Figures()
-    for index, name in enumerate(task.structures):
+    task = _problem(setting, setting.of(512, 4096))
+    for name in setting.each(task.structures):
         for factor in (1.8, 2.2):
-            draws = []
+            key = f"loss after 10 steps at {factor}/α, relative to the first, {_title(name)}"
             for draw in range(DRAWS):
                 model = task.network(draw=draw)
                 damping = damping_of(name, model, task.x)
                 run = task.train(model, name, factor / task.alpha(name), damping, 10)
                 last = run.train_loss[-1]
-                draws.append(last / run.train_loss[0] if math.isfinite(last) else math.inf)
-            key = f"loss after 10 steps at {factor}/α, relative to the first, {_title(name)}"
-            figures[key] = draws
-        setting.progress((index + 1) / len(task.structures))
-    return figures
+                yield {key: last / run.train_loss[0] if math.isfinite(last) else math.inf}
 
 
 @SOURCE.claim(
@@ -256,19 +261,14 @@ def divergence_from_start(setting: Setting) -> Figures:
 )
 def diagonal(setting: Setting) -> Figures:
     """‖M − αI‖/‖αI‖ of the coefficients M = JF⁻¹Jᵀ/N at the largest width, and how it falls."""
-    widths = _widths(setting)
+
+    def deviation(task: Problem, model: ntk.MLP, name: str) -> float:
+        damping = 0.0 if name == "diagonal" else damping_of(name, model, task.x)
+        return ntk.isotropy(model, task.x, name, damping).deviation
+
     names = ("diagonal", *_problem(setting).structures)
-    deviations = {name: ByWidth() for name in names}
-    for index, width in enumerate(widths):
-        task = _problem(setting, width)
-        for draw in range(DRAWS):
-            model = task.network(draw=draw)
-            for name in names:
-                damping = 0.0 if name == "diagonal" else damping_of(name, model, task.x)
-                found = ntk.isotropy(model, task.x, name, damping)
-                deviations[name].add(width, found.deviation)
-        setting.progress((index + 1) / len(widths))
-    figures: Figures = {f"deviation, {_title(n)}": d[widths[-1]] for n, d in deviations.items()}
+    deviations = _by_width(setting, names, deviation, DRAWS)
+    figures: Figures = {f"deviation, {_title(n)}": d[max(d)] for n, d in deviations.items()}
     for name in ("diagonal", "unit_wise"):
         figures[f"exponent of the width, {_title(name)}"] = deviations[name].exponents()
     return figures
@@ -294,23 +294,15 @@ def diagonal(setting: Setting) -> Figures:
 )
 def one_step(setting: Setting) -> Figures:
     """The training loss after one step at 1/α, and the power of the width with which it falls."""
-    widths = _widths(setting)
-    losses = {name: ByWidth() for name in _problem(setting).structures}
-    for index, width in enumerate(widths):
-        task = _problem(setting, width)
-        for draw in range(2 * DRAWS):
-            model = task.network(draw=draw)
-            for name, values in losses.items():
-                damping = damping_of(name, model, task.x)
-                run = task.train(model, name, 1.0 / task.alpha(name), damping, 1)
-                values.add(width, run.train_loss[1] / run.train_loss[0])
-        setting.progress((index + 1) / len(widths))
-    figures: Figures = {}
-    for name, values in losses.items():
-        last = values[widths[-1]]
-        figures[f"loss after one step, relative to the first, {_title(name)}"] = last
-        figures[f"exponent of the width, {_title(name)}"] = values.exponents()
-    return figures
+
+    def left(task: Problem, model: ntk.MLP, name: str) -> float:
+        damping = damping_of(name, model, task.x)
+        losses = task.train(model, name, 1.0 / task.alpha(name), damping, 1).train_loss
+        return losses[1] / losses[0]
+
+    found = _by_width(setting, _problem(setting).structures, left, 2 * DRAWS)
+    key = "loss after one step, relative to the first"
+    return _last_and_exponents(found, key, "exponent of the width")
 
 
 @SOURCE.claim(
@@ -337,39 +329,37 @@ def one_step(setting: Setting) -> Figures:
         ),
     ],
 )
-def gradient_descent(setting: Setting) -> Figures:
+def gradient_descent(setting: Setting) -> Iterator[dict[str, float]]:
     """What is left of a residual along the eigenvector of λ_min, at η = 1/λ_max and η = 1.
 
     Its length is 1 % of that which the residual of the targets has along an eigenvector on average,
     at which a network of moderate width is linear; the whole of it is measured for information.
     """
     task, steps = _problem(setting), setting.of(200, 1000)
-    over_theory: list[float] = []
-    after_one: list[float] = []
-    after_one_whole: list[float] = []
-    halving: list[float] = []
-    for draw in range(DRAWS):
+    for draw in setting.each(range(DRAWS)):
         model = task.network(draw=draw)
         values, vectors = torch.linalg.eigh(ntk.empirical_kernel(model, task.x) / task.samples)
         shrink = math.log1p(-float(values[0] / values[-1]))
         with torch.no_grad():
             start = model(task.x)
         size = float((start - task.y).norm()) / math.sqrt(task.samples)
-        for share, found in ((0.01, after_one), (1.0, after_one_whole)):
-            along = dataclasses.replace(task, y=start - share * size * vectors[:, :1])
-            losses = along.train(model, "full", 1.0, 0.0, 1).train_loss
-            found.append(math.sqrt(losses[1] / losses[0]))
-        along = dataclasses.replace(task, y=start - 0.01 * size * vectors[:, :1])
-        losses = along.train(model, "gd", 1.0 / float(values[-1]), 0.0, steps).train_loss
-        over_theory.append(0.5 * math.log(losses[-1] / losses[0]) / (steps * shrink))
-        halving.append(math.log(0.5) / shrink)
-        setting.progress((draw + 1) / DRAWS)
-    return {
-        "log of the residual left, over theory, gradient descent": over_theory,
-        "residual left after one step, Exact NGD": after_one,
-        "steps of gradient descent to halve it": halving,
-        "of the whole residual left after one step, Exact NGD": after_one_whole,
-    }
+        small, whole = (
+            dataclasses.replace(task, y=start - share * size * vectors[:, :1])
+            for share in (0.01, 1.0)
+        )
+        after_one, after_one_whole = (
+            one.train(model, "full", 1.0, 0.0, 1).train_loss for one in (small, whole)
+        )
+        losses = small.train(model, "gd", 1.0 / float(values[-1]), 0.0, steps).train_loss
+        log_left = 0.5 * math.log(losses[-1] / losses[0])
+        yield {
+            "log of the residual left, over theory, gradient descent": log_left / (steps * shrink),
+            "residual left after one step, Exact NGD": math.sqrt(after_one[1] / after_one[0]),
+            "steps of gradient descent to halve it": math.log(0.5) / shrink,
+            "of the whole residual left after one step, Exact NGD": math.sqrt(
+                after_one_whole[1] / after_one_whole[0]
+            ),
+        }
 
 
 @SOURCE.claim(
@@ -401,28 +391,22 @@ def test(setting: Setting) -> Figures:
 
     It is relative to the prediction; unit-wise curvature has none.
     """
-    widths = _widths(setting)
+
+    def distance_from_theory(task: Problem, model: ntk.MLP, name: str) -> float:
+        lr, damping = 0.5 / task.alpha(name), damping_of(name, model, task.x)
+        infinite = ntk.InfiniteNetwork(model, task.x, task.x_test)
+        theory = ntk.predict(infinite, task.y, name, steps=[6], lr=lr).test
+        assert theory is not None
+        trained = task.train(model, name, lr, damping, 6).model
+        with torch.no_grad():
+            return float((trained(task.x_test) - theory[0]).norm() / theory[0].norm())
+
     names = [name for name in _problem(setting).structures if name != "unit_wise"]
-    found = {name: ByWidth() for name in names}
-    for index, width in enumerate(widths):
-        task = _problem(setting, width)
-        for draw in range(DRAWS):
-            model = task.network(draw=draw)
-            infinite = ntk.InfiniteNetwork(model, task.x, task.x_test)
-            for name in names:
-                lr, damping = 0.5 / task.alpha(name), damping_of(name, model, task.x)
-                theory = ntk.predict(infinite, task.y, name, steps=[6], lr=lr).test
-                assert theory is not None
-                trained = task.train(model, name, lr, damping, 6).model
-                with torch.no_grad():
-                    distance = (trained(task.x_test) - theory[0]).norm() / theory[0].norm()
-                found[name].add(width, float(distance))
-        setting.progress((index + 1) / len(widths))
-    figures: Figures = {}
-    for name, values in found.items():
-        key = "distance of test outputs from theory"
-        figures[f"{key}, {_title(name)}"] = values[widths[-1]]
-        figures[f"{key}, exponent of the width, {_title(name)}"] = values.exponents()
+    found = _by_width(setting, names, distance_from_theory, DRAWS)
+    key = "distance of test outputs from theory"
+    figures = _last_and_exponents(found, key, f"{key}, exponent of the width")
+    task = _problem(setting)
+    infinite = ntk.InfiniteNetwork(task.network(draw=DRAWS - 1), task.x, task.x_test)
     end = _limit(infinite, task, "gd")
     for name in ("full", "block_diagonal"):
         distance = (_limit(infinite, task, name) - end).norm() / end.norm()

@@ -13,13 +13,7 @@ import natgrad
 from natgrad.curvature import Full
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
 from natgrad.experiments.claims.paired_draws import ratios
-from natgrad.experiments.claims.side_by_side import (
-    MakeAtRate,
-    Run,
-    Task,
-    accuracy,
-    mlp,
-)
+from natgrad.experiments.claims.side_by_side import MakeAtRate, Run, Task, accuracy, mlp
 from natgrad.solvers import ConjugateGradient
 
 __all__ = ["SOURCE"]
@@ -111,7 +105,7 @@ def exact(setting: Setting) -> Figures:
     titles = {"gaussian": ("regression", 1), "categorical": ("classification", 10)}
     figures: dict[str, list[float]] = {}
     steps = setting.of(STEPS, 20 * STEPS)
-    for index, (likelihood, task) in enumerate(_tasks(setting).items()):
+    for likelihood, task in setting.each(_tasks(setting).items()):
         title, outputs = titles[likelihood]
         methods: dict[str, tuple[MakeAtRate, tuple[float, ...]]] = {
             "EGN": (partial(_egn, likelihood=likelihood), DAMPINGS),
@@ -129,7 +123,6 @@ def exact(setting: Setting) -> Figures:
         figures[f"training loss, EGN over SGN, {title}"] = ratios(
             found["EGN"].ends, found["SGN"].ends
         )
-        setting.progress((index + 1) / len(titles))
     return dict(figures)
 
 

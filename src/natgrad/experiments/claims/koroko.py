@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -13,12 +14,7 @@ import natgrad
 from natgrad.curvature import KroneckerProducts, TwoLevelKronecker
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
 from natgrad.experiments.claims.paired_draws import ratios
-from natgrad.experiments.claims.side_by_side import (
-    MakeAtRate,
-    Task,
-    Tuned,
-    mlp,
-)
+from natgrad.experiments.claims.side_by_side import MakeAtRate, Task, Tuned, mlp
 
 __all__ = ["SOURCE"]
 
@@ -95,13 +91,13 @@ def block_error(model: nn.Module, x: Tensor, structure: str, **options: Any) -> 
         Expect("error of deflation over that of KPSVD", at_most=1.0, because="one term more"),
     ],
 )
-def block_errors(setting: Setting) -> Figures:
+def block_errors(setting: Setting) -> Iterator[dict[str, float]]:
     """Frobenius error of all blocks of an autoencoder with 16, 8 and 16 tanh units.
 
     Exact Fisher matrix of 50 images, before and after 100 and 500 steps of Adam.
     """
-    task, figures = _task(setting), dict[str, list[float]]()
-    for draw in range(DRAWS):
+    task = _task(setting)
+    for draw in setting.each(range(DRAWS)):
         model, before = _autoencoder(task, HIDDEN, 1000 * setting.seed + draw), 0
         for stage in STAGES:
             if stage > before:
@@ -110,15 +106,11 @@ def block_errors(setting: Setting) -> Figures:
             x = task.x[:SAMPLES]
             kfac = block_error(model, x, "kfac")
             nearest, two = (block_error(model, x, "kpsvd", rank=r) for r in (1, 2))
-            found = {
-                "error of K-FAC": kfac,
-                "error of KPSVD over that of K-FAC": nearest / kfac,
-                "error of deflation over that of KPSVD": two / nearest,
+            yield {
+                f"error of K-FAC, {stage} steps": kfac,
+                f"error of KPSVD over that of K-FAC, {stage} steps": nearest / kfac,
+                f"error of deflation over that of KPSVD, {stage} steps": two / nearest,
             }
-            for name, value in found.items():
-                figures.setdefault(f"{name}, {stage} steps", []).append(value)
-        setting.progress((draw + 1) / DRAWS)
-    return dict(figures)
 
 
 def _adam(model: nn.Module) -> torch.optim.Optimizer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -166,24 +167,19 @@ def _run(setting: Setting, title: str, rate: float, draw: int) -> tuple[float, f
     "explicit steps were stable, too. Now rates are in units of 2/λ_max and the draws are others "
     "(seed 1); the rule is the same.",
 )
-def stability(setting: Setting) -> Figures:
+def stability(setting: Setting) -> Iterator[dict[str, float]]:
     """The loss after 1000 evaluations of the gradient, at ten and a thousand times 2/λ_max.
 
     λ_max is that of the Hessian at random weights. Poisson's equation in one dimension, no images,
     with a solution sin 2πx + 0.1 sin 20πx; two hidden layers of 32 tanh units. Inner problems take
     at most 20 iterations of L-BFGS.
     """
-    figures: dict[str, list[float]] = {}
-    for index, title in enumerate(("implicit", "explicit")):
+    for title in setting.each(("implicit", "explicit")):
         for draw in range(DRAWS):
             for rate in LARGE:
                 loss, _ = _run(setting, title, rate, draw)
-                key = f"loss, relative to the first, {title}, {rate:g} times"
-                figures.setdefault(key, []).append(loss)
-            loss, _ = _run(setting, title, SMALL, draw)
-            figures.setdefault(f"loss at half of 2/λ_max, {title}", []).append(loss)
-        setting.progress((index + 1) / 2)
-    return dict(figures)
+                yield {f"loss, relative to the first, {title}, {rate:g} times": loss}
+            yield {f"loss at half of 2/λ_max, {title}": _run(setting, title, SMALL, draw)[0]}
 
 
 @SOURCE.claim(
@@ -204,11 +200,10 @@ def accuracy(setting: Setting) -> Figures:
     rates = {"implicit": (SMALL, *LARGE), "Adam": (1e-3, 3e-3, 1e-2, 3e-2)}
     errors: dict[str, list[float]] = {}
     best: dict[str, float] = {}
-    for index, (title, tried) in enumerate(rates.items()):
+    for title, tried in setting.each(rates.items()):
         losses = {rate: _run(setting, title, rate, DRAWS)[0] for rate in tried}
         best[title] = min(losses, key=losses.__getitem__)
         errors[title] = [_run(setting, title, best[title], draw)[1] for draw in range(DRAWS)]
-        setting.progress((index + 1) / len(rates))
     return {
         "error of u, implicit over Adam": ratios(errors["implicit"], errors["Adam"]),
         **{f"error of u, {title}": found for title, found in errors.items()},

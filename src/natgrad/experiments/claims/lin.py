@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -17,13 +18,7 @@ from natgrad.curvature import InverseFactors, KroneckerFactors
 from natgrad.curvature.structure import Part
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
 from natgrad.experiments.claims.paired_draws import ratios
-from natgrad.experiments.claims.side_by_side import (
-    MakeAtRate,
-    MakeOptimizer,
-    Task,
-    mlp,
-    step_of,
-)
+from natgrad.experiments.claims.side_by_side import MakeAtRate, MakeOptimizer, Task, mlp, step_of
 from natgrad.jacobians import FIRST_DRAW, Draw, Jacobians
 from natgrad.operators.structured_factors import FactorStructure
 from natgrad.statistics import KroneckerStatistics, Statistics
@@ -180,14 +175,13 @@ def _recursion(rate: float) -> InverseFactors:
     "β₁ times the largest eigenvalue of A, for 64 pixels of unit variance, was not small. These "
     "are smaller steps and other draws (seed 1); the rule is the same.",
 )
-def inverse_free(setting: Setting) -> Figures:
+def inverse_free(setting: Setting) -> Iterator[dict[str, float]]:
     """How the relative error of the natural gradient falls with β₁, 0.001 and three times half.
 
     One step from the identity in float64, λ = 0.001, a batch of 64 images.
     """
     task = _task(setting, torch.float64)
-    exponents, errors = [], []
-    for draw in range(DRAWS):
+    for draw in setting.each(range(DRAWS)):
         model = _network(setting, task, draw)
         x, y = next(task.batches(draw))
         found = []
@@ -196,10 +190,8 @@ def inverse_free(setting: Setting) -> Figures:
             own = _natural_gradient(model, x, y, structure=_recursion(rate), damping=DAMPING)
             found.append(float((own - exact).norm() / exact.norm()))
         logarithms = [math.log(r) for r in FACTOR_RATES], [math.log(e) for e in found]
-        exponents.append(statistics.linear_regression(*logarithms).slope)
-        errors.append(found[-1])
-        setting.progress((draw + 1) / DRAWS)
-    return {"exponent of the step size": exponents, "error at the least step size": errors}
+        slope = statistics.linear_regression(*logarithms).slope
+        yield {"exponent of the step size": slope, "error at the least step size": found[-1]}
 
 
 # Training in bfloat16.
@@ -273,7 +265,7 @@ def bfloat16(setting: Setting) -> Figures:
     """
     half = torch.bfloat16
     ends: dict[str, list[float]] = {}
-    for index, dtype in enumerate((torch.float32, half)):
+    for dtype in setting.each((torch.float32, half)):
         kfac = RoundedFactors() if dtype == half else KroneckerFactors()
         methods: dict[str, tuple[MakeAtRate, tuple[float, ...]]] = {
             "SINGD": (_singd, DAMPINGS),
@@ -283,7 +275,6 @@ def bfloat16(setting: Setting) -> Figures:
         kind = "bfloat16" if dtype == half else "float32"
         found = _ends(setting, dtype, methods)
         ends |= {f"{title}, {kind}": values for title, values in found.items()}
-        setting.progress((index + 1) / 2)
     key = "training loss in bfloat16 over that in float32"
     return {
         **{

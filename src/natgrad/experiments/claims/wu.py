@@ -14,13 +14,7 @@ from torch.nn import functional
 import natgrad
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
 from natgrad.experiments.claims.paired_draws import ratios
-from natgrad.experiments.claims.side_by_side import (
-    MakeAtRate,
-    Task,
-    accuracy,
-    mlp,
-    step_of,
-)
+from natgrad.experiments.claims.side_by_side import MakeAtRate, Task, accuracy, mlp, step_of
 from natgrad.fisher import FisherType, ImprovedFisher
 
 __all__ = ["SOURCE"]
@@ -132,14 +126,13 @@ def _mean_quality(stage: Stage, fisher: str | FisherType, damping: float = NEAR_
     "and with them the weights that tell iEF from the empirical Fisher matrix: there the two are "
     "within two hundredths. Later iEF is the better, by far in the end.",
 )
-def quality_over_training(setting: Setting) -> Figures:
+def quality_over_training(setting: Setting) -> Iterator[dict[str, float]]:
     """γ(u) = √(uᵀFu)/|uᵀ∇L| with the exact Fisher matrix F, after 1, 5 and 25 epochs of Adam.
 
     Updates are made of batches of 100 images and one sampled label per image, with a damping of
     10⁻⁶ of the mean eigenvalue. The network has two hidden layers of 32 ReLU units.
     """
-    figures: dict[str, list[float]] = {}
-    for draw in range(DRAWS):
+    for draw in setting.each(range(DRAWS)):
         for stage in _stages(setting, draw):
             found = {title: _mean_quality(stage, fisher) for title, fisher in TYPES.items()}
             ratios = {
@@ -148,10 +141,7 @@ def quality_over_training(setting: Setting) -> Figures:
                 "iEF over that of sampled Fisher": found["iEF"] / found["sampled Fisher"],
                 "sampled Fisher over that of the gradient": found["sampled Fisher"],
             }
-            for name, ratio in ratios.items():
-                figures.setdefault(f"γ of {name}, {stage.epochs} epochs", []).append(ratio)
-        setting.progress((draw + 1) / DRAWS)
-    return dict(figures)
+            yield {f"γ of {n}, {stage.epochs} epochs": ratio for n, ratio in ratios.items()}
 
 
 @SOURCE.claim(
@@ -165,19 +155,13 @@ def quality_over_training(setting: Setting) -> Figures:
     ],
     remark="Refuted by the first epoch alone, before any sample is fitted.",
 )
-def empirical_over_training(setting: Setting) -> Figures:
+def empirical_over_training(setting: Setting) -> Iterator[dict[str, float]]:
     """The same for the empirical Fisher matrix, after 1, 5 and 25 epochs."""
-    figures: dict[str, list[float]] = {}
-    for draw in range(DRAWS):
+    for draw in setting.each(range(DRAWS)):
         found = {s.epochs: _mean_quality(s, "empirical") for s in _stages(setting, draw)}
-        for epochs, value in found.items():
-            figures.setdefault(f"γ of EF over that of the gradient, {epochs} epochs", []).append(
-                value
-            )
+        yield {f"γ of EF over that of the gradient, {n} epochs": found[n] for n in EPOCHS}
         growth = found[EPOCHS[-1]] / found[EPOCHS[0]]
-        figures.setdefault("γ relative to the gradient's, last over first", []).append(growth)
-        setting.progress((draw + 1) / DRAWS)
-    return dict(figures)
+        yield {"γ relative to the gradient's, last over first": growth}
 
 
 @SOURCE.claim(
@@ -195,24 +179,19 @@ def empirical_over_training(setting: Setting) -> Figures:
         ),
     ],
 )
-def damping(setting: Setting) -> Figures:
+def damping(setting: Setting) -> Iterator[dict[str, float]]:
     """The worst of three stages, of dampings of 10⁻⁶, 10⁻⁴, 10⁻², 1 and 100 mean eigenvalues."""
-    worst: dict[str, list[float]] = {title: [] for title in TYPES}
-    for draw in range(DRAWS):
+    name = "γ at next to no damping over the least γ"
+    for draw in setting.each(range(DRAWS)):
         excess: dict[str, list[float]] = {title: [] for title in TYPES}
         for stage in _stages(setting, draw):
             for title, fisher in TYPES.items():
                 found = [_mean_quality(stage, fisher, value) for value in DAMPINGS]
                 excess[title].append(found[0] / min(found))
-        for title, values in excess.items():
-            worst[title].append(max(values))
-        setting.progress((draw + 1) / DRAWS)
-    own = worst.pop("iEF")
-    name = "γ at next to no damping over the least γ"
-    return {
-        f"{name}, iEF": own,
-        **{f"{name}, {title}, over iEF": ratios(values, own) for title, values in worst.items()},
-    }
+        worst = {title: max(values) for title, values in excess.items()}
+        own = worst.pop("iEF")
+        yield {f"{name}, iEF": own}
+        yield {f"{name}, {title}, over iEF": value / own for title, value in worst.items()}
 
 
 def _exact(fisher: str | FisherType) -> MakeAtRate:

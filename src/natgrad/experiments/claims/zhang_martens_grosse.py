@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
+from collections.abc import Iterator
 
 import torch
 from torch.nn import functional
@@ -104,7 +105,7 @@ def stability(setting: Setting) -> Figures:
     """Largest δ = ‖J(w) − J(w₀)‖₂/√λ_min(G(w₀)) after each of 12 steps of rate ½."""
     task = _problem(setting)
     changes = {"gd": ByWidth(), "full": ByWidth()}
-    for index, width in enumerate(_widths(setting)):
+    for width in setting.each(_widths(setting)):
         for draw in range(DRAWS):
             network = _network(task, width, draw)
             measured = ntk.JacobianStability(network, task.x, task.y)
@@ -119,7 +120,6 @@ def stability(setting: Setting) -> Figures:
                     measured.model = run.model
                     largest = max(largest, measured.measure().spectral_norm / root)
                 found.add(width, largest)
-        setting.progress((index + 1) / len(_widths(setting)))
     titles = {"gd": "gradient descent, after 120 steps", "full": "natural gradient descent"}
     last = _widths(setting)[-1]
     return {
@@ -140,20 +140,14 @@ def stability(setting: Setting) -> Figures:
         )
     ],
 )
-def rate(setting: Setting) -> Figures:
+def rate(setting: Setting) -> Iterator[dict[str, float]]:
     """The largest ratio of successive losses over 12 steps, at the largest width."""
-    task, figures = _problem(setting), Figures()
+    task, width = _problem(setting), _widths(setting)[-1]
     for lr in (0.25, 0.5, 0.75):
-        figures[f"largest share left by a step, over 1 − η, η = {lr}"] = [
-            _largest_ratio(
-                task.train(
-                    _network(task, _widths(setting)[-1], draw), "full", lr, 0.0, STEPS
-                ).train_loss
-            )
-            / (1.0 - lr)
-            for draw in range(DRAWS)
-        ]
-    return figures
+        for draw in range(DRAWS):
+            losses = task.train(_network(task, width, draw), "full", lr, 0.0, STEPS).train_loss
+            share = _largest_ratio(losses) / (1.0 - lr)
+            yield {f"largest share left by a step, over 1 − η, η = {lr}": share}
 
 
 def _closer(task: Problem, shift: float) -> Problem:
@@ -190,7 +184,7 @@ def conditioning(setting: Setting) -> Figures:
     width, limit = setting.of(4096, 65536), setting.of(20000, 200000)
     conditions: list[float] = []
     steps: dict[str, list[float]] = {"gd": [], "full": []}
-    for index, shift in enumerate((0.0, 0.5, 1.0, 2.0)):
+    for shift in setting.each((0.0, 0.5, 1.0, 2.0)):
         task = _closer(base, shift)
         network = _network(task, width)
         values = torch.linalg.eigvalsh(ntk.empirical_kernel(network, task.x) / task.samples)
@@ -202,7 +196,6 @@ def conditioning(setting: Setting) -> Figures:
                 count *= 4
                 losses = task.train(network, name, rates[name], 0.0, count).train_loss
             found.append(next((i for i, v in enumerate(losses) if v <= 0.01 * losses[0]), limit))
-        setting.progress((index + 1) / 4)
     figures: Figures = {"λ_min/N, largest over smallest": math.exp(conditions[-1] - conditions[0])}
     for name, title in (("full", "natural gradient descent"), ("gd", "gradient descent")):
         logarithms = [math.log(count) for count in steps[name]]
@@ -230,18 +223,14 @@ def conditioning(setting: Setting) -> Figures:
         ),
     ],
 )
-def step_size(setting: Setting) -> Figures:
+def step_size(setting: Setting) -> Iterator[dict[str, float]]:
     """The training loss after 5 steps at the largest width."""
-    task, figures = _problem(setting), Figures()
+    task, width = _problem(setting), _widths(setting)[-1]
     for lr in (0.5, 1.0):
-        runs = [
-            task.train(_network(task, _widths(setting)[-1], draw), "full", lr, 0.0, 5).train_loss
-            for draw in range(DRAWS)
-        ]
-        figures[f"loss after 5 steps, relative to the first, η = {lr}"] = [
-            losses[-1] / losses[0] for losses in runs
-        ]
-    return figures
+        for draw in range(DRAWS):
+            losses = task.train(_network(task, width, draw), "full", lr, 0.0, 5).train_loss
+            share = losses[-1] / losses[0]
+            yield {f"loss after 5 steps, relative to the first, η = {lr}": share}
 
 
 @SOURCE.claim(
@@ -262,28 +251,26 @@ def step_size(setting: Setting) -> Figures:
         ),
     ],
 )
-def kfac_rate(setting: Setting) -> Figures:
+def kfac_rate(setting: Setting) -> Iterator[dict[str, float]]:
     """Losses over 12 steps at half the largest guaranteed rate, width 1024 (4096).
 
     The dependent inputs are four times as many as their dimensions.
     """
     task, width = _problem(setting), setting.of(1024, 4096)
     few = _in_leading_components(task, task.samples // 4)
-    ratios, distances = [], []
-    for draw in range(DRAWS):
+    for draw in setting.each(range(DRAWS)):
         bound = ntk.convergence_bounds(method="kfac", inputs=few.x)
         lr = 0.5 * bound.step_size
         factor = ntk.convergence_bounds(method="kfac", inputs=few.x, step_size=lr).factor
         losses = few.train(_network(few, width, draw), "kfac", lr, 0.0, STEPS).train_loss
-        ratios.append(max(v / (losses[0] * factor**t) for t, v in enumerate(losses)))
+        over_bound = max(v / (losses[0] * factor**t) for t, v in enumerate(losses))
         lr = 0.5 / task.samples
         losses = task.train(_network(task, width, draw), "kfac", lr, 0.0, 6).train_loss
-        distances.append(max(abs(math.sqrt(v / losses[0]) - 0.5**t) for t, v in enumerate(losses)))
-        setting.progress((draw + 1) / DRAWS)
-    return {
-        "largest loss over its bound, dependent inputs": ratios,
-        "largest distance of √(loss/first) from ½^t, independent inputs": distances,
-    }
+        distance = max(abs(math.sqrt(v / losses[0]) - 0.5**t) for t, v in enumerate(losses))
+        yield {
+            "largest loss over its bound, dependent inputs": over_bound,
+            "largest distance of √(loss/first) from ½^t, independent inputs": distance,
+        }
 
 
 def _in_leading_components(task: Problem, dim: int) -> Problem:
@@ -354,11 +341,10 @@ def generalisation(setting: Setting) -> Figures:
         )
     ],
 )
-def general_loss(setting: Setting) -> Figures:
+def general_loss(setting: Setting) -> Iterator[dict[str, float]]:
     """Eight steps of rate 2/(μ + κ) on ½r² + log cosh r, μ = 1 and κ = 2, at the largest width."""
     task = _problem(setting)
     bound = ntk.convergence_bounds(method="ngd", strong_convexity=1.0, smoothness=2.0)
-    ratios = []
     for draw in range(DRAWS):
         network = _network(task, _widths(setting)[-1], draw)
         optimizer = build_optimizer("full", network, bound.step_size, 0.0)
@@ -369,5 +355,5 @@ def general_loss(setting: Setting) -> Figures:
             optimizer.zero_grad()
             (0.5 * residual.square() + residual.cosh().log()).mean().backward()
             optimizer.step()
-        ratios.append(_largest_ratio(squares) / bound.factor)
-    return {"largest share of ‖u − y‖² left by a step, over its bound": ratios}
+        share = _largest_ratio(squares) / bound.factor
+        yield {"largest share of ‖u − y‖² left by a step, over its bound": share}
