@@ -139,7 +139,7 @@ def test_a_failure_while_writing_leaves_no_temporary_file(tmp_path, monkeypatch)
 
     monkeypatch.setattr(pages.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        pages._write_whole(tmp_path / "file", b"content")
+        pages.write_whole(tmp_path / "file", b"content")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,15 +12,16 @@ from natgrad.cli.invocation import (
     DeviceOption,
     Interrupted,
     JsonOption,
-    check_output,
     data_folder,
     make_console,
 )
-from natgrad.experiments.claims.console import ClaimBars, as_values, print_claims
+from natgrad.experiments.claims.console import as_values, print_claims
 from natgrad.experiments.claims.page import render_page
 from natgrad.experiments.claims.registry import SOURCES, choose
-from natgrad.experiments.claims.results import read_result, result_path, write_whole
+from natgrad.experiments.claims.results import read_result, result_path
 from natgrad.experiments.claims.run import ClaimsConfig, run_claims
+from natgrad.experiments.console import PartBars
+from natgrad.experiments.pages import check_output, write_whole
 
 __all__ = ["claims"]
 
@@ -57,9 +58,9 @@ def claims(
     if not listing:
         check_output(output)
         config = ClaimsConfig(output, full, again, data_folder(data_dir), seed, device)
-        with ClaimBars(make_console(stderr=True) if as_json else console) as bars:
+        with PartBars(make_console(stderr=True) if as_json else console) as bars:
             interrupted = run_claims(chosen, config, bars)[1]
-        write_whole(output.with_suffix(".md"), render_page(SOURCES, output))
+        write_whole(output.with_suffix(".md"), render_page(SOURCES, output).encode())
     found = [(claim, read_result(result_path(output, claim, full))) for claim in chosen]
     if as_json:
         print(json.dumps([as_values(*pair) for pair in found], indent=2, ensure_ascii=False))

@@ -13,12 +13,10 @@ from natgrad.cli.invocation import (
     Interrupted,
     JsonOption,
     OutputOption,
-    check_output,
     command_line,
     data_folder,
     make_console,
 )
-from natgrad.experiments.claims.results import write_whole
 from natgrad.experiments.compare import compare as run_comparison
 from natgrad.experiments.config import EVAL_SAMPLES, CompareConfig, ConfigError
 from natgrad.experiments.console import ProgressBars, print_results
@@ -26,6 +24,7 @@ from natgrad.experiments.data import DATASETS, FILE_DATASETS
 from natgrad.experiments.methods import DEFAULT_METHODS, METHODS, OWN_METHODS, method_name
 from natgrad.experiments.models import MODELS
 from natgrad.experiments.objectives import METRICS, OBJECTIVES
+from natgrad.experiments.pages import check_output, write_whole
 from natgrad.experiments.report import write_report
 from natgrad.experiments.results import Results, read_results
 from natgrad.experiments.search import BUDGET
@@ -222,7 +221,7 @@ def compare(
     console = make_console()
 
     def keep(results: Results) -> None:
-        write_whole(output / "results.json", results.to_json())
+        write_whole(output / "results.json", results.to_json().encode())
 
     with ProgressBars(make_console(stderr=True) if as_json else console) as bars:
         results = run_comparison(config, bars, command_line(), earlier, keep)

@@ -11,9 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from natgrad.experiments.config import ConfigError
 from natgrad.experiments.data import DATASETS
-from natgrad.experiments.pages import check_output as check_folder
 
 __all__ = [
     "DataFolderOption",
@@ -23,7 +21,6 @@ __all__ = [
     "Interrupted",
     "JsonOption",
     "OutputOption",
-    "check_output",
     "command_line",
     "data_folder",
     "make_console",
@@ -57,14 +54,6 @@ def data_folder(given: Path | None, read: bool = True) -> Path | None:
     """Return the folder of built-in data: the environment's, if files are read, by default."""
     folder = os.environ.get("NATGRAD_DATA")
     return Path(folder) if given is None and read and folder else given
-
-
-def check_output(directory: Path) -> None:
-    """Raise a ConfigError unless results can be written to a folder."""
-    try:
-        check_folder(directory)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def command_line() -> str:

@@ -15,14 +15,14 @@ from natgrad.cli.invocation import (
     Interrupted,
     JsonOption,
     OutputOption,
-    check_output,
     command_line,
     data_folder,
     make_console,
 )
 from natgrad.experiments.config import ConfigError
-from natgrad.experiments.console import SectionBars, print_findings
+from natgrad.experiments.console import PartBars, print_findings
 from natgrad.experiments.data import FILE_DATASETS
+from natgrad.experiments.pages import check_output
 from natgrad.experiments.theory.config import SECTIONS, TheoryConfig
 from natgrad.experiments.theory.report import write_theory_report
 from natgrad.experiments.theory.run import run_theory
@@ -80,7 +80,7 @@ def theory(
     )
     check_output(output)
     console = make_console()
-    with SectionBars(make_console(stderr=True) if as_json else console) as bars:
+    with PartBars(make_console(stderr=True) if as_json else console) as bars:
         results = run_theory(config, bars, command=command_line())
     files = write_theory_report(results, output)
     if as_json:

@@ -33,16 +33,16 @@ from natgrad.experiments.pages import (
     format_rate,
     format_seconds,
 )
+from natgrad.experiments.progress import Progress as Parts
 from natgrad.experiments.report import format_metric, headline, last, outcome, over_seeds
 from natgrad.experiments.results import MethodResult, Results
 from natgrad.experiments.spectrum import Spectrum
-from natgrad.experiments.theory.results import Section, TheoryResults
-from natgrad.experiments.theory.run import TheoryObserver
+from natgrad.experiments.theory.results import TheoryResults
 from natgrad.optim.summary import Summary, format_bytes
 
 __all__ = [
+    "PartBars",
     "ProgressBars",
-    "SectionBars",
     "print_findings",
     "print_results",
     "print_spectrum",
@@ -127,8 +127,8 @@ class ProgressBars(_Bars, Observer):
             self._move(measured=f"[bold red]{result.status}[/bold red]")
 
 
-class SectionBars(_Bars, TheoryObserver):
-    """One bar per section of the theory."""
+class PartBars(_Bars, Parts):
+    """One bar per part of a job; where there is no terminal, a line when it has ended."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(
@@ -138,20 +138,19 @@ class SectionBars(_Bars, TheoryObserver):
             TextColumn("{task.percentage:>3.0f} %"),
         )
 
-    def begin(self, section: str) -> None:
+    def begin(self, part: str) -> None:
         """Show a new bar."""
-        self._begin(section, 1.0)
+        self._begin(part, 1.0)
 
     def progress(self, share: float) -> None:
         """Move the bar."""
         self._move(completed=share)
 
-    def end(self, section: Section) -> None:
+    def end(self, line: str) -> None:
         """Leave the bar as it is."""
         self._stop_clock()
         if not self.console.is_terminal:
-            seconds = format_seconds(section.seconds)
-            self.console.print(f"{section.name}: {section.status}, {seconds}")
+            self.console.print(line, highlight=False)
 
 
 def print_findings(console: Console, results: TheoryResults) -> None:

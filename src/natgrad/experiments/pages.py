@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from natgrad.experiments.config import ConfigError
 from natgrad.experiments.drawing import save_figure
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "inline_svg",
     "render_page",
     "write_report",
+    "write_whole",
 ]
 
 DASH = "–"
@@ -37,13 +38,13 @@ def check_output(directory: Path) -> None:
     """Check, before anything runs, that results can be written to a folder, which need not exist.
 
     Raises:
-        ValueError: If it is a file, or it or the folder to create it in cannot be written to.
+        ConfigError: If it is a file, or it or the folder to create it in cannot be written to.
     """
     if directory.exists() and not directory.is_dir():
-        raise ValueError(f"The output {directory} is a file: give a folder.")
+        raise ConfigError(f"The output {directory} is a file: give a folder.")
     parent = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise ValueError(f"The output {directory} cannot be written: {parent} does not allow it.")
+        raise ConfigError(f"The output {directory} cannot be written: {parent} does not allow it.")
 
 
 def write_report(
@@ -70,8 +71,7 @@ def write_report(
               for name, figure in figures.items() for kind in ("svg", "png")}  # fmt: skip
     page = render({name: images[f"{name}.svg"].decode() for name in figures})
     contents = {"report.html": page.encode(), "results.json": results.encode(), **images}
-    directory.mkdir(parents=True, exist_ok=True)
-    return [_write_whole(directory / name, content) for name, content in contents.items()]
+    return [write_whole(directory / name, content) for name, content in contents.items()]
 
 
 def render_page(
@@ -140,17 +140,14 @@ def inline_svg(svg: str, prefix: str, title: str) -> Markup:
     return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1))
 
 
-def _write_whole(path: Path, content: bytes) -> Path:
-    """Write a file under a temporary name and move it to its own when it is complete."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+def write_whole(path: Path, content: bytes) -> Path:
+    """Write a file that appears under its name only once it is complete; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
+        partial.write_bytes(content)
+        os.replace(partial, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
     return path

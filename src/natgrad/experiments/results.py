@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
@@ -27,6 +28,7 @@ __all__ = [
     "Target",
     "Trial",
     "read_results",
+    "strict",
 ]
 
 SCHEMA_VERSION = 1
@@ -166,7 +168,7 @@ class JobResults:
 
     def to_json(self) -> str:
         """Return the results as strict JSON; NaN and infinite numbers become null."""
-        return json.dumps(_finite(dataclasses.asdict(self)), indent=1, allow_nan=False) + "\n"
+        return json.dumps(strict(dataclasses.asdict(self)), indent=1, allow_nan=False) + "\n"
 
 
 @dataclass(kw_only=True)
@@ -208,11 +210,12 @@ def _restored(kind: Any, value: Any) -> Any:
     return value
 
 
-def _finite(value: Any) -> Any:
+def strict(value: Any, told: Callable[[float], str | None] = lambda number: None) -> Any:
+    """Return JSON values with something else, by default null, for infinite numbers and NaN."""
     if isinstance(value, float) and not math.isfinite(value):
-        return None
+        return told(value)
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: strict(item, told) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [strict(item, told) for item in value]
     return value

@@ -1,4 +1,4 @@
-"""What `natgrad claims` shows: progress, the table of verdicts, and JSON."""
+"""What `natgrad claims` shows: the table of verdicts, and JSON."""
 
 from __future__ import annotations
 
@@ -13,45 +13,8 @@ from rich.table import Table
 
 from natgrad.experiments.claims.claim import Claim
 from natgrad.experiments.claims.results import Result
-from natgrad.experiments.claims.run import ClaimsObserver
-from natgrad.experiments.console import SectionBars
-from natgrad.experiments.pages import format_seconds
 
-__all__ = ["ClaimBars", "as_values", "print_claims"]
-
-
-class ClaimBars(ClaimsObserver):
-    """One bar per claim that is measured; where there is no terminal, a line when it has ended."""
-
-    def __init__(self, console: Console) -> None:
-        self._bars = SectionBars(console)
-        self._began: str | None = None
-
-    def __enter__(self) -> ClaimBars:
-        self._bars.__enter__()
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self._bars.__exit__(*exception)
-
-    def begin(self, claim: Claim) -> None:
-        """Show a new bar."""
-        self._began = claim.name
-        self._bars.begin(claim.name)
-
-    def progress(self, share: float) -> None:
-        """Move the bar."""
-        self._bars.progress(share)
-
-    def end(self, claim: Claim, result: Result) -> None:
-        """Fill the bar, and say what follows where bars are not shown."""
-        if self._began == claim.name:
-            self._bars.progress(1.0)
-        if not self._bars.console.is_terminal:
-            spent = "kept" if self._began != claim.name else format_seconds(result.seconds)
-            why = f", as it failed: {result.error}" if result.error else ""
-            line = f"{claim.name}: {result.verdict(claim)}{why} ({spent})"
-            self._bars.console.print(line, highlight=False)
+__all__ = ["as_values", "print_claims"]
 
 
 def print_claims(console: Console, found: Sequence[tuple[Claim, Result | None]]) -> None:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from natgrad.experiments.claims.claim import Claim, Figures, Verdict
 from natgrad.experiments.config import ConfigError
+from natgrad.experiments.results import strict
 
-__all__ = ["Result", "read_result", "result_path", "write_whole"]
+__all__ = ["Result", "read_result", "result_path"]
 
 
 @dataclass
@@ -57,7 +56,8 @@ class Result:
 
     def to_json(self) -> str:
         """Return the result as strict JSON: infinite numbers and NaN become strings."""
-        return json.dumps(_strict(dataclasses.asdict(self)), indent=1, ensure_ascii=False) + "\n"
+        values = strict(dataclasses.asdict(self), str)
+        return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
 
 
 def result_path(folder: Path, claim: Claim, full: bool) -> Path:
@@ -82,22 +82,6 @@ def read_result(path: Path) -> Result | None:
             f"{path} does not hold a result of natgrad claims ({error}): remove it, or give "
             "another --output."
         ) from error
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that appears under its name only once it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}-{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-def _strict(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {key: _strict(item) for key, item in value.items()}
-    return [_strict(item) for item in value] if isinstance(value, list) else value
 
 
 def _numbers(value: Any) -> Any:

@@ -10,11 +10,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from natgrad.experiments.claims.claim import Claim, Setting
-from natgrad.experiments.claims.results import Result, read_result, result_path, write_whole
+from natgrad.experiments.claims.results import Result, read_result, result_path
 from natgrad.experiments.config import find_device
 from natgrad.experiments.environment import describe_environment
+from natgrad.experiments.pages import format_seconds, write_whole
+from natgrad.experiments.progress import Progress
 
-__all__ = ["ClaimsConfig", "ClaimsObserver", "run_claims"]
+__all__ = ["ClaimsConfig", "run_claims"]
 
 
 @dataclass(frozen=True)
@@ -38,21 +40,8 @@ class ClaimsConfig:
     device: str = "auto"
 
 
-class ClaimsObserver:
-    """Told of the progress of a run; one that does something overrides the methods."""
-
-    def begin(self, claim: Claim) -> None:
-        """A measurement begins."""
-
-    def progress(self, share: float) -> None:
-        """This share of it is done."""
-
-    def end(self, claim: Claim, result: Result) -> None:
-        """It has ended, or was there."""
-
-
 def run_claims(
-    claims: Sequence[Claim], config: ClaimsConfig, observer: ClaimsObserver | None = None
+    claims: Sequence[Claim], config: ClaimsConfig, observer: Progress | None = None
 ) -> tuple[list[Result], bool]:
     """Measure claims, except those whose results are kept.
 
@@ -70,19 +59,22 @@ def run_claims(
         ConfigError: If a kept result cannot be read, or the device is not there.
         DataError: If the data cannot be used.
     """
-    observer = observer or ClaimsObserver()
+    observer = observer or Progress()
     results: list[Result] = []
     for claim in claims:
         path = result_path(config.output, claim, config.full)
-        kept = None if config.again else read_result(path)
+        kept, spent = None if config.again else read_result(path), "kept"
         if kept is None or not kept.figures:
-            observer.begin(claim)
+            observer.begin(claim.name)
             try:
                 kept = _measure(claim, config, path, kept, observer.progress)
             except KeyboardInterrupt:
                 return results, True
+            observer.progress(1.0)
+            spent = format_seconds(kept.seconds)
         results.append(kept)
-        observer.end(claim, kept)
+        why = f", as it failed: {kept.error}" if kept.error else ""
+        observer.end(f"{claim.name}: {kept.verdict(claim)}{why} ({spent})")
     return results, False
 
 
@@ -111,7 +103,7 @@ def _measure(
 
     def store() -> None:
         result.seconds = before + time.perf_counter() - began
-        write_whole(path, result.to_json())
+        write_whole(path, result.to_json().encode())
 
     setting = Setting(
         config.full,

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from datetime import datetime, timezone
 
 from natgrad.experiments.environment import describe_environment
+from natgrad.experiments.pages import format_seconds
+from natgrad.experiments.progress import Progress
 from natgrad.experiments.theory.conditions import conditions
 from natgrad.experiments.theory.config import TheoryConfig
 from natgrad.experiments.theory.dynamics import dynamics
@@ -17,7 +19,7 @@ from natgrad.experiments.theory.results import Section, TheoryResults
 from natgrad.experiments.theory.spectrum import spectrum
 from natgrad.experiments.theory.width import width
 
-__all__ = ["TheoryObserver", "run_theory"]
+__all__ = ["run_theory"]
 
 SectionFunction = Callable[[Problem, Callable[[float], None]], Section]
 
@@ -30,21 +32,8 @@ _SECTIONS: dict[str, SectionFunction] = {
 }
 
 
-class TheoryObserver:
-    """Told of the progress of a run; one that does something overrides the methods."""
-
-    def begin(self, section: str) -> None:
-        """A section begins."""
-
-    def progress(self, share: float) -> None:
-        """This share of the section is done."""
-
-    def end(self, section: Section) -> None:
-        """A section has ended."""
-
-
 def run_theory(
-    config: TheoryConfig, observer: TheoryObserver | None = None, command: str = ""
+    config: TheoryConfig, observer: Progress | None = None, command: str = ""
 ) -> TheoryResults:
     """Run the sections asked for.
 
@@ -61,7 +50,7 @@ def run_theory(
         DataError: If the data cannot be used.
     """
     created, began = datetime.now(timezone.utc), time.perf_counter()
-    observer = observer or TheoryObserver()
+    observer = observer or Progress()
     problem = Problem.load(config)
     sections: list[Section] = []
     interrupted = False
@@ -80,7 +69,7 @@ def run_theory(
             section = Section(name, name.capitalize(), "", "failed", [str(error)])
         section.seconds = time.perf_counter() - start
         sections.append(section)
-        observer.end(section)
+        observer.end(f"{name}: {section.status}, {format_seconds(section.seconds)}")
         if interrupted:
             break
     return TheoryResults(
