@@ -14,6 +14,7 @@ from natgrad.cli.invocation import (
     JsonOption,
     OutputOption,
     command_line,
+    configured,
     data_folder,
     make_console,
 )
@@ -186,35 +187,13 @@ def compare(
     as_json: JsonOption = False,
 ) -> int:
     """Train a network, yours or a built-in one, by every method."""
-    config = CompareConfig(
-        factory=factory,
-        data=data,
+    config = configured(
+        CompareConfig,
+        locals(),
         data_dir=data_folder(data_dir, read=data is not None and data in FILE_DATASETS),
-        train_samples=train_samples,
-        test_samples=test_samples,
-        eval_samples=eval_samples,
-        model=model,
-        width=width,
-        depth=depth,
-        loss=loss,
-        likelihood=likelihood,
-        metric=metric,
         methods=None if methods is None else _methods(methods),
-        steps=steps,
-        seconds=seconds,
-        first_order_steps=first_order_steps,
         batch_size=_batch_size(batch_size),
-        damping=damping,
         learning_rates=_learning_rates(learning_rate or []),
-        fisher=fisher,
-        search_steps=search_steps,
-        target_loss=target_loss,
-        eval_every=eval_every,
-        quality=quality,
-        seed=seed,
-        seeds=seeds,
-        device=device,
-        dtype=dtype,
     )
     check_output(output)
     earlier = _earlier(output) if resume else None

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import shlex
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
 
-from natgrad.experiments.data import DATASETS
-
 __all__ = [
     "DataFolderOption",
-    "DataOption",
-    "DepthOption",
     "DeviceOption",
     "Interrupted",
     "JsonOption",
     "OutputOption",
     "command_line",
+    "configured",
     "data_folder",
     "make_console",
 ]
 
-DataOption = Annotated[str, typer.Option(help=f"Data set: {', '.join(DATASETS)}.")]
+Options = TypeVar("Options")
+
 DataFolderOption = Annotated[
     Path | None,
     typer.Option(
@@ -34,7 +34,6 @@ DataFolderOption = Annotated[
         "[default: $NATGRAD_DATA; digits need none]."
     ),
 ]
-DepthOption = Annotated[int, typer.Option(help="Number of weight layers.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 OutputOption = Annotated[Path, typer.Option(help="Folder for results.json, plots and report.html.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -54,6 +53,18 @@ def data_folder(given: Path | None, read: bool = True) -> Path | None:
     """Return the folder of built-in data: the environment's, if files are read, by default."""
     folder = os.environ.get("NATGRAD_DATA")
     return Path(folder) if given is None and read and folder else given
+
+
+def configured(kind: Callable[..., Options], given: Mapping[str, Any], **changed: Any) -> Options:
+    """Return a configuration, a dataclass, made of a command's arguments of the same names.
+
+    Args:
+        kind: The dataclass.
+        given: The arguments by name, as ``locals()`` of the command gives them.
+        **changed: Options that are not as they were given.
+    """
+    names = inspect.signature(kind).parameters
+    return kind(**{**{name: given[name] for name in names if name in given}, **changed})
 
 
 def command_line() -> str:

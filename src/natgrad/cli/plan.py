@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from natgrad.cli.invocation import JsonOption, make_console
+from natgrad.cli.invocation import JsonOption, configured, make_console
 from natgrad.experiments.methods import method_name
 from natgrad.experiments.plan import METHODS, Options, parse_ranks, plan_factory, to_dict
 from natgrad.experiments.plan_tables import print_plan
@@ -54,17 +54,7 @@ def plan(
     as_json: JsonOption = False,
 ) -> int:
     """Predict what curvature shared by processes keeps and sends."""
-    options = Options(
-        method=method_name(method),
-        ranks=parse_ranks(ranks),
-        samples=samples,
-        positions=positions,
-        factors=factors,
-        inverses=inverses,
-        bandwidth=bandwidth,
-        throughput=throughput,
-        memory=memory,
-    )
+    options = configured(Options, locals(), method=method_name(method), ranks=parse_ranks(ranks))
     found = plan_factory(model, options)
     if as_json:
         print(json.dumps(to_dict(found), indent=2))

@@ -9,19 +9,18 @@ import typer
 
 from natgrad.cli.invocation import (
     DataFolderOption,
-    DataOption,
-    DepthOption,
     DeviceOption,
     Interrupted,
     JsonOption,
     OutputOption,
     command_line,
+    configured,
     data_folder,
     make_console,
 )
 from natgrad.experiments.config import ConfigError
 from natgrad.experiments.console import PartBars, print_findings
-from natgrad.experiments.data import FILE_DATASETS
+from natgrad.experiments.data import DATASETS, FILE_DATASETS
 from natgrad.experiments.pages import check_output
 from natgrad.experiments.theory.config import SECTIONS, TheoryConfig
 from natgrad.experiments.theory.report import write_theory_report
@@ -40,7 +39,7 @@ def theory(
             metavar="[SECTION]...", help=f"Sections, of {', '.join(SECTIONS)} [default: all]."
         ),
     ] = None,
-    data: DataOption = _defaults.data,
+    data: Annotated[str, typer.Option(help=f"Data set: {', '.join(DATASETS)}.")] = _defaults.data,
     data_dir: DataFolderOption = None,
     classes: Annotated[
         str, typer.Option(help="Labels to keep, separated by commas; two give targets ±½.")
@@ -55,7 +54,7 @@ def theory(
     width: Annotated[
         int, typer.Option(help="Units of the hidden layers; the largest where it varies.")
     ] = _defaults.width,
-    depth: DepthOption = _defaults.depth,
+    depth: Annotated[int, typer.Option(help="Number of weight layers.")] = _defaults.depth,
     activation: Annotated[
         str, typer.Option(help=f"Activation: {', '.join(ACTIVATIONS)}.")
     ] = _defaults.activation,
@@ -65,18 +64,12 @@ def theory(
     as_json: JsonOption = False,
 ) -> int:
     """Put the theory of wide networks beside what networks do."""
-    config = TheoryConfig(
-        sections=tuple(sections) if sections else SECTIONS,
-        data=data,
+    config = configured(
+        TheoryConfig,
+        locals(),
+        sections=tuple(sections or SECTIONS),
         data_dir=data_folder(data_dir, read=data in FILE_DATASETS),
         classes=_classes(classes),
-        train_samples=train_samples,
-        test_samples=test_samples,
-        width=width,
-        depth=depth,
-        activation=activation,
-        seed=seed,
-        device=device,
     )
     check_output(output)
     console = make_console()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,6 +153,18 @@ class PartBars(_Bars, Parts):
             self.console.print(line, highlight=False)
 
 
+def make_table(
+    headings: Sequence[str], rows: Iterable[Sequence[str]], text: Collection[str] = ()
+) -> Table:
+    """Return a table of numbers; columns with headings that are in `text` are flush left."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in text else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
 def print_findings(console: Console, results: TheoryResults) -> None:
     """Print what each section of the theory found."""
     for section in results.sections:
@@ -166,21 +178,21 @@ def print_results(console: Console, results: Results) -> None:
 
     Where the console is narrow, less important columns are left out.
     """
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("method")
     columns = [column for column in _COLUMNS if column.always or console.width >= 100]
     if not any(result.test.loss for result in results.methods):
         columns = [column for column in columns if not column.heading.startswith("test")]
     if results.metric == "none":
         columns = [column for column in columns if not column.heading.endswith("metric")]
     metric = results.metric.replace("_", "\n")
-    for column in columns:
-        heading = column.heading.replace("metric", metric)
-        table.add_column(heading, justify="right", no_wrap=True)
+    headings = ["method", *(column.heading.replace("metric", metric) for column in columns)]
+    rows = []
     for result in results.methods:
         done = all(run.status == "completed" for run in result.runs)
         title = result.title if done else f"{result.title} ({outcome(result)})"
-        table.add_row(title, *(column.cell(results, result) for column in columns))
+        rows.append([title, *(column.cell(results, result) for column in columns)])
+    table = make_table(headings, rows, text=("method",))
+    for numbers in table.columns[1:]:
+        numbers.no_wrap = True
     console.print(table)
     for result in results.methods:
         if result.message:
@@ -227,14 +239,9 @@ _COLUMNS = (
 
 def print_summary(console: Console, summary: Summary, positions: Mapping[str, int] | None) -> None:
     """Print what an optimizer would do with each layer; positions share a layer's weights."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("layer", overflow="fold")
-    for heading in ("kind", "parameters", "positions", "treatment", "factors", "memory",
-                    "per\nrefresh", "per\nstep"):  # fmt: skip
-        is_text = heading in ("kind", "treatment", "factors")
-        table.add_column(heading, justify="left" if is_text else "right")
-    for layer in [*summary.layers, *([summary.joint] if summary.joint else [])]:
-        table.add_row(
+    layers = [*summary.layers, *([summary.joint] if summary.joint else [])]
+    rows = [
+        [
             escape(layer.name),
             escape(layer.kind),
             f"{layer.parameters:,}",
@@ -244,7 +251,13 @@ def print_summary(console: Console, summary: Summary, positions: Mapping[str, in
             format_bytes(layer.memory) if layer.memory else DASH,
             format_or_dash(layer.refresh or None, ".1e"),
             format_or_dash(layer.step or None, ".1e"),
-        )
+        ]
+        for layer in layers
+    ]
+    headings = ("layer", "kind", "parameters", "positions", "treatment", "factors", "memory",
+                "per\nrefresh", "per\nstep")  # fmt: skip
+    table = make_table(headings, rows, text=("layer", "kind", "treatment", "factors"))
+    table.columns[0].overflow = "fold"
     console.print(table)
     console.print(
         f"{summary.covered:,} of {summary.parameters:,} parameters preconditioned by "
@@ -268,29 +281,22 @@ def print_spectrum(console: Console, spectrum: Spectrum) -> None:
         f"\nFisher matrix on {spectrum.samples:,} samples: {spectrum.parameters:,} eigenvalues, "
         f"trace {spectrum.trace:.3g}."
     )
-    largest = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("largest", "of the trace", "eigenvector in", "share"):
-        largest.add_column(heading, justify="left" if heading == "eigenvector in" else "right")
+    rows = []
     for one in spectrum.top:
-        part = one.value / spectrum.trace if spectrum.trace else math.nan
-        row = f"{one.value:.3g}", format_percent(part), escape(one.layer), format_percent(one.share)
-        largest.add_row(*row)
-    console.print(largest)
-    decades = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    decades.add_column("eigenvalues of")
-    decades.add_column("about", justify="right")
-    decades.add_column("")
+        part = format_percent(one.value / spectrum.trace if spectrum.trace else math.nan)
+        rows.append([f"{one.value:.3g}", part, escape(one.layer), format_percent(one.share)])
+    headings = "largest", "of the trace", "eigenvector in", "share"
+    console.print(make_table(headings, rows, text=("eigenvector in",)))
     counts = {f"1e{k} to 1e{k + 1}": count for k, count in spectrum.decades.items()}
     counts["less, or zero"] = spectrum.rest
-    most = max(math.log1p(count) for count in counts.values())
-    for name, count in counts.items():
-        bar = "█" * round(24 * math.log1p(count) / most) if most else ""
-        decades.add_row(name, f"{count:,.0f}", bar)
-    console.print(decades)
-    dimensions = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    dimensions.add_column("damping", justify="right")
-    dimensions.add_column("effective dimension", justify="right")
-    for damping, dimension in spectrum.effective_dimension.items():
-        dimensions.add_row(f"{damping:g}", f"{dimension:,.1f}")
-    console.print(dimensions)
+    most = max(math.log1p(count) for count in counts.values()) or 1.0
+    rows = [
+        [name, f"{count:,.0f}", "█" * round(24 * math.log1p(count) / most)]
+        for name, count in counts.items()
+    ]
+    console.print(make_table(("eigenvalues of", "about", ""), rows, text=("eigenvalues of", "")))
+    rows = [
+        [f"{damping:g}", f"{size:,.1f}"] for damping, size in spectrum.effective_dimension.items()
+    ]
+    console.print(make_table(("damping", "effective dimension"), rows))
     console.print("Counts and dimensions are estimates by random vectors; bars are logarithmic.")
