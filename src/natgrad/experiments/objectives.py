@@ -47,11 +47,6 @@ class Metric:
     name: str
     function: Callable[[Tensor, Any], float] | None
 
-    @property
-    def is_share(self) -> bool:
-        """Whether it is a share, to be printed in per cent."""
-        return self.name == "accuracy"
-
     def __call__(self, outputs: Tensor, targets: Any) -> float:
         """Return the metric of a batch; NaN without one."""
         return float("nan") if self.function is None else float(self.function(outputs, targets))

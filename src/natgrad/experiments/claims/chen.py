@@ -10,7 +10,7 @@ import natgrad
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
 from natgrad.experiments.claims.image_training import images
 from natgrad.experiments.claims.paired_draws import ratios
-from natgrad.experiments.claims.side_by_side import MakeAtRate, Task, accuracy
+from natgrad.experiments.claims.side_by_side import Methods, Task, test_accuracies
 from natgrad.experiments.models import build_model
 
 __all__ = ["SOURCE"]
@@ -42,7 +42,7 @@ def _padam(model: nn.Module, lr: float) -> torch.optim.Optimizer:
 
 
 #: Methods by title, and the learning rates searched.
-METHODS: dict[str, tuple[MakeAtRate, tuple[float, ...]]] = {
+METHODS: Methods = {
     "AMSGrad": (_adam, (1e-3, 3e-3, 1e-2, 3e-2)),
     "SGD": (_sgd, (0.01, 0.03, 0.1, 0.3)),
     "Padam": (_padam, (0.03, 0.1, 0.3, 1.0)),
@@ -81,21 +81,13 @@ def generalisation(setting: Setting) -> Figures:
     found = task.compare(
         METHODS, network, DRAWS, steps, every=max(1, steps // 2), progress=setting.progress
     )
-    right = {
-        title: [accuracy(run.model, data.test_inputs, data.test_labels) for run in tuned.runs]
-        for title, tuned in found.items()
-    }
     halfway = {title: [run.losses[1] for run in tuned.runs] for title, tuned in found.items()}
     return {
         "loss halfway, Padam over SGD": ratios(halfway["Padam"], halfway["SGD"]),
         "loss halfway, Padam over AMSGrad": ratios(halfway["Padam"], halfway["AMSGrad"]),
-        **{
-            f"test accuracy, Padam − {other}": [
-                a - b for a, b in zip(right["Padam"], right[other], strict=True)
-            ]
-            for other in ("AMSGrad", "SGD")
-        },
-        **{f"test accuracy, {title}": shares for title, shares in right.items()},
+        **test_accuracies(
+            found, data.test_inputs, data.test_labels, of="Padam", others=("AMSGrad", "SGD")
+        ),
         **{f"training loss, {title}": tuned.ends for title, tuned in found.items()},
         **{f"learning rate, {title}": tuned.rate for title, tuned in found.items()},
     }

@@ -15,7 +15,7 @@ import natgrad
 from natgrad.curvature import Full
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
 from natgrad.experiments.claims.paired_draws import ratios
-from natgrad.experiments.claims.side_by_side import MakeAtRate, MakeOptimizer, Task, mlp
+from natgrad.experiments.claims.side_by_side import MakeOptimizer, Methods, Task, mlp
 from natgrad.operators import FisherMatrix
 from natgrad.solvers import Thermodynamic
 from natgrad.solvers.thermodynamic import MARGIN
@@ -240,8 +240,7 @@ def training(setting: Setting) -> Figures:
     """
     task, steps = _task(setting), setting.of(5 * STEPS, 100 * STEPS)
     process = Thermodynamic(time=20.0)
-    methods: dict[str, tuple[MakeAtRate, tuple[float, ...]]]
-    methods = {
+    methods: Methods = {
         "TNGD": (lambda m, r: _make(process, r)(m), (0.1, 0.3, 1.0, 3.0)),
         "NGD": (lambda m, r: _exact(r)(m), (0.1, 0.3, 1.0, 3.0)),
         "Adam": (lambda m, r: torch.optim.Adam(m.parameters(), r), (3e-3, 1e-2, 3e-2, 0.1)),

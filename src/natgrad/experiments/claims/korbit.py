@@ -13,7 +13,7 @@ import natgrad
 from natgrad.curvature import Full
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
 from natgrad.experiments.claims.paired_draws import ratios
-from natgrad.experiments.claims.side_by_side import MakeAtRate, Run, Task, accuracy, mlp
+from natgrad.experiments.claims.side_by_side import Methods, Run, Task, mlp, test_accuracies
 from natgrad.solvers import ConjugateGradient
 
 __all__ = ["SOURCE"]
@@ -107,7 +107,7 @@ def exact(setting: Setting) -> Figures:
     steps = setting.of(STEPS, 20 * STEPS)
     for likelihood, task in setting.each(_tasks(setting).items()):
         title, outputs = titles[likelihood]
-        methods: dict[str, tuple[MakeAtRate, tuple[float, ...]]] = {
+        methods: Methods = {
             "EGN": (partial(_egn, likelihood=likelihood), DAMPINGS),
             "SGN": (partial(_sgn, likelihood=likelihood), DAMPINGS),
         }
@@ -143,7 +143,7 @@ def generalisation(setting: Setting) -> Figures:
     EGN and SGN as in `korbit.exact`; SGD (momentum 0.9) and Adam with the best of four rates.
     """
     task, data = _tasks(setting)["categorical"], setting.dataset()
-    methods: dict[str, tuple[MakeAtRate, tuple[float, ...]]] = {
+    methods: Methods = {
         "EGN": (partial(_egn, likelihood="categorical"), DAMPINGS),
         "SGN": (partial(_sgn, likelihood="categorical"), DAMPINGS),
         "SGD": (
@@ -160,18 +160,8 @@ def generalisation(setting: Setting) -> Figures:
         progress=setting.progress,
     )
     x = data.test_inputs.flatten(1).double()
-    right = {
-        title: [accuracy(run.model, x, data.test_labels) for run in tuned.runs]
-        for title, tuned in found.items()
-    }
     others = [title for title in methods if title != "EGN"]
     return {
-        **{
-            f"test accuracy, EGN − {other}": [
-                a - b for a, b in zip(right["EGN"], right[other], strict=True)
-            ]
-            for other in others
-        },
-        **{f"test accuracy, {title}": shares for title, shares in right.items()},
+        **test_accuracies(found, x, data.test_labels, of="EGN", others=others),
         **{f"damping or rate, {title}": tuned.rate for title, tuned in found.items()},
     }

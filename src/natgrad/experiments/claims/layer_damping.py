@@ -13,12 +13,12 @@ from dataclasses import dataclass, fields
 
 from typing_extensions import Self
 
-from natgrad.curvature import KroneckerFactors, TraceEigenKronecker, TraceKronecker
+from natgrad.curvature import KroneckerFactors, TraceKronecker
 from natgrad.curvature.structure import Part
-from natgrad.operators import EigenKroneckerOperator, KroneckerOperator, Operator
+from natgrad.operators import KroneckerOperator, Operator
 from natgrad.statistics import Statistics
 
-__all__ = ["LayerDampedKFAC", "LayerDampedTEKFAC", "LayerDampedTKFAC"]
+__all__ = ["LayerDampedKFAC", "LayerDampedTKFAC"]
 
 
 class _OwnUnit(KroneckerOperator):
@@ -37,18 +37,7 @@ class _OwnUnit(KroneckerOperator):
         return super().inverses(operators, [share * _unit(one) for one, share in pairs])
 
 
-class _OwnUnitInBasis(EigenKroneckerOperator):
-    """A matrix in a Kronecker-factored basis that takes damping in units of its mean eigenvalue."""
-
-    def direct_inverse(self, damping: float) -> Operator:
-        """Divide by ``s`` and the damping in its own unit."""
-        plain = EigenKroneckerOperator(
-            self.layout, self.input_basis, self.output_basis, self.scale, self.orthogonal
-        )
-        return plain.direct_inverse(damping * _unit(self))
-
-
-def _unit(operator: KroneckerOperator | EigenKroneckerOperator) -> float:
+def _unit(operator: KroneckerOperator) -> float:
     """Return the mean eigenvalue; 1 for a layer without any curvature, to be inverted at all."""
     return float(operator.trace()) / operator.layout.numel or 1.0
 
@@ -69,15 +58,3 @@ class LayerDampedTKFAC(TraceKronecker):
     def operator(self, part: Part, statistics: Statistics | None) -> KroneckerOperator:
         """Return TKFAC's matrix, damped so."""
         return _OwnUnit.of(super().operator(part, statistics))
-
-
-@dataclass(frozen=True)
-class LayerDampedTEKFAC(TraceEigenKronecker):
-    """TEKFAC with damping in units of each layer."""
-
-    def operator(self, part: Part, statistics: Statistics | None) -> EigenKroneckerOperator:
-        """Return TEKFAC's matrix, damped so."""
-        found = super().operator(part, statistics)
-        return _OwnUnitInBasis(
-            found.layout, found.input_basis, found.output_basis, found.scale, found.orthogonal
-        )

@@ -18,7 +18,7 @@ from natgrad.curvature import InverseFactors, KroneckerFactors
 from natgrad.curvature.structure import Part
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
 from natgrad.experiments.claims.paired_draws import ratios
-from natgrad.experiments.claims.side_by_side import MakeAtRate, MakeOptimizer, Task, mlp, step_of
+from natgrad.experiments.claims.side_by_side import MakeOptimizer, Methods, Task, mlp, step_of
 from natgrad.jacobians import FIRST_DRAW, Draw, Jacobians
 from natgrad.operators.structured_factors import FactorStructure
 from natgrad.statistics import KroneckerStatistics, Statistics
@@ -222,12 +222,7 @@ def _adamw(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr)
 
 
-_ADAMW: tuple[MakeAtRate, tuple[float, ...]] = (_adamw, (1e-3, 3e-3, 1e-2, 3e-2))
-
-
-def _ends(
-    setting: Setting, dtype: torch.dtype, methods: dict[str, tuple[MakeAtRate, tuple[float, ...]]]
-) -> dict[str, list[float]]:
+def _ends(setting: Setting, dtype: torch.dtype, methods: Methods) -> dict[str, list[float]]:
     """Return last losses, each method at its best rate or damping for another network."""
     task = _task(setting, dtype)
     found = task.compare(
@@ -267,10 +262,10 @@ def bfloat16(setting: Setting) -> Figures:
     ends: dict[str, list[float]] = {}
     for dtype in setting.each((torch.float32, half)):
         kfac = RoundedFactors() if dtype == half else KroneckerFactors()
-        methods: dict[str, tuple[MakeAtRate, tuple[float, ...]]] = {
+        methods: Methods = {
             "SINGD": (_singd, DAMPINGS),
             "K-FAC": (partial(_kfac, structure=kfac), DAMPINGS),
-            "AdamW": _ADAMW,
+            "AdamW": (_adamw, (1e-3, 3e-3, 1e-2, 3e-2)),
         }
         kind = "bfloat16" if dtype == half else "float32"
         found = _ends(setting, dtype, methods)

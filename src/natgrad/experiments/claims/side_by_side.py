@@ -12,20 +12,26 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LinearLR
 
+from natgrad.experiments.claims.paired_draws import differences
+
 __all__ = [
     "MakeAtRate",
     "MakeOptimizer",
+    "Methods",
     "Run",
     "Task",
     "Tuned",
-    "accuracy",
     "mlp",
     "step_of",
+    "test_accuracies",
 ]
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 MakeAtRate = Callable[[nn.Module, float], torch.optim.Optimizer]
 """Makes an optimizer of a network and a learning rate."""
+
+Methods = Mapping[str, tuple[MakeAtRate, Sequence[float]]]
+"""What makes an optimizer, and the rates to choose from, by title."""
 
 
 def mlp(
@@ -48,12 +54,6 @@ def mlp(
         for d_in, d_out in zip(sizes[:-1], sizes[1:], strict=True):
             layers += [nn.Linear(d_in, d_out), activation()]
     return nn.Sequential(*layers[:-1]).to(dtype=dtype)
-
-
-def accuracy(model: nn.Module, x: Tensor, labels: Tensor) -> float:
-    """Return the share of samples of which the largest output is that of the label."""
-    with torch.no_grad():
-        return float((model(x).argmax(1) == labels).double().mean())
 
 
 def step_of(
@@ -121,6 +121,32 @@ class Tuned:
     def ends(self) -> list[float]:
         """The last losses."""
         return [run.losses[-1] for run in self.runs]
+
+
+@torch.no_grad()
+def test_accuracies(
+    found: Mapping[str, Tuned], x: Tensor, labels: Tensor, *, of: str, others: Sequence[str]
+) -> dict[str, list[float]]:
+    """Return shares of samples whose largest output is that of the label, network by network.
+
+    Args:
+        found: Runs of some methods.
+        x: Test inputs.
+        labels: Their labels.
+        of: The method whose share is compared,
+        others: with the shares of these.
+
+    Returns:
+        The differences first, then the shares of all methods.
+    """
+    right = {
+        title: [float((run.model(x).argmax(1) == labels).double().mean()) for run in tuned.runs]
+        for title, tuned in found.items()
+    }
+    return {
+        **{f"test accuracy, {of} − {o}": differences(right[of], right[o]) for o in others},
+        **{f"test accuracy, {title}": shares for title, shares in right.items()},
+    }
 
 
 @dataclass(frozen=True)
@@ -199,7 +225,7 @@ class Task:
 
     def compare(
         self,
-        methods: Mapping[str, tuple[MakeAtRate, Sequence[float]]],
+        methods: Methods,
         network: Callable[[int], nn.Module],
         draws: int,
         steps: int,
@@ -219,20 +245,13 @@ class Task:
         """
         found = {}
         for index, (title, (make, rates)) in enumerate(methods.items()):
-            ends = {rate: self._run(make, rate, network, draws, steps, 0) for rate in rates}
-            best = min(ends, key=lambda rate: ends[rate].losses[-1])  # noqa: B023
-            runs = [self._run(make, best, network, n, steps, every) for n in range(draws)]
-            found[title] = Tuned(best, runs)
+
+            def run(rate: float, draw: int, every: int, make: MakeAtRate = make) -> Run:
+                model = network(draw)
+                return self.train(model, lambda m: make(m, rate), steps, every=every, seed=draw)
+
+            ends = {rate: run(rate, draws, 0).losses[-1] for rate in rates}
+            best = min(ends, key=ends.__getitem__)
+            found[title] = Tuned(best, [run(best, draw, every) for draw in range(draws)])
             progress((index + 1) / len(methods))
         return found
-
-    def _run(
-        self,
-        make: MakeAtRate,
-        rate: float,
-        network: Callable[[int], nn.Module],
-        draw: int,
-        steps: int,
-        every: int,
-    ) -> Run:
-        return self.train(network(draw), lambda m: make(m, rate), steps, every=every, seed=draw)

@@ -14,7 +14,14 @@ from torch.nn import functional
 import natgrad
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
 from natgrad.experiments.claims.paired_draws import ratios
-from natgrad.experiments.claims.side_by_side import MakeAtRate, Task, accuracy, mlp, step_of
+from natgrad.experiments.claims.side_by_side import (
+    MakeAtRate,
+    Methods,
+    Task,
+    mlp,
+    step_of,
+    test_accuracies,
+)
 from natgrad.fisher import FisherType, ImprovedFisher
 
 __all__ = ["SOURCE"]
@@ -208,7 +215,7 @@ def _adamw(model: nn.Module, lr: float) -> torch.optim.Optimizer:
 
 
 #: Methods by title, and the learning rates searched.
-METHODS: dict[str, tuple[MakeAtRate, tuple[float, ...]]] = {
+METHODS: Methods = {
     "iEF": (_exact(ImprovedFisher("gram")), (0.03, 0.1, 0.3, 1.0)),
     "EF": (_exact("empirical"), (1e-4, 1e-3, 1e-2, 1e-1)),
     "AdamW": (_adamw, (1e-3, 3e-3, 1e-2, 3e-2)),
@@ -246,14 +253,8 @@ def training(setting: Setting) -> Figures:
         progress=setting.progress,
     )
     ends = {title: tuned.ends for title, tuned in found.items()}
-    right = {
-        title: [accuracy(run.model, x_test, data.test_labels) for run in tuned.runs]
-        for title, tuned in found.items()
-    }
-    gains = [a - b for a, b in zip(right["iEF"], right["AdamW"], strict=True)]
     return {
         **{f"training loss, iEF over {o}": ratios(ends["iEF"], ends[o]) for o in ("EF", "AdamW")},
-        "test accuracy, iEF − AdamW": gains,
-        **{f"test accuracy, {title}": share for title, share in right.items()},
+        **test_accuracies(found, x_test, data.test_labels, of="iEF", others=("AdamW",)),
         **{f"learning rate, {title}": tuned.rate for title, tuned in found.items()},
     }
