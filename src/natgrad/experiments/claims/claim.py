@@ -104,9 +104,9 @@ def _problem(config: TheoryConfig) -> Problem:
     return Problem.load(config)
 
 
-@dataclass
+@dataclass(unsafe_hash=True)
 class Setting:
-    """What a measurement runs with.
+    """What a measurement runs with; equal to another apart from what either has found.
 
     Attributes:
         full: Whether to measure at the published size instead of one for two cores.
@@ -124,9 +124,9 @@ class Setting:
     data: str = "digits"
     data_dir: Path | None = None
     device: str = "auto"
-    parts: dict[str, Any] = field(default_factory=dict)
-    store: Callable[[], None] = lambda: None
-    progress: Callable[[float], None] = lambda share: None
+    parts: dict[str, Any] = field(default_factory=dict, compare=False)
+    store: Callable[[], None] = field(default=lambda: None, compare=False)
+    progress: Callable[[float], None] = field(default=lambda share: None, compare=False)
 
     def of(self, small: Any, published: Any) -> Any:
         """Return the first at the small size, the second at the published one."""

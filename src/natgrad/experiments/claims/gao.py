@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
 from natgrad.experiments.claims.image_training import VGG, ImageTask, ResNet, images
 from natgrad.experiments.claims.layer_damping import LayerDampedKFAC, LayerDampedTKFAC
 from natgrad.experiments.claims.paired_draws import differences, ratios
-from natgrad.experiments.claims.race import Method, Race, Trial, as_key, at_equal_time
+from natgrad.experiments.claims.race import Method, Race, Trial, at_equal_time
 from natgrad.jacobians import Jacobians, LinearJacobian
 
 __all__ = ["SOURCE"]
@@ -158,10 +158,10 @@ def trace(setting: Setting) -> Figures:
 
 
 @functools.cache
-def _errors(title: str, draw: int, *key: Any) -> dict[int, dict[str, list[float]]]:
+def _errors(setting: Setting, title: str, draw: int) -> dict[int, dict[str, list[float]]]:
     """Return the layers' errors ‖F̂ − F‖, Frobenius norm, by steps of training and structure."""
     errors: dict[int, dict[str, list[float]]] = {}
-    for step, model, pair in _trained_models(Setting(*key), title, draw):
+    for step, model, pair in _trained_models(setting, title, draw):
         exact = natgrad.fisher_matrix(model, pair, structure="block_diagonal").parts
         blocks = {n: one.to_dense() for n, one in exact.items() if _is_map(model, n)}
         errors[step] = {}
@@ -202,7 +202,7 @@ def tekfac_error(setting: Setting) -> Figures:
     """
     figures: Figures = {}
     for title in setting.each(_matrix_networks(setting)):
-        found = [_errors(title, draw, *as_key(setting)) for draw in range(DRAWS)]
+        found = [_errors(setting, title, draw) for draw in range(DRAWS)]
         for one, other, name in (
             ("tekfac", "tkfac", "largest ‖F − TEKFAC‖ / ‖F − TKFAC‖"),
             ("ekfac", "kfac", "for comparison, largest ‖F − EKFAC‖ / ‖F − K-FAC‖"),
@@ -237,7 +237,7 @@ def tkfac_error(setting: Setting) -> Figures:
     """
     figures: Figures = {}
     for title in setting.each(_matrix_networks(setting)):
-        found = [_errors(title, draw, *as_key(setting)) for draw in range(DRAWS)]
+        found = [_errors(setting, title, draw) for draw in range(DRAWS)]
         for step in CHECKPOINTS:
             errors = [by_step[step] for by_step in found]
             for one, other, name in (
@@ -326,22 +326,12 @@ def _vgg(setting: Setting) -> ImageTask:
 RESNET, VGG_16 = Race(_resnet, METHODS), Race(_vgg, METHODS)
 
 
-def _searched(setting: Setting, race: Race, names: Sequence[str]) -> tuple[Any, Any]:
-    """Return the best trial and the curves of each method."""
-    trials, runs = {}, {}
-    for index, name in enumerate(names):
-        trials[name] = race.best(setting, name)
-        runs[name] = race.runs(setting, name, trials[name])
-        setting.progress((index + 1) / len(names))
-    return trials, runs
-
-
 ORDER = ("sgd", "adam", "ekfac", "tkfac", "tekfac")
 
 
 def _order(setting: Setting, race: Race, equal: str) -> Figures:
     """Return TEKFAC's figures beside those of the others, at the end or after equal time."""
-    trials, runs = _searched(setting, race, ORDER)
+    trials, runs = race.race(setting, ORDER)
     values: dict[tuple[str, str], list[float]] = {}
     for figure in ("loss", "accuracy"):
         draws = zip(*runs.values(), strict=True)
@@ -458,7 +448,7 @@ def vgg_seconds(setting: Setting) -> Figures:
 def _damping(setting: Setting, race: Race) -> Figures:
     """Return the training losses of K-FAC and TKFAC with both ways of damping, as ratios."""
     names = ("kfac-one", "kfac-own", "tkfac-one", "tkfac-own")
-    trials, runs = _searched(setting, race, names)
+    trials, runs = race.race(setting, names)
     losses = {name: [one["loss"][-1] for one in found] for name, found in runs.items()}
     figures: Figures = {}
     for title, one, other in (

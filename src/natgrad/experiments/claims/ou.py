@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,20 +12,8 @@ import natgrad
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
 from natgrad.experiments.claims.image_training import Curves, ImageTask, ResNet, images
 from natgrad.experiments.claims.paired_draws import differences, ratios
-from natgrad.experiments.claims.race import (
-    Method,
-    Race,
-    Trial,
-    as_key,
-    time_to,
-)
-from natgrad.experiments.claims.translation import (
-    Corpus,
-    Translator,
-    bleu,
-    read_corpus,
-    train_for,
-)
+from natgrad.experiments.claims.race import Method, Race, Trial, time_to
+from natgrad.experiments.claims.translation import Corpus, Translator, bleu, read_corpus, train_for
 
 __all__ = ["SOURCE"]
 
@@ -90,16 +77,8 @@ RACE = Race(
 )
 
 
-def _raced(setting: Setting, *names: str) -> tuple[dict[str, Trial], dict[str, list[Curves]]]:
-    """Return trials and curves; a method without trials takes those of its kind."""
-    kinds = {"mean": "fngd", "own": "fngd", "sgd at the rate of FNGD": "fngd"}
-    kinds["kfac-always"] = "kfac"
-    trials, runs = {}, {}
-    for index, name in enumerate(names):
-        trials[name] = RACE.best(setting, kinds.get(name, name))
-        runs[name] = RACE.runs(setting, name.removesuffix(" at the rate of FNGD"), trials[name])
-        setting.progress((index + 1) / len(names))
-    return trials, runs
+#: Methods, and those whose best rates they take.
+TIMED = {"sgd": "sgd", "fngd": "fngd", "kfac": "kfac", "kfac-always": "kfac"}
 
 
 def _later_epochs(runs: list[Curves]) -> list[float]:
@@ -139,7 +118,7 @@ def epoch_time(setting: Setting) -> Figures:
     128, 6 epochs (200). Renewed at every step or every 10 (factors) and 20 (inverses), K-FAC has
     natgrad's other defaults.
     """
-    _, runs = _raced(setting, "sgd", "fngd", "kfac", "kfac-always")
+    _, runs = RACE.race(setting, TIMED)
     later = {name: _later_epochs(found) for name, found in runs.items()}
     first = {name: [one["seconds"][0] for one in found] for name, found in runs.items()}
     whole = {name: [one["seconds"][-1] for one in found] for name, found in runs.items()}
@@ -181,13 +160,12 @@ def time_to_accuracy(setting: Setting) -> Figures:
 
     The runs of `ou.epoch-time`, each method at the best of three rates; first epochs included.
     """
-    names = ("sgd", "fngd", "kfac", "kfac-always")
-    trials, runs = _raced(setting, *names)
-    times: dict[str, list[float]] = {name: [] for name in names}
+    trials, runs = RACE.race(setting, TIMED)
+    times: dict[str, list[float]] = {name: [] for name in TIMED}
     targets = []
     for draw in zip(*runs.values(), strict=True):
         targets.append(0.9 * min(max(one["accuracy"]) for one in draw))
-        for name, one in zip(names, draw, strict=True):
+        for name, one in zip(TIMED, draw, strict=True):
             times[name].append(time_to(one, targets[-1]))
     excess = [one["seconds"][0] for one in runs["fngd"]]
     excess = differences(excess, _later_epochs(runs["fngd"]))
@@ -201,7 +179,7 @@ def time_to_accuracy(setting: Setting) -> Figures:
         "the same of SGD / FNGD": ratios(times["sgd"], times["fngd"]),
         "the accuracy": targets,
     }
-    for name in names:
+    for name in TIMED:
         title = RACE.methods[name].title
         figures[f"final loss of {title}"] = [one["loss"][-1] for one in runs[name]]
         figures[f"test accuracy of {title}"] = [one["accuracy"][-1] for one in runs[name]]
@@ -247,7 +225,10 @@ def coefficients(setting: Setting) -> Figures:
     gradient descent. With own coefficients they are solved for at every step.
     """
     same = "sgd at the rate of FNGD"
-    trials, runs = _raced(setting, "sgd", "fngd", "mean", "own", same)
+    at_same_rate = RACE.runs(setting, "sgd", RACE.best(setting, "fngd"))
+    likes = {"sgd": "sgd", "fngd": "fngd", "mean": "fngd", "own": "fngd"}
+    trials, runs = RACE.race(setting, likes)
+    runs[same] = at_same_rate
     losses = {name: [one["loss"][-1] for one in found] for name, found in runs.items()}
     right = {name: [one["accuracy"][-1] for one in found] for name, found in runs.items()}
     figures: Figures = {
@@ -297,8 +278,7 @@ TRANSLATION_DRAWS = 3
 
 
 @functools.cache
-def _corpus(*key: Any) -> Corpus:
-    setting = Setting(*key)
+def _corpus(setting: Setting) -> Corpus:
     return read_corpus(
         setting.data_dir, setting.of(1280, None), setting.of(300, 1000), setting.of(3, 2)
     )
@@ -333,7 +313,7 @@ def translation(setting: Setting) -> Figures:
     training loss of the last 20 steps, of a draw that does not count. The first epoch, in which
     FNGD solves for coefficients, is part of the time.
     """
-    corpus = _corpus(*as_key(setting))
+    corpus = _corpus(setting)
     width, depth, seconds = setting.of((64, 1, 10.0), (256, 3, 3600.0))
 
     def run(name: str, rate: float, draw: int) -> dict[str, float]:
@@ -358,11 +338,10 @@ def translation(setting: Setting) -> Figures:
 
     found: dict[str, list[dict[str, float]]] = {}
     rates: dict[str, float] = {}
-    for index, (name, (_, trials)) in enumerate(TRANSLATORS.items()):
+    for name, (_, trials) in setting.each(TRANSLATORS.items()):
         searched = {rate: run(name, rate, 0)["loss"] for rate in trials}
         rates[name] = min(searched, key=searched.__getitem__) if searched else rates["FNGD"]
         found[name] = [run(name, rates[name], d) for d in range(1, TRANSLATION_DRAWS + 1)]
-        setting.progress((index + 1) / len(TRANSLATORS))
     scores = {name: [one["BLEU"] for one in runs] for name, runs in found.items()}
     figures: Figures = {
         "BLEU, FNGD − AdamW": differences(scores["FNGD"], scores["AdamW"]),

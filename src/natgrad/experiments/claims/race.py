@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from torch import nn
 from natgrad.experiments.claims.claim import Setting
 from natgrad.experiments.claims.image_training import Curves, ImageTask, train
 
-__all__ = ["Method", "Race", "Trial", "as_key", "at_equal_time", "time_to"]
+__all__ = ["Method", "Race", "Trial", "at_equal_time", "time_to"]
 
 Trial = tuple[float, ...]
 """A learning rate, and whatever else is searched with it."""
@@ -34,7 +34,7 @@ class Method:
     trials: tuple[Trial, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Race:
     """Methods on one task. Runs are made once in a process, whichever claims want them.
 
@@ -47,26 +47,9 @@ class Race:
     task: Callable[[Setting], ImageTask]
     methods: Mapping[str, Method]
     draws: int = 3
-    _tasks: dict[Any, ImageTask] = field(default_factory=dict)
-    _runs: dict[Any, Curves] = field(default_factory=dict)
 
     def _run(self, setting: Setting, name: str, trial: Trial, draw: int) -> Curves:
-        key, method = as_key(setting), self.methods[name]
-        place = key, name, trial, draw
-
-        def compute() -> Curves:
-            if place not in self._runs:
-                if key not in self._tasks:
-                    self._tasks[key] = self.task(setting)
-                task = self._tasks[key]
-                total = task.steps * task.epochs
-                self._runs[place] = train(
-                    task,
-                    lambda model: method.make(model, trial, task.steps, total),
-                    1000 * setting.seed + draw,
-                )
-            return self._runs[place]
-
+        compute = functools.partial(_trained, self, setting, name, trial, draw)
         return setting.part(f"{name} {trial} {draw}", compute)
 
     def best(self, setting: Setting, name: str) -> Trial:
@@ -79,10 +62,34 @@ class Race:
         """Return a method's curves with a trial, draw by draw."""
         return [self._run(setting, name, trial, draw) for draw in range(1, self.draws + 1)]
 
+    def race(
+        self, setting: Setting, names: Mapping[str, str] | Sequence[str]
+    ) -> tuple[dict[str, Trial], dict[str, list[Curves]]]:
+        """Return the trials and the curves of some methods.
 
-def as_key(setting: Setting) -> tuple[Any, ...]:
-    """Return what makes an equal setting, apart from what it has found."""
-    return setting.full, setting.seed, setting.data, setting.data_dir, setting.device
+        Args:
+            setting: What the claim runs with.
+            names: The methods; of a mapping each to the method whose best trial it takes.
+        """
+        likes = names if isinstance(names, Mapping) else {name: name for name in names}
+        trials, runs = {}, {}
+        for name, like in setting.each(likes.items()):
+            trials[name] = self.best(setting, like)
+            runs[name] = self.runs(setting, name, trials[name])
+        return trials, runs
+
+
+@functools.cache
+def _task(race: Race, setting: Setting) -> ImageTask:
+    return race.task(setting)
+
+
+@functools.cache
+def _trained(race: Race, setting: Setting, name: str, trial: Trial, draw: int) -> Curves:
+    task, make = _task(race, setting), race.methods[name].make
+    total = task.steps * task.epochs
+    seed = 1000 * setting.seed + draw
+    return train(task, lambda model: make(model, trial, task.steps, total), seed)
 
 
 def _times(curves: Curves, figure: str) -> list[float]:
