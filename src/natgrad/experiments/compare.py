@@ -342,22 +342,15 @@ class _Comparison:
 
     def _measure(self, method: Method) -> float:
         inputs, targets = next(self.problem.batches.training(self.config.seed))
-        return measured_learning_rate(
-            self.problem.model,
-            lambda model: self._build(self.problem, method, model, 1.0, clip=False),
-            self.problem.objective,
-            inputs,
-            targets,
-        )
+        objective, setting = self.problem.objective, self.problem.setting
 
-    def _build(
-        self, problem: Problem, method: Method, model: nn.Module, rate: float, clip: bool = True
-    ) -> torch.optim.Optimizer:
-        optimizer = method.build(model, rate, problem.objective.likelihood, problem.setting)
-        if not clip:
+        def unbounded(model: nn.Module) -> torch.optim.Optimizer:
+            optimizer = method.build(model, 1.0, objective.likelihood, setting)
             for group in optimizer.param_groups:
                 group["kl_clip"] = None
-        return optimizer
+            return optimizer
+
+        return measured_learning_rate(self.problem.model, unbounded, objective, inputs, targets)
 
     def _train(
         self,
@@ -383,7 +376,8 @@ class _Comparison:
             report(taken, loss, metric)
 
         with reproducible(schedule.seed):
-            optimizer = self._build(problem, method, model, rate)
+            likelihood = problem.objective.likelihood
+            optimizer = method.build(model, rate, likelihood, problem.setting)
             return train(
                 model,
                 optimizer,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,11 +53,8 @@ class Config:
     def as_dict(self) -> dict[str, object]:
         """Return the options as JSON values."""
         options = dataclasses.asdict(self)  # type: ignore[call-overload]
-        return {
-            name: list(value) if isinstance(value, tuple)
-            else str(value) if isinstance(value, Path) else value
-            for name, value in options.items()
-        }  # fmt: skip
+        values: dict[str, object] = json.loads(json.dumps(options, default=str))
+        return values
 
 
 @dataclass(frozen=True)
@@ -174,29 +172,28 @@ class CompareConfig(Config):
                     "Data of your own take a model of your own: natgrad compare "
                     f"package.module:factory --data {self.data}."
                 )
-            for option in ("likelihood", "metric"):
-                if getattr(self, option) is not None:
-                    raise ConfigError(f"--{option} is for a model of your own.")
+            self._refuse("is for a model of your own.", "likelihood", "metric")
         else:
             if self.data is None:
                 raise ConfigError(
                     "A model of your own takes data: give --data package.module:loader, or the "
                     f"name of a built-in data set ({', '.join(DATASETS)})."
                 )
-            for option in ("model", "width", "depth"):
-                if getattr(self, option) is not None:
-                    raise ConfigError(f"--{option} describes a built-in network, not your own.")
+            self._refuse("describes a built-in network, not your own.", "model", "width", "depth")
             if self.quality:
                 raise ConfigError("--quality is measured for built-in networks only.")
         if self.own_data:
-            for option in ("data_dir", "train_samples", "test_samples", "batch_size"):
-                if getattr(self, option) is not None:
-                    name = option.replace("_", "-")
-                    raise ConfigError(f"--{name} describes built-in data: your loader decides it.")
-        elif self.eval_samples is not None:
-            raise ConfigError("--eval-samples is for data of your own; built-in data use all.")
+            built_in = "data_dir", "train_samples", "test_samples", "batch_size"
+            self._refuse("describes built-in data: your loader decides it.", *built_in)
+        else:
+            self._refuse("is for data of your own; built-in data use all.", "eval_samples")
         if self.quality and self.seconds is not None:
             raise ConfigError("--quality is measured along a budget in steps, not in seconds.")
+
+    def _refuse(self, why: str, *options: str) -> None:
+        for option in options:
+            if getattr(self, option) is not None:
+                raise ConfigError(f"--{option.replace('_', '-')} {why}")
 
     @property
     def own_data(self) -> bool:

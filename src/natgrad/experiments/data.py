@@ -93,19 +93,23 @@ class DatasetKind:
     folders: tuple[str, ...] = ()
     cifar: CifarFiles | None = None
 
+    @property
+    def archives(self) -> tuple[str, str]:
+        """Names of the original archives of a CIFAR set."""
+        name = self.title.lower()
+        return f"{name}-python.tar.gz", f"{name}-binary.tar.gz"
+
 
 @dataclass(frozen=True)
 class CifarFiles:
-    """Names of the files of a CIFAR set: training batches in order, test batch, original archives.
+    """Names of the files of a CIFAR set: training batches in order, and test batch.
 
-    In the binary version `label_bytes` precede each image.
+    In the binary version names end in ``.bin`` and `label_bytes` precede each image.
     """
 
     train: tuple[str, ...]
     test: str
-    archives: tuple[str, ...]
     label_bytes: int
-    binary_suffix: str = ".bin"
 
 
 DATASETS: dict[str, DatasetKind] = {
@@ -119,24 +123,14 @@ DATASETS: dict[str, DatasetKind] = {
         (32, 32, 3),
         10,
         ("cifar10", "cifar-10-batches-py", "cifar-10-batches-bin"),
-        CifarFiles(
-            tuple(f"data_batch_{i}" for i in range(1, 6)),
-            "test_batch",
-            ("cifar-10-python.tar.gz", "cifar-10-binary.tar.gz"),
-            label_bytes=1,
-        ),
+        CifarFiles(tuple(f"data_batch_{i}" for i in range(1, 6)), "test_batch", label_bytes=1),
     ),
     "cifar100": DatasetKind(
         "CIFAR-100",
         (32, 32, 3),
         100,
         ("cifar100", "cifar-100-python", "cifar-100-binary"),
-        CifarFiles(
-            ("train",),
-            "test",
-            ("cifar-100-python.tar.gz", "cifar-100-binary.tar.gz"),
-            label_bytes=2,
-        ),
+        CifarFiles(("train",), "test", label_bytes=2),
     ),
 }
 """The data sets that `load_dataset` knows, by name."""
@@ -265,14 +259,12 @@ def _read_files(name: str, data_dir: Path | str | None) -> tuple[Arrays, Arrays]
         if (folder / "train.npz").exists() or (folder / "test.npz").exists():
             return read_npz(folder / "train.npz"), read_npz(folder / "test.npz")
         if kind.cifar is not None:
-            for source in (folder, *(folder / archive for archive in kind.cifar.archives)):
+            for source in (folder, *(folder / archive for archive in kind.archives)):
                 if _holds_cifar(source, kind.cifar):
                     return _read_cifar(source, kind.cifar)
         elif any(_idx_path(folder, stem) is not None for stem in _IDX_FILES):
             return _read_idx_files(folder)
-    expected = (
-        "their original IDX files" if kind.cifar is None else f"{' or '.join(kind.cifar.archives)}"
-    )
+    expected = "their original IDX files" if kind.cifar is None else " or ".join(kind.archives)
     raise DataError(
         f"No files of {kind.title} in {base}: expected train.npz and test.npz, or {expected}."
     )
@@ -310,18 +302,17 @@ def _read_idx_files(folder: Path) -> tuple[Arrays, Arrays]:
 def _holds_cifar(source: Path, files: CifarFiles) -> bool:
     if not source.is_dir():
         return source.is_file()
-    suffixes = ("", files.binary_suffix)
-    names = [name + suffix for name in (*files.train, files.test) for suffix in suffixes]
-    return any((source / name).is_file() for name in names)
+    names = (*files.train, files.test)
+    return any((source / (name + end)).is_file() for name in names for end in ("", ".bin"))
 
 
 def _read_cifar(source: Path, files: CifarFiles) -> tuple[Arrays, Arrays]:
     names = (*files.train, files.test)
-    members = read_members(source, {*names, *(name + files.binary_suffix for name in names)})
+    members = read_members(source, {*names, *(f"{name}.bin" for name in names)})
     binary = not any(name in members for name in names)
 
     def batch(name: str) -> Arrays:
-        name = name + files.binary_suffix if binary else name
+        name = f"{name}.bin" if binary else name
         if name not in members:
             raise DataError(f"{source} is incomplete: it has no file {name}.")
         where = f"{source}/{name}"
