@@ -90,12 +90,6 @@ def test_a_figure_belongs_to_the_first_expectation_that_fits():
     assert claim.expectation("time") is None
 
 
-def test_a_size_that_is_too_small_decides_nothing():
-    claim = dataclasses.replace(CLAIMS[0], expects=(Expect("x", at_most=1.0),), too_small="why")
-    assert claim.verdict({"x": 2.0}, full=False) == CANNOT
-    assert claim.verdict({"x": 2.0}, full=True) == "refuted"
-
-
 class Counting:
     """A source with two claims that count how often their parts are measured."""
 

@@ -16,7 +16,7 @@ _PER_DECADE = 4  # the finest spacing: a factor of 10^(1/4)
 
 
 def search_learning_rate(
-    run: Callable[[float], float], grid: tuple[int, int], search: Search, budget: int = BUDGET
+    run: Callable[[float], float], grid: tuple[int, int], search: Search
 ) -> Search:
     """Look for the learning rate with the lowest final training loss.
 
@@ -29,7 +29,6 @@ def search_learning_rate(
         grid: Exponents of ten of the lowest and highest first trials.
         search: Takes every trial as it ends, in the order of the learning rates. Trials that it
             holds already are not run again.
-        budget: The number of runs.
 
     Returns:
         The search, with all trials.
@@ -46,9 +45,9 @@ def search_learning_rate(
 
     low, high = grid
     for key in range(low * _PER_DECADE, high * _PER_DECADE + 1, _PER_DECADE):
-        if len(losses) < budget:
+        if len(losses) < BUDGET:
             try_rate(key)
-    while len(losses) < budget:
+    while len(losses) < BUDGET:
         following = _next_key(losses)
         if following is None:
             break

@@ -192,7 +192,6 @@ class Claim:
         data: Data set at the small size; another than "digits" gives way to it where no folder of
             data is known.
         published_data: That at the published size.
-        too_small: Why the small size cannot decide, if so; its figures are shown all the same.
         remark: What to make of the outcome.
     """
 
@@ -204,7 +203,6 @@ class Claim:
     about: str
     data: str = "digits"
     published_data: str = "mnist"
-    too_small: str = ""
     remark: str = ""
 
     def data_for(self, full: bool, data_dir: Path | None) -> str:
@@ -217,14 +215,12 @@ class Claim:
         """Return what the claim says of a figure; None if it is there for information."""
         return next((e for e in self.expects if figure.startswith(e.figure)), None)
 
-    def verdict(self, figures: Mapping[str, Draws], full: bool = True) -> Verdict:
-        """Return the verdict on figures measured at the published size, or the small one.
+    def verdict(self, figures: Mapping[str, Draws]) -> Verdict:
+        """Return the verdict on measured figures.
 
         Refuted if one bound is broken, reproduced only if all hold; a bound without a figure
         decides nothing.
         """
-        if self.too_small and not full:
-            return CANNOT
         judged = {name: self.expectation(name) for name in figures}
         verdicts = {e.judge(figures[name]) for name, e in judged.items() if e is not None}
         if "refuted" in verdicts:

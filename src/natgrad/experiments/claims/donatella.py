@@ -122,23 +122,19 @@ def noise(setting: Setting) -> Iterator[dict[str, float]]:
         yield {"exponent of the time": slope, "error after 160/λ": found[-1]}
 
 
-def _make(process: Thermodynamic, lr: float = 1.0, damping: float = 0.1) -> MakeOptimizer:
+def _make(process: Thermodynamic, lr: float = 1.0) -> MakeOptimizer:
     def make(model: nn.Module) -> torch.optim.Optimizer:
+        structure = Full(solver=process)
         return natgrad.ThermodynamicNGD(
-            model,
-            "categorical",
-            structure=Full(solver=process),
-            lr=lr,
-            damping=damping,
-            kl_clip=None,
+            model, "categorical", structure=structure, lr=lr, damping=0.1, kl_clip=None
         )
 
     return make
 
 
-def _exact(lr: float = 1.0, damping: float = 0.1) -> MakeOptimizer:
+def _exact(lr: float) -> MakeOptimizer:
     def make(model: nn.Module) -> torch.optim.Optimizer:
-        return natgrad.ExactNGD(model, "categorical", lr=lr, damping=damping, kl_clip=None)
+        return natgrad.ExactNGD(model, "categorical", lr=lr, damping=0.1, kl_clip=None)
 
     return make
 

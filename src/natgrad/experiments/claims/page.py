@@ -68,10 +68,9 @@ def render_page(sources: Sequence[Source], folder: Path) -> str:
 def _section(claim: Claim, result: Result) -> list[str]:
     size = "published size" if result.full else "size for one core"
     verdict = result.verdict(claim)
-    why = f": {claim.too_small}" if claim.too_small and not result.full else ""
     if result.error:
         return [f"\n**{_capital(verdict)}** at the {size}: the measurement failed, {result.error}"]
-    lines = [f"\n**{_capital(verdict)}** at the {size}{why}.\n"]
+    lines = [f"\n**{_capital(verdict)}** at the {size}.\n"]
     lines += ["| figure | measured | rule | |", "|---|---|---|---|"]
     for name, draws in result.figures.items():
         expect = claim.expectation(name)

@@ -43,13 +43,13 @@ SOURCES: tuple[Source, ...] = (
 """The sources; to add one, write a module with a `SOURCE` and name it here."""
 
 
-def choose(names: Sequence[str] = (), sources: Sequence[Source] = SOURCES) -> list[Claim]:
+def choose(names: Sequence[str] = ()) -> list[Claim]:
     """Return the claims of some names, which may be those of sources; all if there are no names.
 
     Raises:
         ConfigError: If a name is unknown; it names the ones that are close.
     """
-    groups = {source.name: source.claims for source in sources}
+    groups = {source.name: source.claims for source in SOURCES}
     claims = {claim.name: [claim] for found in groups.values() for claim in found}
     known = {**claims, **groups}
     chosen: dict[str, Claim] = {}

@@ -52,7 +52,7 @@ class Result:
 
     def verdict(self, claim: Claim) -> Verdict:
         """Return the verdict of the claim's rule as it stands now."""
-        return claim.verdict(self.figures, self.full)
+        return claim.verdict(self.figures)
 
     def to_json(self) -> str:
         """Return the result as strict JSON: infinite numbers and NaN become strings."""

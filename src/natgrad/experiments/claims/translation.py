@@ -130,16 +130,13 @@ class Translator(nn.Module):
         english: English words.
         width: Features of a word; a multiple of 4, as there are 4 heads.
         depth: Layers of the encoder, and of the decoder.
-        dropout: Share of activations that is left out in training.
     """
 
-    def __init__(
-        self, german: int, english: int, width: int, depth: int, dropout: float = 0.1
-    ) -> None:
+    def __init__(self, german: int, english: int, width: int, depth: int) -> None:
         super().__init__()
         self.german: nn.Embedding = nn.Embedding(german, width, padding_idx=PAD)
         self.english: nn.Embedding = nn.Embedding(english, width, padding_idx=PAD)
-        sizes = width, 4, 4 * width, dropout
+        sizes = width, 4, 4 * width, 0.1  # The last is dropout.
         encoder = nn.TransformerEncoderLayer(*sizes, batch_first=True, norm_first=True)
         decoder = nn.TransformerDecoderLayer(*sizes, batch_first=True, norm_first=True)
         self.encoder: nn.Module = nn.TransformerEncoder(
