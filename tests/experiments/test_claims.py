@@ -11,12 +11,19 @@ import pytest
 from rich.console import Console
 
 from natgrad.cli import run
-from natgrad.experiments.claims.claim import CANNOT, Claim, Expect, Source, mean_and_error
+from natgrad.experiments.claims.claim import (
+    CANNOT,
+    Claim,
+    Expect,
+    Setting,
+    Source,
+    mean_and_error,
+)
 from natgrad.experiments.claims.console import as_values, print_claims
 from natgrad.experiments.claims.page import render_page
 from natgrad.experiments.claims.registry import SOURCES, choose
 from natgrad.experiments.claims.results import read_result, result_path
-from natgrad.experiments.claims.run import ClaimsConfig, run_claims
+from natgrad.experiments.claims.run import run_claims
 from natgrad.experiments.claims.translation import TEXTS
 from natgrad.experiments.config import ConfigError
 from natgrad.experiments.data import DATASETS
@@ -121,14 +128,14 @@ class Counting:
 
 def test_results_are_kept_and_an_interrupted_run_goes_on(tmp_path):
     made = Counting()
-    claims, config = made.source.claims, ClaimsConfig(tmp_path)
+    claims = made.source.claims
     made.stop_at = "second.b"
-    results, interrupted = run_claims(claims, config)
+    results, interrupted = run_claims(claims, tmp_path)
     assert interrupted and [r.claim for r in results] == ["made-up.first"]
     assert made.calls == ["first.a", "first.b", "second.a", "second.b"]
 
     made.calls, made.stop_at = [], ""
-    results, interrupted = run_claims(claims, config)
+    results, interrupted = run_claims(claims, tmp_path)
     assert not interrupted and made.calls == ["second.b"]
     assert [r.verdict(c) for r, c in zip(results, claims, strict=True)] == ["reproduced"] * 2
     kept = read_result(result_path(tmp_path, claims[1], full=False))
@@ -136,12 +143,12 @@ def test_results_are_kept_and_an_interrupted_run_goes_on(tmp_path):
     assert kept.parts == {}
 
     made.calls = []
-    run_claims(claims, config)
+    run_claims(claims, tmp_path)
     assert made.calls == []
-    run_claims(claims[:1], dataclasses.replace(config, again=True))
+    run_claims(claims[:1], tmp_path, again=True)
     assert made.calls == ["first.a", "first.b"]
     made.calls = []
-    run_claims(claims[:1], dataclasses.replace(config, full=True))  # a result of its own
+    run_claims(claims[:1], tmp_path, Setting(full=True))  # a result of its own
     assert made.calls == ["first.a", "first.b"]
     assert {path.name for path in tmp_path.iterdir()} == {
         "made-up.first.json", "made-up.first.full.json", "made-up.second.json"
@@ -150,9 +157,9 @@ def test_results_are_kept_and_an_interrupted_run_goes_on(tmp_path):
 
 def test_a_measurement_that_fails_cannot_be_told_and_does_not_stop_the_others(tmp_path, capsys):
     made = Counting()
-    claims, config = made.source.claims, ClaimsConfig(tmp_path)
+    claims = made.source.claims
     made.stop_at, made.reason = "first.b", RuntimeError("the matrix is singular\nsomewhere")
-    results, interrupted = run_claims(claims, config)
+    results, interrupted = run_claims(claims, tmp_path)
     assert not interrupted
     assert [r.verdict(c) for r, c in zip(results, claims, strict=True)] == [CANNOT, "reproduced"]
     assert results[0].error == "the matrix is singular"
@@ -165,14 +172,14 @@ def test_a_measurement_that_fails_cannot_be_told_and_does_not_stop_the_others(tm
     assert as_values(claims[0], results[0])["verdict"] == CANNOT
 
     made.calls, made.stop_at = [], ""
-    results, _ = run_claims(claims, config)
+    results, _ = run_claims(claims, tmp_path)
     assert made.calls == ["first.b"]
     assert [r.verdict(c) for r, c in zip(results, claims, strict=True)] == ["reproduced"] * 2
 
 
 def test_the_page_shows_verdicts_figures_and_what_is_not_measured(tmp_path):
     made = Counting()
-    run_claims(made.source.claims[:1], ClaimsConfig(tmp_path))
+    run_claims(made.source.claims[:1], tmp_path)
     page = render_page([made.source], tmp_path)
     assert "| [made-up.first](#made-upfirst) | reproduced | – |" in page
     assert "| [made-up.second](#made-upsecond) | – | – |" in page
@@ -185,7 +192,7 @@ def test_the_page_shows_verdicts_figures_and_what_is_not_measured(tmp_path):
 def test_unreadable_results_are_refused(tmp_path):
     result_path(tmp_path, CLAIMS[0], full=False).write_text("{}")
     with pytest.raises(ConfigError, match=r"does not hold a result.*remove it"):
-        run_claims(CLAIMS[:1], ClaimsConfig(tmp_path))
+        run_claims(CLAIMS[:1], tmp_path)
 
 
 def test_unknown_names_are_refused_with_those_that_are_close(capsys):

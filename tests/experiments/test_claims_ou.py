@@ -16,7 +16,7 @@ from natgrad.experiments.claims import ou, translation
 from natgrad.experiments.claims.claim import CANNOT, Setting
 from natgrad.experiments.claims.image_training import VGG, ImageTask
 from natgrad.experiments.claims.race import Race
-from natgrad.experiments.claims.run import ClaimsConfig, run_claims
+from natgrad.experiments.claims.run import run_claims
 from natgrad.experiments.claims.translation import (
     BEGIN,
     END,
@@ -116,7 +116,7 @@ def test_missing_or_unequal_files_are_told_in_a_sentence(folder, tmp_path):
 
 def test_without_its_files_the_claim_cannot_be_told(tmp_path):
     claim = CLAIMS["ou.translation"]
-    ((result,), _) = run_claims([claim], ClaimsConfig(tmp_path))
+    ((result,), _) = run_claims([claim], tmp_path)
     assert result.verdict(claim) == CANNOT and "give --data-dir" in result.error
 
 

@@ -15,11 +15,12 @@ from natgrad.cli.invocation import (
     data_folder,
     make_console,
 )
+from natgrad.experiments.claims.claim import Setting
 from natgrad.experiments.claims.console import as_values, print_claims
 from natgrad.experiments.claims.page import render_page
 from natgrad.experiments.claims.registry import SOURCES, choose
 from natgrad.experiments.claims.results import read_result, result_path
-from natgrad.experiments.claims.run import ClaimsConfig, run_claims
+from natgrad.experiments.claims.run import run_claims
 from natgrad.experiments.console import PartBars
 from natgrad.experiments.pages import check_output, write_whole
 
@@ -57,9 +58,9 @@ def claims(
     console, interrupted = make_console(), False
     if not listing:
         check_output(output)
-        config = ClaimsConfig(output, full, again, data_folder(data_dir), seed, device)
+        setting = Setting(full, seed, data_dir=data_folder(data_dir), device=device)
         with PartBars(make_console(stderr=True) if as_json else console) as bars:
-            interrupted = run_claims(chosen, config, bars)[1]
+            _, interrupted = run_claims(chosen, output, setting, again=again, observer=bars)
         write_whole(output.with_suffix(".md"), render_page(SOURCES, output).encode())
     found = [(claim, read_result(result_path(output, claim, full))) for claim in chosen]
     if as_json:
