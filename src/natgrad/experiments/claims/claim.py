@@ -128,7 +128,7 @@ class Setting:
     store: Callable[[], None] = field(default=lambda: None, compare=False)
     progress: Callable[[float], None] = field(default=lambda share: None, compare=False)
 
-    def of(self, small: Any, published: Any) -> Any:
+    def of(self, small: Item, published: Item) -> Item:
         """Return the first at the small size, the second at the published one."""
         return published if self.full else small
 

@@ -37,13 +37,11 @@ STATISTICS = ("mean", "second moment", "largest")
 
 
 def _widths(setting: Setting) -> tuple[int, ...]:
-    widths: tuple[int, ...] = setting.of(WIDTHS, (512, 1024, 2048, 4096))
-    return widths
+    return setting.of(WIDTHS, (512, 1024, 2048, 4096))
 
 
 def _samples(setting: Setting) -> int:
-    samples: int = setting.of(SAMPLES, 1000)
-    return samples
+    return setting.of(SAMPLES, 1000)
 
 
 def _seed(setting: Setting, draw: int) -> torch.Generator:

@@ -29,8 +29,7 @@ VANISHES = -0.25
 
 
 def _widths(setting: Setting) -> tuple[int, ...]:
-    widths: tuple[int, ...] = setting.of((128, 256, 512, 1024), (512, 1024, 2048, 4096))
-    return widths
+    return setting.of((128, 256, 512, 1024), (512, 1024, 2048, 4096))
 
 
 def _problem(setting: Setting, width: int | None = None, depth: int = 3) -> Problem:

@@ -19,9 +19,9 @@ from natgrad.curvature.structure import Part
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
 from natgrad.experiments.claims.paired_draws import ratios
 from natgrad.experiments.claims.side_by_side import MakeOptimizer, Methods, Task, mlp, step_of
-from natgrad.jacobians import FIRST_DRAW, Draw, Jacobians
+from natgrad.jacobians import Jacobians
 from natgrad.operators.structured_factors import FactorStructure
-from natgrad.statistics import KroneckerStatistics, Statistics
+from natgrad.statistics import KroneckerStatistics
 
 __all__ = ["SOURCE"]
 
@@ -87,19 +87,10 @@ class RoundedFactors(KroneckerFactors):
     product_dtype: torch.dtype | None = torch.bfloat16
 
     def statistics(
-        self,
-        part: Part,
-        rows: Jacobians,
-        count: Tensor,
-        *,
-        previous: Statistics | None = None,
-        draw: Draw = FIRST_DRAW,
-        continued: bool = False,
+        self, part: Part, rows: Jacobians, *rest: Any, **options: Any
     ) -> KroneckerStatistics:
         """Sum ``a aᵀ`` and ``δ δᵀ``, and round the sums."""
-        found = super().statistics(
-            part, rows, count, previous=previous, draw=draw, continued=continued
-        )
+        found = super().statistics(part, rows, *rest, **options)
         return RoundedStatistics(found.count, found.inputs, found.positions, found.outputs)
 
 

@@ -29,8 +29,7 @@ STEPS = 12
 
 
 def _widths(setting: Setting) -> tuple[int, ...]:
-    widths: tuple[int, ...] = setting.of((1024, 4096, 16384), (4096, 16384, 65536, 262144))
-    return widths
+    return setting.of((1024, 4096, 16384), (4096, 16384, 65536, 262144))
 
 
 def _problem(setting: Setting, samples: int | None = None) -> Problem:
