@@ -11,7 +11,32 @@ from torch import Tensor, nn
 from natgrad.experiments.objectives import Objective
 from natgrad.quality import update_quality
 
-__all__ = ["measured_learning_rate"]
+__all__ = ["measured_learning_rate", "step_of"]
+
+
+def step_of(
+    model: nn.Module,
+    build: Callable[[nn.Module], torch.optim.Optimizer],
+    loss: Callable[[Tensor, Tensor], Tensor],
+    inputs: Tensor,
+    targets: Tensor,
+) -> dict[str, Tensor]:
+    """Return what the first step of an optimizer subtracts from each parameter.
+
+    Args:
+        model: The network; left as it is.
+        build: Builds the optimizer of a copy of it.
+        loss: The loss of outputs and targets.
+        inputs: (N, ...) batch.
+        targets: The batch's targets.
+    """
+    trained = copy.deepcopy(model)
+    optimizer = build(trained)
+    optimizer.zero_grad()
+    loss(trained(inputs), targets).backward()
+    optimizer.step()
+    new = dict(trained.named_parameters())
+    return {name: (old - new[name]).detach() for name, old in model.named_parameters()}
 
 
 def measured_learning_rate(
@@ -37,13 +62,7 @@ def measured_learning_rate(
     Returns:
         The learning rate; NaN if the direction is not one of descent or not finite.
     """
-    copied = copy.deepcopy(model)
-    optimizer = build(copied)
-    optimizer.zero_grad()
-    objective(copied(inputs), targets).backward()
-    before = {name: value.detach().clone() for name, value in copied.named_parameters()}
-    optimizer.step()
-    direction = {name: before[name] - value.detach() for name, value in copied.named_parameters()}
+    direction = step_of(model, build, objective, inputs, targets)
     try:
         quality = update_quality(model, (inputs, targets), direction, objective.likelihood)
     except ValueError:  # Not finite, or no step at all.

@@ -10,7 +10,7 @@ import natgrad
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
 from natgrad.experiments.claims.image_training import images
 from natgrad.experiments.claims.paired_draws import ratios
-from natgrad.experiments.claims.side_by_side import Methods, Task, test_accuracies
+from natgrad.experiments.claims.side_by_side import Methods, Task, at_rate, test_accuracies
 from natgrad.experiments.models import build_model
 
 __all__ = ["SOURCE"]
@@ -26,26 +26,14 @@ IMAGES = 1000
 WIDTH = 16
 STEPS = 200
 BATCH_SIZE = 50
-WEIGHT_DECAY = 5e-4
-
-
-def _adam(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr, amsgrad=True, weight_decay=WEIGHT_DECAY)
-
-
-def _sgd(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=WEIGHT_DECAY)
-
-
-def _padam(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    return natgrad.Padam(model.parameters(), lr, weight_decay=WEIGHT_DECAY)
+_DECAY = {"weight_decay": 5e-4}
 
 
 #: Methods by title, and the learning rates searched.
 METHODS: Methods = {
-    "AMSGrad": (_adam, (1e-3, 3e-3, 1e-2, 3e-2)),
-    "SGD": (_sgd, (0.01, 0.03, 0.1, 0.3)),
-    "Padam": (_padam, (0.03, 0.1, 0.3, 1.0)),
+    "AMSGrad": (at_rate(torch.optim.AdamW, amsgrad=True, **_DECAY), (1e-3, 3e-3, 1e-2, 3e-2)),
+    "SGD": (at_rate(torch.optim.SGD, momentum=0.9, **_DECAY), (0.01, 0.03, 0.1, 0.3)),
+    "Padam": (at_rate(natgrad.Padam, **_DECAY), (0.03, 0.1, 0.3, 1.0)),
 }
 
 

@@ -252,7 +252,8 @@ class Source:
             where: See :class:`Claim`.
             says: See :class:`Claim`.
             expects: See :class:`Claim`.
-            **fields: Further fields of :class:`Claim`.
+            **fields: Further fields of :class:`Claim`; `published_data` is `data` if that is
+                given alone.
         """
 
         def register(measure: Measure) -> Callable[[Setting], Figures]:
@@ -260,6 +261,7 @@ class Source:
                 found = measure(setting)
                 return found if isinstance(found, dict) else draw_by_draw(found)
 
+            fields.setdefault("published_data", fields.get("data", "mnist"))
             about = " ".join((measure.__doc__ or "").split())
             full_name = f"{self.name}.{name}"
             self.claims.append(

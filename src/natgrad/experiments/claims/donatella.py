@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ import natgrad
 from natgrad.curvature import Full
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
 from natgrad.experiments.claims.paired_draws import ratios
-from natgrad.experiments.claims.side_by_side import MakeOptimizer, Methods, Task, mlp
+from natgrad.experiments.claims.side_by_side import MakeOptimizer, Methods, Task, at_rate, mlp
 from natgrad.operators import FisherMatrix
 from natgrad.solvers import Thermodynamic
 from natgrad.solvers.thermodynamic import MARGIN
@@ -122,21 +124,14 @@ def noise(setting: Setting) -> Iterator[dict[str, float]]:
         yield {"exponent of the time": slope, "error after 160/λ": found[-1]}
 
 
-def _make(process: Thermodynamic, lr: float = 1.0) -> MakeOptimizer:
-    def make(model: nn.Module) -> torch.optim.Optimizer:
-        structure = Full(solver=process)
-        return natgrad.ThermodynamicNGD(
-            model, "categorical", structure=structure, lr=lr, damping=0.1, kl_clip=None
-        )
-
-    return make
+def _thermodynamic(**process: Any) -> Any:
+    """Return what makes an optimizer of a network and a rate; see `at_rate`."""
+    structure = Full(solver=Thermodynamic(**process))
+    return at_rate(natgrad.ThermodynamicNGD, "categorical", structure=structure, **_DAMPED)
 
 
-def _exact(lr: float) -> MakeOptimizer:
-    def make(model: nn.Module) -> torch.optim.Optimizer:
-        return natgrad.ExactNGD(model, "categorical", lr=lr, damping=0.1, kl_clip=None)
-
-    return make
+_DAMPED: dict[str, Any] = {"damping": 0.1, "kl_clip": None}
+_exact = at_rate(natgrad.ExactNGD, "categorical", **_DAMPED)
 
 
 def _distance(model: nn.Module, other: nn.Module) -> float:
@@ -171,12 +166,12 @@ def interpolation(setting: Setting) -> Iterator[dict[str, float]]:
         def trained(make: MakeOptimizer) -> nn.Module:
             return task.train(model, make, STEPS, seed=draw).model  # noqa: B023
 
-        plain = trained(lambda m: torch.optim.SGD(m.parameters(), 0.3))
-        natural = trained(_exact(0.3))
+        plain = trained(partial(at_rate(torch.optim.SGD), rate=0.3))
+        natural = trained(partial(_exact, rate=0.3))
         whole = _distance(plain, natural)
         figures, distances = {}, []
         for time in TIMES:
-            found = trained(_make(Thermodynamic(time=time, start="gradient"), 0.3))
+            found = trained(partial(_thermodynamic(time=time, start="gradient"), rate=0.3))
             distances.append(_distance(found, natural) / whole)
             figures[f"distance from NGD, t = {time:g}"] = distances[-1]
             if time == 0:
@@ -205,12 +200,10 @@ def delay(setting: Setting) -> Iterator[dict[str, float]]:
     task = _task(setting)
     for draw in setting.each(range(DRAWS)):
         model = _network(task, setting, draw)
-        ends = {
-            share: task.train(
-                model, _make(Thermodynamic(time=20.0, delay=20.0 * share)), 2 * STEPS, seed=draw
-            ).losses[-1]
-            for share in (0.0, 0.1, 0.5)
-        }
+        ends = {}
+        for share in (0.0, 0.1, 0.5):
+            make = partial(_thermodynamic(time=20.0, delay=20.0 * share), rate=1.0)
+            ends[share] = task.train(model, make, 2 * STEPS, seed=draw).losses[-1]
         yield {
             f"loss with a delay of {part} of the time, over that without": ends[share] / ends[0.0]
             for share, part in ((0.1, "a tenth"), (0.5, "half"))
@@ -235,12 +228,11 @@ def training(setting: Setting) -> Figures:
     λ = 0.1, t = 20 from where the last solution ended. Rates are chosen on another network.
     """
     task, steps = _task(setting), setting.of(5 * STEPS, 100 * STEPS)
-    process = Thermodynamic(time=20.0)
     methods: Methods = {
-        "TNGD": (lambda m, r: _make(process, r)(m), (0.1, 0.3, 1.0, 3.0)),
-        "NGD": (lambda m, r: _exact(r)(m), (0.1, 0.3, 1.0, 3.0)),
-        "Adam": (lambda m, r: torch.optim.Adam(m.parameters(), r), (3e-3, 1e-2, 3e-2, 0.1)),
-        "SGD": (lambda m, r: torch.optim.SGD(m.parameters(), r), (0.1, 0.3, 1.0, 3.0)),
+        "TNGD": (_thermodynamic(time=20.0), (0.1, 0.3, 1.0, 3.0)),
+        "NGD": (_exact, (0.1, 0.3, 1.0, 3.0)),
+        "Adam": (at_rate(torch.optim.Adam), (3e-3, 1e-2, 3e-2, 0.1)),
+        "SGD": (at_rate(torch.optim.SGD), (0.1, 0.3, 1.0, 3.0)),
     }
     found = task.compare(
         methods,

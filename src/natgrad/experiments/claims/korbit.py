@@ -13,7 +13,14 @@ import natgrad
 from natgrad.curvature import Full
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
 from natgrad.experiments.claims.paired_draws import ratios
-from natgrad.experiments.claims.side_by_side import Methods, Run, Task, mlp, test_accuracies
+from natgrad.experiments.claims.side_by_side import (
+    Methods,
+    Run,
+    Task,
+    at_rate,
+    mlp,
+    test_accuracies,
+)
 from natgrad.solvers import ConjugateGradient
 
 __all__ = ["SOURCE"]
@@ -146,11 +153,8 @@ def generalisation(setting: Setting) -> Figures:
     methods: Methods = {
         "EGN": (partial(_egn, likelihood="categorical"), DAMPINGS),
         "SGN": (partial(_sgn, likelihood="categorical"), DAMPINGS),
-        "SGD": (
-            lambda m, r: torch.optim.SGD(m.parameters(), r, momentum=0.9),
-            (0.01, 0.03, 0.1, 0.3),
-        ),
-        "Adam": (lambda m, r: torch.optim.Adam(m.parameters(), r), (1e-3, 3e-3, 1e-2, 3e-2)),
+        "SGD": (at_rate(torch.optim.SGD, momentum=0.9), (0.01, 0.03, 0.1, 0.3)),
+        "Adam": (at_rate(torch.optim.Adam), (1e-3, 3e-3, 1e-2, 3e-2)),
     }
     found = task.compare(
         methods,

@@ -14,7 +14,7 @@ import natgrad
 from natgrad.curvature import KroneckerProducts, TwoLevelKronecker
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
 from natgrad.experiments.claims.paired_draws import ratios
-from natgrad.experiments.claims.side_by_side import MakeAtRate, Task, Tuned, mlp
+from natgrad.experiments.claims.side_by_side import MakeAtRate, Task, Tuned, at_rate, mlp
 
 __all__ = ["SOURCE"]
 
@@ -101,7 +101,8 @@ def block_errors(setting: Setting) -> Iterator[dict[str, float]]:
         model, before = _autoencoder(task, HIDDEN, 1000 * setting.seed + draw), 0
         for stage in STAGES:
             if stage > before:
-                model = task.train(model, _adam, stage - before, seed=draw + stage).model
+                adam = partial(at_rate(torch.optim.Adam), rate=3e-3)
+                model = task.train(model, adam, stage - before, seed=draw + stage).model
             before = stage
             x = task.x[:SAMPLES]
             kfac = block_error(model, x, "kfac")
@@ -111,10 +112,6 @@ def block_errors(setting: Setting) -> Iterator[dict[str, float]]:
                 f"error of KPSVD over that of K-FAC, {stage} steps": nearest / kfac,
                 f"error of deflation over that of KPSVD, {stage} steps": two / nearest,
             }
-
-
-def _adam(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.Adam(model.parameters(), 3e-3)
 
 
 def _kfac(model: nn.Module, damping: float) -> torch.optim.Optimizer:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import natgrad
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
 from natgrad.experiments.claims.paired_draws import ratios
-from natgrad.experiments.claims.side_by_side import MakeAtRate, mlp
+from natgrad.experiments.claims.side_by_side import MakeAtRate, at_rate, mlp
 
 __all__ = ["SOURCE"]
 
@@ -131,9 +131,9 @@ def trained(
 
 #: Methods by title, and learning rates.
 METHODS: dict[str, MakeAtRate] = {
-    "implicit": lambda m, r: natgrad.ImplicitSGD(m.parameters(), r),
-    "explicit": lambda m, r: torch.optim.SGD(m.parameters(), r),
-    "Adam": lambda m, r: torch.optim.Adam(m.parameters(), r),
+    "implicit": at_rate(natgrad.ImplicitSGD),
+    "explicit": at_rate(torch.optim.SGD),
+    "Adam": at_rate(torch.optim.Adam),
 }
 
 

@@ -16,9 +16,10 @@ from torch.nn import functional
 import natgrad
 from natgrad.curvature import InverseFactors, KroneckerFactors
 from natgrad.curvature.structure import Part
+from natgrad.experiments.calibration import step_of
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
 from natgrad.experiments.claims.paired_draws import ratios
-from natgrad.experiments.claims.side_by_side import MakeOptimizer, Methods, Task, mlp, step_of
+from natgrad.experiments.claims.side_by_side import MakeOptimizer, Methods, Task, at_rate, mlp
 from natgrad.jacobians import Jacobians
 from natgrad.operators.structured_factors import FactorStructure
 from natgrad.statistics import KroneckerStatistics
@@ -209,8 +210,7 @@ def _singd(
     return natgrad.SINGD(model, "categorical", structure=structure, damping=damping, **options)
 
 
-def _adamw(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr)
+_adamw = at_rate(torch.optim.AdamW)
 
 
 def _ends(setting: Setting, dtype: torch.dtype, methods: Methods) -> dict[str, list[float]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +15,7 @@ from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
 from natgrad.experiments.claims.image_training import Curves, ImageTask, ResNet, images
 from natgrad.experiments.claims.paired_draws import differences, ratios
 from natgrad.experiments.claims.race import Method, Race, Trial, time_to
+from natgrad.experiments.claims.side_by_side import at_rate
 from natgrad.experiments.claims.translation import Corpus, Translator, bleu, read_corpus, train_for
 
 __all__ = ["SOURCE"]
@@ -30,31 +33,15 @@ SPEED_UP = 2.07
 # Images.
 
 
-def _sgd(model: nn.Module, trial: Trial, epoch: int, total: int) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=trial[0], momentum=0.9)
-
-
-def _fngd(model: nn.Module, trial: Trial, epoch: int, total: int) -> torch.optim.Optimizer:
-    return natgrad.FNGD(model, lr=trial[0], coefficient_steps=epoch)
-
-
-def _mean(model: nn.Module, trial: Trial, epoch: int, total: int) -> torch.optim.Optimizer:
-    return natgrad.FNGD(model, lr=trial[0], coefficient_steps=epoch, share="mean")
-
-
-def _own(model: nn.Module, trial: Trial, epoch: int, total: int) -> torch.optim.Optimizer:
-    return natgrad.FNGD(model, lr=trial[0], coefficient_steps=total)
-
-
-def _kfac(model: nn.Module, trial: Trial, epoch: int, total: int) -> torch.optim.Optimizer:
-    return natgrad.KFAC(model, lr=trial[0])
-
-
-def _kfac_always(model: nn.Module, trial: Trial, epoch: int, total: int) -> torch.optim.Optimizer:
-    return natgrad.KFAC(model, lr=trial[0], refresh=natgrad.Refresh(factors=1, inverses=1))
+def _fngd(
+    model: nn.Module, trial: Trial, epoch: int, total: int, own: bool = False, **options: Any
+) -> torch.optim.Optimizer:
+    steps = total if own else epoch
+    return natgrad.FNGD(model, lr=trial[0], coefficient_steps=steps, **options)
 
 
 _RATES = ((0.02,), (0.06,), (0.2,))
+_ALWAYS = natgrad.Refresh(factors=1, inverses=1)
 
 
 def _resnet(setting: Setting) -> ImageTask:
@@ -67,12 +54,14 @@ def _resnet(setting: Setting) -> ImageTask:
 RACE = Race(
     _resnet,
     {
-        "sgd": Method("SGD", _sgd, _RATES),
+        "sgd": Method("SGD", at_rate(torch.optim.SGD, momentum=0.9), _RATES),
         "fngd": Method("FNGD", _fngd, _RATES),
-        "mean": Method("FNGD with mean coefficients", _mean),
-        "own": Method("FNGD with own coefficients", _own),
-        "kfac": Method("K-FAC", _kfac, ((0.375,), (0.75,), (1.5,))),
-        "kfac-always": Method("K-FAC renewed at every step", _kfac_always),
+        "mean": Method("FNGD with mean coefficients", partial(_fngd, share="mean")),
+        "own": Method("FNGD with own coefficients", partial(_fngd, own=True)),
+        "kfac": Method("K-FAC", at_rate(natgrad.KFAC), ((0.375,), (0.75,), (1.5,))),
+        "kfac-always": Method(
+            "K-FAC renewed at every step", at_rate(natgrad.KFAC, refresh=_ALWAYS)
+        ),
     },
 )
 
@@ -93,7 +82,6 @@ def _later_epochs(runs: list[Curves]) -> list[float]:
     says="After the first epoch FNGD costs about what a first-order method does, and an epoch of "
     "ResNet-18 on CIFAR-100 takes less than a half of K-FAC's.",
     data="cifar100",
-    published_data="cifar100",
     expects=[
         Expect(
             "seconds of an epoch, K-FAC renewed at every step / FNGD",
@@ -142,7 +130,6 @@ def epoch_time(setting: Setting) -> Figures:
     where="abstract",
     says="FNGD reaches an accuracy in less than a half of the time that K-FAC takes.",
     data="cifar100",
-    published_data="cifar100",
     expects=[
         Expect(
             "seconds to the accuracy, K-FAC renewed at every step / FNGD",
@@ -193,7 +180,6 @@ def time_to_accuracy(setting: Setting) -> Figures:
     says="The coefficients of the first epoch can be shared by all later ones without affecting "
     "the result, which is that of natural gradient descent.",
     data="cifar100",
-    published_data="cifar100",
     expects=[
         Expect(
             "training loss, shared / own coefficients",
@@ -290,7 +276,6 @@ def _corpus(setting: Setting) -> Corpus:
     says="FNGD trains a transformer on Multi30K to a BLEU score 24 above AdamW's in about the same "
     "time.",
     data="multi30k",
-    published_data="multi30k",
     expects=[
         Expect(
             "BLEU, FNGD − AdamW",

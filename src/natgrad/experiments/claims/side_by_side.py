@@ -7,12 +7,14 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LinearLR
 
 from natgrad.experiments.claims.paired_draws import differences
+from natgrad.optim import NaturalGradient
 
 __all__ = [
     "MakeAtRate",
@@ -21,8 +23,8 @@ __all__ = [
     "Run",
     "Task",
     "Tuned",
+    "at_rate",
     "mlp",
-    "step_of",
     "test_accuracies",
 ]
 
@@ -32,6 +34,23 @@ MakeAtRate = Callable[[nn.Module, float], torch.optim.Optimizer]
 
 Methods = Mapping[str, tuple[MakeAtRate, Sequence[float]]]
 """What makes an optimizer, and the rates to choose from, by title."""
+
+
+def at_rate(optimizer: Callable[..., torch.optim.Optimizer], *given: Any, **options: Any) -> Any:
+    """Return what makes an optimizer of a network and a learning rate, a number or a trial with it.
+
+    Args:
+        optimizer: Its class: natgrad's take the network, others its parameters.
+        *given: What natgrad's take behind the network: the likelihood.
+        **options: Further options.
+    """
+    natural = isinstance(optimizer, type) and issubclass(optimizer, NaturalGradient)
+
+    def make(model: nn.Module, rate: float | tuple[float, ...], *_: int) -> torch.optim.Optimizer:
+        lr = rate[0] if isinstance(rate, tuple) else rate
+        return optimizer(model if natural else model.parameters(), *given, lr=lr, **options)
+
+    return make
 
 
 def mlp(
@@ -54,30 +73,6 @@ def mlp(
         for d_in, d_out in zip(sizes[:-1], sizes[1:], strict=True):
             layers += [nn.Linear(d_in, d_out), activation()]
     return nn.Sequential(*layers[:-1]).to(dtype=dtype)
-
-
-def step_of(
-    model: nn.Module,
-    make: MakeOptimizer,
-    loss: Callable[[Tensor, Tensor], Tensor],
-    x: Tensor,
-    y: Tensor,
-) -> dict[str, Tensor]:
-    """Return what the first step of an optimizer subtracts from each parameter.
-
-    Args:
-        model: The network; left as it is.
-        make: Makes the optimizer of a copy of it.
-        loss: The loss of outputs and targets.
-        x: The inputs of a batch.
-        y: Its targets.
-    """
-    trained = copy.deepcopy(model)
-    optimizer = make(trained)
-    loss(trained(x), y).backward()
-    optimizer.step()
-    new = dict(trained.named_parameters())
-    return {name: (old - new[name]).detach() for name, old in model.named_parameters()}
 
 
 @dataclass(frozen=True)

@@ -6,22 +6,18 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 import natgrad
+from natgrad.experiments.calibration import step_of
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
 from natgrad.experiments.claims.paired_draws import ratios
-from natgrad.experiments.claims.side_by_side import (
-    MakeAtRate,
-    Methods,
-    Task,
-    mlp,
-    step_of,
-    test_accuracies,
-)
+from natgrad.experiments.claims.side_by_side import Methods, Task, at_rate, mlp, test_accuracies
 from natgrad.fisher import FisherType, ImprovedFisher
 
 __all__ = ["SOURCE"]
@@ -81,12 +77,15 @@ def _stages(setting: Setting, draw: int) -> Iterator[Stage]:
     for before, epochs in zip((0, *EPOCHS[:-1]), EPOCHS, strict=True):
         steps = (epochs - before) * (len(task.x) // 32)
         constant = Task(task.x, task.y, task.loss, 32)
-        model = constant.train(model, _adam, steps, seed=seed + epochs).model
+        adam = partial(at_rate(torch.optim.Adam), rate=1e-3)
+        model = constant.train(model, adam, steps, seed=seed + epochs).model
         yield Stage(epochs, model, batches)
 
 
-def _adam(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.Adam(model.parameters(), 1e-3)
+def _full(fisher: str | FisherType, damping: float) -> Any:
+    """Return what makes an optimizer of a network and a rate; see `at_rate`."""
+    options = {"structure": "full", "fisher": fisher, "damping": damping}
+    return at_rate(natgrad.NaturalGradient, "categorical", **options)
 
 
 def quality(
@@ -103,12 +102,7 @@ def quality(
     """
     empirical = natgrad.fisher_matrix(model, (x, y), "categorical", "full", "empirical")
     absolute = damping * float(empirical.trace()) / len(x)
-
-    def make(one: nn.Module) -> torch.optim.Optimizer:
-        return natgrad.NaturalGradient(
-            one, "categorical", structure="full", fisher=fisher, lr=1.0, damping=absolute
-        )
-
+    make = partial(_full(fisher, absolute), rate=1.0)
     update = step_of(model, make, functional.cross_entropy, x, y)
     return natgrad.update_quality(model, (x, y), update, "categorical").relative
 
@@ -201,24 +195,11 @@ def damping(setting: Setting) -> Iterator[dict[str, float]]:
         yield {f"{name}, {title}, over iEF": value / own for title, value in worst.items()}
 
 
-def _exact(fisher: str | FisherType) -> MakeAtRate:
-    def make(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-        return natgrad.NaturalGradient(
-            model, "categorical", structure="full", fisher=fisher, lr=lr, damping=1e-6
-        )
-
-    return make
-
-
-def _adamw(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr)
-
-
 #: Methods by title, and the learning rates searched.
 METHODS: Methods = {
-    "iEF": (_exact(ImprovedFisher("gram")), (0.03, 0.1, 0.3, 1.0)),
-    "EF": (_exact("empirical"), (1e-4, 1e-3, 1e-2, 1e-1)),
-    "AdamW": (_adamw, (1e-3, 3e-3, 1e-2, 3e-2)),
+    "iEF": (_full(ImprovedFisher("gram"), 1e-6), (0.03, 0.1, 0.3, 1.0)),
+    "EF": (_full("empirical", 1e-6), (1e-4, 1e-3, 1e-2, 1e-1)),
+    "AdamW": (at_rate(torch.optim.AdamW), (1e-3, 3e-3, 1e-2, 3e-2)),
 }
 
 
