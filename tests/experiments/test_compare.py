@@ -101,7 +101,7 @@ def test_interrupt_keeps_what_is_there(stage):
 
 
 def test_a_method_that_cannot_run_does_not_stop_the_others(monkeypatch):
-    def impossible(parameters, lr):
+    def impossible(parameters, lr, weight_decay):
         raise ValueError("no such optimizer today")
 
     broken = dataclasses.replace(METHODS["adamw"], optimizer=impossible)
@@ -112,7 +112,7 @@ def test_a_method_that_cannot_run_does_not_stop_the_others(monkeypatch):
 
 
 def test_warnings_of_an_optimizer_are_kept_with_its_result(monkeypatch):
-    def warning(parameters, lr):
+    def warning(parameters, lr, momentum):
         warnings.warn("the weather is bad", stacklevel=1)
         return torch.optim.SGD(parameters, lr=lr)
 

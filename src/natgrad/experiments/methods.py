@@ -90,13 +90,13 @@ class Method:
     Attributes:
         title: The name to print.
         description: What it does, in one sentence.
-        optimizer: For a natural method its class; else a function (parameters, lr) → optimizer.
+        optimizer: Its class, or what makes the optimizer likewise.
         rule: Where the learning rate comes from: "search" tries a grid; "theory" takes 1/α;
             "measured" takes the step that minimises the quadratic model of the loss along the
             first direction; "default" takes that of the optimizer.
         structure: For a natural method, the structure of its Fisher matrix; None for a first-order
             method.
-        options: Options of the optimizer on top of `WIDE_OPTIONS`.
+        options: Options of the optimizer, of a natural one on top of `WIDE_OPTIONS`.
         cross_entropy_options: Further ones for the cross-entropy loss.
         batch_options: Options of the optimizer with mini-batches, on top of `BATCH_OPTIONS`.
         alone: Whether it takes neither `WIDE_OPTIONS` nor `BATCH_OPTIONS` and no Fisher type, but
@@ -143,7 +143,7 @@ class Method:
             setting: What the options depend on.
         """
         if not self.is_natural:
-            return self.optimizer(model.parameters(), learning_rate)
+            return self.optimizer(model.parameters(), lr=learning_rate, **self.options)
         options = {"seed": setting.seed, **self._options(setting)}
         if setting.damping is not None:
             options["damping"] = self._starting_at(setting.damping)
@@ -216,18 +216,6 @@ class Method:
         return inspect.signature(self.optimizer).parameters[option].default
 
 
-def _sgd(parameters: Any, learning_rate: float) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=learning_rate, momentum=0.9)
-
-
-def _adamw(parameters: Any, learning_rate: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-
-
-def _padam(parameters: Any, learning_rate: float) -> torch.optim.Optimizer:
-    return natgrad.Padam(parameters, lr=learning_rate)
-
-
 # Curvature is that of the step's own batch.
 _EVERY_STEP = {"refresh": natgrad.Refresh(factors=1, inverses=1, decay=0.0)}
 
@@ -238,12 +226,19 @@ _KRONECKER: dict[str, Any] = {
 """What all methods with Kronecker factors share: on wide networks plain steps, as in the theory."""
 
 METHODS: dict[str, Method] = {
-    "sgd": Method("SGD", "Gradient descent with momentum 0.9.", _sgd, "search", grid=(-3, 1)),
+    "sgd": Method(
+        "SGD",
+        "Gradient descent with momentum 0.9.",
+        torch.optim.SGD,
+        "search",
+        options={"momentum": 0.9},
+    ),
     "adamw": Method(
         "AdamW",
         "Adam with its default moments and no weight decay.",
-        _adamw,
+        torch.optim.AdamW,
         "search",
+        options={"weight_decay": 0.0},
         grid=(-4, 0),
     ),
     "exact": Method(
@@ -348,7 +343,6 @@ METHODS: dict[str, Method] = {
             "step_rule": natgrad.StepRule(length="lr", nesterov=True),
         },
         alone=True,
-        grid=(-3, 1),
     ),
     "fngd": Method(
         "FNGD",
@@ -358,7 +352,6 @@ METHODS: dict[str, Method] = {
         structure="shared_coefficients",
         alone=True,
         epoch_option="coefficient_steps",
-        grid=(-3, 1),
     ),
     "egn": Method(
         "EGN",
@@ -397,9 +390,8 @@ METHODS: dict[str, Method] = {
     "padam": Method(
         "Padam",
         "Adam with a power of its second moments between SGD's and its own.",
-        _padam,
+        natgrad.Padam,
         "search",
-        grid=(-3, 1),
     ),
 }
 """Every method by name. Learning rates and options of natural methods are tuned here."""
