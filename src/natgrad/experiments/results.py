@@ -88,6 +88,8 @@ class Run:
     batch: Curve | None = None
     seconds: float = 0.0
     milliseconds_per_step: float | None = None
+    steps_to_target: int | None = None
+    seconds_to_target: float | None = None
 
     @property
     def final_loss(self) -> float:
@@ -100,8 +102,6 @@ class Repeat(Run):
     """One more run of a method, with another seed."""
 
     seed: int
-    steps_to_target: int | None = None
-    seconds_to_target: float | None = None
 
 
 @dataclass(kw_only=True)
@@ -121,8 +121,6 @@ class MethodResult(Run):
     measured_learning_rate: float | None = None
     search: Search | None = None
     peak_memory_bytes: int | None = None
-    steps_to_target: int | None = None
-    seconds_to_target: float | None = None
     repeats: list[Repeat] = field(default_factory=list)
 
     @property
