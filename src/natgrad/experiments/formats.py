@@ -108,8 +108,11 @@ def read_cifar_pickle(content: bytes, name: str) -> Arrays:
         raise DataError(f"{name} is truncated or is no pickled CIFAR batch.") from error
     if not isinstance(batch, dict):
         raise DataError(f"{name} is not a CIFAR batch: it holds no dictionary.")
-    data = _entry(batch, "data")
-    labels = _entry(batch, "fine_labels", "labels")
+    batch = {
+        key.decode(errors="replace") if isinstance(key, bytes) else key: value
+        for key, value in batch.items()
+    }
+    data, labels = batch.get("data"), batch.get("fine_labels", batch.get("labels"))
     if not isinstance(data, np.ndarray) or labels is None:
         raise DataError(f"{name} is not a CIFAR batch: it lacks `data` or `labels`.")
     if data.ndim != 2 or data.shape[1] != _CIFAR_PIXELS or data.dtype != np.uint8:
@@ -172,14 +175,6 @@ class _CifarUnpickler(pickle.Unpickler):
         if (module, name) not in _PICKLE_GLOBALS:
             raise DataError(f"it refers to {module}.{name}, which no CIFAR batch needs.")
         return super().find_class(module, name)
-
-
-def _entry(batch: dict[Any, Any], *names: str) -> Any:
-    for name in names:
-        for key in (name.encode(), name):
-            if key in batch:
-                return batch[key]
-    return None
 
 
 def _channels_last(rows: np.ndarray) -> np.ndarray:
