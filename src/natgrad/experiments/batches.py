@@ -15,7 +15,7 @@ from natgrad.capture.evaluation import count_samples
 from natgrad.experiments.data import Dataset
 from natgrad.experiments.factories import FactoryError, described, find, make
 from natgrad.experiments.objectives import Encoding
-from natgrad.experiments.random_state import RandomState, reproducible
+from natgrad.experiments.random_state import RandomStream, reproducible
 
 __all__ = ["Batch", "Batches", "LoaderBatches", "TensorBatches"]
 
@@ -210,12 +210,12 @@ class LoaderBatches(Batches):
             generator.set_state(state)
             if seed:
                 generator.manual_seed(generator.initial_seed() + seed)
-        random_state = RandomState.seeded(seed)
+        stream = RandomStream(seed)
         while True:
             try:
-                iterator, empty = random_state.run(self._again), True
+                iterator, empty = stream.run(self._again), True
                 following = functools.partial(next, iterator, None)
-                while (batch := random_state.run(following)) is not None:
+                while (batch := stream.run(following)) is not None:
                     empty = False
                     yield self._checked(batch)
             except FactoryError:

@@ -10,47 +10,35 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["RandomState", "reproducible"]
+__all__ = ["RandomStream", "reproducible"]
 
 
-class RandomState:
-    """The state of torch's, numpy's and Python's random numbers on the CPU."""
+class RandomStream:
+    """Random numbers of torch, numpy and Python on the CPU from a seed on, apart from all others.
 
-    def __init__(self) -> None:
-        self.keep()
+    Args:
+        seed: The seed.
+    """
 
-    @classmethod
-    def seeded(cls, seed: int) -> RandomState:
-        """Return the state after seeding, and seed nothing."""
+    def __init__(self, seed: int) -> None:
         with reproducible(seed):
-            return cls()
-
-    def keep(self) -> None:
-        """Become the present state."""
-        self._torch, self._numpy = torch.get_rng_state(), np.random.get_state()
-        self._python = random.getstate()
-
-    def restore(self) -> None:
-        """Make this the present state."""
-        torch.set_rng_state(self._torch)
-        np.random.set_state(self._numpy)
-        random.setstate(self._python)
+            self._state = _present()
 
     def run(self, function: Callable[[], Any]) -> Any:
-        """Call a function with this state, and keep how it leaves it."""
-        outside = RandomState()
-        self.restore()
+        """Call a function that draws from this stream."""
+        outside = _present()
+        _restore(self._state)
         try:
             return function()
         finally:
-            self.keep()
-            outside.restore()
+            self._state = _present()
+            _restore(outside)
 
 
 @contextmanager
 def reproducible(seed: int) -> Iterator[None]:
     """Seed all random numbers, and at the end put back what they were."""
-    outside = RandomState()
+    outside = _present()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:
         torch.manual_seed(seed)
@@ -58,6 +46,16 @@ def reproducible(seed: int) -> Iterator[None]:
         random.seed(seed)
         yield
     finally:
-        outside.restore()
+        _restore(outside)
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
+
+
+def _present() -> tuple[Any, ...]:
+    return torch.get_rng_state(), np.random.get_state(), random.getstate()
+
+
+def _restore(state: tuple[Any, ...]) -> None:
+    torch.set_rng_state(state[0])
+    np.random.set_state(state[1])
+    random.setstate(state[2])
