@@ -30,15 +30,13 @@ class _Theory:
 
     Attributes:
         network: The infinite-width limit, or the linearised network where there is none.
-        damping: λ the optimizer uses.
-        predicted_damping: λ of the prediction; 0 where the optimizer's is there for rounding only.
+        damping: λ the optimizer uses; on the infinite-width limit it is there for rounding only.
         lr: 1/α, for gradient descent 1/λ_max.
         alpha: α of the theory; None for gradient descent.
     """
 
     network: ntk.NetworkInFunctionSpace
     damping: float
-    predicted_damping: float
     lr: float
     alpha: float | None
 
@@ -70,7 +68,7 @@ def dynamics(problem: Problem, progress: Callable[[float], None]) -> Section:
                 name,
                 steps=STEPS,
                 lr=lr,
-                damping=theory.predicted_damping,
+                damping=theory.damping if name == "unit_wise" else 0.0,
             )
             run = problem.train(model, name, lr, theory.damping, STEPS)
             losses = [_at_least_floor(loss) for loss in predicted.train_loss.tolist()]
@@ -164,10 +162,10 @@ def _cross_entropy(problem: Problem, model: nn.Module, theories: dict[str, _Theo
             name,
             steps=STEPS,
             lr=None if name == "gd" else theory.lr,
-            likelihood=problem.likelihood("cross_entropy"),
+            likelihood=problem.cross_entropy,
         )
         lr = predicted.learning_rate
-        run = problem.train(model, name, lr, theory.damping, STEPS, "cross_entropy")
+        run = problem.train(model, name, lr, theory.damping, STEPS, problem.cross_entropy)
         losses = predicted.train_loss.tolist()
         panel.compare(METHODS[name].title, losses, run.train_loss, name)
     return Plot(
@@ -185,19 +183,17 @@ def _cross_entropy(problem: Problem, model: nn.Module, theories: dict[str, _Theo
 
 def _theories(problem: Problem, model: nn.Module) -> dict[str, _Theory]:
     infinite = ntk.InfiniteNetwork(model, problem.x, problem.x_test)
-    finite: ntk.LinearizedNetwork | None = None
     result: dict[str, _Theory] = {}
     kernel, _ = infinite.maps("gd")
     lr = 1.0 / float(torch.linalg.eigvalsh(kernel)[-1])
-    result["gd"] = _Theory(infinite, 0.0, 0.0, lr, None)
+    result["gd"] = _Theory(infinite, 0.0, lr, None)
     for name in problem.structures:
         alpha = problem.alpha(name)
         damping = damping_of(name, model, problem.x)
+        network: ntk.NetworkInFunctionSpace = infinite
         if name == "unit_wise":
-            finite = finite or ntk.LinearizedNetwork(model, problem.x, problem.x_test)
-            result[name] = _Theory(finite, damping, damping, 1.0 / alpha, alpha)
-        else:
-            result[name] = _Theory(infinite, damping, 0.0, 1.0 / alpha, alpha)
+            network = ntk.LinearizedNetwork(model, problem.x, problem.x_test)
+        result[name] = _Theory(network, damping, 1.0 / alpha, alpha)
     return result
 
 

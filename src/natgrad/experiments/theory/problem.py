@@ -128,10 +128,9 @@ class Problem:
             active_fraction=ntk.ACTIVATIONS[self.config.activation].active_fraction,
         )
 
-    def likelihood(self, loss: str) -> str:
-        """Return the likelihood of a loss, "mse" or "cross_entropy"."""
-        if loss == "mse":
-            return "gaussian"
+    @property
+    def cross_entropy(self) -> str:
+        """The likelihood behind cross-entropy."""
         return "bernoulli" if self.outputs == 1 else "categorical"
 
     def train(
@@ -141,7 +140,7 @@ class Problem:
         lr: float,
         damping: float,
         steps: int,
-        loss: str = "mse",
+        likelihood: str = "gaussian",
     ) -> Trajectory:
         """Train a copy of a network with full batches and a method's own optimizer.
 
@@ -151,20 +150,21 @@ class Problem:
             lr: Learning rate.
             damping: Damping.
             steps: Steps to take; a run that diverges ends early.
-            loss: "mse" for ½‖f − y‖², or "cross_entropy", whose test loss is not taken.
+            likelihood: That behind the loss, "gaussian" for ½‖f − y‖²; the test loss of another,
+                `cross_entropy`, is not taken.
         """
         model = copy.deepcopy(model)
-        likelihood = as_likelihood(self.likelihood(loss))
-        optimizer = build_optimizer(method, model, lr, damping, self.likelihood(loss))
-        targets = self.y if loss == "mse" else self.labels
+        optimizer = build_optimizer(method, model, lr, damping, likelihood)
+        squared, loss = likelihood == "gaussian", as_likelihood(likelihood).loss
+        targets = self.y if squared else self.labels
         train_loss: list[float] = []
         test_loss: list[float] = []
         for step in range(steps + 1):
-            value = likelihood.loss(model(self.x), targets)
+            value = loss(model(self.x), targets)
             train_loss.append(float(value.detach()))
-            if loss == "mse":
+            if squared:
                 with torch.no_grad():
-                    test_loss.append(float(likelihood.loss(model(self.x_test), self.y_test)))
+                    test_loss.append(float(loss(model(self.x_test), self.y_test)))
             if step == steps or not train_loss[-1] <= DIVERGED * train_loss[0]:
                 break
             optimizer.zero_grad()
