@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -26,7 +28,7 @@ IMAGES = 1000
 WIDTH = 16
 STEPS = 200
 BATCH_SIZE = 50
-_DECAY = {"weight_decay": 5e-4}
+_DECAY: dict[str, Any] = {"weight_decay": 5e-4}
 
 
 #: Methods by title, and the learning rates searched.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
@@ -18,6 +17,7 @@ from natgrad.curvature import Full
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
 from natgrad.experiments.claims.paired_draws import ratios
 from natgrad.experiments.claims.side_by_side import MakeOptimizer, Methods, Task, at_rate, mlp
+from natgrad.experiments.theory.by_width import exponent
 from natgrad.operators import FisherMatrix
 from natgrad.solvers import Thermodynamic
 from natgrad.solvers.thermodynamic import MARGIN
@@ -119,9 +119,7 @@ def noise(setting: Setting) -> Iterator[dict[str, float]]:
             process = _process(time + 5.0, temperature=temperature, seed=draw, burn_in=burn_in)
             average = matrix.inverse(damping, process) @ gradient
             found.append(float((average - exact).norm() / exact.norm()))
-        logarithms = [math.log(t) for t in times], [math.log(e) for e in found]
-        slope = statistics.linear_regression(*logarithms).slope
-        yield {"exponent of the time": slope, "error after 160/λ": found[-1]}
+        yield {"exponent of the time": exponent(times, found), "error after 160/λ": found[-1]}
 
 
 def _thermodynamic(**process: Any) -> Any:

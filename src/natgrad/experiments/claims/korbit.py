@@ -64,14 +64,11 @@ def _network(setting: Setting, task: Task, outputs: int, draw: int) -> nn.Module
     return mlp(sizes, 1000 * setting.seed + draw, dtype=torch.float64)
 
 
-def _egn(model: nn.Module, damping: float, likelihood: str) -> torch.optim.Optimizer:
-    return natgrad.EGN(model, likelihood, lr=RATE, damping=damping)
-
-
-def _sgn(model: nn.Module, damping: float, likelihood: str) -> torch.optim.Optimizer:
+def _gauss_newton(likelihood: str) -> Methods:
+    """Return exact Gauss-Newton steps and those by conjugate gradients."""
     solver = ConjugateGradient(max_iterations=ITERATIONS, warm_start=False)
-    structure = Full(solver=solver)
-    return natgrad.EGN(model, likelihood, lr=RATE, damping=damping, structure=structure)
+    egn = partial(at_rate, natgrad.EGN, likelihood, searched="damping", lr=RATE)
+    return {"EGN": (egn(), DAMPINGS), "SGN": (egn(structure=Full(solver=solver)), DAMPINGS)}
 
 
 def to_the_same_loss(one: Run, other: Run) -> tuple[float, float]:
@@ -114,13 +111,8 @@ def exact(setting: Setting) -> Figures:
     steps = setting.of(STEPS, 20 * STEPS)
     for likelihood, task in setting.each(_tasks(setting).items()):
         title, outputs = titles[likelihood]
-        methods: Methods = {
-            "EGN": (partial(_egn, likelihood=likelihood), DAMPINGS),
-            "SGN": (partial(_sgn, likelihood=likelihood), DAMPINGS),
-        }
-        found = task.compare(
-            methods, partial(_network, setting, task, outputs), DRAWS, steps, every=EVERY
-        )
+        network = partial(_network, setting, task, outputs)
+        found = task.compare(_gauss_newton(likelihood), network, DRAWS, steps, every=EVERY)
         pairs = [
             to_the_same_loss(a, b)
             for a, b in zip(found["EGN"].runs, found["SGN"].runs, strict=True)
@@ -151,8 +143,7 @@ def generalisation(setting: Setting) -> Figures:
     """
     task, data = _tasks(setting)["categorical"], setting.dataset()
     methods: Methods = {
-        "EGN": (partial(_egn, likelihood="categorical"), DAMPINGS),
-        "SGN": (partial(_sgn, likelihood="categorical"), DAMPINGS),
+        **_gauss_newton("categorical"),
         "SGD": (at_rate(torch.optim.SGD, momentum=0.9), (0.01, 0.03, 0.1, 0.3)),
         "Adam": (at_rate(torch.optim.Adam), (1e-3, 3e-3, 1e-2, 3e-2)),
     }

@@ -15,6 +15,7 @@ from natgrad.curvature import KroneckerProducts, TwoLevelKronecker
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
 from natgrad.experiments.claims.paired_draws import ratios
 from natgrad.experiments.claims.side_by_side import MakeAtRate, Task, Tuned, at_rate, mlp
+from natgrad.operators.coarse_level import CoarseSpace
 
 __all__ = ["SOURCE"]
 
@@ -38,7 +39,7 @@ MEASUREMENTS = 20
 DAMPINGS = (1e-3, 1e-2, 1e-1)
 #: Structures of the first paper, by title; the second product is what deflation leaves.
 PRODUCTS = {"KPSVD": 1, "deflation": 2}
-COARSE_SPACES = ("nicolaides", "residual", "spectral", "krylov")
+COARSE_SPACES: tuple[CoarseSpace, ...] = ("nicolaides", "residual", "spectral", "krylov")
 
 
 def _squares(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -114,18 +115,8 @@ def block_errors(setting: Setting) -> Iterator[dict[str, float]]:
             }
 
 
-def _kfac(model: nn.Module, damping: float) -> torch.optim.Optimizer:
-    return natgrad.KFAC(model, "gaussian", damping=damping)
-
-
-def _products(model: nn.Module, damping: float, rank: int) -> torch.optim.Optimizer:
-    structure = KroneckerProducts(rank=rank)
-    return natgrad.KPSVD(model, "gaussian", structure=structure, damping=damping)
-
-
-def _two_level(model: nn.Module, damping: float, space: Any) -> torch.optim.Optimizer:
-    structure = TwoLevelKronecker(coarse_space=space)
-    return natgrad.TwoLevelKFAC(model, "gaussian", structure=structure, damping=damping)
+#: Makes an optimizer of a network and a damping.
+_at_damping = partial(at_rate, searched="damping")
 
 
 def _compared(setting: Setting, methods: dict[str, MakeAtRate]) -> dict[str, Tuned]:
@@ -168,8 +159,10 @@ def training(setting: Setting) -> Figures:
     The autoencoder of `koroko.block-error`; natgrad's defaults for all else. A loss that is not
     reached takes infinite time.
     """
-    methods: dict[str, MakeAtRate] = {"K-FAC": _kfac}
-    methods |= {title: partial(_products, rank=rank) for title, rank in PRODUCTS.items()}
+    methods = {"K-FAC": _at_damping(natgrad.KFAC, "gaussian")}
+    for title, rank in PRODUCTS.items():
+        structure = KroneckerProducts(rank=rank)
+        methods[title] = _at_damping(natgrad.KPSVD, "gaussian", structure=structure)
     found = _compared(setting, methods)
     kfac, figures = found["K-FAC"], Figures()
     for title in PRODUCTS:
@@ -201,10 +194,10 @@ def two_level(setting: Setting) -> Figures:
     Two-level K-FAC updates curvature at every step and factorises every 20 steps.
     """
     refresh = natgrad.TwoLevelKFAC.method.refresh
-    methods: dict[str, MakeAtRate] = {
-        "K-FAC": lambda m, d: natgrad.KFAC(m, "gaussian", damping=d, refresh=refresh)
-    }
-    methods |= {space: partial(_two_level, space=space) for space in COARSE_SPACES}
+    methods = {"K-FAC": _at_damping(natgrad.KFAC, "gaussian", refresh=refresh)}
+    for space in COARSE_SPACES:
+        structure = TwoLevelKronecker(coarse_space=space)
+        methods[space] = _at_damping(natgrad.TwoLevelKFAC, "gaussian", structure=structure)
     found = _compared(setting, methods)
     kfac, figures = found["K-FAC"], Figures()
     for space in COARSE_SPACES:

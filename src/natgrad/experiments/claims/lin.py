@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +18,7 @@ from natgrad.experiments.calibration import step_of
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
 from natgrad.experiments.claims.paired_draws import ratios
 from natgrad.experiments.claims.side_by_side import MakeOptimizer, Methods, Task, at_rate, mlp
+from natgrad.experiments.theory.by_width import exponent
 from natgrad.jacobians import Jacobians
 from natgrad.operators.structured_factors import FactorStructure
 from natgrad.statistics import KroneckerStatistics
@@ -181,8 +180,7 @@ def inverse_free(setting: Setting) -> Iterator[dict[str, float]]:
             exact = inverse_of_average(model, x, y, rate)
             own = _natural_gradient(model, x, y, structure=_recursion(rate), damping=DAMPING)
             found.append(float((own - exact).norm() / exact.norm()))
-        logarithms = [math.log(r) for r in FACTOR_RATES], [math.log(e) for e in found]
-        slope = statistics.linear_regression(*logarithms).slope
+        slope = exponent(FACTOR_RATES, found)
         yield {"exponent of the step size": slope, "error at the least step size": found[-1]}
 
 
@@ -198,16 +196,16 @@ _PLAIN: dict[str, Any] = {
 }
 
 
-def _kfac(model: nn.Module, damping: float, structure: KroneckerFactors) -> torch.optim.Optimizer:
-    return natgrad.KFAC(model, "categorical", structure=structure, damping=damping, **_PLAIN)
+def _kfac(structure: KroneckerFactors) -> Any:
+    """Return what makes an optimizer of a network and a damping; see `at_rate`."""
+    return at_rate(natgrad.KFAC, "categorical", searched="damping", structure=structure, **_PLAIN)
 
 
-def _singd(
-    model: nn.Module, damping: float, structures: FactorStructure = "dense"
-) -> torch.optim.Optimizer:
+def _singd(structures: FactorStructure) -> Any:
+    """Return what makes an optimizer of a network and a damping; see `at_rate`."""
     options = {**_PLAIN, "refresh": natgrad.Refresh(factors=5, inverses=5, early=True)}
-    structure = InverseFactors(factor_structures=structures)
-    return natgrad.SINGD(model, "categorical", structure=structure, damping=damping, **options)
+    options["structure"] = InverseFactors(factor_structures=structures)
+    return at_rate(natgrad.SINGD, "categorical", searched="damping", **options)
 
 
 _adamw = at_rate(torch.optim.AdamW)
@@ -254,8 +252,8 @@ def bfloat16(setting: Setting) -> Figures:
     for dtype in setting.each((torch.float32, half)):
         kfac = RoundedFactors() if dtype == half else KroneckerFactors()
         methods: Methods = {
-            "SINGD": (_singd, DAMPINGS),
-            "K-FAC": (partial(_kfac, structure=kfac), DAMPINGS),
+            "SINGD": (_singd("dense"), DAMPINGS),
+            "K-FAC": (_kfac(kfac), DAMPINGS),
             "AdamW": (_adamw, (1e-3, 3e-3, 1e-2, 3e-2)),
         }
         kind = "bfloat16" if dtype == half else "float32"
@@ -325,8 +323,8 @@ def structures(setting: Setting) -> Figures:
         return state_entries(mlp(sizes, 0, nn.ReLU), make, x, y)
 
     adamw = kept(lambda m: _adamw(m, 1e-3))
-    singd = {s: partial(_singd, structures=s) for s in ("dense", *SPARSE)}
-    memory = {s: kept(partial(make, damping=0.1)) / adamw for s, make in singd.items()}
+    singd = {s: _singd(s) for s in ("dense", *SPARSE)}
+    memory = {s: kept(partial(make, rate=0.1)) / adamw for s, make in singd.items()}
     ends = _ends(setting, torch.float32, {s: (make, DAMPINGS) for s, make in singd.items()})
     setting.progress(1.0)
     titles = {s: s.replace("_", " ") for s in SPARSE}

@@ -36,19 +36,26 @@ Methods = Mapping[str, tuple[MakeAtRate, Sequence[float]]]
 """What makes an optimizer, and the rates to choose from, by title."""
 
 
-def at_rate(optimizer: Callable[..., torch.optim.Optimizer], *given: Any, **options: Any) -> Any:
+def at_rate(
+    optimizer: Callable[..., torch.optim.Optimizer],
+    *given: Any,
+    searched: str = "lr",
+    **options: Any,
+) -> Any:
     """Return what makes an optimizer of a network and a learning rate, a number or a trial with it.
 
     Args:
         optimizer: Its class: natgrad's take the network, others its parameters.
         *given: What natgrad's take behind the network: the likelihood.
+        searched: Name of the option that the learning rate stands for.
         **options: Further options.
     """
     natural = isinstance(optimizer, type) and issubclass(optimizer, NaturalGradient)
 
     def make(model: nn.Module, rate: float | tuple[float, ...], *_: int) -> torch.optim.Optimizer:
-        lr = rate[0] if isinstance(rate, tuple) else rate
-        return optimizer(model if natural else model.parameters(), *given, lr=lr, **options)
+        number = rate[0] if isinstance(rate, tuple) else rate
+        found = {searched: number, **options}
+        return optimizer(model if natural else model.parameters(), *given, **found)
 
     return make
 

@@ -84,7 +84,7 @@ def _stages(setting: Setting, draw: int) -> Iterator[Stage]:
 
 def _full(fisher: str | FisherType, damping: float) -> Any:
     """Return what makes an optimizer of a network and a rate; see `at_rate`."""
-    options = {"structure": "full", "fisher": fisher, "damping": damping}
+    options: dict[str, Any] = {"structure": "full", "fisher": fisher, "damping": damping}
     return at_rate(natgrad.NaturalGradient, "categorical", **options)
 
 

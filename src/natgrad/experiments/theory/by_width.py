@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from natgrad.experiments.theory.results import Line, Panel, Plot
 
-__all__ = ["ByWidth", "plot_by_width"]
+__all__ = ["ByWidth", "exponent", "plot_by_width"]
+
+
+def exponent(x: Iterable[float], y: Iterable[float]) -> float:
+    """Return the exponent of the power law fitted to y as a function of x."""
+    return statistics.linear_regression([*map(math.log, x)], [*map(math.log, y)]).slope
 
 
 class ByWidth(dict[int, list[float]]):
@@ -38,8 +43,7 @@ class ByWidth(dict[int, list[float]]):
     def _exponent_of(self, values: Sequence[float]) -> float:
         if len(self) < 2:
             return math.nan
-        logarithms = [math.log(width) for width in self], [math.log(value) for value in values]
-        return statistics.linear_regression(*logarithms).slope
+        return exponent(self, values)
 
     def line(self, label: str, method: str = "", style: str = "both") -> Line:
         """Return the means as a curve."""
