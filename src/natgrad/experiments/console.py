@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -178,19 +178,29 @@ def print_results(console: Console, results: Results) -> None:
 
     Where the console is narrow, less important columns are left out.
     """
-    columns = [column for column in _COLUMNS if column.always or console.width >= 100]
-    if not any(result.test.loss for result in results.methods):
-        columns = [column for column in columns if not column.heading.startswith("test")]
-    if results.metric == "none":
-        columns = [column for column in columns if not column.heading.endswith("metric")]
-    metric = results.metric.replace("_", "\n")
-    headings = ["method", *(column.heading.replace("metric", metric) for column in columns)]
+    wide, tested = console.width >= 100, any(result.test.loss for result in results.methods)
     rows = []
     for result in results.methods:
+        of = functools.partial(over_seeds, result, ranges=False)
+        metric = functools.partial(format_metric, results)
         done = all(run.status == "completed" for run in result.runs)
-        title = result.title if done else f"{result.title} ({outcome(result)})"
-        rows.append([title, *(column.cell(results, result) for column in columns)])
-    table = make_table(headings, rows, text=("method",))
+        row = {"method": result.title if done else f"{result.title} ({outcome(result)})"}
+        if wide:
+            row["learning\nrate"] = format_rate(result.learning_rate)
+            row["steps"] = format_or_dash(result.steps_taken)
+        row["steps to\ntarget"] = of("steps_to_target", "{:g}".format)
+        row["time to\ntarget"] = of("seconds_to_target", format_seconds)
+        row["train\nloss"] = of(last("train", "loss"), format_loss)
+        if wide and tested:
+            row["test\nloss"] = of(last("test", "loss"), format_loss)
+        if tested and results.metric != "none":
+            heading = f"test\n{results.metric}".replace("_", "\n")
+            row[heading] = of(last("test", "accuracy"), metric)
+        row["ms per\nstep"] = of("milliseconds_per_step", "{:.1f}".format)
+        if wide:
+            row["peak\nmemory"] = format_megabytes(result.peak_memory_bytes)
+        rows.append(row)
+    table = make_table(list(rows[0]), [list(row.values()) for row in rows], text=("method",))
     for numbers in table.columns[1:]:
         numbers.no_wrap = True
     console.print(table)
@@ -200,41 +210,6 @@ def print_results(console: Console, results: Results) -> None:
     if results.config["seeds"] > 1:
         console.print(f"Medians over {results.config['seeds']} seeds.", highlight=False)
     console.print(headline(results), highlight=False)
-
-
-@dataclass(frozen=True)
-class _Column:
-    """One column of the results table; `always` shown, or only where there is room."""
-
-    heading: str
-    cell: Callable[[Results, MethodResult], str]
-    always: bool = True
-
-
-def _column(heading: str, quantity: Any, form: Any, always: bool = True) -> _Column:
-    """Return a column of a quantity of every run, see `over_seeds`."""
-    return _Column(heading, lambda _, r: over_seeds(r, quantity, form, ranges=False), always)
-
-
-_COLUMNS = (
-    _Column("learning\nrate", lambda _, result: format_rate(result.learning_rate), False),
-    _Column("steps", lambda _, result: format_or_dash(result.steps_taken), False),
-    _column("steps to\ntarget", "steps_to_target", "{:g}".format),
-    _column("time to\ntarget", "seconds_to_target", format_seconds),
-    _column("train\nloss", last("train", "loss"), format_loss),
-    _column("test\nloss", last("test", "loss"), format_loss, False),
-    _Column(
-        "test\nmetric",
-        lambda results, result: over_seeds(
-            result,
-            last("test", "accuracy"),
-            lambda value: format_metric(results, value),
-            ranges=False,
-        ),
-    ),
-    _column("ms per\nstep", "milliseconds_per_step", "{:.1f}".format),
-    _Column("peak\nmemory", lambda _, result: format_megabytes(result.peak_memory_bytes), False),
-)
 
 
 def print_summary(console: Console, summary: Summary, positions: Mapping[str, int] | None) -> None:
