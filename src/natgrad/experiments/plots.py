@@ -52,28 +52,23 @@ def plots_of(results: Results) -> list[Plot]:
 
 def draw(results: Results, plot: Plot) -> Figure:
     """Draw one plot."""
-    figure, axes = new_figure()
+    figure, (axes,) = new_figure()
     for result in results.methods:
-        _draw_method(axes[0], plot, result)
-    _decorate(axes[0], plot, results)
+        index = list(METHODS).index(result.name)  # a method looks the same in every comparison
+        done = result.status == "completed"
+        label = result.title if done else f"{result.title} ({result.status})"
+        for points in _of_method(plot, result):
+            axes.plot(
+                *zip(*points, strict=True),
+                label=label,
+                **line_style(index),
+                markevery=(0.0, 0.12),  # by distance along the line
+                markerfacecolor="white",
+                linewidth=1.6 if len(result.runs) == 1 else 0.9,
+            )
+            label = ""  # Further seeds share the entry of the first.
+    _decorate(axes, plot, results)
     return figure
-
-
-def _draw_method(axes: Axes, plot: Plot, result: MethodResult) -> None:
-    index = list(METHODS).index(result.name)  # a method looks the same in every comparison
-    label = result.title if result.status == "completed" else f"{result.title} ({result.status})"
-    for points in _of_method(plot, result):
-        x, y = zip(*points, strict=True)
-        axes.plot(
-            x,
-            y,
-            label=label,
-            **line_style(index),
-            markevery=(0.0, 0.12),  # by distance along the line
-            markerfacecolor="white",
-            linewidth=1.6 if len(result.runs) == 1 else 0.9,
-        )
-        label = ""  # Further seeds share the entry of the first.
 
 
 def _of_method(plot: Plot, result: MethodResult) -> Iterator[list[tuple[float, float]]]:
@@ -91,16 +86,20 @@ def _points(curve: Curve, plot: Plot) -> Iterator[tuple[float, float]]:
 
 
 def _decorate(axes: Axes, plot: Plot, results: Results) -> None:
-    axes.set_xlabel(_x_label(plot, results))
     where = "training" if plot.curve == "train" else "test"
     if plot.quantity == "loss":
         axes.set_ylabel(f"{where} loss (log scale)")
         axes.set_yscale("log")
     else:
         axes.set_ylabel(f"{where} {results.metric.replace('_', ' ')}")
+    taken = [result.train.step[-1] for result in results.methods if len(result.train.step) > 1]
     if plot.against == "seconds":
+        axes.set_xlabel("seconds of training (log scale)")
         axes.set_xscale("log")
-    elif _steps_differ(results):
+    elif not taken or max(taken) <= 3 * min(taken):
+        axes.set_xlabel("step")
+    else:  # Some methods took many more steps than others.
+        axes.set_xlabel("step (log scale)")
         axes.set_xscale("symlog", linthresh=1.0, linscale=0.3)
         axes.set_xlim(left=0.0)
         axes.xaxis.set_major_formatter(ScalarFormatter())
@@ -119,15 +118,3 @@ def _decorate(axes: Axes, plot: Plot, results: Results) -> None:
         )
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=3.4)
-
-
-def _steps_differ(results: Results) -> bool:
-    """Whether some methods took many more steps than others, so that steps need a log scale."""
-    taken = [result.train.step[-1] for result in results.methods if len(result.train.step) > 1]
-    return bool(taken) and max(taken) > 3 * min(taken)
-
-
-def _x_label(plot: Plot, results: Results) -> str:
-    if plot.against == "seconds":
-        return "seconds of training (log scale)"
-    return "step (log scale)" if _steps_differ(results) else "step"

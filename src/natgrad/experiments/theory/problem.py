@@ -65,7 +65,7 @@ class Problem:
             seed=config.seed,
         ).to(config.torch_device(), torch.float64)
         inputs = data.train_inputs.flatten(1), data.test_inputs.flatten(1)
-        x, x_test = map(_unit_norm, inputs)
+        x, x_test = map(nn.functional.normalize, inputs)
         x_test, test_labels = x_test[: config.test_samples], data.test_labels[: config.test_samples]
         _refuse_duplicates(x)
         notes = []
@@ -187,11 +187,6 @@ class Problem:
         }
 
 
-def _unit_norm(x: Tensor) -> Tensor:
-    norms = x.norm(dim=1, keepdim=True)
-    return x / torch.where(norms > 0, norms, torch.ones_like(norms))
-
-
 def _targets(labels: Tensor, outputs: int) -> Tensor:
     """Return ±½ for one output, else one-hot targets."""
     if outputs == 1:
@@ -219,7 +214,9 @@ def _spread_evenly(x: Tensor, x_test: Tensor, rank: int) -> tuple[Tensor, Tensor
     while dim > 1:
         kept = basis[:dim].T
         try:
-            spread, spread_test = ntk.forster_transform(_unit_norm(x @ kept), x_test @ kept)
+            spread, spread_test = ntk.forster_transform(
+                nn.functional.normalize(x @ kept), x_test @ kept
+            )
         except ValueError:
             dim = dim * 3 // 4
             continue

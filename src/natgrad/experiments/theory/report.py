@@ -49,7 +49,8 @@ def format_number(value: float | None) -> str:
 
 def draw(plot: Plot) -> Figure:
     """Draw one plot."""
-    figure, axes = new_figure(len(plot.panels), 1 if len(plot.panels) == 1 else _columns(plot))
+    columns = min(3, len(plot.panels))
+    figure, axes = new_figure(len(plot.panels), columns)
     for index, (panel, place) in enumerate(zip(plot.panels, axes, strict=True)):
         if len(plot.panels) > 1:
             place.set_title(panel.title, fontsize=10)
@@ -58,15 +59,9 @@ def draw(plot: Plot) -> Figure:
             place.set_axis_off()
             continue
         _draw_panel(place, plot, panel)
-        last_of_row = (index + 1) % _columns(plot) == 0 or index + 1 == len(plot.panels)
-        if len(plot.panels) == 1 or (last_of_row and index < _columns(plot)):
-            if place.get_legend_handles_labels()[0]:
-                place.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=3.2)
+        if index == columns - 1 and place.get_legend_handles_labels()[0]:  # Beside the first row.
+            place.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=3.2)
     return figure
-
-
-def _columns(plot: Plot) -> int:
-    return min(3, len(plot.panels)) if len(plot.panels) != 2 else 2
 
 
 def _draw_panel(axes: Axes, plot: Plot, panel: Panel) -> None:
