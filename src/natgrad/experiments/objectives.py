@@ -25,6 +25,7 @@ __all__ = [
     "accuracy",
     "choose_objective",
     "find_loss",
+    "squared_error",
 ]
 
 Encoding = Callable[[Tensor, int], Tensor]
@@ -111,7 +112,8 @@ class Objective:
         return outputs, made.loss if self.function is None else self.function(outputs, targets)
 
 
-def _squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean over samples of ½‖f − y‖²."""
     return 0.5 * (outputs - targets).square().sum(1).mean()
 
 
@@ -120,7 +122,7 @@ def _one_hot(labels: Tensor, classes: int) -> Tensor:
 
 
 OBJECTIVES: dict[str, Objective] = {
-    "mse": Objective("half squared error on one-hot targets", "gaussian", _squared_error, _one_hot),
+    "mse": Objective("half squared error on one-hot targets", "gaussian", squared_error, _one_hot),
     "cross_entropy": Objective("cross-entropy", "categorical", F.cross_entropy),
 }
 """The losses of the built-in networks by name."""

@@ -12,7 +12,7 @@ import natgrad
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
 from natgrad.experiments.claims.image_training import images
 from natgrad.experiments.claims.paired_draws import ratios
-from natgrad.experiments.claims.side_by_side import Methods, Task, at_rate, test_accuracies
+from natgrad.experiments.claims.side_by_side import Methods, Task, accuracies, at_rate
 from natgrad.experiments.models import build_model
 
 __all__ = ["SOURCE"]
@@ -75,7 +75,7 @@ def generalisation(setting: Setting) -> Figures:
     return {
         "loss halfway, Padam over SGD": ratios(halfway["Padam"], halfway["SGD"]),
         "loss halfway, Padam over AMSGrad": ratios(halfway["Padam"], halfway["AMSGrad"]),
-        **test_accuracies(
+        **accuracies(
             found, data.test_inputs, data.test_labels, of="Padam", others=("AMSGrad", "SGD")
         ),
         **{f"training loss, {title}": tuned.ends for title, tuned in found.items()},

@@ -16,7 +16,7 @@ import natgrad
 from natgrad.curvature import Full
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
 from natgrad.experiments.claims.paired_draws import ratios
-from natgrad.experiments.claims.side_by_side import MakeOptimizer, Methods, Task, at_rate, mlp
+from natgrad.experiments.claims.side_by_side import Make, Methods, Task, at_rate, mlp
 from natgrad.experiments.theory.by_width import exponent
 from natgrad.operators import FisherMatrix
 from natgrad.solvers import Thermodynamic
@@ -122,7 +122,7 @@ def noise(setting: Setting) -> Iterator[dict[str, float]]:
         yield {"exponent of the time": exponent(times, found), "error after 160/λ": found[-1]}
 
 
-def _thermodynamic(**process: Any) -> Any:
+def _thermodynamic(**process: Any) -> Make:
     """Return what makes an optimizer of a network and a rate; see `at_rate`."""
     structure = Full(solver=Thermodynamic(**process))
     return at_rate(natgrad.ThermodynamicNGD, "categorical", structure=structure, **_DAMPED)
@@ -161,7 +161,7 @@ def interpolation(setting: Setting) -> Iterator[dict[str, float]]:
     for draw in setting.each(range(DRAWS)):
         model = _network(task, setting, draw)
 
-        def trained(make: MakeOptimizer) -> nn.Module:
+        def trained(make: Make) -> nn.Module:
             return task.train(model, make, STEPS, seed=draw).model  # noqa: B023
 
         plain = trained(partial(at_rate(torch.optim.SGD), rate=0.3))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from natgrad import fisher_matrix, ntk
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
 from natgrad.experiments.claims.paired_draws import ratios
+from natgrad.experiments.objectives import squared_error
 from natgrad.experiments.theory.by_width import ByWidth
 
 __all__ = ["SOURCE"]
@@ -212,7 +213,7 @@ def _relative_loss(model: nn.Module, x: Tensor, y: Tensor, lr: float, steps: int
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     losses: list[float] = []
     for _ in range(steps):
-        loss = 0.5 * (model(x) - y).square().sum(1).mean()
+        loss = squared_error(model(x), y)
         losses.append(float(loss.detach()))
         if not losses[-1] <= 1e6 * losses[0]:
             return math.inf
@@ -220,7 +221,7 @@ def _relative_loss(model: nn.Module, x: Tensor, y: Tensor, lr: float, steps: int
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        last = float(0.5 * (model(x) - y).square().sum(1).mean())
+        last = float(squared_error(model(x), y))
     return last / losses[0] if math.isfinite(last) else math.inf
 
 

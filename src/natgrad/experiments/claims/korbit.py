@@ -6,21 +6,15 @@ import math
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
 import natgrad
 from natgrad.curvature import Full
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
 from natgrad.experiments.claims.paired_draws import ratios
-from natgrad.experiments.claims.side_by_side import (
-    Methods,
-    Run,
-    Task,
-    at_rate,
-    mlp,
-    test_accuracies,
-)
+from natgrad.experiments.claims.side_by_side import Methods, Run, Task, accuracies, at_rate, mlp
+from natgrad.experiments.objectives import squared_error
 from natgrad.solvers import ConjugateGradient
 
 __all__ = ["SOURCE"]
@@ -43,10 +37,6 @@ RATE = 0.3
 DAMPINGS = (1e-2, 1e-1, 1.0)
 
 
-def _squares(outputs: Tensor, targets: Tensor) -> Tensor:
-    return 0.5 * (outputs - targets).square().sum(1).mean()
-
-
 def _tasks(setting: Setting) -> dict[str, Task]:
     """Return the images with the number they show to be regressed on, and as classes."""
     data = setting.dataset()
@@ -54,7 +44,7 @@ def _tasks(setting: Setting) -> dict[str, Task]:
     numbers = labels.double().unsqueeze(1)
     numbers = (numbers - numbers.mean()) / numbers.std()
     return {
-        "gaussian": Task(x, numbers, _squares, BATCH_SIZE),
+        "gaussian": Task(x, numbers, squared_error, BATCH_SIZE),
         "categorical": Task(x, labels, functional.cross_entropy, BATCH_SIZE),
     }
 
@@ -157,6 +147,6 @@ def generalisation(setting: Setting) -> Figures:
     x = data.test_inputs.flatten(1).double()
     others = [title for title in methods if title != "EGN"]
     return {
-        **test_accuracies(found, x, data.test_labels, of="EGN", others=others),
+        **accuracies(found, x, data.test_labels, of="EGN", others=others),
         **{f"damping or rate, {title}": tuned.rate for title, tuned in found.items()},
     }

@@ -14,7 +14,8 @@ import natgrad
 from natgrad.curvature import KroneckerProducts, TwoLevelKronecker
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
 from natgrad.experiments.claims.paired_draws import ratios
-from natgrad.experiments.claims.side_by_side import MakeAtRate, Task, Tuned, at_rate, mlp
+from natgrad.experiments.claims.side_by_side import Make, Task, Tuned, at_rate, mlp
+from natgrad.experiments.objectives import squared_error
 from natgrad.operators.coarse_level import CoarseSpace
 
 __all__ = ["SOURCE"]
@@ -42,15 +43,10 @@ PRODUCTS = {"KPSVD": 1, "deflation": 2}
 COARSE_SPACES: tuple[CoarseSpace, ...] = ("nicolaides", "residual", "spectral", "krylov")
 
 
-def _squares(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean over samples of ½‖f − x‖²."""
-    return 0.5 * (outputs - targets).square().sum(1).mean()
-
-
 def _task(setting: Setting) -> Task:
     """Return the images as inputs and targets."""
     x = setting.dataset(setting.of(None, 10000)).train_inputs.flatten(1).double()
-    return Task(x, x, _squares, BATCH_SIZE)
+    return Task(x, x, squared_error, BATCH_SIZE)
 
 
 def _network(setting: Setting, task: Task, draw: int) -> nn.Module:
@@ -119,7 +115,7 @@ def block_errors(setting: Setting) -> Iterator[dict[str, float]]:
 _at_damping = partial(at_rate, searched="damping")
 
 
-def _compared(setting: Setting, methods: dict[str, MakeAtRate]) -> dict[str, Tuned]:
+def _compared(setting: Setting, methods: dict[str, Make]) -> dict[str, Tuned]:
     """Train by every method at the best of three dampings, found on another network."""
     task = _task(setting)
     steps = setting.of(STEPS, 100 * STEPS)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import natgrad
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
 from natgrad.experiments.claims.paired_draws import ratios
-from natgrad.experiments.claims.side_by_side import MakeAtRate, at_rate, mlp
+from natgrad.experiments.claims.side_by_side import Make, at_rate, mlp
 
 __all__ = ["SOURCE"]
 
@@ -130,7 +130,7 @@ def trained(
 
 
 #: Methods by title, and learning rates.
-METHODS: dict[str, MakeAtRate] = {
+METHODS: dict[str, Make] = {
     "implicit": at_rate(natgrad.ImplicitSGD),
     "explicit": at_rate(torch.optim.SGD),
     "Adam": at_rate(torch.optim.Adam),

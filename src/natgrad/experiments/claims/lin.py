@@ -17,7 +17,7 @@ from natgrad.curvature.structure import Part
 from natgrad.experiments.calibration import step_of
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
 from natgrad.experiments.claims.paired_draws import ratios
-from natgrad.experiments.claims.side_by_side import MakeOptimizer, Methods, Task, at_rate, mlp
+from natgrad.experiments.claims.side_by_side import Make, Methods, Task, at_rate, mlp
 from natgrad.experiments.theory.by_width import exponent
 from natgrad.jacobians import Jacobians
 from natgrad.operators.structured_factors import FactorStructure
@@ -196,12 +196,12 @@ _PLAIN: dict[str, Any] = {
 }
 
 
-def _kfac(structure: KroneckerFactors) -> Any:
+def _kfac(structure: KroneckerFactors) -> Make:
     """Return what makes an optimizer of a network and a damping; see `at_rate`."""
     return at_rate(natgrad.KFAC, "categorical", searched="damping", structure=structure, **_PLAIN)
 
 
-def _singd(structures: FactorStructure) -> Any:
+def _singd(structures: FactorStructure) -> Make:
     """Return what makes an optimizer of a network and a damping; see `at_rate`."""
     options = {**_PLAIN, "refresh": natgrad.Refresh(factors=5, inverses=5, early=True)}
     options["structure"] = InverseFactors(factor_structures=structures)
@@ -281,7 +281,7 @@ SPARSE: tuple[FactorStructure, ...] = (
 )
 
 
-def state_entries(model: nn.Module, make: MakeOptimizer, x: Tensor, y: Tensor) -> int:
+def state_entries(model: nn.Module, make: Make, x: Tensor, y: Tensor) -> int:
     """Return how many numbers an optimizer keeps from step to step, but for single ones."""
     optimizer = make(model)
     functional.cross_entropy(model(x), y).backward()
@@ -319,7 +319,7 @@ def structures(setting: Setting) -> Figures:
     x, y = task.x[:BATCH_SIZE], task.y[:BATCH_SIZE]
     sizes = (task.x.shape[1], *WIDE, classes)
 
-    def kept(make: MakeOptimizer) -> int:
+    def kept(make: Make) -> int:
         return state_entries(mlp(sizes, 0, nn.ReLU), make, x, y)
 
     adamw = kept(lambda m: _adamw(m, 1e-3))

@@ -17,22 +17,20 @@ from natgrad.experiments.claims.paired_draws import differences
 from natgrad.optim import NaturalGradient
 
 __all__ = [
-    "MakeAtRate",
-    "MakeOptimizer",
+    "Make",
     "Methods",
     "Run",
     "Task",
     "Tuned",
     "at_rate",
     "mlp",
-    "test_accuracies",
+    "accuracies",
 ]
 
-MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
-MakeAtRate = Callable[[nn.Module, float], torch.optim.Optimizer]
-"""Makes an optimizer of a network and a learning rate."""
+Make = Callable[..., torch.optim.Optimizer]
+"""Makes an optimizer of a network, or of a network and a learning rate."""
 
-Methods = Mapping[str, tuple[MakeAtRate, Sequence[float]]]
+Methods = Mapping[str, tuple[Make, Sequence[float]]]
 """What makes an optimizer, and the rates to choose from, by title."""
 
 
@@ -41,7 +39,7 @@ def at_rate(
     *given: Any,
     searched: str = "lr",
     **options: Any,
-) -> Any:
+) -> Make:
     """Return what makes an optimizer of a network and a learning rate, a number or a trial with it.
 
     Args:
@@ -126,7 +124,7 @@ class Tuned:
 
 
 @torch.no_grad()
-def test_accuracies(
+def accuracies(
     found: Mapping[str, Tuned], x: Tensor, labels: Tensor, *, of: str, others: Sequence[str]
 ) -> dict[str, list[float]]:
     """Return shares of samples whose largest output is that of the label, network by network.
@@ -187,7 +185,7 @@ class Task:
             return float(self.loss(model(self.x), self.y))
 
     def train(
-        self, model: nn.Module, make: MakeOptimizer, steps: int, *, every: int = 0, seed: int = 0
+        self, model: nn.Module, make: Make, steps: int, *, every: int = 0, seed: int = 0
     ) -> Run:
         """Train a copy of a network.
 
@@ -248,7 +246,7 @@ class Task:
         found = {}
         for index, (title, (make, rates)) in enumerate(methods.items()):
 
-            def run(rate: float, draw: int, every: int, make: MakeAtRate = make) -> Run:
+            def run(rate: float, draw: int, every: int, make: Make = make) -> Run:
                 model = network(draw)
                 return self.train(model, lambda m: make(m, rate), steps, every=every, seed=draw)
 

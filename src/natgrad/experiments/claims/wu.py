@@ -17,7 +17,7 @@ import natgrad
 from natgrad.experiments.calibration import step_of
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
 from natgrad.experiments.claims.paired_draws import ratios
-from natgrad.experiments.claims.side_by_side import Methods, Task, at_rate, mlp, test_accuracies
+from natgrad.experiments.claims.side_by_side import Make, Methods, Task, accuracies, at_rate, mlp
 from natgrad.fisher import FisherType, ImprovedFisher
 
 __all__ = ["SOURCE"]
@@ -82,7 +82,7 @@ def _stages(setting: Setting, draw: int) -> Iterator[Stage]:
         yield Stage(epochs, model, batches)
 
 
-def _full(fisher: str | FisherType, damping: float) -> Any:
+def _full(fisher: str | FisherType, damping: float) -> Make:
     """Return what makes an optimizer of a network and a rate; see `at_rate`."""
     options: dict[str, Any] = {"structure": "full", "fisher": fisher, "damping": damping}
     return at_rate(natgrad.NaturalGradient, "categorical", **options)
@@ -236,6 +236,6 @@ def training(setting: Setting) -> Figures:
     ends = {title: tuned.ends for title, tuned in found.items()}
     return {
         **{f"training loss, iEF over {o}": ratios(ends["iEF"], ends[o]) for o in ("EF", "AdamW")},
-        **test_accuracies(found, x_test, data.test_labels, of="iEF", others=("AdamW",)),
+        **accuracies(found, x_test, data.test_labels, of="iEF", others=("AdamW",)),
         **{f"learning rate, {title}": tuned.rate for title, tuned in found.items()},
     }
