@@ -196,11 +196,12 @@ def compare(
         learning_rates=_learning_rates(learning_rate or []),
     )
     check_output(output)
-    earlier = _earlier(output) if resume else None
+    path = output / "results.json"
+    earlier = read_results(path) if resume and path.exists() else None
     console = make_console()
 
     def keep(results: Results) -> None:
-        write_whole(output / "results.json", results.to_json().encode())
+        write_whole(path, results.to_json().encode())
 
     with ProgressBars(make_console(stderr=True) if as_json else console) as bars:
         results = run_comparison(config, bars, command_line(), earlier, keep)
@@ -213,17 +214,6 @@ def compare(
     if results.interrupted:
         raise Interrupted(f"{output} holds what was measured, --resume goes on from it")
     return 0
-
-
-def _earlier(directory: Path) -> Results | None:
-    """Return the results that an interrupted comparison has left in a folder, if any."""
-    path = directory / "results.json"
-    if not path.exists():
-        return None
-    try:
-        return read_results(path)
-    except ValueError as error:
-        raise ConfigError(f"{error}: leave out --resume, or give another --output.") from error
 
 
 def _methods(text: str) -> tuple[str, ...]:

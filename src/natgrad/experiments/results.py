@@ -15,6 +15,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from natgrad.experiments.config import ConfigError
+
 __all__ = [
     "SCHEMA_VERSION",
     "Curve",
@@ -185,13 +187,16 @@ def read_results(path: Path) -> Results:
     """Read the results of a comparison from its JSON file; null numbers become NaN.
 
     Raises:
-        ValueError: If the file does not hold such results.
+        ConfigError: If the file does not hold such results.
     """
     try:
         found: Results = _restored(Results, json.loads(path.read_text(encoding="utf-8")))
         return found
     except (OSError, TypeError, KeyError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} does not hold results of natgrad compare: {error}") from error
+        raise ConfigError(
+            f"{path} does not hold results of natgrad compare: {error}: leave out --resume, or "
+            "give another --output."
+        ) from error
 
 
 def _restored(kind: Any, value: Any) -> Any:
