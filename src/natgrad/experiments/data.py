@@ -281,12 +281,8 @@ def _candidates(base: Path, folders: Sequence[str]) -> list[Path]:
 
 
 def _idx_path(folder: Path, stem: str) -> Path | None:
-    for spelling in (stem, stem.replace("-idx", ".idx")):
-        for suffix in ("", ".gz"):
-            path = folder / (spelling + suffix)
-            if path.exists():
-                return path
-    return None
+    names = (s + end for s in (stem, stem.replace("-idx", ".idx")) for end in ("", ".gz"))
+    return next((folder / name for name in names if (folder / name).exists()), None)
 
 
 def _read_idx_files(folder: Path) -> tuple[Arrays, Arrays]:

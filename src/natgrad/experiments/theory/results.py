@@ -35,11 +35,6 @@ class Line:
     method: str = ""
 
     @classmethod
-    def over_steps(cls, label: str, values: list[float], style: str, method: str) -> Line:
-        """Return the curve of values at steps 0, 1, 2, …."""
-        return cls(label, [float(step) for step in range(len(values))], values, style, method)
-
-    @classmethod
     def level(cls, label: str, value: float, x: Sequence[float]) -> Line:
         """Return a horizontal reference from the first to the last of some abscissas."""
         return cls(label, [float(x[0]), float(x[-1])], [value, value], "reference")
@@ -57,8 +52,9 @@ class Panel:
         self, label: str, predicted: list[float], measured: list[float], method: str
     ) -> None:
         """Add two curves over steps: a line for predictions, markers for measurements."""
-        self.lines.append(Line.over_steps(label, predicted, "line", method))
-        self.lines.append(Line.over_steps("", measured, "markers", method))
+        for name, values, style in ((label, predicted, "line"), ("", measured, "markers")):
+            steps = [float(step) for step in range(len(values))]
+            self.lines.append(Line(name, steps, values, style, method))
 
 
 @dataclass
