@@ -9,9 +9,8 @@ from torch import nn
 from torch.nn import functional
 
 import natgrad
-from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
+from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source, ratios
 from natgrad.experiments.claims.image_training import images
-from natgrad.experiments.claims.paired_draws import ratios
 from natgrad.experiments.claims.side_by_side import Methods, Task, accuracies, at_rate
 from natgrad.experiments.models import build_model
 

@@ -22,7 +22,18 @@ from natgrad.experiments.data import Dataset, load_dataset
 from natgrad.experiments.theory.config import TheoryConfig
 from natgrad.experiments.theory.problem import Problem
 
-__all__ = ["CANNOT", "Claim", "Draws", "Expect", "Figures", "Setting", "Source", "Verdict"]
+__all__ = [
+    "CANNOT",
+    "Claim",
+    "Draws",
+    "Expect",
+    "Figures",
+    "Setting",
+    "Source",
+    "Verdict",
+    "differences",
+    "ratios",
+]
 
 Verdict = Literal["reproduced", "refuted", "cannot be told"]
 CANNOT: Verdict = "cannot be told"
@@ -88,6 +99,16 @@ def mean_and_error(draws: Draws) -> tuple[float, float]:
     if len(values) < 2 or not math.isfinite(mean):
         return mean, 0.0
     return mean, ERRORS * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def ratios(numbers: Sequence[float], others: Sequence[float]) -> list[float]:
+    """Return the ratios of the numbers of draws that belong together; NaN for ∞/∞."""
+    return [a / b for a, b in zip(numbers, others, strict=True)]
+
+
+def differences(numbers: Sequence[float], others: Sequence[float]) -> list[float]:
+    """Return the differences of the numbers of draws that belong together."""
+    return [a - b for a, b in zip(numbers, others, strict=True)]
 
 
 def draw_by_draw(draws: Iterable[Mapping[str, float]]) -> Figures:

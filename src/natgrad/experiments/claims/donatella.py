@@ -14,8 +14,7 @@ from torch.nn import functional
 
 import natgrad
 from natgrad.curvature import Full
-from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
-from natgrad.experiments.claims.paired_draws import ratios
+from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source, ratios
 from natgrad.experiments.claims.side_by_side import Make, Methods, Task, at_rate, mlp
 from natgrad.experiments.theory.by_width import exponent
 from natgrad.operators import FisherMatrix

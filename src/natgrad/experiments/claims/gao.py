@@ -18,10 +18,9 @@ import natgrad
 from natgrad.curvature import Structure, TraceKronecker
 from natgrad.curvature.structure import Part
 from natgrad.curvature.tkfac import TraceStatistics
-from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
-from natgrad.experiments.claims.image_training import VGG, ImageTask, ResNet, images
+from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source, differences, ratios
+from natgrad.experiments.claims.image_training import VGG, ImageTask, ResNet, images, residual
 from natgrad.experiments.claims.layer_damping import LayerDampedKFAC, LayerDampedTKFAC
-from natgrad.experiments.claims.paired_draws import differences, ratios
 from natgrad.experiments.claims.race import Method, Race, Trial, at_equal_time
 from natgrad.experiments.claims.side_by_side import at_rate
 from natgrad.jacobians import Jacobians, LinearJacobian
@@ -296,13 +295,6 @@ METHODS = {
 }
 
 
-def _resnet(setting: Setting) -> ImageTask:
-    """Return a ResNet-8 of width 8, or ResNet-20."""
-    widths, blocks = setting.of(((8, 16, 32), 1), ((16, 32, 64), 3))
-    network = lambda c, k, side: ResNet(c, k, widths, blocks)  # noqa: E731
-    return ImageTask(images(setting, 2560, 10), network, setting.of(6, 200))
-
-
 def _vgg(setting: Setting) -> ImageTask:
     """Return six convolutions, or VGG-16."""
     groups = setting.of(
@@ -313,7 +305,9 @@ def _vgg(setting: Setting) -> ImageTask:
     return ImageTask(images(setting, 2560, 20), network, setting.of(6, 200))
 
 
-RESNET, VGG_16 = Race(_resnet, METHODS), Race(_vgg, METHODS)
+#: A ResNet-8 of width 8, or ResNet-20.
+RESNET = Race(functools.partial(residual, widths=(16, 32, 64), blocks=3, classes=10), METHODS)
+VGG_16 = Race(_vgg, METHODS)
 
 
 ORDER = ("sgd", "adam", "ekfac", "tkfac", "tekfac")

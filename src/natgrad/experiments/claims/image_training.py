@@ -21,6 +21,7 @@ __all__ = [
     "ResNet",
     "images",
     "processor_time",
+    "residual",
     "train",
 ]
 
@@ -147,6 +148,13 @@ class ImageTask:
             torch.manual_seed(draw)
             model = self.network(channels, self.data.classes, side)
         return model.to(self.data.train_inputs.device)
+
+
+def residual(setting: Setting, widths: Sequence[int], blocks: int, classes: int) -> ImageTask:
+    """Return a ResNet-8 of width 8 to train; at the published size that of `ResNet`'s arguments."""
+    widths, blocks = setting.of(((8, 16, 32), 1), (widths, blocks))
+    network = lambda c, k, side: ResNet(c, k, widths, blocks)  # noqa: E731
+    return ImageTask(images(setting, 2560, classes), network, setting.of(6, 200))
 
 
 def images(setting: Setting, train_samples: int, classes: int) -> Dataset:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad import fisher_matrix, ntk
-from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
-from natgrad.experiments.claims.paired_draws import ratios
+from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source, ratios
 from natgrad.experiments.objectives import squared_error
 from natgrad.experiments.theory.by_width import ByWidth
 

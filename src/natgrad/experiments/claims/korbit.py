@@ -11,8 +11,7 @@ from torch.nn import functional
 
 import natgrad
 from natgrad.curvature import Full
-from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
-from natgrad.experiments.claims.paired_draws import ratios
+from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source, ratios
 from natgrad.experiments.claims.side_by_side import Methods, Run, Task, accuracies, at_rate, mlp
 from natgrad.experiments.objectives import squared_error
 from natgrad.solvers import ConjugateGradient

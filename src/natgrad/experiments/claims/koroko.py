@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 import natgrad
 from natgrad.curvature import KroneckerProducts, TwoLevelKronecker
-from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
-from natgrad.experiments.claims.paired_draws import ratios
+from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source, ratios
 from natgrad.experiments.claims.side_by_side import Make, Task, Tuned, at_rate, mlp
 from natgrad.experiments.objectives import squared_error
 from natgrad.operators.coarse_level import CoarseSpace

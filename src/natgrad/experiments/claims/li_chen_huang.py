@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import natgrad
-from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
-from natgrad.experiments.claims.paired_draws import ratios
+from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source, ratios
 from natgrad.experiments.claims.side_by_side import Make, at_rate, mlp
 
 __all__ = ["SOURCE"]

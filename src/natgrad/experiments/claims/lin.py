@@ -15,8 +15,7 @@ import natgrad
 from natgrad.curvature import InverseFactors, KroneckerFactors
 from natgrad.curvature.structure import Part
 from natgrad.experiments.calibration import step_of
-from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
-from natgrad.experiments.claims.paired_draws import ratios
+from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source, ratios
 from natgrad.experiments.claims.side_by_side import Make, Methods, Task, at_rate, mlp
 from natgrad.experiments.theory.by_width import exponent
 from natgrad.jacobians import Jacobians

@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 import natgrad
-from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
-from natgrad.experiments.claims.image_training import Curves, ImageTask, ResNet, images
-from natgrad.experiments.claims.paired_draws import differences, ratios
+from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source, differences, ratios
+from natgrad.experiments.claims.image_training import Curves, residual
 from natgrad.experiments.claims.race import Method, Race, Trial, time_to
 from natgrad.experiments.claims.side_by_side import at_rate
 from natgrad.experiments.claims.translation import Corpus, Translator, bleu, read_corpus, train_for
@@ -44,15 +43,8 @@ _RATES = ((0.02,), (0.06,), (0.2,))
 _ALWAYS = natgrad.Refresh(factors=1, inverses=1)
 
 
-def _resnet(setting: Setting) -> ImageTask:
-    """Return a ResNet-8 of width 8, or ResNet-18."""
-    widths, blocks = setting.of(((8, 16, 32), 1), ((64, 128, 256, 512), 2))
-    network = lambda c, k, side: ResNet(c, k, widths, blocks)  # noqa: E731
-    return ImageTask(images(setting, 2560, 20), network, setting.of(6, 200))
-
-
-RACE = Race(
-    _resnet,
+RACE = Race(  # Of a ResNet-8 of width 8, or ResNet-18.
+    partial(residual, widths=(64, 128, 256, 512), blocks=2, classes=20),
     {
         "sgd": Method("SGD", at_rate(torch.optim.SGD, momentum=0.9), _RATES),
         "fngd": Method("FNGD", _fngd, _RATES),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LinearLR
 
-from natgrad.experiments.claims.paired_draws import differences
+from natgrad.experiments.claims.claim import differences
 from natgrad.optim import NaturalGradient
 
 __all__ = [

@@ -15,8 +15,7 @@ from torch.nn import functional
 
 import natgrad
 from natgrad.experiments.calibration import step_of
-from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
-from natgrad.experiments.claims.paired_draws import ratios
+from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source, ratios
 from natgrad.experiments.claims.side_by_side import Make, Methods, Task, accuracies, at_rate, mlp
 from natgrad.fisher import FisherType, ImprovedFisher
 
