@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,7 @@ import natgrad
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source, differences, ratios
 from natgrad.experiments.claims.image_training import Curves, residual
 from natgrad.experiments.claims.race import Method, Race, Trial, time_to
-from natgrad.experiments.claims.side_by_side import at_rate
+from natgrad.experiments.claims.side_by_side import Methods, at_rate
 from natgrad.experiments.claims.translation import Corpus, Translator, bleu, read_corpus, train_for
 
 __all__ = ["SOURCE"]
@@ -231,25 +230,16 @@ def coefficients(setting: Setting) -> Figures:
 
 # Translation.
 
-MakeTranslation = Callable[[Translator, nn.Module, float, int], torch.optim.Optimizer]
 
-
-def _adamw(model: Translator, loss: nn.Module, rate: float, epoch: int) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=rate)
-
-
-def _fngd_on(model: Translator, loss: nn.Module, rate: float, epoch: int) -> torch.optim.Optimizer:
+def _fngd_on(model: Translator, rate: float, epoch: int, loss: nn.Module) -> torch.optim.Optimizer:
     return natgrad.FNGD(model, loss, lr=rate, coefficient_steps=epoch)
 
 
-def _sgd_on(model: Translator, loss: nn.Module, rate: float, epoch: int) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
-
-
-TRANSLATORS: dict[str, tuple[MakeTranslation, tuple[float, ...]]] = {
-    "AdamW": (_adamw, (0.001, 0.003, 0.01)),
+#: What makes an optimizer of a model, a rate, the steps of an epoch and the loss, and the rates.
+TRANSLATORS: Methods = {
+    "AdamW": (at_rate(torch.optim.AdamW), (0.001, 0.003, 0.01)),
     "FNGD": (_fngd_on, (0.1, 0.3, 1.0)),
-    "SGD": (_sgd_on, ()),
+    "SGD": (at_rate(torch.optim.SGD, momentum=0.9), ()),
 }
 
 TRANSLATION_DRAWS = 3
@@ -302,9 +292,7 @@ def translation(setting: Setting) -> Figures:
                 loss, steps = train_for(
                     seconds,
                     model,
-                    lambda m, criterion: TRANSLATORS[name][0](
-                        m, criterion, rate, len(corpus.train) // 32
-                    ),
+                    lambda m, loss: TRANSLATORS[name][0](m, rate, len(corpus.train) // 32, loss),
                     corpus,
                     32,
                     1000 * setting.seed + draw,

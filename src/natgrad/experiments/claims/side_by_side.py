@@ -50,7 +50,7 @@ def at_rate(
     """
     natural = isinstance(optimizer, type) and issubclass(optimizer, NaturalGradient)
 
-    def make(model: nn.Module, rate: float | tuple[float, ...], *_: int) -> torch.optim.Optimizer:
+    def make(model: nn.Module, rate: float | tuple[float, ...], *_: Any) -> torch.optim.Optimizer:
         number = rate[0] if isinstance(rate, tuple) else rate
         found = {searched: number, **options}
         return optimizer(model if natural else model.parameters(), *given, **found)
