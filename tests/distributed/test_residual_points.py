@@ -117,8 +117,8 @@ class Run:
         damping = optimizer.param_groups[0]["damping"]
         return {
             "moved": weights(model) - start,
-            "losses": torch.tensor(losses),
-            "damping": torch.tensor(damping),
+            "losses": torch.tensor(losses, dtype=torch.float64),
+            "damping": torch.tensor(damping, dtype=torch.float64),
             "steps": steps,
         }
 
@@ -262,7 +262,7 @@ def in_all(rank: int, world: int) -> dict[str, Any]:
 
 def planted(u, x, f):
     """Small near the origin, and large elsewhere."""
-    return torch.where((x.abs() < 0.2).all(), 0.0, 10.0 + 5.0 * f) + 0.1 * u.value
+    return torch.where((x.abs() < 0.2).all(), 0.0, 10.0 + 0.5 * f) + 0.1 * u.value
 
 
 def adaptive(world: int, rank: int | None = None) -> list[Any]:
