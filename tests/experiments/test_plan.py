@@ -14,6 +14,7 @@ from torch.nn import functional
 import natgrad
 from natgrad.cli import run
 from natgrad.curvature import KroneckerFactors
+from natgrad.distributed.shards import is_sharded, own_shard
 from natgrad.experiments.plan import (
     METHODS,
     Message,
@@ -28,6 +29,7 @@ from natgrad.experiments.plan import (
     to_dict,
 )
 from tests import processes
+from tests.distributed.counting import Received
 from tests.distributed.networks import Transformer
 from tests.distributed.test_failures import noting
 from tests.distributed.test_shared_work import WIDTHS, sent
@@ -157,6 +159,98 @@ def test_processes_keep_and_send_what_is_planned(
         assert kept == pytest.approx(work.memory, rel=0.05)
     else:
         assert kept == work.memory
+
+
+# -- in shards -------------------------------------------------------------------------------------
+
+SHARDED = ("kfac", "ekfac")
+
+
+def training_in_shards(rank: int) -> dict[Any, Any]:
+    """Train likewise with parameters in shards; note what is kept of them, too."""
+    from torch.distributed.fsdp import fully_shard
+
+    log: list[tuple[str, Any]] = []
+    for collective in COLLECTIVES:
+        setattr(torch.distributed, collective, noting(collective, log))
+    swap = torch.distributed.all_to_all_single
+
+    def swapped(arrived: Tensor, flat: Tensor, *rest: Any, **options: Any) -> Any:
+        log.append(("all_to_all", [max(arrived.numel(), flat.numel())]))
+        return swap(arrived, flat, *rest, **options)
+
+    torch.distributed.all_to_all_single = swapped
+    world = torch.distributed.get_world_size()
+    mesh, found = torch.distributed.init_device_mesh("cpu", (world,)), {}
+    for name in SHARDED:
+        for sharing in sharings(world):
+            model: Any = wide()
+            for layer in model:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            options = {"factors": 2, "inverses": 4, "early": False, "sharing": sharing, "lr": 1e-3}
+            optimizer = make_optimizer(METHODS[name], model, damping=0.1, **options)
+            logs = []
+            for step in range(5):
+                log.clear()
+                x, y = data_of("wide", 100 * step + rank)
+                functional.cross_entropy(model(x), y).backward()
+                with Received() as received:
+                    optimizer.step()
+                whole = received.sizes.get("all_gather_into_tensor", 0) / 8 / world
+                logs.append(sent([*log, ("all_gather", [int(whole)])]))
+                gradients = [p.grad for p in model.parameters()]
+                optimizer.zero_grad()
+            tensors = [t for state in optimizer.state.values() for t in state.values()]
+            steps = [t for t in tensors if is_sharded(t)]
+            local = sum(own_shard(t).numel() for t in (*model.parameters(), *gradients, *steps))
+            estimates = optimizer.preconditioner.curvature.estimates.values()
+            found[name, sharing] = {"logs": logs[2:], "kept": held(estimates), "model": 8 * local}
+    return found
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def trained_in_shards(request: pytest.FixtureRequest) -> list[Any]:
+    return processes.run(training_in_shards, world=request.param)
+
+
+@pytest.mark.slow
+@processes.shards_on_cpus
+@pytest.mark.parametrize("sharing", sharings(4))
+@pytest.mark.parametrize("name", SHARDED)
+def test_shards_are_kept_and_sent_as_planned(
+    trained_in_shards: Any, name: str, sharing: Any
+) -> None:
+    world = len(trained_in_shards)
+    if sharing not in sharings(world):
+        pytest.skip("of two processes half is one")
+    options = Options(name, (world,), SAMPLES, factors=2, inverses=4, shards=True)
+    (work,) = (one for one in plan_model(wide(), options).works if one.sharing == sharing)
+    step = (work.whole_gradients, work.natural_gradients)
+    update = (*step, work.sums, work.rows, work.column_sums, work.column_rows)
+    factorisation = (*update, work.inverses, work.parameters)
+    assert sum(m.per_step for m in factorisation) == work.sent
+    assert work.parameters.size == 0 and work.gradients.collective == "reduce_scatter"
+    logs = [each[name, sharing]["logs"] for each in trained_in_shards]
+    for each, messages in zip(zip(*logs, strict=True), (update, step, factorisation), strict=True):
+        planned = dict.fromkeys((*COLLECTIVES, "all_to_all"), 0.0)
+        for message in messages:
+            planned[message.collective] += message.size / 8
+        # Owners differ, and so do columns of a grid, of which the one that sends most is planned.
+        swaps = [log.pop("all_to_all", 0) for log in each]
+        most = {**max(each, key=lambda log: sum(log.values())), "all_to_all": max(swaps)}
+        for collective, elements in planned.items():
+            found = most.get(collective, 0)
+            assert found == pytest.approx(elements, rel=0.05, abs=200), (collective, messages)
+    for what, bytes_planned in (("kept", work.memory), ("model", work.model)):
+        assert max(each[name, sharing][what] for each in trained_in_shards) == bytes_planned
+    whole = plan_model(wide(), replace(options, shards=False)).works[0]
+    assert work.model == pytest.approx(whole.model / world, rel=0.05)
+    parameters = whole.model // 3
+    assert whole.owned == parameters
+    assert work.owned == 2 * (
+        parameters if sharing == "nothing" else max(*step, key=lambda one: one.size).size
+    )
 
 
 # -- the model -------------------------------------------------------------------------------------
@@ -319,6 +413,13 @@ def test_the_command_prints_tables_and_advice(capsys: pytest.CaptureFixture[str]
     printed = capsys.readouterr().out
     for text in ("ekfac", "1,024", "inverses", "memory", "nothing", "GFLOP", "25 GB/s", "Take"):
         assert text in printed
+    assert all(len(line) <= 120 for line in printed.splitlines())
+
+
+def test_the_command_plans_for_shards(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", MODEL, "--ranks=1,8", "--shards"]) == 0
+    printed = capsys.readouterr().out
+    assert "owned" in printed and "model" in printed and "parameters  " not in printed
     assert all(len(line) <= 120 for line in printed.splitlines())
 
 

@@ -51,6 +51,9 @@ def plan(
         float | None,
         typer.Option(help="GiB that factors and inverses may take in a process [default: any]."),
     ] = None,
+    shards: Annotated[
+        bool, typer.Option("--shards", help="Parameters are in shards of fully_shard (FSDP2).")
+    ] = False,
     as_json: JsonOption = False,
 ) -> int:
     """Predict what curvature shared by processes keeps and sends."""

@@ -7,14 +7,19 @@ predicts from these the time that natgrad adds to a step.
 Data is moved as by rings. With N ranks an all-reduce of n bytes moves 2(N−1)/N·n through the link
 of each process; an all-gather, a gather, a reduce or a broadcast (N−1)/N·n, where n is the size of
 the whole result: of a gathered one N times what the process that sends most hands in, as the others
-pad theirs. Where that would be too much each process broadcasts what it has. Nothing is taken to
+pad theirs. Where that would be too much each process broadcasts what it has. Pieces that processes
+hand each other move (N−1)/N·n, n what the busiest hands in or is handed. Nothing is taken to
 overlap, and latencies are left out.
+
+With parameters in shards (FSDP2) the gradient of a layer goes to the process that owns the layer,
+shards of its natural gradient come back, and no parameters are sent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -59,7 +64,9 @@ METHODS: dict[str, type[NaturalGradient]] = {
 #: Fractions of the processes that keep each layer, which are planned for where they are some.
 FRACTIONS = (1 / 2, 1 / 4, 1 / 8)
 
-Collective = Literal["all_reduce", "reduce", "all_gather", "gather", "broadcast"]
+Collective = Literal[
+    "all_reduce", "reduce", "all_gather", "gather", "broadcast", "all_to_all", "reduce_scatter"
+]
 
 
 class PlanError(ValueError):
@@ -80,6 +87,8 @@ class Options:
         bandwidth: Of each process's link, in GB/s (10⁹ bytes).
         throughput: Of each process's arithmetic, in TFLOP/s.
         memory: Most that factors and inverses may take in a process, in GiB; None for no limit.
+        shards: Whether parameters are in shards of ``fully_shard`` over all processes, along their
+            first dimension; otherwise each process has all of them.
 
     Raises:
         PlanError: If an option is out of range.
@@ -94,6 +103,7 @@ class Options:
     bandwidth: float = 25.0
     throughput: float = 20.0
     memory: float | None = None
+    shards: bool = False
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -117,7 +127,8 @@ class Message:
 
     Attributes:
         collective: Its name in ``torch.distributed``.
-        size: Bytes that a process hands in, padded to those of the process that has most.
+        size: Bytes that a process hands in, padded to those of the process that has most; of
+            ``"all_to_all"`` the most that one hands in or is handed.
         interval: Steps from one to the next.
         among: Number of processes N that take part.
     """
@@ -152,14 +163,20 @@ class SharedWork:
         ranks: Number of processes.
         sharing: The mode, of :func:`sharings`.
         memory: Bytes of factors and inverses in the process that keeps most.
+        model: Bytes of trained parameters, their gradients and momentum in the process that keeps
+            most.
+        owned: Bytes of natural gradients, and with shards of whole gradients, that the process with
+            most of them has for a moment.
         sums: Sums over the batch, of symmetric matrices the triangles, at an update.
         rows: Rows of the batch, at an update, of methods that keep them.
         column_sums: What a fraction of the processes then adds up for the layers it keeps.
         column_rows: Likewise the rows it hands on.
         inverses: What a factorisation makes.
+        whole_gradients: Gradients in shards that become whole, at every step.
         natural_gradients: Natural gradients, at every step.
         parameters: The trained parameters of rank 0, after a factorisation.
-        gradients: What the model's wrapper averages at every step, which is none of natgrad's.
+        gradients: What the model's wrapper averages at every step, which is none of natgrad's; so
+            are the parameters that it gathers from shards.
         factorisation: Floating-point operations per step of the process that factorises most: two
             per multiplication of :class:`natgrad.curvature.cost.Cost`, which counts d³ for any
             factorisation of a factor; eigendecompositions take several times as much.
@@ -172,11 +189,14 @@ class SharedWork:
     ranks: int
     sharing: Sharing | float
     memory: int
+    model: int
+    owned: int
     sums: Message
     rows: Message
     column_sums: Message
     column_rows: Message
     inverses: Message
+    whole_gradients: Message
     natural_gradients: Message
     parameters: Message
     gradients: Message
@@ -190,7 +210,8 @@ class SharedWork:
     def messages(self) -> tuple[Message, ...]:
         """All of natgrad's messages."""
         statistics = self.sums, self.rows, self.column_sums, self.column_rows
-        return (*statistics, self.inverses, self.natural_gradients, self.parameters)
+        every_step = self.whole_gradients, self.natural_gradients
+        return (*statistics, self.inverses, *every_step, self.parameters)
 
     @property
     def sent(self) -> float:
@@ -297,7 +318,7 @@ def plan_model(model: nn.Module, options: Options) -> Plan:
         factors=options.factors or refresh.factors,
         inverses=options.inverses or refresh.inverses,
     )
-    trained = sum(p.numel() * p.dtype.itemsize for p in parameters if p.requires_grad)
+    trained = [(p.dtype.itemsize, p.shape) for p in parameters if p.requires_grad]
     directions = as_fisher_type(method.fisher).directions(1)
     works = tuple(
         _shared_work(curvature, options, ranks, sharing, directions, trained)
@@ -332,7 +353,7 @@ def _shared_work(
     ranks: int,
     sharing: Sharing | float,
     directions: int,
-    trained: int,
+    trained: Sequence[tuple[int, Sequence[int]]],
 ) -> SharedWork:
     """Return what one sharing mode takes; messages are those of the column that moves most.
 
@@ -342,7 +363,7 @@ def _shared_work(
         ranks: Number of processes.
         sharing: The mode.
         directions: Pulled-back vectors per sample.
-        trained: Bytes of the parameters that have gradients.
+        trained: Bytes of an entry and shape of the parameters that have gradients.
     """
     structure, parts = curvature.structure, curvature.parts
     positions = dict.fromkeys(parts, options.positions)
@@ -380,13 +401,20 @@ def _shared_work(
     updates, turns = options.factors, options.inverses
     gradient = {name: entry[name] * part.block.numel for name, part in parts.items()}
     handed_out = {name: entry[name] * one.handed_out for name, one in elements.items()}
+    steps = {name: cost.step for name, cost in costs.items()}
+    shards, owned = options.shards and ranks > 1, int(fullest(gradient, divided))
+    shapes = [(entry[name], shape) for name in parts for shape in parts[name].block.shapes]
     natural = message("all_reduce", 0 if shares else sum(gradient.values()))
+    whole = message("all_gather", _in_shards(shapes, ranks) if shards and not shares else 0)
     sums = message("all_reduce", in_bytes("sums", everything), updates)
     rows = message("all_gather", in_bytes("rows", everything), updates)
     if columns > 1:
         natural = message(*exchanged(gradient, kept), among=columns)
         sums = message("reduce", sums.size, updates, columns)
         rows = message("gather", rows.size, updates, columns)
+    if shards and shares:
+        whole = natural = message("all_to_all", max(_in_shards(shapes, ranks), owned))
+    everywhere = _in_shards(trained, 1)
 
     def of_column(names: list[str], seats: list[list[str]]) -> SharedWork:
         kind, made = exchanged(handed_out, seats)
@@ -395,17 +423,22 @@ def _shared_work(
             ranks=ranks,
             sharing=sharing,
             memory=max(in_bytes("kept", each) for each in kept),
+            model=3 * _in_shards(trained, ranks if shards else 1),
+            owned=2 * owned if shards else sum(gradient.values()),
             sums=sums,
             rows=rows,
             column_sums=message("all_reduce", in_bytes("sums", names), updates, again),
             column_rows=message("all_gather", columns * in_bytes("rows", names), updates, again),
             inverses=message(kind, made if shares else 0, turns, height),
+            whole_gradients=whole,
             natural_gradients=natural,
-            parameters=message("broadcast", trained if shares and height > 1 else 0, turns),
-            gradients=message("all_reduce", trained),
+            parameters=message(
+                "broadcast", everywhere if shares and height > 1 and not shards else 0, turns
+            ),
+            gradients=message("reduce_scatter" if shards else "all_reduce", everywhere),
             factorisation=2 * fullest(factorisation, divided) / (turns or 1),
             statistics=0.0,
-            preconditioning=2 * fullest({name: cost.step for name, cost in costs.items()}, kept),
+            preconditioning=2 * fullest(steps, divided if shards else kept),
             communication=0.0,
             computation=0.0,
         )
@@ -420,6 +453,17 @@ def _shared_work(
         communication=work.moved / (1e9 * options.bandwidth),
         computation=flops / (1e12 * options.throughput),
     )
+
+
+def _in_shards(tensors: Sequence[tuple[int, Sequence[int]]], ranks: int) -> int:
+    """Return the bytes that the first of some processes has of tensors cut along their rows.
+
+    Args:
+        tensors: Bytes of an entry, and shape, of each.
+        ranks: Number of processes.
+    """
+    rows = [(entry, -(-shape[0] // ranks) if shape else 1, shape) for entry, shape in tensors]
+    return sum(entry * count * prod(shape[1:]) for entry, count, shape in rows)
 
 
 def best(plan: Plan, ranks: int) -> SharedWork | None:

@@ -26,6 +26,18 @@ _BYTES: _Columns = {
     "beside it,\ngradients": lambda work: _size(work.gradients.per_step),
 }
 
+#: Of parameters in shards, where no process sends all of them to the others.
+_BYTES_OF_SHARDS: _Columns = {
+    "curvature": _BYTES["kept"],
+    "model": lambda work: format_bytes(work.model),
+    "owned": lambda work: format_bytes(work.owned),
+    "statistics": _BYTES["statistics"],
+    "inverses": _BYTES["inverses"],
+    "gradients": lambda work: _size(work.whole_gradients.per_step),
+    "natural\ngradients": _BYTES["natural\ngradients"],
+    "moved\nin all": _BYTES["moved\nin all"],
+}
+
 _WORK: _Columns = {
     "factorisation,\nGFLOP": lambda work: _number(work.factorisation / 1e9),
     "statistics,\nGFLOP": lambda work: _number(work.statistics / 1e9),
@@ -48,7 +60,8 @@ def print_plan(console: Console, plan: Plan) -> None:
         f"every {options.factors} steps, a factorisation every {options.inverses}.",
         highlight=False,
     )
-    _print(console, plan, "Kept, and sent per step, by each process", _BYTES)
+    sizes = _BYTES_OF_SHARDS if options.shards else _BYTES
+    _print(console, plan, "Kept, and sent per step, by each process", sizes)
     _print(
         console,
         plan,
