@@ -1115,7 +1115,7 @@ def test_early_and_staggered_steps():
 def test_warm_up_and_other_options_pass_through():
     model = network()
     optimizer = make_optimizer(
-        SINGD, model, warmup=2, decay=0.9, norm_clip=0.1, fallback="sgd", kl_clip=1e-3
+        SINGD, model, lr=1.5, warmup=2, decay=0.9, norm_clip=0.1, fallback="sgd", kl_clip=1e-3
     )
     before = copy.deepcopy(model.state_dict())
     train(model, optimizer, 2)

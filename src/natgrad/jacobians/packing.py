@@ -137,5 +137,5 @@ def _pack_layout(layout: BlockLayout) -> dict[str, Any]:
 def _unpack_layout(state: Mapping[str, Any]) -> BlockLayout:
     known: tuple[type[BlockLayout], ...] = (BlockLayout, *BlockLayout.__subclasses__())
     fields = dict(state)
-    name = fields.pop("kind", BlockLayout.__name__)  # Older checkpoints have none.
+    name = fields.pop("kind")
     return next(kind for kind in known if kind.__name__ == name)(**fields)
