@@ -71,7 +71,7 @@ def deep() -> nn.Module:
 
 
 def counting(rank: int, sharing: str) -> dict[str, Any]:
-    """Take steps that update nothing; count what the last receives, and one holds.
+    """Take steps that update nothing; count what the last receives, and all but one hold.
 
     Messages let go of what they sent in a thread of their own, at times after the step went on.
     """
@@ -88,7 +88,7 @@ def counting(rank: int, sharing: str) -> dict[str, Any]:
         with Held() as held, Received() as received:
             optimizer.step()
         holds.append(held.most)
-    return {"received": received.sizes, "held": min(holds[1:])}
+    return {"received": received.sizes, "held": sorted(holds[1:])[-2]}
 
 
 def handing_over(rank: int) -> bool:
