@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,10 +37,10 @@ from natgrad.capture.model_output import (
 from natgrad.capture.normalization import batch_norms, fix_statistics
 from natgrad.capture.product_kinds import is_product, watched_parameters
 from natgrad.capture.products import RecordProducts
-from natgrad.capture.recorded_calls import RecordedCall
 from natgrad.capture.row_check import RowCheck
-from natgrad.capture.row_sources import RowSources
+from natgrad.capture.row_sources import RecordedCall, RowSources
 from natgrad.capture.rows import RowBuilder
+from natgrad.distributed.shards import check_features_spread
 from natgrad.jacobians import Jacobians
 from natgrad.layouts import ParameterLayout
 
@@ -67,6 +68,7 @@ class ForwardPass:
         target: The true target, where the user told it.
         elements: Total number of entries of all recorded layer outputs.
         heads: Key → shape of the heads that are laid side by side in the output, if it has several.
+        numbers: How often every part of a layer was called.
     """
 
     calls: list[RecordedCall] = field(default_factory=list)
@@ -79,6 +81,7 @@ class ForwardPass:
     target: Tensor | None = None
     elements: int = 0
     heads: dict[Any, torch.Size] | None = None
+    numbers: Counter[tuple[nn.Module, str]] = field(default_factory=Counter)
 
     @property
     def samples(self) -> int:
@@ -182,7 +185,7 @@ class Capture:
         self.sources: RowSources = RowSources(
             self.model, self.blocks, self._watched, self.tell, tells_coupled=not self.sums_coupled
         )
-        self.rows: RowBuilder = RowBuilder(self.sources, self.layout, self._unrecorded)
+        self.rows: RowBuilder = RowBuilder(self.sources, self.layout, self._unrecorded, self.shards)
         self.row_check: RowCheck = RowCheck(self.rows)
         for sentence in self.sources.costly(products=False):
             self.tell(sentence)
@@ -245,8 +248,8 @@ class Capture:
                 hook = ModelHook(self, functools.partial(_after_layer, kind))
                 self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
         for module in self.model.modules():
-            if module not in modules and isinstance(module, nn.modules.batchnorm._BatchNorm):
-                hook = ModelHook(self, Capture._after_plain_batch_norm)
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                hook = ModelHook(self, Capture._after_batch_norm)
                 self._handles.append(module.register_forward_hook(hook))
         first = ModelHook(self, _before_model)
         last = ModelHook(self, _after_model)
@@ -300,31 +303,33 @@ class Capture:
             and not inside_backward()
         )
 
-    def _after_plain_batch_norm(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _after_batch_norm(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._active() and batch_norms(module):
             fix_statistics(module, args[0], output)
 
     def _record(self, kind: LayerKind, call: LayerCall) -> None:
         """Keep a layer call and the autograd edges of its outputs."""
-        outputs = call.outputs
-        call.outputs = ()
-        live = [o if o.requires_grad else None for o in outputs]
-        if not any(o is not None for o in live):
+        outputs, call.outputs = call.outputs, ()
+        alive = [one.requires_grad for one in outputs]
+        if not any(alive):
             return
-        recorded = RecordedCall(call, kind, [o.shape for o in outputs])
-        if self.recording:
-            recorded.edges = [None if o is None else get_gradient_edge(o) for o in live]
-        watching = self.watching
-        if watching is True or (watching and call.module in watching):
-            recorded.user_gradients = [None] * len(outputs)
-            for index, output in enumerate(live):
-                if output is not None:
-                    output.register_hook(_user_hook(recorded, index))
         if self._open is None:
             self._open_pass()
         assert self._open is not None
+        key, shapes = (call.module, call.key), [one.shape for one in outputs]
+        place = (*key, self._open.numbers[key], len(shapes[0]))
+        recorded = RecordedCall(call, kind, place, shapes, alive)
+        self._open.numbers[key] += 1
         self._open.calls.append(recorded)
-        self._open.elements += sum(o.numel() for o in live if o is not None)
+        watching = self.watching is True or (self.watching and call.module in self.watching)
+        recorded.user_gradients = [None] * len(outputs) if watching else []
+        for index, output in enumerate(outputs):
+            if alive[index]:
+                self._open.elements += output.numel()
+                if self.recording:
+                    recorded.edges.append(get_gradient_edge(output))
+                if watching:
+                    output.register_hook(_user_hook(recorded, index))
 
     def _watch_products(self) -> None:
         """Record products in this pass: all while rows are to be checked, then those of rows."""
@@ -390,13 +395,18 @@ class Capture:
         Does nothing on most passes; see :class:`natgrad.capture.row_check.RowCheck`.
         """
         assert recorded.output is not None
-        self.row_check.check(recorded.calls, recorded.output)
+        self._check(recorded)
         if self.sources.time_first and self.batch_dim is None and recorded.batch_dim == 0:
             recorded.batch_dim = 1
             with torch.enable_grad():  # Backward passes run their hooks without.
                 recorded.output = recorded.samples_first(recorded.output)
             if recorded.cotangent is not None:
                 recorded.cotangent = recorded.samples_first(recorded.cotangent)
+            self._check(recorded)
+
+    def _check(self, recorded: ForwardPass) -> None:
+        if not self.sources.knows(recorded.calls):
+            assert recorded.output is not None
             self.row_check.check(recorded.calls, recorded.output)
 
     def pull_back(
@@ -438,7 +448,7 @@ class Capture:
         assert found.output is not None
         if found.output is not output:
             vectors = vectors.movedim(1 + found.batch_dim, 1)
-        self.row_check.check(found.calls, found.output)
+        self._check(found)
         return self.rows.pull_back(
             found.calls,
             found.output,
@@ -519,9 +529,9 @@ def _after_layer(
     if reason is not None:
         capture.tell(f"a {type(module).__name__} layer is not recorded in this mode: {reason}")
         return
-    if batch_norms(module):
-        fix_statistics(module, args[0], output)
     for call in kind.observe(module, args, kwargs, output):
+        if capture.shards and type(module) is nn.Linear:
+            check_features_spread(module, call.inputs[0], output)
         if not isinstance(kind, GenericKind):
             capture._forget_product(call)
         capture._record(kind, call)

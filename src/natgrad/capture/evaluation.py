@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from natgrad.capture.batched_backward import RowsUnavailable
 from natgrad.capture.capture import Capture
 from natgrad.capture.model_output import require_output
+from natgrad.capture.rows import RowsUnavailable
 from natgrad.distributed.shards import whole_parameters
 from natgrad.jacobians import Jacobians
 

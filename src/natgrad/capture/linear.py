@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from natgrad.capture.kinds import (
     BlockRecord,
-    LayerCall,
     LayerKind,
     fold_gradients,
     fold_inputs,
@@ -16,7 +13,6 @@ from natgrad.capture.kinds import (
     register_kind,
     register_named_kind,
 )
-from natgrad.distributed.shards import features_gathered, is_sharded, whole
 from natgrad.jacobians import LayerJacobian
 from natgrad.layouts import BlockLayout
 
@@ -39,9 +35,7 @@ class LinearKind(LayerKind):
         weight_scale, bias_scale = self.scales(block.calls[0][0].module)
         rows: list[tuple[Tensor, Tensor]] = []
         for call, delta in block.single_outputs():
-            parameter = next(call.module.parameters(recurse=False), None)
-            inputs = whole(call.inputs[0])  # Both may be in shards, in tensor parallelism.
-            delta = features_gathered(delta, block.layout.d_out, parameter)
+            inputs: Tensor = call.inputs[0]
             d = fold_gradients(delta, block.samples, block.layout.d_out)
             if block.layout.d_in:
                 a = fold_inputs(inputs, block.samples, inputs.shape[-1])
@@ -51,20 +45,6 @@ class LinearKind(LayerKind):
                 a = a * weight_scale
             rows.append((a.unsqueeze(2), d.unsqueeze(3)))
         return block.linear(rows, bias_scale)
-
-    def observe(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> list[LayerCall]:
-        """Record a call, of which tensor parallelism may have left features in shards, no more."""
-        calls = super().observe(module, args, kwargs, output)
-        inputs: Tensor = calls[0].inputs[0]
-        if is_sharded(inputs) and inputs.shape[:-1] != output.shape[:-1]:
-            raise ValueError(
-                f"outputs {tuple(output.shape)} of {module}, with inputs {tuple(inputs.shape)}, "
-                "are spread over processes by another dimension than that of features, and natgrad "
-                "needs all of it in each: leave output_layouts of the layer as they are by default"
-            )
-        return calls
 
 
 class TransposedLinearKind(LinearKind):

@@ -9,10 +9,16 @@ from math import prod
 import torch
 from torch import Tensor
 
-from natgrad.capture.batched_backward import RowsUnavailable
 from natgrad.capture.generic import GenericKind
-from natgrad.capture.recorded_calls import PassCall, Place, RecordedCall, belongs
-from natgrad.capture.rows import SPLIT_ELEMENTS, RowBuilder, flat_rows, joined
+from natgrad.capture.row_sources import Place, RecordedCall
+from natgrad.capture.rows import (
+    SPLIT_ELEMENTS,
+    RowBuilder,
+    RowsUnavailable,
+    flat_rows,
+    joined,
+    release,
+)
 from natgrad.capture.samples import SampleAxis, find_axis, probe_samples, probe_vectors
 
 __all__ = ["RowCheck"]
@@ -57,6 +63,12 @@ class RowCheck:
             recorded: The calls of a pass.
             output: Its output, ``(N, ...)``, with its graph, which is kept.
         """
+        try:
+            self._check(recorded, output)
+        finally:
+            release(recorded)
+
+    def _check(self, recorded: Sequence[RecordedCall], output: Tensor) -> None:
         sources, calls = self.sources, self.sources.available(recorded)
         if not (len(output) and output.requires_grad):
             return
@@ -68,7 +80,7 @@ class RowCheck:
             if self._last() is output or not self._looks_again(calls, output):
                 return
         self._last = weakref.ref(output)
-        sources.checks += 1
+        sources.checks, sources.settled = sources.checks + 1, False
         # One vector at all samples, whose rows must sum to the gradient,
         sources.constant |= {one.call.module for one in calls if not one.call.inputs}
         everywhere = torch.ones(1, len(output), dtype=torch.bool)
@@ -114,7 +126,7 @@ class RowCheck:
     def _tell(
         self,
         axes: Mapping[Place, SampleAxis | None],
-        of_block: Mapping[str, Sequence[PassCall]],
+        of_block: Mapping[str, Sequence[RecordedCall]],
         samples: int,
     ) -> None:
         """Say what was found."""
@@ -127,7 +139,7 @@ class RowCheck:
             if any(sources.axis(one, samples) is None for one in of):
                 sources.inseparable[name] = "the samples of a batch are coupled in it or after it"
 
-    def _looks_again(self, calls: Sequence[PassCall], output: Tensor) -> bool:
+    def _looks_again(self, calls: Sequence[RecordedCall], output: Tensor) -> bool:
         """Return whether another pass than the first is to be checked in full.
 
         The second and third are if their samples lie elsewhere, or if some gradients have all been
@@ -141,11 +153,12 @@ class RowCheck:
             known = {} if axes is None else axes
             if any(sources.axes[place] not in (axis, None) for place, axis in known.items()):
                 return True
+        sources.settled = sources.passes >= CONFIRMATIONS and not self._unverified
         power_of_two = sources.passes & (sources.passes - 1) == 0
         return bool(self._unverified) and (sources.passes <= CONFIRMATIONS or power_of_two)
 
     def _truth(
-        self, calls: Sequence[PassCall], output: Tensor, vector: Tensor
+        self, calls: Sequence[RecordedCall], output: Tensor, vector: Tensor
     ) -> dict[str, Tensor | None]:
         """Pull a vector back to the outputs of calls, and return the gradients at parameters."""
         sources = self.sources
@@ -156,10 +169,10 @@ class RowCheck:
         held = [sources.parameters[n] for n in names]
         found = iter(self.rows.pull(output, [*edges, *held], vector, False, True))
         for one in calls:
-            one.gradients = one.apart = one.spread([next(found) for _ in one.edges])
+            one.gradients = one.apart = one.spread(found)
         return dict(zip(names, found, strict=True))
 
-    def _give_up(self, calls: Sequence[PassCall], output: Tensor, vector: Tensor) -> None:
+    def _give_up(self, calls: Sequence[RecordedCall], output: Tensor, vector: Tensor) -> None:
         """Find out which blocks no vector can be pulled back to."""
         sources = self.sources
         own = sources.by_block(calls)
@@ -173,7 +186,7 @@ class RowCheck:
                 sources.direct.pop(name, None)
 
     def _find_axes(
-        self, calls: Sequence[PassCall], output: Tensor
+        self, calls: Sequence[RecordedCall], output: Tensor
     ) -> dict[Place, SampleAxis | None] | None:
         """Return where samples lie, call by call, for samples in the output's first dimension.
 
@@ -183,10 +196,10 @@ class RowCheck:
         samples = len(output)
         if samples == 1:
             return {one.place: SampleAxis() for one in calls}
-        elements = sum(prod(shape) for one in calls for shape in one.recorded.shapes)
+        elements = sum(prod(shape) for one in calls for shape in one.shapes)
         chosen = probe_samples(samples, elements, sources.checks, SPLIT_ELEMENTS)
         edges = [edge for one in calls for edge in one.edges]
-        reached: dict[PassCall, list[Tensor | None]] = {one: [] for one in calls}
+        reached: dict[RecordedCall, list[Tensor | None]] = {one: [] for one in calls}
         for one_by_one in chosen.split(1):
             vector = probe_vectors(output, one_by_one, sources.checks)
             found = self.rows.pull(output, edges, vector, False, True)
@@ -200,13 +213,15 @@ class RowCheck:
         sources.unreached = {one.place for one, of in reached.items() if all(g is None for g in of)}
         return {one.place: _axis_of(one, joined(of), chosen) for one, of in reached.items()}
 
-    def _find_products(self, calls: Sequence[PassCall], truth: Mapping[str, Tensor | None]) -> None:
+    def _find_products(
+        self, calls: Sequence[RecordedCall], truth: Mapping[str, Tensor | None]
+    ) -> None:
         """Take products as rows where they, with the calls of layers, explain the gradient."""
         sources = self.sources
         for name, of in sources.tried(calls):
             before = sources.uses[name]
             layers = tuple(use for use in before if not isinstance(use.kind, GenericKind))
-            own = [one for one in calls if any(belongs(one.call, use) for use in layers)]
+            own = [one for one in calls if any(one.is_of(use) for use in layers)]
             sources.uses[name] = layers + sources.products[name]
             sources.by_products.add(name)
             known = any(truth[n] is not None for n in sources.blocks[name].layout.names)
@@ -221,7 +236,7 @@ class RowCheck:
     def _compare(
         self,
         name: str,
-        calls: Sequence[PassCall],
+        calls: Sequence[RecordedCall],
         truth: Mapping[str, Tensor | None],
         samples: int,
     ) -> None:
@@ -244,7 +259,7 @@ class RowCheck:
     def _explains(
         self,
         name: str,
-        calls: Sequence[PassCall],
+        calls: Sequence[RecordedCall],
         truth: Mapping[str, Tensor | None],
         samples: int,
     ) -> bool | Exception:
@@ -273,7 +288,7 @@ class RowCheck:
             return failure
 
 
-def _axis_of(one: PassCall, reached: Tensor | None, chosen: Tensor) -> SampleAxis | None:
+def _axis_of(one: RecordedCall, reached: Tensor | None, chosen: Tensor) -> SampleAxis | None:
     """Return where the samples of a call lie, from where vectors at chosen samples reach it."""
     kind = one.kind
     if reached is None:
@@ -284,7 +299,7 @@ def _axis_of(one: PassCall, reached: Tensor | None, chosen: Tensor) -> SampleAxi
     return SampleAxis() if laid_out is None else find_axis(laid_out, chosen, (0,))
 
 
-def _magnitude(calls: Sequence[PassCall]) -> Tensor | float:
+def _magnitude(calls: Sequence[RecordedCall]) -> Tensor | float:
     """Return the size of the terms a gradient sums, which may cancel."""
     total: Tensor | float = 0.0
     for one in calls:

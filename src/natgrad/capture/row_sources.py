@@ -2,18 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from natgrad.capture.blocks import Block, Use
 from natgrad.capture.generic import DENSE_LIMIT, GenericKind
+from natgrad.capture.kinds import LayerCall, LayerKind
 from natgrad.capture.product_kinds import WatchedParameter, is_product
-from natgrad.capture.recorded_calls import PassCall, Place, RecordedCall, belongs, numbered
 from natgrad.capture.samples import SampleAxis
 
-__all__ = ["RowSources"]
+__all__ = ["Gradients", "Place", "RecordedCall", "RowSources"]
+
+#: A layer, the part of it that was called, which call of the pass, and dimensions of the output.
+Place = tuple[nn.Module, str, int, int]
+#: One tensor per output of a call; None where nothing came.
+Gradients = list[Tensor | None]
+
+
+@dataclass(eq=False)
+class RecordedCall:
+    """A layer call of a pass, and the gradients of its outputs while rows are made of them.
+
+    Attributes:
+        call: What the layer was called with.
+        kind: The kind of the layer.
+        place: What tells it from the other calls of a pass.
+        shapes: Shapes of the outputs.
+        alive: Which of them have a graph.
+        edges: Where the gradients of these can be had; empty if vectors cannot be pulled back.
+        user_gradients: What the user's backward pass brought to the outputs, where it is watched.
+        axis: Where its samples lie; None if they are coupled.
+        gradients: ``(K, *output.shape)`` of every output.
+        apart: ``(N·K, *output.shape)``, every sample's vectors pulled back alone, where the block
+            needs it; else ``gradients``.
+    """
+
+    call: LayerCall
+    kind: LayerKind
+    place: Place
+    shapes: list[torch.Size]
+    alive: list[bool]
+    edges: list[GradientEdge] = field(default_factory=list)
+    user_gradients: Gradients = field(default_factory=list)
+    axis: SampleAxis | None = SampleAxis()  # noqa: RUF009, frozen
+    gradients: Gradients = field(default_factory=list)
+    apart: Gradients = field(default_factory=list)
+
+    def spread(self, found: Iterable[Tensor | None]) -> Gradients:
+        """Return gradients at the edges as gradients of the outputs."""
+        remaining = iter(found)
+        return [next(remaining) if alive else None for alive in self.alive]
+
+    def is_of(self, use: Use) -> bool:
+        """Return whether it is one that a use of a parameter speaks of."""
+        return self.call.module is use.module and self.call.key in use.keys
 
 
 class RowSources:
@@ -56,6 +102,7 @@ class RowSources:
         checks: How often rows were checked.
         checked: Whether those of the last pass are known to be right.
         passes: How many there were since the first that was checked.
+        settled: Whether nothing remains to be looked at in passes of known calls.
     """
 
     def __init__(
@@ -79,6 +126,7 @@ class RowSources:
         self.products: dict[str, tuple[Use, ...]] = {one.block: one.uses for one in watched}
         self.uses: dict[str, tuple[Use, ...]] = {name: b.uses for name, b in blocks.items()}
         self._users: dict[nn.Module, list[tuple[str, Use]]] = {}
+        self._rerun: list[str] = []
         self.index_uses()
         self.axes: dict[Place, SampleAxis | None] = {}
         self.unreached: set[Place] = set()
@@ -88,6 +136,7 @@ class RowSources:
         self.checks: int = 0
         self.checked: bool = False
         self.passes: int = 0
+        self.settled: bool = False
 
     def are_of_layers(self, name: str) -> bool:
         """Return whether a block's rows come from calls of its layers alone."""
@@ -107,6 +156,11 @@ class RowSources:
     def index_uses(self) -> None:
         """Follow a change of ``uses``."""
         self._users.clear()
+        self._rerun = [
+            name
+            for name, uses in self.uses.items()
+            if any(isinstance(use.kind, GenericKind) for use in uses)
+        ]
         for name, uses in self.uses.items():
             for use in uses:
                 self._users.setdefault(use.module, []).append((name, use))
@@ -128,16 +182,20 @@ class RowSources:
 
     def forget(self) -> None:
         """Check again at the next pass. What was coupled once is taken to be so."""
-        self.checked, self.passes = False, 0
+        self.checked, self.settled, self.passes = False, False, 0
         self.axes = {place: axis for place, axis in self.axes.items() if axis is None}
 
     def look_at_modes(self) -> None:
         """Run no module again that has become random or coupled since, as in training mode."""
-        for name, block in self.blocks.items():
-            if self.reruns(name) and name not in self.direct:
-                reason = _only_at_parameters(block)
-                if reason is not None:
-                    self.direct[name] = self.inseparable[name] = reason
+        for name in [one for one in self._rerun if one not in self.direct]:
+            reason = _only_at_parameters(self.blocks[name])
+            if reason is not None:
+                self.direct[name] = self.inseparable[name] = reason
+
+    def knows(self, recorded: Sequence[RecordedCall]) -> bool:
+        """Return whether there is nothing to find out about a pass, as in most of them."""
+        # Modules that are run again may have become random or coupled since.
+        return self.settled and not self._rerun and all(one.place in self.axes for one in recorded)
 
     def explained(self) -> list[str]:
         """Return the blocks whose rows are compared with gradients."""
@@ -145,48 +203,46 @@ class RowSources:
 
     def reruns(self, name: str) -> bool:
         """Return whether a block's modules are run again to make its rows."""
-        return any(isinstance(use.kind, GenericKind) for use in self.uses[name])
+        return name in self._rerun
 
-    def available(self, recorded: Sequence[RecordedCall]) -> list[PassCall]:
+    def available(self, recorded: Sequence[RecordedCall]) -> list[RecordedCall]:
         """Return the calls of layers, and products, whose outputs' gradients can be had.
 
         Products that no block's rows are known to be made of are among them until rows are checked.
         """
-        calls = [one for one in numbered(recorded) if one.edges]
+        calls = [one for one in recorded if one.edges]
         used = self.used(calls)
         if self.checked:
             return used
         kept = set(map(id, used))
         return [one for one in calls if id(one) in kept or is_product(one.kind)]
 
-    def used(self, calls: Sequence[PassCall]) -> list[PassCall]:
+    def used(self, calls: Sequence[RecordedCall]) -> list[RecordedCall]:
         """Return those calls that rows of some block are made of."""
         own = {n: of for n, of in self.by_block(calls).items() if n not in self.unavailable}
         wanted = {id(one) for of in own.values() for one in of}
         return [one for one in calls if id(one) in wanted]
 
-    def by_block(self, calls: Sequence[PassCall]) -> dict[str, list[PassCall]]:
+    def by_block(self, calls: Sequence[RecordedCall]) -> dict[str, list[RecordedCall]]:
         """Return the calls of every block, in order of their layers' first call."""
-        found: dict[str, list[PassCall]] = {}
-        first: dict[nn.Module, int] = {}
+        of_module: dict[nn.Module, list[RecordedCall]] = {}
         for one in calls:
-            first.setdefault(one.call.module, len(first))
-            for name, use in self._users.get(one.call.module, ()):
-                if belongs(one.call, use) and one not in found.setdefault(name, []):
-                    found[name].append(one)
-        order = {
-            name: min(first[one.call.module] for one in found[name])
-            for name in self.blocks
-            if name in found
-        }
-        return {name: found[name] for name in sorted(order, key=order.__getitem__)}
+            of_module.setdefault(one.call.module, []).append(one)
+        found: dict[str, list[RecordedCall]] = {}
+        for module in of_module:
+            for name, use in self._users.get(module, ()):
+                own = [one for one in of_module[module] if one.call.key in use.keys]
+                own = [one for one in own if one not in found.get(name, ())]
+                if own:
+                    found.setdefault(name, []).extend(own)
+        return found
 
-    def axis(self, one: PassCall, samples: int) -> SampleAxis | None:
+    def axis(self, one: RecordedCall, samples: int) -> SampleAxis | None:
         """Return where the samples of a call lie; None if they are coupled."""
         if one.call.module in self.whole:
             return None
         axis, kind = self.axes.get(one.place, SampleAxis()), one.kind
-        shape = one.recorded.shapes[0]
+        shape = one.shapes[0]
         if axis is None or samples == 1:
             return axis
         if kind.own_layout and not isinstance(kind, GenericKind):
@@ -194,12 +250,12 @@ class RowSources:
             return axis if laid_out is None or laid_out.shape[1] % samples == 0 else None
         return axis if len(shape) > axis.dim and shape[axis.dim] % samples == 0 else None
 
-    def tried(self, calls: Sequence[PassCall]) -> list[tuple[str, list[PassCall]]]:
+    def tried(self, calls: Sequence[RecordedCall]) -> list[tuple[str, list[RecordedCall]]]:
         """Return blocks that have products which are not known to be rows of theirs, and these."""
-        found: dict[str, list[PassCall]] = {}
+        found: dict[str, list[RecordedCall]] = {}
         for name, uses in self.products.items():
             if name not in self.by_products and name not in self.unavailable:
-                of = [one for one in calls if any(belongs(one.call, use) for use in uses)]
+                of = [one for one in calls if any(one.is_of(use) for use in uses)]
                 if of:
                     found[name] = of
         return list(found.items())

@@ -7,21 +7,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from natgrad.capture.batched_backward import batched_gradients
-from natgrad.capture.kinds import BlockRecord, CallGradients, LayerKind
-from natgrad.capture.recorded_calls import Gradients, PassCall, RecordedCall, belongs, numbered
-from natgrad.capture.row_sources import RowSources
+from natgrad.capture.hooks import own_backward, without_hooks
+from natgrad.capture.kinds import BlockRecord, CallGradients, LayerCall, LayerKind
+from natgrad.capture.row_sources import Gradients, RecordedCall, RowSources
 from natgrad.capture.samples import SampleAxis
+from natgrad.distributed.shards import features_gathered, whole
 from natgrad.jacobians import DenseJacobian, Jacobians, LayerJacobian, SumJacobian
 from natgrad.layouts import BlockLayout, ParameterLayout
 
-__all__ = ["RowBuilder"]
+__all__ = ["RowBuilder", "RowsUnavailable", "batched_gradients"]
 
 #: Entries of output gradients that are had at once where rows are taken sample by sample, and that
 #: a check may take to part every pair of samples (2^22 float32 = 16 MiB).
@@ -35,6 +35,7 @@ class RowBuilder:
         sources: What the rows of every block are made of.
         layout: Order of all trainable parameters.
         unrecorded: Context in which layers run without being recorded.
+        shards: Whether gradients may be in shards, as in tensor parallelism.
     """
 
     def __init__(
@@ -42,10 +43,12 @@ class RowBuilder:
         sources: RowSources,
         layout: ParameterLayout,
         unrecorded: Callable[[], AbstractContextManager[Any]],
+        shards: bool = False,
     ) -> None:
         self.sources: RowSources = sources
         self.layout: ParameterLayout = layout
         self.unrecorded: Callable[[], AbstractContextManager[Any]] = unrecorded
+        self.shards: bool = shards
         self._elements = 0  # Entries that a vector meets on its way through the last pass.
 
     def pull_back(
@@ -89,18 +92,20 @@ class RowBuilder:
                     if name not in coupled:
                         rows[name] = self.block_rows(name, of, samples, skip_silent)
                         continue
-                    whole = self.block_rows(name, of, 1, skip_silent)
-                    if whole is not None:
-                        rows[name] = whole.parted(samples) if alone else whole.summed_up()
+                    joint = self.block_rows(name, of, 1, skip_silent)
+                    if joint is not None:
+                        rows[name] = joint.parted(samples) if alone else joint.summed_up()
                 except Exception as error:
                     self.sources.distrust(name, error)
-        rows.update(self._rows_of_parameters(output, vectors, alone))
+        if self.sources.direct:
+            rows.update(self._rows_of_parameters(output, vectors, alone))
+        release(calls)
         present = {name: found for name, found in rows.items() if found is not None}
         return Jacobians(self.layout, present, samples, directions)
 
     def _fill(
         self,
-        calls: Sequence[PassCall],
+        calls: Sequence[RecordedCall],
         output: Tensor,
         vectors: Tensor,
         alone: bool,
@@ -110,7 +115,7 @@ class RowBuilder:
         edges = [edge for one in calls for edge in one.edges]
         found = iter(self.pull(output, edges, vectors, alone, retain_graph))
         for one in calls:
-            one.apart = one.spread([next(found) for _ in one.edges])
+            one.apart = one.spread(found)
             if not alone:
                 one.gradients = one.apart
                 if one.place in self.sources.unreached and any(g is not None for g in one.apart):
@@ -148,12 +153,14 @@ class RowBuilder:
         summed their rows. Otherwise the sum is their only row.
         """
         self.sources.look_at_modes()
+        unscaled = isinstance(scale, float) and scale == 1.0
         calls = []
-        for one in numbered(recorded):
-            given = one.recorded.user_gradients
+        for one in recorded:
+            given = one.user_gradients
             if any(g is not None for g in given):
                 one.axis = self.sources.axis(one, samples)
-                one.gradients = [None if g is None else _scaled(g, scale)[None] for g in given]
+                own = [g if g is None or unscaled else g * scale for g in given]
+                one.gradients = [None if g is None else g[None] for g in own]
                 one.apart = one.gradients
                 calls.append(one)
         found: dict[str, LayerJacobian] = {}
@@ -165,6 +172,7 @@ class RowBuilder:
                 rows = self.block_rows(name, of, 1 if coupled else samples, skip_silent)
                 if rows is not None:
                     found[name] = rows
+        release(calls)
         return Jacobians(self.layout, found, samples, 1)
 
     def pull(
@@ -179,7 +187,7 @@ class RowBuilder:
         if not targets:
             return []
         if not alone:
-            return batched_gradients(output, targets, vectors, retain_graph)
+            return self._whole(batched_gradients(output, targets, vectors, retain_graph))
         directions, samples = vectors.shape[:2]
         elements = directions * (self._elements + sum(_size(one) for one in targets))
         step = max(1, min(samples, SPLIT_ELEMENTS // max(1, elements)))
@@ -190,11 +198,15 @@ class RowBuilder:
             chosen = vectors[:, numbers].transpose(0, 1)
             single[torch.arange(len(numbers), device=output.device), :, numbers] = chosen
             keep = retain_graph or start + step < samples
-            pieces.append(batched_gradients(output, targets, single.flatten(0, 1), keep))
+            single = single.flatten(0, 1)
+            pieces.append(self._whole(batched_gradients(output, targets, single, keep)))
         return [joined(column) for column in zip(*pieces, strict=True)]
 
+    def _whole(self, gradients: Gradients) -> Gradients:
+        return [None if g is None else whole(g) for g in gradients] if self.shards else gradients
+
     @contextmanager
-    def forming(self, calls: Sequence[PassCall]) -> Iterator[None]:
+    def forming(self, calls: Sequence[RecordedCall]) -> Iterator[None]:
         """Let kinds make rows: nothing is recorded, and in the dtype of what they are given."""
         given = (g.device.type for one in calls for g in one.gradients if g is not None)
         with (
@@ -205,7 +217,7 @@ class RowBuilder:
             yield
 
     def block_rows(
-        self, name: str, calls: Sequence[PassCall], samples: int, skip_silent: bool
+        self, name: str, calls: Sequence[RecordedCall], samples: int, skip_silent: bool
     ) -> LayerJacobian | None:
         """Return the rows of a block; with 1 as ``samples`` the batch counts as one sample."""
         block = self.sources.blocks[name]
@@ -215,8 +227,10 @@ class RowBuilder:
             own = [
                 _laid_out(one, use.kind, samples)
                 for one in calls
-                if belongs(one.call, use) and any(g is not None for g in one.gradients)
+                if one.is_of(use) and any(g is not None for g in one.gradients)
             ]
+            if self.shards and type(use.module) is nn.Linear:  # As in tensor parallelism.
+                own = [_with_all_features(call, given, use.layout.d_out) for call, given in own]
             if own:
                 # Layers of one kind that share a parameter are calls of one layer.
                 empty = BlockRecord(use.layout, use.names, [], samples, skip_silent)
@@ -232,7 +246,22 @@ class RowBuilder:
         return SumJacobian(parts, block.layout)
 
 
-def _laid_out(one: PassCall, kind: LayerKind, samples: int) -> CallGradients:
+def _with_all_features(
+    call: LayerCall, gradients: Gradients, d_out: int
+) -> tuple[LayerCall, Gradients]:
+    """Return a call of a linear layer with whole inputs and output gradients."""
+    parameter = next(call.module.parameters(recurse=False))
+    found = [None if g is None else features_gathered(g, d_out, parameter) for g in gradients]
+    return replace(call, inputs=(whole(call.inputs[0]), *call.inputs[1:])), found
+
+
+def release(calls: Sequence[RecordedCall]) -> None:
+    """Let go of the gradients that rows were made of."""
+    for one in calls:
+        one.gradients, one.apart = [], []
+
+
+def _laid_out(one: RecordedCall, kind: LayerKind, samples: int) -> CallGradients:
     """Return a call as its kind takes it; the whole batch as one sample if ``samples`` is 1."""
     call, axis = one.call, one.axis
     if samples == 1:
@@ -273,5 +302,68 @@ def _size(target: GradientEdge | Tensor) -> int:
     return target.numel() if isinstance(target, Tensor) else 0
 
 
-def _scaled(gradient: Tensor, scale: float | Tensor) -> Tensor:
-    return gradient if isinstance(scale, float) and scale == 1.0 else gradient * scale
+class RowsUnavailable(RuntimeError):
+    """Vectors cannot be pulled back through a pass; the message says why and what to do."""
+
+
+def batched_gradients(
+    output: Tensor,
+    targets: Sequence[GradientEdge | Tensor],
+    vectors: Tensor,
+    retain_graph: bool,
+    *,
+    fixed_statistics: bool = True,
+) -> list[Tensor | None]:
+    """Return the gradient at every edge or tensor for every vector, stacked over vectors.
+
+    Args:
+        output: What vectors are pulled back from.
+        targets: Where the gradients are wanted.
+        vectors: ``(K, *output.shape)``.
+        retain_graph: Keep the graph for a later backward pass.
+        fixed_statistics: Whether batch norms take their statistics for constants.
+
+    Raises:
+        RowsUnavailable: If the graph allows the loss's own backward pass only.
+    """
+
+    def backward(cotangent: Tensor, batched: bool, keep: bool) -> tuple[Tensor | None, ...]:
+        try:
+            with (
+                without_hooks(one for one in targets if isinstance(one, Tensor)),
+                own_backward(output, fixed_statistics=fixed_statistics) as root,
+                torch.enable_grad(),
+            ):
+                # As a factor where it is alone: torch loads sympy to check the shape of a vector.
+                return torch.autograd.grad(
+                    [root if batched else (root * cotangent).sum()],
+                    cast("Sequence[Tensor]", targets),
+                    [cotangent if batched else None],
+                    retain_graph=keep,
+                    allow_unused=True,
+                    is_grads_batched=batched,
+                )
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+            raise RowsUnavailable(
+                "gradient checkpointing with use_reentrant=True lets no vectors through but the "
+                "loss's own: use torch.utils.checkpoint with use_reentrant=False"
+            ) from error
+
+    if vectors.shape[0] == 1:
+        single = backward(vectors[0], False, retain_graph)
+        return [None if g is None else g.unsqueeze(0) for g in single]
+    try:
+        return list(backward(vectors, True, retain_graph))
+    except RuntimeError as error:
+        said = str(error).lower()
+        if not any(one in said for one in ("vmap", "batching rule", "have storage")):
+            raise
+    # Some backward functions cannot be batched: one vector at a time.
+    last = vectors.shape[0] - 1
+    each = [backward(v, False, retain_graph or i < last) for i, v in enumerate(vectors)]
+    return [
+        None if column[0] is None else torch.stack(cast("list[Tensor]", list(column)))
+        for column in zip(*each, strict=True)
+    ]

@@ -20,6 +20,7 @@ from natgrad.distributed.exchange import swapped
 
 __all__ = [
     "at_owners",
+    "check_features_spread",
     "features_gathered",
     "from_owners",
     "in_form_of",
@@ -92,8 +93,18 @@ def _check_tensor_parallel(model: nn.Module) -> None:
                     )
 
 
-def features_gathered(value: Tensor, size: int, parameter: Tensor | None) -> Tensor:
-    """Return inputs or output gradients of a layer with all of their features.
+def check_features_spread(module: nn.Module, inputs: Tensor, output: Tensor) -> None:
+    """Raise a ValueError if inputs in shards, and outputs, are not cut along their features."""
+    if is_sharded(inputs) and inputs.shape[:-1] != output.shape[:-1]:
+        raise ValueError(
+            f"outputs {tuple(output.shape)} of {module}, with inputs {tuple(inputs.shape)}, "
+            "are spread over processes by another dimension than that of features, and natgrad "
+            "needs all of it in each: leave output_layouts of the layer as they are by default"
+        )
+
+
+def features_gathered(value: Tensor, size: int, parameter: Tensor) -> Tensor:
+    """Return output gradients of a linear layer with all of their features.
 
     Args:
         value: ``(..., size)``, perhaps in shards, or what this process has of its last dimension.
@@ -101,7 +112,7 @@ def features_gathered(value: Tensor, size: int, parameter: Tensor | None) -> Ten
         parameter: A parameter of the layer, which tells the mesh in tensor parallelism.
     """
     value = whole(value)
-    if parameter is None or not is_sharded(parameter) or value.shape[-1] == size:
+    if not is_sharded(parameter) or value.shape[-1] == size:
         return value
     from torch.distributed.tensor import DTensor, Shard
 

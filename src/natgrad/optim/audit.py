@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.capture import Capture, ForwardPass
-from natgrad.capture.batched_backward import batched_gradients
 from natgrad.capture.hooks import is_pulling_back
+from natgrad.capture.rows import batched_gradients
 
 __all__ = ["Findings", "GradientAudit"]
 
