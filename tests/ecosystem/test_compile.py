@@ -63,7 +63,10 @@ def test_compiled_models_take_the_same_steps(name, order, backend):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the inductor needs a C++ compiler")
-def test_inductor():
+def test_inductor(monkeypatch):
+    # Scalar code, in this process: finding vectors or starting others takes longer than all else.
+    monkeypatch.setattr("torch._inductor.config.cpp.vec_isa_ok", False)
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)
     plain, model = network(), network()
     data = batches(5)
     train(plain, make("kfac", plain), data)
