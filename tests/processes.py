@@ -5,9 +5,6 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
-import runpy
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -129,24 +126,3 @@ def _member(
     torch.distributed.barrier()
     # Tearing a gloo group down while a wrapper is alive can deadlock inside torch.
     os._exit(0)
-
-
-def run_script(
-    path: Path, *arguments: str | Path, folder: Path, environment: dict[str, str]
-) -> subprocess.CompletedProcess[str]:
-    """Run a script as ``python path arguments`` does; what it prints goes through a folder."""
-    files = [folder / f"{path.stem}.{stream}" for stream in ("stdout", "stderr")]
-    command = [str(path), *map(str, arguments)]
-    status = finish(start(_run_script, command, files, environment))
-    assert status is not None
-    return subprocess.CompletedProcess(command, status, *(file.read_text() for file in files))
-
-
-def _run_script(command: list[str], files: list[Path], environment: dict[str, str]) -> None:
-    os.environ.clear()
-    os.environ.update(environment)
-    for stream, file in zip((1, 2), files, strict=True):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-    sys.argv = command
-    sys.path.insert(0, str(Path(command[0]).parent))
-    runpy.run_path(command[0], run_name="__main__")

@@ -1,7 +1,7 @@
 import io
 import json
 import os
-import subprocess
+import runpy
 import sys
 
 import numpy as np
@@ -102,13 +102,6 @@ def test_unknown_command_is_refused(capsys):
     assert "nonsense" in refused(capsys, run(["nonsense"]))
 
 
-def test_module_can_be_run():
-    done = subprocess.run(
-        [sys.executable, "-m", "natgrad", "--version"], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == f"natgrad {__version__}"
-
-
 @pytest.mark.usefixtures("undrawn")
 def test_ctrl_c_writes_what_is_there(tmp_path, monkeypatch, capsys):
     from natgrad.experiments.console import ProgressBars
@@ -137,20 +130,34 @@ def test_ctrl_c_before_anything_is_there_is_one_line(monkeypatch, capsys):
     assert (captured.out, captured.err) == ("", "natgrad: interrupted; nothing was written.\n")
 
 
-def test_ctrl_c_of_a_whole_process_is_one_line(tmp_path):
+def python_m_natgrad(folder, *arguments):
+    """Do what ``python -m natgrad arguments`` does, in a process that has loaded torch."""
+    os.chdir(folder)
+    for stream, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), stream)
+    sys.argv = ["natgrad", *arguments]
+    sys.path.insert(0, "")
+    runpy.run_module("natgrad", run_name="__main__", alter_sys=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "stdout", "stderr"),
+    [
+        (["--version"], 0, f"natgrad {__version__}\n", ""),
+        (["inspect", "slow:model"], 130, "", "natgrad: interrupted; nothing was written.\n"),
+    ],
+    ids=["version", "ctrl-c"],
+)
+def test_the_module_is_the_command(tmp_path, arguments, status, stdout, stderr):
     (tmp_path / "slow.py").write_text(
         "import os, signal\n\n"
         # Processes started in the background inherit that it is ignored.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n\n"
         "def model():\n    os.kill(os.getpid(), signal.SIGINT)\n"
     )
-    (tmp_path / "command.py").write_text("from natgrad.__main__ import main\n\nmain()\n")
-    done = processes.run_script(
-        tmp_path / "command.py", "inspect", "slow:model",
-        folder=tmp_path, environment=dict(os.environ),
-    )  # fmt: skip
-    assert done.returncode == 130
-    assert (done.stdout, done.stderr) == ("", "natgrad: interrupted; nothing was written.\n")
+    process = processes.start(python_m_natgrad, tmp_path, *arguments)
+    assert processes.finish(process) == status
+    assert [(tmp_path / name).read_text() for name in ("stdout", "stderr")] == [stdout, stderr]
 
 
 class Terminal(io.StringIO):

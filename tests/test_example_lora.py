@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import processes
+from tests.scripts import run_script
 
 for package in ("matplotlib", "peft", "rich", "transformers"):
     pytest.importorskip(package)
@@ -19,18 +19,16 @@ TINY = (
 )
 
 
-def run(folder: Path, *arguments: str) -> str:
+def run(*arguments: str) -> str:
     environment = {k: v for k, v in os.environ.items() if k != "NATGRAD_DATA"}
     environment["HF_HUB_OFFLINE"] = "1"
-    done = processes.run_script(
-        SCRIPT, *TINY.split(), *arguments, folder=folder, environment=environment
-    )
+    done = run_script(SCRIPT, *TINY.split(), *arguments, environment=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_script_without_data(tmp_path):
-    shown = run(tmp_path, "--output", str(tmp_path))
+    shown = run("--output", str(tmp_path))
     assert "lora_A" in shown and "of curvature" in shown  # the summary
     results = json.loads((tmp_path / "lora.json").read_text())
     assert [r["name"] for r in results["runs"]] == ["adamw", "kfac"]
@@ -48,6 +46,6 @@ def test_script_with_a_folder_of_text(tmp_path):
     folder.mkdir()
     (folder / "some.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
     output = tmp_path / "out"
-    run(tmp_path, "--data", str(folder), "--optimizer", "kfac", "--output", str(output))
+    run("--data", str(folder), "--optimizer", "kfac", "--output", str(output))
     (result,) = json.loads((output / "lora.json").read_text())["runs"]
     assert result["name"] == "kfac" and result["test"][-1] < result["test"][0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,8 @@ import torch
 from torch import Tensor
 
 from natgrad.residuals import ResidualNetwork
-from tests import dense, processes
+from tests import dense
+from tests.scripts import run_script
 
 for package in ("matplotlib", "rich"):
     pytest.importorskip(package)
@@ -115,10 +115,7 @@ def test_points_lie_where_they_should(examples, name):
 )
 def test_scripts_run_and_every_loss_falls(tmp_path, examples, script, sizes):
     settings = f"--fast --width 8 --depth 1 --steps 6 --seconds 20 --adam-lr 0.01 {sizes}"
-    done = processes.run_script(
-        EXAMPLES / f"{script}.py", *settings.split(), "--output", tmp_path,
-        folder=tmp_path, environment=dict(os.environ),
-    )  # fmt: skip
+    done = run_script(EXAMPLES / f"{script}.py", *settings.split(), "--output", tmp_path)
     assert done.returncode == 0, done.stderr
     runs = json.loads((tmp_path / "pinn.json").read_text())
     assert [run["name"] for run in runs] == list(examples["pinn"].OPTIMIZERS)

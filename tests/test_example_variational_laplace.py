@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests import processes
+from tests.scripts import run_script
 
 for package in ("matplotlib", "rich"):
     pytest.importorskip(package)
@@ -30,14 +30,14 @@ def example() -> ModuleType:
     return module
 
 
-def run(folder: Path, *arguments: str | Path) -> tuple[int, str, str]:
+def run(*arguments: str | Path) -> tuple[int, str, str]:
     environment = {k: v for k, v in os.environ.items() if k != "NATGRAD_DATA"}
-    done = processes.run_script(SCRIPT, *arguments, folder=folder, environment=environment)
+    done = run_script(SCRIPT, *arguments, environment=environment)
     return done.returncode, done.stdout, done.stderr
 
 
 def test_regression(tmp_path):
-    code, shown, errors = run(tmp_path, "--fast", "--output", tmp_path)
+    code, shown, errors = run("--fast", "--output", tmp_path)
     assert code == 0, errors
     assert "full" in shown and "in gap" in shown
     rows = json.loads((tmp_path / "gap.json").read_text())
@@ -85,7 +85,7 @@ def test_images(tmp_path, monkeypatch, example):
 
 def test_missing_files_are_named_in_one_sentence(tmp_path):
     for arguments in ([], ["--data", tmp_path]):
-        code, _, errors = run(tmp_path, "--task", "images", "--fast", *arguments)
+        code, _, errors = run("--task", "images", "--fast", *arguments)
         assert code == 1
         assert "Traceback" not in errors and "Fashion-MNIST" in errors
         assert len(errors.strip().splitlines()) == 1

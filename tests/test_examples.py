@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests import processes
+from tests.scripts import run_script
 
 for package in ("matplotlib", "rich"):
     pytest.importorskip(package)
@@ -87,15 +87,13 @@ FILES: dict[str, Callable[[Path], None]] = {
 
 
 def run(
-    file: str, *arguments: str | Path, folder: Path, data: str | None = None
+    file: str, *arguments: str | Path, data: str | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run an example, with nothing but ``data`` in NATGRAD_DATA."""
     environment = {k: v for k, v in os.environ.items() if k != "NATGRAD_DATA"}
     if data is not None:
         environment["NATGRAD_DATA"] = data
-    return processes.run_script(
-        EXAMPLES_FOLDER / file, *arguments, folder=folder, environment=environment
-    )
+    return run_script(EXAMPLES_FOLDER / file, *arguments, environment=environment)
 
 
 def check(result: subprocess.CompletedProcess[str], output: Path, written: list[str]) -> None:
@@ -114,12 +112,12 @@ def test_example_runs_on_made_up_files(
     if file in FILES:
         FILES[file](tmp_path)
         arguments = [*arguments, "--data", str(tmp_path)]
-    result = run(file, *arguments, "--output", tmp_path / "out", folder=tmp_path)
+    result = run(file, *arguments, "--output", tmp_path / "out")
     check(result, tmp_path / "out", written)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("NATGRAD_DATA" not in os.environ, reason="NATGRAD_DATA names no data folder")
+@pytest.mark.skipif(not os.environ.get("NATGRAD_DATA"), reason="NATGRAD_DATA names no data folder")
 @pytest.mark.parametrize(
     # The last run of each: what optimizers do is the same on made-up files.
     ("file", "arguments", "written"),
@@ -129,7 +127,7 @@ def test_example_runs_on_real_files(
     file: str, arguments: list[str], written: list[str], tmp_path: Path
 ) -> None:
     data = os.environ["NATGRAD_DATA"]
-    result = run(file, *arguments, "--output", tmp_path, folder=tmp_path, data=data)
+    result = run(file, *arguments, "--output", tmp_path, data=data)
     check(result, tmp_path, written)
 
 
@@ -137,7 +135,7 @@ def test_example_runs_on_real_files(
 @pytest.mark.parametrize("given", [False, True])
 def test_missing_files_are_named_in_one_sentence(file: str, given: bool, tmp_path: Path) -> None:
     arguments = ["--data", tmp_path] if given else []
-    result = run(file, "--fast", *arguments, folder=tmp_path)
+    result = run(file, "--fast", *arguments)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert "train." in result.stderr

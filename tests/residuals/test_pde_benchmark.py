@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from natgrad.residuals import Taylor
-from tests import processes
+from tests.scripts import run_script
 
 pytest.importorskip("scipy")
 
@@ -138,14 +137,7 @@ def test_points_that_are_added_lie_where_their_part_is(problems, name):
 def test_the_benchmark_goes_on_where_it_was(tmp_path):
     settings = "--problems kovasznay --methods natgrad,lbfgs,ssbfgs --seconds 0.4"
     outputs = [
-        processes.run_script(
-            BENCHMARKS / "pde.py",
-            *settings.split(),
-            "--out",
-            tmp_path / "runs.jsonl",
-            folder=tmp_path,
-            environment=dict(os.environ),
-        )
+        run_script(BENCHMARKS / "pde.py", *settings.split(), "--out", tmp_path / "runs.jsonl")
         for _ in range(2)
     ]
     runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
