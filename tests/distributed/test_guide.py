@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import struct
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,15 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn import functional
 
 import natgrad
 from tests import processes
+from tests.scripts import run_script
 
 GUIDE = Path(__file__).parents[2] / "docs" / "distributed.md"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "distributed_images.py"
 BLOCKS = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.S)
 
 
@@ -63,10 +65,6 @@ def test_the_guide_runs(tmp_path: Path) -> None:
     assert moved and torch.equal(first, second) and first.isfinite().all()
 
 
-# Not of the example: another test took the port; a thread of gloo outlived Python (torch 2.13).
-OF_THE_LAUNCH = ("EADDRINUSE", "terminate called without an active exception")
-
-
 def write_images(folder: Path) -> None:
     """Write a tiny Fashion-MNIST."""
     generator = np.random.default_rng(0)
@@ -78,23 +76,33 @@ def write_images(folder: Path) -> None:
             (folder / f"{part}-{kind}-ubyte").write_bytes(content)
 
 
+def printed(arguments: list[str]) -> list[str]:
+    """Run the example; return the loss and accuracy that it prints."""
+    done = run_script(EXAMPLE, *arguments, "--double", "--epochs=1", "--samples=64")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return re.findall(r"epoch 1: (loss \S+, test accuracy \S+)", done.stdout)
+
+
+def torchrun(function: Any, *arguments: Any) -> list[Any]:
+    """Do what ``torchrun --standalone --nproc_per_node 2`` does, with a function for a script."""
+    handled = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    kept = {number: signal.getsignal(number) for number in handled}
+    config = LaunchConfig(
+        1, 1, 2, run_id="guide", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+        start_method="forkserver", max_restarts=0, local_addr="localhost",
+    )  # fmt: skip
+    try:
+        found = elastic_launch(config, function)(*arguments)
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+    return [found[rank] for rank in sorted(found)]
+
+
 @pytest.mark.slow
 def test_the_example_prints_the_same_under_torchrun(tmp_path: Path) -> None:
     write_images(tmp_path)
-    script = str(Path(__file__).parents[2] / "examples" / "distributed_images.py")
-    arguments = [script, "--data", str(tmp_path), "--double", "--epochs", "1"]
-    arguments += ["--samples", "64", "--batch-size", "16"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    printed = []
-    for command in ([*arguments], [*launcher, *arguments], [*launcher, *arguments, "--shard"]):
-        for _ in range(4):
-            result = subprocess.run(
-                [sys.executable, *command], env=environment, capture_output=True, text=True,
-                timeout=200,
-            )  # fmt: skip
-            if not any(fault in result.stderr for fault in OF_THE_LAUNCH):
-                break
-        assert result.returncode == 0, result.stdout + result.stderr
-        printed.append(re.findall(r"epoch 1: (loss \S+, test accuracy \S+)", result.stdout))
-    assert printed[0] == printed[1] == printed[2] and len(printed[0]) == 1
+    arguments = ["--data", str(tmp_path), "--batch-size=16"]
+    (alone,) = printed(arguments)
+    for options in ([], ["--shard"]):
+        assert torchrun(printed, [*arguments, *options]) == [[alone], []]
