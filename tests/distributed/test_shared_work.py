@@ -72,17 +72,17 @@ def passing(log: list[tuple[str, Any]]) -> dict[str, Any]:
     plain = make("mlp")
     model = nn.parallel.DistributedDataParallel(plain)
     optimizer = make_optimizer(natgrad.KFAC, model, fisher="exact", lr=1e-3, length="lr")
-    curvature, begun = optimizer.preconditioner.curvature, []
+    shared, begun = optimizer.preconditioner.curvature.shared, []
     last: Any = plain[4]  # Its gradient is the first that a backward pass makes.
-    last.weight.register_hook(lambda gradient: begun.append(len(curvature.begun)))
+    last.weight.register_hook(lambda gradient: begun.append(len(shared.begun)))
     x, y = batch("mlp", 0)
     log.clear()
     with model.no_sync():
         functional.cross_entropy(model(x), y).backward()
     functional.cross_entropy(model(x), y).backward()
-    before = len(curvature.begun)
+    before = len(shared.begun)
     optimizer.step()
-    return {"begun": begun, "before": before, "after": len(curvature.begun), "log": list(log)}
+    return {"begun": begun, "before": before, "after": len(shared.begun), "log": list(log)}
 
 
 @pytest.mark.slow

@@ -347,7 +347,7 @@ class Capture:
 
     def _forget_product(self, call: LayerCall) -> None:
         """Forget the product inside a layer's call, which counts as the call."""
-        if self._products is None or self._open is None or not call.inputs:
+        if self._open is None or not call.inputs:
             return
         place = call.inputs[0].data_ptr()
         calls = self._open.calls
@@ -532,7 +532,7 @@ def _after_layer(
     for call in kind.observe(module, args, kwargs, output):
         if capture.shards and type(module) is nn.Linear:
             check_features_spread(module, call.inputs[0], output)
-        if not isinstance(kind, GenericKind):
+        if capture._products is not None and not isinstance(kind, GenericKind):
             capture._forget_product(call)
         capture._record(kind, call)
 
@@ -546,7 +546,8 @@ def _before_model(capture: Capture, module: nn.Module, args: Any) -> None:
     capture._open = None
     if capture._active():
         capture._open_pass()
-        capture._watch_products()
+        if capture.sources.by_products or not capture.sources.checked:
+            capture._watch_products()
 
 
 @outside_graphs

@@ -68,12 +68,13 @@ class RowBuilder:
         samples, directions = int(output.shape[0]), int(vectors.shape[0])
         if samples == 0 or not output.requires_grad:
             return Jacobians(self.layout, {}, samples, directions)
-        calls = self.sources.available(recorded)
+        own = self.sources.by_block([one for one in recorded if one.edges])
+        own = {name: of for name, of in own.items() if name not in self.sources.unavailable}
+        calls = list(dict.fromkeys(one for of in own.values() for one in of))
         layers = sum(prod(shape) for one in recorded for shape in one.shapes)
         self._elements = max(layers, output.numel())
         for one in calls:
             one.axis = self.sources.axis(one, samples)
-        own = self.sources.by_block(calls)
         coupled = {name for name, of in own.items() if any(one.axis is None for one in of)}
         mixed = list(dict.fromkeys(one for name in coupled for one in own[name]))
         alone = samples > 1 and not independent
@@ -187,7 +188,8 @@ class RowBuilder:
         if not targets:
             return []
         if not alone:
-            return self._whole(batched_gradients(output, targets, vectors, retain_graph))
+            found = batched_gradients(output, targets, vectors, retain_graph)
+            return self._whole(found) if self.shards else found
         directions, samples = vectors.shape[:2]
         elements = directions * (self._elements + sum(_size(one) for one in targets))
         step = max(1, min(samples, SPLIT_ELEMENTS // max(1, elements)))
@@ -198,12 +200,12 @@ class RowBuilder:
             chosen = vectors[:, numbers].transpose(0, 1)
             single[torch.arange(len(numbers), device=output.device), :, numbers] = chosen
             keep = retain_graph or start + step < samples
-            single = single.flatten(0, 1)
-            pieces.append(self._whole(batched_gradients(output, targets, single, keep)))
+            found = batched_gradients(output, targets, single.flatten(0, 1), keep)
+            pieces.append(self._whole(found) if self.shards else found)
         return [joined(column) for column in zip(*pieces, strict=True)]
 
     def _whole(self, gradients: Gradients) -> Gradients:
-        return [None if g is None else whole(g) for g in gradients] if self.shards else gradients
+        return [None if g is None else whole(g) for g in gradients]
 
     @contextmanager
     def forming(self, calls: Sequence[RecordedCall]) -> Iterator[None]:

@@ -13,24 +13,12 @@ from torch import Tensor
 
 from natgrad import linalg
 from natgrad.curvature.cost import Cost, Workload
-from natgrad.curvature.sharing import (
-    Sharing,
-    agree,
-    begin_sums,
-    holders_of,
-    natural_shards,
-    of_all,
-    take_inverses,
-    unite,
-)
+from natgrad.curvature.sharing import SharedWork, Sharing
 from natgrad.curvature.structure import Part, Structure
 from natgrad.distributed import Replicas
-from natgrad.distributed.exchange import Sum
-from natgrad.distributed.grid import Grid
 from natgrad.distributed.place import WHOLE_BATCH, Place
-from natgrad.distributed.shards import is_sharded
 from natgrad.jacobians import Draw, Jacobians
-from natgrad.jacobians.packing import in_type
+from natgrad.jacobians.collection import in_type
 from natgrad.layouts import BlockLayout, ParameterLayout
 from natgrad.linalg import FactorizationError
 from natgrad.operators import FisherMatrix, GradientSource, Operator
@@ -92,9 +80,9 @@ class Curvature:
     Attributes:
         parts: The structure's parts, by name.
         estimates: What is known of each.
-        replicas: Processes that have a share of every batch each; by default none but this one.
+        shared: What of it belongs to other processes, too; None for nothing.
         place: Which samples of the present batch are this process's.
-        sharing: What they share of the work, where the structure is made for that; a number is
+        sharing: What processes share of the work, where the structure is made for that; a number is
             the fraction of them that keeps what is known of a layer.
         rows_stay: Whether rows stay with the processes that have made them, so that what is made of
             them must be asked for by all together; otherwise they are gathered.
@@ -112,76 +100,30 @@ class Curvature:
         self.estimates: dict[str, Estimate] = {name: Estimate() for name in self.parts}
         #: What is known of parts that the model had and may have again, as of layers frozen now.
         self.resting: dict[str, dict[str, Any]] = {}
-        self.replicas: Replicas = Replicas()
+        self.shared: SharedWork | None = None
         self.place: Place = WHOLE_BATCH
         self.sharing: Sharing | float = "inverses"
         self.rows_stay: bool = False
-        self._owners: dict[tuple[int, int], dict[str, int]] = {}
-        self._grid: Grid | None = None
-        #: Sums over processes of the statistics of the present step that are under way.
-        self.begun: list[Sum] = []
         self._warned: set[str] = set()
+        self._direct = structure.solver == "direct"
+        #: Whether rows may come in chunks.
+        self.additive: bool = structure.additive
+        #: Whether rows of different layers are never multiplied with each other.
+        self.by_layer: bool = structure.by_layer
 
     @property
-    def additive(self) -> bool:
-        """Whether rows may come in chunks."""
-        return self.structure.additive
+    def replicas(self) -> Replicas:
+        """Processes that have a share of every batch each; by default none but this one."""
+        return Replicas() if self.shared is None else self.shared.replicas
+
+    @replicas.setter
+    def replicas(self, replicas: Replicas) -> None:
+        self.shared = None if replicas.are_alone else SharedWork(self, replicas)
 
     @property
     def is_divided(self) -> bool:
         """Whether each factorisation is made by one process, for all of them."""
-        wanted = self.sharing != "nothing" and self.structure.shareable
-        return wanted and not self.replicas.are_alone
-
-    @property
-    def holders(self) -> int:
-        """How many processes keep what is known of a part, those of a column of the grid."""
-        number, whole = self.replicas.number, self.structure.companion is not None
-        return holders_of(self.sharing, number) if self.is_divided and not whole else number
-
-    @property
-    def is_spread(self) -> bool:
-        """Whether no process keeps all statistics and inverses."""
-        return self.holders < self.replicas.number
-
-    @property
-    def grid(self) -> Grid:
-        """The processes by what they keep; all must ask for it together the first time."""
-        if self._grid is None or (self._grid.replicas, self._grid.height) != (
-            self.replicas, self.holders,
-        ):  # fmt: skip
-            self._grid = Grid.of(self.replicas, self.holders)
-        return self._grid
-
-    def owns(self, name: str) -> bool:
-        """Return whether this process keeps what is known of a part."""
-        height = self.holders
-        return not self.is_spread or self.owners[name] // height == self.replicas.rank // height
-
-    @property
-    def owners(self) -> dict[str, int]:
-        """Part → rank of the process that makes its natural gradient where one is to."""
-        number, height = self.replicas.number, self.holders
-        if (number, height) not in self._owners:
-            columns = self.balanced(list(self.parts), number // height)
-            lists = [own for names in columns for own in self.balanced(names, height)]
-            owners = {name: rank for rank, names in enumerate(lists) for name in names}
-            self._owners[number, height] = owners
-        return self._owners[number, height]
-
-    def by_column(self) -> list[list[str]]:
-        """Return the parts that the processes of each column keep."""
-        if not self.is_spread:
-            return [list(self.parts)]
-        lists: list[list[str]] = [[] for _ in range(self.grid.columns)]
-        for name in self.parts:
-            lists[self.owners[name] // self.holders].append(name)
-        return lists
-
-    @property
-    def by_layer(self) -> bool:
-        """Whether rows of different layers are never multiplied with each other."""
-        return self.structure.by_layer
+        return self.shared is not None and self.shared.is_divided
 
     def follow(self, blocks: Mapping[str, BlockLayout], layout: ParameterLayout) -> set[str]:
         """Go on with other blocks, as where layers were frozen, unfrozen or replaced.
@@ -216,7 +158,7 @@ class Curvature:
                 fresh.estimates[name] = found
         self.drop_sums()
         self.layout, self.blocks = layout, fresh.blocks
-        self.parts, self.estimates, self._owners = fresh.parts, fresh.estimates, {}
+        self.parts, self.estimates = fresh.parts, fresh.estimates
         return staying
 
     # Rows to statistics.
@@ -267,18 +209,10 @@ class Curvature:
 
     # Statistics to their average.
 
-    def begin_sums(self) -> None:
-        """Begin to add up the statistics of the present step over processes; wait for nobody.
-
-        All of them do so, and observe no further rows before :meth:`join`, or drop these sums.
-        """
-        self.begun = begin_sums(self)
-
     def drop_sums(self) -> None:
-        """Forget sums that are under way, as those of some passes of a step."""
-        for one in self.begun:
-            one.wait()
-        self.begun = []
+        """Forget sums over processes that are under way, as those of some passes of a step."""
+        if self.shared is not None:
+            self.shared.drop_sums()
 
     def join(self, decay: float = 1.0, *, counts_absent: bool = False) -> None:
         """Make the statistics of the present step part of the average.
@@ -295,9 +229,9 @@ class Curvature:
         for entry in self.resting.values():
             entry["weight"] = max(entry["weight"] * decay, LEAST_WEIGHT)
         missed = {name: one.missed for name, one in self.estimates.items()}
-        if not self.replicas.are_alone:
-            missed.update(agree(self, missed))
-            unite(self)
+        if self.shared is not None:
+            missed.update(self.shared.agree(missed))
+            self.shared.unite()
         for name, present in self.estimates.items():
             average, batch = present.average, present.batch
             present = replace(present, batch=None, missed=0.0, rejected=False)
@@ -361,7 +295,7 @@ class Curvature:
         Raises:
             ValueError: If this process does not have all of it.
         """
-        if self.is_spread:
+        if self.shared is not None and self.shared.is_spread:
             raise ValueError(
                 f"the matrix is spread over processes by Refresh(sharing={self.sharing!r}), and is "
                 "not whole in any of them: use sharing='inverses' to look at it"
@@ -380,9 +314,9 @@ class Curvature:
                 trace = self.structure.trace(self.parts[name], average)
                 traces.append(trace.to(self.layout.device, torch.float64))
                 size += sum(block.numel for block in self.parts[name].blocks.values())
-        if self.is_spread:
+        if self.shared is not None and self.shared.is_spread:
             own = {"trace": torch.stack(traces).sum() if traces else None, "size": [size]}
-            each = self.grid.row.gathered(own, self.layout.device)
+            each = self.shared.grid.row.gathered(own, self.layout.device)
             traces = [one["trace"] for one in each if one["trace"] is not None]
             size = sum(one["size"][0] for one in each)
         if not traces:
@@ -403,14 +337,14 @@ class Curvature:
             for name in (self.parts if names is None else names)
             if self.estimates[name].average is not None and name != self.structure.companion
         ]
-        if not self.is_divided or self.holders == 1:
+        if self.shared is None:
             self._invert_here(wanted, damping)
             return
-        own = self.balanced(wanted, self.holders)[self.replicas.rank % self.holders]
+        own = self.shared.own_share(wanted)
         before = {name: self.estimates[name].inverse for name in own}
         self._invert_here(own, damping)
         made = [name for name in own if self.estimates[name].inverse is not before[name]]
-        take_inverses(self, made, damping)
+        self.shared.take_inverses(made, damping)
 
     def _invert_here(self, names: Sequence[str], damping: Damping) -> None:
         """Invert parts in this process, small ones together."""
@@ -418,7 +352,7 @@ class Curvature:
         for name in names:
             size = sum(block.numel for block in self.parts[name].blocks.values())
             batched = size <= BATCHED_PARAMETERS or self.layout.device.type != "cpu"
-            if batched and self.structure.solver == "direct":
+            if batched and self._direct:
                 together.append(name)
             else:
                 self._invert([name], damping)
@@ -434,7 +368,7 @@ class Curvature:
             averages = structure.renewed(parts, [e.average for e in estimates], dampings)
             operators = [self.read(name, a) for name, a in zip(names, averages, strict=True)]
             inner = [structure.inverse_damping(value) for value in dampings]
-            if structure.solver == "direct":
+            if self._direct:
                 inverses = inverses_together(operators, inner)
             else:
                 inverses = [
@@ -472,8 +406,6 @@ class Curvature:
         Args:
             factorised: Parts that this step factorises anew, which is more.
         """
-        if not self.structure.follows_updates:
-            return
         for name, present in self.estimates.items():
             if present.inverse is not None and name not in factorised:
                 inverse = self.operator(name).inverse(present.damping)
@@ -506,16 +438,16 @@ class Curvature:
         Parts without an inverse yet return the gradient itself.
         """
         natural = self._by_parts(source)
+        if self.structure.companion is None:
+            return natural
         return self.structure.corrected(self.parts, self.estimates, source, natural, self._by_parts)
 
     def _by_parts(self, source: GradientSource) -> dict[str, Tensor]:
         # Parameters without entries are in no part.
         result = {n: g for n, g in source.gradients.items() if not g.numel()}
-        if any(is_sharded(gradient) for gradient in source.gradients.values()):
-            return result | natural_shards(self, source.gradients, self._of_parts)
-        own = [name for name in self.parts if self.owns(name)]
-        result.update(self._of_parts(own, source))
-        return of_all(self, result) if self.is_spread else result
+        if self.shared is not None:
+            return result | self.shared.natural_gradient(source, self._of_parts)
+        return result | self._of_parts(list(self.parts), source)
 
     def _of_parts(self, names: Sequence[str], source: GradientSource) -> dict[str, Tensor]:
         """Return the natural gradient of some parts."""
@@ -560,6 +492,8 @@ class Curvature:
 
     def snapshot(self) -> dict[str, Estimate]:
         """Return the present state by reference, for :meth:`rollback`; it costs no copy."""
+        if self._direct:
+            return dict(self.estimates)
         return {
             name: replace(e, inverse=None if e.inverse is None else e.inverse.frozen())
             for name, e in self.estimates.items()
@@ -574,12 +508,11 @@ class Curvature:
 
         Where memory is shared all processes must ask for it, as it is gathered.
         """
-        names = [name for name in self.parts if self.owns(name)]
-        own = {name: _packed(self.parts[name], self.estimates[name]) for name in names}
-        if not self.is_spread:
-            return own
-        everything = of_all(self, own)
-        return {name: everything[name] for name in self.parts}
+        names = list(self.parts) if self.shared is None else self.shared.own_parts()
+        found = {name: _packed(self.parts[name], self.estimates[name]) for name in names}
+        if self.shared is not None:
+            found = self.shared.of_all(found)
+        return {name: found[name] for name in self.parts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned; see :meth:`restored`."""
@@ -599,8 +532,9 @@ class Curvature:
                 f"the checkpoint's curvature has other layers than the model: {differing}"
             )
         found = {name: self._restored(self.parts[name], entry) for name, entry in state.items()}
-        for name in (one for one in found if not self.owns(one)):
-            found[name] = Estimate(draws=found[name].draws)
+        if self.shared is not None:
+            for name in found.keys() - self.shared.own_parts():
+                found[name] = Estimate(draws=found[name].draws)
         return found
 
     def _restored(self, part: Part, entry: Mapping[str, Any]) -> Estimate:

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from natgrad.distributed import Replicas
 from natgrad.distributed.exchange import Sum
-from natgrad.distributed.shards import at_owners, from_owners
+from natgrad.distributed.grid import Grid
+from natgrad.distributed.shards import at_owners, from_owners, is_sharded
 from natgrad.operators import GradientSource
 from natgrad.operators.block_diagonal import damping_of
 from natgrad.records import Record
@@ -27,18 +29,11 @@ if TYPE_CHECKING:
     from natgrad.curvature.curvature import Curvature, Damping, Estimate
     from natgrad.curvature.structure import Part
 
-__all__ = [
-    "Sharing",
-    "agree",
-    "begin_sums",
-    "holders_of",
-    "natural_shards",
-    "of_all",
-    "take_inverses",
-    "unite",
-]
+__all__ = ["SharedWork", "Sharing", "holders_of"]
 
 Sharing = Literal["inverses", "memory", "nothing"]
+
+OfParts = Callable[[Sequence[str], GradientSource], dict[str, Tensor]]
 
 
 def holders_of(sharing: Sharing | float, number: int) -> int:
@@ -64,155 +59,239 @@ def holders_of(sharing: Sharing | float, number: int) -> int:
     return count
 
 
-def begin_sums(curvature: Curvature) -> list[Sum]:
-    """Begin to add up the statistics of the present step, for the processes that keep them."""
-    grid, device = curvature.grid, curvature.layout.device
-    held = {name: one.batch for name, one in curvature.estimates.items()}
-    own = {n: None if batch is None else batch.sums() for n, batch in held.items()}
-    return [
-        grid.sum({name: own[name] for name in names}, device, column)
-        for column, names in enumerate(curvature.by_column())
-    ]
+class SharedWork:
+    """What each of several processes keeps and makes of the curvature that is theirs together.
 
+    Args:
+        curvature: The share of this process.
+        replicas: The processes, more than one.
 
-def unite(curvature: Curvature) -> None:
-    """Make the statistics of the present step those of all processes.
+    Attributes:
+        begun: Sums over processes of the statistics of the present step that are under way.
 
-    They come together where they are kept.
+    Raises:
+        ValueError: If a fraction of them is to keep each layer, and that is no whole number.
     """
-    grid, device = curvature.grid, curvature.layout.device
-    begun, curvature.begun = curvature.begun or begin_sums(curvature), []
-    held = {name: one.batch for name, one in curvature.estimates.items()}
-    for column, names in enumerate(curvature.by_column()):
-        own = {n: held[n] for n in names}
-        own_rows = {
-            n: None if batch is None else _rows(curvature, batch) for n, batch in own.items()
+
+    def __init__(self, curvature: Curvature, replicas: Replicas) -> None:
+        self.curvature = curvature
+        self.replicas: Replicas = replicas
+        self.begun: list[Sum] = []
+        self._grid: Grid | None = None
+        self._owners: dict[str, int] = {}
+        self._owned: dict[str, Part] | None = None  # Of which parts these are the owners.
+        #: Whether each factorisation is made by one process, for all of them.
+        self.is_divided: bool = curvature.sharing != "nothing" and curvature.structure.shareable
+        #: How many processes keep what is known of a part, those of a column of the grid.
+        self.holders: int = replicas.number
+        if self.is_divided and curvature.structure.companion is None:
+            self.holders = holders_of(curvature.sharing, replicas.number)
+        #: Whether no process keeps all statistics and inverses.
+        self.is_spread: bool = self.holders < replicas.number
+
+    @property
+    def grid(self) -> Grid:
+        """The processes by what they keep; all must ask for it together the first time."""
+        if self._grid is None:
+            self._grid = Grid.of(self.replicas, self.holders)
+        return self._grid
+
+    @property
+    def owners(self) -> dict[str, int]:
+        """Part → rank of the process that makes its natural gradient where one is to."""
+        parts, balanced = self.curvature.parts, self.curvature.balanced
+        if self._owned is not parts:
+            columns = balanced(list(parts), self.replicas.number // self.holders)
+            lists = [own for names in columns for own in balanced(names, self.holders)]
+            self._owners = {name: rank for rank, names in enumerate(lists) for name in names}
+            self._owned = parts
+        return self._owners
+
+    def owns(self, name: str) -> bool:
+        """Return whether this process keeps what is known of a part."""
+        seat = self.replicas.rank // self.holders
+        return not self.is_spread or self.owners[name] // self.holders == seat
+
+    def own_parts(self) -> list[str]:
+        """Return the parts that this process keeps."""
+        return [name for name in self.curvature.parts if self.owns(name)]
+
+    def by_column(self) -> list[list[str]]:
+        """Return the parts that the processes of each column keep."""
+        if not self.is_spread:
+            return [list(self.curvature.parts)]
+        lists: list[list[str]] = [[] for _ in range(self.grid.columns)]
+        for name in self.curvature.parts:
+            lists[self.owners[name] // self.holders].append(name)
+        return lists
+
+    # Statistics.
+
+    def begin_sums(self) -> None:
+        """Begin to add up the statistics of the present step, for the processes that keep them."""
+        curvature = self.curvature
+        held = {name: one.batch for name, one in curvature.estimates.items()}
+        own = {n: None if batch is None else batch.sums() for n, batch in held.items()}
+        self.begun = [
+            self.grid.sum({name: own[name] for name in names}, curvature.layout.device, column)
+            for column, names in enumerate(self.by_column())
+        ]
+
+    def drop_sums(self) -> None:
+        """Forget sums that are under way, as those of some passes of a step."""
+        for one in self.begun:
+            one.wait()
+        self.begun = []
+
+    def unite(self) -> None:
+        """Make the statistics of the present step those of all processes.
+
+        They come together where they are kept.
+        """
+        curvature, device = self.curvature, self.curvature.layout.device
+        if not self.begun:
+            self.begin_sums()
+        begun, self.begun = self.begun, []
+        held = {name: one.batch for name, one in curvature.estimates.items()}
+        for column, names in enumerate(self.by_column()):
+            own = {n: held[n] for n in names}
+            own_rows = {n: None if batch is None else self._rows(batch) for n, batch in own.items()}
+            sums = begun.pop(0).result()
+            rows = self.grid.gathered(own_rows, device, column)
+            for name in names:
+                present, part = curvature.estimates[name], curvature.parts[name]
+                draws = present.draws + (present.batch is None)  # As where there were rows.
+                if not self.owns(name):
+                    present = replace(present, batch=None, average=None, inverse=None, draws=draws)
+                    curvature.estimates[name] = present
+                elif sums[name] is not None and not present.rejected:
+                    batch = self._united(part, sums[name], [one[name] for one in rows])
+                    curvature.estimates[name] = replace(present, batch=batch, draws=draws)
+
+    def _rows(self, batch: Statistics) -> Any:
+        """Return what is sent of a batch's rows: all, or what to know of those that stay."""
+        if self.curvature.rows_stay:
+            assert isinstance(batch, RowStatistics)
+            return batch.outlined_rows()
+        return batch.rows()
+
+    def _united(self, part: Part, sums: Any, rows: Sequence[Any]) -> Statistics:
+        """Return the statistics of all of sums and of what :meth:`_rows` returned in each."""
+        curvature, structure = self.curvature, self.curvature.structure
+        present = curvature.estimates[part.name]
+        if not curvature.rows_stay:
+            return structure.united(part, sums, rows, present.average)
+        own, total = present.batch, structure.united(part, sums, [], present.average)
+        assert isinstance(total, RowStatistics) and (own is None or isinstance(own, RowStatistics))
+        return total.with_shares(own, rows, self.replicas, part)
+
+    def agree(self, missed: Mapping[str, Tensor | float]) -> dict[str, Tensor]:
+        """Leave out what one process has left out; return the counts that parts missed in all.
+
+        Args:
+            missed: Those of this process, by part.
+        """
+        device, parts = self.curvature.layout.device, self.curvature.estimates
+        counts = [torch.as_tensor(missed[name], device=device).double() for name in parts]
+        rejected = [torch.tensor(float(o.rejected), device=device).double() for o in parts.values()]
+        total = self.replicas.summed(torch.stack([*counts, *rejected]), device)
+        for name, flag in zip(list(parts), total[len(parts) :].tolist(), strict=True):
+            if flag:
+                parts[name] = replace(parts[name], batch=None, rejected=True)
+        return dict(zip(parts, total[: len(parts)], strict=True))
+
+    # Inverses.
+
+    def own_share(self, wanted: Sequence[str]) -> list[str]:
+        """Return which of some parts this process inverts, for the others of its column, too."""
+        if not self.is_divided or self.holders == 1:
+            return list(wanted)
+        return self.curvature.balanced(wanted, self.holders)[self.replicas.rank % self.holders]
+
+    def take_inverses(self, made: Sequence[str], damping: Damping) -> None:
+        """Take the inverses that the processes of this column have made.
+
+        One's own, too: lying in memory in another order they would round otherwise.
+
+        Args:
+            made: Parts that this process has just inverted.
+            damping: λ, one value or one per block name.
+        """
+        curvature = self.curvature
+        if not self.is_divided or self.holders == 1:
+            return
+        own = {name: self._handed_out(curvature.estimates[name]) for name in made}
+        for found in self.grid.column.gathered(own, curvature.layout.device):
+            for name, entry in found.items():
+                value, part = damping_of(name, damping), curvature.parts[name]
+                curvature.estimates[name] = self._with_inverse(part, entry, value)
+
+    def _handed_out(self, estimate: Estimate) -> dict[str, Any]:
+        """Return what other processes need of an estimate that was just inverted."""
+        average, inverse = estimate.average, estimate.inverse
+        assert average is not None and inverse is not None
+        follows = self.curvature.structure.follows_updates  # Then it is made of the average alone.
+        return {
+            "renewal": average.renewal(),
+            "inverse": None if follows else inverse.state_dict(),
         }
-        sums = begun.pop(0).result()
-        rows = grid.gathered(own_rows, device, column)
-        for name in names:
-            present, part = curvature.estimates[name], curvature.parts[name]
-            draws = present.draws + (present.batch is None)  # As where there were rows.
-            if not curvature.owns(name):
-                present = replace(present, batch=None, average=None, inverse=None, draws=draws)
-                curvature.estimates[name] = present
-            elif sums[name] is not None and not present.rejected:
-                batch = _united(curvature, part, sums[name], [one[name] for one in rows])
-                curvature.estimates[name] = replace(present, batch=batch, draws=draws)
 
+    def _with_inverse(self, part: Part, entry: Mapping[str, Any], damping: float) -> Estimate:
+        """Return the estimate of a part with an inverse that some process has made."""
+        curvature, structure = self.curvature, self.curvature.structure
+        present = curvature.estimates[part.name]
+        average = present.average
+        assert average is not None
+        if entry["renewal"] is not None:
+            average = average.with_renewal(entry["renewal"])
+        if entry["inverse"] is None:
+            read = curvature.read(part.name, average)
+            inverse = read.inverse(structure.inverse_damping(damping))
+        else:
+            layout = structure.vector_layout(part)
+            inverse = Record.from_state(entry["inverse"], curvature.layout.device, layout)
+        return replace(present, average=average, inverse=inverse, damping=damping)
 
-def _rows(curvature: Curvature, batch: Statistics) -> Any:
-    """Return what is sent of a batch's rows: all, or what to know of those that stay."""
-    if curvature.rows_stay:
-        assert isinstance(batch, RowStatistics)
-        return batch.outlined_rows()
-    return batch.rows()
+    # What is made of them.
 
+    def of_all(self, own: dict[str, Any]) -> dict[str, Any]:
+        """Return the entries of all columns, in which all processes take part.
 
-def _united(curvature: Curvature, part: Part, sums: Any, rows: Sequence[Any]) -> Statistics:
-    """Return the statistics of all processes of sums and of what :func:`_rows` returned in each."""
-    present, structure = curvature.estimates[part.name], curvature.structure
-    if not curvature.rows_stay:
-        return structure.united(part, sums, rows, present.average)
-    own, total = present.batch, structure.united(part, sums, [], present.average)
-    assert isinstance(total, RowStatistics) and (own is None or isinstance(own, RowStatistics))
-    return total.with_shares(own, rows, curvature.replicas, part)
+        Args:
+            own: Those of the parts of this process, natural gradients or their state.
+        """
+        if not self.is_spread:
+            return own
+        result: dict[str, Any] = {}
+        for found in self.grid.row.gathered(own, self.curvature.layout.device):
+            result.update(found)
+        return result
 
+    def natural_gradient(self, source: GradientSource, of_parts: OfParts) -> dict[str, Tensor]:
+        """Return natural gradients, each made where its inverse is.
 
-def agree(curvature: Curvature, missed: Mapping[str, Tensor | float]) -> dict[str, Tensor]:
-    """Leave out what one process has left out; return the counts that parts missed in all.
+        Args:
+            source: The gradient, perhaps in shards.
+            of_parts: Makes those of some parts.
+        """
+        if any(is_sharded(gradient) for gradient in source.gradients.values()):
+            return self._natural_shards(source.gradients, of_parts)
+        return self.of_all(of_parts(self.own_parts(), source))
 
-    Args:
-        curvature: The curvature.
-        missed: Those of this process, by part.
-    """
-    device, parts = curvature.layout.device, curvature.estimates
-    counts = [torch.as_tensor(missed[name], device=device).double() for name in parts]
-    rejected = [torch.tensor(float(one.rejected), device=device).double() for one in parts.values()]
-    total = curvature.replicas.summed(torch.stack([*counts, *rejected]), device)
-    for name, flag in zip(list(parts), total[len(parts) :].tolist(), strict=True):
-        if flag:
-            parts[name] = replace(parts[name], batch=None, rejected=True)
-    return dict(zip(parts, total[: len(parts)], strict=True))
+    def _natural_shards(
+        self, gradients: Mapping[str, Tensor], of_parts: OfParts
+    ) -> dict[str, Tensor]:
+        """Return natural gradients in shards, each layer's made of its whole gradient by its owner.
 
-
-def take_inverses(curvature: Curvature, made: Sequence[str], damping: Damping) -> None:
-    """Take the inverses that the processes of this column have made.
-
-    One's own, too: lying in memory in another order they would round otherwise.
-
-    Args:
-        curvature: The curvature.
-        made: Parts that this process has just inverted.
-        damping: λ, one value or one per block name.
-    """
-    own = {name: _handed_out(curvature, curvature.estimates[name]) for name in made}
-    for found in curvature.grid.column.gathered(own, curvature.layout.device):
-        for name, entry in found.items():
-            value = damping_of(name, damping)
-            part = curvature.parts[name]
-            curvature.estimates[name] = _with_inverse(curvature, part, entry, value)
-
-
-def _handed_out(curvature: Curvature, estimate: Estimate) -> dict[str, Any]:
-    """Return what other processes need of an estimate that was just inverted."""
-    average, inverse = estimate.average, estimate.inverse
-    assert average is not None and inverse is not None
-    follows = curvature.structure.follows_updates  # Then it is made of the average alone.
-    return {
-        "renewal": average.renewal(),
-        "inverse": None if follows else inverse.state_dict(),
-    }
-
-
-def _with_inverse(
-    curvature: Curvature, part: Part, entry: Mapping[str, Any], damping: float
-) -> Estimate:
-    """Return the estimate of a part with an inverse that some process has made."""
-    present, structure = curvature.estimates[part.name], curvature.structure
-    average = present.average
-    assert average is not None
-    if entry["renewal"] is not None:
-        average = average.with_renewal(entry["renewal"])
-    if entry["inverse"] is None:
-        read = curvature.read(part.name, average)
-        inverse = read.inverse(structure.inverse_damping(damping))
-    else:
-        layout = structure.vector_layout(part)
-        inverse = Record.from_state(entry["inverse"], curvature.layout.device, layout)
-    return replace(present, average=average, inverse=inverse, damping=damping)
-
-
-def of_all(curvature: Curvature, own: dict[str, Any]) -> dict[str, Any]:
-    """Return the entries of all columns, in which all processes take part.
-
-    Args:
-        curvature: The curvature.
-        own: Those of the parts of this process, natural gradients or their state.
-    """
-    result: dict[str, Any] = {}
-    for found in curvature.grid.row.gathered(own, curvature.layout.device):
-        result.update(found)
-    return result
-
-
-def natural_shards(
-    curvature: Curvature,
-    gradients: Mapping[str, Tensor],
-    natural_gradient: Callable[[Sequence[str], GradientSource], dict[str, Tensor]],
-) -> dict[str, Tensor]:
-    """Return natural gradients in shards, each layer's made of its whole gradient by its owner.
-
-    Args:
-        curvature: The curvature.
-        gradients: Parameter name → gradient in shards.
-        natural_gradient: Makes those of some parts of whole gradients.
-    """
-    owners, parts, replicas = curvature.owners, curvature.parts, curvature.replicas
-    by_parameter = {n: owners[name] for name in owners for n in parts[name].layout.offsets}
-    shards = {name: gradients[name] for name in by_parameter}
-    wholes = at_owners(shards, by_parameter, replicas.group)
-    own = [name for name in parts if owners[name] == replicas.rank]
-    found = natural_gradient(own, GradientSource(wholes))
-    del wholes
-    return from_owners(found, shards, by_parameter, replicas.group)
+        Args:
+            gradients: Parameter name → gradient in shards.
+            of_parts: Makes natural gradients of some parts of whole gradients.
+        """
+        owners, parts, group = self.owners, self.curvature.parts, self.replicas.group
+        by_parameter = {n: owners[name] for name in owners for n in parts[name].layout.offsets}
+        shards = {name: gradients[name] for name in by_parameter}
+        wholes = at_owners(shards, by_parameter, group)
+        own = [name for name in parts if owners[name] == self.replicas.rank]
+        found = of_parts(own, GradientSource(wholes))
+        del wholes
+        return from_owners(found, shards, by_parameter, group)

@@ -24,7 +24,8 @@ from natgrad.curvature.cost import Cost, Workload, factored_elements
 from natgrad.curvature.kfac import KroneckerFactors
 from natgrad.curvature.structure import Part, register_structure
 from natgrad.jacobians import FIRST_DRAW, Draw, Jacobians
-from natgrad.jacobians.packing import copied, in_type, pack, unpack
+from natgrad.jacobians.collection import in_type
+from natgrad.jacobians.packing import copied, pack, unpack
 from natgrad.layouts import BlockLayout, ParameterLayout
 from natgrad.operators import GradientSource, Operator
 from natgrad.operators.block_diagonal import FisherMatrix

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -84,17 +85,17 @@ class Replicas:
             return bool(wrapper.require_backward_grad_sync)
         return reduces_gradients(model)
 
-    @property
+    @cached_property
     def number(self) -> int:
         """How many there are."""
         return 1 if self.group is None else torch.distributed.get_world_size(self.group)
 
-    @property
+    @cached_property
     def rank(self) -> int:
         """The number of this one among them."""
         return 0 if self.group is None else torch.distributed.get_rank(self.group)
 
-    @property
+    @cached_property
     def are_alone(self) -> bool:
         """Whether there is nobody else to wait for."""
         return self.number == 1

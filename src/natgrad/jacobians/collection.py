@@ -17,7 +17,7 @@ from natgrad.layouts import ParameterLayout
 if TYPE_CHECKING:
     from natgrad.jacobians.shares import Shares
 
-__all__ = ["Jacobians"]
+__all__ = ["Jacobians", "in_type"]
 
 
 class Jacobians(Mapping[str, LayerJacobian]):
@@ -75,7 +75,7 @@ class Jacobians(Mapping[str, LayerJacobian]):
         """
         result = copy.copy(self)
         wanted = set(names)
-        result._blocks = {name: block for name, block in self.items() if name in wanted}
+        result._blocks = {name: block for name, block in self._blocks.items() if name in wanted}
         result.layout = layout
         if self.shares is not None:
             result.shares = self.shares.of_blocks(wanted)
@@ -152,3 +152,12 @@ class Jacobians(Mapping[str, LayerJacobian]):
         for block in self.values():
             self.layout.scatter(block.layout, block.to_dense().T, result)
         return result.T if self.shares is None else self.shares.of_all(result.T)
+
+
+def in_type(rows: Jacobians, dtype: torch.dtype) -> Jacobians:
+    """Return rows in a floating-point type, as where layers of several types make one matrix."""
+    if all(block.dtype == dtype for block in rows.values()):
+        return rows
+    result = copy.copy(rows)
+    result._blocks = {name: block.in_type(dtype) for name, block in rows.items()}
+    return result

@@ -73,6 +73,14 @@ class LayerJacobian(ABC):
         result.summed = True
         return result
 
+    def in_type(self, dtype: torch.dtype) -> Self:
+        """Return the same rows in a floating-point type."""
+        result = copy.copy(self)
+        for key, value in vars(self).items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                setattr(result, key, value.to(dtype))
+        return result
+
     @property
     def rows(self) -> int:
         """Number of rows, ``N·K``."""

@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from natgrad import linalg
 from natgrad.jacobians import layer
@@ -96,6 +97,14 @@ class LinearJacobian(LayerJacobian):
     def state(self) -> dict[str, Tensor]:
         """Return ``a`` and ``δ``."""
         return {"inputs": self.inputs, "output_gradients": self.output_gradients}
+
+    def in_type(self, dtype: torch.dtype) -> Self:
+        """Return the same rows in a floating-point type."""
+        result, make = super().in_type(dtype), self._inputs
+        if callable(make):
+            result._inputs = lambda *some: make(*some).to(dtype)
+        result.moments = {}
+        return result
 
     def augmented_inputs(self) -> Tensor:
         """Return inputs with the bias coordinate appended, ``(N, T, G, d_in + bias)``."""

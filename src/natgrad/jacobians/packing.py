@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -19,31 +18,7 @@ from natgrad.jacobians.scaled import ScaledRows
 from natgrad.jacobians.tied import SumJacobian
 from natgrad.layouts import BlockLayout, ParameterLayout
 
-__all__ = ["copied", "in_type", "pack", "pack_layer", "unpack", "unpack_layer"]
-
-
-def in_type(rows: Jacobians, dtype: torch.dtype) -> Jacobians:
-    """Return rows in a floating-point type, as where layers of several types make one matrix."""
-    if all(block.dtype == dtype for block in rows.values()):
-        return rows
-    result = copy.copy(rows)
-    result._blocks = {name: _layer_in_type(block, dtype) for name, block in rows.items()}
-    return result
-
-
-def _layer_in_type(rows: LayerJacobian, dtype: torch.dtype) -> LayerJacobian:
-    result = copy.copy(rows)
-    for key, value in vars(rows).items():
-        if isinstance(value, Tensor) and value.is_floating_point():
-            setattr(result, key, value.to(dtype))
-    if isinstance(rows, SumJacobian):
-        result.parts = [_layer_in_type(part, dtype) for part in rows.parts]  # type: ignore[attr-defined]
-    if isinstance(rows, LinearJacobian):
-        make = rows._inputs
-        if callable(make):
-            result._inputs = lambda *some: make(*some).to(dtype)  # type: ignore[attr-defined]
-        result.moments = {}  # type: ignore[attr-defined]
-    return result
+__all__ = ["copied", "pack", "pack_layer", "unpack", "unpack_layer"]
 
 
 def copied(rows: Jacobians) -> Jacobians:

@@ -45,6 +45,12 @@ class SumJacobian(LayerJacobian):
         """The device of the first part."""
         return self.parts[0].device
 
+    def in_type(self, dtype: torch.dtype) -> SumJacobian:
+        """Return the rows of every use in a floating-point type."""
+        result = super().in_type(dtype)
+        result.parts = [part.in_type(dtype) for part in self.parts]
+        return result
+
     def state(self) -> dict[str, Tensor]:
         """Return every part's tensors under its number."""
         return {f"{i}.{k}": v for i, part in enumerate(self.parts) for k, v in part.state().items()}

@@ -57,11 +57,8 @@ class GradientAudit:
         self._found: dict[str, Tensor] = {}
         self._explained: dict[str, Tensor] = {}
         self._asked = False
-
-    @property
-    def active(self) -> bool:
-        """Whether gradients are being collected."""
-        return bool(self._handles)
+        #: Whether gradients are being collected.
+        self.active = False
 
     def begin(self) -> None:
         """Collect the gradients that reach the captured parameters from now on."""
@@ -71,6 +68,7 @@ class GradientAudit:
             # Before hooks of the user, which may change the gradient.
             cast(Any, parameter._backward_hooks).move_to_end(handle.id, last=False)
             self._handles.append(handle)
+        self.active = True
 
     def _captured(self) -> dict[str, nn.Parameter]:
         """Return the trainable parameters that vectors can be pulled back to."""
@@ -90,7 +88,7 @@ class GradientAudit:
 
     def explain(self, recorded: ForwardPass) -> None:
         """Note what the gradient at a pass's output explains, at the start of its backward pass."""
-        if not self.active or recorded.output is None or recorded.cotangent is None:
+        if recorded.output is None or recorded.cotangent is None:
             return
         held = self._captured()
         # As in the user's own pass, statistics of batch norms are differentiated.
@@ -106,7 +104,8 @@ class GradientAudit:
         """Stop collecting, and forget what was collected."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._found, self._explained, self._asked = [], {}, {}, False
+        self._handles, self._found, self._explained = [], {}, {}
+        self.active = self._asked = False
 
     def end(self) -> Findings:
         """Stop collecting, and return what was found; nothing if no pass was explained."""

@@ -1,4 +1,4 @@
-"""The rows whose sum is the present gradient, for layers where they are cheaper than it."""
+"""The present gradient held against rows: whether it is their sum, and by which factor."""
 
 from __future__ import annotations
 
@@ -8,18 +8,23 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
+from natgrad.distributed.shards import whole
 from natgrad.jacobians import LayerJacobian, LinearJacobian
 from natgrad.jacobians.layer import at_least_float32
 from natgrad.layouts import BlockLayout
+from natgrad.likelihoods import Categorical
 from natgrad.optim.observer import Observer
 
-__all__ = ["GradientRows", "gradient_along_probe", "rows_along_probe"]
+__all__ = ["GradientRows", "batch_scale"]
 
 #: Largest relative difference between ``.grad`` and ``δᵀa`` that counts as rounding.
 ROW_TOLERANCE = 2e-5
 
 #: Steps without an attempt at the rows of the gradient, after it turned out not to be their sum.
 ROW_REST = 50
+
+#: What stands for no bound.
+UNBOUNDED = 1e300
 
 
 class GradientRows:
@@ -69,8 +74,7 @@ class GradientRows:
 
     def rest(self) -> None:
         """Try no rows for some steps: they did not sum to the gradient."""
-        if self.layers:
-            self._rest = ROW_REST
+        self._rest = ROW_REST
 
     def of_step(
         self, gradients: dict[str, Tensor]
@@ -84,7 +88,7 @@ class GradientRows:
         observer = self.observer
         self._rest = max(0, self._rest - 1)
         one_pass = len(observer.seen) == 1 and observer.replicas.are_alone
-        if not self.layers or self._rest or not one_pass:
+        if self._rest or not one_pass:
             return None, []
         jacobians = observer.capture.user_jacobians(observer.seen[0].recorded, separate=False)
         kept: dict[str, LayerJacobian] = {}
@@ -112,7 +116,7 @@ def _probe(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.randn(size, generator=generator, dtype=dtype).to(device)
 
 
-def rows_along_probe(rows: LinearJacobian) -> Tensor:
+def _rows_along_probe(rows: LinearJacobian) -> Tensor:
     """Return the product of ``δᵀa``, bias included, with a fixed random vector, ``(d_out,)``."""
     inputs = rows.inputs.flatten(0, 2)
     delta = rows.output_gradients.flatten(0, 3)
@@ -120,7 +124,7 @@ def rows_along_probe(rows: LinearJacobian) -> Tensor:
     return expected + rows.bias_value * delta.sum(0) if rows.layout.has_bias else expected
 
 
-def gradient_along_probe(layout: BlockLayout, gradients: dict[str, Tensor]) -> Tensor:
+def _gradient_along_probe(layout: BlockLayout, gradients: dict[str, Tensor]) -> Tensor:
     """Return the product of ``.grad``, bias included, with the same vector."""
     weight = at_least_float32(gradients[layout.names[0]]).reshape(layout.d_out, layout.d_in)
     found = weight @ _probe(layout.d_in, weight.dtype, weight.device)
@@ -129,8 +133,89 @@ def gradient_along_probe(layout: BlockLayout, gradients: dict[str, Tensor]) -> T
 
 def _compare(rows: LinearJacobian, gradients: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return the scalar c with ``.grad ≈ c·δᵀa``, and whether more than rounding is left."""
-    expected, found = rows_along_probe(rows), gradient_along_probe(rows.layout, gradients)
+    expected, found = _rows_along_probe(rows), _gradient_along_probe(rows.layout, gradients)
     share = (found * expected).sum() / expected.square().sum()
     error = (found - share * expected).norm() / found.norm()
     share = torch.where((share - 1.0).abs() > ROW_TOLERANCE, share, torch.ones_like(share))
     return share, ~(error <= ROW_TOLERANCE)
+
+
+def batch_scale(observer: Observer, gradients: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the factor c from the batch's Fisher matrix F to the curvature of the loss.
+
+    With it comes a bound of ``⟨Δ, ∇L⟩²/ΔᵀFΔ`` over all Δ, by the inequality of Cauchy and
+    Schwarz the squared gradient at the output in the metric of its Hessian; without rows of
+    the batch both are 0.
+
+    It is the scale of the user's loss, summed over passes that accumulate, times what the
+    gradients were multiplied by since: the inverse of a loss scaler, or what clipping left.
+    Where no pass shows another scale than that of a mean it is 1, as a squared error, say,
+    shows none; the gradient of a cross-entropy does, so that means were added there.
+
+    Args:
+        observer: Has seen the passes of the step.
+        gradients: Parameter name → gradient.
+    """
+    factor, explained = _factor_since(observer, gradients)
+    scales = [one.scale * one.count for one in observer.seen if not one.is_empty]
+    scale = torch.zeros_like(factor)
+    if observer.batch_fisher is not None and scales:
+        each = torch.stack([one.double() for one in scales])
+        usual = (each - 1.0).abs().max() < 1e-4
+        scale = each.sum() * factor
+        scale = torch.where((scale - 1.0).abs() < 1e-4, 1.0, scale)  # But for rounding it is 1.
+        shown = isinstance(observer.likelihood, Categorical)
+        scale = torch.where(usual, float(len(each)) if shown else 1.0, scale)
+    largest = _largest_decrement(observer, factor.device) * factor.square()
+    measures = {"scale": scale, "largest": torch.where(explained, largest, UNBOUNDED)}
+    observer.replicas.average(measures)
+    return measures["scale"], measures["largest"]
+
+
+def _largest_decrement(observer: Observer, device: torch.device) -> Tensor:
+    """Return ``N Σ_n u_nᵀΛ⁻¹u_n`` with the gradients u at the output, of a mean's size."""
+    squares, counts = [], []
+    for one in observer.seen:
+        output, cotangent = one.recorded.output, one.recorded.cotangent
+        foreign = observer.fisher.from_user_gradients  # Of another Fisher matrix.
+        if foreign or one.is_empty or output is None or cotangent is None:
+            continue
+        likelihood = observer.likelihood.of_shapes(one.recorded.heads)
+        found = likelihood.root_inverse_apply(output.detach(), cotangent)
+        squares.append(found.double().square().sum())
+        counts.append(one.count.double())
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    own = {"square": torch.stack([zero, *squares]).sum()}
+    own["count"] = torch.stack([zero, *counts]).sum()
+    observer.replicas.average(own)
+    total = (own["square"] * own["count"]).nan_to_num(nan=UNBOUNDED, posinf=UNBOUNDED)
+    return torch.where(total > 0, total, UNBOUNDED).clamp(max=UNBOUNDED)
+
+
+def _factor_since(observer: Observer, gradients: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return what gradients were multiplied by since the backward passes; 1 if unknown.
+
+    With it comes whether that is all they are, and no other term of the loss adds to them.
+    """
+    name, layout = observer.probe_layer, observer.curvature.layout
+    unknown = torch.ones((), dtype=torch.float64, device=layout.device)
+    if name is None:
+        return unknown, unknown > 0
+    block = observer.capture.blocks[name].layout
+    expected, found = torch.zeros(block.d_out, dtype=layout.dtype, device=layout.device), None
+    some = not observer.replicas.are_alone
+    if all(n in gradients for n in block.names):
+        found = _gradient_along_probe(block, {n: whole(gradients[n]) for n in block.names})
+        for one in observer.seen:
+            rows = None
+            if not one.is_empty:
+                rows = observer.capture.user_jacobians(one.recorded, separate=False).get(name)
+            if isinstance(rows, LinearJacobian):
+                expected, some = expected + _rows_along_probe(rows), True
+    observer.replicas.average({"expected": expected})  # As .grad is.
+    if found is None or not some:
+        return unknown, unknown > 0
+    factor = (found * expected).sum().double() / expected.square().sum()
+    known = factor.isfinite() & (factor > 0)
+    explained = (found - factor * expected).norm() <= 0.1 * found.norm()
+    return torch.where(known, factor, 1.0), known & explained

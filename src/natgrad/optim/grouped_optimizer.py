@@ -73,9 +73,11 @@ class GroupedOptimizer(CheckpointedOptimizer):
     def _gradients(self, preconditioned: bool) -> dict[str, Tensor]:
         """Return parameter name → ``.grad`` of the preconditioned or of all other parameters."""
         preconditioner, found = self.preconditioner, {}
-        gathers = preconditioner.replicas.are_alone  # As in tensor parallelism.
-        if preconditioned:
+        gathers = preconditioner.capture.shards
+        if gathers and preconditioned:
             gathers = not preconditioner.keeps_shards
+        elif gathers:
+            gathers = preconditioner.replicas.are_alone  # As in tensor parallelism.
         for group in self.param_groups:
             for p in group["params"]:
                 name = self._names[p]

@@ -6,18 +6,18 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from natgrad.arguments import check_kind
 from natgrad.curvature import Structure, as_structure
 from natgrad.fisher import FisherType
-from natgrad.optim.options import Refresh, StepRule
+from natgrad.optim.options import Refresh, StepRule, check_options
 from natgrad.optim.step.levenberg_marquardt import LevenbergMarquardt
 from natgrad.optim.step.relative_damping import RelativeDamping
 
-__all__ = ["DEFAULT", "Method", "signature_with"]
+__all__ = ["DEFAULT", "Method", "ShowsMethod"]
 
 
 class Default:
@@ -95,7 +95,32 @@ class Method:
         return made
 
 
-def signature_with(method: Method, function: Callable[..., Any]) -> inspect.Signature:
+class ShowsMethod:
+    """Mixin of optimizers that are made of a method: its values are their defaults."""
+
+    method: ClassVar[Method]
+    __signature__: ClassVar[inspect.Signature]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Tell where an option belongs that is none of the optimizer's."""
+        defaults: dict[str, Any] = {}
+        own = cls.__mro__[: cls.__mro__.index(ShowsMethod)]
+        for made in (vars(one)["__init__"] for one in own if "__init__" in vars(one)):
+            for parameter in list(inspect.signature(made).parameters.values())[1:]:
+                if parameter.kind is not parameter.VAR_KEYWORD:
+                    default = getattr(cls.method, parameter.name, parameter.default)
+                    defaults.setdefault(parameter.name, default)
+        check_options(cls.__name__, kwargs, defaults)
+        return super().__new__(cls, *args, **kwargs)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Show the method's defaults in the signature."""
+        super().__init_subclass__(**kwargs)
+        if "method" in cls.__dict__ and "__init__" not in cls.__dict__:
+            cls.__signature__ = _signature_with(cls.method, cls.__init__)
+
+
+def _signature_with(method: Method, function: Callable[..., Any]) -> inspect.Signature:
     """Return the signature of a bound ``__init__`` with a method's defaults."""
     signature = inspect.signature(function)
     found = [

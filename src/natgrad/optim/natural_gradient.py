@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -20,10 +19,10 @@ from natgrad.fisher import FisherType
 from natgrad.likelihoods import Gaussian, LikelihoodLike
 from natgrad.optim.checkpoints import only_initialises
 from natgrad.optim.copying import CopiedByState
+from natgrad.optim.gradient_rows import batch_scale
 from natgrad.optim.grouped_optimizer import GroupedOptimizer
-from natgrad.optim.loss_scale import batch_scale
-from natgrad.optim.method import DEFAULT, Method, signature_with
-from natgrad.optim.options import Fallback, Refresh, StepRule, check_options
+from natgrad.optim.method import DEFAULT, Method, ShowsMethod
+from natgrad.optim.options import Fallback, Refresh, StepRule
 from natgrad.optim.parameter_groups import first_order_names
 from natgrad.optim.preconditioner import Preconditioner
 from natgrad.optim.step.compared_step import ComparedStep
@@ -54,7 +53,7 @@ __all__ = ["NaturalGradient"]
 SLOW_STEPS, SLOW_RATE = 100, 0.05
 
 
-class NaturalGradient(GroupedOptimizer, CopiedByState):
+class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
     r"""Natural gradient descent with any structure of the Fisher matrix.
 
     .. math::
@@ -114,25 +113,6 @@ class NaturalGradient(GroupedOptimizer, CopiedByState):
     preconditioner_type: ClassVar[type[Preconditioner]] = Preconditioner
     #: What the optimizer is made of.
     method: ClassVar[Method] = Method()
-    __signature__: ClassVar[inspect.Signature]
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Tell where an option belongs that is none of the optimizer's."""
-        defaults: dict[str, Any] = {}
-        own = cls.__mro__[: cls.__mro__.index(NaturalGradient) + 1]
-        for made in (vars(one)["__init__"] for one in own if "__init__" in vars(one)):
-            for parameter in list(inspect.signature(made).parameters.values())[1:]:
-                if parameter.kind is not parameter.VAR_KEYWORD:
-                    default = getattr(cls.method, parameter.name, parameter.default)
-                    defaults.setdefault(parameter.name, default)
-        check_options(cls.__name__, kwargs, defaults)
-        return super().__new__(cls, *args, **kwargs)
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Show the method's defaults in the signature."""
-        super().__init_subclass__(**kwargs)
-        if "method" in cls.__dict__ and "__init__" not in cls.__dict__:
-            cls.__signature__ = signature_with(cls.method, NaturalGradient.__init__)
 
     def __init__(
         self,
@@ -219,6 +199,8 @@ class NaturalGradient(GroupedOptimizer, CopiedByState):
         self.searched_share: float | None = None
         observer = preconditioner.observer
         observer.wants_batch_fisher = self._wants_batch_fisher
+        #: Whether there is no step without the rows of the batch where these are wanted.
+        self._needs_batch_fisher = rule.uses_model or self.levenberg_marquardt is not None
         observer.exact_batch_fisher = self._needs_batch_fisher
         if measured:
             observer.isotropy_probe = IsotropyProbe(seed)
@@ -282,7 +264,7 @@ class NaturalGradient(GroupedOptimizer, CopiedByState):
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         preconditioner, observer = self.preconditioner, self.preconditioner.observer
-        if closure is None and not observer.seen and only_initialises(self):
+        if not (closure or self.state or observer.seen) and only_initialises(self):
             self._initialise()
             return None
         # The loss and its gradients, of which some may turn out to have no rows.
@@ -294,8 +276,10 @@ class NaturalGradient(GroupedOptimizer, CopiedByState):
         if lost and preconditioner.curvature.structure.joint:
             gradients = {}  # What is known of this batch is of other parameters together.
         rest = self._gradients(preconditioned=False)
-        self._find_damping_unit()
-        self._set_damping()
+        if self._relative_damping and self._mean_eigenvalue is None:
+            self._find_damping_unit()
+        grouped = self._grouped()
+        self._set_damping(grouped)
         if observer.warmup > 0:
             self._warm_up([*gradients.values(), *rest.values()], loss)
             return loss
@@ -305,14 +289,13 @@ class NaturalGradient(GroupedOptimizer, CopiedByState):
             return loss
         batch, inverts = observer.batch_fisher, preconditioner.inverts
         preconditioner.finish()
-        grouped = self._grouped()
         if reevaluation is None or closure is None or loss is None or not gradients:
             for update in plan.updates(grouped):
                 update.apply()
         else:
             before = as_float(loss)
             compared = ComparedStep(
-                plan, grouped, {n: preconditioner.parameters[n].clone() for n in gradients},
+                plan, self._grouped(), {n: preconditioner.parameters[n].clone() for n in gradients},
                 lambda: reevaluation(closure, backpropagates) - before,
                 self.levenberg_marquardt, batch,
             )  # fmt: skip
@@ -322,8 +305,8 @@ class NaturalGradient(GroupedOptimizer, CopiedByState):
                 else:
                     compared.take()
         self._step_fallback()
-        curvature = preconditioner.curvature
-        if inverts and curvature.is_divided and curvature.holders > 1:
+        shared = preconditioner.curvature.shared
+        if inverts and shared is not None and shared.is_divided and shared.holders > 1:
             # Processors that round differently would drift apart.
             moved = [p for group in grouped.groups for p in group["params"] if p.requires_grad]
             preconditioner.replicas.follow_first(moved)
@@ -357,7 +340,8 @@ class NaturalGradient(GroupedOptimizer, CopiedByState):
             loss: The closure's loss.
         """
         grouped, preconditioner, rule = self._grouped(), self.preconditioner, self.step_rule
-        if not self._has_batch_fisher():
+        has_rows = preconditioner.observer.keeps_batch_fisher
+        if has_rows and self._needs_batch_fisher and not self._has_batch_fisher():
             return None
         gradients = grouped.with_penalty(covered)
         source = gradients
@@ -375,7 +359,7 @@ class NaturalGradient(GroupedOptimizer, CopiedByState):
                 natural = self._graft(natural, gradients, source, state)
             previous = grouped.previous_steps(natural) if rule.keeps_steps else {}
             directions = [natural, previous] if previous else [natural]
-            measures = rule.measured is not None and preconditioner.observer.keeps_batch_fisher
+            measures = has_rows and rule.measured is not None
             scale = batch_scale(preconditioner.observer, covered) if measures else None
             values = measure(preconditioner, grouped, directions, gradients, source, scale)
             if self._relative_damping and preconditioner.inverts:
@@ -491,13 +475,11 @@ class NaturalGradient(GroupedOptimizer, CopiedByState):
         )
 
     def _has_batch_fisher(self) -> bool:
-        """Return whether the Fisher matrix of the batch is there on steps that need it.
+        """Return whether the Fisher matrix of the batch is there on a step that needs it.
 
         A batch in which no sample counts has none, so that the step is skipped.
         """
         observer = self.preconditioner.observer
-        if not (observer.keeps_batch_fisher and self._needs_batch_fisher):
-            return True
         self.preconditioner.update_curvature()
         replicas = self.preconditioner.replicas
         if replicas.any(observer.batch_fisher is not None, self.preconditioner.device):
@@ -611,11 +593,6 @@ class NaturalGradient(GroupedOptimizer, CopiedByState):
         return rule.measured is not None and rule.measured.is_due(step, refresh, follows)
 
     @property
-    def _needs_batch_fisher(self) -> bool:
-        """Whether there is no step without the rows of the batch where these are wanted."""
-        return self.step_rule.uses_model or self.levenberg_marquardt is not None
-
-    @property
     def _damping_unit(self) -> float:
         """What the groups' damping is multiplied by."""
         rule, known = self._relative_damping, self._mean_eigenvalue
@@ -629,14 +606,13 @@ class NaturalGradient(GroupedOptimizer, CopiedByState):
 
     def _find_damping_unit(self) -> None:
         """Wait for the mean eigenvalue before the first factorisation; later ones come along."""
-        if self._relative_damping and self._mean_eigenvalue is None:
-            found = float(self.preconditioner.mean_eigenvalue())
-            self._mean_eigenvalue = found if math.isfinite(found) and found > 0 else None
+        found = float(self.preconditioner.mean_eigenvalue())
+        self._mean_eigenvalue = found if math.isfinite(found) and found > 0 else None
 
-    def _set_damping(self) -> None:
+    def _set_damping(self, grouped: PreconditionedGroups | None = None) -> None:
         """Collect each block's damping from its parameter group."""
         by_parameter: dict[str, float] = {}
-        grouped = self._grouped()
+        grouped = grouped or self._grouped()
         for names, damping in zip(grouped.group_names, grouped.dampings, strict=True):
             by_parameter.update(dict.fromkeys(names, damping))
         self.preconditioner.damping = {

@@ -168,7 +168,6 @@ class Observer:
     # Passes.
 
     def _on_forward(self) -> None:
-        self.last_pass = self.replicas.average_after(self.capture.model)
         due, own, sources = self.rows_due, self.fisher.from_user_gradients, self.capture.sources
         if due and self.steps and self.steps % CHECK_INTERVAL == 0 and not self.seen:
             sources.forget()
@@ -193,24 +192,27 @@ class Observer:
         seen = self.sees(recorded)
         if recorded.has_edges and not seen:
             self.capture.settle(recorded)
-        self.audit.explain(recorded)
+        if self.audit.active:
+            self.audit.explain(recorded)
         if seen:
             return
         one = self._see(recorded, recorded.cotangent)
         if recorded.has_edges:
             self._take_rows(one)
-        self._begin_sums()
+        if not self.replicas.are_alone:
+            self._begin_sums()
 
     def _begin_sums(self) -> None:
         """Let the sums over processes be on their way while the user's backward pass runs.
 
         Rows that its own gradients make, and those of passes to come, are not there yet.
         """
-        if self.replicas.are_alone or not self.update_due:
+        if not self.update_due:
             return
         self.curvature.drop_sums()
         if self.last_pass and not self.fisher.from_user_gradients:
-            self.curvature.begin_sums()
+            assert self.curvature.shared is not None
+            self.curvature.shared.begin_sums()
 
     def sees(self, recorded: ForwardPass) -> bool:
         """Return whether a pass is among those of the step."""
@@ -230,8 +232,6 @@ class Observer:
         Args:
             forgiven: Parameters whose backward pass makes another gradient on purpose.
         """
-        if not self.audit.active:
-            return Findings()
         self._audited = self.capture.sources.checks
         self.audit.forgive(forgiven)
         return self.audit.end()
@@ -247,7 +247,9 @@ class Observer:
         """Note a pass; weigh its events on steps that take rows."""
         one = SeenPass(recorded)
         if self.rows_due or self.isotropy_probe is not None:
-            one = self._placed(self._weighed(recorded, cotangent))
+            one = self._weighed(recorded, cotangent)
+            if not self.replicas.are_alone:
+                one = self._placed(one)
         self.seen.append(one)
         return one
 
@@ -256,8 +258,6 @@ class Observer:
 
         What one of them leaves out is left out by all.
         """
-        if self.replicas.are_alone:
-            return one
         assert one.recorded.output is not None
         output = one.recorded.output
         place, silent = self.replicas.placed(
@@ -422,7 +422,8 @@ class Observer:
                     )
                 cotangent = None if cotangent is None else found.samples_first(cotangent)
             self._take_rows(self._see(found, cotangent))
-            self._begin_sums()
+            if not self.replicas.are_alone:
+                self._begin_sums()
 
     def _see_later(self, recorded: ForwardPass) -> Callable[[Tensor], None]:
         def keep(cotangent: Tensor) -> None:
@@ -451,6 +452,8 @@ class Observer:
         if self.isotropy_probe is not None:
             self.isotropy_probe.clear()
         self.seen, self.failures, self.batch_fisher = [], [], None
-        self.curvature.drop_sums()
-        self.audit.drop()
+        if not self.replicas.are_alone:
+            self.curvature.drop_sums()
+        if self.audit.active:
+            self.audit.drop()
         self.capture.clear()

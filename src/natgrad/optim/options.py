@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 from typing_extensions import Self
@@ -221,27 +222,27 @@ class StepRule(MethodOptions):
                 f"{option}: leave that out, or choose length='lr'"
             )
 
-    @property
+    @cached_property
     def measured(self) -> MeasuredLength | None:
         """How lengths are measured, if they are."""
         return self.length if isinstance(self.length, MeasuredLength) else None
 
-    @property
+    @cached_property
     def keeps_steps(self) -> bool:
         """Whether the last step is kept, rather than a sum of directions."""
         return self.uses_model or self.measured is not None
 
-    @property
+    @cached_property
     def uses_model(self) -> bool:
         """Whether the quadratic model chooses the step."""
         return self.length == "quadratic_model"
 
-    @property
+    @cached_property
     def search(self) -> LineSearch | None:
         """The line search, if the loss itself chooses the length of the step."""
         return self.length if isinstance(self.length, LineSearch) else None
 
-    @property
+    @cached_property
     def decays_in_model(self) -> bool:
         """Whether weight decay is part of the loss."""
         return self.weight_decay_mode == "model"

@@ -24,7 +24,6 @@ from natgrad.fisher import FisherType, as_fisher_type
 from natgrad.layouts import inner_product
 from natgrad.likelihoods import LikelihoodLike, as_likelihood
 from natgrad.operators import GradientSource
-from natgrad.optim.audit import Findings
 from natgrad.optim.copying import CopiedByState
 from natgrad.optim.fused.kronecker_gradients import FusedGradient
 from natgrad.optim.fused.own_backward import OwnBackward
@@ -137,6 +136,8 @@ class Preconditioner(CopiedByState):
         self._updated = False  # Rows of the present step have been taken,
         self._joined = False  # and have become part of the average.
         self._warned = False
+        #: When curvature is updated, averaged and inverted.
+        self.refresh: Refresh = refresh
         #: λ, one value or one per block name.
         self.damping: float | dict[str, float] = damping
         self.observer: Observer = Observer(
@@ -145,6 +146,8 @@ class Preconditioner(CopiedByState):
         self.observer.before_change = self._open
         self.gradient_rows: GradientRows = GradientRows(self.observer)
         self._in_tensor_parallel = self.capture.shards and mesh is None
+        #: Processes that have a share of every batch each, and take the same steps.
+        self.replicas: Replicas
         self._share_with(Replicas.of(model, process_group or mesh))
         self.capture.on_forward = self._before_pass
         #: Called when the model has other parameters or blocks than before.
@@ -157,11 +160,6 @@ class Preconditioner(CopiedByState):
             self.capture.remove()  # Whoever holds the error holds the hooks.
             raise
 
-    @property
-    def replicas(self) -> Replicas:
-        """Processes that have a share of every batch each, and take the same steps."""
-        return self.curvature.replicas
-
     def _share_with(self, replicas: Replicas) -> None:
         if self._in_tensor_parallel and not replicas.are_alone:
             raise ValueError(
@@ -169,14 +167,17 @@ class Preconditioner(CopiedByState):
                 "takes one: leave out parallelize_module, or DistributedDataParallel (and "
                 "process_group=)"
             )
-        self.curvature.replicas = self.observer.replicas = replicas
-        _ = self.curvature.holders  # Of which a fraction may be none.
+        self.replicas = self.curvature.replicas = self.observer.replicas = replicas
 
     # Layers that come and go.
 
     def _before_pass(self) -> None:
         """Look at the model as a forward pass finds it."""
-        self._share_with(self.replicas.found_around(self.model))
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            replicas = self.replicas.found_around(self.model)
+            if replicas is not self.replicas:
+                self._share_with(replicas)
+            self.observer.last_pass = replicas.average_after(self.model)
         if not any(p.requires_grad for p in self.model.parameters()):
             # Frozen as a whole, as a discriminator while the generator is trained: not its pass.
             self.capture.recording = self.capture.watching = False
@@ -248,11 +249,6 @@ class Preconditioner(CopiedByState):
         return new
 
     # The step.
-
-    @property
-    def refresh(self) -> Refresh:
-        """When curvature is updated, averaged and inverted."""
-        return self.observer.refresh
 
     @outside_graphs
     def step(self) -> None:
@@ -379,6 +375,15 @@ class Preconditioner(CopiedByState):
             by_reason.setdefault(reason, []).extend(self.capture.blocks[name].layout.names)
         for reason, names in by_reason.items():
             self.distrust(names, reason)
+        if self.observer.audit.active:
+            self._distrust_unexplained()
+        if not self.replicas.are_alone and self.observer.rows_due:
+            each = self.replicas.gathered(self.untrusted, self.device)
+            pairs = [pair for one in each for pair in one.items()]
+            self.untrusted = dict(sorted(pairs))  # In the same order everywhere.
+
+    def _distrust_unexplained(self) -> None:
+        """Say which gradients come from elsewhere for a part, and distrust those that mostly do."""
         held = {name for own in self.own_backward.values() if own.active for name in own.names}
         found = self.observer.findings(held)
         mixed = [name for name in found.mixed if name not in self._named]
@@ -389,14 +394,6 @@ class Preconditioner(CopiedByState):
                 "output that the likelihood looks at (a second head, another term of the loss), so "
                 "their curvature lacks that part"
             )
-        self._distrust_foreign(found)
-        if self.observer.rows_due and not self.replicas.are_alone:
-            each = self.replicas.gathered(self.untrusted, self.device)
-            pairs = [pair for one in each for pair in one.items()]
-            self.untrusted = dict(sorted(pairs))  # In the same order everywhere.
-
-    def _distrust_foreign(self, found: Findings) -> None:
-        """Distrust what does not come through the output."""
         if found.foreign and not self.covered - set(found.foreign):
             self.capture.tell(
                 "none of the gradients comes through the output that the likelihood looks at, so "
@@ -446,8 +443,9 @@ class Preconditioner(CopiedByState):
         # Parts that are new, or back, are not left without an inverse until it is their turn.
         ready = {n for n, one in self.curvature.estimates.items() if one.average is not None}
         fresh = {n for n in ready - set(due) if self.curvature.estimates[n].inverse is None}
-        self.curvature.refresh(self.damping, [*due, *sorted(fresh)])
-        if self._with_update is not None:
+        if due or fresh or self.curvature.shared is not None:
+            self.curvature.refresh(self.damping, [*due, *sorted(fresh)])
+        if self._with_update is not None and self.curvature.structure.follows_updates:
             self.curvature.follow_update(due)
 
     def _repair(self) -> None:
@@ -464,9 +462,9 @@ class Preconditioner(CopiedByState):
         if not backpropagated:
             return []
         mismatches: list[Tensor] = []
-        if by_rows:
+        if self.gradient_rows.layers and by_rows:
             source.rows, mismatches = self.gradient_rows.of_step(source.gradients)
-        else:
+        elif self.gradient_rows.layers:
             self.gradient_rows.rest()
         if self._joined and not self.curvature.additive:
             source.coordinates = self.observer.coordinates()
@@ -494,11 +492,13 @@ class Preconditioner(CopiedByState):
 
     def inner_product(self, natural: dict[str, Tensor], gradients: dict[str, Tensor]) -> Tensor:
         """Return ``⟨Δ, ∇L⟩``; estimated for layers whose ``.grad`` holds Δ already."""
+        if not self.own_backward:
+            return inner_product(natural, gradients)
         own = list(self.own_backward.values())
         held = {name for one in own if one.active for name in one.names}
         rest = {name: value for name, value in natural.items() if name not in held}
         terms = []
-        if own and natural:
+        if natural:
             overlaps = torch.stack([one.overlap(natural) for one in own])
             self.replicas.average({"overlaps": overlaps})
             size, made = overlaps.unbind(1)

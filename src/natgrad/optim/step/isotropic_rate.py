@@ -20,7 +20,7 @@ from natgrad.distributed import Replicas
 from natgrad.distributed.place import WHOLE_BATCH, Place, PlacedGenerator, drawn
 from natgrad.fisher import ExactFisher
 from natgrad.jacobians import Jacobians
-from natgrad.jacobians.packing import in_type
+from natgrad.jacobians.collection import in_type
 from natgrad.layouts import inner_product
 from natgrad.likelihoods import Likelihood
 

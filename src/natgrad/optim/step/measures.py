@@ -54,7 +54,7 @@ def measure(
         directions: Δ and further directions.
         gradients: Parameter name → gradient of the loss.
         source: What Δ is the preconditioned form of.
-        scale: What :func:`~natgrad.optim.loss_scale.batch_scale` returned, where a length is
+        scale: What :func:`~natgrad.optim.gradient_rows.batch_scale` returned, where a length is
             measured.
     """
     natural = directions[0]

@@ -20,7 +20,7 @@ from natgrad.distributed import Replicas
 from natgrad.distributed.shards import whole
 from natgrad.fisher import RowReceiver
 from natgrad.jacobians import Jacobians
-from natgrad.jacobians.packing import in_type
+from natgrad.jacobians.collection import in_type
 from natgrad.layouts import ParameterLayout, inner_product
 
 __all__ = [
