@@ -52,6 +52,19 @@ def state(found) -> dict:
     return found.estimates["all layers"].inverse.state
 
 
+def equilibrium(solver: Thermodynamic, draws: int):
+    """Draw solutions one after another; return them, A, the gradient and the solver's state.
+
+    A is multiplied as a matrix: that rows give the same is for the recursions below to see.
+    """
+    found, a, gradient = matrix(solver, 1.0)
+    held, samples = state(found), []
+    for _ in range(draws + 1):
+        sample, held = solver.solve(lambda v: a @ v, gradient, held)
+        samples.append(sample)
+    return torch.stack(samples[1:]), a, gradient, held
+
+
 @pytest.mark.parametrize(
     "solver", [ConjugateGradient(1e-12, 500), Thermodynamic(time=200.0)], ids=["cg", "thermal"]
 )
@@ -148,12 +161,9 @@ def test_noise_is_that_of_the_euler_scheme():
 def test_noise_has_the_stationary_law():
     """Mean A⁻¹b, covariance T(A − dt A²/2)⁻¹ of the Euler scheme, within five standard errors."""
     temperature, draws, time = 0.3, 250, 15.0
-    found, a, gradient = matrix(
-        Thermodynamic(time=time, step_size=1.0, temperature=temperature), 1.0
-    )
-    precondition(found, gradient)
-    samples = torch.stack([precondition(found, gradient) for _ in range(draws)])
-    dt = 1.0 / (1.2 * state(found)["largest"])
+    solver = Thermodynamic(time=time, step_size=1.0, temperature=temperature)
+    samples, a, gradient, held = equilibrium(solver, draws)
+    dt = 1.0 / (1.2 * held["largest"])
     covariance = temperature * torch.linalg.inv(a - dt * a @ a / 2)
     mean = torch.linalg.solve(a, gradient)
     # Successive states are correlated by exp(−λ t) with λ ≥ 1: at most so many fewer draws.
@@ -233,12 +243,9 @@ def test_burn_in_takes_the_mean_of_the_states_after_it(delay):
 def test_means_after_burn_in_have_less_noise_by_the_closed_form():
     """In an eigendirection of A the Euler scheme is an autoregression with ρ = 1 − dt·a."""
     temperature, draws, kept = 0.3, 200, 20
-    found, a, gradient = matrix(
-        Thermodynamic(time=40.0, step_size=1.0, temperature=temperature, burn_in=20.0), 1.0
-    )
-    precondition(found, gradient)
-    samples = torch.stack([precondition(found, gradient) for _ in range(draws)])
-    dt = 1.0 / (1.2 * state(found)["largest"])
+    solver = Thermodynamic(time=40.0, step_size=1.0, temperature=temperature, burn_in=20.0)
+    samples, a, gradient, held = equilibrium(solver, draws)
+    dt = 1.0 / (1.2 * held["largest"])
     values, vectors = torch.linalg.eigh(a)
     rho = 1 - dt * values
     spread = 2 * temperature * dt / (1 - rho.square())
