@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -73,3 +75,13 @@ def summed_loss(output: Tensor, y: Tensor) -> Tensor:
 def weights(model: nn.Module) -> Tensor:
     """Return all parameters as one vector."""
     return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def soon(kind: Any) -> dict[str, Any]:
+    """Return options with which what an optimizer seldom does is done at every other step.
+
+    Three steps have then seen all: with and without an update, and averages of two batches.
+    """
+    if not hasattr(kind, "method") or not kind.method.refresh.early:
+        return {}
+    return {"factors": min(2, kind.method.refresh.factors), "inverses": 2, "early": False}

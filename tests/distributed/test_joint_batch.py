@@ -13,13 +13,11 @@ from torch import Tensor, nn
 
 import natgrad
 from tests import processes
-from tests.distributed.networks import SAMPLES, batch, make, summed_loss, weights
+from tests.distributed.networks import SAMPLES, batch, make, soon, summed_loss, weights
 from tests.methods import make_optimizer
 
 PLAIN = {"length": "lr", "lr": 0.05, "momentum": 0.9, "kl_clip": None, "damping": 1e-2}
 EVERY_STEP = {"factors": 1, "inverses": 1}
-#: What is seldom done by default is done at every other step: a third step has seen all.
-SOON = {"factors": 2, "inverses": 2, "early": False}
 #: Every product with the matrix is a message.
 ITERATED = {"ThermodynamicNGD": 2, "ConjugateGradientNGD": 2}
 
@@ -30,7 +28,7 @@ class Run:
 
     Attributes:
         optimizer: Name of the class.
-        options: Its options, those of groups by their own names; `SOON` besides.
+        options: Its options, those of groups by their own names; those of `soon` besides.
         network: Name of the network.
         shares: Samples of each process; an equal number for None.
         ignored: Step → how many of the last samples have a label that does not count.
@@ -78,8 +76,7 @@ class Run:
             optimizer: Any = torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9)
         else:
             kind = getattr(natgrad, self.optimizer)
-            if hasattr(kind, "method") and kind.method.refresh.early:
-                options = SOON | {"factors": min(2, kind.method.refresh.factors)} | options
+            options = soon(kind) | options
             if kind is natgrad.ImplicitSGD:
                 group = None if model is plain else torch.distributed.group.WORLD
                 optimizer = kind(plain.parameters(), process_group=group, **options)

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import natgrad
 from tests import processes
-from tests.distributed.networks import SAMPLES, batch, make, summed_loss, weights
+from tests.distributed.networks import SAMPLES, batch, make, soon, summed_loss, weights
 from tests.methods import make_optimizer
 
 pytestmark = processes.shards_on_cpus
@@ -60,7 +60,7 @@ class Run:
 
     Attributes:
         optimizer: Name of the class.
-        options: Its options.
+        options: Its options; those of `soon` besides.
         network: Name of the network.
         passes: Backward passes per step, of which the last one alone reduces gradients.
         reshards: Whether parameters are sharded again after the forward pass.
@@ -76,7 +76,7 @@ class Run:
     reshards: bool = True
     closure: bool = False
     clips: float | None = None
-    steps: int = 4
+    steps: int = 3
 
     def model(self, sharded: bool) -> nn.Module:
         model = build(self.network)
@@ -99,7 +99,8 @@ class Run:
             preconditioner = make_optimizer(natgrad.Preconditioner, model, **self.options)
             optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         else:
-            optimizer = make_optimizer(getattr(natgrad, self.optimizer), model, **self.options)
+            kind = getattr(natgrad, self.optimizer)
+            optimizer = make_optimizer(kind, model, **(soon(kind) | self.options))
         for step in range(self.steps):
             data = batch("mlp" if self.network in OWN else self.network, step)
             halves = [[half.chunk(self.passes) for half in each.chunk(2)] for each in data]
@@ -157,7 +158,7 @@ RUNS: dict[str, Run] = {
     "EKFAC, sharing memory": Run("EKFAC", {"sharing": "memory"}),
     "KFAC, fused": Run("KFAC", {"fused": True}),
     "KFAC, adaptive damping": Run(
-        "KFAC", {"damping": natgrad.LevenbergMarquardt(interval=2)}, closure=True
+        "KFAC", {"damping": natgrad.LevenbergMarquardt(interval=2)}, closure=True, steps=4
     ),
     "KFAC, a layer of AdamW": Run("KFAC", {"params": [{"params": "2.*", "preconditioned": False}]}),
     "ExactNGD, line search": Run("ExactNGD", {"length": natgrad.LineSearch()}, closure=True),
