@@ -28,7 +28,7 @@ from natgrad.jacobians import (
     LinearJacobian,
     WeightSharing,
 )
-from natgrad.jacobians.positions import enough_rows, with_enough_rows
+from natgrad.jacobians.positions import enough_rows
 from natgrad.jacobians.tied import SumJacobian, added, is_other_way_round
 from natgrad.operators import KroneckerOperator, Operator
 from natgrad.operators.input_factor import InputFactorOperator
@@ -82,7 +82,8 @@ class ForwardOnly(Structure):
         continued: bool = False,
     ) -> KroneckerStatistics:
         """Sum ``a aᵀ``."""
-        taken = with_enough_rows(rows[part.name], self.rows_per_unit, self.weight_sharing, draw)
+        own = rows[part.name]
+        taken = own.with_enough_rows(self.rows_per_unit, self.weight_sharing, draw)
         return KroneckerStatistics.of(count, self._sums(taken, count, continued))
 
     def _sums(self, rows: LayerJacobian, count: Tensor, continued: bool) -> KroneckerSums:

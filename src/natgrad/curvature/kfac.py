@@ -20,7 +20,7 @@ from natgrad.arguments import check_choice
 from natgrad.curvature.cost import Cost, Elements, Workload
 from natgrad.curvature.structure import Part, Structure, register_structure
 from natgrad.jacobians import FIRST_DRAW, Draw, Jacobians, WeightSharing
-from natgrad.jacobians.positions import enough_rows, with_enough_rows
+from natgrad.jacobians.positions import enough_rows
 from natgrad.layouts import BlockLayout
 from natgrad.operators import KroneckerOperator, Operator
 from natgrad.operators.kronecker import rows_are_cheaper
@@ -94,7 +94,8 @@ class KroneckerFactors(Structure):
         continued: bool = False,
     ) -> KroneckerStatistics:
         """Sum ``a aᵀ`` and ``δ δᵀ``."""
-        taken = with_enough_rows(rows[part.name], self.rows_per_unit, self.weight_sharing, draw)
+        own = rows[part.name]
+        taken = own.with_enough_rows(self.rows_per_unit, self.weight_sharing, draw)
         sums = taken.kronecker_factors(self.weight_sharing, self.max_factor_size, continued)
         return KroneckerStatistics.of(count, sums)
 

@@ -48,7 +48,7 @@ from natgrad.curvature.kfac import check_factors
 from natgrad.curvature.structure import Part, Structure, register_structure
 from natgrad.jacobians import FIRST_DRAW, Draw, Jacobians, WeightSharing
 from natgrad.jacobians.factor_terms import FactorTerm, FactorTerms, factor_terms
-from natgrad.jacobians.positions import enough_rows, with_enough_rows
+from natgrad.jacobians.positions import enough_rows
 from natgrad.layouts import BlockLayout
 from natgrad.operators.inverse_kronecker import (
     EXPANDED,
@@ -320,7 +320,8 @@ class InverseFactors(Structure):
     ) -> InverseFactorStatistics:
         """Sum ``Π(KᵀAK)`` and ``Π(CᵀBC)`` with the present factors."""
         present = self._present(part, count, previous)
-        taken = with_enough_rows(rows[part.name], self.rows_per_unit, self.weight_sharing, draw)
+        own = rows[part.name]
+        taken = own.with_enough_rows(self.rows_per_unit, self.weight_sharing, draw)
         terms = factor_terms(taken, self.weight_sharing, continued)
         return replace(present, count=count, waiting=_seen(terms, present.factors))
 

@@ -6,7 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from typing_extensions import Self
 
 from natgrad import linalg
 from natgrad.layouts import BlockLayout
+
+if TYPE_CHECKING:
+    from natgrad.jacobians.positions import Draw
 
 __all__ = [
     "CHUNK_ELEMENTS",
@@ -80,6 +83,18 @@ class LayerJacobian(ABC):
             if isinstance(value, Tensor) and value.is_floating_point():
                 setattr(result, key, value.to(dtype))
         return result
+
+    def with_enough_rows(
+        self, rows_per_unit: float | None, weight_sharing: WeightSharing, draw: Draw
+    ) -> LayerJacobian:
+        """Return rows at a random subset of positions where there are more than enough.
+
+        Args:
+            rows_per_unit: Rows that suffice, per unit of the larger factor; None for all.
+            weight_sharing: "reduce" sums over positions, so that none may be left out.
+            draw: Which subset.
+        """
+        return self
 
     @property
     def rows(self) -> int:

@@ -20,6 +20,7 @@ from natgrad.jacobians.layer import (
     at_least_float32,
     gram_by_gradients,
 )
+from natgrad.jacobians.positions import Draw, enough_rows, random_subset
 from natgrad.layouts import BlockLayout
 
 __all__ = ["LinearJacobian", "mean_inputs", "tensor_identity"]
@@ -173,6 +174,20 @@ class LinearJacobian(LayerJacobian):
         result.positions = len(positions)
         result._active = None if self._active is None else self._active[:, positions]
         return result
+
+    def with_enough_rows(
+        self, rows_per_unit: float | None, weight_sharing: WeightSharing, draw: Draw
+    ) -> LinearJacobian:
+        """Return rows at a random subset of positions where there are more than enough."""
+        if self.positions == 1 or weight_sharing == "reduce":
+            return self
+        limit = enough_rows(self.layout, rows_per_unit)
+        if limit is None:
+            return self
+        kept = max(1, -(-limit // draw.place.of_all(self.samples)))
+        if kept >= self.positions:
+            return self
+        return self.subsampled(random_subset(self.positions, kept, draw.number, self.device))
 
     def _take_inputs(self, positions: Tensor) -> None:
         whole = self._inputs

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 from natgrad.distributed.place import WHOLE_BATCH, Place
-from natgrad.jacobians.layer import LayerJacobian, WeightSharing
-from natgrad.jacobians.linear import LinearJacobian
 from natgrad.layouts import BlockLayout
 
 __all__ = [
@@ -19,7 +17,6 @@ __all__ = [
     "enough_rows",
     "random_samples",
     "random_subset",
-    "with_enough_rows",
 ]
 
 
@@ -65,23 +62,3 @@ def enough_rows(layout: BlockLayout, rows_per_unit: float | None) -> int | None:
     if rows_per_unit is None:
         return None
     return math.ceil(rows_per_unit * max(layout.d_augmented, layout.d_out))
-
-
-def with_enough_rows(
-    rows: LayerJacobian, rows_per_unit: float | None, weight_sharing: WeightSharing, draw: Draw
-) -> LayerJacobian:
-    """Return rows at a random subset of positions where there are more than enough.
-
-    Args:
-        rows: The layer's rows.
-        rows_per_unit: Rows that suffice, per unit of the larger factor; None for all.
-        weight_sharing: "reduce" sums over positions, so that none may be left out.
-        draw: Which subset.
-    """
-    limit = enough_rows(rows.layout, rows_per_unit)
-    if limit is None or weight_sharing == "reduce" or not isinstance(rows, LinearJacobian):
-        return rows
-    kept = max(1, -(-limit // draw.place.of_all(rows.samples)))
-    if kept >= rows.positions:
-        return rows
-    return rows.subsampled(random_subset(rows.positions, kept, draw.number, rows.device))

@@ -185,7 +185,7 @@ class KroneckerOperator(Operator):
 
     # Preconditioning gradients.
 
-    @property
+    @cached_property
     def is_plain(self) -> bool:
         """Whether the layer is one weight matrix, with bias or without, and both factors dense."""
         return is_weight_matrix(self.layout) and self.inputs.dim() == self.outputs.dim() == 3

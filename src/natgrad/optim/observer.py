@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
+from types import NoneType
 from typing import Any
 
 import torch
@@ -25,8 +27,7 @@ from natgrad.optim.options import Refresh
 from natgrad.optim.step.isotropic_rate import IsotropyProbe
 from natgrad.optim.step.quadratic_model import BatchFisher, RowReceivers
 
-__all__ = ["Observer", "SeenPass"]
-
+__all__ = ["ModelWatch", "Observer", "SeenPass"]
 
 _NOTHING = torch.empty(0)
 
@@ -73,6 +74,7 @@ class Observer:
         seed: Seed of sampled labels.
 
     Attributes:
+        model: Sees changes of the model itself.
         steps: Steps taken.
         warmup: Steps still to come that update the curvature only.
         seen: Passes of the present step.
@@ -109,6 +111,7 @@ class Observer:
         self.generator.manual_seed(seed)
         #: Processes that have a share of every batch each.
         self.replicas: Replicas = Replicas()
+        self.model: ModelWatch = ModelWatch(capture.model)
         self.steps: int = 0
         self.warmup: int = refresh.warmup
         #: The step from which intervals are counted: when layers were last new, or back.
@@ -457,3 +460,34 @@ class Observer:
         if self.audit.active:
             self.audit.drop()
         self.capture.clear()
+
+
+class ModelWatch:
+    """Sees parameters frozen, unfrozen or replaced, and modules exchanged, in microseconds.
+
+    Args:
+        model: The model; what it is now counts as known.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        tables: list[Any] = [m._parameters for m in modules]
+        tables += [m._modules for m in modules if m._modules]
+        # Compiled modules make other objects of what they hold at every look.
+        self._tables = [table for table in tables if isinstance(table, dict)]
+        self._parameters = list(model.parameters())
+        self._flags = [p.requires_grad for p in self._parameters]
+        self._entries = list(self._present())  # Held, so that no other object gets their identity.
+        self._identities = list(map(id, self._entries))
+
+    def _present(self) -> Iterator[Any]:
+        return chain.from_iterable(map(dict.values, self._tables))
+
+    def sees_change(self) -> bool:
+        """Return whether anything is not as it was."""
+        if [p.requires_grad for p in self._parameters] != self._flags:
+            return True
+        if list(map(id, self._present())) == self._identities:
+            return False
+        # ``torch.func.functional_call`` lends plain tensors for one pass.
+        return all(isinstance(one, (nn.Parameter, nn.Module, NoneType)) for one in self._present())

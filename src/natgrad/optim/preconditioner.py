@@ -28,8 +28,7 @@ from natgrad.optim.copying import CopiedByState
 from natgrad.optim.fused.kronecker_gradients import FusedGradient
 from natgrad.optim.fused.own_backward import OwnBackward
 from natgrad.optim.gradient_rows import GradientRows
-from natgrad.optim.model_watch import ModelWatch
-from natgrad.optim.observer import Observer
+from natgrad.optim.observer import ModelWatch, Observer
 from natgrad.optim.options import Refresh
 from natgrad.optim.step.measures import all_finite, on_host, scalar_checks
 
@@ -130,7 +129,6 @@ class Preconditioner(CopiedByState):
         self.excluded: frozenset[str] = frozenset(excluded)
         self.untrusted: dict[str, str] = {}
         self._named: set[str] = set()  # Parameters with some gradient from elsewhere, once told.
-        self._watch = ModelWatch(self.model)
         self._saved: tuple[dict[str, Estimate], Tensor] | None = None
         self._with_update: dict[str, Estimate] | None = None
         self._updated = False  # Rows of the present step have been taken,
@@ -183,7 +181,7 @@ class Preconditioner(CopiedByState):
             self.capture.recording = self.capture.watching = False
             return
         # Sharded modules lend other parameters for every pass.
-        if not self.capture.shards and self._watch.sees_change():
+        if not self.capture.shards and self.observer.model.sees_change():
             self.find_layers()
         self.observer._on_forward()
 
@@ -213,7 +211,7 @@ class Preconditioner(CopiedByState):
                 own.remove()
             self.own_backward = {}
             self._plan_layers()
-        self._watch = ModelWatch(self.model)
+        self.observer.model = ModelWatch(self.model)
         self.on_change()
 
     def _plan_layers(self) -> None:
@@ -468,7 +466,8 @@ class Preconditioner(CopiedByState):
             self.gradient_rows.rest()
         if self._joined and not self.curvature.additive:
             source.coordinates = self.observer.coordinates()
-        source.natural = {name for name, one in self.own_backward.items() if one.active}
+        if self.own_backward:
+            source.natural = {name for name, one in self.own_backward.items() if one.active}
         return mismatches
 
     @property
