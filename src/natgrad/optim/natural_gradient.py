@@ -15,6 +15,7 @@ from natgrad.arguments import check_range, check_rate
 from natgrad.capture.hooks import outside_graphs
 from natgrad.capture.model_output import unwrap
 from natgrad.curvature import Structure
+from natgrad.curvature.sharing import SharedWork
 from natgrad.fisher import FisherType
 from natgrad.likelihoods import Gaussian, LikelihoodLike
 from natgrad.optim.checkpoints import only_initialises
@@ -42,6 +43,7 @@ from natgrad.optim.step.measures import (
 )
 from natgrad.optim.step.noise_to_signal import NoiseToSignal
 from natgrad.optim.step.plan import StepPlan
+from natgrad.optim.step.quadratic_model import BatchFisher
 from natgrad.optim.step.reevaluation import Reevaluation, as_float, evaluated
 from natgrad.optim.step.relative_damping import RelativeDamping
 from natgrad.optim.summary import Summary, summarize
@@ -264,7 +266,8 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         preconditioner, observer = self.preconditioner, self.preconditioner.observer
-        if not (closure or self.state or observer.seen) and only_initialises(self):
+        idle = closure is None and not self.state and not observer.seen
+        if idle and only_initialises(self):
             self._initialise()
             return None
         # The loss and its gradients, of which some may turn out to have no rows.
@@ -294,23 +297,44 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
                 update.apply()
         else:
             before = as_float(loss)
-            compared = ComparedStep(
-                plan, self._grouped(), {n: preconditioner.parameters[n].clone() for n in gradients},
-                lambda: reevaluation(closure, backpropagates) - before,
-                self.levenberg_marquardt, batch,
-            )  # fmt: skip
-            with observer.paused():
-                if self.step_rule.search is not None:
-                    self.searched_share = compared.search(self.step_rule.search)
-                else:
-                    compared.take()
+            self._take_compared(
+                plan, list(gradients), lambda: reevaluation(closure, backpropagates) - before, batch
+            )
         self._step_fallback()
-        shared = preconditioner.curvature.shared
-        if inverts and shared is not None and shared.is_divided and shared.holders > 1:
-            # Processors that round differently would drift apart.
-            moved = [p for group in grouped.groups for p in group["params"] if p.requires_grad]
-            preconditioner.replicas.follow_first(moved)
+        if inverts and preconditioner.curvature.shared is not None:
+            self._follow_first(preconditioner.curvature.shared, grouped)
         return loss
+
+    def _take_compared(
+        self,
+        plan: StepPlan,
+        names: list[str],
+        change: Callable[[], float],
+        batch: BatchFisher | None,
+    ) -> None:
+        """Take a step that is held against the loss.
+
+        Args:
+            plan: The step.
+            names: Parameters that it moves.
+            change: Returns by how much the loss has changed.
+            batch: The Fisher matrix of the batch, where damping adapts.
+        """
+        preconditioner = self.preconditioner
+        before = {name: preconditioner.parameters[name].clone() for name in names}
+        rule, grouped = self.levenberg_marquardt, self._grouped()
+        compared = ComparedStep(plan, grouped, before, change, rule, batch)
+        with preconditioner.observer.paused():
+            if self.step_rule.search is not None:
+                self.searched_share = compared.search(self.step_rule.search)
+            else:
+                compared.take()
+
+    def _follow_first(self, shared: SharedWork, grouped: PreconditionedGroups) -> None:
+        """Keep processes together: those that round differently would drift apart."""
+        if shared.is_divided and shared.holders > 1:
+            moved = [p for group in grouped.groups for p in group["params"] if p.requires_grad]
+            shared.replicas.follow_first(moved)
 
     def _evaluated(self, closure: Callable[[], Any] | None) -> tuple[Any, bool]:
         """Return a closure's loss, backpropagated, and whether the closure itself did that."""
