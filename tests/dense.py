@@ -515,12 +515,14 @@ def kfac_factors(
         count: What the mean over events divides by.
         weight: Whether the weight is trained.
         bias: Whether there is a trained bias.
-        sharing: "expand" or "reduce".
+        sharing: "expand", "reduce" or "split".
         skip_silent: Leave positions that no vector reaches out of A.
     """
     both = [pairs(layer, x, d) for x, d in zip(recorded.inputs, recorded.gradients, strict=True)]
     a = torch.cat([pair[0] for pair in both], 1)
     delta = torch.cat([pair[1] for pair in both], 2)
+    if sharing == "split" and isinstance(layer, nn.Embedding):
+        sharing = "expand"
     if not weight:
         a = a[..., :0]
     if bias:
@@ -542,9 +544,27 @@ def second_moments(
     Args:
         a: Inputs, (N, T, d_in + bias).
         delta: Output gradients, (K, N, T, d_out).
-        sharing: "expand" or "reduce".
+        sharing: "expand", "reduce" or "split", which has the partial traces of the sum of the
+            products of means and of deviations.
         skip_silent: Leave positions that no vector reaches out of the mean.
     """
+    if sharing == "split" and a.shape[1] > 1:
+        mean, total, _ = shared(a, delta, "reduce", skip_silent)
+        counted = shared(a, delta, "expand", skip_silent)[2]
+        number = counted.sum(1)[:, None, None]
+        # An unbiased covariance divides by T - 1.
+        delta_rest = (delta - total / number.clamp(min=1)) * (
+            number / (number - 1).clamp(min=1)
+        ).sqrt()
+        rest = (a - mean) * counted.unsqueeze(-1), delta_rest * counted.unsqueeze(-1)
+        inputs = torch.einsum("nti,ntj->ij", rest[0], rest[0]) / counted.sum()
+        both = [
+            second_moments(a, delta, "reduce", skip_silent),
+            (inputs, torch.einsum("knto,kntp->op", rest[1], rest[1])),
+        ]
+        trace = sum(x.trace() * y.trace() for x, y in both)
+        merged = sum(x * y.trace() for x, y in both) / torch.where(trace == 0, 1.0, trace)
+        return merged, sum(y * x.trace() for x, y in both)
     a, delta, counted = shared(a, delta, sharing, skip_silent)
     inputs = torch.einsum("nt,nti,ntj->ij", counted, a, a) / counted.sum()
     return inputs, torch.einsum("knto,kntp->op", delta, delta)
@@ -559,7 +579,7 @@ def shared(
     """
     loud = (delta != 0).any(3).any(0) if skip_silent else torch.ones_like(a[..., 0], dtype=bool)
     counted = loud.to(a.dtype)
-    if sharing == "expand":
+    if sharing in ("expand", "split"):
         return a, delta, counted
     mean = torch.einsum("nt,nti->ni", counted, a) / counted.sum(1, keepdim=True).clamp(min=1)
     return mean.unsqueeze(1), delta.sum(2, keepdim=True), loud.any(1, keepdim=True).to(a.dtype)

@@ -86,6 +86,8 @@ def kfac_factors(
     if block.inputs is None:
         flat = block.rows.flatten(1)
         return [(flat.T @ flat / count, torch.ones(1, 1, dtype=flat.dtype))]
+    if sharing == "split" and block.one_hot:
+        sharing = "expand"
     found = [dense.second_moments(*pair, sharing, skip_silent) for pair in _groups(block)]
     return [(a, b / count) for a, b in found]
 

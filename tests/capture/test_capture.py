@@ -44,7 +44,7 @@ def check_kfac(model: nn.Module, x, specs, output=None) -> None:
     """Compare K-FAC in both settings with explicit sums."""
     z, _ = dense.jacobian(model, x, output)
     y = normal(*z.shape, seed=6)
-    for sharing in ("expand", "reduce"):
+    for sharing in ("expand", "reduce", "split"):
         f = fisher_matrix(
             model, (x, y), "gaussian", "kfac", "empirical", output=output, weight_sharing=sharing
         )

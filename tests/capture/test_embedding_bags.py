@@ -122,7 +122,7 @@ def test_a_bag_of_one_token_is_an_embedding():
     tokens = torch.tensor([1, 4, 4, 2])
     single = nn.Sequential(nn.Embedding(7, 3), nn.Tanh(), nn.Linear(3, 2)).double()
     single.load_state_dict(dict(zip(single.state_dict(), bag.state_dict().values(), strict=True)))
-    for sharing in ("expand", "reduce"):
+    for sharing in ("expand", "reduce", "split"):
         one = fisher_matrix(single, (tokens, None), "gaussian", "kfac", weight_sharing=sharing)
         offsets = torch.arange(4)
         # The last bag has two more places, of which the padding index takes none.

@@ -590,6 +590,7 @@ FACTORS: dict[str, Any] = {
     "exact_for_one_sample": True,
 }
 EIGEN: dict[str, Any] = FACTORS | {"keeps_trace": True}
+SPLITS: dict[str, Any] = {"sharings": ("expand", "reduce", "split")}
 TRACE = {"keeps_trace": True}
 SPLIT = {"factored_damping": True}
 #: Cases in which the pairs of one product, or two, are known to the reference.
@@ -598,7 +599,7 @@ SUM: dict[str, Any] = {"additive": False, "exact_for_one_sample": True, "toleran
 COARSE = FACTORS | {"root": False, "pseudo": False, "exact_for_one_sample": False}
 VARIANT = COARSE | {"layers": FEW, "same_sums": "two_level"}
 STEP: dict[str, Any] = {
-    "sharings": ("expand", "reduce"),
+    "sharings": ("expand", "reduce", "split"),
     "root": True,
     "stepped": True,
     "pseudo": False,
@@ -615,10 +616,11 @@ TABLE: dict[str, Entry] = {
               **TRACE, joint=True, positive=False, of_one_batch=True, pseudo=False),
         Entry("unit_wise", "unit_wise", masked("unit_wise"), **EXACT, **TRACE),
         Entry("diagonal", "diagonal", masked("diagonal"), **EXACT, **TRACE, root=True),
-        Entry("kfac", "kfac", KFAC, **FACTORS, everywhere=True),
+        Entry("kfac", "kfac", KFAC, **FACTORS | SPLITS, everywhere=True),
         Entry("kfac[factored]", "kfac", KFAC, SPLIT, **FACTORS | {"sharings": ()}, cases=FACTORED,
               layers=FEW, same_sums="kfac", solution=pi_inverted(kronecker.kfac_factors)),
-        Entry("ekfac", "ekfac", eigen(kronecker.kfac_factors), **EIGEN, not_below="kfac"),
+        Entry("ekfac", "ekfac", eigen(kronecker.kfac_factors), **EIGEN | SPLITS,
+              not_below="kfac"),
         Entry("tkfac", "tkfac", TKFAC, **EIGEN),
         Entry("tkfac[factored]", "tkfac", TKFAC, SPLIT, **EIGEN | {"sharings": ()}, cases=FACTORED,
               layers=FEW, same_sums="tkfac", solution=pi_inverted(kronecker.tkfac_factors)),

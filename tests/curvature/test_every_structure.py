@@ -90,7 +90,8 @@ def test_it_is_its_definition(entry, name):
     if entry.sharings:
         for likelihood in LIKELIHOODS if entry.everywhere else LIKELIHOODS[:1]:
             for kind in ("exact", "empirical"):
-                compare(entry, problem(name, likelihood, kind), sharing="reduce")
+                for sharing in entry.sharings[1:]:
+                    compare(entry, problem(name, likelihood, kind), sharing=sharing)
 
 
 def compare(
@@ -120,7 +121,7 @@ def compare(
 def distance(name: str, given: Problem, sharing: str | None) -> Tensor:
     """Return how far an entry's matrix is from the exact blocks."""
     entry = TABLE[name]
-    options = {"weight_sharing": sharing} if sharing is not None and entry.sharings else {}
+    options = {"weight_sharing": sharing} if sharing in entry.sharings else {}
     return (entry.build(given, **options).to_dense() - given.exact_groups).norm()
 
 
@@ -142,12 +143,12 @@ def stacks(draw):
 
 @drawn(
     stacks(), st.sampled_from(["gaussian", "bernoulli", "poisson"]),
-    st.sampled_from(["exact", "empirical"]), st.sampled_from(["expand", "reduce"]),
+    st.sampled_from(["exact", "empirical"]), st.sampled_from(["expand", "reduce", "split"]),
 )  # fmt: skip
 def test_random_stacks(case, likelihood, kind, sharing):
     given = problem_of(case, likelihood, kind)
     for entry in filter(own, ENTRIES):
-        compare(entry, given, sharing if entry.sharings else None)
+        compare(entry, given, sharing if sharing in entry.sharings else None)
 
 
 @functools.lru_cache(maxsize=16)
@@ -490,8 +491,7 @@ def test_batches_with_masked_events_add_up(entry):
 
 
 @table(None, lambda entry: entry.sharings and own(entry))
-@pytest.mark.parametrize("sharing", ["expand", "reduce"])
-def test_ignored_positions(entry, sharing, monkeypatch):
+def test_ignored_positions(entry, monkeypatch):
     """Ignored tokens give the matrix of shorter sequences."""
     model = CASES["tokens"]().model
     # Enough samples for reduced factors without a null space, whose basis is arbitrary.
@@ -499,11 +499,13 @@ def test_ignored_positions(entry, sharing, monkeypatch):
     ignored = y.clone()
     ignored[:, 2:] = -100
     loss = Categorical()
-    short = entry.matrix(model, (x[:, :2], y[:, :2]), loss, weight_sharing=sharing)
-    for chunk in (fisher_module.PULL_BACK_ELEMENTS, 1):
-        monkeypatch.setattr(fisher_module, "PULL_BACK_ELEMENTS", chunk)
-        found = entry.matrix(model, (x, ignored), loss, weight_sharing=sharing)
-        check_same_matrix(entry, found, short)
+    whole = fisher_module.PULL_BACK_ELEMENTS
+    for sharing in entry.sharings:
+        short = entry.matrix(model, (x[:, :2], y[:, :2]), loss, weight_sharing=sharing)
+        for chunk in (whole, 1):
+            monkeypatch.setattr(fisher_module, "PULL_BACK_ELEMENTS", chunk)
+            found = entry.matrix(model, (x, ignored), loss, weight_sharing=sharing)
+            check_same_matrix(entry, found, short)
 
 
 @table()

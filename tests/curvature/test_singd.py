@@ -415,7 +415,7 @@ def check_traces(f: Curvature, kfac: Any) -> None:
 
 
 @pytest.mark.parametrize("name", list(CASES))
-@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("sharing", ["expand", "reduce", "split"])
 def test_statistics_are_those_of_kfac(name, sharing):
     """All layer kinds, attention, tied weights and modules without a formula included."""
     case = CASES[name]()
@@ -435,7 +435,7 @@ def test_chunks_batches_and_ignored_events(name, chunk, monkeypatch):
     masked = y.clone()
     masked.view(-1)[::3] = -100
     x, n = case.x, len(case.x)
-    for sharing in ("expand", "reduce"):
+    for sharing in ("expand", "reduce", "split"):
         for kind in ("exact", "empirical"):
             for target in (y, masked):
                 check_statistics(case, (x, target), "categorical", kind, weight_sharing=sharing)

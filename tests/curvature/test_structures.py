@@ -68,7 +68,7 @@ def test_attention_is_made_of_linear_layers():
     y = case.target("categorical")
     with torch.no_grad():
         torch.testing.assert_close(written(case.x), case.z)
-    for sharing in ("expand", "reduce"):
+    for sharing in ("expand", "reduce", "split"):
         expected = dense.kfac(written, case.x, y, case.loss("categorical"), specs, sharing=sharing)
         f = build(case, "categorical", "kfac", weight_sharing=sharing)
         dense.assert_same(f.to_dense(), expected)
@@ -110,8 +110,8 @@ def test_factors_of_tied_weights_do_not_depend_on_how_much_is_left_of_their_sums
     """As of a layer that was away for long, or of rows whose mean divides by a small trace."""
     one = torch.ones((), dtype=torch.float64)
     a, b = (x @ x.mT for x in (normal(2, 1, 3, 5), normal(2, 1, 4, 5, seed=1)))
-    turned = KroneckerStatistics(one, a[1], 3 * one, b[1])
-    sums = KroneckerStatistics(one, a[0], 5 * one, b[0], turned=turned)
+    further = KroneckerStatistics(one, a[1], 3 * one, b[1])
+    sums = KroneckerStatistics(one, a[0], 5 * one, b[0], further=further)
     for found, expected in zip(sums.scaled(share).mean_factors(), sums.mean_factors(), strict=True):
         torch.testing.assert_close(found, expected)
 
@@ -134,8 +134,8 @@ def test_deep_linear_kfac_is_block_diagonal(depth, width, samples, bias):
 def test_deep_linear_kfac_with_shared_weights():
     """Expand is exact for a loss summed over positions, reduce for positions averaged at the end.
 
-    Eschenhagen et al., Kronecker-factored approximate curvature for modern neural network
-    architectures (2023), propositions 1 and 2.
+    Split is exact for both. Eschenhagen et al., Kronecker-factored approximate curvature for modern
+    neural network architectures (2023), propositions 1 and 2.
     """
     torch.manual_seed(0)
     body = [nn.Linear(3, 4), nn.Linear(4, 2, bias=False), nn.Linear(2, 2)]
@@ -149,7 +149,9 @@ def test_deep_linear_kfac_with_shared_weights():
         exact = fisher_matrix(model, data, "gaussian", "block_diagonal").to_dense()
         right = fisher_matrix(model, data, "gaussian", "kfac", weight_sharing=sharing).to_dense()
         wrong = fisher_matrix(model, data, "gaussian", "kfac", weight_sharing=other).to_dense()
+        split = fisher_matrix(model, data, "gaussian", "kfac", weight_sharing="split").to_dense()
         dense.assert_same(right, exact)
+        dense.assert_same(split, exact)
         assert (wrong - exact).norm() > 1e-2 * exact.norm()
 
 
@@ -308,7 +310,10 @@ def test_errors_are_clear():
         ({"fisher": "true"}, ValueError, "empirical"),
         ({"likelihood": "softmax"}, ValueError, "categorical"),
         ({"structure": "unknown"}, ValueError, "kfac"),
-        ({"weight_sharing": "both"}, ValueError, "reduce"),
+        ({"weight_sharing": "both"}, ValueError, "split"),
+        ({"structure": "tkfac", "weight_sharing": "split"}, ValueError, "'expand' or 'reduce'"),
+        ({"structure": "tekfac", "weight_sharing": "split"}, ValueError, "'expand' or 'reduce'"),
+        ({"structure": "foof", "weight_sharing": "split"}, ValueError, "'expand' or 'reduce'"),
         ({"damping_rule": "none"}, TypeError, "damping_rule"),
         ({"structure": "full", "weight_sharing": "reduce"}, TypeError, "weight_sharing"),
         ({"nonsense": 1}, TypeError, "nonsense"),

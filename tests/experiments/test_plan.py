@@ -129,7 +129,8 @@ def test_processes_keep_and_send_what_is_planned(
 ) -> None:
     if sharing not in sharings(len(trained)):
         pytest.skip("of two processes half is one")
-    options = Options(name, (len(trained),), SAMPLES, factors=2, inverses=4)
+    positions = 16 if network == "speaking" else 1
+    options = Options(name, (len(trained),), SAMPLES, positions, factors=2, inverses=4)
     plan = plan_model(NETWORKS[network](), options)
     (work,) = (one for one in plan.works if one.sharing == sharing)
     step = (work.natural_gradients,)

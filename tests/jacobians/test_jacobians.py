@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from natgrad.capture import Capture
 from natgrad.jacobians import LinearJacobian
 from natgrad.jacobians import layer as layer_module
+from natgrad.layouts import BlockLayout
 from tests import dense
 from tests.cases import CASES, Case, normal
 
@@ -149,3 +152,40 @@ class Largest(torch.utils._python_dispatch.TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self.elements = max(self.elements, tensor.numel())
         return result
+
+
+# -- means and deviations --------------------------------------------------------------------------
+
+
+def shared_rows(silent: bool = False) -> LinearJacobian:
+    """Rows of 3 samples, 2 directions and 4 positions, of which one sample may use 2 and one 1."""
+    layout = BlockLayout(("w", "b"), ((4, 5), (4,)), 1, 4, 5, True, True)
+    a, delta = normal(3, 4, 1, 5) + 1, normal(3, 2, 4, 1, 4, seed=1)
+    if silent:
+        delta[0, :, 2:] = delta[1, :, 1:] = 0
+    return LinearJacobian(layout, a, delta, skip_silent=silent)
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_means_and_deviations_sum_to_the_rows(silent):
+    rows = shared_rows(silent)
+    means, deviations = rows.split()
+    numbers = torch.tensor([2.0, 1.0, 4.0] if silent else [4.0] * 3).double()
+    unbiased = (numbers / (numbers - 1).clamp(min=1)).sqrt().view(3, 1, 1, 1, 1)
+    found = means.per_sample_gradients() + deviations.per_sample_gradients() / unbiased
+    torch.testing.assert_close(found, rows.per_sample_gradients(), rtol=1e-12, atol=1e-12)
+    assert means.positions == 1
+    assert deviations.augmented_inputs()[..., -1].abs().max() == 0
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_deviations_at_some_positions_are_right_on_average(silent):
+    """The mean of their sums over all pairs of four positions is the sum over all."""
+    rows = shared_rows(silent)
+    whole = rows.split()[1].kronecker_factors()
+    pairs = [torch.tensor(chosen) for chosen in itertools.combinations(range(4), 2)]
+    parts = [rows.split(chosen)[1].kronecker_factors() for chosen in pairs]
+    outputs = sum(part.outputs for part in parts) / len(parts)
+    torch.testing.assert_close(outputs, whole.outputs, rtol=1e-12, atol=1e-12)
+    inputs = sum(part.inputs for part in parts) / sum(part.positions for part in parts)
+    torch.testing.assert_close(inputs, whole.inputs / whole.positions, rtol=1e-12, atol=1e-12)

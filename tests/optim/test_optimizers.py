@@ -52,7 +52,7 @@ class Reference:
         self, case: Case, structure: str, kind: str, loss: dense.Loss, *, lr: float = 0.3,
         damping: float = 0.05, momentum: float = 0.0, weight_decay: float = 0.0,
         decay: float = 0.0, factors: int = 1, inverses: int = 1,
-        factored_damping: bool = True, sharing: str = "expand",
+        factored_damping: bool = True, sharing: str = "split",
     ) -> None:  # fmt: skip
         self.case, self.model = case, copy.deepcopy(case.model)
         self.structure, self.kind, self.loss = structure, kind, loss
@@ -248,7 +248,9 @@ def test_three_steps_on_masked_tokens(structure, kind):
     loss = dense.categorical(2)
     reference = Reference(case, structure, kind, loss)
     reference._contribution = lambda x, y: (  # K-FAC leaves ignored tokens out of A
-        dense.kfac_pairs(reference.model, x, y, loss, case.blocks, kind, skip_silent=True)
+        dense.kfac_pairs(
+            reference.model, x, y, loss, case.blocks, kind, sharing="split", skip_silent=True
+        )
         if structure == "kfac"
         else Reference._contribution(reference, x, y)
     )
@@ -265,7 +267,7 @@ def test_three_steps_on_masked_tokens(structure, kind):
 
 
 @pytest.mark.parametrize("rule", [True, False])
-@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("sharing", ["expand", "reduce", "split"])
 def test_kfac_options(rule, sharing):
     case = CASES["conv2d"]()
     model = copy.deepcopy(case.model)

@@ -136,6 +136,20 @@ class ConvolutionInputs:
         joined = torch.cat(rows, dim=1)
         return joined if positions is None else joined[:, positions]
 
+    def mean(self) -> Tensor:
+        """Return the mean patch of every sample, ``(N, 1, G, d_in)``, without making any."""
+        total, number = 0.0, 0
+        for call in self.calls:
+            module = cast(nn.Conv2d, call.module)
+            images = _padded(module, call.inputs[0])
+            windows = patches(images, module.kernel_size, module.stride, module.dilation)
+            places = tuple(range(2, 2 + len(module.kernel_size)))
+            number += windows.shape[2 : 2 + len(places)].numel() * (len(images) // self.samples)
+            sums = windows.sum(places).unflatten(0, (self.samples, -1)).sum(1)
+            total = total + sums.view(self.samples, 1, self.layout.groups, -1)
+        mean = cast(Tensor, total) / number
+        return mean if self.layout.has_weight else mean[..., :0]
+
     def products(self, matrices: Tensor) -> Tensor:
         """Return ``V a``, ``(c, G, N·T, d_out)``, for matrices ``(c, G, d_out, d_in)``."""
         c, groups, d_out, _ = matrices.shape

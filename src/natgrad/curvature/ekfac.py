@@ -19,7 +19,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from natgrad.curvature.cost import Cost, Elements, Workload, factored_elements
-from natgrad.curvature.kfac import KroneckerFactors, check_factors
+from natgrad.curvature.kfac import KroneckerFactors
 from natgrad.curvature.structure import Part, Structure, as_structure, register_structure
 from natgrad.jacobians import (
     FIRST_DRAW,
@@ -171,8 +171,8 @@ class EigenKronecker(Structure):
     factorisation, the moments with every update (:class:`EigenStatistics` says how they meet).
 
     Attributes:
-        weight_sharing: ``"expand"`` or ``"reduce"``, as in K-FAC; this and the next two concern the
-            basis only: the moments are those of the exact rows.
+        weight_sharing: ``"expand"``, ``"reduce"`` or ``"split"``, as in K-FAC; this and the next
+            two concern the basis only: the moments are those of the exact rows.
         max_factor_size: Larger factors are kept as their diagonal, and those of outputs from an
             eighth of it on where they are more than eight times the inputs; None for no limit.
         rows_per_unit: If a batch has more rows than this times the size of the larger factor, an
@@ -200,7 +200,7 @@ class EigenKronecker(Structure):
 
     def __post_init__(self) -> None:
         """Check the options."""
-        check_factors(self.weight_sharing, self.rows_per_unit)
+        self.factors()  # Which checks what it is made with.
         if self.max_moment_samples is not None and self.max_moment_samples < 1:
             raise ValueError(
                 f"max_moment_samples must be at least 1 or None, got {self.max_moment_samples}"

@@ -69,7 +69,7 @@ class ForwardOnly(Structure):
 
     def __post_init__(self) -> None:
         """Check the options."""
-        check_factors(self.weight_sharing, self.rows_per_unit)
+        check_factors(self.weight_sharing, self.rows_per_unit, splits=False)
 
     def statistics(
         self,
@@ -83,7 +83,7 @@ class ForwardOnly(Structure):
     ) -> KroneckerStatistics:
         """Sum ``a aᵀ``."""
         own = rows[part.name]
-        taken = own.with_enough_rows(self.rows_per_unit, self.weight_sharing, draw)
+        (taken,) = own.product_rows(self.weight_sharing, self.rows_per_unit, draw)
         return KroneckerStatistics.of(count, self._sums(taken, count, continued))
 
     def _sums(self, rows: LayerJacobian, count: Tensor, continued: bool) -> KroneckerSums:
@@ -124,7 +124,7 @@ class ForwardOnly(Structure):
             return InputFactorOperator.of(part.block, zero_factors(part)[0])
         assert isinstance(statistics, KroneckerStatistics)
         a, b = statistics.mean_factors()
-        if statistics.turned is not None:
+        if statistics.further is not None:
             return KroneckerOperator(part.block, a, b)
         # Below 1 where some samples passed the layer by.
         share = b[:, :1] if a.dim() == 2 else b[:, :1, None]

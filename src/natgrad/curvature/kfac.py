@@ -3,12 +3,26 @@ r"""K-FAC: every layer's block as one Kronecker product.
 .. math:: F_l \approx B \otimes A, \qquad A = \frac{1}{NT} \sum_{nt} a_{nt} a_{nt}^\top, \quad
           B = \frac{1}{count} \sum_{nkt} \delta_{nkt} \delta_{nkt}^\top
 
-acting on the row-major matrix ``[W | b]`` (Martens & Grosse 2015; for shared weights the *expand*
-and *reduce* settings of Eschenhagen et al. 2023). Grouped layers have one pair per group.
+acting on the row-major matrix ``[W | b]`` (Martens & Grosse 2015). Grouped layers have one pair per
+group.
+
+Where T positions share the weight, a row is a sum over them, ``M_nk = Σ_t δ_nkt a_ntᵀ``. The above
+is the *expand* setting of Eschenhagen et al. (2023), right where the terms are uncorrelated; their
+*reduce* replaces every one by the mean. *Split* has both parts of
+
+.. math:: M_{nk} = \Big(\sum_t \delta_{nkt}\Big) \bar a_n^\top
+          + \sum_t (\delta_{nkt} - \bar\delta_{nk}) (a_{nt} - \bar a_n)^\top,
+
+a product of means, as in *reduce*, and one of deviations, as in *expand* (with T/(T − 1), as they
+have a degree of freedom less), merged into the product with the partial traces of their sum. Its
+factors have the size of means that add up over positions, which *expand* misses by up to a factor
+of T, and the rank of deviations, which *reduce* lacks. It is exact where either of them is exact
+for deep linear networks, and right for terms that are independent with mean 0.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -19,7 +33,7 @@ from torch import Tensor
 from natgrad.arguments import check_choice
 from natgrad.curvature.cost import Cost, Elements, Workload
 from natgrad.curvature.structure import Part, Structure, register_structure
-from natgrad.jacobians import FIRST_DRAW, Draw, Jacobians, WeightSharing
+from natgrad.jacobians import FIRST_DRAW, Draw, Jacobians, KroneckerSums, WeightSharing
 from natgrad.jacobians.positions import enough_rows
 from natgrad.layouts import BlockLayout
 from natgrad.operators import KroneckerOperator, Operator
@@ -37,7 +51,9 @@ class KroneckerFactors(Structure):
 
     Attributes:
         weight_sharing: ``"expand"`` takes every position of a shared weight as a sample of its own;
-            ``"reduce"`` averages inputs and sums output gradients over positions first.
+            ``"reduce"`` averages inputs and sums output gradients over positions first; ``"split"``
+            does the one for means and the other for deviations from them, as above. Embeddings are
+            expanded by ``"split"``. In optimizers ``"split"`` is the default.
         factored_damping: How λ is added: True splits it between the factors, which is cheaper and
             damps somewhat more; False inverts ``B ⊗ A + λI`` exactly, by eigendecompositions (see
             :class:`natgrad.operators.KroneckerOperator`).
@@ -46,7 +62,7 @@ class KroneckerFactors(Structure):
         rows_per_unit: If a batch has more rows (samples times positions) than this times the size
             of the larger factor, an update of *expand* factors takes a random subset of positions,
             the same for all samples, drawn anew every time: unbiased, and neighbouring positions
-            tell much the same. None for all rows.
+            tell much the same. None for all rows. Means are taken over all positions.
         product_dtype: Type of the products with factored inverses, such as ``torch.bfloat16``,
             where the hardware multiplies it faster; the factors and their inversion keep theirs,
             which is also the default here.
@@ -63,11 +79,12 @@ class KroneckerFactors(Structure):
     name: ClassVar[str] = "kfac"
     shareable: ClassVar[bool] = True
     object_options: ClassVar[Mapping[str, Any]] = {
+        "weight_sharing": "expand",
         "factored_damping": False,
         "rows_per_unit": None,
     }
 
-    weight_sharing: WeightSharing = "expand"
+    weight_sharing: WeightSharing = "split"
     factored_damping: bool = True
     max_factor_size: int | None = 8192
     rows_per_unit: float | None = 4.0
@@ -94,10 +111,10 @@ class KroneckerFactors(Structure):
         continued: bool = False,
     ) -> KroneckerStatistics:
         """Sum ``a aᵀ`` and ``δ δᵀ``."""
-        own = rows[part.name]
-        taken = own.with_enough_rows(self.rows_per_unit, self.weight_sharing, draw)
-        sums = taken.kronecker_factors(self.weight_sharing, self.max_factor_size, continued)
-        return KroneckerStatistics.of(count, sums)
+        sharing, limit = self.weight_sharing, self.max_factor_size
+        products = rows[part.name].product_rows(sharing, self.rows_per_unit, draw)
+        sums = [one.kronecker_factors(sharing, limit, continued) for one in products]
+        return KroneckerStatistics.of(count, functools.reduce(KroneckerSums.followed_by, sums))
 
     def operator(self, part: Part, statistics: Statistics | None) -> Operator:
         """Return ``B ⊗ A``."""
@@ -135,6 +152,8 @@ class KroneckerFactors(Structure):
             entries = block.groups * (size if diagonal else size**2)
             shapes.append(f"diag({size})" if diagonal else f"{size} x {size}")
             summed = min(rows, max(enough, workload.samples))
+            if self._products(part, workload) > 1:
+                summed += workload.samples
             refresh += float(summed) * times * entries
             refresh += 0 if diagonal else block.groups * float(size) ** 3
             multiply += float(entries) * other
@@ -158,16 +177,22 @@ class KroneckerFactors(Structure):
             kept += size if diagonal else size**2
             triangles += size if diagonal else size * (size + 1) // 2
             dense += 0 if diagonal else size**2
+        products = self._products(part, workload)
         inverse = block.groups * (kept if self.factored_damping else dense)
         if not self.factored_damping:
             inverse += block.numel  # One eigenvalue each.
         return Elements(
-            statistics=block.groups * sums,
+            statistics=products * block.groups * sums,
             inverse=inverse,
-            sums=block.groups * triangles,
+            sums=products * block.groups * triangles,
             rows=0,
             handed_out=inverse,
         )
+
+    def _products(self, part: Part, workload: Workload) -> int:
+        """Return how many products a layer's sums are of: means and deviations, or one."""
+        shared = workload.positions.get(part.name, 1) > 1 and not part.block.one_hot
+        return 2 if self.weight_sharing == "split" and shared else 1
 
     def _factors(self, block: BlockLayout) -> list[tuple[int, bool]]:
         """Return the sizes of A and B, and whether they are kept as their diagonals."""
@@ -175,9 +200,10 @@ class KroneckerFactors(Structure):
         return [(block.d_augmented, block.one_hot or inputs), (block.d_out, outputs)]
 
 
-def check_factors(weight_sharing: str, rows_per_unit: float | None) -> None:
+def check_factors(weight_sharing: str, rows_per_unit: float | None, *, splits: bool = True) -> None:
     """Raise a ValueError if an option of Kronecker factors is out of range."""
-    check_choice("weight_sharing", weight_sharing, "expand", "reduce")
+    known = ("expand", "reduce", "split") if splits else ("expand", "reduce")
+    check_choice("weight_sharing", weight_sharing, *known)
     if rows_per_unit is not None and not rows_per_unit > 0:
         raise ValueError(f"rows_per_unit must be positive or None, got {rows_per_unit}")
 

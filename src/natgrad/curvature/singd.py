@@ -81,13 +81,13 @@ class SeenSums(Statistics):
     Attributes:
         inputs: ``Π(Kᵀ Σaaᵀ K)``.
         outputs: ``Π(Cᵀ Σδδᵀ C)``.
-        turned: The sums of uses the other way round, with inputs and outputs exchanged.
+        further: The sums of another product, see :class:`natgrad.jacobians.KroneckerSums`.
         traces: Of ``Σaaᵀ`` and ``Σδδᵀ`` themselves, ``(2, G)``.
     """
 
     inputs: StructuredMatrix | None
     outputs: StructuredMatrix | None
-    turned: SeenSums | None = None
+    further: SeenSums | None = None
     traces: Tensor | None = None
 
     def followed_by(self, other: Self, decay: float = 1.0) -> Self:
@@ -97,29 +97,32 @@ class SeenSums(Statistics):
             count=self.count * decay + other.count,
             inputs=_added(self.inputs, other.inputs, decay),
             outputs=_added(self.outputs, other.outputs, decay),
-            turned=_added(self.turned, other.turned, decay),
+            further=_added(self.further, other.further, decay),
             traces=_added(self.traces, other.traces, decay),
         )
 
     def product_trace(self) -> Tensor:
-        """Return the trace of ``B ⊗ A`` times the count of the outputs, uses either way summed."""
+        """Return the trace of all ``B ⊗ A`` times the count of the outputs."""
         found = torch.zeros((), dtype=torch.float64, device=self.count.device)
-        for one in (self, self.turned):
-            if one is not None and one.traces is not None:
+        for one in self._products():
+            if one.traces is not None:
                 inputs, outputs = one.traces.double()
                 found = found + (inputs * outputs / one.count.clamp(min=1e-30)).sum()
         return found
 
+    def _products(self) -> list[SeenSums]:
+        return [self, *([] if self.further is None else self.further._products())]
+
     def is_finite(self) -> Tensor:
         """Return whether the sums are finite."""
-        sums = [one for one in (self.inputs, self.outputs, self.turned) if one is not None]
+        sums = [one for one in (self.inputs, self.outputs, self.further) if one is not None]
         return torch.stack([self.count.isfinite().all(), *(x.is_finite() for x in sums)]).all()
 
     def means(self) -> Factors | None:
         """Return ``Π(Kᵀ A K)`` and ``Π(Cᵀ B C)`` times the count, if there are any."""
         pairs, counts = [], []
-        for one in (self, self.turned):
-            if one is not None and one.inputs is not None and one.outputs is not None:
+        for one in self._products():
+            if one.inputs is not None and one.outputs is not None:
                 pairs.append((one.inputs, one.outputs))
                 counts.append(one.count)
         if not pairs:
@@ -127,13 +130,10 @@ class SeenSums(Statistics):
         inputs, outputs = pairs[0]
         if len(pairs) == 1:
             return inputs.scaled(1.0 / counts[0].clamp(min=1e-30)), outputs
-        traces = [(a.trace().sum(), b.trace().sum()) for a, b in pairs]
-        (v, w), (v_turned, w_turned) = merging_weights(traces, counts)
-        a, b = pairs[1]
-        return (
-            inputs.scaled(v).plus(a.scaled(v_turned)),
-            outputs.scaled(w).plus(b.scaled(w_turned)),
-        )
+        traces = [(a.trace(), b.trace()) for a, b in pairs]
+        weights = merging_weights(traces, counts)
+        scaled = [(a.scaled(v), b.scaled(w)) for (a, b), (v, w) in zip(pairs, weights, strict=True)]
+        return functools.reduce(lambda x, y: (x[0].plus(y[0]), x[1].plus(y[1])), scaled)
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,7 +214,7 @@ class InverseFactors(Structure):
             of it at which the mean of the brackets' diagonals vanishes.
         factor_dtype: Type of factors, momenta and products with them: bfloat16, float32 or float64;
             that of the layer's parameters for None.
-        weight_sharing: ``"expand"`` or ``"reduce"``, as in K-FAC.
+        weight_sharing: ``"expand"``, ``"reduce"`` or ``"split"``, as in K-FAC.
         max_factor_size: Larger factors are diagonal, unless their structure is ``"block_diagonal"``
             or ``"hierarchical"``; None for no limit.
         rows_per_unit: If a batch has more rows than this times the size of the larger factor,
@@ -227,7 +227,10 @@ class InverseFactors(Structure):
     """
 
     name: ClassVar[str] = "singd"
-    object_options: ClassVar[Mapping[str, Any]] = {"rows_per_unit": None}
+    object_options: ClassVar[Mapping[str, Any]] = {
+        "weight_sharing": "expand",
+        "rows_per_unit": None,
+    }
     recursive: ClassVar[bool] = True
 
     factor_structures: FactorStructure | tuple[FactorStructure, FactorStructure] = "dense"
@@ -238,7 +241,7 @@ class InverseFactors(Structure):
     max_change: float | None = 0.9
     initial_scale: InitialScale = "batch"
     factor_dtype: torch.dtype | None = None
-    weight_sharing: WeightSharing = "expand"
+    weight_sharing: WeightSharing = "split"
     max_factor_size: int | None = 8192
     rows_per_unit: float | None = 4.0
     block_size: int = 32
@@ -320,10 +323,11 @@ class InverseFactors(Structure):
     ) -> InverseFactorStatistics:
         """Sum ``Π(KᵀAK)`` and ``Π(CᵀBC)`` with the present factors."""
         present = self._present(part, count, previous)
-        own = rows[part.name]
-        taken = own.with_enough_rows(self.rows_per_unit, self.weight_sharing, draw)
-        terms = factor_terms(taken, self.weight_sharing, continued)
-        return replace(present, count=count, waiting=_seen(terms, present.factors))
+        sharing = self.weight_sharing
+        products = rows[part.name].product_rows(sharing, self.rows_per_unit, draw)
+        terms = [factor_terms(one, sharing, continued) for one in products]
+        joint = functools.reduce(FactorTerms.followed_by, terms)
+        return replace(present, count=count, waiting=_seen(joint, present.factors))
 
     def _present(
         self, part: Part, count: Tensor, previous: Statistics | None
@@ -496,7 +500,7 @@ class InverseFactors(Structure):
         block, factors = part.block, self._shapes(part.block)
         count = workload.samples * workload.positions.get(part.name, 1)
         rows = float(count)
-        if self.weight_sharing == "expand":
+        if self.weight_sharing != "reduce":
             enough = enough_rows(block, self.rows_per_unit) or count
             rows = min(rows, max(float(enough), float(workload.samples)))
         shapes, entries, refresh = [], 0, 0.0
@@ -531,10 +535,10 @@ def _seen(terms: FactorTerms, factors: Factors) -> SeenSums:
         _seen_through(some, factor) if some else None
         for some, factor in zip((terms.inputs, terms.outputs), factors, strict=True)
     )
-    turned = None if terms.turned is None else _seen(terms.turned, factors)
+    further = None if terms.further is None else _seen(terms.further, factors)
     groups, device = factors[0].groups, terms.positions.device
     traces = [_traces(some, groups, device) for some in (terms.inputs, terms.outputs)]
-    return SeenSums(terms.positions, inputs, outputs, turned, torch.stack(traces))
+    return SeenSums(terms.positions, inputs, outputs, further, torch.stack(traces))
 
 
 def _traces(terms: Sequence[FactorTerm], groups: int, device: torch.device) -> Tensor:

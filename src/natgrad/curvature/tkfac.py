@@ -99,7 +99,7 @@ class TraceKronecker(Structure):
 
     def __post_init__(self) -> None:
         """Check the options."""
-        check_factors(self.weight_sharing, None)
+        check_factors(self.weight_sharing, None, splits=False)
 
     def statistics(
         self,

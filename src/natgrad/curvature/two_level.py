@@ -130,6 +130,7 @@ class TwoLevelKronecker(KroneckerFactors):
 
     name: ClassVar[str] = "two_level"
     object_options: ClassVar[Mapping[str, Any]] = {
+        "weight_sharing": "expand",
         "factored_damping": False,
         "coarse_space": "nicolaides",
     }

@@ -73,6 +73,10 @@ class PlanError(ValueError):
     """Options that nothing can be planned for; the message says why."""
 
 
+#: Parts of the names of layers whose weights positions share whatever the input.
+SPATIAL = ("Conv", "Norm2d", "Norm3d", "GroupNorm")
+
+
 @dataclass(frozen=True)
 class Options:
     """What a plan is made for.
@@ -81,7 +85,8 @@ class Options:
         method: Name of the method, of :data:`METHODS`.
         ranks: Numbers of processes, at least 1 each.
         samples: Samples per process and step.
-        positions: Positions of a sample that share each weight: tokens, pixels.
+        positions: Positions of a sample that share each weight: tokens, pixels. Those of
+            convolutions and the normalisations between them are at least two.
         factors: Steps between updates of the curvature; None for the method's own.
         inverses: Steps between factorisations; None for the method's own.
         bandwidth: Of each process's link, in GB/s (10⁹ bytes).
@@ -308,6 +313,11 @@ def plan_model(model: nn.Module, options: Options) -> Plan:
     try:
         with Capture(model) as capture:
             layouts = {name: block.layout for name, block in capture.blocks.items()}
+            spatial = {
+                name
+                for name, block in capture.blocks.items()
+                if any(part in block.kind for part in SPATIAL)
+            }
             structure = as_structure(method.structure, training=True)
             curvature = Curvature(structure, layouts, capture.layout)
     except ValueError as error:
@@ -319,9 +329,11 @@ def plan_model(model: nn.Module, options: Options) -> Plan:
         inverses=options.inverses or refresh.inverses,
     )
     trained = [(p.dtype.itemsize, p.shape) for p in parameters if p.requires_grad]
+    positions = dict.fromkeys(curvature.parts, options.positions)
+    positions |= dict.fromkeys(spatial, max(2, options.positions))
     directions = as_fisher_type(method.fisher).directions(1)
     works = tuple(
-        _shared_work(curvature, options, ranks, sharing, directions, trained)
+        _shared_work(curvature, options, ranks, sharing, directions, trained, positions)
         for ranks in options.ranks
         for sharing in sharings(ranks)
     )
@@ -354,6 +366,7 @@ def _shared_work(
     sharing: Sharing | float,
     directions: int,
     trained: Sequence[tuple[int, Sequence[int]]],
+    positions: Mapping[str, int],
 ) -> SharedWork:
     """Return what one sharing mode takes; messages are those of the column that moves most.
 
@@ -364,9 +377,9 @@ def _shared_work(
         sharing: The mode.
         directions: Pulled-back vectors per sample.
         trained: Bytes of an entry and shape of the parameters that have gradients.
+        positions: Part → positions of a sample that share its weight.
     """
     structure, parts = curvature.structure, curvature.parts
-    positions = dict.fromkeys(parts, options.positions)
     batch = Workload(ranks * options.samples, directions, positions, ranks)
     costs, alone = curvature.costs(batch), curvature.costs(Workload(0, directions, {}, ranks))
     factorisation = {name: cost.refresh for name, cost in alone.items()}

@@ -7,7 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from natgrad.jacobians.layer import LayerJacobian, WeightSharing
 from natgrad.jacobians.linear import LinearJacobian
+from natgrad.jacobians.positions import Draw
 from natgrad.layouts import BlockLayout
 
 __all__ = ["EmbeddingJacobian"]
@@ -40,6 +42,13 @@ class EmbeddingJacobian(LinearJacobian):
         """One-hot inputs ``(N, T, 1, V)``, built only when asked for."""
         one_hot = torch.nn.functional.one_hot(self.indices, self.layout.d_in)
         return one_hot.unsqueeze(2).to(self.dtype)
+
+    def product_rows(
+        self, weight_sharing: WeightSharing, rows_per_unit: float | None, draw: Draw
+    ) -> tuple[LayerJacobian, ...]:
+        """Return one for all, as positions seldom have an input in common."""
+        setting: WeightSharing = "expand" if weight_sharing == "split" else weight_sharing
+        return super().product_rows(setting, rows_per_unit, draw)
 
     def state(self) -> dict[str, Tensor]:
         """Return the indices and ``δ``."""

@@ -66,13 +66,18 @@ class FactorTerms:
         inputs: Terms of ``Σ a aᵀ``; none where an earlier chunk has brought it.
         positions: What its mean divides by.
         outputs: Terms of ``Σ δ δᵀ``, likewise.
-        turned: Those of uses the other way round.
+        further: Those of another product.
     """
 
     inputs: tuple[FactorTerm, ...]
     positions: Tensor
     outputs: tuple[FactorTerm, ...]
-    turned: FactorTerms | None = None
+    further: FactorTerms | None = None
+
+    def followed_by(self, more: FactorTerms | None) -> FactorTerms:
+        """Return the same products with further ones."""
+        further = more if self.further is None else self.further.followed_by(more)
+        return replace(self, further=further)
 
     def with_terms(self, more: FactorTerms) -> FactorTerms:
         """Return the terms of both."""
@@ -99,7 +104,7 @@ def _tied_terms(rows: SumJacobian, sharing: WeightSharing, continued: bool) -> F
             turned = terms if turned is None else turned.with_terms(terms)
         else:
             straight = straight.with_terms(terms)
-    return replace(straight, turned=turned)
+    return straight.followed_by(turned)
 
 
 def _dense_terms(rows: LayerJacobian, sharing: WeightSharing, continued: bool) -> FactorTerms:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -28,7 +28,7 @@ __all__ = [
     "joint_gram",
 ]
 
-WeightSharing = Literal["expand", "reduce"]
+WeightSharing = Literal["expand", "reduce", "split"]
 
 # Largest temporary, in elements, that a chunked product may allocate (2^25 float32 = 128 MiB).
 CHUNK_ELEMENTS = 2**25
@@ -44,14 +44,20 @@ class KroneckerSums:
         positions: What the mean of ``inputs`` divides by, mostly how many terms it sums; a scalar
             or one number per group.
         outputs: ``Σ δ δᵀ``, ``(G, d_out, d_out)``, or its diagonal ``(G, d_out)``.
-        turned: Those of uses of the parameter the other way round, as of an embedding tied to the
-            output layer, with inputs and outputs exchanged; None without any.
+        further: Those of another product, which is to be added: of uses of the parameter the other
+            way round, as of an embedding tied to the output layer, with inputs and outputs
+            exchanged, or of what positions add to the means over them; None without any.
     """
 
     inputs: Tensor | None
     positions: Tensor
     outputs: Tensor | None
-    turned: KroneckerSums | None = None
+    further: KroneckerSums | None = None
+
+    def followed_by(self, more: KroneckerSums | None) -> KroneckerSums:
+        """Return the same products with further ones."""
+        further = more if self.further is None else self.further.followed_by(more)
+        return replace(self, further=further)
 
 
 class LayerJacobian(ABC):
@@ -84,17 +90,21 @@ class LayerJacobian(ABC):
                 setattr(result, key, value.to(dtype))
         return result
 
-    def with_enough_rows(
-        self, rows_per_unit: float | None, weight_sharing: WeightSharing, draw: Draw
-    ) -> LayerJacobian:
-        """Return rows at a random subset of positions where there are more than enough.
+    def product_rows(
+        self, weight_sharing: WeightSharing, rows_per_unit: float | None, draw: Draw
+    ) -> tuple[LayerJacobian, ...]:
+        """Return the rows of every Kronecker product of a setting for shared weights.
+
+        Those of means over positions, and those of deviations from them, with ``"split"``; else one
+        for all. Where positions are not summed first and there are more than enough, they are those
+        of a random subset.
 
         Args:
+            weight_sharing: The setting.
             rows_per_unit: Rows that suffice, per unit of the larger factor; None for all.
-            weight_sharing: "reduce" sums over positions, so that none may be left out.
             draw: Which subset.
         """
-        return self
+        return (self,)
 
     @property
     def rows(self) -> int:
@@ -161,7 +171,8 @@ class LayerJacobian(ABC):
         """Return the un-normalised Kronecker factors.
 
         Args:
-            weight_sharing: ``"expand"`` treats every position as a sample of its own;
+            weight_sharing: ``"expand"`` treats every position as a sample of its own, and so does
+                ``"split"``, of rows that are split already (:meth:`product_rows`);
                 ``"reduce"`` averages inputs and sums output gradients over positions first
                 (Eschenhagen et al. 2023).
             max_factor_size: Which factors are kept as their diagonal, see

@@ -23,7 +23,7 @@ from natgrad.jacobians.layer import (
 from natgrad.jacobians.positions import Draw, enough_rows, random_subset
 from natgrad.layouts import BlockLayout
 
-__all__ = ["LinearJacobian", "mean_inputs", "tensor_identity"]
+__all__ = ["LinearJacobian", "deviations_of", "mean_inputs", "tensor_identity"]
 
 
 class LinearJacobian(LayerJacobian):
@@ -33,8 +33,9 @@ class LinearJacobian(LayerJacobian):
         layout: The block's layout.
         inputs: Layer inputs, ``(N, T, G, d_in)``, or a function that makes them when first needed,
             of all samples and positions (for None) or some (convolutions build their patches only
-            then). It may have a method ``products``, of all inputs with matrices
-            ``(c, G, d_out, d_in)``, as ``(c, G, N·T, d_out)``.
+            then). It may have methods ``products``, of all inputs with matrices
+            ``(c, G, d_out, d_in)``, as ``(c, G, N·T, d_out)``, and ``mean``, over positions, as
+            ``(N, 1, G, d_in)``.
         output_gradients: ``δ``, ``(N, K, T, G, d_out)``.
         bias_value: The input a bias sees: 1 for ordinary layers.
         skip_silent: Leave positions whose ``δ`` is exactly zero (ignored or padded tokens) out of
@@ -175,29 +176,75 @@ class LinearJacobian(LayerJacobian):
         result._active = None if self._active is None else self._active[:, positions]
         return result
 
-    def with_enough_rows(
-        self, rows_per_unit: float | None, weight_sharing: WeightSharing, draw: Draw
-    ) -> LinearJacobian:
-        """Return rows at a random subset of positions where there are more than enough."""
+    def product_rows(
+        self, weight_sharing: WeightSharing, rows_per_unit: float | None, draw: Draw
+    ) -> tuple[LayerJacobian, ...]:
+        """Return the rows of every Kronecker product of a setting for shared weights."""
         if self.positions == 1 or weight_sharing == "reduce":
-            return self
-        limit = enough_rows(self.layout, rows_per_unit)
-        if limit is None:
-            return self
-        kept = max(1, -(-limit // draw.place.of_all(self.samples)))
-        if kept >= self.positions:
-            return self
-        return self.subsampled(random_subset(self.positions, kept, draw.number, self.device))
+            return (self,)
+        chosen, limit = None, enough_rows(self.layout, rows_per_unit)
+        if limit is not None:
+            kept = max(1, -(-limit // draw.place.of_all(self.samples)))
+            if kept < self.positions:
+                chosen = random_subset(self.positions, kept, draw.number, self.device)
+        if weight_sharing == "split":
+            return self.split(chosen)
+        return (self if chosen is None else self.subsampled(chosen),)
+
+    def split(self, positions: Tensor | None = None) -> tuple[LinearJacobian, LinearJacobian]:
+        """Return rows of means over the T positions that count, and rows of deviations from them.
+
+        ``Σ_t δ_t a_tᵀ = (Σ_t δ_t) āᵀ + Σ_t (δ_t − δ̄)(a_t − ā)ᵀ``; the deviations of δ are
+        multiplied by ``√(T/(T − 1))``, as they have a degree of freedom less than there are terms.
+
+        Args:
+            positions: At which positions deviations are taken, as in :meth:`subsampled`; None for
+                all.
+        """
+        active, total = self.active_positions, self.output_gradients.sum(2, keepdim=True)
+        mean, kept = self._mean_inputs(active)
+        means = self.replaced(mean, total)
+        rest = self if positions is None else self.subsampled(positions)
+        number = total.new_full((1,), self.positions) if active is None else active.sum(1)
+        scale = (self.positions / rest.positions) ** 0.5
+        gradients = deviations_of(rest.output_gradients, total * scale, number.view(-1, 1, 1, 1, 1))
+        if active is None:
+            inputs = self._once("deviations", rest._inputs, lambda: rest.inputs - mean)
+        else:
+            few = active if positions is None else active[:, positions]
+            inputs = (rest.inputs - mean) * few[:, :, None, None]
+            gradients = gradients * few[:, None, :, None, None]
+            means._active, rest._active = kept, few
+        deviations = LinearJacobian(self.layout, inputs, gradients, bias_value=0.0)
+        deviations._active = rest._active
+        means.moments = deviations.moments = self.moments
+        return means, deviations
+
+    def _once(self, what: str, inputs: Any, make: Callable[[], Tensor]) -> Tensor:
+        """Return what is made of inputs, made once for all layers that read the same tensor."""
+        if callable(inputs):
+            return make()
+        key = (what, *tensor_identity(inputs))
+        if key not in self.moments:
+            self.moments[key] = inputs, make()
+        return self.moments[key][1]
+
+    def _mean_inputs(self, active: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return every sample's mean input, and which samples have any."""
+        if active is not None:
+            return mean_inputs(self.inputs, active)
+        whole: Any = self._inputs
+        if callable(whole) and hasattr(whole, "mean"):
+            return at_least_float32(whole.mean()), None
+        return self._once("mean", self._inputs, lambda: mean_inputs(self.inputs, None)[0]), None
 
     def _take_inputs(self, positions: Tensor) -> None:
         whole = self._inputs
         if callable(whole):
             self._inputs = at_least_float32(whole(None, positions))
             return
-        key = (*tensor_identity(whole), tuple(positions.tolist()))
-        if key not in self.moments:
-            self.moments[key] = whole, whole[:, positions]
-        self._inputs = self.moments[key][1]
+        what = f"at {positions.tolist()}"
+        self._inputs = self._once(what, whole, lambda: whole[:, positions])
 
     def of_samples(self, samples: Tensor) -> LinearJacobian:
         """Return the rows of some samples, ``(N',)``."""
@@ -261,12 +308,11 @@ class LinearJacobian(LayerJacobian):
         if weights is not None:
             return self._second_moment_of(self.inputs, weights, diagonal)
         # Layers that read the same tensor, such as query, key and value, share its moment.
-        bias = self.bias_value if self.layout.has_bias else 0.0
-        inputs = self.inputs
-        key = (*tensor_identity(inputs), bias, diagonal)
-        if key not in self.moments:
-            self.moments[key] = inputs, self._second_moment_of(inputs, None, diagonal)
-        return self.moments[key][1]
+        bias = self.bias_value if self.layout.has_bias else None
+        what = f"moment, bias {bias}, diagonal {diagonal}"
+        return self._once(
+            what, self.inputs, lambda: self._second_moment_of(self.inputs, None, diagonal)
+        )
 
     def _second_moment_of(self, inputs: Tensor, weights: Tensor | None, diagonal: bool) -> Tensor:
         layout = self.layout
@@ -434,7 +480,7 @@ class LinearJacobian(LayerJacobian):
     def _reduced_second_moment(
         self, active: Tensor | None, diagonal: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        mean, weights = mean_inputs(self.inputs, active)
+        mean, weights = self._mean_inputs(active)
         positions = mean.new_tensor(float(self.samples)) if weights is None else weights.sum()
         return mean, self._second_moment_of(mean, weights, diagonal), positions
 
@@ -452,6 +498,11 @@ def mean_inputs(inputs: Tensor, active: Tensor | None) -> tuple[Tensor, Tensor |
     mean = (inputs * active[:, :, None, None]).sum(1, keepdim=True)
     mean = mean / counts.clamp(min=1.0)[:, None, None, None]
     return mean, (counts > 0).to(inputs.dtype).unsqueeze(1)
+
+
+def deviations_of(delta: Tensor, total: Tensor, number: Tensor) -> Tensor:
+    """Return ``√(T/(T − 1)) (δ_t − Σδ/T)`` for T = number, 0 if it is 1."""
+    return (delta - total / number.clamp(min=1.0)) * (number / (number - 1.0).clamp(min=1.0)).sqrt()
 
 
 def tensor_identity(tensor: Tensor) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from natgrad.jacobians.layer import WeightSharing
-from natgrad.jacobians.linear import LinearJacobian
+from natgrad.jacobians.linear import LinearJacobian, deviations_of
 from natgrad.layouts import BlockLayout
 
 __all__ = ["StackedJacobian"]
@@ -86,10 +86,7 @@ class StackedJacobian(LinearJacobian):
         self, weight_sharing: WeightSharing = "expand", max_factor_size: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return ``Σ a aᵀ`` per map, or its diagonal, and how many terms it sums, ``(G,)``."""
-        counted = self.filled.to(self.dtype)
-        if self.skip_silent:
-            silent = (self.output_gradients == 0).all(-1).all(1)
-            counted = counted * (~silent).to(self.dtype)
+        counted = self._counted()
         inputs = self.inputs * counted.unsqueeze(-1)
         if weight_sharing == "reduce" and self.positions > 1:
             numbers = counted.sum(1, keepdim=True)
@@ -98,3 +95,27 @@ class StackedJacobian(LinearJacobian):
         a = inputs.permute(2, 0, 1, 3).flatten(1, 2)  # (G, N·T, d_in)
         diagonal = self.layout.large_factors(max_factor_size)[0]
         return a.square().sum(1) if diagonal else a.mT @ a, counted.sum((0, 1))
+
+    def _counted(self) -> Tensor:
+        """Return which positions of every map count, ``(N, T, G)`` of 0 and 1."""
+        counted = self.filled.to(self.dtype)
+        if self.skip_silent:
+            silent = (self.output_gradients == 0).all(-1).all(1)
+            counted = counted * (~silent).to(self.dtype)
+        return counted
+
+    def split(self, positions: Tensor | None = None) -> tuple[LinearJacobian, LinearJacobian]:
+        """Return the rows as those of every map's means and of deviations."""
+        counted, total = self._counted(), self.output_gradients.sum(2, keepdim=True)
+        numbers = counted.sum(1, keepdim=True)  # (N, 1, G)
+        mean = (self.inputs * counted.unsqueeze(-1)).sum(1, keepdim=True)
+        mean = mean / numbers.clamp(min=1.0).unsqueeze(-1)
+        rest = self if positions is None else self.subsampled(positions)
+        scale = (self.positions / rest.positions) ** 0.5
+        gradients = deviations_of(
+            rest.output_gradients, total * scale, numbers[:, None, :, :, None]
+        )
+        few = (counted if positions is None else counted[:, positions]).unsqueeze(-1)
+        inputs, gradients = (rest.inputs - mean) * few, gradients * few.unsqueeze(1)
+        means = StackedJacobian(self.layout, mean, total, (numbers > 0).to(self.dtype))
+        return means, StackedJacobian(self.layout, inputs, gradients, few[..., 0])

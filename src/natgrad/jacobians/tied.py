@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -13,6 +11,7 @@ from natgrad.jacobians.layer import (
     WeightSharing,
     gram_by_gradients,
 )
+from natgrad.jacobians.positions import Draw
 from natgrad.layouts import BlockLayout
 
 __all__ = ["SumJacobian", "added", "is_other_way_round"]
@@ -95,6 +94,16 @@ class SumJacobian(LayerJacobian):
         """Part the rows of every use."""
         return SumJacobian([part.parted(samples) for part in self.parts], self.layout)
 
+    def product_rows(
+        self, weight_sharing: WeightSharing, rows_per_unit: float | None, draw: Draw
+    ) -> tuple[LayerJacobian, ...]:
+        """Return the means, and the deviations, of all uses, at all positions."""
+        if weight_sharing != "split":
+            return (self,)
+        found = [part.product_rows(weight_sharing, None, draw) for part in self.parts]
+        split = [[one[0] for one in found], [one[1] for one in found if len(one) > 1]]
+        return tuple(SumJacobian(parts, self.layout) for parts in split if parts)
+
     def kronecker_factors(
         self,
         weight_sharing: WeightSharing = "expand",
@@ -114,7 +123,7 @@ class SumJacobian(LayerJacobian):
         if straight is None:
             none = torch.zeros((), dtype=self.dtype, device=self.device)
             straight = KroneckerSums(None, none, None)
-        return replace(straight, turned=turned)
+        return straight.followed_by(turned)
 
 
 def _pooled(total: KroneckerSums | None, more: KroneckerSums) -> KroneckerSums:

@@ -33,13 +33,14 @@ class KroneckerStatistics(Statistics):
     Matrices are right in their lower triangles, which is all that factorisations read, and all that
     is kept of large ones.
 
-    The products ``B_i ⊗ A_i`` of uses of a parameter the one way round and the other, as of an
-    embedding tied to the output layer, are merged into one that keeps their trace,
+    Several products ``B_i ⊗ A_i`` (of uses of a parameter the one way round and the other, as of an
+    embedding tied to the output layer; of means over positions and of deviations from them) are
+    merged into one that keeps their trace,
 
     .. math:: A = \sum_i tr(B_i) A_i / \sum_i tr(A_i) tr(B_i), \qquad B = \sum_i tr(A_i) B_i,
 
-    the partial traces of their sum: exact where all uses are proportional, and the same however
-    each product's scale is split between its factors.
+    the partial traces of their sum: exact where all are proportional, and the same however each
+    product's scale is split between its factors.
 
     Attributes:
         inputs: ``Σ a aᵀ``, ``(G, d_in + bias, d_in + bias)``, its lower triangles, or its diagonal
@@ -48,13 +49,13 @@ class KroneckerStatistics(Statistics):
         positions: What the mean of ``inputs`` divides by, mostly how many terms it sums; a scalar
             or one number per group.
         outputs: ``Σ δ δᵀ``, ``(G, d_out, d_out)``, its lower triangles, or its diagonal.
-        turned: The sums of uses the other way round, with inputs and outputs exchanged.
+        further: The sums of another product.
     """
 
     inputs: Factor | None
     positions: Tensor
     outputs: Factor | None
-    turned: KroneckerStatistics | None = field(default=None, kw_only=True)
+    further: KroneckerStatistics | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         """Keep the lower triangles of large matrices."""
@@ -66,8 +67,10 @@ class KroneckerStatistics(Statistics):
     @classmethod
     def of(cls, count: Tensor, sums: KroneckerSums) -> KroneckerStatistics:
         """Return the statistics of sums over a batch."""
-        turned = None if sums.turned is None else cls.of(count, sums.turned)
-        return KroneckerStatistics(count, sums.inputs, sums.positions, sums.outputs, turned=turned)
+        further = None if sums.further is None else cls.of(count, sums.further)
+        return KroneckerStatistics(
+            count, sums.inputs, sums.positions, sums.outputs, further=further
+        )
 
     def is_finite(self) -> Tensor:
         """Return whether the diagonals are finite: Σ x xᵀ is exactly if its diagonal is."""
@@ -75,8 +78,11 @@ class KroneckerStatistics(Statistics):
         return torch.stack([*flags, torch.isfinite(self.count)]).all()
 
     def _factors(self) -> list[Factor]:
-        own = [factor for factor in (self.inputs, self.outputs) if factor is not None]
-        return own if self.turned is None else own + self.turned._factors()
+        both = [(one.inputs, one.outputs) for one in self._products()]
+        return [factor for pair in both for factor in pair if factor is not None]
+
+    def _products(self) -> list[KroneckerStatistics]:
+        return [self, *([] if self.further is None else self.further._products())]
 
     def sums(self) -> dict[str, Any]:
         """Return the sums, of symmetric matrices half."""
@@ -85,59 +91,71 @@ class KroneckerStatistics(Statistics):
             factor = getattr(self, name)
             if isinstance(factor, LowerTriangles) or (factor is not None and factor.dim() == 3):
                 state[name] = Symmetric(whole(factor))
-        if self.turned is not None:
-            state["turned"] = self.turned.sums()
+        if self.further is not None:
+            state["further"] = self.further.sums()
         return state
 
     def trace(self) -> Tensor:
         """Return the trace of the mean B ⊗ A, groups summed."""
-        if self.turned is not None:
-            a, b = self.mean_factors()
-            return (factor_diagonal(a).sum(-1) * factor_diagonal(b).sum(-1)).sum()
-        assert self.inputs is not None and self.outputs is not None
-        a, b = (_diagonal(factor).sum(-1) for factor in (self.inputs, self.outputs))
-        a = a / self.positions.clamp(min=1e-30)
-        return (a * b * self.count.clamp(min=1e-300).reciprocal().to(b.dtype)).sum()
+        traces = []
+        for one in self._whole_products():
+            a, b = (_diagonal(factor).sum(-1) for factor in (one.inputs, one.outputs))
+            traces.append((a * b * _reciprocal(one.positions)).sum())
+        return torch.stack(traces).sum() * self._per_count(traces[0].dtype)
+
+    def _whole_products(self) -> list[Any]:
+        """Return the products of which both factors have been seen."""
+        products = self._products()
+        return [x for x in products if x.inputs is not None and x.outputs is not None]
+
+    def _per_count(self, dtype: torch.dtype) -> Tensor:
+        return self.count.clamp(min=1e-300).reciprocal().to(dtype)
 
     def mean_factors(self) -> tuple[Tensor, Tensor]:
         """Return ``(A, B)``, right in their lower triangles."""
-        inputs, outputs = self._merged()
-        return inputs, outputs * self.count.clamp(min=1e-300).reciprocal().to(outputs.dtype)
-
-    def _merged(self) -> tuple[Tensor, Tensor]:
-        """Return A and B times the count."""
-        pairs, positions = [], []
-        for one in (self, self.turned):
-            if one is not None and one.inputs is not None and one.outputs is not None:
-                pairs.append((whole(one.inputs), whole(one.outputs)))
-                positions.append(one.positions)
-        (inputs, outputs), number = pairs[0], positions[0].clamp(min=1e-30)
+        products = self._whole_products()
+        pairs = [(whole(one.inputs), whole(one.outputs)) for one in products]
         if len(pairs) == 1:
-            number = number.reshape(-1, *[1] * (inputs.dim() - 1)) if number.dim() else number
-            return inputs / number, outputs
-        traces = [(factor_diagonal(a).sum(), factor_diagonal(b).sum()) for a, b in pairs]
-        (v, w), (v_turned, w_turned) = merging_weights(traces, positions)
-        a = added(inputs * v, pairs[1][0] * v_turned)
-        b = added(outputs * w, pairs[1][1] * w_turned)
-        assert a is not None and b is not None
-        return a, b
+            a, b = pairs[0]
+            number = products[0].positions.clamp(min=1e-30)
+            return _each(number.reciprocal(), a), b * self._per_count(b.dtype)
+        traces = [(_trace(a), _trace(b)) for a, b in pairs]
+        weights = merging_weights(traces, [one.positions for one in products])
+        inputs: Tensor | None = None
+        outputs: Tensor | None = None
+        for (v, w), (a, b) in zip(weights, pairs, strict=True):
+            inputs, outputs = added(inputs, _each(v, a)), added(outputs, _each(w, b))
+        assert inputs is not None and outputs is not None
+        return inputs, outputs * self._per_count(outputs.dtype)
+
+
+def _trace(factor: Tensor) -> Tensor:
+    return factor_diagonal(factor).sum(-1)
+
+
+def _each(weight: Tensor, factor: Tensor) -> Tensor:
+    """Return a factor of every group times its weight, or that of all, in the factor's type."""
+    return factor * (weight.view(-1, *[1] * (factor.dim() - 1)) if weight.dim() else weight)
 
 
 def merging_weights(
     traces: Sequence[tuple[Tensor, Tensor]], positions: Sequence[Tensor]
 ) -> list[tuple[Tensor, Tensor]]:
-    """Return the weights of the sums of every use in merged factors A and B.
+    """Return the weights of the sums of every product in merged factors A and B.
 
     Args:
-        traces: Those of every use's sums of inputs and of outputs.
-        positions: What the mean of every use's product divides by.
+        traces: Those of every product's sums of inputs and of outputs, in all or per group.
+        positions: What the mean of every product divides by.
     """
-    # Sums that a long absence has made small count as little, but for none at all.
-    shares = [torch.where(count > 0, 1.0 / count, 0.0) for count in positions]
-    uses = list(zip(traces, shares, strict=True))
-    total = torch.stack([a * b * share for (a, b), share in uses]).sum()
+    products = [(a, b, _reciprocal(count)) for (a, b), count in zip(traces, positions, strict=True)]
+    total = torch.stack([a * b * share for a, b, share in products]).sum(0)
     total = torch.where(total > 0, total, torch.ones_like(total))
-    return [(b * share / total, a * share) for (a, b), share in uses]
+    return [(b * share / total, a * share) for a, b, share in products]
+
+
+def _reciprocal(count: Tensor) -> Tensor:
+    # Sums that a long absence has made small count as little, but for none at all.
+    return torch.where(count > 0, 1.0 / count, 0.0)
 
 
 def whole(factor: Factor) -> Tensor:
