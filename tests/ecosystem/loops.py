@@ -65,6 +65,13 @@ def network(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Sequential:
     ).to(dtype)
 
 
+def perceptron(seed: int = 0) -> nn.Sequential:
+    """Return a classifier of the same images with two linear layers."""
+    torch.manual_seed(seed)
+    layers = nn.Flatten(), nn.Linear(36, 8), nn.Tanh(), nn.Linear(8, 3)
+    return nn.Sequential(*layers).double()
+
+
 def images(samples: int = 24, seed: int = 0, dtype: torch.dtype = torch.float64):
     """Return images and labels a linear rule gives."""
     generator = torch.Generator().manual_seed(seed)

@@ -13,6 +13,7 @@ from tests.ecosystem.loops import (
     batches,
     make,
     network,
+    perceptron,
     train,
 )
 from tests.state import flat
@@ -32,11 +33,6 @@ BACKENDS = ("eager", "aot_eager")
 OTHERS = ["singd", "exact", "egn", "padam", "conjugate_gradient"]
 CASES = [("kfac", order, BACKENDS[(index + 1) % 2]) for index, order in enumerate(ORDERS)]
 CASES += [(name, ORDERS[index % 3], BACKENDS[index % 2]) for index, name in enumerate(OTHERS)]
-
-
-def perceptron() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.Tanh(), nn.Linear(8, 3)).double()
 
 
 @pytest.mark.slow

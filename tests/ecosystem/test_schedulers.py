@@ -17,7 +17,7 @@ from tests.ecosystem.loops import (
     batches,
     cross_entropy,
     make,
-    network,
+    perceptron,
     train,
 )
 from tests.methods import make_optimizer
@@ -83,7 +83,7 @@ PAIRS = [(s, "kfac") for s in SCHEDULERS] + [
 @pytest.mark.parametrize(("name", "optimizer_name"), PAIRS)
 def test_rates_and_momenta_follow_the_schedule(name, optimizer_name):
     """The step moves each parameter by rate times momentum buffer, with the schedule's values."""
-    model, twin = network(), network()
+    model, twin = perceptron(), perceptron()
     optimizer = make(optimizer_name, model, lr=LR, kl_clip=None, nesterov=False)
     sgd = torch.optim.SGD(twin.parameters(), lr=LR, momentum=0.9)
     with warnings.catch_warnings():
@@ -104,7 +104,7 @@ def test_rates_and_momenta_follow_the_schedule(name, optimizer_name):
 
 @pytest.mark.parametrize("name", list(SCHEDULERS))
 def test_padam_is_scheduled_as_adam_is(name):
-    model = network()
+    model = perceptron()
     optimizers = natgrad.Padam(model.parameters(), lr=LR), torch.optim.Adam(model.parameters(), LR)
     schedules = [SCHEDULERS[name](o) for o in optimizers]
     for index, batch in enumerate(batches(6)):
@@ -128,7 +128,7 @@ def test_padam_is_scheduled_as_adam_is(name):
 @pytest.mark.parametrize("name", [n for n in SCHEDULERS if n not in ("CyclicLR", "OneCycleLR")])
 def test_the_first_length_of_a_line_search_follows_the_schedule(name):
     """Where the first length is taken, the step is that of exact natural gradient descent."""
-    searching, exact = network(), network()
+    searching, exact = perceptron(), perceptron()
     optimizers = (
         make_optimizer(natgrad.EGN, searching, lr=LR, damping=0.1, max_trials=1),
         natgrad.ExactNGD(exact, lr=LR, damping=0.1, kl_clip=None),
@@ -153,13 +153,13 @@ def test_schedules_resume(method, name):
     data = batches(8)
     runs = []
     for cut in (None, 4):
-        model = network()
+        model = perceptron()
         optimizer = make(method, model, lr=LR)
         schedule = SCHEDULERS[name](optimizer)
         for index, batch in enumerate(data):
             if index == cut:
                 saved = optimizer.state_dict(), schedule.state_dict()
-                other = network(seed=7)
+                other = perceptron(seed=7)
                 other.load_state_dict(model.state_dict())
                 model = other
                 optimizer = make(method, model, lr=LR, seed=5)

@@ -32,7 +32,7 @@ def train(optimizer: ResidualNGD, steps: int, before: Callable[[], None] | None 
         if before is not None:
             before()
         optimizer.step()
-        if optimizer.last.loss_after < 1e-20:
+        if optimizer.last.loss_after < 1e-13:
             return
 
 
