@@ -22,6 +22,8 @@ from tests.cases import CASES, Case, normal
 NAMES = [name for name in CASES if name != "self_attention_time_first_masked"]
 # Batch statistics are those of the batch, whatever its size: other batches are other functions.
 SPLITTABLE = [name for name in NAMES if name != "batch_norm_train"]
+#: Of which everything is asked.
+SOME = ("mlp", "conv2d", "self_attention")
 
 
 @pytest.fixture(params=NAMES)
@@ -101,8 +103,14 @@ def test_kernel_of_every_layer_kind(case, outputs):
     dense.assert_same(found, gram(own, own, outputs))
 
 
-@pytest.mark.parametrize("outputs", ["full", "classwise", "trace"])
-def test_kernel_per_layer(case, outputs):
+@pytest.mark.parametrize(
+    ("name", "outputs"),
+    # Of all layers together every kind is compared above.
+    [(name, "full") for name in NAMES]
+    + [(name, outputs) for name in SOME for outputs in ("classwise", "trace")],
+)
+def test_kernel_per_layer(name, outputs):
+    case = CASES[name]()
     left, right = jacobian(case), jacobian_of_others(case)
     places = block_names(case)
     columns = dense.block_indices(case.model, case.blocks)
@@ -142,8 +150,11 @@ def test_kernel_per_unit(case):
             assert float((kernels.sum(0) - layer).norm()) <= 1e-10 * scale
 
 
-@pytest.mark.parametrize("name", SPLITTABLE)
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 1000])
+@pytest.mark.parametrize(
+    ("name", "batch_size"),
+    [(name, size) for name in SPLITTABLE for size in (1, 2)]
+    + [(name, size) for name in SOME for size in (3, 1000)],
+)
 def test_batches_change_nothing(name, batch_size):
     case = CASES[name]()
     left, x2 = jacobian(case), others(case)
@@ -158,7 +169,7 @@ def test_batches_change_nothing(name, batch_size):
             assert torch.equal(found[start:stop, stop:], found[stop:, start:stop].T)
     found = empirical_kernel(case.model, case.x, x2, **options)
     dense.assert_same(found, gram(left, right))
-    if name in ("mlp", "conv2d", "self_attention"):
+    if name in SOME:
         columns = dense.block_indices(case.model, case.blocks)
         for key, place in block_names(case).items():
             index = columns[place]

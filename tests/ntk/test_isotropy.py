@@ -345,7 +345,7 @@ def slope(widths: list[int], errors: list[float]) -> float:
     return float(x @ y / (x @ x))
 
 
-WIDTHS = [64, 128, 256, 512, 1024]
+WIDTHS = [64, 128, 256, 512]
 
 
 @pytest.mark.parametrize("activation, fraction", [("relu", 0.5), ("tanh", 1.0)])
