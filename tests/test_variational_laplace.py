@@ -21,6 +21,7 @@ from natgrad import (
 from natgrad.variational_laplace.inducing_points import choose_inducing_points
 from tests import dense
 from tests.cases import CASES, normal
+from tests.test_laplace import ridge
 
 
 def regression(outputs: int = 2, samples: int = 8) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
@@ -247,16 +248,6 @@ def test_float32():
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=1e-4)
     assert (found.diagonal(dim1=1, dim2=2) > 0).all()
-
-
-def ridge(variance: float, delta: float) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
-    """Return a linear model at the maximum of its posterior, and its data."""
-    x = normal(8, 3)
-    y = x @ normal(3, 1, seed=2) + 0.5 * normal(8, 1, seed=3)
-    model = nn.Linear(3, 1, bias=False).double()
-    precision = x.T @ x / variance + delta * torch.eye(3).double()
-    model.weight.data = torch.linalg.solve(precision, x.T @ y / variance).T
-    return model, x, y
 
 
 @pytest.mark.parametrize("variance", [0.05, 2.0])

@@ -18,6 +18,7 @@ from natgrad.residuals import AdaptivePoints, Residual, TaylorNetwork
 from natgrad.solvers import ConjugateGradient
 from tests import processes
 from tests.distributed.counting import Held
+from tests.distributed.networks import weights
 
 WORLDS = (2, 4)
 
@@ -123,10 +124,6 @@ class Run:
             "damping": torch.tensor(damping, dtype=torch.float64),
             "steps": steps,
         }
-
-
-def weights(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 RUNS: dict[str, Run] = {

@@ -28,6 +28,14 @@ def inputs(samples: int, dim: int, seed: int = 0) -> Tensor:
     return x * math.sqrt(dim) / x.norm(dim=1, keepdim=True)
 
 
+def slope(widths: list[int], errors: list[float]) -> float:
+    """Fit the exponent of errors as a power of the width."""
+    x = torch.tensor(widths, dtype=torch.float64).log()
+    y = torch.tensor(errors, dtype=torch.float64).log()
+    x = x - x.mean()
+    return float(x @ y / (x @ x))
+
+
 def example(outputs: int = 2, depth: int = 3, activation: str = "tanh", samples: int = 5):
     """A network wider than its N·C rows, training inputs, test inputs and targets."""
     model = mlp(7, *[12] * (depth - 1), outputs, activation=activation)

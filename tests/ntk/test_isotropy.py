@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from dataclasses import dataclass
 
@@ -14,21 +15,15 @@ import natgrad
 from natgrad import ntk
 from natgrad.fisher import MonteCarloFisher
 from natgrad.likelihoods import as_likelihood
-from natgrad.ntk import MLP, isotropic_constant, isotropy
+from natgrad.ntk import isotropic_constant, isotropy
 from tests import dense, pairwise
 from tests.cases import CASES, normal
-from tests.ntk import reference
+from tests.ntk import examples, reference
+from tests.ntk.examples import inputs, slope
 from tests.ntk.reference import STRUCTURES, Linear
 
-
-def mlp(*widths: int, activation: str = "tanh", bias: float = 0.0, seed: int = 0) -> MLP:
-    torch.manual_seed(seed)
-    return MLP(widths, activation, 1.7, bias, dtype=torch.float64)
-
-
-def inputs(samples: int, dim: int, seed: int = 0) -> Tensor:
-    x = normal(samples, dim, seed=seed)
-    return x * math.sqrt(dim) / x.norm(dim=1, keepdim=True)
+#: Without biases, unless a test says so.
+mlp = functools.partial(examples.mlp, bias=0.0)
 
 
 @dataclass
@@ -336,13 +331,6 @@ def test_kfac_with_fewer_units_than_rows():
     found = isotropy(model, x, "kfac")
     assert found.layers[0].reason == "it has 4 units for 6 rows"
     assert found.layers[1].reason == "it has 4 inputs for 6 samples"
-
-
-def slope(widths: list[int], errors: list[float]) -> float:
-    x = torch.tensor(widths, dtype=torch.float64).log()
-    y = torch.tensor(errors, dtype=torch.float64).log()
-    x = x - x.mean()
-    return float(x @ y / (x @ x))
 
 
 WIDTHS = [64, 128, 256, 512]

@@ -20,20 +20,9 @@ from natgrad.ntk import (
 from tests.cases import normal
 from tests.methods import make_optimizer
 from tests.ntk import reference
-from tests.ntk.examples import (
-    inputs,
-    mlp,
-)
+from tests.ntk.examples import inputs, mlp, slope
 
 # -- wide networks ---------------------------------------------------------------------------------
-
-
-def slope(widths: list[int], errors: list[float]) -> float:
-    """Fit the exponent of errors as a power of the width."""
-    x = torch.tensor(widths, dtype=torch.float64).log()
-    y = torch.tensor(errors, dtype=torch.float64).log()
-    x = x - x.mean()
-    return float(x @ y / (x @ x))
 
 
 @functools.lru_cache(maxsize=48)
