@@ -1,8 +1,9 @@
-"""Scripts, run in this process as ``python script arguments`` runs them."""
+"""Scripts, run in this process as ``python script arguments`` runs them, or imported."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import os
 import runpy
@@ -11,11 +12,21 @@ import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
 #: Warnings that Python does not show of modules.
 HIDDEN = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
+
+
+def load_module(path: Path) -> ModuleType:
+    """Import a file that lies in no package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def run_script(

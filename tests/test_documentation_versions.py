@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.scripts import load_module
+
 ROOT = Path(__file__).parents[1]
 
-
-def load_publish() -> Any:
-    specification = importlib.util.spec_from_file_location("publish", ROOT / "docs/publish.py")
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
-publish = load_publish().publish
+publish = load_module(ROOT / "docs/publish.py").publish
 
 
 def built(folder: Path, text: str) -> Path:

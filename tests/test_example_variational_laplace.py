@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.scripts import run_script
+from tests.scripts import load_module, run_script
 
 for package in ("matplotlib", "rich"):
     pytest.importorskip(package)
@@ -23,11 +22,7 @@ SCRIPT = Path(__file__).parent.parent / "examples" / "variational_laplace.py"
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("variational_laplace_example", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(SCRIPT)
 
 
 def run(*arguments: str | Path) -> tuple[int, str, str]:

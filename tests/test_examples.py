@@ -6,7 +6,6 @@ A new example is one more line in `EXAMPLES`, and one more function in `FILES` i
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import io
 import os
 import pickle
@@ -15,13 +14,12 @@ import subprocess
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 
-from tests.scripts import run_script
+from tests.scripts import load_module, run_script
 
 for package in ("matplotlib", "rich"):
     pytest.importorskip(package)
@@ -142,15 +140,6 @@ def test_missing_files_are_named_in_one_sentence(file: str, given: bool, tmp_pat
     assert len(result.stderr.strip().splitlines()) == 1
 
 
-def load_module(file: str) -> ModuleType:
-    """Import an example."""
-    spec = importlib.util.spec_from_file_location(file.removesuffix(".py"), EXAMPLES_FOLDER / file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 class Silent:
     """A progress display that shows nothing."""
 
@@ -160,7 +149,7 @@ class Silent:
 
 @pytest.mark.parametrize("name", ["kfac", "adamw"])
 def test_resnet_resumes_from_its_checkpoint_to_the_last_bit(name: str, tmp_path: Path) -> None:
-    example = load_module("cifar100_resnet.py")
+    example = load_module(EXAMPLES_FOLDER / "cifar100_resnet.py")
     write_cifar100(tmp_path)
     data = example.load(tmp_path, 60)
     options = argparse.Namespace(seed=0, batch_size=20, epochs=2, width=4, lr=None, output=tmp_path)
@@ -181,7 +170,7 @@ def test_resnet_resumes_from_its_checkpoint_to_the_last_bit(name: str, tmp_path:
 
 
 def test_augmentation_shifts_and_mirrors_whole_images() -> None:
-    example = load_module("cifar100_resnet.py")
+    example = load_module(EXAMPLES_FOLDER / "cifar100_resnet.py")
     images = torch.randn(64, 3, 32, 32)
     moved = example.augment(images, torch.Generator().manual_seed(0))
     seen = set()
@@ -205,7 +194,7 @@ def test_augmentation_shifts_and_mirrors_whole_images() -> None:
 
 
 def test_bleu_counts_words_in_a_row() -> None:
-    bleu = load_module("multi30k_translation.py").bleu
+    bleu = load_module(EXAMPLES_FOLDER / "multi30k_translation.py").bleu
     reference = "a man is walking on the street".split()
     assert bleu([reference], [reference]) == pytest.approx(100)
     assert bleu([reference[:5]], [reference]) == pytest.approx(100 * np.exp(1 - 7 / 5))

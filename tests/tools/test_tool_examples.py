@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.scripts import load_module
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALL = "--samples 200 --test-samples 100 --epochs 1 --width 8".split()
@@ -22,10 +23,7 @@ def results_of(
     pytest.importorskip("matplotlib")
     pytest.importorskip("sklearn")
     monkeypatch.setattr(sys, "argv", [name, *arguments, "--output", str(folder)])
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.main()
+    load_module(EXAMPLES / f"{name}.py").main()
     (picture,) = folder.glob("*.png")
     assert picture.stat().st_size > 0
     (found,) = folder.glob("*.json")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 from typing import Any
+
+from tests.scripts import load_module
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,12 +23,7 @@ def test_the_guide_runs():
 
 
 def test_the_example_runs(capsys):
-    spec = importlib.util.spec_from_file_location(
-        "wave_function", ROOT / "examples" / "wave_function.py"
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_module(ROOT / "examples" / "wave_function.py")
     module.main(["--fast"])
     lines = capsys.readouterr().out.splitlines()
     assert "exact energy -10.25166179" in lines
