@@ -545,9 +545,13 @@ def second_moments(
         a: Inputs, (N, T, d_in + bias).
         delta: Output gradients, (K, N, T, d_out).
         sharing: "expand", "reduce" or "split", which has the partial traces of the sum of the
-            products of means and of deviations.
+            products of means and of deviations, and of a single unit the exact block.
         skip_silent: Leave positions that no vector reaches out of the mean.
     """
+    if sharing == "split" and a.shape[1] > 1 and delta.shape[3] == 1:
+        rows = torch.einsum("nti,knto->kni", a, delta)
+        inputs = torch.einsum("kni,knj->ij", rows, rows) / len(a)
+        return inputs, torch.full((1, 1), float(len(a)), dtype=a.dtype)
     if sharing == "split" and a.shape[1] > 1:
         mean, total, _ = shared(a, delta, "reduce", skip_silent)
         counted = shared(a, delta, "expand", skip_silent)[2]

@@ -17,7 +17,8 @@ a product of means, as in *reduce*, and one of deviations, as in *expand* (with 
 have a degree of freedom less), merged into the product with the partial traces of their sum. Its
 factors have the size of means that add up over positions, which *expand* misses by up to a factor
 of T, and the rank of deviations, which *reduce* lacks. It is exact where either of them is exact
-for deep linear networks, and right for terms that are independent with mean 0.
+for deep linear networks, and right for terms that are independent with mean 0. A group of one unit,
+as in normalisation and depthwise convolutions, has its exact block.
 """
 
 from __future__ import annotations
@@ -191,8 +192,9 @@ class KroneckerFactors(Structure):
 
     def _products(self, part: Part, workload: Workload) -> int:
         """Return how many products a layer's sums are of: means and deviations, or one."""
-        shared = workload.positions.get(part.name, 1) > 1 and not part.block.one_hot
-        return 2 if self.weight_sharing == "split" and shared else 1
+        shared, block = workload.positions.get(part.name, 1) > 1, part.block
+        splits = self.weight_sharing == "split" and not block.one_hot and block.d_out > 1
+        return 2 if shared and splits else 1
 
     def _factors(self, block: BlockLayout) -> list[tuple[int, bool]]:
         """Return the sizes of A and B, and whether they are kept as their diagonals."""

@@ -73,10 +73,6 @@ class PlanError(ValueError):
     """Options that nothing can be planned for; the message says why."""
 
 
-#: Parts of the names of layers whose weights positions share whatever the input.
-SPATIAL = ("Conv", "Norm2d", "Norm3d", "GroupNorm")
-
-
 @dataclass(frozen=True)
 class Options:
     """What a plan is made for.
@@ -86,7 +82,7 @@ class Options:
         ranks: Numbers of processes, at least 1 each.
         samples: Samples per process and step.
         positions: Positions of a sample that share each weight: tokens, pixels. Those of
-            convolutions and the normalisations between them are at least two.
+            convolutions are at least two.
         factors: Steps between updates of the curvature; None for the method's own.
         inverses: Steps between factorisations; None for the method's own.
         bandwidth: Of each process's link, in GB/s (10⁹ bytes).
@@ -313,11 +309,7 @@ def plan_model(model: nn.Module, options: Options) -> Plan:
     try:
         with Capture(model) as capture:
             layouts = {name: block.layout for name, block in capture.blocks.items()}
-            spatial = {
-                name
-                for name, block in capture.blocks.items()
-                if any(part in block.kind for part in SPATIAL)
-            }
+            convolutions = {name for name, block in capture.blocks.items() if "Conv" in block.kind}
             structure = as_structure(method.structure, training=True)
             curvature = Curvature(structure, layouts, capture.layout)
     except ValueError as error:
@@ -330,7 +322,7 @@ def plan_model(model: nn.Module, options: Options) -> Plan:
     )
     trained = [(p.dtype.itemsize, p.shape) for p in parameters if p.requires_grad]
     positions = dict.fromkeys(curvature.parts, options.positions)
-    positions |= dict.fromkeys(spatial, max(2, options.positions))
+    positions |= dict.fromkeys(convolutions, max(2, options.positions))
     directions = as_fisher_type(method.fisher).directions(1)
     works = tuple(
         _shared_work(curvature, options, ranks, sharing, directions, trained, positions)

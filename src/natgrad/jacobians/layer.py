@@ -95,9 +95,10 @@ class LayerJacobian(ABC):
     ) -> tuple[LayerJacobian, ...]:
         """Return the rows of every Kronecker product of a setting for shared weights.
 
-        Those of means over positions, and those of deviations from them, with ``"split"``; else one
-        for all. Where positions are not summed first and there are more than enough, they are those
-        of a random subset.
+        Those of means over positions, and those of deviations from them, with ``"split"`` (of units
+        without company, as in normalisation and depthwise convolutions, whose block is small, the
+        exact ones); else one for all. Where positions are not summed first and there are more than
+        enough, they are those of a random subset.
 
         Args:
             weight_sharing: The setting.

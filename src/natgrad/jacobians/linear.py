@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from natgrad import linalg
 from natgrad.jacobians import layer
+from natgrad.jacobians.dense import DenseJacobian
 from natgrad.jacobians.layer import (
     KroneckerSums,
     LayerJacobian,
@@ -182,6 +183,8 @@ class LinearJacobian(LayerJacobian):
         """Return the rows of every Kronecker product of a setting for shared weights."""
         if self.positions == 1 or weight_sharing == "reduce":
             return (self,)
+        if weight_sharing == "split" and self.layout.d_out == 1:
+            return (DenseJacobian(self.layout, self.layout.flat(self.per_sample_gradients())),)
         chosen, limit = None, enough_rows(self.layout, rows_per_unit)
         if limit is not None:
             kept = max(1, -(-limit // draw.place.of_all(self.samples)))
