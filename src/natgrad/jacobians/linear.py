@@ -181,7 +181,7 @@ class LinearJacobian(LayerJacobian):
         self, weight_sharing: WeightSharing, rows_per_unit: float | None, draw: Draw
     ) -> tuple[LayerJacobian, ...]:
         """Return the rows of every Kronecker product of a setting for shared weights."""
-        if self.positions == 1 or weight_sharing == "reduce":
+        if self.positions <= 1 or weight_sharing == "reduce":
             return (self,)
         if weight_sharing == "split" and self.layout.d_out == 1:
             return (DenseJacobian(self.layout, self.layout.flat(self.per_sample_gradients())),)
