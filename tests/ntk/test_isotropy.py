@@ -200,8 +200,9 @@ def test_other_models(name, structure):
             return
         y = torch.zeros_like(z)
         pairs = dense.kfac_pairs(
-            case.model, case.x, y, dense.gaussian(), case.blocks, output=case.output
-        )
+            case.model, case.x, y, dense.gaussian(), case.blocks, sharing="split",
+            output=case.output,
+        )  # fmt: skip
         inverse = dense.pi_damped_inverse(len(exact), pairs, 0.2)
     else:
         matrix = dense.structured(exact, structure, case.model, case.blocks)
