@@ -22,7 +22,7 @@ from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source, d
 from natgrad.experiments.claims.image_training import VGG, ImageTask, ResNet, images, residual
 from natgrad.experiments.claims.layer_damping import LayerDampedKFAC, LayerDampedTKFAC
 from natgrad.experiments.claims.race import Method, Race, Trial, at_equal_time
-from natgrad.experiments.claims.side_by_side import at_rate
+from natgrad.experiments.claims.side_by_side import EXPANDED, at_rate
 from natgrad.jacobians import Jacobians, LinearJacobian
 
 __all__ = ["SOURCE"]
@@ -255,15 +255,19 @@ def _rates(*rates: float) -> tuple[Trial, ...]:
 
 
 def _damped(
-    optimizer: type[natgrad.NaturalGradient], own: Structure | None
+    optimizer: type[natgrad.NaturalGradient],
+    own: Structure | None,
+    plain: Structure | None = None,
 ) -> Callable[[nn.Module, Trial, int, int], torch.optim.Optimizer]:
     """Return a maker of the sources' steps: rate times direction, with momentum.
 
     Args:
         optimizer: K-FAC or TKFAC.
         own: Its structure with damping in units of each layer; None for one damping for all.
+        plain: Its structure with one damping, where it is not the optimizer's.
     """
-    structure: dict[str, Any] = {} if own is None else {"structure": own}
+    chosen = own or plain
+    structure: dict[str, Any] = {} if chosen is None else {"structure": chosen}
 
     def make(model: nn.Module, trial: Trial, *_: int) -> torch.optim.Optimizer:
         rate, share = trial
@@ -288,7 +292,7 @@ METHODS = {
     "ekfac": Method("EKFAC", at_rate(natgrad.EKFAC), _NATURAL),
     "tkfac": Method("TKFAC", at_rate(natgrad.TKFAC), _NATURAL),
     "tekfac": Method("TEKFAC", at_rate(natgrad.TEKFAC), _NATURAL),
-    "kfac-one": Method("K-FAC, one damping", _damped(natgrad.KFAC, None), _BOTH),
+    "kfac-one": Method("K-FAC, one damping", _damped(natgrad.KFAC, None, EXPANDED), _BOTH),
     "kfac-own": Method("K-FAC, own damping", _damped(natgrad.KFAC, LayerDampedKFAC()), _BOTH),
     "tkfac-one": Method("TKFAC, one damping", _damped(natgrad.TKFAC, None), _BOTH),
     "tkfac-own": Method("TKFAC, own damping", _damped(natgrad.TKFAC, LayerDampedTKFAC()), _BOTH),

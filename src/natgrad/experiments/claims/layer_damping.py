@@ -15,6 +15,7 @@ from typing_extensions import Self
 
 from natgrad.curvature import KroneckerFactors, TraceKronecker
 from natgrad.curvature.structure import Part
+from natgrad.jacobians import WeightSharing
 from natgrad.operators import KroneckerOperator, Operator
 from natgrad.statistics import Statistics
 
@@ -44,7 +45,9 @@ def _unit(operator: KroneckerOperator) -> float:
 
 @dataclass(frozen=True)
 class LayerDampedKFAC(KroneckerFactors):
-    """K-FAC with damping in units of each layer."""
+    """K-FAC with damping in units of each layer, as the source knows it where positions share."""
+
+    weight_sharing: WeightSharing = "expand"
 
     def operator(self, part: Part, statistics: Statistics | None) -> KroneckerOperator:
         """Return K-FAC's matrix, damped so."""

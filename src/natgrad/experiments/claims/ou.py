@@ -13,7 +13,7 @@ import natgrad
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source, differences, ratios
 from natgrad.experiments.claims.image_training import Curves, residual
 from natgrad.experiments.claims.race import Method, Race, Trial, time_to
-from natgrad.experiments.claims.side_by_side import Methods, at_rate
+from natgrad.experiments.claims.side_by_side import EXPANDED, Methods, at_rate
 from natgrad.experiments.claims.translation import Corpus, Translator, bleu, read_corpus, train_for
 
 __all__ = ["SOURCE"]
@@ -42,6 +42,7 @@ _RATES = ((0.02,), (0.06,), (0.2,))
 _ALWAYS = natgrad.Refresh(factors=1, inverses=1)
 
 
+_kfac = partial(at_rate, natgrad.KFAC, structure=EXPANDED)
 RACE = Race(  # Of a ResNet-8 of width 8, or ResNet-18.
     partial(residual, widths=(64, 128, 256, 512), blocks=2, classes=20),
     {
@@ -49,9 +50,10 @@ RACE = Race(  # Of a ResNet-8 of width 8, or ResNet-18.
         "fngd": Method("FNGD", _fngd, _RATES),
         "mean": Method("FNGD with mean coefficients", partial(_fngd, share="mean")),
         "own": Method("FNGD with own coefficients", partial(_fngd, own=True)),
-        "kfac": Method("K-FAC", at_rate(natgrad.KFAC), ((0.375,), (0.75,), (1.5,))),
+        "kfac": Method("K-FAC", _kfac(), ((0.375,), (0.75,), (1.5,))),
         "kfac-always": Method(
-            "K-FAC renewed at every step", at_rate(natgrad.KFAC, refresh=_ALWAYS)
+            "K-FAC renewed at every step",
+            _kfac(refresh=_ALWAYS),
         ),
     },
 )

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LinearLR
 
+from natgrad.curvature import KroneckerFactors
 from natgrad.experiments.claims.claim import differences
 from natgrad.optim import NaturalGradient
 
 __all__ = [
+    "EXPANDED",
     "Make",
     "Methods",
     "Run",
@@ -32,6 +34,10 @@ Make = Callable[..., torch.optim.Optimizer]
 
 Methods = Mapping[str, tuple[Make, Sequence[float]]]
 """What makes an optimizer, and the rates to choose from, by title."""
+
+
+EXPANDED = KroneckerFactors(weight_sharing="expand")
+"""K-FAC as the sources know it, where positions share a weight."""
 
 
 def at_rate(
