@@ -89,8 +89,7 @@ class StackedJacobian(LinearJacobian):
         counted = self._counted()
         inputs = self.inputs * counted.unsqueeze(-1)
         if weight_sharing == "reduce" and self.positions > 1:
-            numbers = counted.sum(1, keepdim=True)
-            inputs = inputs.sum(1, keepdim=True) / numbers.clamp(min=1.0).unsqueeze(-1)
+            inputs, numbers = self._map_means(counted)
             counted = (numbers > 0).to(self.dtype)
         a = inputs.permute(2, 0, 1, 3).flatten(1, 2)  # (G, N·T, d_in)
         diagonal = self.layout.large_factors(max_factor_size)[0]
@@ -104,12 +103,16 @@ class StackedJacobian(LinearJacobian):
             counted = counted * (~silent).to(self.dtype)
         return counted
 
+    def _map_means(self, counted: Tensor) -> tuple[Tensor, Tensor]:
+        """Return every map's mean input ``(N, 1, G, d_in)``, and of how many, ``(N, 1, G)``."""
+        numbers = counted.sum(1, keepdim=True)
+        total = (self.inputs * counted.unsqueeze(-1)).sum(1, keepdim=True)
+        return total / numbers.clamp(min=1.0).unsqueeze(-1), numbers
+
     def split(self, positions: Tensor | None = None) -> tuple[LinearJacobian, LinearJacobian]:
         """Return the rows as those of every map's means and of deviations."""
         counted, total = self._counted(), self.output_gradients.sum(2, keepdim=True)
-        numbers = counted.sum(1, keepdim=True)  # (N, 1, G)
-        mean = (self.inputs * counted.unsqueeze(-1)).sum(1, keepdim=True)
-        mean = mean / numbers.clamp(min=1.0).unsqueeze(-1)
+        mean, numbers = self._map_means(counted)
         rest = self if positions is None else self.subsampled(positions)
         scale = (self.positions / rest.positions) ** 0.5
         gradients = deviations_of(
