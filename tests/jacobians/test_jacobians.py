@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from natgrad.capture import Capture
-from natgrad.jacobians import LinearJacobian
+from natgrad.jacobians import LinearJacobian, StackedJacobian
 from natgrad.jacobians import layer as layer_module
 from natgrad.layouts import BlockLayout
 from tests import dense
@@ -189,3 +189,24 @@ def test_deviations_at_some_positions_are_right_on_average(silent):
     torch.testing.assert_close(outputs, whole.outputs, rtol=1e-12, atol=1e-12)
     inputs = sum(part.inputs for part in parts) / sum(part.positions for part in parts)
     torch.testing.assert_close(inputs, whole.inputs / whole.positions, rtol=1e-12, atol=1e-12)
+
+
+def test_every_map_of_a_stack_is_split_by_itself():
+    lengths = (4, 2)
+    pieces = {
+        group: [(normal(3, t, 5, seed=group) + 1, normal(3, 2, t, 4, seed=2 + group))]
+        for group, t in enumerate(lengths)
+    }
+    layout = BlockLayout(("w",), ((2, 4, 5),), 2, 4, 5, True, False)
+    found = [
+        rows.kronecker_factors() for rows in StackedJacobian.of_matrices(layout, pieces).split()
+    ]
+    alone = BlockLayout(("w",), ((4, 5),), 1, 4, 5, True, False)
+    for group in range(2):
+        ((a, delta),) = pieces[group]
+        rows = LinearJacobian(alone, a.unsqueeze(2), delta.unsqueeze(3))
+        for one, wanted in zip(found, rows.split(), strict=True):
+            sums = wanted.kronecker_factors()
+            mean = one.inputs[group] / one.positions[group]
+            torch.testing.assert_close(mean.tril(), (sums.inputs[0] / sums.positions).tril())
+            torch.testing.assert_close(one.outputs[group].tril(), sums.outputs[0].tril())
