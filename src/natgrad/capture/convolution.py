@@ -126,9 +126,7 @@ class ConvolutionInputs:
         count = self.samples if chosen is None else len(chosen)
         few = positions if len(self.calls) == 1 else None
         for call in self.calls:
-            module = cast(nn.Conv2d, call.module)
-            images = _padded(module, of_samples(call.inputs[0], self.samples, chosen))
-            windows = patches(images, module.kernel_size, module.stride, module.dilation)
+            windows = _windows(call, of_samples(call.inputs[0], self.samples, chosen))
             row = _window_rows(windows, count, self.layout.groups, few)
             rows.append(row if self.layout.has_weight else row[..., :0])
         if len(rows) == 1:
@@ -140,11 +138,9 @@ class ConvolutionInputs:
         """Return the mean patch of every sample, ``(N, 1, G, d_in)``, without making any."""
         total, number = 0.0, 0
         for call in self.calls:
-            module = cast(nn.Conv2d, call.module)
-            images = _padded(module, call.inputs[0])
-            windows = patches(images, module.kernel_size, module.stride, module.dilation)
-            places = tuple(range(2, 2 + len(module.kernel_size)))
-            number += windows.shape[2 : 2 + len(places)].numel() * (len(images) // self.samples)
+            windows = _windows(call, at_least_float32(call.inputs[0]))
+            places = tuple(range(2, 1 + windows.dim() // 2))
+            number += windows.shape[2 : 2 + len(places)].numel() * (len(windows) // self.samples)
             sums = windows.sum(places).unflatten(0, (self.samples, -1)).sum(1)
             total = total + sums.view(self.samples, 1, self.layout.groups, -1)
         mean = cast(Tensor, total) / number
@@ -170,6 +166,12 @@ class ConvolutionInputs:
 _CONVOLVE: tuple[Any, ...] = (
     nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d,
 )  # fmt: skip
+
+
+def _windows(call: LayerCall, images: Tensor) -> Tensor:
+    """Return a view of all windows that a call's kernels meet on images, :func:`patches`."""
+    module = cast(nn.Conv2d, call.module)
+    return patches(_padded(module, images), module.kernel_size, module.stride, module.dilation)
 
 
 def _padded(module: nn.Conv2d, images: Tensor) -> Tensor:
