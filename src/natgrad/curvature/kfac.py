@@ -146,15 +146,14 @@ class KroneckerFactors(Structure):
         block = part.block
         rows = workload.samples * workload.positions.get(part.name, 1)
         enough = enough_rows(block, self.rows_per_unit) or rows
+        summed = min(rows, max(enough, workload.samples))
+        summed += workload.samples * (self._products(part, workload) - 1)  # Of the means.
         shapes, refresh, multiply = [], 0.0, 0.0
         on_rows = float(rows) * block.d_augmented * block.d_out
         sides = ((1, block.d_out), (workload.directions, block.d_augmented))
         for (times, other), (size, diagonal) in zip(sides, self._factors(block), strict=True):
             entries = block.groups * (size if diagonal else size**2)
             shapes.append(f"diag({size})" if diagonal else f"{size} x {size}")
-            summed = min(rows, max(enough, workload.samples))
-            if self._products(part, workload) > 1:
-                summed += workload.samples
             refresh += float(summed) * times * entries
             refresh += 0 if diagonal else block.groups * float(size) ** 3
             multiply += float(entries) * other
