@@ -229,7 +229,7 @@ def test_wrong_input_ends_with_one_sentence(tmp_path, capsys, monkeypatch, optio
 
 def test_diverging_runs_end_early():
     problem = Problem.load(TheoryConfig(width=32, train_samples=6))
-    run_ = problem.train(problem.network(), "gd", 1e6, 0.0, 10)
+    run_ = problem.train(problem.network(), "gd", 1e6, 10)
     assert len(run_.train_loss) == 11 and math.isnan(run_.train_loss[-1])
 
 

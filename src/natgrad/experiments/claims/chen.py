@@ -64,7 +64,7 @@ def generalisation(setting: Setting) -> Figures:
     steps = setting.of(STEPS, 100 * STEPS)
 
     def network(draw: int) -> nn.Module:
-        seed = 1000 * setting.seed + draw
+        seed = setting.seed_of(draw)
         return build_model("cnn", data.input_shape, data.classes, width=WIDTH, depth=4, seed=seed)
 
     found = task.compare(

@@ -160,6 +160,10 @@ class Setting:
             yield item
             self.progress(done / len(known))
 
+    def seed_of(self, draw: int) -> int:
+        """Return the seed of a draw of what is random."""
+        return 1000 * self.seed + draw
+
     def torch_device(self) -> torch.device:
         """Return the device."""
         return find_device(self.device)

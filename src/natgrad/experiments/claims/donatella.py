@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 import natgrad
 from natgrad.curvature import Full
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source, ratios
-from natgrad.experiments.claims.side_by_side import Make, Methods, Task, at_rate, mlp
+from natgrad.experiments.claims.side_by_side import Make, Methods, Task, at_rate
 from natgrad.experiments.theory.by_width import exponent
 from natgrad.operators import FisherMatrix
 from natgrad.solvers import Thermodynamic
@@ -35,21 +34,10 @@ STEPS = 20
 TIMES = (0.0, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
 
-def _task(setting: Setting) -> Task:
-    data = setting.dataset()
-    x = data.train_inputs.flatten(1).double()
-    return Task(x, data.train_labels, functional.cross_entropy, BATCH_SIZE)
-
-
-def _network(task: Task, setting: Setting, draw: int) -> nn.Module:
-    sizes = (task.x.shape[1], HIDDEN, int(task.y.max()) + 1)
-    return mlp(sizes, 1000 * setting.seed + draw, dtype=torch.float64)
-
-
 def _system(setting: Setting, draw: int) -> tuple[FisherMatrix, float, Tensor]:
     """Return F and the gradient of one batch at random weights, and λ = λ_max/CONDITION."""
-    task = _task(setting)
-    model = _network(task, setting, draw)
+    task = Task.of(setting.dataset(), BATCH_SIZE)
+    model = task.network(setting, draw, (HIDDEN,))
     x, y = next(task.batches(draw))
     matrix = natgrad.fisher_matrix(model, (x, y), "categorical", "full")
     gradients = torch.autograd.grad(task.loss(model(x), y), list(model.parameters()))
@@ -156,9 +144,9 @@ def interpolation(setting: Setting) -> Iterator[dict[str, float]]:
 
     λ = 0.1, batches of 50, times t in units of 1/λ_max: 0, 1, 3, 10, 30, 100 and 300.
     """
-    task = _task(setting)
+    task = Task.of(setting.dataset(), BATCH_SIZE)
     for draw in setting.each(range(DRAWS)):
-        model = _network(task, setting, draw)
+        model = task.network(setting, draw, (HIDDEN,))
 
         def trained(make: Make) -> nn.Module:
             return task.train(model, make, STEPS, seed=draw).model  # noqa: B023
@@ -194,9 +182,9 @@ def interpolation(setting: Setting) -> Iterator[dict[str, float]]:
 )
 def delay(setting: Setting) -> Iterator[dict[str, float]]:
     """Training loss after 40 steps of rate 1, λ = 0.1, each from where the last ended; t = 20."""
-    task = _task(setting)
+    task = Task.of(setting.dataset(), BATCH_SIZE)
     for draw in setting.each(range(DRAWS)):
-        model = _network(task, setting, draw)
+        model = task.network(setting, draw, (HIDDEN,))
         ends = {}
         for share in (0.0, 0.1, 0.5):
             make = partial(_thermodynamic(time=20.0, delay=20.0 * share), rate=1.0)
@@ -224,7 +212,7 @@ def training(setting: Setting) -> Figures:
 
     λ = 0.1, t = 20 from where the last solution ended. Rates are chosen on another network.
     """
-    task, steps = _task(setting), setting.of(5 * STEPS, 100 * STEPS)
+    task = Task.of(setting.dataset(), BATCH_SIZE)
     methods: Methods = {
         "TNGD": (_thermodynamic(time=20.0), (0.1, 0.3, 1.0, 3.0)),
         "NGD": (_exact, (0.1, 0.3, 1.0, 3.0)),
@@ -233,16 +221,13 @@ def training(setting: Setting) -> Figures:
     }
     found = task.compare(
         methods,
-        lambda draw: _network(task, setting, draw),
+        lambda draw: task.network(setting, draw, (HIDDEN,)),
         DRAWS,
-        steps,
+        setting.of(5 * STEPS, 100 * STEPS),
         progress=setting.progress,
     )
-    ends = {title: tuned.ends for title, tuned in found.items()}
+    own = found["TNGD"].ends
     return {
-        **{
-            f"training loss over {o}'s": ratios(ends["TNGD"], ends[o])
-            for o in ("Adam", "NGD", "SGD")
-        },
+        **{f"training loss over {o}'s": ratios(own, found[o].ends) for o in ("Adam", "NGD", "SGD")},
         **{f"learning rate, {title}": tuned.rate for title, tuned in found.items()},
     }

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 import natgrad
 from natgrad.experiments.claims.claim import Expect, Setting, Source
-from natgrad.experiments.claims.side_by_side import Task, mlp
+from natgrad.experiments.claims.side_by_side import Task, at_rate, mlp
 from natgrad.experiments.data import Dataset
 
 __all__ = ["SOURCE"]
@@ -39,18 +39,11 @@ def _data(setting: Setting) -> Dataset:
 
 def _trained(data: Dataset, precision: float, seed: int) -> nn.Module:
     """Return a network at the maximum a posteriori, near enough, by Adam with full batches."""
-    x = data.train_inputs.flatten(1).double()
-    model = mlp((x.shape[1], 32, data.classes), seed, dtype=torch.float64)
-
-    task = Task(x, data.train_labels, functional.cross_entropy, 50)
-    decay = precision / len(x)
-    steps = EPOCHS * len(x) // 50
-    return task.train(
-        model,
-        lambda m: torch.optim.Adam(m.parameters(), 3e-3, weight_decay=decay),
-        steps,
-        seed=seed,
-    ).model.eval()
+    task = Task.of(data, 50)
+    samples, inputs = task.x.shape
+    model = mlp((inputs, 32, data.classes), seed, dtype=torch.float64)
+    adam = partial(at_rate(torch.optim.Adam, weight_decay=precision / samples), rate=3e-3)
+    return task.train(model, adam, EPOCHS * samples // 50, seed=seed).model.eval()
 
 
 def sampled_predictive(posterior: natgrad.Laplace, x: Tensor, samples: int, seed: int) -> Tensor:
@@ -105,7 +98,7 @@ def linearised(setting: Setting) -> Iterator[dict[str, float]]:
         "test": (data.test_inputs.flatten(1).double(), data.test_labels),
     }
     for draw in setting.each(range(DRAWS)):
-        model = _trained(data, 1.0, 1000 * setting.seed + draw)
+        model = _trained(data, 1.0, setting.seed_of(draw))
         for structure, title in STRUCTURES.items():
             posterior = natgrad.Laplace(model, sets["training"], "categorical", structure)
             for name, (x, labels) in sets.items():
@@ -145,7 +138,7 @@ def tuned(setting: Setting) -> Iterator[dict[str, float]]:
     for draw in setting.each(range(DRAWS)):
         found: dict[str, list[tuple[float, float]]] = {}
         for precision in PRECISIONS:
-            model = _trained(data, precision, 1000 * setting.seed + draw)
+            model = _trained(data, precision, setting.seed_of(draw))
             with torch.no_grad():
                 predictions = {"maximum a posteriori": model(x).softmax(1)}
             for structure, title in TUNED.items():

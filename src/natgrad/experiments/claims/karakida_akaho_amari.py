@@ -45,7 +45,7 @@ def _samples(setting: Setting) -> int:
 
 
 def _seed(setting: Setting, draw: int) -> torch.Generator:
-    return torch.Generator().manual_seed(1000 * setting.seed + draw)
+    return torch.Generator().manual_seed(setting.seed_of(draw))
 
 
 def _inputs(width: int, samples: int, generator: torch.Generator) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from natgrad import ntk
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
 from natgrad.experiments.theory.by_width import ByWidth
-from natgrad.experiments.theory.methods import METHODS, damping_of
+from natgrad.experiments.theory.methods import METHODS
 from natgrad.experiments.theory.problem import Problem
 
 __all__ = ["SOURCE"]
@@ -88,10 +88,8 @@ def dynamics(setting: Setting) -> Figures:
     """Largest distance, over six steps at η = ½/α, of √(loss/first loss) from ½^t."""
 
     def departure(task: Problem, model: ntk.MLP, name: str) -> float:
-        damping = damping_of(name, model, task.x)
-        losses = task.train(model, name, 0.5 / task.alpha(name), damping, 6).train_loss
-        shrunk = [math.sqrt(loss / losses[0]) for loss in losses]
-        return max(abs(s - 0.5**step) for step, s in enumerate(shrunk))
+        left = task.train_at(0.5, model, name, 6).left
+        return max(abs(math.sqrt(loss) - 0.5**step) for step, loss in enumerate(left))
 
     found = _by_width(setting, _problem(setting).structures, departure, DRAWS)
     return _last_and_exponents(found, "departure from (1 − ηα)^t", "exponent of the width")
@@ -120,9 +118,9 @@ def alpha(setting: Setting) -> Figures:
         task = _problem(setting, depth=depth)
         model = task.network()
         for name in task.structures:
-            found = ntk.isotropy(model, task.x, name, damping_of(name, model, task.x))
             label = f"{_title(name)}, L = {depth}"
-            figures[f"α measured / theory, {label}"] = found.alpha / task.alpha(name)
+            found = task.isotropy(model, name).alpha / task.alpha(name)
+            figures[f"α measured / theory, {label}"] = found
     return figures
 
 
@@ -158,10 +156,8 @@ def best_rate(setting: Setting) -> Figures:
     """Vertex of the parabola through the losses after one step at ¾, 1 and 1¼ of 1/α."""
 
     def best(task: Problem, model: ntk.MLP, name: str) -> float:
-        damping, rate = damping_of(name, model, task.x), 1.0 / task.alpha(name)
         low, middle, high = (
-            task.train(model, name, factor * rate, damping, 1).train_loss[1]
-            for factor in (0.75, 1.0, 1.25)
+            task.train_at(factor, model, name, 1).train_loss[1] for factor in (0.75, 1.0, 1.25)
         )
         return 1.0 + 0.125 * (low - high) / (low - 2.0 * middle + high)
 
@@ -197,13 +193,11 @@ def divergence(setting: Setting) -> Iterator[dict[str, float]]:
     for name in setting.each(task.structures):
         for draw in range(DRAWS):
             model = task.network(draw=draw)
-            damping = damping_of(name, model, task.x)
             with torch.no_grad():
                 start = model(task.x)
             near = dataclasses.replace(task, y=start - 0.01 * (start - task.y))
             for factor in (1.8, 2.2):
-                losses = near.train(model, name, factor / task.alpha(name), damping, 6).train_loss
-                growth = (losses[-1] / losses[0]) ** (1 / 6)
+                growth = near.train_at(factor, model, name, 6).left[-1] ** (1 / 6)
                 yield {f"growth of the loss per step at {factor}/α, {_title(name)}": growth}
 
 
@@ -235,11 +229,8 @@ def divergence_from_start(setting: Setting) -> Iterator[dict[str, float]]:
         for factor in (1.8, 2.2):
             key = f"loss after 10 steps at {factor}/α, relative to the first, {_title(name)}"
             for draw in range(DRAWS):
-                model = task.network(draw=draw)
-                damping = damping_of(name, model, task.x)
-                run = task.train(model, name, factor / task.alpha(name), damping, 10)
-                last = run.train_loss[-1]
-                yield {key: last / run.train_loss[0] if math.isfinite(last) else math.inf}
+                last = task.train_at(factor, task.network(draw=draw), name, 10).left[-1]
+                yield {key: last if math.isfinite(last) else math.inf}
 
 
 @SOURCE.claim(
@@ -262,8 +253,7 @@ def diagonal(setting: Setting) -> Figures:
     """‖M − αI‖/‖αI‖ of the coefficients M = JF⁻¹Jᵀ/N at the largest width, and how it falls."""
 
     def deviation(task: Problem, model: ntk.MLP, name: str) -> float:
-        damping = 0.0 if name == "diagonal" else damping_of(name, model, task.x)
-        return ntk.isotropy(model, task.x, name, damping).deviation
+        return task.isotropy(model, name).deviation
 
     names = ("diagonal", *_problem(setting).structures)
     deviations = _by_width(setting, names, deviation, DRAWS)
@@ -295,9 +285,7 @@ def one_step(setting: Setting) -> Figures:
     """The training loss after one step at 1/α, and the power of the width with which it falls."""
 
     def left(task: Problem, model: ntk.MLP, name: str) -> float:
-        damping = damping_of(name, model, task.x)
-        losses = task.train(model, name, 1.0 / task.alpha(name), damping, 1).train_loss
-        return losses[1] / losses[0]
+        return task.train_at(1.0, model, name, 1).left[1]
 
     found = _by_width(setting, _problem(setting).structures, left, 2 * DRAWS)
     key = "loss after one step, relative to the first"
@@ -346,18 +334,15 @@ def gradient_descent(setting: Setting) -> Iterator[dict[str, float]]:
             dataclasses.replace(task, y=start - share * size * vectors[:, :1])
             for share in (0.01, 1.0)
         )
-        after_one, after_one_whole = (
-            one.train(model, "full", 1.0, 0.0, 1).train_loss for one in (small, whole)
+        left, of_whole = (
+            math.sqrt(one.train(model, "full", 1.0, 1).left[1]) for one in (small, whole)
         )
-        losses = small.train(model, "gd", 1.0 / float(values[-1]), 0.0, steps).train_loss
-        log_left = 0.5 * math.log(losses[-1] / losses[0])
+        log_left = math.log(small.train(model, "gd", 1.0 / float(values[-1]), steps).left[-1]) / 2
         yield {
             "log of the residual left, over theory, gradient descent": log_left / (steps * shrink),
-            "residual left after one step, Exact NGD": math.sqrt(after_one[1] / after_one[0]),
+            "residual left after one step, Exact NGD": left,
             "steps of gradient descent to halve it": math.log(0.5) / shrink,
-            "of the whole residual left after one step, Exact NGD": math.sqrt(
-                after_one_whole[1] / after_one_whole[0]
-            ),
+            "of the whole residual left after one step, Exact NGD": of_whole,
         }
 
 
@@ -392,11 +377,11 @@ def test(setting: Setting) -> Figures:
     """
 
     def distance_from_theory(task: Problem, model: ntk.MLP, name: str) -> float:
-        lr, damping = 0.5 / task.alpha(name), damping_of(name, model, task.x)
+        lr = 0.5 / task.alpha(name)
         infinite = ntk.InfiniteNetwork(model, task.x, task.x_test)
         theory = ntk.predict(infinite, task.y, name, steps=[6], lr=lr).test
         assert theory is not None
-        trained = task.train(model, name, lr, damping, 6).model
+        trained = task.train(model, name, lr, 6).model
         with torch.no_grad():
             return float((trained(task.x_test) - theory[0]).norm() / theory[0].norm())
 

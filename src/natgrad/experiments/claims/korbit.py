@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import nn
-from torch.nn import functional
 
 import natgrad
 from natgrad.curvature import Full
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source, ratios
-from natgrad.experiments.claims.side_by_side import Methods, Run, Task, accuracies, at_rate, mlp
+from natgrad.experiments.claims.side_by_side import Methods, Run, Task, accuracies, at_rate
 from natgrad.experiments.objectives import squared_error
 from natgrad.solvers import ConjugateGradient
 
@@ -38,19 +37,13 @@ DAMPINGS = (1e-2, 1e-1, 1.0)
 
 def _tasks(setting: Setting) -> dict[str, Task]:
     """Return the images with the number they show to be regressed on, and as classes."""
-    data = setting.dataset()
-    x, labels = data.train_inputs.flatten(1).double(), data.train_labels
-    numbers = labels.double().unsqueeze(1)
+    classes = Task.of(setting.dataset(), BATCH_SIZE)
+    numbers = classes.y.double().unsqueeze(1)
     numbers = (numbers - numbers.mean()) / numbers.std()
     return {
-        "gaussian": Task(x, numbers, squared_error, BATCH_SIZE),
-        "categorical": Task(x, labels, functional.cross_entropy, BATCH_SIZE),
+        "gaussian": replace(classes, y=numbers, loss=squared_error),
+        "categorical": classes,
     }
-
-
-def _network(setting: Setting, task: Task, outputs: int, draw: int) -> nn.Module:
-    sizes = (task.x.shape[1], *HIDDEN, outputs)
-    return mlp(sizes, 1000 * setting.seed + draw, dtype=torch.float64)
 
 
 def _gauss_newton(likelihood: str) -> Methods:
@@ -95,23 +88,18 @@ def exact(setting: Setting) -> Figures:
     line search from rate 0.3 and the best of three dampings, 0.01 to 1, for another network; ten
     iterations of conjugate gradients.
     """
-    titles = {"gaussian": ("regression", 1), "categorical": ("classification", 10)}
-    figures: dict[str, list[float]] = {}
+    titles = {"gaussian": "regression", "categorical": "classification"}
+    figures: Figures = {}
     steps = setting.of(STEPS, 20 * STEPS)
     for likelihood, task in setting.each(_tasks(setting).items()):
-        title, outputs = titles[likelihood]
-        network = partial(_network, setting, task, outputs)
+        network = partial(task.network, setting, hidden=HIDDEN)
         found = task.compare(_gauss_newton(likelihood), network, DRAWS, steps, every=EVERY)
-        pairs = [
-            to_the_same_loss(a, b)
-            for a, b in zip(found["EGN"].runs, found["SGN"].runs, strict=True)
-        ]
-        figures[f"steps to the same loss, EGN over SGN, {title}"] = [s for s, _ in pairs]
-        figures[f"processor time to the same loss, EGN over SGN, {title}"] = [t for _, t in pairs]
-        figures[f"training loss, EGN over SGN, {title}"] = ratios(
-            found["EGN"].ends, found["SGN"].ends
-        )
-    return dict(figures)
+        egn, sgn, which = found["EGN"], found["SGN"], f"EGN over SGN, {titles[likelihood]}"
+        pairs = [to_the_same_loss(a, b) for a, b in zip(egn.runs, sgn.runs, strict=True)]
+        figures[f"steps to the same loss, {which}"] = [s for s, _ in pairs]
+        figures[f"processor time to the same loss, {which}"] = [t for _, t in pairs]
+        figures[f"training loss, {which}"] = ratios(egn.ends, sgn.ends)
+    return figures
 
 
 @SOURCE.claim(
@@ -138,7 +126,7 @@ def generalisation(setting: Setting) -> Figures:
     }
     found = task.compare(
         methods,
-        partial(_network, setting, task, data.classes),
+        partial(task.network, setting, hidden=HIDDEN),
         DRAWS,
         setting.of(STEPS, 20 * STEPS),
         progress=setting.progress,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import natgrad
 from natgrad.curvature import KroneckerProducts, TwoLevelKronecker
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source, ratios
-from natgrad.experiments.claims.side_by_side import Make, Task, Tuned, at_rate, mlp
+from natgrad.experiments.claims.side_by_side import Make, Task, Tuned, at_rate
 from natgrad.experiments.objectives import squared_error
 from natgrad.operators.coarse_level import CoarseSpace
 
@@ -46,16 +46,6 @@ def _task(setting: Setting) -> Task:
     """Return the images as inputs and targets."""
     x = setting.dataset(setting.of(None, 10000)).train_inputs.flatten(1).double()
     return Task(x, x, squared_error, BATCH_SIZE)
-
-
-def _network(setting: Setting, task: Task, draw: int) -> nn.Module:
-    hidden = setting.of(HIDDEN, (1000, 500, 250, 30, 250, 500, 1000))
-    return _autoencoder(task, hidden, 1000 * setting.seed + draw)
-
-
-def _autoencoder(task: Task, hidden: tuple[int, ...], seed: int) -> nn.Module:
-    pixels = task.x.shape[1]
-    return mlp((pixels, *hidden, pixels), seed, dtype=torch.float64)
 
 
 def block_error(model: nn.Module, x: Tensor, structure: str, **options: Any) -> float:
@@ -94,7 +84,7 @@ def block_errors(setting: Setting) -> Iterator[dict[str, float]]:
     """
     task = _task(setting)
     for draw in setting.each(range(DRAWS)):
-        model, before = _autoencoder(task, HIDDEN, 1000 * setting.seed + draw), 0
+        model, before = task.network(setting, draw, HIDDEN), 0
         for stage in STAGES:
             if stage > before:
                 adam = partial(at_rate(torch.optim.Adam), rate=3e-3)
@@ -116,24 +106,16 @@ _at_damping = partial(at_rate, searched="damping")
 
 def _compared(setting: Setting, methods: dict[str, Make]) -> dict[str, Tuned]:
     """Train by every method at the best of three dampings, found on another network."""
-    task = _task(setting)
-    steps = setting.of(STEPS, 100 * STEPS)
+    task, steps = _task(setting), setting.of(STEPS, 100 * STEPS)
+    hidden = setting.of(HIDDEN, (1000, 500, 250, 30, 250, 500, 1000))
     return task.compare(
         {title: (make, DAMPINGS) for title, make in methods.items()},
-        partial(_network, setting, task),
+        lambda draw: task.network(setting, draw, hidden),
         DRAWS,
         steps,
         every=max(1, steps // MEASUREMENTS),
         progress=setting.progress,
     )
-
-
-def _time_over(one: Tuned, other: Tuned) -> list[float]:
-    """Return the processor time to the last loss of another method, over that of the other."""
-    return [
-        run.reaching(reference.losses[-1])[1] / reference.seconds[-1]
-        for run, reference in zip(one.runs, other.runs, strict=True)
-    ]
 
 
 @SOURCE.claim(
@@ -163,8 +145,10 @@ def training(setting: Setting) -> Figures:
     for title in PRODUCTS:
         one = found[title]
         figures[f"training loss over K-FAC's, {title}"] = ratios(one.ends, kfac.ends)
-        key = "processor time to K-FAC's loss over K-FAC's"
-        figures[f"{key}, {title}"] = _time_over(one, kfac)
+        pairs = zip(one.runs, kfac.runs, strict=True)
+        figures[f"processor time to K-FAC's loss over K-FAC's, {title}"] = [
+            run.reaching(other.losses[-1])[1] / other.seconds[-1] for run, other in pairs
+        ]
     return figures | {f"damping, {title}": one.rate for title, one in found.items()}
 
 

@@ -142,7 +142,7 @@ def _run(setting: Setting, title: str, rate: float, draw: int) -> tuple[float, f
     The rate is in units of 2/λ_max, but for Adam.
     """
     problem = StiffPoisson(setting.of(POINTS, 4 * POINTS))
-    model = mlp((1, *HIDDEN, 1), 1000 * setting.seed + draw, dtype=torch.float64)
+    model = mlp((1, *HIDDEN, 1), setting.seed_of(draw), dtype=torch.float64)
     first = float(problem.loss(model).detach())
     if title != "Adam":
         rate *= 2.0 / largest_curvature(problem, model)

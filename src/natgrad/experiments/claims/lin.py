@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from natgrad.curvature import InverseFactors, KroneckerFactors
 from natgrad.curvature.structure import Part
 from natgrad.experiments.calibration import step_of
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source, ratios
-from natgrad.experiments.claims.side_by_side import Make, Methods, Task, at_rate, mlp
+from natgrad.experiments.claims.side_by_side import Make, Methods, Task, at_rate
 from natgrad.experiments.theory.by_width import exponent
 from natgrad.jacobians import Jacobians
 from natgrad.operators.structured_factors import FactorStructure
@@ -45,19 +45,10 @@ WIDE = (256, 256)
 
 
 def _task(setting: Setting, dtype: torch.dtype) -> Task:
-    data = setting.dataset()
-    return Task(
-        data.train_inputs.flatten(1).to(dtype),
-        data.train_labels,
-        lambda outputs, labels: functional.cross_entropy(outputs.float(), labels),
-        BATCH_SIZE,
-        decays=True,
+    return replace(
+        Task.of(setting.dataset(), BATCH_SIZE, dtype, decays=True),
+        loss=lambda outputs, labels: functional.cross_entropy(outputs.float(), labels),
     )
-
-
-def _network(setting: Setting, task: Task, draw: int) -> nn.Module:
-    sizes = (task.x.shape[1], *HIDDEN, int(task.y.max()) + 1)
-    return mlp(sizes, 1000 * setting.seed + draw, nn.ReLU, task.x.dtype)
 
 
 # K-FAC in bfloat16, as far as it goes.
@@ -172,7 +163,7 @@ def inverse_free(setting: Setting) -> Iterator[dict[str, float]]:
     """
     task = _task(setting, torch.float64)
     for draw in setting.each(range(DRAWS)):
-        model = _network(setting, task, draw)
+        model = task.network(setting, draw, HIDDEN, nn.ReLU)
         x, y = next(task.batches(draw))
         found = []
         for rate in FACTOR_RATES:
@@ -213,9 +204,8 @@ _adamw = at_rate(torch.optim.AdamW)
 def _ends(setting: Setting, dtype: torch.dtype, methods: Methods) -> dict[str, list[float]]:
     """Return last losses, each method at its best rate or damping for another network."""
     task = _task(setting, dtype)
-    found = task.compare(
-        methods, partial(_network, setting, task), DRAWS, setting.of(STEPS, 50 * STEPS)
-    )
+    network = partial(task.network, setting, hidden=HIDDEN, activation=nn.ReLU)
+    found = task.compare(methods, network, DRAWS, setting.of(STEPS, 50 * STEPS))
     return {title: tuned.ends for title, tuned in found.items()}
 
 
@@ -314,12 +304,10 @@ def structures(setting: Setting) -> Figures:
     Block-diagonal factors have blocks of 32, hierarchical ones dense corners of 16.
     """
     task = _task(setting, torch.float32)
-    classes = int(task.y.max()) + 1
     x, y = task.x[:BATCH_SIZE], task.y[:BATCH_SIZE]
-    sizes = (task.x.shape[1], *WIDE, classes)
 
     def kept(make: Make) -> int:
-        return state_entries(mlp(sizes, 0, nn.ReLU), make, x, y)
+        return state_entries(task.network(Setting(), 0, WIDE, nn.ReLU), make, x, y)
 
     adamw = kept(lambda m: _adamw(m, 1e-3))
     singd = {s: _singd(s) for s in ("dense", *SPARSE)}

@@ -288,7 +288,7 @@ def translation(setting: Setting) -> Figures:
     def run(name: str, rate: float, draw: int) -> dict[str, float]:
         def compute() -> dict[str, float]:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(1000 * setting.seed + draw)
+                torch.manual_seed(setting.seed_of(draw))
                 model = Translator(len(corpus.german), len(corpus.english), width, depth)
                 model.to(setting.torch_device())
                 loss, steps = train_for(
@@ -297,7 +297,7 @@ def translation(setting: Setting) -> Figures:
                     lambda m, loss: TRANSLATORS[name][0](m, rate, len(corpus.train) // 32, loss),
                     corpus,
                     32,
-                    1000 * setting.seed + draw,
+                    setting.seed_of(draw),
                 )
             return {"loss": loss, "steps": float(steps), "BLEU": bleu(model, corpus)}
 

@@ -88,7 +88,7 @@ def _task(race: Race, setting: Setting) -> ImageTask:
 def _trained(race: Race, setting: Setting, name: str, trial: Trial, draw: int) -> Curves:
     task, make = _task(race, setting), race.methods[name].make
     total = task.steps * task.epochs
-    seed = 1000 * setting.seed + draw
+    seed = setting.seed_of(draw)
     return train(task, lambda model: make(model, trial, task.steps, total), seed)
 
 

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.optim.lr_scheduler import LinearLR
 
 from natgrad.curvature import KroneckerFactors
-from natgrad.experiments.claims.claim import differences
+from natgrad.experiments.claims.claim import Setting, differences
+from natgrad.experiments.data import Dataset
 from natgrad.optim import NaturalGradient
 
 __all__ = [
@@ -172,6 +174,31 @@ class Task:
     loss: Callable[[Tensor, Tensor], Tensor]
     batch_size: int | None = None
     decays: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        data: Dataset,
+        batch_size: int | None,
+        dtype: torch.dtype = torch.float64,
+        *,
+        decays: bool = False,
+    ) -> Task:
+        """Return the task of telling the classes of flattened training images, by cross-entropy."""
+        x = data.train_inputs.flatten(1).to(dtype)
+        return cls(x, data.train_labels, functional.cross_entropy, batch_size, decays)
+
+    def network(
+        self,
+        setting: Setting,
+        draw: int,
+        hidden: Sequence[int],
+        activation: type[nn.Module] = nn.Tanh,
+    ) -> nn.Module:
+        """Return a fully connected network for the task at random weights, numbered by a draw."""
+        outputs = self.y.shape[1] if self.y.is_floating_point() else int(self.y.max()) + 1
+        sizes = (self.x.shape[1], *hidden, outputs)
+        return mlp(sizes, setting.seed_of(draw), activation, self.x.dtype)
 
     def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield batches without end, every epoch in an order of its own."""

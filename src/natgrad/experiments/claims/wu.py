@@ -16,7 +16,7 @@ from torch.nn import functional
 import natgrad
 from natgrad.experiments.calibration import step_of
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source, ratios
-from natgrad.experiments.claims.side_by_side import Make, Methods, Task, accuracies, at_rate, mlp
+from natgrad.experiments.claims.side_by_side import Make, Methods, Task, accuracies, at_rate
 from natgrad.fisher import FisherType, ImprovedFisher
 
 __all__ = ["SOURCE"]
@@ -46,17 +46,6 @@ NEAR_ZERO = 1e-6
 DAMPINGS = (NEAR_ZERO, 1e-4, 1e-2, 1.0, 100.0)
 
 
-def _task(setting: Setting, batch_size: int) -> Task:
-    data = setting.dataset()
-    x = data.train_inputs.flatten(1).double()
-    return Task(x, data.train_labels, functional.cross_entropy, batch_size, decays=True)
-
-
-def _network(task: Task, seed: int) -> nn.Module:
-    sizes = (task.x.shape[1], *HIDDEN, int(task.y.max()) + 1)
-    return mlp(sizes, seed, nn.ReLU, torch.float64)
-
-
 @dataclass(frozen=True)
 class Stage:
     """A network at a stage of its training, and batches to judge updates of it on."""
@@ -68,16 +57,15 @@ class Stage:
 
 def _stages(setting: Setting, draw: int) -> Iterator[Stage]:
     """Yield a network after some epochs of training by Adam, for each of `EPOCHS`."""
-    task, seed = _task(setting, 32), 1000 * setting.seed + draw
-    model = _network(task, seed)
+    task, seed = Task.of(setting.dataset(), 32), setting.seed_of(draw)
+    model = task.network(setting, draw, HIDDEN, nn.ReLU)
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(task.x), generator=generator)[: BATCHES * BATCH_SIZE]
     batches = [(task.x[part], task.y[part]) for part in chosen.split(BATCH_SIZE)]
     for before, epochs in zip((0, *EPOCHS[:-1]), EPOCHS, strict=True):
         steps = (epochs - before) * (len(task.x) // 32)
-        constant = Task(task.x, task.y, task.loss, 32)
         adam = partial(at_rate(torch.optim.Adam), rate=1e-3)
-        model = constant.train(model, adam, steps, seed=seed + epochs).model
+        model = task.train(model, adam, steps, seed=seed + epochs).model
         yield Stage(epochs, model, batches)
 
 
@@ -222,19 +210,18 @@ def training(setting: Setting) -> Figures:
 
     Each method at the best of four rates for another network. Damping is 10⁻⁶.
     """
-    task, data = _task(setting, 50), setting.dataset()
-    steps = setting.of(STEPS, 10 * (len(task.x) // 50))
-    x_test = data.test_inputs.flatten(1).double()
+    data = setting.dataset()
+    task, x_test = Task.of(data, 50, decays=True), data.test_inputs.flatten(1).double()
     found = task.compare(
         METHODS,
-        lambda draw: _network(task, 1000 * setting.seed + draw),
+        lambda draw: task.network(setting, draw, HIDDEN, nn.ReLU),
         DRAWS,
-        steps,
+        setting.of(STEPS, 10 * (len(task.x) // 50)),
         progress=setting.progress,
     )
-    ends = {title: tuned.ends for title, tuned in found.items()}
+    own = found["iEF"].ends
     return {
-        **{f"training loss, iEF over {o}": ratios(ends["iEF"], ends[o]) for o in ("EF", "AdamW")},
+        **{f"training loss, iEF over {o}": ratios(own, found[o].ends) for o in ("EF", "AdamW")},
         **accuracies(found, x_test, data.test_labels, of="iEF", others=("AdamW",)),
         **{f"learning rate, {title}": tuned.rate for title, tuned in found.items()},
     }

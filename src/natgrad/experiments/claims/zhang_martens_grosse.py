@@ -115,7 +115,7 @@ def stability(setting: Setting) -> Figures:
                 measured.model, largest = network, 0.0
                 for _ in range(STEPS if name == "full" else 1):
                     steps = 1 if name == "full" else 10 * STEPS
-                    run = task.train(measured.model, name, rates[name], 0.0, steps)
+                    run = task.train(measured.model, name, rates[name], steps)
                     measured.model = run.model
                     largest = max(largest, measured.measure().spectral_norm / root)
                 found.add(width, largest)
@@ -144,7 +144,7 @@ def rate(setting: Setting) -> Iterator[dict[str, float]]:
     task, width = _problem(setting), _widths(setting)[-1]
     for lr in (0.25, 0.5, 0.75):
         for draw in range(DRAWS):
-            losses = task.train(_network(task, width, draw), "full", lr, 0.0, STEPS).train_loss
+            losses = task.train(_network(task, width, draw), "full", lr, STEPS).train_loss
             share = _largest_ratio(losses) / (1.0 - lr)
             yield {f"largest share left by a step, over 1 − η, η = {lr}": share}
 
@@ -193,7 +193,7 @@ def conditioning(setting: Setting) -> Figures:
             count, losses = 16, [1.0]
             while losses[-1] > 0.01 * losses[0] and count < limit:
                 count *= 4
-                losses = task.train(network, name, rates[name], 0.0, count).train_loss
+                losses = task.train(network, name, rates[name], count).train_loss
             found.append(next((i for i, v in enumerate(losses) if v <= 0.01 * losses[0]), limit))
     figures: Figures = {"λ_min/N, largest over smallest": math.exp(conditions[-1] - conditions[0])}
     for name, title in (("full", "natural gradient descent"), ("gd", "gradient descent")):
@@ -227,8 +227,7 @@ def step_size(setting: Setting) -> Iterator[dict[str, float]]:
     task, width = _problem(setting), _widths(setting)[-1]
     for lr in (0.5, 1.0):
         for draw in range(DRAWS):
-            losses = task.train(_network(task, width, draw), "full", lr, 0.0, 5).train_loss
-            share = losses[-1] / losses[0]
+            share = task.train(_network(task, width, draw), "full", lr, 5).left[-1]
             yield {f"loss after 5 steps, relative to the first, η = {lr}": share}
 
 
@@ -261,14 +260,16 @@ def kfac_rate(setting: Setting) -> Iterator[dict[str, float]]:
         bound = ntk.convergence_bounds(method="kfac", inputs=few.x)
         lr = 0.5 * bound.step_size
         factor = ntk.convergence_bounds(method="kfac", inputs=few.x, step_size=lr).factor
-        losses = few.train(_network(few, width, draw), "kfac", lr, 0.0, STEPS).train_loss
-        over_bound = max(v / (losses[0] * factor**t) for t, v in enumerate(losses))
+        bounded = few.train(_network(few, width, draw), "kfac", lr, STEPS, damping=0.0).left
         lr = 0.5 / task.samples
-        losses = task.train(_network(task, width, draw), "kfac", lr, 0.0, 6).train_loss
-        distance = max(abs(math.sqrt(v / losses[0]) - 0.5**t) for t, v in enumerate(losses))
+        plain = task.train(_network(task, width, draw), "kfac", lr, 6, damping=0.0).left
         yield {
-            "largest loss over its bound, dependent inputs": over_bound,
-            "largest distance of √(loss/first) from ½^t, independent inputs": distance,
+            "largest loss over its bound, dependent inputs": max(
+                v / factor**t for t, v in enumerate(bounded)
+            ),
+            "largest distance of √(loss/first) from ½^t, independent inputs": max(
+                abs(math.sqrt(v) - 0.5**t) for t, v in enumerate(plain)
+            ),
         }
 
 
@@ -314,7 +315,7 @@ def generalisation(setting: Setting) -> Figures:
         ]
         errors = []
         for draw in range(DRAWS):
-            run = task.train(_network(task, width, draw, 0.1), "full", 1.0, 0.0, 15)
+            run = task.train(_network(task, width, draw, 0.1), "full", 1.0, 15)
             with torch.no_grad():
                 wrong = (run.model(task.x_test) - task.y_test).abs().clamp(max=1.0)
             errors.append(float(wrong.mean()))

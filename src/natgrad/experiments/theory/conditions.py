@@ -50,7 +50,7 @@ def conditions(problem: Problem, progress: Callable[[float], None]) -> Section:
         runs = {"gd": (1.0 / largest, 10 * STEPS), "full": (NGD_RATE, STEPS)}
         for name, (lr, steps) in runs.items():
             stability = ntk.JacobianStability(model, x, y)
-            run = problem.train(model, name, lr, 0.0, steps)
+            run = problem.train(model, name, lr, steps)
             stability.model = run.model
             stable = stability.measure()
             change = stable.spectral_norm / found.smallest_eigenvalue**0.5
@@ -181,6 +181,6 @@ def _add_kfac_bound(panel: Panel, problem: Problem, size: int) -> None:
     size = min(size, KFAC_WIDTH)
     lr = 0.5 * ntk.convergence_bounds(method="kfac", inputs=problem.x).step_size
     factor = ntk.convergence_bounds(method="kfac", inputs=problem.x, step_size=lr).factor
-    losses = problem.train(_network(problem, size), "kfac", lr, 0.0, STEPS).train_loss
+    losses = problem.train(_network(problem, size), "kfac", lr, STEPS, damping=0.0).train_loss
     bound = [losses[0] * factor**step for step in range(len(losses))]
     panel.compare(f"K-FAC, η = {lr:.3g}, width {size}", bound, losses, "kfac")

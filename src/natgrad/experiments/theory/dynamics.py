@@ -30,7 +30,7 @@ class _Theory:
 
     Attributes:
         network: The infinite-width limit, or the linearised network where there is none.
-        damping: λ the optimizer uses; on the infinite-width limit it is there for rounding only.
+        damping: λ; 0 on the infinite-width limit, where the optimizer's is there for rounding only.
         lr: 1/α, for gradient descent 1/λ_max.
         alpha: α of the theory; None for gradient descent.
     """
@@ -68,9 +68,9 @@ def dynamics(problem: Problem, progress: Callable[[float], None]) -> Section:
                 name,
                 steps=STEPS,
                 lr=lr,
-                damping=theory.damping if name == "unit_wise" else 0.0,
+                damping=theory.damping,
             )
-            run = problem.train(model, name, lr, theory.damping, STEPS)
+            run = problem.train(model, name, lr, STEPS)
             losses = [_at_least_floor(loss) for loss in predicted.train_loss.tolist()]
             measured = [_at_least_floor(loss) for loss in run.train_loss]
             label = f"η = {factor:g}/α" if theory.alpha else f"η = {factor:g}/λ_max"
@@ -165,7 +165,7 @@ def _cross_entropy(problem: Problem, model: nn.Module, theories: dict[str, _Theo
             likelihood=problem.cross_entropy,
         )
         lr = predicted.learning_rate
-        run = problem.train(model, name, lr, theory.damping, STEPS, problem.cross_entropy)
+        run = problem.train(model, name, lr, STEPS, likelihood=problem.cross_entropy)
         losses = predicted.train_loss.tolist()
         panel.compare(METHODS[name].title, losses, run.train_loss, name)
     return Plot(
@@ -189,11 +189,11 @@ def _theories(problem: Problem, model: nn.Module) -> dict[str, _Theory]:
     result["gd"] = _Theory(infinite, 0.0, lr, None)
     for name in problem.structures:
         alpha = problem.alpha(name)
-        damping = damping_of(name, model, problem.x)
-        network: ntk.NetworkInFunctionSpace = infinite
+        result[name] = _Theory(infinite, 0.0, 1.0 / alpha, alpha)
         if name == "unit_wise":
-            network = ntk.LinearizedNetwork(model, problem.x, problem.x_test)
-        result[name] = _Theory(network, damping, 1.0 / alpha, alpha)
+            linearized = ntk.LinearizedNetwork(model, problem.x, problem.x_test)
+            damping = damping_of(name, model, problem.x)
+            result[name] = _Theory(linearized, damping, 1.0 / alpha, alpha)
     return result
 
 

@@ -8,7 +8,7 @@ import torch
 
 from natgrad import ntk
 from natgrad.experiments.theory.by_width import ByWidth, plot_by_width
-from natgrad.experiments.theory.methods import METHODS, damping_of
+from natgrad.experiments.theory.methods import METHODS
 from natgrad.experiments.theory.problem import Problem
 from natgrad.experiments.theory.results import Cell, Panel, Plot, Section, Table
 
@@ -38,8 +38,7 @@ def isotropy(problem: Problem, progress: Callable[[float], None]) -> Section:
         for draw in range(DRAWS):
             model = problem.network(size, draw)
             for name in names:
-                damping = 0.0 if name == "diagonal" else damping_of(name, model, problem.x)
-                found = ntk.isotropy(model, problem.x, name, damping)
+                found = problem.isotropy(model, name)
                 deviations[name].add(size, found.deviation)
                 if size == sizes[-1] and draw == 0:
                     rows.append(_row(problem, name, found, size))

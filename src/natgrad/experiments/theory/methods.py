@@ -48,7 +48,7 @@ METHODS: dict[str, TheoryMethod] = {
         {**_EVERY_STEP, "fisher": "exact", "step_rule": natgrad.StepRule(length="lr")},
     ),
     "unit_wise": TheoryMethod("Unit-wise", natgrad.UnitWiseNGD, 1e-6, _EVERY_STEP),
-    "diagonal": TheoryMethod("Diagonal", natgrad.DiagonalNGD, 1e-6, _EVERY_STEP),
+    "diagonal": TheoryMethod("Diagonal", natgrad.DiagonalNGD, options=_EVERY_STEP),
 }
 """Every method by name: gradient descent, or a structure of the Fisher matrix."""
 
@@ -63,8 +63,6 @@ def damping_of(name: str, model: nn.Module, x: Tensor) -> float:
     if name == "unit_wise":
         units = [p.shape[0] for p in model.parameters() if p.dim() > 1]
         directions = len(x) * (sum(units) - units[-1])
-    elif name == "diagonal":
-        directions = matrix.shape[0]
     return relative * float(matrix.trace()) / directions
 
 

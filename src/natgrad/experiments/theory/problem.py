@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from natgrad import ntk
 from natgrad.experiments.data import DATASETS, DataError, load_dataset
 from natgrad.experiments.theory.config import TheoryConfig
-from natgrad.experiments.theory.methods import METHODS, build_optimizer
+from natgrad.experiments.theory.methods import METHODS, build_optimizer, damping_of
 from natgrad.likelihoods import as_likelihood
 
 __all__ = ["Problem", "Trajectory"]
@@ -29,6 +29,11 @@ class Trajectory:
     train_loss: list[float]
     test_loss: list[float]
     model: nn.Module
+
+    @property
+    def left(self) -> list[float]:
+        """The training losses, relative to the first."""
+        return [loss / self.train_loss[0] for loss in self.train_loss]
 
 
 @dataclass(frozen=True)
@@ -133,13 +138,22 @@ class Problem:
         """The likelihood behind cross-entropy."""
         return "bernoulli" if self.outputs == 1 else "categorical"
 
+    def isotropy(self, model: nn.Module, structure: str) -> ntk.Isotropy:
+        """Return the isotropy of a structure on a network, with the damping it is used with."""
+        return ntk.isotropy(model, self.x, structure, damping_of(structure, model, self.x))
+
+    def train_at(self, factor: float, model: nn.Module, method: str, steps: int) -> Trajectory:
+        """Train a copy of a network at so many times 1/α."""
+        return self.train(model, method, factor / self.alpha(method), steps)
+
     def train(
         self,
         model: nn.Module,
         method: str,
         lr: float,
-        damping: float,
         steps: int,
+        *,
+        damping: float | None = None,
         likelihood: str = "gaussian",
     ) -> Trajectory:
         """Train a copy of a network with full batches and a method's own optimizer.
@@ -148,12 +162,14 @@ class Problem:
             model: The network; left as it is.
             method: A key of `METHODS`.
             lr: Learning rate.
-            damping: Damping.
             steps: Steps to take; a run that diverges ends early.
+            damping: λ; that of `damping_of` by default.
             likelihood: That behind the loss, "gaussian" for ½‖f − y‖²; the test loss of another,
                 `cross_entropy`, is not taken.
         """
         model = copy.deepcopy(model)
+        if damping is None:
+            damping = damping_of(method, model, self.x)
         optimizer = build_optimizer(method, model, lr, damping, likelihood)
         squared, loss = likelihood == "gaussian", as_likelihood(likelihood).loss
         targets = self.y if squared else self.labels

@@ -8,7 +8,7 @@ import torch
 
 from natgrad import ntk
 from natgrad.experiments.theory.by_width import ByWidth, plot_by_width
-from natgrad.experiments.theory.methods import METHODS, damping_of
+from natgrad.experiments.theory.methods import METHODS
 from natgrad.experiments.theory.problem import Problem
 from natgrad.experiments.theory.results import Panel, Section, Table
 
@@ -44,11 +44,9 @@ def width(problem: Problem, progress: Callable[[float], None]) -> Section:
             infinite = ntk.InfiniteNetwork(model, problem.x, problem.x_test)
             for name in errors:
                 lr = _rate(problem, infinite, name, size)
-                damping = damping_of(name, model, problem.x)
-                errors[name].add(size, _output_error(problem, model, infinite, name, lr, damping))
+                errors[name].add(size, _output_error(problem, model, infinite, name, lr))
                 if name in one_step:
-                    run = problem.train(model, name, lr, damping, 1)
-                    one_step[name].add(size, run.train_loss[1])
+                    one_step[name].add(size, problem.train(model, name, lr, 1).train_loss[1])
             for name in change:
                 change[name].add(size, _jacobian_change(problem, model, name))
         progress((index + 1) / len(sizes))
@@ -128,15 +126,10 @@ def _rate(problem: Problem, infinite: ntk.InfiniteNetwork, name: str, size: int)
 
 
 def _output_error(
-    problem: Problem,
-    model: ntk.MLP,
-    infinite: ntk.InfiniteNetwork,
-    name: str,
-    lr: float,
-    damping: float,
+    problem: Problem, model: ntk.MLP, infinite: ntk.InfiniteNetwork, name: str, lr: float
 ) -> float:
     """Return how far the outputs are from theory after one step at half a learning rate."""
-    run = problem.train(model, name, 0.5 * lr, damping, 1)
+    run = problem.train(model, name, 0.5 * lr, 1)
     with torch.no_grad():
         outputs = run.model(problem.x)
     residual = infinite.outputs - problem.y
@@ -154,5 +147,5 @@ def _jacobian_change(problem: Problem, model: ntk.MLP, name: str) -> float:
     else:
         lr, steps = 1.0, NGD_STEPS
     stability = ntk.JacobianStability(model, problem.x)
-    stability.model = problem.train(model, name, lr, 0.0, steps).model
+    stability.model = problem.train(model, name, lr, steps).model
     return stability.measure().relative_change
