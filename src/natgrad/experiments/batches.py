@@ -29,9 +29,8 @@ _UNKNOWN_LENGTH = 100  # batches that count as an epoch where the loader does no
 class Batches(ABC):
     """Training and held-out data, in batches.
 
-    Attributes:
-        whole: Whether every training batch is the whole training set.
-        epoch: Batches in which every training sample is seen once.
+    `whole` says whether every training batch is the whole training set, `epoch` in how many batches
+    every training sample is seen once.
     """
 
     whole: bool
@@ -51,13 +50,7 @@ class Batches(ABC):
 
 
 class TensorBatches(Batches):
-    """Batches of a data set in memory.
-
-    Args:
-        data: The data set, where the model is.
-        encode: Makes targets of labels.
-        batch_size: Samples per batch, reshuffled every epoch; None for all at every step.
-    """
+    """Batches of a data set in memory, reshuffled every epoch; of all samples for size None."""
 
     def __init__(self, data: Dataset, encode: Encoding, batch_size: int | None) -> None:
         self._train = data.train_inputs, encode(data.train_labels, data.classes)
@@ -92,21 +85,15 @@ class TensorBatches(Batches):
 
 
 class LoaderBatches(Batches):
-    """Batches of a user's loader, read again and again.
+    """Batches of a user's loader, read again and again, on a device and in a floating-point type.
 
-    Args:
-        specification: ``package.module:loader``, a function without arguments (or an iterable as it
-            is) that gives an iterable of batches, or a tuple of two: training and held-out. A batch
-            is a pair of inputs and targets, or a dict of keyword arguments of the model with
-            ``labels`` among them. Two tensors stand for one batch.
-        device: Where batches are taken.
-        dtype: What floating-point tensors are turned to; None leaves them as they are.
-        samples: Samples of either part on which losses are measured: the first batches that hold
-            as many, or all there are.
-        seed: Seed of the batches that are measured.
+    ``package.module:loader`` is a function without arguments (or an iterable as it is) that gives
+    an iterable of batches, or a tuple of two: training and held-out. A batch is a pair of inputs
+    and targets, or a dict of keyword arguments of the model with ``labels`` among them. Two tensors
+    stand for one batch. Losses are measured on the first batches that hold `samples`, drawn with
+    `seed`.
 
-    Raises:
-        FactoryError: If it cannot be imported or called, or gives something else.
+    Raises `FactoryError` if it cannot be imported or called, or gives something else.
     """
 
     whole = False
@@ -136,8 +123,7 @@ class LoaderBatches(Batches):
     def training(self, seed: int) -> Iterator[Batch]:
         """Yield training batches without end; the same for the same seed.
 
-        Whatever the loader draws at random comes from a stream of its own, so that models which
-        draw random numbers, too, do not change the batches of the next epoch.
+        What the loader draws at random comes from a stream apart, whatever the models draw.
         """
         return self._passes(seed, endless=True)
 

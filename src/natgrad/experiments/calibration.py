@@ -21,15 +21,7 @@ def step_of(
     inputs: Tensor,
     targets: Tensor,
 ) -> dict[str, Tensor]:
-    """Return what the first step of an optimizer subtracts from each parameter.
-
-    Args:
-        model: The network; left as it is.
-        build: Builds the optimizer of a copy of it.
-        loss: The loss of outputs and targets.
-        inputs: (N, ...) batch.
-        targets: The batch's targets.
-    """
+    """Return what the first step of an optimizer on a copy subtracts from each parameter."""
     trained = copy.deepcopy(model)
     optimizer = build(trained)
     optimizer.zero_grad()
@@ -49,18 +41,10 @@ def measured_learning_rate(
     """Return η = ⟨g, d⟩ / ⟨d, F d⟩ for the gradient g and an optimizer's first direction d.
 
     It minimises the quadratic model L(θ) − η⟨g, d⟩ + ½η²⟨d, F d⟩, with the exact Fisher matrix F of
-    the batch, which costs one Jacobian-vector product. Where the isotropic condition
-    J d = α·(outputs − targets) holds, this is the theory's 1/α.
-
-    Args:
-        model: The network; left as it is.
-        build: Builds the optimizer on a copy of the model, with learning rate 1 and no momentum.
-        objective: The loss.
-        inputs: (N, ...) batch.
-        targets: The batch's targets, encoded for the objective.
-
-    Returns:
-        The learning rate; NaN if the direction is not one of descent or not finite.
+    the batch, which costs one Jacobian-vector product. Where the isotropic condition J d =
+    α·(outputs − targets) holds, this is the theory's 1/α. `build` makes the optimizer, with
+    learning rate 1 and no momentum. NaN stands for a direction that is not one of descent or not
+    finite.
     """
     direction = step_of(model, build, objective, inputs, targets)
     try:

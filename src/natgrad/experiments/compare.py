@@ -44,9 +44,8 @@ _EVALUATIONS = 20  # per run, unless asked for otherwise
 class Observer:
     """Told of the progress of a comparison; one that does something overrides the methods.
 
-    Attributes:
-        metric: Name of the metric, set before anything begins.
-        total: Steps or seconds of all that will begin, likewise.
+    Before anything begins it is given the name of the metric, and the steps or seconds of all that
+    will begin.
     """
 
     metric: str = "accuracy"
@@ -71,23 +70,14 @@ def compare(
 ) -> Results:
     """Train one network with every method from the same initial weights on the same data.
 
-    Args:
-        config: What to compare.
-        observer: Told of progress; silent by default.
-        command: The command line to record as the one that repeats the comparison.
-        earlier: Results of the same comparison, interrupted: its whole runs and trials are taken
-            over.
-        keep: Given the results so far after every run and every trial of a search.
+    `command` is the command line to record as the one that repeats the comparison. Whole runs and
+    trials of `earlier` results, interrupted, are taken over; `keep` is given the results so far
+    after every run and trial. After Ctrl-C the results hold what was measured until then,
+    `interrupted` is true, and methods that had not begun have the status "not run".
 
-    Returns:
-        The results. After Ctrl-C they hold what was measured until then, `interrupted` is true, and
-        methods that had not begun have the status "not run".
-
-    Raises:
-        ConfigError: If earlier results are those of another comparison.
-        DataError: If built-in data cannot be read.
-        FactoryError: If a user's model or data cannot be made.
-        ObjectiveError: If they do not go together, or the loss cannot be told.
+    Raises `ConfigError` if earlier results are those of another comparison, `DataError` or
+    `FactoryError` if data or a user's model cannot be made, and `ObjectiveError` if they do not go
+    together, or the loss cannot be told.
     """
     comparison = _Comparison(config, observer or Observer(), command, keep)
     if earlier is not None:
@@ -157,11 +147,7 @@ class _Comparison:
         )
 
     def take_over(self, earlier: Results) -> None:
-        """Take whole runs and trials from earlier results.
-
-        Raises:
-            ConfigError: If these are of another comparison.
-        """
+        """Take whole runs and trials from earlier results, which must be of this comparison."""
         now = self.results()
         for what in ("config", "data", "model"):
             old, new = getattr(earlier, what), getattr(now, what)
@@ -223,8 +209,7 @@ class _Comparison:
     def warm_up(self) -> None:
         """Take two steps, so that no method pays for what PyTorch does only once in a process.
 
-        They are taken by the first method of either family; what fails will fail again, and be
-        told.
+        The first method of either family takes them; what fails will fail again, and be told.
         """
         natural = [METHODS[one.name] for one in self.methods if one.family == "natural"]
         schedule = Schedule(2, frozenset({0}), seed=self.config.seed)
@@ -237,11 +222,7 @@ class _Comparison:
         torch.linalg.eigh(square)
 
     def run(self, result: MethodResult) -> bool:
-        """Choose the learning rate of a method and train with it, for every seed.
-
-        Returns:
-            Whether it came to its end.
-        """
+        """Choose a rate, train with it for every seed, and return whether that came to its end."""
         method = METHODS[result.name]
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("default")

@@ -79,12 +79,8 @@ class Dataset:
 class DatasetKind:
     """What is known of a data set before its files are opened.
 
-    Attributes:
-        title: The name to print.
-        image_shape: Height, width and channels.
-        classes: The number of classes.
-        folders: Sub-folders of the data folder to look in too.
-        cifar: For the CIFAR sets, how their files are named.
+    Images are (height, width, channels); `folders` are sub-folders of the data folder to look in,
+    too.
     """
 
     title: str

@@ -51,12 +51,7 @@ def new_figure(panels: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
 
 
 def save_figure(figure: Figure, file_format: str) -> bytes:
-    """Return a figure as the content of a file.
-
-    Args:
-        figure: The figure.
-        file_format: "png" or "svg".
-    """
+    """Return a figure as the content of a file, "png" or "svg"."""
     buffer = io.BytesIO()
     metadata = {"Date": None, "Creator": None} if file_format == "svg" else {"Software": None}
     with rc_context(_STYLE):

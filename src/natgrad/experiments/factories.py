@@ -23,13 +23,9 @@ class FactoryError(ValueError):
 
 
 class MadeModel(NamedTuple):
-    """What a factory of models gave.
+    """What a factory of models gave: a model, and its loss or an example input, if it gave one.
 
-    Attributes:
-        model: The model.
-        criterion: Its loss: a loss module, a function of outputs and targets, the name of a loss,
-            or a likelihood; None if it gave none.
-        example: The inputs of an example call; None if it gave none.
+    The loss is a module, a function of outputs and targets, a name, or a likelihood.
     """
 
     model: nn.Module
@@ -40,8 +36,7 @@ class MadeModel(NamedTuple):
 def find(specification: str) -> Any:
     """Import what is named ``package.module:attribute`` from the current folder or environment.
 
-    Raises:
-        FactoryError: If it is not named so, or cannot be imported.
+    A FactoryError says what is wrong with it.
     """
     module_name, colon, attribute = specification.partition(":")
     if not colon or not module_name or not attribute:
@@ -65,11 +60,7 @@ def find(specification: str) -> Any:
 
 
 def make(specification: str, function: Callable[[], Any]) -> Any:
-    """Call a user's function.
-
-    Raises:
-        FactoryError: If it fails.
-    """
+    """Call a user's function; a FactoryError says how it failed."""
     try:
         return function()
     except Exception as error:
@@ -77,16 +68,12 @@ def make(specification: str, function: Callable[[], Any]) -> Any:
 
 
 def load_model(specification: str, device: torch.device | None = None) -> MadeModel:
-    """Import a factory of models and call it.
+    """Import ``package.module:factory``, a factory of models, and call it.
 
-    Args:
-        specification: ``package.module:factory``. The factory takes no arguments and returns a
-            module, or a tuple of a module and its loss, or of a module and an example input (a
-            tuple of positional inputs for several); a module by itself will do, too.
-        device: Where the factory makes its tensors; by default where torch does.
-
-    Raises:
-        FactoryError: If it cannot be imported or called, or returns something else.
+    It takes no arguments and returns a module, or a tuple of a module and its loss, or of a module
+    and an example input (a tuple of positional inputs for several); a module by itself will do,
+    too. Its tensors are made on the device, by default where torch makes them. A FactoryError says
+    that it cannot be imported or called, or returns something else.
     """
     factory = find(specification)
     if isinstance(factory, nn.Module):

@@ -42,9 +42,7 @@ class DataError(ValueError):
 def read_idx(path: Path) -> np.ndarray:
     """Read one IDX file, the format of MNIST and Fashion-MNIST, gzipped or not.
 
-    Raises:
-        DataError: If the file cannot be read, is no IDX file, or is shorter or longer than its
-            header says.
+    It must be as long as its header says.
     """
     content = _read(path)
     if content[:2] == b"\x1f\x8b":
@@ -71,11 +69,7 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def read_npz(path: Path) -> Arrays:
-    """Read `images` (N, H, W) or (N, H, W, C), and `labels` (N,), from an npz file.
-
-    Raises:
-        DataError: If the file is missing, damaged, or lacks one of the two arrays.
-    """
+    """Read `images` (N, H, W) or (N, H, W, C), and `labels` (N,), from an npz file."""
     try:
         with np.load(io.BytesIO(_read(path)), allow_pickle=False) as archive:
             absent = {"images", "labels"} - set(archive.files)
@@ -91,14 +85,9 @@ def read_npz(path: Path) -> Arrays:
 def read_cifar_pickle(content: bytes, name: str) -> Arrays:
     """Decode one batch of the python version of CIFAR-10 or CIFAR-100, called `name` in errors.
 
-    Only the names that such a batch needs can be unpickled: a file that refers to anything else is
-    refused before any of its code runs.
-
-    Returns:
-        Images (N, 32, 32, 3) uint8 and labels (N,) int64 (the fine labels of CIFAR-100).
-
-    Raises:
-        DataError: If it is truncated, refers to other names, or holds other things than a batch.
+    Images are (N, 32, 32, 3) uint8, labels (N,) int64, the fine ones of CIFAR-100. Only the names
+    that such a batch needs can be unpickled: a file that refers to anything else is refused before
+    any of its code runs.
     """
     try:
         batch = _CifarUnpickler(io.BytesIO(content), encoding="bytes").load()
@@ -125,13 +114,8 @@ def read_cifar_pickle(content: bytes, name: str) -> Arrays:
 def read_cifar_binary(content: bytes, name: str, label_bytes: int) -> Arrays:
     """Decode one file of the binary version of CIFAR-10 or CIFAR-100, called `name` in errors.
 
-    Each record is `label_bytes` (the last of which is the label) and an image.
-
-    Returns:
-        Images (N, 32, 32, 3) uint8 and labels (N,) int64.
-
-    Raises:
-        DataError: If the length is not that of whole records.
+    Each record is `label_bytes` (the last of which is the label) and an image. Images are (N, 32,
+    32, 3) uint8, labels (N,) int64.
     """
     record = label_bytes + _CIFAR_PIXELS
     if not content or len(content) % record:
@@ -145,13 +129,7 @@ def read_cifar_binary(content: bytes, name: str, label_bytes: int) -> Arrays:
 def read_members(source: Path, names: Collection[str]) -> dict[str, bytes]:
     """Read the files of some names that a folder or a tar archive, compressed or not, holds.
 
-    Nothing of an archive is written to disk.
-
-    Returns:
-        Base name → content, without those that are not there.
-
-    Raises:
-        DataError: If the source or one of the files is missing or damaged.
+    They are found by base name; those that are not there are left out. Nothing is written to disk.
     """
     if source.is_dir():
         return {name: _read(source / name) for name in names if (source / name).is_file()}

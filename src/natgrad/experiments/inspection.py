@@ -32,11 +32,7 @@ class InspectionError(ValueError):
 def shared_positions(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, int]:
     """Run a model once, in evaluation mode, and count the positions sharing each block's weights.
 
-    Returns:
-        Block name → T: pixels of a convolution, tokens of a sequence, 1 for a plain layer.
-
-    Raises:
-        InspectionError: If the model does not accept the inputs.
+    Block name → T: pixels of a convolution, tokens of a sequence, 1 for a plain layer.
     """
     training = model.training
     model.eval()
@@ -61,13 +57,7 @@ def inspect_model(
 ) -> Summary:
     """Return, layer by layer, what a structure would precondition, and at what cost.
 
-    Args:
-        model: The model.
-        structure: Structure of the Fisher matrix.
-        likelihood: Name of the likelihood.
-        fisher: Fisher type.
-        samples: Batch size that costs are stated for.
-        positions: Block name → positions that share its weights; 1 where unknown.
+    Costs are for a batch of so many samples, and blocks whose positions are not given count as one.
     """
     try:
         preconditioner = Preconditioner(model, likelihood, structure=structure, fisher=fisher)

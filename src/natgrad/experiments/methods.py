@@ -134,14 +134,7 @@ class Method:
         likelihood: str | natgrad.Likelihood,
         setting: Setting,
     ) -> torch.optim.Optimizer:
-        """Build the optimizer of a model.
-
-        Args:
-            model: The network to train.
-            learning_rate: Step size.
-            likelihood: The likelihood behind the loss, or its name.
-            setting: What the options depend on.
-        """
+        """Build the optimizer of a model, of a likelihood or its name, in a setting."""
         if not self.is_natural:
             return self.optimizer(model.parameters(), lr=learning_rate, **self.options)
         options = {"seed": setting.seed, **self._options(setting)}
@@ -156,8 +149,7 @@ class Method:
     def damping(self, setting: Setting) -> float | None:
         """Return the damping that the method runs with; None for a first-order method.
 
-        It is λ, that at the start if it adapts, or for relative damping the share of the mean
-        eigenvalue.
+        It is λ, at the start if it adapts; of relative damping the share of the mean eigenvalue.
         """
         if not self.is_natural:
             return None

@@ -18,18 +18,12 @@ OUTPUT_VARIANCE = 0.1
 
 
 class MLP(nn.Sequential):
-    """A ReLU network in NTK parameterisation.
+    """A ReLU network in NTK parameterisation: `depth` weight layers, L − 1 hidden of `width` units.
 
     Every layer is f = (σ_w/√fan_in) W h with W ~ N(0, 1), without bias. With inputs of ‖x‖² = d and
-    σ_w² = 2 the mean square of the activations is 1 in every hidden layer. The last layer has
-    σ_w² = 0.1, so that the outputs begin small beside one-hot targets; that scales the tangent
-    kernel and leaves the learning rates of natural gradient descent as they are.
-
-    Args:
-        input_shape: Shape of one input, without the batch; flattened.
-        classes: The number of outputs.
-        width: Units in each hidden layer.
-        depth: The number of weight layers L, at least 1; there are L − 1 hidden layers.
+    σ_w² = 2 the mean square of the activations is 1 in every hidden layer. The last layer has σ_w²
+    = 0.1, so that the outputs begin small beside one-hot targets; that scales the tangent kernel
+    and leaves the learning rates of natural gradient descent as they are.
     """
 
     def __init__(
@@ -46,16 +40,10 @@ class MLP(nn.Sequential):
 
 
 class SmallCNN(nn.Module):
-    """A convolutional network: 3×3 convolutions, global mean, one linear layer.
+    """A convolutional network: L − 1 3×3 convolutions, global mean, one linear layer; L ≥ 2.
 
-    Every second convolution halves the resolution as long as it is at least 4 pixels. Weights start
-    with He's normal initialisation, biases at zero.
-
-    Args:
-        input_shape: Channels, height and width of one input.
-        classes: The number of outputs.
-        width: Channels of every convolution.
-        depth: The number of weight layers L, at least 2: L − 1 convolutions and one linear layer.
+    Every second convolution halves the resolution as long as it is at least 4 pixels; all have
+    `width` channels. Weights start with He's normal initialisation, biases at zero.
     """
 
     def __init__(
@@ -96,10 +84,7 @@ def build_model(
 ) -> nn.Module:
     """Build a network in float32 on the CPU; the same seed gives the same weights.
 
-    The global random state is left alone.
-
-    Raises:
-        ValueError: If the name is unknown, or width or depth too small for that network.
+    The global random state is left alone. An unknown name, or a size too small, is a ValueError.
     """
     if name not in MODELS:
         raise ValueError(f"Unknown model {name!r}: choose one of {', '.join(MODELS)}.")

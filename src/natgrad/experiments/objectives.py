@@ -38,12 +38,7 @@ class ObjectiveError(ValueError):
 
 @dataclass(frozen=True)
 class Metric:
-    """A number beside the loss.
-
-    Attributes:
-        name: Its name.
-        function: (outputs, targets) → the mean over a batch; None for no metric.
-    """
+    """A number beside the loss, the mean of a function over a batch; NaN without one."""
 
     name: str
     function: Callable[[Tensor, Any], float] | None
@@ -56,11 +51,8 @@ class Metric:
 def accuracy(outputs: Tensor, targets: Tensor, class_dim: int = 1) -> float:
     """Return the fraction of predictions whose largest output is at their label.
 
-    Args:
-        outputs: (N, C), or more dimensions with the classes in `class_dim`.
-        targets: Labels of the shape of the outputs without the classes, −100 where there is none;
-            or class probabilities of the outputs' shape.
-        class_dim: Dimension of the classes.
+    Outputs are (N, C), or have more dimensions with the classes in `class_dim`. Targets are labels,
+    −100 where there is none, or class probabilities in the outputs' shape.
     """
     labels = targets if targets.dim() < outputs.dim() else targets.argmax(class_dim)
     right = outputs.argmax(class_dim) == labels
@@ -137,19 +129,14 @@ def choose_objective(
 ) -> Objective:
     """Return the objective of a user's model, as far as it can be told from a first batch.
 
-    Args:
-        model: The model, left as it is but for what one forward pass changes.
-        batch: Inputs and targets.
-        loss: A loss module, a function of outputs and targets, a likelihood, or the name of a torch
-            loss or likelihood. None takes the loss that the model computes itself, or cross-entropy
-            where the targets are class labels.
-        likelihood: Name of the likelihood; None for that of the loss.
-        metric: A name in `METRICS` or ``package.module:function``; None for accuracy where there
-            are classes.
+    The loss is a loss module, a function of outputs and targets, a likelihood, or the name of a
+    torch loss or likelihood; None takes the loss that the model computes itself, or cross-entropy
+    where the targets are class labels. The likelihood is by default that of the loss. The metric is
+    one of `METRICS` or ``package.module:function``, by default accuracy where there are classes.
+    One forward pass may change the model.
 
-    Raises:
-        ObjectiveError: If the model does not take the batch, or loss or likelihood cannot be told.
-        FactoryError: If the metric cannot be imported.
+    Raises `ObjectiveError` if the model does not take the batch, or loss or likelihood cannot be
+    told, and `FactoryError` if the metric cannot be imported.
     """
     inputs, targets = batch
     try:
@@ -234,8 +221,7 @@ def choose_metric(
 def find_loss(name: str) -> nn.Module | Likelihood:
     """Return a torch loss or a likelihood by a name such as mse, MSELoss, mse_loss or gaussian.
 
-    Raises:
-        ObjectiveError: If there is none of this name.
+    An ObjectiveError says that there is none.
     """
     try:
         return as_likelihood(name)

@@ -37,8 +37,7 @@ DASH = "–"
 def check_output(directory: Path) -> None:
     """Check, before anything runs, that results can be written to a folder, which need not exist.
 
-    Raises:
-        ConfigError: If it is a file, or it or the folder to create it in cannot be written to.
+    A ConfigError says that it is a file, or that it cannot be made or written to.
     """
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"The output {directory} is a file: give a folder.")
@@ -55,17 +54,9 @@ def write_report(
 ) -> list[Path]:
     """Write ``results.json``, the figures as PNG and SVG, and ``report.html`` to a folder.
 
-    Everything is rendered before the first byte is written, and each file appears under its name
-    only once it is complete. Other files in the folder are left alone.
-
-    Args:
-        directory: The folder, created if need be.
-        results: The results as JSON.
-        figures: The figures by the names of their files.
-        render: Renders the page from the figures as SVG, by name.
-
-    Returns:
-        The paths of the files, the report first.
+    Everything is rendered, the page from the figures as SVG by name, before the first byte is
+    written, and each file appears under its name only once it is complete. Other files in the
+    folder are left alone. Returned are the paths, the report's first.
     """
     images = {f"{name}.{kind}": save_figure(figure, kind)
               for name, figure in figures.items() for kind in ("svg", "png")}  # fmt: skip

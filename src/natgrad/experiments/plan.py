@@ -124,14 +124,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Message:
-    """What each process hands to a collective at certain steps.
+    """What each process hands to a collective of ``torch.distributed``, every so many steps.
 
-    Attributes:
-        collective: Its name in ``torch.distributed``.
-        size: Bytes that a process hands in, padded to those of the process that has most; of
-            ``"all_to_all"`` the most that one hands in or is handed.
-        interval: Steps from one to the next.
-        among: Number of processes N that take part.
+    `size` is in bytes, padded to those of the process that has most; of ``"all_to_all"`` the most
+    that one hands in or is handed. `among` is the number of processes N that take part.
     """
 
     collective: Collective
@@ -146,11 +142,7 @@ class Message:
 
     @property
     def moved(self) -> float:
-        """Bytes per step that pass through the link of a process.
-
-        An all-reduce of n bytes moves 2(N−1)/N·n, all others (N−1)/N·n; what is gathered has
-        n = N·size.
-        """
+        """Bytes per step that pass through the link of a process, by the rings of the module."""
         number = self.among
         whole = self.per_step * (number if self.collective in ("all_gather", "gather") else 1)
         return (2 if self.collective == "all_reduce" else 1) * (number - 1) / number * whole
@@ -234,12 +226,9 @@ class SharedWork:
 class Plan:
     """What a model takes in every sharing mode, with every number of ranks.
 
-    Attributes:
-        options: What was asked for, the intervals filled in.
-        parameters: Number of the model's parameters, frozen ones included.
-        covered: Number of those that are preconditioned.
-        parts: Number of layers (blocks) that are factorised.
-        works: One entry per number of ranks and sharing mode, in this order.
+    `options` have the intervals filled in; `parameters` counts frozen ones, too, `covered` those
+    that are preconditioned, `parts` the layers that are factorised; `works` are in the order of
+    ranks and modes.
     """
 
     options: Options
@@ -256,11 +245,7 @@ def sharings(ranks: int) -> tuple[Sharing | float, ...]:
 
 
 def parse_ranks(text: str) -> tuple[int, ...]:
-    """Return numbers of ranks given as ``1,8,64``.
-
-    Raises:
-        PlanError: If they are not positive numbers.
-    """
+    """Return numbers of ranks given as ``1,8,64``; a PlanError says that they are none."""
     try:
         ranks = tuple(int(one) for one in text.split(","))
     except ValueError:
@@ -275,15 +260,9 @@ def parse_ranks(text: str) -> tuple[int, ...]:
 def plan_factory(specification: str, options: Options) -> Plan:
     """Plan for the model of a factory, made without memory (on the meta device) where possible.
 
-    A factory or model that cannot do without values is made on the CPU.
-
-    Args:
-        specification: ``package.module:factory``, see `factories.load_model`.
-        options: What to plan for.
-
-    Raises:
-        FactoryError: If it cannot be imported or called, or returns no module.
-        InspectionError: If that has no trainable parameters that can be preconditioned.
+    A factory, see `factories.load_model`, that cannot do without values is called on the CPU.
+    Raises `FactoryError` or `InspectionError` if there is no model with trainable parameters that
+    can be preconditioned.
     """
     try:
         return plan_model(load_model(specification, torch.device("meta")).model, options)
@@ -292,17 +271,10 @@ def plan_factory(specification: str, options: Options) -> Plan:
 
 
 def plan_model(model: nn.Module, options: Options) -> Plan:
-    """Plan for a model, of which nothing but shapes and types matters.
+    """Plan for a model, on any device, of which nothing but shapes and types matters.
 
     Modules of unknown kind that are on the meta device have their parameters replaced, as such are
     told by what they compute.
-
-    Args:
-        model: The model, on any device.
-        options: What to plan for.
-
-    Raises:
-        InspectionError: If it has no trainable parameters that can be preconditioned.
     """
     method = METHODS[options.method].method
     _give_values_to_unknown(model)
@@ -362,14 +334,8 @@ def _shared_work(
 ) -> SharedWork:
     """Return what one sharing mode takes; messages are those of the column that moves most.
 
-    Args:
-        curvature: The curvature, of which nothing has been seen.
-        options: What to plan for, the intervals filled in.
-        ranks: Number of processes.
-        sharing: The mode.
-        directions: Pulled-back vectors per sample.
-        trained: Bytes of an entry and shape of the parameters that have gradients.
-        positions: Part → positions of a sample that share its weight.
+    `directions` are pulled back per sample, `trained` are bytes of an entry and shape of the
+    parameters that have gradients, `positions` of a sample share the weight of a part.
     """
     structure, parts = curvature.structure, curvature.parts
     batch = Workload(ranks * options.samples, directions, positions, ranks)
@@ -463,9 +429,7 @@ def _shared_work(
 def _in_shards(tensors: Sequence[tuple[int, Sequence[int]]], ranks: int) -> int:
     """Return the bytes that the first of some processes has of tensors cut along their rows.
 
-    Args:
-        tensors: Bytes of an entry, and shape, of each.
-        ranks: Number of processes.
+    Tensors are given as bytes of an entry, and shape.
     """
     rows = [(entry, -(-shape[0] // ranks) if shape else 1, shape) for entry, shape in tensors]
     return sum(entry * count * prod(shape[1:]) for entry, count, shape in rows)

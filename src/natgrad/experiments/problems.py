@@ -25,14 +25,9 @@ __all__ = ["Problem", "Problems"]
 
 @dataclass(frozen=True)
 class Problem:
-    """What all methods share.
+    """What all methods share: network, data, loss, and what learning rates and options depend on.
 
-    Attributes:
-        model: The network before training; every method trains a copy.
-        batches: The data, on the network's device.
-        objective: The loss.
-        setting: What learning rates and options of methods depend on.
-        data: What the data are, in JSON values.
+    Every method trains a copy of the model; `data` says in JSON values what the data are.
     """
 
     model: nn.Module
@@ -45,13 +40,8 @@ class Problem:
 class Problems:
     """The problem of a comparison, for every seed.
 
-    Args:
-        config: The options of the comparison.
-
-    Raises:
-        DataError: If built-in data cannot be read.
-        FactoryError: If a user's model or data cannot be made.
-        ObjectiveError: If model and data do not go together, or the loss cannot be told.
+    Raises `DataError` or `FactoryError` if data or a user's model cannot be made, and
+    `ObjectiveError` if they do not go together, or the loss cannot be told.
     """
 
     def __init__(self, config: CompareConfig) -> None:

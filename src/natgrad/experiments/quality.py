@@ -37,13 +37,7 @@ def measure_quality(
 ) -> list[QualityPoint]:
     """Measure the update of every structure and Fisher type along a training run.
 
-    Args:
-        model: The network.
-        snapshots: Steps taken → state of the network then.
-        objective: The loss.
-        inputs: (N, ...) samples.
-        targets: Their targets, encoded for the objective.
-        seed: Seed of sampled labels.
+    Snapshots are the network's states by steps taken; the seed is that of sampled labels.
     """
     model = copy.deepcopy(model)
     likelihood = as_likelihood(objective.likelihood)

@@ -14,11 +14,7 @@ __all__ = ["RandomStream", "reproducible"]
 
 
 class RandomStream:
-    """Random numbers of torch, numpy and Python on the CPU from a seed on, apart from all others.
-
-    Args:
-        seed: The seed.
-    """
+    """Random numbers of torch, numpy and Python on the CPU from a seed on, apart from others."""
 
     def __init__(self, seed: int) -> None:
         with reproducible(seed):

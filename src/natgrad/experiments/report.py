@@ -95,13 +95,8 @@ def over_seeds(
 ) -> str:
     """Return a quantity of a method's runs as text: the median, and the range over several seeds.
 
-    Where some runs have none it says how many have.
-
-    Args:
-        result: The method.
-        quantity: Name of an attribute of a run, or what picks it.
-        form: Makes text of a number.
-        ranges: Whether to give the range.
+    The quantity is the name of an attribute of a run, or what picks it. Where some runs have none
+    the text says how many have.
     """
     pick = quantity if callable(quantity) else lambda run: getattr(run, quantity)
     values = [value for run in result.runs if (value := pick(run)) is not None]

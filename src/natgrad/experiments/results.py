@@ -186,8 +186,7 @@ class Results(JobResults):
 def read_results(path: Path) -> Results:
     """Read the results of a comparison from its JSON file; null numbers become NaN.
 
-    Raises:
-        ConfigError: If the file does not hold such results.
+    A ConfigError says that the file does not hold such.
     """
     try:
         found: Results = _restored(Results, json.loads(path.read_text(encoding="utf-8")))

@@ -20,18 +20,11 @@ def search_learning_rate(
 ) -> Search:
     """Look for the learning rate with the lowest final training loss.
 
-    The search begins with one trial per decade of the grid, then moves to the untested neighbours
-    of the best so far, half a decade away and then a quarter, beyond the ends of the grid if the
-    best is there, until the budget is spent or all neighbours are tested.
-
-    Args:
-        run: learning rate → final training loss; NaN for a run that diverged.
-        grid: Exponents of ten of the lowest and highest first trials.
-        search: Takes every trial as it ends, in the order of the learning rates. Trials that it
-            holds already are not run again.
-
-    Returns:
-        The search, with all trials.
+    The search begins with one trial per decade of the grid, given by exponents of ten, then moves
+    to the untested neighbours of the best so far, half a decade away and then a quarter, beyond the
+    ends of the grid if the best is there, until the budget is spent or all neighbours are tested.
+    `run` returns the final training loss, NaN for a run that diverged. `search` takes every trial
+    as it ends, in the order of the learning rates; those that it holds already are not run again.
     """
     losses: dict[int, float] = {}
     known = {round(_PER_DECADE * math.log10(t.learning_rate)): t.loss for t in search.trials}

@@ -23,13 +23,7 @@ DAMPINGS = tuple(10.0**exponent for exponent in range(0, -7, -1))
 
 @dataclass(frozen=True)
 class Eigenpair:
-    """One of the largest eigenvalues, and where its eigenvector lies.
-
-    Attributes:
-        value: The eigenvalue.
-        layer: The module that has the largest share of the eigenvector.
-        share: That share of its squared length, from 0 to 1.
-    """
+    """One of the largest eigenvalues, the module most of its eigenvector is in, and that share."""
 
     value: float
     layer: str
@@ -70,20 +64,12 @@ def fisher_spectrum(
     samples: int,
     number: int = 10,
 ) -> Spectrum:
-    """Return the spectrum of the Fisher matrix, by products with it alone.
+    """Return the spectrum of the Fisher matrix of a model in evaluation mode, by products alone.
 
-    Args:
-        model: The model; it runs in evaluation mode.
-        data: ``package.module:loader``, as for ``natgrad compare``.
-        structure: Structure of the Fisher matrix.
-        likelihood: Name of the likelihood.
-        fisher: Fisher type.
-        samples: The first batches that hold so many samples are taken, or all there are.
-        number: Of the largest eigenvalues to find, fewer if there are no more.
+    The data, ``package.module:loader`` as for ``natgrad compare``, are the first batches that hold
+    so many samples. So many of the largest eigenvalues are found, fewer if there are no more.
 
-    Raises:
-        FactoryError: If the data cannot be read.
-        InspectionError: If there is no such matrix of this model on these data.
+    Raises `FactoryError` if the data cannot be read, `InspectionError` if there is no such matrix.
     """
     batches = list(LoaderBatches(data, torch.device("cpu"), samples=samples).measured())
     training = model.training

@@ -82,20 +82,11 @@ def train(
 
     With full batches the training curve is the loss of each step, before that step's update, and
     one evaluation after the last. With mini-batches that is the batch curve, and the training curve
-    is evaluated whenever the test curve is.
+    is evaluated whenever the test curve is. `report` is told of each step; `takes_closure` says
+    that the optimizer evaluates the loss by a closure.
 
-    Args:
-        model: Network on the data's device.
-        optimizer: Its optimizer.
-        objective: The loss.
-        batches: Training and test data.
-        schedule: Steps, seconds and evaluations.
-        report: Told of each step.
-        takes_closure: Whether the optimizer evaluates the loss by a closure.
-
-    Returns:
-        The measurements. A loss that is not finite or 10⁶ times the first one ends the run as
-        "diverged", an error as "failed", Ctrl-C as "interrupted".
+    A loss that is not finite or 10⁶ times the first one ends the run as "diverged", an error as
+    "failed", Ctrl-C as "interrupted".
     """
     run = Run("completed", batch=None if batches.whole else Curve())
     durations: list[float] = []

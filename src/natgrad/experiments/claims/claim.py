@@ -192,9 +192,7 @@ class Setting:
     def part(self, name: str, compute: Callable[[], Value]) -> Value:
         """Return what a part of the measurement finds, computed once and kept if interrupted.
 
-        Args:
-            name: Its name, different for every part of a claim.
-            compute: Finds it; a number, a list of numbers, or a dict of such by name.
+        It is a number, a list of numbers, or a dict of such, under a name of its own in the claim.
         """
         if name not in self.parts:
             self.parts[name] = compute()
@@ -255,12 +253,7 @@ class Claim:
 
 
 class Source:
-    """A paper and the claims of it that can be measured.
-
-    Args:
-        name: Short name, the first part of the names of its claims.
-        reference: Authors, title and year.
-    """
+    """A paper, by a short name, and the claims of it that can be measured."""
 
     def __init__(self, name: str, reference: str) -> None:
         self.name: str = name
@@ -272,13 +265,7 @@ class Source:
     ) -> Callable[[Measure], Callable[[Setting], Figures]]:
         """Register the decorated function as the measurement of a claim, its docstring as `about`.
 
-        Args:
-            name: Name of the claim, unique in the source.
-            where: See :class:`Claim`.
-            says: See :class:`Claim`.
-            expects: See :class:`Claim`.
-            **fields: Further fields of :class:`Claim`; `published_data` is `data` if that is
-                given alone.
+        The rest are fields of :class:`Claim`; `published_data` is `data` if that is given alone.
         """
 
         def register(measure: Measure) -> Callable[[Setting], Figures]:

@@ -259,12 +259,10 @@ def _damped(
     own: Structure | None,
     plain: Structure | None = None,
 ) -> Callable[[nn.Module, Trial, int, int], torch.optim.Optimizer]:
-    """Return a maker of the sources' steps: rate times direction, with momentum.
+    """Return a maker of the sources' steps, rate times direction, with momentum.
 
-    Args:
-        optimizer: K-FAC or TKFAC.
-        own: Its structure with damping in units of each layer; None for one damping for all.
-        plain: Its structure with one damping, where it is not the optimizer's.
+    `own` is a structure with damping in units of each layer, `plain` one with one damping for all,
+    where it is not the optimizer's.
     """
     chosen = own or plain
     structure: dict[str, Any] = {} if chosen is None else {"structure": chosen}

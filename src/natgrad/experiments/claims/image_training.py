@@ -56,11 +56,8 @@ class ResidualBlock(nn.Module):
 class ResNet(nn.Module):
     """A residual network for small images: ResNet-20 is (16, 32, 64) with 3 blocks each.
 
-    Args:
-        channels: Channels of the images.
-        classes: The number of outputs.
-        widths: Channels of each stage; every stage but the first halves the resolution.
-        blocks: Residual blocks of each stage.
+    `widths` are the channels of each stage, every one of which but the first halves the resolution;
+    `blocks` those of each stage.
     """
 
     def __init__(self, channels: int, classes: int, widths: Sequence[int], blocks: int) -> None:
@@ -87,12 +84,8 @@ class ResNet(nn.Module):
 class VGG(nn.Module):
     """3×3 convolutions and ReLU without normalisation; VGG-16 is its 13 convolutions (2014).
 
-    Args:
-        channels: Channels of the images.
-        classes: The number of outputs.
-        widths: Channels of the convolutions, group by group; each group ends in a maximum of 2×2
-            pixels as long as there are so many.
-        side: Pixels of a side of the images.
+    `widths` are the channels, group by group; each group ends in a maximum of 2×2 pixels as long as
+    there are so many.
     """
 
     def __init__(
@@ -160,11 +153,8 @@ def residual(setting: Setting, widths: Sequence[int], blocks: int, classes: int)
 def images(setting: Setting, train_samples: int, classes: int) -> Dataset:
     """Return the images of a claim: all of them at the published size.
 
-    Args:
-        setting: What the claim runs with.
-        train_samples: Training images at the small size, beside half as many test images. Of the
-            digits, which stand in where there are no files, all are taken.
-        classes: Classes at the small size, the first ones; 2×2 pixels become one there.
+    At the small size they are of the first `classes` classes, 2×2 pixels made one, with half as
+    many test images; all of the digits, which stand in where there are no files.
     """
     if setting.full or setting.data == "digits":
         return setting.dataset()
@@ -189,10 +179,8 @@ def processor_time(device: torch.device) -> float:
 def train(task: ImageTask, make: Callable[[nn.Module], torch.optim.Optimizer], draw: int) -> Curves:
     """Train the network of a task; a run whose loss is not finite ends there, with infinite losses.
 
-    Args:
-        task: The network, the images, and how long.
-        make: Makes the optimizer; its learning rate stays as it is.
-        draw: Number of the random weights and of the random order of the images.
+    Random weights and the order of the images are numbered by a draw; the learning rate stays as
+    `make` made it.
     """
     data, device = task.data, task.data.train_inputs.device
     model = task.model(draw)

@@ -47,17 +47,7 @@ def _trained(data: Dataset, precision: float, seed: int) -> nn.Module:
 
 
 def sampled_predictive(posterior: natgrad.Laplace, x: Tensor, samples: int, seed: int) -> Tensor:
-    """Return mean probabilities of the network itself at weights drawn from the posterior.
-
-    Args:
-        posterior: The posterior; its model is left as it is.
-        x: Inputs, ``(N, …)``.
-        samples: Number of draws.
-        seed: Their seed.
-
-    Returns:
-        ``(N, C)``.
-    """
+    """Return the network's mean probabilities ``(N, C)`` at weights drawn from its posterior."""
     model = posterior.model
     parameters = list(model.parameters())
     start = nn.utils.parameters_to_vector(parameters).detach().clone()

@@ -49,14 +49,7 @@ def _task(setting: Setting) -> Task:
 
 
 def block_error(model: nn.Module, x: Tensor, structure: str, **options: Any) -> float:
-    """Return ‖F̂ − F_b‖/‖F_b‖ of the layers' exact Fisher blocks F_b, in the Frobenius norm.
-
-    Args:
-        model: The network, of a Gaussian likelihood.
-        x: Inputs, ``(N, …)``.
-        structure: The structure of F̂, whose parts are the layers.
-        **options: Its options.
-    """
+    """Return ‖F̂ − F_b‖/‖F_b‖ of the layers' exact Gaussian blocks F_b, in the Frobenius norm."""
     exact = natgrad.fisher_matrix(model, (x, None), "gaussian", "block_diagonal")
     found = natgrad.fisher_matrix(model, (x, None), "gaussian", structure, **options)
     squares, whole = 0.0, 0.0

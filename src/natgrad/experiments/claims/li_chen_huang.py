@@ -33,13 +33,10 @@ SMALL, LARGE = 0.5, (10.0, 1000.0)
 
 @dataclass(frozen=True)
 class StiffPoisson:
-    """−u'' = f on (0, 1), u = 0 at both ends, with u = sin 2πx + 0.1 sin 2πkx.
+    """−u'' = f on (0, 1), u = 0 at both ends, with u = sin 2πx + 0.1 sin 2πkx, k the frequency.
 
-    The network is multiplied by x(1 − x), so that the boundary values hold by themselves.
-
-    Attributes:
-        points: Points at which the equation is to hold, evenly spaced.
-        frequency: k.
+    It is to hold at points evenly spaced. The network is multiplied by x(1 − x), so that the
+    boundary values hold by themselves.
     """
 
     points: int
@@ -78,13 +75,7 @@ class StiffPoisson:
 
 
 def largest_curvature(problem: StiffPoisson, model: nn.Module, iterations: int = 30) -> float:
-    """Return about λ_max of the Hessian of the loss, the largest in size, by power iteration.
-
-    Args:
-        problem: The equation.
-        model: The network; left as it is.
-        iterations: Products with the Hessian.
-    """
+    """Return about λ_max of the Hessian of the loss, the largest in size, by power iteration."""
     parameters = list(model.parameters())
     gradients = torch.autograd.grad(problem.loss(model), parameters, create_graph=True)
     vector = [g.detach() for g in gradients]
@@ -103,12 +94,7 @@ def trained(
 ) -> float:
     """Train a network with so many evaluations; return its last loss, ∞ if it diverged.
 
-    Args:
-        problem: The equation.
-        model: The network; it is trained in place.
-        optimizer: Its optimizer, which takes a closure.
-        evaluations: Evaluations of the loss and its gradient; the step that exceeds them is the
-            last.
+    The step that exceeds the number of evaluations is the last.
     """
     count = 0
 

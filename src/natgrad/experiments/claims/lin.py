@@ -100,13 +100,7 @@ def _natural_gradient(model: nn.Module, x: Tensor, y: Tensor, **options: Any) ->
 def inverse_of_average(model: nn.Module, x: Tensor, y: Tensor, rate: float) -> Tensor:
     """Return K-FAC's natural gradient after one step of a moving average from the identity.
 
-    The factors are ``(1 − β₁)I + β₁(A + λI)`` and ``(1 − β₁)I + β₁(B + λI)``.
-
-    Args:
-        model: The network, of a categorical likelihood.
-        x: The inputs of a batch.
-        y: Its labels.
-        rate: β₁.
+    The factors are ``(1 − β₁)I + β₁(A + λI)`` and ``(1 − β₁)I + β₁(B + λI)``, β₁ the rate.
     """
     matrix = natgrad.fisher_matrix(model, (x, y), "categorical", "kfac", "empirical")
     gradients = torch.autograd.grad(functional.cross_entropy(model(x), y), list(model.parameters()))

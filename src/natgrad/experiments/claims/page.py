@@ -34,15 +34,7 @@ Where else a measurement was changed after a first one, the rule stayed, and a r
 
 
 def render_page(sources: Sequence[Source], folder: Path) -> str:
-    """Return the page, in Markdown.
-
-    Args:
-        sources: The sources.
-        folder: Folder of the results.
-
-    Raises:
-        ConfigError: If a kept result cannot be read.
-    """
+    """Return the page, in Markdown, of the results in a folder."""
     lines = [_INTRODUCTION, "| claim | verdict | at the published size |", "|---|---|---|"]
     sections: list[str] = []
     for source in sources:

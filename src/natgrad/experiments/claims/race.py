@@ -21,12 +21,9 @@ Trial = tuple[float, ...]
 
 @dataclass(frozen=True)
 class Method:
-    """A way to train.
+    """A way to train: what figures call it, what makes its optimizer, and the trials.
 
-    Attributes:
-        title: What figures call it.
-        make: Makes the optimizer of a model, a trial, and the batches of an epoch and of all.
-        trials: What is tried.
+    `make` takes a model, a trial, and the batches of an epoch and of all.
     """
 
     title: str
@@ -38,10 +35,7 @@ class Method:
 class Race:
     """Methods on one task. Runs are made once in a process, whichever claims want them.
 
-    Attributes:
-        task: Makes the task.
-        methods: The methods by name.
-        draws: Draws of weights and order that figures are of; another one chooses the trials.
+    Figures are of so many draws of weights and order; another one chooses the trials.
     """
 
     task: Callable[[Setting], ImageTask]
@@ -67,9 +61,7 @@ class Race:
     ) -> tuple[dict[str, Trial], dict[str, list[Curves]]]:
         """Return the trials and the curves of some methods.
 
-        Args:
-            setting: What the claim runs with.
-            names: The methods; of a mapping each to the method whose best trial it takes.
+        A mapping says of each whose best trial it takes.
         """
         likes = names if isinstance(names, Mapping) else {name: name for name in names}
         trials, runs = {}, {}

@@ -46,8 +46,7 @@ SOURCES: tuple[Source, ...] = (
 def choose(names: Sequence[str] = ()) -> list[Claim]:
     """Return the claims of some names, which may be those of sources; all if there are no names.
 
-    Raises:
-        ConfigError: If a name is unknown; it names the ones that are close.
+    A ConfigError names those that are close to an unknown one.
     """
     groups = {source.name: source.claims for source in SOURCES}
     claims = {claim.name: [claim] for found in groups.values() for claim in found}

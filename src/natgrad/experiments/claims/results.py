@@ -66,11 +66,7 @@ def result_path(folder: Path, claim: Claim, full: bool) -> Path:
 
 
 def read_result(path: Path) -> Result | None:
-    """Return a kept result, None if there is none.
-
-    Raises:
-        ConfigError: If the file is not one of a result.
-    """
+    """Return a kept result, None if there is none; a ConfigError if it cannot be read."""
     if not path.exists():
         return None
     try:

@@ -26,23 +26,14 @@ def run_claims(
     again: bool = False,
     observer: Progress | None = None,
 ) -> tuple[list[Result], bool]:
-    """Measure claims, except those whose results are kept.
+    """Measure claims, except those whose results are kept, and keep the results in a folder.
 
-    Args:
-        claims: The claims.
-        output: Folder of the results, one file a claim.
-        setting: Size, seed, folder of data sets and device.
-        again: Whether to measure what is there already.
-        observer: Told of progress; silent by default.
+    The results come with whether Ctrl-C ended the run before all were there. The parts that an
+    interrupted measurement had finished are kept; it goes on from there. So are those of one that
+    failed, whose result says why. `again` measures what is there already, too.
 
-    Returns:
-        The results, and whether Ctrl-C ended the run before all were there. The parts that an
-        interrupted measurement had finished are kept; it goes on from there. So are those of one
-        that failed, whose result says why.
-
-    Raises:
-        ConfigError: If a kept result cannot be read, or the device is not there.
-        DataError: If the data cannot be used.
+    Raises `ConfigError` if a kept result cannot be read or the device is not there, and `DataError`
+    if the data cannot be used.
     """
     observer, setting = observer or Progress(), setting or Setting()
     results: list[Result] = []

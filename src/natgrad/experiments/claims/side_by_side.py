@@ -50,11 +50,8 @@ def at_rate(
 ) -> Make:
     """Return what makes an optimizer of a network and a learning rate, a number or a trial with it.
 
-    Args:
-        optimizer: Its class: natgrad's take the network, others its parameters.
-        *given: What natgrad's take behind the network: the likelihood.
-        searched: Name of the option that the learning rate stands for.
-        **options: Further options.
+    natgrad's take the network, and behind it what is `given`, the likelihood; others its
+    parameters. `searched` is the name of the option that the learning rate stands for.
     """
     natural = isinstance(optimizer, type) and issubclass(optimizer, NaturalGradient)
 
@@ -74,11 +71,7 @@ def mlp(
 ) -> nn.Sequential:
     """Return a fully connected network at PyTorch's random weights, numbered by a seed.
 
-    Args:
-        sizes: Inputs, units of every hidden layer, outputs.
-        seed: Its number.
-        activation: What is between the layers.
-        dtype: Type of its parameters; torch's default type for None.
+    `sizes` are inputs, units of every hidden layer, and outputs.
     """
     layers: list[nn.Module] = []
     with torch.random.fork_rng(devices=[]):
@@ -115,12 +108,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Tuned:
-    """Runs of one method.
-
-    Attributes:
-        rate: The learning rate that was chosen.
-        runs: One run a network.
-    """
+    """Runs of one method at the learning rate that was chosen, one a network."""
 
     rate: float
     runs: list[Run]
@@ -137,15 +125,7 @@ def accuracies(
 ) -> dict[str, list[float]]:
     """Return shares of samples whose largest output is that of the label, network by network.
 
-    Args:
-        found: Runs of some methods.
-        x: Test inputs.
-        labels: Their labels.
-        of: The method whose share is compared,
-        others: with the shares of these.
-
-    Returns:
-        The differences first, then the shares of all methods.
+    The differences of one method's from others' come first, then the shares of all.
     """
     right = {
         title: [float((run.model(x).argmax(1) == labels).double().mean()) for run in tuned.runs]
@@ -220,14 +200,10 @@ class Task:
     def train(
         self, model: nn.Module, make: Make, steps: int, *, every: int = 0, seed: int = 0
     ) -> Run:
-        """Train a copy of a network.
+        """Train a copy of a network; a run whose loss is not finite ends early.
 
-        Args:
-            model: The network; left as it is.
-            make: Makes the optimizer of the copy.
-            steps: Steps to take; a run whose loss is not finite ends early.
-            every: Steps between measurements; 0 for one before the first step and one at the end.
-            seed: Seed of the order of samples.
+        The loss is measured every so many steps; for 0 before the first and at the end. The seed is
+        that of the order of samples.
         """
         model, every = copy.deepcopy(model), every or steps
         optimizer, batches = make(model), self.batches(seed)
@@ -266,15 +242,10 @@ class Task:
         every: int = 0,
         progress: Callable[[float], None] = lambda share: None,
     ) -> dict[str, Tuned]:
-        """Train some networks by every method, each at the best of its learning rates.
+        """Train networks 0 to `draws` by every method, each at the best of its learning rates.
 
-        Args:
-            methods: What makes an optimizer, and the rates to choose from, by title.
-            network: Returns the network of a number; rates are chosen on that of number `draws`.
-            draws: How many networks to train, numbered from 0.
-            steps: Steps of every run.
-            every: Steps between measurements; see :meth:`train`.
-            progress: Told the share that is done.
+        That is chosen on network number `draws`, which is not among them; see :meth:`train` for
+        `every`.
         """
         found = {}
         for index, (title, (make, rates)) in enumerate(methods.items()):

@@ -32,12 +32,8 @@ Words = list[str]
 class Corpus:
     """German sentences and their English translations as numbers of words.
 
-    Attributes:
-        train: Pairs to train on.
-        test: German sentences to translate.
-        references: Their English translations, as words.
-        german: The German words that have numbers.
-        english: The English ones.
+    `german` and `english` are the words that have numbers; `train` are pairs, `test` German
+    sentences, and `references` their translations as words.
     """
 
     train: list[tuple[Tensor, Tensor]]
@@ -59,15 +55,10 @@ class Corpus:
 def read_corpus(folder: Path | None, train: int | None, test: int, least: int) -> Corpus:
     r"""Read Multi30K, split in words by ``\w+|[^\w\s]``, lower case.
 
-    Args:
-        folder: Folder with ``train.de``, ``train.en``, ``test_2016_flickr.de`` and ``.en``, plain
-            or compressed as ``.gz``, or with a sub-folder ``multi30k`` of them.
-        train: Pairs to train on; None for all.
-        test: Sentences to translate.
-        least: How often a word must occur in the training pairs to have a number.
-
-    Raises:
-        RuntimeError: If a file is missing, or the languages have different numbers of lines.
+    The folder has ``train.de``, ``train.en``, ``test_2016_flickr.de`` and ``.en``, plain or
+    compressed as ``.gz``, or a sub-folder ``multi30k`` of them. So many pairs are to train on (None
+    for all) and so many sentences to translate; a word that occurs `least` times in the pairs has a
+    number. A file that is missing, or of another length than its translation, is a `RuntimeError`.
     """
     if folder is None:
         raise RuntimeError(
@@ -125,11 +116,8 @@ def _padded(sentences: Sequence[Tensor]) -> Tensor:
 class Translator(nn.Module):
     """An encoder-decoder transformer, LayerNorm before each part, with sinusoidal positions.
 
-    Args:
-        german: German words.
-        english: English words.
-        width: Features of a word; a multiple of 4, as there are 4 heads.
-        depth: Layers of the encoder, and of the decoder.
+    `german` and `english` are numbers of words; `width`, the features of a word, is a multiple of
+    4, the number of heads; encoder and decoder have `depth` layers each.
     """
 
     def __init__(self, german: int, english: int, width: int, depth: int) -> None:
@@ -200,9 +188,6 @@ def bleu(model: Translator, corpus: Corpus) -> float:
 
     Candidates and references are words in lower case as the corpus splits them, so sacrebleu splits
     no further (``tokenize="none"``).
-
-    Raises:
-        RuntimeError: If sacrebleu is not installed.
     """
     try:
         from sacrebleu.metrics.bleu import BLEU
@@ -228,16 +213,8 @@ def train_for(
 ) -> tuple[float, int]:
     """Train a model for so many processor seconds.
 
-    Args:
-        seconds: Processor seconds.
-        model: The model.
-        make: Makes the optimizer of the model and its loss, which leaves out padding.
-        corpus: The sentences.
-        batch_size: Pairs a batch.
-        seed: Seed of their order.
-
-    Returns:
-        The mean loss of the last 20 steps, infinite where it is not finite, and the steps taken.
+    `make` makes the optimizer of the model and its loss, which leaves out padding. Returned are the
+    mean loss of the last 20 steps, infinite where it is not finite, and the steps taken.
     """
     criterion = nn.CrossEntropyLoss(ignore_index=PAD)
     optimizer = make(model, criterion)

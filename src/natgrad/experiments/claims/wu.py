@@ -80,12 +80,7 @@ def quality(
 ) -> float:
     """Return γ of the update of a Fisher type over γ of the gradient (see `update_quality`).
 
-    Args:
-        model: The network; left as it is.
-        x: The inputs of a batch.
-        y: Its labels.
-        fisher: The Fisher type.
-        damping: Damping, in units of the mean eigenvalue of the empirical Fisher matrix.
+    The damping is in units of the mean eigenvalue of the empirical Fisher matrix.
     """
     empirical = natgrad.fisher_matrix(model, (x, y), "categorical", "full", "empirical")
     absolute = damping * float(empirical.trace()) / len(x)

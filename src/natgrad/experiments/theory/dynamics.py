@@ -28,11 +28,9 @@ FLOOR = 1e-16
 class _Theory:
     """What theory says of one method on one network.
 
-    Attributes:
-        network: The infinite-width limit, or the linearised network where there is none.
-        damping: λ; 0 on the infinite-width limit, where the optimizer's is there for rounding only.
-        lr: 1/α, for gradient descent 1/λ_max.
-        alpha: α of the theory; None for gradient descent.
+    That is the infinite-width limit, where the optimizer's damping is there for rounding only and λ
+    is 0, or the linearised network where there is none. The learning rate is 1/α, for gradient
+    descent, which has no α, 1/λ_max.
     """
 
     network: ntk.NetworkInFunctionSpace

@@ -158,14 +158,8 @@ class Problem:
     ) -> Trajectory:
         """Train a copy of a network with full batches and a method's own optimizer.
 
-        Args:
-            model: The network; left as it is.
-            method: A key of `METHODS`.
-            lr: Learning rate.
-            steps: Steps to take; a run that diverges ends early.
-            damping: λ; that of `damping_of` by default.
-            likelihood: That behind the loss, "gaussian" for ½‖f − y‖²; the test loss of another,
-                `cross_entropy`, is not taken.
+        The damping is by default that of `damping_of`. A run that diverges ends early. Of a
+        likelihood other than "gaussian", which is ½‖f − y‖², the test loss is not taken.
         """
         model = copy.deepcopy(model)
         if damping is None:

@@ -37,17 +37,9 @@ def run_theory(
 ) -> TheoryResults:
     """Run the sections asked for.
 
-    Args:
-        config: The options.
-        observer: Told of progress; silent by default.
-        command: The command line to record as the one that repeats the run.
-
-    Returns:
-        The results. After Ctrl-C they hold the sections that had ended, and `interrupted` is true.
-        A section the theory cannot be applied to has the status "failed" and says why.
-
-    Raises:
-        DataError: If the data cannot be used.
+    `command` is the command line to record as the one that repeats the run. After Ctrl-C the
+    results hold the sections that had ended, and `interrupted` is true. A section the theory cannot
+    be applied to has the status "failed" and says why. Data that cannot be used are a `DataError`.
     """
     created, began = datetime.now(timezone.utc), time.perf_counter()
     observer = observer or Progress()
