@@ -51,6 +51,8 @@ def with_fixed_statistics(model: nn.Module, x: Any) -> nn.Module:
         module.track_running_stats = True
         module.eval()
 
+    if not norms:
+        return model
     handles = [norm.register_forward_pre_hook(record) for norm in norms]
     with torch.no_grad():
         call(model, x)

@@ -173,6 +173,11 @@ class Problem:
         """Rows, inputs and output gradients of the blocks that the output depends on."""
         return kronecker.blocks_of(self.case, self.vectors)
 
+    @property
+    def shares_weights(self) -> bool:
+        """Whether a layer meets several positions of a sample."""
+        return any(b.inputs is not None and b.inputs.shape[1] > 1 for b in self.blocks)
+
     @cached_property
     def exact_groups(self) -> Tensor:
         """The Fisher matrix without what couples groups or blocks."""
@@ -522,12 +527,10 @@ class Entry:
             estimate.refresh(FIRST_STEP["damping"])
         return estimate.matrix()
 
-    def of_user(self, given: Problem, **options: Any) -> FisherMatrix:
+    def of_user(self, given: Problem) -> FisherMatrix:
         """Return what ``fisher_matrix`` makes of a problem."""
         case, data = given.case, (given.case.x, given.target)
-        return self.matrix(
-            case.model, data, given.likelihood, given.kind, case.output, **options
-        )  # fmt: skip
+        return self.matrix(case.model, data, given.likelihood, given.kind, case.output)
 
     def matrix(
         self,
