@@ -129,11 +129,8 @@ class Evidence:
     ) -> tuple[dict[str, float], float]:
         """Return the precisions, and the noise, of highest evidence near some first ones.
 
-        Args:
-            precision: Those to begin with: of each layer, or of all under the name ``""``.
-            noise: Likewise.
-            bounds: Smallest and largest precision.
-            with_noise: Whether noise may change.
+        The first precisions are those of each layer, or of all under the name ``""``; all stay
+        within the bounds. The noise changes only ``with_noise``.
         """
         names, bounded = list(precision), _Bounded(math.log(bounds[0]), math.log(bounds[1]))
         start = [bounded.inverse(math.log(precision[name])) for name in names]

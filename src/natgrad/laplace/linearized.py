@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ from natgrad.layouts import ParameterLayout
 from natgrad.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from natgrad.operators import FisherMatrix
 
-__all__ = ["LinearizedPosterior", "is_pair"]
+__all__ = ["LinearizedPosterior", "check_reiterable"]
 
 #: Samples whose outputs are pulled back at a time.
 CHUNK_SAMPLES = 16
@@ -304,7 +304,7 @@ def _standard_normal(
     return torch.randn(shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
 
 
-def is_pair(data: Any) -> bool:
-    """Return whether data are one batch, ``(inputs, targets)``."""
-    pair = isinstance(data, (tuple, list)) and len(data) == 2
-    return bool(pair and isinstance(data[1], (Tensor, Mapping)))
+def check_reiterable(data: Any) -> None:
+    """Raise a ValueError for data that can be read only once."""
+    if iter(data) is data:
+        raise ValueError("data must be re-iterable, as a list or a data loader: it is read twice")

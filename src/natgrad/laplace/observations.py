@@ -33,13 +33,7 @@ class Observations:
 
     @classmethod
     def of(cls, likelihood: Likelihood, output: Tensor, target: Any) -> Observations:
-        """Return what a batch says.
-
-        Args:
-            likelihood: The likelihood of these outputs.
-            output: The outputs, ``(N, …)``.
-            target: The targets.
-        """
+        """Return what a batch of outputs ``(N, …)`` and targets says."""
         count = float(likelihood.count(output, target))
         if not count > 0:
             return cls()
@@ -53,11 +47,7 @@ class Observations:
         return Observations(*(getattr(self, name) + getattr(other, name) for name in names))
 
     def log_likelihood(self, noise: Any = 1.0) -> Any:
-        """Return ``log p(D | θ*)``, up to constants.
-
-        Args:
-            noise: Variance of Gaussian noise in units of that of the losses; a number, or a tensor.
-        """
+        """Return ``log p(D | θ*)``, up to constants; noise is in units of that of the losses."""
         logarithm = noise.log() if isinstance(noise, Tensor) else math.log(noise)
         return self.normalizer - self.loss / noise - 0.5 * self.observed * logarithm
 

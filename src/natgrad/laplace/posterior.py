@@ -32,9 +32,9 @@ from natgrad.curvature import Curvature, Structure, as_structure
 from natgrad.distributed import Replicas
 from natgrad.distributed.shards import mesh_group
 from natgrad.fisher import Batch, FisherType, as_fisher_type
-from natgrad.fisher.estimation import curvature_of
+from natgrad.fisher.estimation import batches_of, curvature_of
 from natgrad.laplace.evidence import Evidence
-from natgrad.laplace.linearized import LinearizedPosterior, is_pair
+from natgrad.laplace.linearized import LinearizedPosterior, check_reiterable
 from natgrad.laplace.observations import Observations
 from natgrad.laplace.prior import check_layers, checked_mean, checked_precisions
 from natgrad.laplace.saved import load_statistics, saved_statistics
@@ -150,16 +150,12 @@ class Laplace(LinearizedPosterior):
             ValueError: If the data cannot be used, or the parameters have changed since earlier
                 data; the posterior is then as it was.
         """
-        if iter(data) is data:
-            raise ValueError(
-                "data must be re-iterable, as a list or a data loader: it is read twice"
-            )
-        batches = cast("Iterable[Batch]", [data] if is_pair(data) else data)
+        check_reiterable(data)
         replicas = Replicas.of(self._wrapped, self._group)
         if self._curvature is not None:
             self._check_parameters(self._mean)
         elif self._last_only:
-            self._trainable = self._found_last_layer(batches, replicas)
+            self._trainable = self._found_last_layer(data, replicas)
         saved = None if self._curvature is None else self._curvature.snapshot()
         try:
             with self._only_trainable():
@@ -168,7 +164,7 @@ class Laplace(LinearizedPosterior):
                     seed=self._updates, output=self._chosen_output, process_group=self._group,
                     known=self._curvature,
                 )  # fmt: skip
-            seen = self._seen + self._observed(batches, replicas, curvature.layout.device)
+            seen = self._seen + self._observed(data, replicas, curvature.layout.device)
             if not seen.count > 0:
                 raise ValueError("no target of the data counts, so there is nothing to learn from")
         except BaseException:
@@ -178,9 +174,9 @@ class Laplace(LinearizedPosterior):
         self._take(curvature, seen)
         self._updates += 1
 
-    def _found_last_layer(self, batches: Iterable[Batch], replicas: Replicas) -> frozenset[str]:
+    def _found_last_layer(self, data: Any, replicas: Replicas) -> frozenset[str]:
         """Return the last layer's parameters, of whichever process has a batch."""
-        first = next(iter(batches), None)
+        first = next(batches_of(data), None)
         own_layer = [] if first is None else sorted(self._last_layer(first[0]))
         device = next(self.model.parameters()).device
         layers = [one for one in replicas.gathered(own_layer, device) if one]
@@ -188,12 +184,10 @@ class Laplace(LinearizedPosterior):
             raise ValueError("data has no batches")
         return frozenset(layers[0])
 
-    def _observed(
-        self, batches: Iterable[Batch], replicas: Replicas, device: torch.device
-    ) -> Observations:
-        """Return what batches say, those of all processes together."""
+    def _observed(self, data: Any, replicas: Replicas, device: torch.device) -> Observations:
+        """Return what the data say, those of all processes together."""
         seen = Observations()
-        for inputs, target in batches:
+        for inputs, target in batches_of(data):
             if target is None:
                 raise ValueError("the posterior needs targets with every batch")
             outputs, own = self._outputs(inputs)
@@ -413,7 +407,9 @@ class Laplace(LinearizedPosterior):
             self._gaussian("noise=True")
             residuals = 2.0 * self._seen.loss / max(self._seen.observed, 1.0)
             start = max(residuals, 1e-8)
-        variance = None if start == self._noise else self._variance(start)
+        variance = None
+        if start != self._noise:
+            variance = cast("Gaussian", self._first_likelihood).variance * start
         best = self._best_precision(lowest, highest, noise_variance=variance)
         if not (per_layer or noise):
             self.prior_precision = best
@@ -424,19 +420,15 @@ class Laplace(LinearizedPosterior):
         )
         if noise:
             self._set_noise(factor)
+            self._take(self._fitted, self._seen)
         self.prior_precision = found if per_layer else found[""]
         return self.prior_precision
 
-    def _variance(self, noise: float) -> float:
-        """Return the variance that is so many times that of the losses."""
-        return cast("Gaussian", self._first_likelihood).variance * noise
-
     def _set_noise(self, noise: float) -> None:
         """Make the variance of Gaussian noise so many times that of the losses."""
-        self._noise = noise
-        likelihood = cast("Gaussian", self.likelihood)
-        self.likelihood = dataclasses.replace(likelihood, variance=self._variance(noise))
-        self._take(self._fitted, self._seen)
+        self._noise, own = noise, self._first_likelihood
+        if isinstance(own, Gaussian):
+            self.likelihood = dataclasses.replace(own, variance=own.variance * noise)
 
     # State.
 
@@ -448,9 +440,8 @@ class Laplace(LinearizedPosterior):
         Raises:
             ValueError: If there are no data yet.
         """
-        curvature = self._fitted
+        curvature, mean = self._fitted, self._prior_mean
         names = curvature.layout.names
-        mean = self._prior_mean
         return {
             "structure": self.structure.name,
             "parameters": list(names),
@@ -495,10 +486,8 @@ class Laplace(LinearizedPosterior):
             raise
         self.temperature, self._updates = state["temperature"], state["updates"]
         self._prior_mean, self._prior_precision = state["prior_mean"], state["prior_precision"]
-        self._noise, self._masks = state["noise"], state["masks"]
-        if isinstance(self._first_likelihood, Gaussian):
-            variance = self._variance(self._noise)
-            self.likelihood = dataclasses.replace(self._first_likelihood, variance=variance)
+        self._masks = state["masks"]
+        self._set_noise(state["noise"])
         self._take(curvature, Observations(**state["observations"]))
 
     def _check_parameters(self, mean: Tensor, curvature: Curvature | None = None) -> None:

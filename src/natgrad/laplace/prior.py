@@ -15,27 +15,14 @@ __all__ = ["checked_mean", "checked_precision", "checked_precisions"]
 
 
 def checked_precision(value: Any) -> float:
-    """Return a prior precision as a number.
-
-    Raises:
-        ValueError: If it is not positive and finite.
-    """
+    """Return a prior precision as a number; a ValueError unless it is positive and finite."""
     if isinstance(value, (Mapping, str)) or not 0 < float(value) < math.inf:
         raise ValueError(f"prior_precision must be positive and finite, got {value}")
     return float(value)
 
 
 def checked_precisions(value: Any, layers: Collection[str]) -> float | dict[str, float]:
-    """Return a prior precision as a number, or as one for each layer.
-
-    Args:
-        value: A number, or a mapping from layer names.
-        layers: The layers there are.
-
-    Raises:
-        ValueError: If a number is not positive and finite, or the names are not those of the
-            layers.
-    """
+    """Return a prior precision as a number, or as one for each layer, which must be those named."""
     if not isinstance(value, Mapping):
         return checked_precision(value)
     check_layers(value, layers)
@@ -52,15 +39,9 @@ def check_layers(value: Mapping[str, Any], layers: Collection[str]) -> None:
 
 
 def checked_mean(value: float | Mapping[str, Tensor], layout: ParameterLayout) -> Tensor:
-    """Return a prior mean as a flat vector ``(P,)``.
+    """Return a prior mean, one number or a tensor by parameter name, as a flat vector ``(P,)``.
 
-    Args:
-        value: One number for all parameters, or a mapping from their names to tensors, as the
-            ``state_dict()`` of a model that was trained before.
-        layout: The parameters.
-
-    Raises:
-        ValueError: If a parameter has no mean, or one of another shape.
+    A parameter without a mean, or with one of another shape, is a ValueError.
     """
     if not isinstance(value, Mapping):
         return torch.full_like(layout.zeros(layout.numel), float(value))

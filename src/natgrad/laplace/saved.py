@@ -26,11 +26,7 @@ def saved_statistics(curvature: Curvature) -> dict[str, Any]:
 
 
 def load_statistics(curvature: Curvature, state: Mapping[str, Any]) -> None:
-    """Restore what :func:`saved_statistics` returned.
-
-    Raises:
-        ValueError: If it has other parts than the curvature, or parts of other sizes.
-    """
+    """Restore what :func:`saved_statistics` returned, which must have the same parts and sizes."""
     plain = {n: {**entry, "inverse": None, "damping": 0.0} for n, entry in state.items()}
     estimates = curvature.restored(plain)
     for name, estimate in estimates.items():

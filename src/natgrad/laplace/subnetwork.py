@@ -48,11 +48,7 @@ def largest_entries(scores: Mapping[str, Tensor], number: int) -> dict[str, Tens
 
 
 def checked_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the masks of a subnetwork.
-
-    Raises:
-        ValueError: If a mask is of no trainable parameter, of another shape or type, or empty.
-    """
+    """Return the masks of a subnetwork: not empty, and each of a trainable parameter."""
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, mask in masks.items():
         if name not in trainable or mask.shape != trainable[name].shape:
@@ -80,14 +76,9 @@ def uncertain_entries(masks: Mapping[str, Tensor] | None, layout: VectorLayout) 
 
 
 def named_parameters(model: nn.Module, names: Collection[str]) -> frozenset[str]:
-    """Return the names of the trainable parameters that a list of names stands for.
+    """Return the trainable parameters that names stand for, of parameters or of whole modules.
 
-    Args:
-        model: The model.
-        names: Names of parameters, or of modules with all that they hold.
-
-    Raises:
-        ValueError: If a name is neither, or there is no trainable parameter under it.
+    A name that is neither, or that no trainable parameter is under, is a ValueError.
     """
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     found: set[str] = set()

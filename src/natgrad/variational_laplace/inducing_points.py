@@ -26,24 +26,12 @@ def choose_inducing_points(
     generator: torch.Generator,
     output: Callable[[Any], Tensor] | None = None,
 ) -> Any:
-    """Return inducing points chosen from the first ``20 · number`` samples of some data.
+    """Return M inducing points chosen from the first ``20 · M`` samples of batches in random order.
 
-    Args:
-        model: The model, for its kernel.
-        batches: Batches of inputs, in random order.
-        number: M.
-        selection: ``"k_means"``, the means of M clusters of inputs; ``"random"``; or ``"greedy"``,
-            always the sample with the largest variance given those chosen before it, by the tangent
-            kernel summed over outputs.
-        generator: Source of randomness, on the CPU.
-        output: Picks the tensor the likelihood looks at out of the model's output.
-
-    Returns:
-        M inputs, fewer if there are no more or if others add nothing (``"greedy"``).
-
-    Raises:
-        ValueError: If ``number`` is not positive, the selection unknown, there is no data, or means
-            are wanted of what has none.
+    ``"k_means"`` takes the means of M clusters of inputs; ``"random"`` some inputs; ``"greedy"``
+    always the sample with the largest variance given those chosen before it, by the tangent kernel
+    summed over outputs. There are fewer if there are no more samples, or if others add nothing
+    (``"greedy"``). No data, or means of what has none, are a ValueError.
     """
     check_interval("inducing", number)
     check_choice("selection", selection, "k_means", "random", "greedy")

@@ -34,7 +34,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, cast
 
 import torch
@@ -45,10 +45,10 @@ from natgrad.capture import Capture
 from natgrad.capture.evaluation import count_samples, evaluated, output_rows
 from natgrad.capture.model_output import unwrap
 from natgrad.fisher import Batch, FisherType
-from natgrad.fisher.estimation import update_from_output
+from natgrad.fisher.estimation import batches_of, update_from_output
 from natgrad.fisher.types import as_fisher_type
 from natgrad.jacobians import Jacobians
-from natgrad.laplace.linearized import LinearizedPosterior, is_pair
+from natgrad.laplace.linearized import LinearizedPosterior, check_reiterable
 from natgrad.laplace.observations import log_normalizer
 from natgrad.likelihoods import Gaussian, Likelihood, LikelihoodLike, as_likelihood
 from natgrad.operators import FisherMatrix
@@ -137,12 +137,8 @@ class VariationalLaplace(LinearizedPosterior):
         self.prior_precision = prior_precision
         self._factorised = None
         self._fisher, self._seed = as_fisher_type(fisher), seed
-        if iter(data) is data:
-            raise ValueError(
-                "data must be re-iterable, as a list or a data loader: it is read twice"
-            )
-        batches = cast("Iterable[Batch]", [data] if is_pair(data) else data)
-        first = next(iter(batches), None)
+        check_reiterable(data)
+        first = next(batches_of(data), None)
         if first is None:
             raise ValueError("data has no batches")
         self._trainable = self._last_layer(first[0]) if parameters == "last_layer" else None
@@ -151,7 +147,7 @@ class VariationalLaplace(LinearizedPosterior):
         with self._only_trainable():
             if isinstance(inducing, int):
                 generator = torch.Generator().manual_seed(seed)
-                inputs = (one[0] for one in batches)
+                inputs = (one[0] for one in batches_of(data))
                 inducing = choose_inducing_points(
                     self.model, inputs, inducing, selection, generator, self.output
                 )
@@ -162,7 +158,7 @@ class VariationalLaplace(LinearizedPosterior):
                 if outputs == "one":
                     rows = rows.combined(_unit_weights(rows))
                 seen = _Moments(ProjectedOperator.span(rows))
-                self._see(capture, batches, seen, steps)
+                self._see(capture, data, seen, steps)
             names = seen.span.layout.names
             parameter = dict(self.model.named_parameters())
             self._squared_norm = sum(float(parameter[n].detach().square().sum()) for n in names)
@@ -174,14 +170,10 @@ class VariationalLaplace(LinearizedPosterior):
         self._set(seen.span.rotated(seen.moment * (scale / self.count)), tuple(rows))
         self._best = self.count * self._projected.values.double()  # Eigenvalues of Uᵀ H U
 
-    def _see(
-        self, capture: Capture, batches: Iterable[Batch], seen: _Moments, steps: int | None
-    ) -> None:
+    def _see(self, capture: Capture, data: Any, seen: _Moments, steps: int | None) -> None:
         """Add up what batches say: ``Uᵀ H U``, ``tr H`` and the likelihood."""
         generators: dict[torch.device, torch.Generator] = {}
-        for index, (inputs, target) in enumerate(batches):
-            if index == steps:
-                return
+        for inputs, target in itertools.islice(batches_of(data), steps):
             if target is None:
                 raise ValueError("the posterior needs targets with every batch")
             with evaluated(capture, inputs) as found:
@@ -401,7 +393,7 @@ def _unit_weights(rows: Jacobians) -> Tensor:
 def _endless(data: Batch | Iterable[Batch]) -> Iterator[Batch]:
     while True:
         empty = True
-        for batch in cast("Iterable[Batch]", [data] if is_pair(data) else data):
+        for batch in batches_of(data):
             empty = False
             yield batch
         if empty:
@@ -410,7 +402,8 @@ def _endless(data: Batch | Iterable[Batch]) -> Iterator[Batch]:
 
 def _length(data: Any) -> int:
     """Return the number of samples behind some data."""
-    if is_pair(data):
+    pair = isinstance(data, (tuple, list)) and len(data) == 2
+    if pair and isinstance(data[1], (Tensor, Mapping)):
         return count_samples(data[0])
     try:
         return len(data.dataset)

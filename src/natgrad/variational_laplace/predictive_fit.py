@@ -29,15 +29,9 @@ def log_predictive_density(
 ) -> Tensor:
     """Return ``Σ log E p(y | f)`` of independent Gaussian outputs f, up to constants.
 
-    Args:
-        likelihood: Gaussian; or categorical or Bernoulli, by the probit approximation.
-        output: Means, ``(N, …)``.
-        variance: Their variances, in the same shape.
-        target: Targets.
-        noise: What the variance of Gaussian noise is multiplied by, a scalar.
-
-    Raises:
-        TypeError: For another likelihood.
+    Means and variances are in the shape of the outputs, the variance of Gaussian noise is
+    multiplied by a scalar. Classes and binary outcomes go by the probit approximation; other
+    likelihoods are a TypeError.
     """
     if isinstance(likelihood, Gaussian):
         own = likelihood.output_hessian(output).diagonal(dim1=2, dim2=3).reshape(output.shape)
@@ -83,13 +77,8 @@ class PredictiveFit:
     ) -> float:
         """Move on by a mini-batch and return the objective that it estimates, before the step.
 
-        Args:
-            likelihood: The likelihood.
-            output: Means, ``(N, …)``.
-            target: Targets.
-            coordinates: ``u``, ``(N, C, r)``.
-            prior: Diagonals of ``J_n J_nᵀ``, ``(N, C)``.
-            scale: How many times the batch the data is.
+        Coordinates are ``u``, ``(N, C, r)``, ``prior`` the diagonals of ``J_n J_nᵀ``, ``(N, C)``;
+        the data is so many times the batch as ``scale`` says.
         """
         values, vectors = linalg.eigh(self.moment)
         values = values.clamp(min=0.0)

@@ -50,11 +50,7 @@ class ProjectedOperator(Operator):
 
     @classmethod
     def span(cls, rows: Jacobians) -> ProjectedOperator:
-        """Return the projection ``U Uᵀ``; what eigenvalues at the level of rounding span is left.
-
-        Raises:
-            FactorizationError: If the Gram matrix of the rows is not finite.
-        """
+        """Return the projection ``U Uᵀ``, without what eigenvalues that are rounding span."""
         gram = rows.gram()
         values, vectors = linalg.eigh(gram.double())
         kept = values > linalg.rounding(values.to(gram.dtype)).double()

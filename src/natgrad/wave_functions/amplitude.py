@@ -50,11 +50,7 @@ class LogAmplitude:
         self._places = parameter_places(model, self.parameters)
 
     def __call__(self, samples: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Return ``log ψ`` of configurations ``(n, sites)`` as ``(n, K)``, K = 1 or 2 real parts.
-
-        Raises:
-            ValueError: If the model returns anything but one number per configuration.
-        """
+        """Return ``log ψ`` of configurations ``(n, sites)``, ``(n, K)`` with K real parts."""
         values = self.parameters if parameters is None else parameters
         given = {place: values[name] for place, name in self._places.items()}
         found = functional_call(self.model, given, (samples,), tie_weights=False)

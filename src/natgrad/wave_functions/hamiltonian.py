@@ -167,11 +167,7 @@ def chain(sites: int, periodic: bool = True) -> list[tuple[int, int]]:
 
 
 def checked_edges(sites: int, edges: Edges | None) -> Tensor:
-    """Return edges ``(B, 2)``; those of a periodic chain for None.
-
-    Raises:
-        ValueError: If one is no pair of two different sites.
-    """
+    """Return edges ``(B, 2)``, pairs of different sites; those of a periodic chain for None."""
     check_interval("sites", sites)
     pairs = chain(sites) if edges is None else [tuple(edge) for edge in edges]
     for pair in pairs:

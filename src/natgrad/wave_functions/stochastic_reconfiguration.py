@@ -11,13 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from natgrad.arguments import (
-    check_choice,
-    check_damping,
-    check_interval,
-    check_range,
-    check_rate,
-)
+from natgrad.arguments import check_choice, check_damping, check_interval, check_range, check_rate
 from natgrad.jacobians import Jacobians
 from natgrad.linalg import FactorizationError
 from natgrad.operators import DenseOperator, GradientSource, Operator
@@ -41,7 +35,6 @@ SHARES = (1e-2, 1e-4, 1e-6)
 #: Damping of steps of fixed length where none is given, likewise.
 FIXED_SHARE = 1e-4
 #: Trust region: first and largest distance of a step, and how often it may be cut in one step.
-TRUST_SHARE = float(__import__("os").environ.get("TS", "1e-4"))
 FIRST_DISTANCE, LARGEST_DISTANCE, MOST_CUTS = 0.3, 1.0, 8
 
 
@@ -446,12 +439,10 @@ class StochasticReconfiguration(CheckpointedOptimizer, CopiedByState):
 
     def _previous(self) -> Tensor | None:
         """Return the last direction, flat, or None before the first."""
-        states = [self.state[p] for p in self.amplitude.parameters.values()]
-        if not all("direction" in state for state in states):
+        found = {n: self.state[p].get("direction") for n, p in self.amplitude.parameters.items()}
+        if any(one is None for one in found.values()):
             return None
-        return torch.cat([s["direction"].reshape(-1) for s in states]).to(
-            self.amplitude.layout.dtype
-        )
+        return self.amplitude.layout.to_flat(found).to(self.amplitude.layout.dtype)
 
     def _keep(self, direction: Tensor) -> None:
         for name, value in self.amplitude.layout.to_dict(direction).items():

@@ -105,15 +105,10 @@ class TangentSpace:
 def tangent_space(
     values: LocalValues, shares: Tensor, lengths: Tensor | None = None
 ) -> TangentSpace:
-    """Return the forms as means over configurations.
+    """Return the forms as means over configurations, whose shares ``(N,)`` have sum 1.
 
-    A is symmetrised, and g is the covariance that vanishes without noise in an eigenstate
-    (Umrigar et al. 2007 discuss both).
-
-    Args:
-        values: ψ, its tangents and H at the configurations.
-        shares: Weights of the configurations, ``(N,)``, with sum 1.
-        lengths: What is added to B where distances are measured, ``(k, k)``; nothing by default.
+    A is symmetrised, and g is the covariance that vanishes without noise in an eigenstate (Umrigar
+    et al. 2007 discuss both). ``lengths``, ``(k, k)``, are added to B where distances are measured.
     """
     energy = (shares * values.energies).sum()
     means = (shares.unsqueeze(1) * values.tangents).sum(0)
