@@ -22,12 +22,9 @@ __all__ = ["Pass", "Passes", "derivatives", "pushed_forward"]
 
 @dataclass(frozen=True, eq=False)
 class Pass:
-    """One batch.
+    """One batch: the model's output ``(N, …)`` with its graph, its targets, if any, and likelihood.
 
-    Attributes:
-        output: The model's output, ``(N, …)``, with its graph.
-        target: Its targets; None without any.
-        likelihood: What this output means; None where nobody asked.
+    The likelihood is None where nobody asked what the output means.
     """
 
     output: Tensor
@@ -63,8 +60,7 @@ class Passes:
     ) -> Passes:
         """Return the passes of a model over some data.
 
-        Raises:
-            ValueError: If the model has no trainable parameter, or the data can be read only once.
+        A model without trainable parameters, or data that can be read only once, are a ValueError.
         """
         inner = unwrap(model)
         layout = ParameterLayout.of(inner)

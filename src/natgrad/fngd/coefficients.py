@@ -91,13 +91,8 @@ class SharedCoefficients(BlockDiagonal):
     ) -> Tensor | None:
         """Return the coefficients of some rows, ``(R,)``; None if they are not finite.
 
-        Args:
-            matrix: ``GᵀG/N``.
-            damping: Damping, in the units of ``damping_scale``.
-            coordinates: ``u`` with ``∇L = Gᵀu``, ``(R, 1)``.
-
-        Raises:
-            FactorizationError: If the damped Gram matrix cannot be factorised.
+        The matrix is ``GᵀG/N``, coordinates are ``u`` with ``∇L = Gᵀu``, ``(R, 1)``. A damped Gram
+        matrix that cannot be factorised is a FactorizationError.
         """
         gram = matrix.mean_gram
         shift: Tensor | float = damping
@@ -137,14 +132,10 @@ class Coefficients(Record):
     def with_batches(
         self, passes: Sequence[Tensor], mean: Tensor | None, indices: Tensor | None
     ) -> Coefficients:
-        """Return the record with the coefficients of a step.
+        """Return the record with the coefficients of a step, ``(N,)`` for each backward pass.
 
-        Args:
-            passes: Coefficients of this process's samples, one backward pass after the other,
-                ``(N,)`` each.
-            mean: The mean coefficient, where other processes have samples, too; by default that
-                of each pass.
-            indices: The samples' indices in the data set, ``(R,)``, for ``share="sample"``.
+        The mean is one with the samples of other processes, by default that of each pass. The
+        samples' indices in the data set, ``(R,)``, are for ``share="sample"``.
         """
         result = self
         for piece in passes:
@@ -189,12 +180,8 @@ class Coefficients(Record):
     ) -> Tensor | None:
         """Return the coefficients of a batch, ``(N,)``, or ``(1,)`` where all are the mean.
 
-        Args:
-            samples: N. Batches of another size than the kept ones get the mean coefficient.
-            iteration: Which batch it is, for ``share="iteration"``; after as many as are kept the
-                first one comes again.
-            indices: The samples' indices, for ``share="sample"``; those without a coefficient get
-                the mean.
+        Batches of another size than the kept ones, and samples without a coefficient, get the mean.
+        After as many iterations as are kept the first one comes again.
         """
         mean = self.mean
         if mean is None:
@@ -264,9 +251,6 @@ class CoefficientPreconditioner(Preconditioner):
         """Return weighted gradients, and keep the coefficients of fresh rows.
 
         Layers without rows are scaled by their mean coefficient, or by that of the model.
-
-        Raises:
-            ValueError: If ``share="sample"`` and the indices are missing.
         """
         complete = {
             name: gradients[name] if name in gradients else torch.zeros_like(p)
@@ -298,9 +282,7 @@ class CoefficientPreconditioner(Preconditioner):
     def scaled(self, gradients: dict[str, Tensor], weighted: Set[str]) -> dict[str, Tensor]:
         """Return gradients times their layers' mean coefficients, or the model's where none is.
 
-        Args:
-            gradients: Parameter name → gradient; missing ones stay away.
-            weighted: Blocks whose gradients are weighted already and stay as they are.
+        Blocks that are weighted already stay as they are.
         """
         result = dict(gradients)
         typical: Tensor | None = None

@@ -27,12 +27,8 @@ class WeightedProduct(LayerProduct):
     ) -> Gradients:
         """Return gradients, where those of weight and bias have each sample's share times a factor.
 
-        Args:
-            inputs: ``a``, ``(n·r, ...)``.
-            weight: The layer's weight.
-            delta: ``δ``, ``(n·r, ...)``.
-            factors: One factor per sample, ``(n,)``.
-            needs_inputs: Whether the gradient at the input is asked for.
+        ``a`` and ``δ`` are ``(n·r, ...)``, the factors ``(n,)``; the gradient at the input is made
+        if it is asked for.
         """
 
 
@@ -72,11 +68,9 @@ _scratch = _Scratch()
 
 
 def _scaled_copy(rows: Tensor, factors: Tensor) -> Tensor:
-    """Return rows times one factor per sample; on the CPU valid until the thread's next call.
+    """Return rows ``(n·r, ...)`` times one factor per sample, ``(n,)``.
 
-    Args:
-        rows: ``(n·r, ...)``.
-        factors: ``(n,)``.
+    On the CPU they are valid until the thread's next call.
     """
     samples = len(factors)
     by_sample, column = rows.reshape(samples, -1), factors.to(rows.dtype).view(-1, 1)
@@ -94,12 +88,7 @@ def _weighted_sum(rows: Tensor, factors: Tensor) -> Tensor:
 
 
 class WeightedLinear(WeightedProduct, LinearProduct):
-    """``y = x Wᵀ + b``, or ``y = x W + b``.
-
-    Args:
-        has_bias: Whether there is a bias.
-        transposed: Whether the weight is stored as ``(in, out)``.
-    """
+    """``y = x Wᵀ + b``, or ``y = x W + b`` where the weight is stored as ``(in, out)``."""
 
     def __init__(self, has_bias: bool, transposed: bool = False) -> None:
         super().__init__(transposed)
@@ -127,11 +116,7 @@ class WeightedLinear(WeightedProduct, LinearProduct):
 
 
 class WeightedConvolution(WeightedProduct):
-    """Conv1d, Conv2d and Conv3d with zero padding.
-
-    Args:
-        module: The layer.
-    """
+    """Conv1d, Conv2d and Conv3d with zero padding."""
 
     def __init__(self, module: nn.Module) -> None:
         convolution = cast(nn.Conv2d, module)
@@ -169,11 +154,7 @@ class WeightedConvolution(WeightedProduct):
 
 
 class WeightedEmbedding(WeightedProduct):
-    """A table of vectors.
-
-    Args:
-        module: The layer.
-    """
+    """A table of vectors."""
 
     def __init__(self, module: nn.Module) -> None:
         table = cast(nn.Embedding, module)

@@ -25,15 +25,9 @@ __all__ = ["CoefficientClock", "WeightedGradient", "weighable_layers"]
 class CoefficientClock:
     """Knows which samples the present forward pass of a model is about.
 
-    Args:
-        model: The model.
-        counts: Whether passes are counted.
-
-    Attributes:
-        weighing: Whether kept coefficients are in use.
-        passes: Forward passes since they are, where they are counted.
-        samples: Samples of the present pass: the first dimension of the model's first tensor.
-        indices: Their indices in the data set, where the user gave them.
+    Kept coefficients are in use while ``weighing``; ``passes`` are the forward passes since, where
+    they are counted; ``samples`` is the first dimension of the model's first tensor, and
+    ``indices`` are those in the data set, where the user gave them.
     """
 
     def __init__(self, model: nn.Module, counts: bool) -> None:
@@ -67,11 +61,8 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 class WeightedGradient(OwnBackward):
     """Makes the ``.grad`` of one block the weighted sum of its samples' gradients.
 
-    Args:
-        layout: The block's layout.
-        coefficients: Returns what is kept of its coefficients.
-        layers: The layers that use the block, with how their products are made.
-        clock: Knows the present batch.
+    The layers that use the block come with how their products are made; the clock knows the present
+    batch.
     """
 
     def __init__(

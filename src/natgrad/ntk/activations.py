@@ -375,12 +375,7 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def as_activation(activation: str | Activation) -> Activation:
-    """Return an activation by name; an ``Activation`` is returned as it is.
-
-    Raises:
-        ValueError: If there is none of this name.
-        TypeError: If it is neither a name nor an ``Activation``.
-    """
+    """Return an activation by name; an ``Activation`` is returned as it is."""
     if isinstance(activation, Activation):
         return activation
     if not isinstance(activation, str):

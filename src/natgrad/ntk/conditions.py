@@ -30,9 +30,7 @@ def identity_jacobians(
 ) -> tuple[Tensor, Jacobians]:
     """Return the output, detached, and the rows of its whole Jacobian, one per sample and output.
 
-    Raises:
-        ValueError: If a parameter cannot be covered, the output depends on none, or a row is not
-            finite.
+    Rows that are not finite, or do not cover a parameter, are a ValueError.
     """
     with Capture(model, output) as capture:
         capture.check_covered()

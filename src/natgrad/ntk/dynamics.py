@@ -193,11 +193,7 @@ def predict(
 
 
 def check_structure(structure: str) -> str:
-    """Return the normalised name of a structure or of gradient descent.
-
-    Raises:
-        ValueError: If it is unknown.
-    """
+    """Return the normalised name of a structure or of gradient descent; a ValueError if unknown."""
     key = structure.replace("-", "_")
     key = {"exact": "full", "gradient_descent": "gd"}.get(key, key)
     if key != "gd" and key not in STRUCTURES:

@@ -10,11 +10,7 @@ __all__ = ["part_dampings"]
 
 
 def part_dampings(matrix: FisherMatrix, damping: float | RelativeDamping) -> dict[str, float]:
-    """Return part name → λ: the same for all, or a share of the part's own mean eigenvalue.
-
-    Raises:
-        ValueError: If it is negative or not finite.
-    """
+    """Return part name → λ: the same for all, or a share of the part's own mean eigenvalue."""
     if isinstance(damping, RelativeDamping):
         parts = matrix.parts.items()
         return {n: damping.share * max(0.0, float(f.trace())) / f.shape[0] for n, f in parts}

@@ -35,18 +35,8 @@ def cached_matrix(
 ) -> FisherMatrix:
     """Return the matrix of a file, if it is that of the arguments; else make and save it.
 
-    Args:
-        path: The file.
-        make: Makes the matrix.
-        model: The model, whose parameters and buffers count.
-        data: The data.
-        likelihood: The likelihood.
-        structure: The structure.
-        fisher: The Fisher type.
-        seed: Seed of sampled labels.
-
-    Raises:
-        ValueError: If the structure keeps the rows of the data, or more than its parts.
+    All arguments count: of the model parameters and buffers, of the data every tensor. A structure
+    that keeps the rows of the data, or more than its parts, is a ValueError.
     """
     if not structure.additive or structure.companion is not None:
         raise ValueError(

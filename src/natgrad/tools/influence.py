@@ -154,13 +154,9 @@ def _sample_gradients(
 ) -> Iterator[Jacobians]:
     """Yield the gradients of the samples' losses, one row each, batch by batch.
 
-    Args:
-        capture: What watches the model.
-        likelihood: The likelihood.
-        data: The data.
-        removal: ``(F + λI)⁻¹`` and N, for gradients g with ``(F + λI)⁻¹g/N`` what removing a
-            sample does: ``(I − S_nᵀJ_n(F + λI)⁻¹J_nᵀS_n/N)⁻¹`` acts on their coordinates in the
-            columns of the root S (Woodbury).
+    With ``(F + λI)⁻¹`` and N as ``removal`` they are gradients g with ``(F + λI)⁻¹g/N`` what
+    removing a sample does: ``(I − S_nᵀJ_n(F + λI)⁻¹J_nᵀS_n/N)⁻¹`` acts on their coordinates in the
+    columns of the root S (Woodbury).
     """
     for inputs, given in batches_of(data):
         with evaluated(capture, inputs) as found:

@@ -16,17 +16,11 @@ __all__ = ["solved"]
 def solved(
     multiply: Product, right: Tensor, diagonal: Tensor, tolerance: float, max_iterations: int
 ) -> Tensor:
-    """Return the solution by conjugate gradients, scaled by the diagonal.
+    """Return the solution ``(P,)`` by conjugate gradients, scaled by the diagonal.
 
-    Diagonal systems are solved in one iteration. A warning says if the residual stays above the
+    Diagonal systems are solved in one iteration; entries of the diagonal that are not positive are
+    left unscaled. A warning says if the residual, relative to the right-hand side, stays above the
     tolerance.
-
-    Args:
-        multiply: Products with a symmetric positive matrix.
-        right: Right-hand side, ``(P,)``.
-        diagonal: Diagonal of the matrix; entries that are not positive are left unscaled.
-        tolerance: Residual, relative to the right-hand side, at which the iteration ends.
-        max_iterations: Most iterations.
     """
     scale = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
     solver = ConjugateGradient(tolerance, max_iterations)

@@ -16,11 +16,7 @@ __all__ = ["block_layouts", "places", "values_of", "weight_blocks"]
 def values_of(
     layout: ParameterLayout, source: nn.Module | Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return the tensors of a layout's parameters, by name.
-
-    Raises:
-        ValueError: If one is missing or has another shape.
-    """
+    """Return the tensors of a layout's parameters, by name; a ValueError if one does not fit."""
     values = dict(source.named_parameters()) if isinstance(source, nn.Module) else source
     for name in layout.names:
         shape = tuple(values[name].shape) if name in values else None
@@ -42,11 +38,7 @@ def block_layouts(model: nn.Module) -> dict[str, BlockLayout]:
 def weight_blocks(
     model: nn.Module, layers: Collection[str] | None = None
 ) -> dict[str, BlockLayout]:
-    """Return the blocks with weight matrices, all of them or those of some names.
-
-    Raises:
-        ValueError: If a name is unknown or has no weight matrix.
-    """
+    """Return the blocks with weight matrices, all of them or those of some names."""
     found = {n: b for n, b in block_layouts(model).items() if b.has_weight and b.d_out * b.d_in > 1}
     if layers is None:
         return found
