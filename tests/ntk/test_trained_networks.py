@@ -119,9 +119,7 @@ def test_trained_networks_follow_the_prediction(structure):
     A unit's gradient can be close to zero, and the undamped step of unit-wise natural gradients
     divides by it. So they get damping far below the blocks' typical eigenvalues, of order 1/M.
     """
-    widths, seeds = [64, 256, 1024], 4
-    if structure in ("kfac", "unit_wise"):
-        widths = [64, 256, 512]
+    widths, seeds = [64, 256, 512], 4
     y = normal(len(X), 1, seed=2)
     errors = []
     for width in widths:
