@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import math
@@ -21,7 +22,7 @@ from natgrad.curvature.tkfac import TraceStatistics
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source, differences, ratios
 from natgrad.experiments.claims.image_training import VGG, ImageTask, ResNet, images, residual
 from natgrad.experiments.claims.layer_damping import LayerDampedKFAC, LayerDampedTKFAC
-from natgrad.experiments.claims.race import Method, Race, Trial, at_equal_time
+from natgrad.experiments.claims.race import Method, Race, Trial, at_equal_time, ends, rates
 from natgrad.experiments.claims.side_by_side import EXPANDED, at_rate
 from natgrad.jacobians import Jacobians, LinearJacobian
 
@@ -82,10 +83,8 @@ def _trained_models(setting: Setting, title: str, draw: int) -> list[tuple[int, 
             for _ in range(50):
                 model(data.train_inputs[chosen])
         if step in CHECKPOINTS:
-            copied = ImageTask(data, _matrix_networks(setting)[title], 1).model(draw)
-            copied.load_state_dict(model.state_dict())
             pair = data.train_inputs[seen].double(), data.train_labels[seen]
-            found.append((step, copied.double().eval(), pair))
+            found.append((step, copy.deepcopy(model).double().eval(), pair))
         optimizer.zero_grad()
         functional.cross_entropy(output, data.train_labels[chosen]).backward()
         optimizer.step()
@@ -250,10 +249,6 @@ def tkfac_error(setting: Setting) -> Figures:
 # What they do to training.
 
 
-def _rates(*rates: float) -> tuple[Trial, ...]:
-    return tuple((rate,) for rate in rates)
-
-
 def _damped(
     optimizer: type[natgrad.NaturalGradient],
     own: Structure | None,
@@ -281,12 +276,12 @@ def _damped(
     return make
 
 
-_NATURAL = _rates(0.375, 0.75, 1.5)
+_NATURAL = rates(0.375, 0.75, 1.5)
 _BOTH = tuple(itertools.product((0.002, 0.006), (0.05, 0.2)))
 
 METHODS = {
-    "sgd": Method("SGD", at_rate(torch.optim.SGD, momentum=0.9), _rates(0.02, 0.06, 0.2)),
-    "adam": Method("Adam", at_rate(torch.optim.Adam), _rates(0.001, 0.003, 0.01)),
+    "sgd": Method("SGD", at_rate(torch.optim.SGD, momentum=0.9), rates(0.02, 0.06, 0.2)),
+    "adam": Method("Adam", at_rate(torch.optim.Adam), rates(0.001, 0.003, 0.01)),
     "ekfac": Method("EKFAC", at_rate(natgrad.EKFAC), _NATURAL),
     "tkfac": Method("TKFAC", at_rate(natgrad.TKFAC), _NATURAL),
     "tekfac": Method("TEKFAC", at_rate(natgrad.TEKFAC), _NATURAL),
@@ -328,15 +323,15 @@ def _order(setting: Setting, race: Race, equal: str) -> Figures:
         for name, found in zip(ORDER, zip(*read, strict=True), strict=True):
             values[name, figure] = list(found)
     figures: Figures = {}
-    rivals = {name: METHODS[name].title for name in ("sgd", "adam", "ekfac", "tkfac")}
-    for name, title in rivals.items():
-        losses = values["tekfac", "loss"], values[name, "loss"]
-        figures[f"training loss, TEKFAC / {title}"] = ratios(*losses)
-    for name, title in rivals.items():
-        accuracies = values["tekfac", "accuracy"], values[name, "accuracy"]
-        figures[f"test accuracy, TEKFAC − {title}"] = differences(*accuracies)
-    for name in ORDER:
-        title = METHODS[name].title
+    titles = {name: METHODS[name].title for name in ORDER}
+    for comparison, figure, compared in (
+        ("training loss, TEKFAC /", "loss", ratios),
+        ("test accuracy, TEKFAC −", "accuracy", differences),
+    ):
+        for name in ORDER[:-1]:
+            both = values["tekfac", figure], values[name, figure]
+            figures[f"{comparison} {titles[name]}"] = compared(*both)
+    for name, title in titles.items():
         figures[f"training loss of {title}"] = values[name, "loss"]
         figures[f"test accuracy of {title}"] = values[name, "accuracy"]
         if equal == "seconds":
@@ -431,7 +426,7 @@ def _damping(setting: Setting, race: Race) -> Figures:
     """Return the training losses of K-FAC and TKFAC with both ways of damping, as ratios."""
     names = ("kfac-one", "kfac-own", "tkfac-one", "tkfac-own")
     trials, runs = race.race(setting, names)
-    losses = {name: [one["loss"][-1] for one in found] for name, found in runs.items()}
+    losses, accuracies = ends(runs, "loss"), ends(runs, "accuracy")
     figures: Figures = {}
     for title, one, other in (
         ("TKFAC, own / one damping", "tkfac-own", "tkfac-one"),
@@ -444,7 +439,7 @@ def _damping(setting: Setting, race: Race) -> Figures:
     for name in names:
         title, (rate, share) = METHODS[name].title, trials[name]
         figures[f"final loss of {title}"] = losses[name]
-        figures[f"test accuracy of {title}"] = [one["accuracy"][-1] for one in runs[name]]
+        figures[f"test accuracy of {title}"] = accuracies[name]
         figures |= {f"best rate of {title}": rate, f"best share of {title}": share}
     return figures
 

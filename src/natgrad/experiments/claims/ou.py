@@ -12,7 +12,7 @@ from torch import nn
 import natgrad
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source, differences, ratios
 from natgrad.experiments.claims.image_training import Curves, residual
-from natgrad.experiments.claims.race import Method, Race, Trial, time_to
+from natgrad.experiments.claims.race import Method, Race, Trial, ends, rates, time_to
 from natgrad.experiments.claims.side_by_side import EXPANDED, Methods, at_rate
 from natgrad.experiments.claims.translation import Corpus, Translator, bleu, read_corpus, train_for
 
@@ -38,7 +38,7 @@ def _fngd(
     return natgrad.FNGD(model, lr=trial[0], coefficient_steps=steps, **options)
 
 
-_RATES = ((0.02,), (0.06,), (0.2,))
+_RATES = rates(0.02, 0.06, 0.2)
 _ALWAYS = natgrad.Refresh(factors=1, inverses=1)
 
 
@@ -50,11 +50,8 @@ RACE = Race(  # Of a ResNet-8 of width 8, or ResNet-18.
         "fngd": Method("FNGD", _fngd, _RATES),
         "mean": Method("FNGD with mean coefficients", partial(_fngd, share="mean")),
         "own": Method("FNGD with own coefficients", partial(_fngd, own=True)),
-        "kfac": Method("K-FAC", _kfac(), ((0.375,), (0.75,), (1.5,))),
-        "kfac-always": Method(
-            "K-FAC renewed at every step",
-            _kfac(refresh=_ALWAYS),
-        ),
+        "kfac": Method("K-FAC", _kfac(), rates(0.375, 0.75, 1.5)),
+        "kfac-always": Method("K-FAC renewed at every step", _kfac(refresh=_ALWAYS)),
     },
 )
 
@@ -102,7 +99,7 @@ def epoch_time(setting: Setting) -> Figures:
     _, runs = RACE.race(setting, TIMED)
     later = {name: _later_epochs(found) for name, found in runs.items()}
     first = {name: [one["seconds"][0] for one in found] for name, found in runs.items()}
-    whole = {name: [one["seconds"][-1] for one in found] for name, found in runs.items()}
+    whole = ends(runs, "seconds")
     return {
         "seconds of an epoch, K-FAC renewed at every step / FNGD": ratios(
             later["kfac-always"], later["fngd"]
@@ -141,15 +138,16 @@ def time_to_accuracy(setting: Setting) -> Figures:
     The runs of `ou.epoch-time`, each method at the best of three rates; first epochs included.
     """
     trials, runs = RACE.race(setting, TIMED)
-    times: dict[str, list[float]] = {name: [] for name in TIMED}
-    targets = []
-    for draw in zip(*runs.values(), strict=True):
-        targets.append(0.9 * min(max(one["accuracy"]) for one in draw))
-        for name, one in zip(TIMED, draw, strict=True):
-            times[name].append(time_to(one, targets[-1]))
+    draws = zip(*runs.values(), strict=True)
+    targets = [0.9 * min(max(one["accuracy"]) for one in draw) for draw in draws]
+    times = {
+        name: [time_to(one, target) for one, target in zip(found, targets, strict=True)]
+        for name, found in runs.items()
+    }
     excess = [one["seconds"][0] for one in runs["fngd"]]
     excess = differences(excess, _later_epochs(runs["fngd"]))
     rest = differences(times["fngd"], excess)
+    losses, accuracies = ends(runs, "loss"), ends(runs, "accuracy")
     figures: Figures = {
         "seconds to the accuracy, K-FAC renewed at every step / FNGD": ratios(
             times["kfac-always"], times["fngd"]
@@ -161,8 +159,8 @@ def time_to_accuracy(setting: Setting) -> Figures:
     }
     for name in TIMED:
         title = RACE.methods[name].title
-        figures[f"final loss of {title}"] = [one["loss"][-1] for one in runs[name]]
-        figures[f"test accuracy of {title}"] = [one["accuracy"][-1] for one in runs[name]]
+        figures[f"final loss of {title}"] = losses[name]
+        figures[f"test accuracy of {title}"] = accuracies[name]
         figures[f"rate of {title}"] = trials[name][0]
     return figures
 
@@ -208,8 +206,7 @@ def coefficients(setting: Setting) -> Figures:
     likes = {"sgd": "sgd", "fngd": "fngd", "mean": "fngd", "own": "fngd"}
     trials, runs = RACE.race(setting, likes)
     runs[same] = at_same_rate
-    losses = {name: [one["loss"][-1] for one in found] for name, found in runs.items()}
-    right = {name: [one["accuracy"][-1] for one in found] for name, found in runs.items()}
+    losses, right = ends(runs, "loss"), ends(runs, "accuracy")
     figures: Figures = {
         "training loss, shared / own coefficients": ratios(losses["fngd"], losses["own"]),
         "test accuracy, shared − own coefficients": differences(right["fngd"], right["own"]),

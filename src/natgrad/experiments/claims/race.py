@@ -13,10 +13,15 @@ from torch import nn
 from natgrad.experiments.claims.claim import Setting
 from natgrad.experiments.claims.image_training import Curves, ImageTask, train
 
-__all__ = ["Method", "Race", "Trial", "at_equal_time", "time_to"]
+__all__ = ["Method", "Race", "Trial", "at_equal_time", "ends", "rates", "time_to"]
 
 Trial = tuple[float, ...]
 """A learning rate, and whatever else is searched with it."""
+
+
+def rates(*numbers: float) -> tuple[Trial, ...]:
+    """Return trials of nothing but a learning rate."""
+    return tuple((number,) for number in numbers)
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,11 @@ def _trained(race: Race, setting: Setting, name: str, trial: Trial, draw: int) -
     total = task.steps * task.epochs
     seed = setting.seed_of(draw)
     return train(task, lambda model: make(model, trial, task.steps, total), seed)
+
+
+def ends(runs: Mapping[str, Sequence[Curves]], figure: str) -> dict[str, list[float]]:
+    """Return a figure of every method's runs at the end, draw by draw."""
+    return {name: [one[figure][-1] for one in found] for name, found in runs.items()}
 
 
 def _times(curves: Curves, figure: str) -> list[float]:
