@@ -3,62 +3,44 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Any
 
 import typer
 
-from natgrad.cli.invocation import JsonOption, configured, make_console
+from natgrad.cli.invocation import Given, JsonOption, configured, make_console, options_of
 from natgrad.experiments.methods import method_name
 from natgrad.experiments.plan import METHODS, Options, parse_ranks, plan_factory, to_dict
 from natgrad.experiments.plan_tables import print_plan
 
 __all__ = ["plan"]
 
-_defaults = Options()
 
-
-def plan(
-    model: Annotated[
+@options_of(
+    Options,
+    model=Given(
         str,
         typer.Argument(
             metavar="PACKAGE.MODULE:FACTORY",
             help="A function that returns a model, or a model and an example input.",
         ),
-    ],
-    ranks: Annotated[
-        str, typer.Option(help="Numbers of processes, separated by commas.")
-    ] = ",".join(map(str, _defaults.ranks)),
-    method: Annotated[str, typer.Option(help=f"Method: {', '.join(METHODS)}.")] = _defaults.method,
-    samples: Annotated[int, typer.Option(help="Samples per process and step.")] = _defaults.samples,
-    positions: Annotated[
-        int, typer.Option(help="Positions of a sample that share weights: tokens, pixels.")
-    ] = _defaults.positions,
-    factors: Annotated[
-        int | None,
-        typer.Option(help="Steps between updates of the curvature [default: the method's own]."),
-    ] = None,
-    inverses: Annotated[
-        int | None,
-        typer.Option(help="Steps between factorisations [default: the method's own]."),
-    ] = None,
-    bandwidth: Annotated[
-        float, typer.Option(help="Of each process's link, in GB/s.")
-    ] = _defaults.bandwidth,
-    throughput: Annotated[
-        float, typer.Option(help="Of each process's arithmetic, in TFLOP/s.")
-    ] = _defaults.throughput,
-    memory: Annotated[
-        float | None,
-        typer.Option(help="GiB that factors and inverses may take in a process [default: any]."),
-    ] = None,
-    shards: Annotated[
-        bool, typer.Option("--shards", help="Parameters are in shards of fully_shard (FSDP2).")
-    ] = False,
-    as_json: JsonOption = False,
-) -> int:
+    ),
+    ranks=Given(
+        str, "Numbers of processes, separated by commas.", ",".join(map(str, Options().ranks))
+    ),
+    method=f"Method: {', '.join(METHODS)}.",
+    samples="Samples per process and step.",
+    positions="Positions of a sample that share weights: tokens, pixels.",
+    factors="Steps between updates of the curvature [default: the method's own].",
+    inverses="Steps between factorisations [default: the method's own].",
+    bandwidth="Of each process's link, in GB/s.",
+    throughput="Of each process's arithmetic, in TFLOP/s.",
+    memory="GiB that factors and inverses may take in a process [default: any].",
+    shards=typer.Option("--shards", help="Parameters are in shards of fully_shard (FSDP2)."),
+)
+def plan(as_json: JsonOption = False, **options: Any) -> int:
     """Predict what curvature shared by processes keeps and sends."""
-    options = configured(Options, locals(), method=method_name(method), ranks=parse_ranks(ranks))
-    found = plan_factory(model, options)
+    method, ranks = method_name(options["method"]), parse_ranks(options["ranks"])
+    found = plan_factory(options["model"], configured(Options, options, method=method, ranks=ranks))
     if as_json:
         print(json.dumps(to_dict(found), indent=2))
     else:

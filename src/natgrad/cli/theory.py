@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import typer
 
 from natgrad.cli.invocation import (
-    DataFolderOption,
-    DeviceOption,
+    DATA_FOLDER,
+    DEVICE,
+    Given,
     Interrupted,
     JsonOption,
     OutputOption,
@@ -17,6 +18,7 @@ from natgrad.cli.invocation import (
     configured,
     data_folder,
     make_console,
+    options_of,
 )
 from natgrad.experiments.config import ConfigError
 from natgrad.experiments.console import PartBars, print_findings
@@ -29,47 +31,37 @@ from natgrad.ntk import ACTIVATIONS
 
 __all__ = ["theory"]
 
-_defaults = TheoryConfig()
 
-
-def theory(
-    sections: Annotated[
+@options_of(
+    TheoryConfig,
+    sections=Given(
         list[str] | None,
         typer.Argument(
             metavar="[SECTION]...", help=f"Sections, of {', '.join(SECTIONS)} [default: all]."
         ),
-    ] = None,
-    data: Annotated[str, typer.Option(help=f"Data set: {', '.join(DATASETS)}.")] = _defaults.data,
-    data_dir: DataFolderOption = None,
-    classes: Annotated[
-        str, typer.Option(help="Labels to keep, separated by commas; two give targets ±½.")
-    ] = "0,1",
-    train_samples: Annotated[
-        int | None,
-        typer.Option(help="Training samples N [default: 40 for digits, else 100]."),
-    ] = None,
-    test_samples: Annotated[
-        int, typer.Option(help="Test samples, at most.")
-    ] = _defaults.test_samples,
-    width: Annotated[
-        int, typer.Option(help="Units of the hidden layers; the largest where it varies.")
-    ] = _defaults.width,
-    depth: Annotated[int, typer.Option(help="Number of weight layers.")] = _defaults.depth,
-    activation: Annotated[
-        str, typer.Option(help=f"Activation: {', '.join(ACTIVATIONS)}.")
-    ] = _defaults.activation,
-    seed: Annotated[int, typer.Option(help="Seed of weights and subset.")] = 0,
-    device: DeviceOption = _defaults.device,
-    output: OutputOption = Path("results/theory"),
-    as_json: JsonOption = False,
+        None,
+    ),
+    data=f"Data set: {', '.join(DATASETS)}.",
+    data_dir=DATA_FOLDER,
+    classes=Given(str, "Labels to keep, separated by commas; two give targets ±½.", "0,1"),
+    train_samples="Training samples N [default: 40 for digits, else 100].",
+    test_samples="Test samples, at most.",
+    width="Units of the hidden layers; the largest where it varies.",
+    depth="Number of weight layers.",
+    activation=f"Activation: {', '.join(ACTIVATIONS)}.",
+    seed="Seed of weights and subset.",
+    device=DEVICE,
+)
+def theory(
+    output: OutputOption = Path("results/theory"), as_json: JsonOption = False, **options: Any
 ) -> int:
     """Put the theory of wide networks beside what networks do."""
     config = configured(
         TheoryConfig,
-        locals(),
-        sections=tuple(sections or SECTIONS),
-        data_dir=data_folder(data_dir, read=data in FILE_DATASETS),
-        classes=_classes(classes),
+        options,
+        sections=tuple(options["sections"] or SECTIONS),
+        data_dir=data_folder(options["data_dir"], read=options["data"] in FILE_DATASETS),
+        classes=_classes(options["classes"]),
     )
     check_output(output)
     console = make_console()
