@@ -72,7 +72,7 @@ def test_the_average_is_that_of_the_iterates(name, way):
     optimizers = [sgd(m) if name == "SGD" else kind.make(m) for m in (alone, model)]
     average = natgrad.WeightAverage(optimizers[1], model, **way)
     iterates: list[Tensor] = []
-    for _ in range(7):
+    for _ in range(5):
         kind.step(optimizers[0], alone)
         kind.step(optimizers[1], model)
         iterates.append(weights(model))

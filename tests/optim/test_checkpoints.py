@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,19 @@ OWN = [name for name, kind in KINDS.items() if kind.takes != "parameters"]
 
 
 def trained(name: str, steps: int, dtype: torch.dtype = torch.float64) -> tuple[Any, nn.Module]:
+    """Return an optimizer and its model after some steps, which are taken once."""
+    return copy.deepcopy(_trained(name, steps, dtype)) if steps else _made(name, 0, dtype)
+
+
+def _made(name: str, steps: int, dtype: torch.dtype) -> tuple[Any, nn.Module]:
     model = make_model(dtype)
     optimizer = KINDS[name].make(model)
     for _ in range(steps):
         KINDS[name].step(optimizer, model)
     return optimizer, model
+
+
+_trained = functools.cache(_made)
 
 
 def curvature(optimizer: Any) -> Any:
@@ -156,10 +165,10 @@ def floating(state: Any) -> set[torch.dtype]:
     + [(name, (torch.float32, torch.float64)) for name in FEW],
 )
 def test_state_is_cast_to_the_types_it_is_loaded_for(name: str, types):
-    source, _ = trained(name, 4, types[0])
+    source, _ = trained(name, 3, types[0])
     target, model = trained(name, 0, types[1])
     target.load_state_dict(source.state_dict())
-    own, _ = trained(name, 4, types[1])
+    own, _ = trained(name, 3, types[1])
     assert floating(target.state_dict()) == floating(own.state_dict())
     start = weights(model)
     for _ in range(3):

@@ -147,7 +147,7 @@ def test_degenerate_problems(name, kind):
     model, x, y = degenerate(kind)
     optimizer = make(name, model)
     first = float(fit(x, y)(model).detach())
-    for _ in range(8):
+    for _ in range(6):
         step(name, optimizer, model, fit(x, y))
         assert_finite(model, optimizer)
     if kind not in ("huge features", "saturated"):
@@ -401,8 +401,8 @@ def test_factors_that_cannot_be_factorised_keep_the_last_and_name_the_layer(name
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*could not be factorised:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*skipped a step:UserWarning")
-@pytest.mark.parametrize("name", ["kfac", "ekfac"])
-def test_five_thousand_steps_with_faults(name):
+@pytest.mark.parametrize(("name", "steps"), [("kfac", 5000), ("ekfac", 1500)])
+def test_thousands_of_steps_with_faults(name, steps):
     model = network()
     plain = dict(momentum=0.9, damping=1e-4, kl_clip=5e-5, nesterov=True)
     plain = plain if measures(OPTIMIZERS[name]) else {}
@@ -411,8 +411,8 @@ def test_five_thousand_steps_with_faults(name):
     x, y = data(256)
     first = float(fit(x, y)(model).detach())
     memory = []
-    for index in range(5000):
-        optimizer.param_groups[0]["lr"] = 0.05 * (1 - index / 5000)
+    for index in range(steps):
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 - index / steps)
         picked = torch.tensor(dice.sample(range(256), dice.choice([1, 7, 16])))
         batch = x[picked], y[picked]
         if dice.random() < 0.05:
@@ -423,13 +423,13 @@ def test_five_thousand_steps_with_faults(name):
             step(name, optimizer, model, fit(*batch))
         if index % 100 == 0:
             assert_finite(model, optimizer)
-        if index in (1000, 4999):
+        if index in (steps // 5, steps - 1):
             gc.collect()
             live = sum(issubclass(type(o), Tensor) for o in gc.get_objects())
             memory.append((len(gc.get_objects()), live))
     assert_finite(model, optimizer)
     assert float(fit(x, y)(model).detach()) < 0.35 * first
-    assert memory[1][0] < memory[0][0] + 2000
+    assert memory[1][0] < memory[0][0] + 0.4 * steps
     assert memory[1][1] <= memory[0][1] + 20
 
 

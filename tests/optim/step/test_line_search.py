@@ -551,7 +551,7 @@ def test_damping_follows_the_step_that_was_found(structure, interval, decay_mode
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_checkpoints_resume_exactly(structure, kind):
     case = CASES["mlp"]()
-    data = batches_of(case, "categorical", 6)
+    data = batches_of(case, "categorical", 5)
     options = SEARCH | {
         "fisher": kind, "momentum": 0.9, "graft": "adam", "length": natgrad.LineSearch("best"),
         "damping": natgrad.LevenbergMarquardt(0.1, 2),

@@ -689,7 +689,7 @@ def configured(structure: str, model: nn.Module, name: str, **options: Any):
 )
 def test_checkpoints_resume_exactly(structure, kind, name):
     case = CASES["mlp"]()
-    data = batches_of(case, "categorical", 8)
+    data = batches_of(case, "categorical", 7)
     model = copy.deepcopy(case.model)
     optimizer = configured(structure, model, name, fisher=kind)
     resumed = []
