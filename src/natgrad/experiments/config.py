@@ -132,23 +132,9 @@ class CompareConfig(Config):
             check_choice("method", method, METHODS)
         if len(set(self.methods)) < len(self.methods):
             raise ConfigError("Every method can be named only once.")
-        for option in (
-            "steps",
-            "depth",
-            "width",
-            "train_samples",
-            "test_samples",
-            "eval_samples",
-            "batch_size",
-            "first_order_steps",
-            "search_steps",
-            "eval_every",
-            "target_loss",
-            "seconds",
-            "seeds",
-        ):
-            if getattr(self, option) is not None:
-                _positive(option.replace("_", " "), getattr(self, option))
+        for option, value in vars(self).items():
+            if type(value) in (int, float) and option not in ("damping", "seed"):
+                _positive(option.replace("_", " "), value)
         if self.model == "cnn" and self.depth is not None and self.depth < 2:
             raise ConfigError("A cnn needs a depth of at least 2 weight layers.")
         if self.damping is not None and not 0 <= self.damping < float("inf"):

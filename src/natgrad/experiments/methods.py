@@ -7,6 +7,7 @@ comparison: its optimizer, where its learning rate comes from, its options, and 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -94,8 +95,8 @@ class Method:
         rule: Where the learning rate comes from: "search" tries a grid; "theory" takes 1/α;
             "measured" takes the step that minimises the quadratic model of the loss along the
             first direction; "default" takes that of the optimizer.
-        structure: For a natural method, the structure of its Fisher matrix; None for a first-order
-            method.
+        structure: For a natural method, the structure of its Fisher matrix, by default that of its
+            optimizer; None for a first-order method.
         options: Options of the optimizer, of a natural one on top of `WIDE_OPTIONS`.
         cross_entropy_options: Further ones for the cross-entropy loss.
         batch_options: Options of the optimizer with mini-batches, on top of `BATCH_OPTIONS`.
@@ -121,6 +122,11 @@ class Method:
     takes_closure: bool = False
     scale: float = 1.0
     grid: tuple[int, int] = (-3, 1)
+
+    def __post_init__(self) -> None:
+        own = getattr(self.optimizer, "method", None)
+        if self.structure is None and own is not None:
+            object.__setattr__(self, "structure", own.structure.name)
 
     @property
     def is_natural(self) -> bool:
@@ -211,11 +217,13 @@ class Method:
 # Curvature is that of the step's own batch.
 _EVERY_STEP = {"refresh": natgrad.Refresh(factors=1, inverses=1, decay=0.0)}
 
-_KRONECKER: dict[str, Any] = {
-    "options": {**_EVERY_STEP, "momentum": 0.5, "step_rule": natgrad.StepRule(length="lr")},
-    "batch_options": {"damping": natgrad.RelativeDamping()},
-}
-"""What all methods with Kronecker factors share: on wide networks plain steps, as in the theory."""
+_kronecker = functools.partial(
+    Method,
+    rule="measured",
+    options={**_EVERY_STEP, "momentum": 0.5, "step_rule": natgrad.StepRule(length="lr")},
+    batch_options={"damping": natgrad.RelativeDamping()},
+)
+"""A method with Kronecker factors: on wide networks it takes plain steps, as in the theory."""
 
 METHODS: dict[str, Method] = {
     "sgd": Method(
@@ -238,37 +246,30 @@ METHODS: dict[str, Method] = {
         "The full Fisher matrix, inverted in sample space.",
         natgrad.ExactNGD,
         "theory",
-        structure="full",
     ),
     "block-diagonal": Method(
         "Block-diagonal NGD",
         "One exact Fisher block per layer; no coupling between layers.",
         natgrad.BlockDiagonalNGD,
         "theory",
-        structure="block_diagonal",
     ),
     "block-tridiagonal": Method(
         "Block-tridiagonal NGD",
         "Exact Fisher blocks of each layer and of neighbouring layers.",
         natgrad.BlockTridiagonalNGD,
         "theory",
-        structure="block_tridiagonal",
         cross_entropy_options={"damping": 1e-2},  # less is singular: the matrix is indefinite
     ),
-    "kfac": Method(
+    "kfac": _kronecker(
         "K-FAC",
         "One Kronecker product per layer: covariance of inputs times that of output gradients.",
         natgrad.KFAC,
-        "measured",
-        structure="kfac",
-        **_KRONECKER,
     ),
     "unit-wise": Method(
         "Unit-wise NGD",
         "One exact Fisher block per output unit of each layer.",
         natgrad.UnitWiseNGD,
         "measured",
-        structure="unit_wise",
         options={**_EVERY_STEP, "momentum": 0.5},
         cross_entropy_options={"damping": 1e-4, "kl_clip": 1e-2},
     ),
@@ -277,56 +278,33 @@ METHODS: dict[str, Method] = {
         "Only the diagonal of the Fisher matrix.",
         natgrad.DiagonalNGD,
         "measured",
-        structure="diagonal",
         options={**_EVERY_STEP, "damping": 1e-3, "momentum": 0.9},
         scale=0.5,
     ),
-    "ekfac": Method(
-        "EKFAC",
-        "Second moments measured in the eigenbases of K-FAC's factors.",
-        natgrad.EKFAC,
-        "measured",
-        structure="ekfac",
-        **_KRONECKER,
+    "ekfac": _kronecker(
+        "EKFAC", "Second moments measured in the eigenbases of K-FAC's factors.", natgrad.EKFAC
     ),
-    "tkfac": Method(
+    "tkfac": _kronecker(
         "TKFAC",
         "One Kronecker product per layer that keeps the trace of the layer's exact block.",
         natgrad.TKFAC,
-        "measured",
-        structure="tkfac",
-        **_KRONECKER,
     ),
-    "tekfac": Method(
-        "TEKFAC",
-        "Second moments measured in the eigenbases of TKFAC's factors.",
-        natgrad.TEKFAC,
-        "measured",
-        structure="tekfac",
-        **_KRONECKER,
+    "tekfac": _kronecker(
+        "TEKFAC", "Second moments measured in the eigenbases of TKFAC's factors.", natgrad.TEKFAC
     ),
-    "kpsvd": Method(
-        "KPSVD",
-        "The Kronecker product nearest to each layer's exact block.",
-        natgrad.KPSVD,
-        "measured",
-        structure="kpsvd",
-        **_KRONECKER,
+    "kpsvd": _kronecker(
+        "KPSVD", "The Kronecker product nearest to each layer's exact block.", natgrad.KPSVD
     ),
-    "two-level": Method(
+    "two-level": _kronecker(
         "Two-level K-FAC",
         "K-FAC with a correction between layers on a coarse space.",
         natgrad.TwoLevelKFAC,
-        "measured",
-        structure="two_level",
-        **_KRONECKER,
     ),
     "singd": Method(
         "SINGD",
         "Kronecker factors of the inverse, kept up to date by products alone.",
         natgrad.SINGD,
         "search",
-        structure="singd",
         options={
             "refresh": natgrad.Refresh(factors=1, inverses=1),
             "damping": 1e-4,
@@ -350,7 +328,6 @@ METHODS: dict[str, Method] = {
         "Exact Gauss-Newton steps with line search and adaptive damping.",
         natgrad.EGN,
         "default",
-        structure="full",
         options={"damping": natgrad.LevenbergMarquardt(0.1, interval=1, decay=0.5)},
         alone=True,
         takes_closure=True,
@@ -360,7 +337,6 @@ METHODS: dict[str, Method] = {
         "The improved empirical Fisher matrix, inverted in sample space.",
         natgrad.ImprovedEmpiricalNGD,
         "measured",
-        structure="full",
         options={"damping": 1e-6, "kl_clip": None},
         alone=True,
     ),
@@ -369,14 +345,12 @@ METHODS: dict[str, Method] = {
         "The full Fisher matrix by products alone, solved by conjugate gradients.",
         natgrad.ConjugateGradientNGD,
         "measured",
-        structure="full",
     ),
     "thermodynamic": Method(
         "Thermodynamic NGD",
         "The full Fisher matrix by products alone, solved by a simulated thermal equilibrium.",
         natgrad.ThermodynamicNGD,
         "measured",
-        structure="full",
         options={"structure": Full(solver=Thermodynamic(time=100.0))},
     ),
     "padam": Method(
