@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from rich import box
@@ -154,12 +154,19 @@ class PartBars(_Bars, Parts):
 
 
 def make_table(
-    headings: Sequence[str], rows: Iterable[Sequence[str]], text: Collection[str] = ()
+    headings: Iterable[str],
+    rows: Iterable[Iterable[str]],
+    text: Collection[str] = (),
+    no_wrap: bool = False,
+    **options: Any,
 ) -> Table:
-    """Return a table of numbers; columns with headings that are in `text` are flush left."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    """Return a table of numbers, which may not wrap; columns that are in `text` are flush left."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, **options)
     for heading in headings:
-        table.add_column(heading, justify="left" if heading in text else "right")
+        if heading in text:
+            table.add_column(heading)
+        else:
+            table.add_column(heading, justify="right", no_wrap=no_wrap)
     for row in rows:
         table.add_row(*row)
     return table
@@ -200,10 +207,8 @@ def print_results(console: Console, results: Results) -> None:
         if wide:
             row["peak\nmemory"] = format_megabytes(result.peak_memory_bytes)
         rows.append(row)
-    table = make_table(list(rows[0]), [list(row.values()) for row in rows], text=("method",))
-    for numbers in table.columns[1:]:
-        numbers.no_wrap = True
-    console.print(table)
+    values = (row.values() for row in rows)
+    console.print(make_table(rows[0], values, text=("method",), no_wrap=True))
     for result in results.methods:
         if result.message:
             console.print(f"{result.title}: {escape(result.message)}", highlight=False)

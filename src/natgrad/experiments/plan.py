@@ -387,6 +387,12 @@ def _shared_work(
         whole = natural = message("all_to_all", max(_in_shards(shapes, ranks), owned))
     everywhere = _in_shards(trained, 1)
 
+    # Sums are made of a process's own samples, what takes the rows of all is made of all.
+    own = sum(costs[name].refresh - factorisation[name] - joint[name] for name in parts) / ranks
+    factorising = 2 * fullest(factorisation, divided) / (turns or 1)
+    summing = 2 * (own + fullest(joint, kept)) / (updates or 1)
+    preconditioning = 2 * fullest(steps, divided if shards else kept)
+
     def of_column(names: list[str], seats: list[list[str]]) -> SharedWork:
         kind, made = exchanged(handed_out, seats)
         again = height if columns > 1 else 1  # Of one column there is nothing left to do.
@@ -407,23 +413,15 @@ def _shared_work(
                 "broadcast", everywhere if shares and height > 1 and not shards else 0, turns
             ),
             gradients=message("reduce_scatter" if shards else "all_reduce", everywhere),
-            factorisation=2 * fullest(factorisation, divided) / (turns or 1),
-            statistics=0.0,
-            preconditioning=2 * fullest(steps, divided if shards else kept),
+            factorisation=factorising,
+            statistics=summing,
+            preconditioning=preconditioning,
             communication=0.0,
-            computation=0.0,
+            computation=(factorising + summing + preconditioning) / (1e12 * options.throughput),
         )
 
     work = max(map(of_column, kept, by_column), key=lambda one: one.moved)
-    # Sums are made of a process's own samples, what takes the rows of all is made of all.
-    own = sum(costs[name].refresh - factorisation[name] - joint[name] for name in parts) / ranks
-    work = replace(work, statistics=2 * (own + fullest(joint, kept)) / (updates or 1))
-    flops = work.factorisation + work.statistics + work.preconditioning
-    return replace(
-        work,
-        communication=work.moved / (1e9 * options.bandwidth),
-        computation=flops / (1e12 * options.throughput),
-    )
+    return replace(work, communication=work.moved / (1e9 * options.bandwidth))
 
 
 def _in_shards(tensors: Sequence[tuple[int, Sequence[int]]], ranks: int) -> int:

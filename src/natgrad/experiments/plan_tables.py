@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from fractions import Fraction
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
+from natgrad.experiments.console import make_table
 from natgrad.experiments.plan import Plan, SharedWork, advice, best
 from natgrad.optim.summary import format_bytes
 
@@ -73,16 +72,13 @@ def print_plan(console: Console, plan: Plan) -> None:
 
 
 def _print(console: Console, plan: Plan, title: str, columns: _Columns) -> None:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
-    table.add_column("ranks", justify="right")
-    table.add_column("sharing")
-    for heading in columns:
-        table.add_column(heading, justify="right", no_wrap=True)
+    rows = []
     for work in plan.works:
         mark = " *" if work == best(plan, work.ranks) else ""
-        cells = (cell(work) for cell in columns.values())
         sharing = work.sharing if isinstance(work.sharing, str) else str(Fraction(work.sharing))
-        table.add_row(f"{work.ranks:,}", sharing + mark, *cells)
+        rows.append([f"{work.ranks:,}", sharing + mark, *(of(work) for of in columns.values())])
+    options = {"title": title, "title_justify": "left"}
+    table = make_table(["ranks", "sharing", *columns], rows, ["sharing"], no_wrap=True, **options)
     console.print(table, highlight=False)
 
 
