@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -71,9 +72,9 @@ def error_of(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm().clamp(min=1e-12))
 
 
-def check_fisher(program: Program, expected: Tensor) -> None:
+def check_fisher(program: Program, expected: Tensor, structures: Sequence[str]) -> None:
     data = list(zip(program.batches, program.targets, strict=True))
-    for structure in ("full", "diagonal"):
+    for structure in structures:
         fisher = natgrad.fisher_matrix(
             program.model, data, program.likelihood, structure, batch_dim=program.batch_dim
         )
@@ -127,7 +128,8 @@ def run(number: int) -> str:
     passes = [n for n in range(len(program.batches)) if count_of(program, n)]
     events = sum(count_of(program, n) for n in passes)
     expected = sum(dense_fisher(program, n) for n in passes) / events
-    check_fisher(program, expected)
+    # Diagonals come from the same rows; a step has the whole matrix once more.
+    check_fisher(program, expected, ("full",) if number // 8 % 3 else ("full", "diagonal"))
     return check_step(program, passes, expected)
 
 
