@@ -6,11 +6,12 @@ smaller one of its two factors: no gradient per sample is formed and no second p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from natgrad.capture.blocks import Use
 from natgrad.capture.hooks import ModelHook, inside_backward, outside_graphs
@@ -45,17 +46,8 @@ class CoefficientClock:
             return
         if self.weighing and self.counts:
             self.passes += 1
-        self.samples = next((len(t) for t in _tensors((args, kwargs)) if t.dim()), 0)
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, dict):
-        yield from _tensors(tuple(values.values()))
-    elif isinstance(values, (tuple, list)):
-        for value in values:
-            yield from _tensors(value)
+        given = (t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim())
+        self.samples = next(map(len, given), 0)
 
 
 class WeightedGradient(OwnBackward):

@@ -23,7 +23,7 @@ from natgrad import linalg
 from natgrad.laplace.observations import Observations
 from natgrad.operators import Operator
 
-__all__ = ["Evidence"]
+__all__ = ["Evidence", "ascend"]
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Evidence:
                 return self.value(deltas[0], present)
             return self.value(dict(zip(names, deltas, strict=True)), present)
 
-        _ascend(evidence, variables)
+        ascend(evidence, variables)
         found = bounded(variables.detach()[:-1]).exp().tolist()
         return dict(zip(names, found, strict=True)), float(variables.detach()[-1].exp())
 
@@ -165,7 +165,7 @@ class _Bounded:
         return math.log(share / (1 - share))
 
 
-def _ascend(function: Callable[[], Tensor], variables: Tensor) -> None:
+def ascend(function: Callable[[], Tensor], variables: Tensor) -> None:
     """Move variables to a maximum of a function of theirs."""
     search = torch.optim.LBFGS([variables], max_iter=500, line_search_fn="strong_wolfe",
                                tolerance_grad=1e-9, tolerance_change=1e-14)  # fmt: skip

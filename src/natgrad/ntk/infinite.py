@@ -14,7 +14,7 @@ The variances belong to the layer they stand in: ``B_l`` has ``σ_w²`` of layer
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -139,10 +139,7 @@ def infinite_kernel(
     )
     if not any(error for error, _ in (*q_bounds, *slope_bounds)):
         return result
-    error = _relative_error(architecture, result, q_bounds, slope_bounds)
-    return InfiniteKernel(
-        architecture, result.forward, result.preactivation, result.backward, error
-    )
+    return replace(result, error=_relative_error(architecture, result, q_bounds, slope_bounds))
 
 
 def _inputs(architecture: Architecture, x: Tensor, name: str) -> Tensor:

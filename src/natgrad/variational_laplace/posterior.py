@@ -48,6 +48,7 @@ from natgrad.fisher import Batch, FisherType
 from natgrad.fisher.estimation import batches_of, update_from_output
 from natgrad.fisher.types import as_fisher_type
 from natgrad.jacobians import Jacobians
+from natgrad.laplace.evidence import ascend
 from natgrad.laplace.linearized import LinearizedPosterior, check_reiterable
 from natgrad.laplace.observations import log_normalizer
 from natgrad.likelihoods import Gaussian, Likelihood, LikelihoodLike, as_likelihood
@@ -270,19 +271,14 @@ class VariationalLaplace(LinearizedPosterior):
         self.optimize_prior_precision()
         start = torch.tensor([self.prior_precision, 1.0], dtype=torch.float64).log()
         logarithms = start.requires_grad_(True)
-        search = torch.optim.LBFGS([logarithms], max_iter=200, line_search_fn="strong_wolfe",
-                                   tolerance_grad=1e-9, tolerance_change=1e-14)  # fmt: skip
 
-        def negative_bound() -> Tensor:
-            search.zero_grad()
-            delta, factor = logarithms.exp()
+        def bound() -> Tensor:
+            delta, factor = logarithms.exp().unbind()
             prior = delta * self._squared_norm + left / (factor * delta)
             prior = prior + (1.0 + values / (factor * delta)).log().sum()
-            loss: Tensor = quadratic / factor + 0.5 * (self._observed * logarithms[1] + prior)
-            loss.backward()
-            return loss.detach()
+            return -quadratic / factor - 0.5 * (self._observed * logarithms[1] + prior)
 
-        search.step(negative_bound)
+        ascend(bound, logarithms)
         delta, factor = logarithms.detach().exp().tolist()
         self.prior_precision = delta
         self._scale_noise(factor)

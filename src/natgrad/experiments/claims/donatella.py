@@ -120,8 +120,8 @@ _exact = at_rate(natgrad.ExactNGD, "categorical", **_DAMPED)
 
 
 def _distance(model: nn.Module, other: nn.Module) -> float:
-    pairs = zip(model.parameters(), other.parameters(), strict=True)
-    return math.sqrt(sum(float((p - q).detach().square().sum()) for p, q in pairs))
+    here, there = (nn.utils.parameters_to_vector(one.parameters()) for one in (model, other))
+    return float((here - there).norm())
 
 
 @SOURCE.claim(

@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 import natgrad
 from natgrad.experiments.claims.claim import Expect, Setting, Source
@@ -48,17 +49,11 @@ def _trained(data: Dataset, precision: float, seed: int) -> nn.Module:
 
 def sampled_predictive(posterior: natgrad.Laplace, x: Tensor, samples: int, seed: int) -> Tensor:
     """Return the network's mean probabilities ``(N, C)`` at weights drawn from its posterior."""
-    model = posterior.model
-    parameters = list(model.parameters())
-    start = nn.utils.parameters_to_vector(parameters).detach().clone()
     draws = posterior.sample(samples, torch.Generator().manual_seed(seed))
-    total = torch.zeros(())
+    values = map(posterior.matrix.layout.to_dict, draws)
     with torch.no_grad():
-        for one in draws:
-            nn.utils.vector_to_parameters(one, parameters)
-            total = total + model(x).softmax(1) / samples
-        nn.utils.vector_to_parameters(start, parameters)
-    return total
+        outputs = [functional_call(posterior.model, one, (x,)) for one in values]
+    return torch.stack(outputs).softmax(-1).mean(0)
 
 
 def _nll(probabilities: Tensor, labels: Tensor) -> float:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from natgrad import fisher_matrix, ntk
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source, ratios
+from natgrad.experiments.claims.side_by_side import Task, at_rate
 from natgrad.experiments.objectives import squared_error
 from natgrad.experiments.theory.by_width import ByWidth
 
@@ -198,30 +200,14 @@ def learning_rate(setting: Setting) -> Iterator[dict[str, float]]:
         model, architecture = _network(size, DEPTH, 1, generator)
         teacher, _ = _network(size, DEPTH, 1, generator)
         bound = ntk.infinite_spectrum(architecture, x).largest_step
-        start = {name: value.clone() for name, value in model.state_dict().items()}
-        y = teacher(x).detach()
+        task = Task(x, teacher(x).detach(), squared_error)
         for factor in (0.5, 0.9, 1.1, 1.5, 2.0, 3.0):
-            model.load_state_dict(start)
             side = "below" if factor < 1 else "above"
-            loss = _relative_loss(model, x, y, factor * bound, STEPS)
-            yield {f"loss {side} the bound, at {factor:g} of it": loss}
-
-
-def _relative_loss(model: nn.Module, x: Tensor, y: Tensor, lr: float, steps: int) -> float:
-    """Return the mean of ½‖f − y‖² after gradient descent, over that before."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    losses: list[float] = []
-    for _ in range(steps):
-        loss = squared_error(model(x), y)
-        losses.append(float(loss.detach()))
-        if not losses[-1] <= 1e6 * losses[0]:
-            return math.inf
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    with torch.no_grad():
-        last = float(squared_error(model(x), y))
-    return last / losses[0] if math.isfinite(last) else math.inf
+            descent = partial(at_rate(torch.optim.SGD), rate=factor * bound)
+            losses = task.train(model, descent, STEPS, every=1).losses
+            exploded = max(losses) > 1e6 * losses[0]
+            last = math.inf if exploded else losses[-1] / losses[0]
+            yield {f"loss {side} the bound, at {factor:g} of it": last}
 
 
 @SOURCE.claim(

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._pytree import tree_leaves
 
 import natgrad
 from natgrad.curvature import InverseFactors, KroneckerFactors
@@ -269,15 +270,8 @@ def state_entries(model: nn.Module, make: Make, x: Tensor, y: Tensor) -> int:
     optimizer = make(model)
     functional.cross_entropy(model(x), y).backward()
     optimizer.step()
-    return _entries(optimizer.state_dict())
-
-
-def _entries(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.numel() if value.numel() > 1 and value.is_floating_point() else 0
-    if isinstance(value, dict):
-        return sum(map(_entries, value.values()))
-    return sum(map(_entries, value)) if isinstance(value, (list, tuple)) else 0
+    kept = (one for one in tree_leaves(optimizer.state_dict()) if isinstance(one, Tensor))
+    return sum(one.numel() for one in kept if one.is_floating_point() and one.numel() > 1)
 
 
 @SOURCE.claim(
