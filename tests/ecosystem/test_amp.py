@@ -60,7 +60,7 @@ def test_autocast(name):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return functional.cross_entropy(model(batch[0]), batch[1])
 
-    losses = train(model, optimizer, [(x, y)] * 40, loss)
+    losses = train(model, optimizer, [(x, y)] * 32, loss)
     assert losses[-1] < 0.7 * losses[0]
     assert_curvature_everywhere(optimizer)
     assert_float32(name, optimizer)
@@ -139,7 +139,7 @@ def test_models_in_bfloat16(name):
     model = network(dtype=torch.bfloat16)
     x, y = images(32, dtype=torch.bfloat16)
     optimizer = make(name, model, **rate_of(name))
-    losses = train(model, optimizer, [(x, y)] * 40)
+    losses = train(model, optimizer, [(x, y)] * 32)
     assert losses[-1] < 0.7 * losses[0]
     assert_curvature_everywhere(optimizer)
     assert_float32(name, optimizer)

@@ -90,7 +90,7 @@ def test_rates_and_momenta_follow_the_schedule(name, optimizer_name):
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", "The epoch parameter in")  # SequentialLR of torch 2.6.
         schedules = [SCHEDULERS[name](o) for o in (optimizer, sgd)]
-        for index, batch in enumerate(batches(8)):
+        for index, batch in enumerate(batches(6)):
             assert settings(optimizer) == settings(sgd)
             rate = optimizer.param_groups[0]["lr"]
             before = flat(model)
@@ -150,9 +150,9 @@ RESUMED += [(o, "OneCycleLR") for o in ("exact", "conjugate_gradient", "thermody
 @pytest.mark.parametrize(("method", "name"), RESUMED)
 def test_schedules_resume(method, name):
     """State dicts of optimizer and scheduler together continue the run to the last bit."""
-    data = batches(8)
+    data = batches(6)
     runs = []
-    for cut in (None, 4):
+    for cut in (None, 3):
         model = perceptron()
         optimizer = make(method, model, lr=LR)
         schedule = SCHEDULERS[name](optimizer)
@@ -198,7 +198,7 @@ def test_fallback_groups_are_scheduled_too(name, fallback):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", "The epoch parameter in")  # SequentialLR of torch 2.6.
-        for index, batch in enumerate(batches(6)):
+        for index, batch in enumerate(batches(4)):
             before = flat(model)
             train(model, optimizer, [batch])
             assert not torch.equal(before, flat(model))
