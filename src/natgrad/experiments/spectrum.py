@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +12,7 @@ from natgrad.experiments.batches import LoaderBatches
 from natgrad.experiments.factories import described
 from natgrad.experiments.inspection import InspectionError
 from natgrad.fisher import fisher_matrix
+from natgrad.layouts import ParameterLayout
 from natgrad.tools.spectrum import effective_dimension, spectral_density, top_eigenpairs
 
 __all__ = ["Eigenpair", "Spectrum", "fisher_spectrum"]
@@ -97,7 +97,7 @@ def fisher_spectrum(
         samples=sum(count_samples(inputs) for inputs, _ in batches),
         parameters=parameters,
         trace=float(matrix.trace()),
-        top=tuple(_eigenpair(model, *one) for one in zip(values, vectors.T, strict=True)),
+        top=tuple(_eigenpair(matrix.layout, *one) for one in zip(values, vectors.T, strict=True)),
         decades=decades,
         rest=float(counts[~known].sum()),
         effective_dimension={
@@ -108,12 +108,10 @@ def fisher_spectrum(
     )
 
 
-def _eigenpair(model: nn.Module, value: Tensor, vector: Tensor) -> Eigenpair:
+def _eigenpair(layout: ParameterLayout, value: Tensor, vector: Tensor) -> Eigenpair:
     """Say which module an eigenvector lies in."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    pieces = vector.split([math.prod(p.shape) for p in trained.values()])
     shares: dict[str, float] = {}
-    for name, piece in zip(trained, pieces, strict=True):
+    for name, piece in layout.to_dict(vector).items():
         module = name.rpartition(".")[0] or name
         shares[module] = shares.get(module, 0.0) + float(piece.square().sum())
     layer = max(shares, key=shares.__getitem__)

@@ -44,11 +44,11 @@ class UncertainMatrix:
     @cached_property
     def parts(self) -> dict[str, Operator]:
         """Part → the matrix of its uncertain entries."""
-        found = {}
-        for name, part in self.matrix.parts.items():
-            index = self.entries[name]
-            found[name] = part if index is None else cast("Operator", part.submatrix(index))
-        return found
+        parts = dict(self.matrix.parts)
+        for name, index in self.entries.items():
+            if index is not None:
+                parts[name] = cast("Operator", parts[name].submatrix(index))
+        return parts
 
     @cached_property
     def owners(self) -> dict[str, Tensor]:

@@ -45,7 +45,9 @@ def cached_matrix(
             "or 'diagonal'"
         )
     parts = [_described(one) for one in (likelihood, structure, fisher)] + [str(seed)]
-    key = _digest([parts, list(model.state_dict().items()), list(batches_of(data))])
+    digest = hashlib.sha256()
+    _add(digest, [parts, list(model.state_dict().items()), list(batches_of(data))])
+    key = digest.hexdigest()
     if os.path.exists(path):
         saved = torch.load(path, weights_only=True)
         if saved.get("key") == key:
@@ -74,14 +76,8 @@ def _described(value: Likelihood | Structure | FisherType) -> str:
     return f"{type(value).__qualname__}{options}"
 
 
-def _digest(value: Any) -> str:
-    """Return a hash of nested values, tensors by their bytes."""
-    found = hashlib.sha256()
-    _add(found, value)
-    return found.hexdigest()
-
-
 def _add(found: Any, value: Any) -> None:
+    """Add nested values to a hash, tensors by their bytes."""
     if isinstance(value, Tensor):
         whole = value.detach().cpu().contiguous()
         found.update(f"{whole.dtype}{tuple(whole.shape)}".encode())

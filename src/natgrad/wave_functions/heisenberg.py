@@ -66,20 +66,15 @@ class Heisenberg(Hamiltonian):
 
 def _is_bipartite(sites: int, edges: list[list[int]]) -> bool:
     """Return whether two colours suffice for neighbours to differ."""
-    neighbours: list[list[int]] = [[] for _ in range(sites)]
+    # One node a site and colour: edges join those that go together.
+    above = list(range(2 * sites))
+
+    def root(node: int) -> int:
+        while above[node] != node:
+            node = above[node]
+        return node
+
     for first, second in edges:
-        neighbours[first].append(second)
-        neighbours[second].append(first)
-    colours: dict[int, bool] = {}
-    for start in range(sites):
-        waiting = [] if start in colours else [start]
-        colours.setdefault(start, False)
-        while waiting:
-            site = waiting.pop()
-            for other in neighbours[site]:
-                if other not in colours:
-                    colours[other] = not colours[site]
-                    waiting.append(other)
-                elif colours[other] == colours[site]:
-                    return False
-    return True
+        for node, other in ((first, second + sites), (first + sites, second)):
+            above[root(node)] = root(other)
+    return all(root(site) != root(site + sites) for site in range(sites))

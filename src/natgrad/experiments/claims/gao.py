@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -173,8 +172,7 @@ def _errors(setting: Setting, title: str, draw: int) -> dict[int, dict[str, list
 
 def _ratio(errors: dict[str, list[float]], one: str, other: str) -> float:
     """Return the geometric mean over layers of the ratio of two structures' errors."""
-    pairs = zip(errors[one], errors[other], strict=True)
-    return math.exp(statistics.fmean(math.log(a / b) for a, b in pairs))
+    return statistics.geometric_mean(ratios(errors[one], errors[other]))
 
 
 @SOURCE.claim(

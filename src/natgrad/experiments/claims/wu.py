@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -91,8 +90,9 @@ def quality(
 
 def _mean_quality(stage: Stage, fisher: str | FisherType, damping: float = NEAR_ZERO) -> float:
     """Return the geometric mean of the quality over the batches of a stage."""
-    found = [quality(stage.model, x, y, fisher, damping) for x, y in stage.batches]
-    return math.exp(statistics.fmean(map(math.log, found)))
+    return statistics.geometric_mean(
+        quality(stage.model, x, y, fisher, damping) for x, y in stage.batches
+    )
 
 
 @SOURCE.claim(
