@@ -90,7 +90,13 @@ class Activation(ABC):
 
 
 class ClosedFormActivation(Activation):
-    """An activation with closed forms, which subclasses give entry by entry."""
+    """An activation with closed forms, which subclasses give entry by entry, and a module."""
+
+    make_module: ClassVar[Callable[[], nn.Module]]
+
+    def module(self) -> nn.Module:
+        """Return a new module that computes φ."""
+        return type(self).make_module()
 
     @abstractmethod
     def _expectation(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
@@ -122,11 +128,8 @@ class ReLUActivation(ClosedFormActivation):
     """``max(x, 0)``; arc-cosine kernels of orders 1 and 0 (Cho & Saul 2009)."""
 
     name = "relu"
+    make_module = nn.ReLU
     active_fraction: ClassVar[float] = 0.5
-
-    def module(self) -> nn.Module:
-        """Return ``nn.ReLU()``."""
-        return nn.ReLU()
 
     def _expectation(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
         """Return ``√(qq')/2π · (√(1−ρ²) + ρ(π − arccos ρ))``."""
@@ -183,10 +186,7 @@ class ErfActivation(ClosedFormActivation):
     """The error function (Williams 1997)."""
 
     name = "erf"
-
-    def module(self) -> nn.Module:
-        """Return ``Erf()``."""
-        return Erf()
+    make_module = Erf
 
     def _expectation(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
         """Return ``2/π · arcsin(2c/√((1+2q)(1+2q')))``."""
@@ -210,10 +210,7 @@ class GELUActivation(ClosedFormActivation):
     """``x Φ(x)`` with the normal distribution function Φ, not the tanh approximation."""
 
     name = "gelu"
-
-    def module(self) -> nn.Module:
-        """Return ``nn.GELU()``."""
-        return nn.GELU()
+    make_module = nn.GELU
 
     def _expectation(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
         """Return the closed form of Tsuchida et al. (2021).
@@ -251,10 +248,7 @@ class LinearActivation(ClosedFormActivation):
     """The identity: a deep linear network."""
 
     name = "linear"
-
-    def module(self) -> nn.Module:
-        """Return ``nn.Identity()``."""
-        return nn.Identity()
+    make_module = nn.Identity
 
     def _expectation(self, q1: Tensor, q2: Tensor, c: Tensor) -> Tensor:
         return c.clone()
