@@ -18,8 +18,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import natgrad
-from natgrad.fngd.layer_products import _scaled_copy
-from natgrad.fngd.weighted_gradients import WeightedGradient
+from natgrad.fngd.weighted_gradients import WeightedGradient, _scaled_copy
 from tests import dense, processes
 from tests.cases import generator, normal
 

@@ -6,21 +6,195 @@ smaller one of its two factors: no gradient per sample is formed and no second p
 
 from __future__ import annotations
 
+import threading
+from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from natgrad.capture.blocks import Use
+from natgrad.capture.convolution import ConvolutionKind
+from natgrad.capture.embedding import EmbeddingKind
 from natgrad.capture.hooks import ModelHook, inside_backward, outside_graphs
+from natgrad.capture.kinds import LayerKind
+from natgrad.capture.linear import LinearKind, TransposedLinearKind
 from natgrad.fngd.coefficients import Coefficients
-from natgrad.fngd.layer_products import WeightedProduct, find_product
 from natgrad.layouts import BlockLayout, inner_product
-from natgrad.optim.fused.own_backward import Gradients, LayerProduct, OwnBackward
+from natgrad.optim.fused.own_backward import Gradients, LayerProduct, LinearProduct, OwnBackward
 
 __all__ = ["CoefficientClock", "WeightedGradient", "weighable_layers"]
+
+
+# The products of which a backward pass is made, with a weight per sample.
+
+
+class WeightedProduct(LayerProduct):
+    """Products in which every sample's share has a weight."""
+
+    @abstractmethod
+    def weighted(
+        self, inputs: Tensor, weight: Tensor, delta: Tensor, factors: Tensor, needs_inputs: bool
+    ) -> Gradients:
+        """Return gradients, where those of weight and bias have each sample's share times a factor.
+
+        ``a`` and ``δ`` are ``(n·r, ...)``, the factors ``(n,)``; the gradient at the input is made
+        if it is asked for.
+        """
+
+
+_CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
+_EMBEDDING_BACKWARD = torch.ops.aten.embedding_dense_backward.default
+
+#: Views remembered at most; batches of many lengths would fill memory with them.
+MAX_VIEWS = 1024
+
+
+class _Scratch(threading.local):
+    """One tensor per dtype and the views of it that were used, for every thread its own.
+
+    On the CPU fresh memory for every layer would cost page faults.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: dict[torch.dtype, Tensor] = {}
+        self.views: dict[tuple[torch.dtype, torch.Size, int], tuple[Tensor, Tensor]] = {}
+
+    def like(self, rows: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+        """Return memory in the shape of the rows, and the same as ``(samples, ...)``."""
+        key, size = (rows.dtype, rows.shape, samples), rows.numel()
+        found = self.views.get(key)
+        if found is None:
+            if rows.dtype not in self.tensors or self.tensors[rows.dtype].numel() < size:
+                self.tensors[rows.dtype] = rows.new_empty(size)
+                self.views.clear()
+            if len(self.views) >= MAX_VIEWS:
+                self.views.clear()
+            out = self.tensors[rows.dtype][:size]
+            found = self.views[key] = out.view(rows.shape), out.view(samples, -1)
+        return found
+
+
+_scratch = _Scratch()
+
+
+def _scaled_copy(rows: Tensor, factors: Tensor) -> Tensor:
+    """Return rows ``(n·r, ...)`` times one factor per sample, ``(n,)``.
+
+    On the CPU they are valid until the thread's next call.
+    """
+    samples = len(factors)
+    by_sample, column = rows.reshape(samples, -1), factors.to(rows.dtype).view(-1, 1)
+    if rows.device.type != "cpu":
+        return (by_sample * column).view(rows.shape)
+    shaped, out = _scratch.like(rows, samples)
+    torch.mul(by_sample, column, out=out)
+    return shaped
+
+
+def _weighted_sum(rows: Tensor, factors: Tensor) -> Tensor:
+    """Return the sum of rows ``(n·r, d)``, each sample's times its factor."""
+    total = factors.to(rows.dtype) @ rows.reshape(len(factors), -1)
+    return total.view(-1, rows.shape[-1]).sum(0)
+
+
+class WeightedLinear(WeightedProduct, LinearProduct):
+    """``y = x Wᵀ + b``, or ``y = x W + b`` where the weight is stored as ``(in, out)``."""
+
+    def __init__(self, has_bias: bool, transposed: bool = False) -> None:
+        super().__init__(transposed)
+        self.has_bias = has_bias
+
+    def weighted(
+        self, inputs: Tensor, weight: Tensor, delta: Tensor, factors: Tensor, needs_inputs: bool
+    ) -> Gradients:
+        """Scale δ, which has just been made and is in the cache, or a if it is much smaller."""
+        to_inputs = self.input_gradient(inputs, weight, delta) if needs_inputs else None
+        a = inputs.reshape(-1, inputs.shape[-1]).to(delta.dtype)
+        d = delta.reshape(-1, delta.shape[-1])
+        bias: Tensor | None = None
+        if 2 * a.shape[1] < d.shape[1]:
+            bias = _weighted_sum(d, factors) if self.has_bias else None
+            a = _scaled_copy(a, factors)
+        else:
+            d = _scaled_copy(d, factors)
+            bias = d.sum(0) if self.has_bias else None
+        return to_inputs, (a.T @ d if self.transposed else d.T @ a), bias
+
+
+class WeightedConvolution(WeightedProduct):
+    """Conv1d, Conv2d and Conv3d with zero padding."""
+
+    def __init__(self, module: nn.Module) -> None:
+        convolution = cast(nn.Conv2d, module)
+        padding = convolution._reversed_padding_repeated_twice[::-2]
+        self.has_bias: bool = convolution.bias is not None
+        self.options: tuple[Any, ...] = (
+            list(convolution.stride), list(padding), list(convolution.dilation), False,
+            [0] * len(padding), convolution.groups,
+        )  # fmt: skip
+
+    def input_gradient(self, inputs: Tensor, weight: Tensor, delta: Tensor) -> Tensor:
+        """Return the transposed convolution of δ."""
+        weight = weight.to(delta.dtype)
+        mask = [True, False, False]
+        return self._backward(delta, inputs.to(delta.dtype), weight, None, mask)[0]
+
+    def weighted(
+        self, inputs: Tensor, weight: Tensor, delta: Tensor, factors: Tensor, needs_inputs: bool
+    ) -> Gradients:
+        """Scale a: the gradient at the input does not depend on it, so one call makes both."""
+        a = _scaled_copy(inputs.to(delta.dtype), factors)
+        mask = [needs_inputs, True, False]
+        found = self._backward(delta, a, weight.to(delta.dtype), None, mask)
+        bias = None
+        if self.has_bias:
+            samples = factors.to(delta.dtype) @ delta.reshape(len(factors), -1)
+            bias = samples.view(-1, *delta.shape[1:]).transpose(0, 1).flatten(1).sum(1)
+        return found[0] if needs_inputs else None, found[1], bias
+
+    def _backward(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *tensors, mask = arguments
+        return cast(
+            "tuple[Tensor, Tensor, Tensor]", _CONVOLUTION_BACKWARD(*tensors, *self.options, mask)
+        )
+
+
+class WeightedEmbedding(WeightedProduct):
+    """A table of vectors."""
+
+    def __init__(self, module: nn.Module) -> None:
+        table = cast(nn.Embedding, module)
+        self.size: int = table.num_embeddings
+        self.padding: int = -1 if table.padding_idx is None else table.padding_idx
+
+    def weighted(
+        self, inputs: Tensor, weight: Tensor, delta: Tensor, factors: Tensor, needs_inputs: bool
+    ) -> Gradients:
+        """Scale δ."""
+        scaled = _scaled_copy(delta, factors)
+        return None, _EMBEDDING_BACKWARD(scaled, inputs, self.size, self.padding, False), None
+
+
+def find_product(module: nn.Module, kind: LayerKind) -> WeightedProduct | None:
+    """Return how a layer's products are made, or None where that is not known."""
+    if type(kind) is LinearKind:
+        return WeightedLinear(module.bias is not None)
+    if type(kind) is TransposedLinearKind:
+        return WeightedLinear(module.bias is not None, transposed=True)
+    if isinstance(kind, ConvolutionKind):
+        padding = cast(nn.Conv2d, module)._reversed_padding_repeated_twice
+        symmetric = list(padding[::2]) == list(padding[1::2])
+        plain = cast(nn.Conv2d, module).padding_mode == "zeros"
+        return WeightedConvolution(module) if plain and symmetric else None
+    if isinstance(kind, EmbeddingKind):
+        return None if cast(nn.Embedding, module).sparse else WeightedEmbedding(module)
+    return None
+
+
+# Where they take place.
 
 
 class CoefficientClock:

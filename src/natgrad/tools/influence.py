@@ -33,8 +33,8 @@ from natgrad.jacobians import (
 from natgrad.likelihoods import Likelihood, LikelihoodLike, as_likelihood
 from natgrad.operators import FisherMatrix
 from natgrad.optim import RelativeDamping
-from natgrad.tools.dampings import part_dampings
 from natgrad.tools.factor_cache import cached_matrix
+from natgrad.tools.linear_system import part_dampings
 
 __all__ = ["influence"]
 

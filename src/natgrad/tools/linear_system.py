@@ -1,4 +1,4 @@
-"""Linear systems that are given by products alone."""
+"""Damped linear systems: the damping of every part, and solutions by products alone."""
 
 from __future__ import annotations
 
@@ -7,10 +7,22 @@ import warnings
 import torch
 from torch import Tensor
 
+from natgrad.arguments import check_damping
+from natgrad.operators import FisherMatrix
+from natgrad.optim import RelativeDamping
 from natgrad.solvers import ConjugateGradient
 from natgrad.solvers.solver import Product
 
-__all__ = ["solved"]
+__all__ = ["part_dampings", "solved"]
+
+
+def part_dampings(matrix: FisherMatrix, damping: float | RelativeDamping) -> dict[str, float]:
+    """Return part name → λ: the same for all, or a share of the part's own mean eigenvalue."""
+    if isinstance(damping, RelativeDamping):
+        parts = matrix.parts.items()
+        return {n: damping.share * max(0.0, float(f.trace())) / f.shape[0] for n, f in parts}
+    check_damping(damping)
+    return dict.fromkeys(matrix.parts, float(damping))
 
 
 def solved(

@@ -25,8 +25,7 @@ from natgrad.operators import (
     Operator,
 )
 from natgrad.optim import RelativeDamping
-from natgrad.tools.dampings import part_dampings
-from natgrad.tools.linear_system import solved
+from natgrad.tools.linear_system import part_dampings, solved
 from natgrad.tools.parameters import places, values_of, weight_blocks
 
 __all__ = ["Pruning", "prune"]
