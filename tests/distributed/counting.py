@@ -22,14 +22,17 @@ class Held(TorchDispatchMode):
     Messages let go of what they sent in a thread of their own, at times after the program has gone
     on: a level that would be the highest counts once that thread has had its time.
 
+    Args:
+        late: Seconds that a message may take to let go.
+
     Attributes:
         level: Now.
-        most: At most.
+        most: At most. What it is set to at first takes no time to reach.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, late: float = LATE) -> None:
         super().__init__()
-        self.level = self.most = 0
+        self.late, self.level, self.most = late, 0, 0
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -43,7 +46,7 @@ class Held(TorchDispatchMode):
                     self.level += self._sizes[key]
                     weakref.finalize(storage, self._gone, key)
                     if self.level > self.most:
-                        time.sleep(LATE)
+                        time.sleep(self.late)
                     self.most = max(self.most, self.level)
         return result
 
