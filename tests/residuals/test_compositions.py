@@ -65,7 +65,7 @@ def test_hard_constraints_of_a_module_and_by_the_product_rule():
     for _ in range(3):
         assert optimizer.step() == pytest.approx(spelled.step(), rel=1e-9)
         dense.assert_same(flat(plain), flat(other), 1e-8)
-    train(optimizer, 60)
+    train(optimizer, 35)
     with torch.no_grad():
         assert not clamped(torch.tensor([[-1.0], [1.0]], dtype=torch.float64)).any()
     assert error(clamped, line(101), torch.sin(PI * line(101))) < 1e-6
@@ -127,7 +127,7 @@ def test_periodic_embeddings_need_no_boundary_condition():
         "equation": Residual(heat, inside),
         "start": Residual(lambda u, x: u(x) - torch.sin(PI * x[:1]), start, weight=10.0),
     }
-    train(ResidualNGD(network, residuals), 40)
+    train(ResidualNGD(network, residuals), 25)
     known = (-inside[:, 1:]).exp() * torch.sin(PI * inside[:, :1])
     assert error(network, inside, known) < 1e-4
     with torch.no_grad():

@@ -747,7 +747,7 @@ def test_runs_do_not_depend_on_the_units_of_the_residuals(count, factor):
             ResidualNGD(TaylorNetwork(network, laplacian=True), residuals, momentum=0.3)
         )
     exact = math.log2(factor).is_integer()
-    for _ in range(12 if exact else 5):
+    for _ in range(8 if exact else 5):
         one, other = (optimizer.step() for optimizer in optimizers)
         assert other == pytest.approx(factor**2 * one, rel=0 if exact else 1e-9)
     if exact:
@@ -764,7 +764,7 @@ def test_damping_stays_in_bounds_where_points_change(count, momentum):
     optimizer = ResidualNGD(model, residuals, momentum=momentum)
     held_out = CapturedRows(model, parts(True, count=200), None)
     before, losses = float(held_out.loss()), []
-    for seed in range(60):
+    for seed in range(40):
         fresh = points(count, seed=100 + seed)
         residuals["equation"].replace(fresh, torch.sin(fresh[:, :1]))
         optimizer.step()
@@ -773,7 +773,7 @@ def test_damping_stays_in_bounds_where_points_change(count, momentum):
         assert optimizer.last.length == 1.0 or not seed  # Eigenvalues of F go up to 100 and more.
         losses.append(float(held_out.loss()))
     if count > 44:
-        assert statistics.median(losses[30:]) < 0.6 * before
+        assert statistics.median(losses[20:]) < 0.6 * before
 
 
 # Failures.
