@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from natgrad.ntk import NTKLinear
+from natgrad import ntk
 
 __all__ = ["DEFAULT_WIDTHS", "MLP", "MODELS", "SmallCNN", "build_model"]
 
@@ -17,7 +16,7 @@ OUTPUT_VARIANCE = 0.1
 """σ_w² of the last layer of the MLP."""
 
 
-class MLP(nn.Sequential):
+class MLP(ntk.MLP):
     """A ReLU network in NTK parameterisation: `depth` weight layers, L − 1 hidden of `width` units.
 
     Every layer is f = (σ_w/√fan_in) W h with W ~ N(0, 1), without bias. With inputs of ‖x‖² = d and
@@ -29,14 +28,8 @@ class MLP(nn.Sequential):
     def __init__(
         self, input_shape: tuple[int, ...], classes: int, width: int = 512, depth: int = 3
     ) -> None:
-        sizes = [torch.Size(input_shape).numel(), *[width] * (depth - 1), classes]
-        layers: list[nn.Module] = [nn.Flatten()]
-        for index, (fan_in, fan_out) in enumerate(pairwise(sizes)):
-            if index:
-                layers.append(nn.ReLU())
-            variance = OUTPUT_VARIANCE if index == depth - 1 else 2.0
-            layers.append(NTKLinear(fan_in, fan_out, bias=False, weight_variance=variance))
-        super().__init__(*layers)
+        widths = [torch.Size(input_shape).numel(), *[width] * (depth - 1), classes]
+        super().__init__(widths, weight_variance=[2.0] * (depth - 1) + [OUTPUT_VARIANCE])
 
 
 class SmallCNN(nn.Module):

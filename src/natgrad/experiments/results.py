@@ -15,6 +15,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from torch.utils._pytree import tree_map_only
+
 from natgrad.experiments.config import ConfigError
 
 __all__ = [
@@ -214,10 +216,4 @@ def _restored(kind: Any, value: Any) -> Any:
 
 def strict(value: Any, told: Callable[[float], str | None] = lambda number: None) -> Any:
     """Return JSON values with something else, by default null, for infinite numbers and NaN."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return told(value)
-    if isinstance(value, dict):
-        return {key: strict(item, told) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [strict(item, told) for item in value]
-    return value
+    return tree_map_only(float, lambda one: one if math.isfinite(one) else told(one), value)

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional
 
 import natgrad
 from natgrad.experiments.claims.claim import Expect, Setting, Source
@@ -57,8 +58,7 @@ def sampled_predictive(posterior: natgrad.Laplace, x: Tensor, samples: int, seed
 
 
 def _nll(probabilities: Tensor, labels: Tensor) -> float:
-    chosen = probabilities.gather(1, labels.unsqueeze(1))
-    return -float(chosen.clamp(min=1e-30).log().mean())
+    return float(functional.nll_loss(probabilities.clamp(min=1e-30).log(), labels))
 
 
 @SOURCE.claim(

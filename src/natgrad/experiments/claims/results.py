@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch.utils._pytree import tree_map_only
+
 from natgrad.experiments.claims.claim import Claim, Figures, Verdict
 from natgrad.experiments.config import ConfigError
 from natgrad.experiments.results import strict
@@ -71,18 +73,11 @@ def read_result(path: Path) -> Result | None:
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        values["figures"], values["parts"] = _numbers(values["figures"]), _numbers(values["parts"])
+        for key in ("figures", "parts"):
+            values[key] = tree_map_only(str, float, values[key])
         return Result(**values)
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(
             f"{path} does not hold a result of natgrad claims ({error}): remove it, or give "
             "another --output."
         ) from error
-
-
-def _numbers(value: Any) -> Any:
-    if isinstance(value, str):
-        return float(value)
-    if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
-    return [_numbers(item) for item in value] if isinstance(value, list) else value

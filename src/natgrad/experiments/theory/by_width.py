@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from natgrad.experiments.theory.results import Line, Panel, Plot
 
@@ -34,16 +34,11 @@ class ByWidth(dict[int, list[float]]):
 
     def exponent(self) -> float:
         """Return the exponent of the power law fitted to the means; NaN for a single width."""
-        return self._exponent_of(self.means)
+        return exponent(self, self.means) if len(self) > 1 else math.nan
 
     def exponents(self) -> list[float]:
         """Return the exponents of the power laws fitted to every draw, draws in turn."""
-        return [self._exponent_of(values) for values in zip(*self.values(), strict=True)]
-
-    def _exponent_of(self, values: Sequence[float]) -> float:
-        if len(self) < 2:
-            return math.nan
-        return exponent(self, values)
+        return [exponent(self, values) for values in zip(*self.values(), strict=True)]
 
     def line(self, label: str, method: str = "", style: str = "both") -> Line:
         """Return the means as a curve."""

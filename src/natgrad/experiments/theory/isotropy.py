@@ -42,7 +42,8 @@ def isotropy(problem: Problem, progress: Callable[[float], None]) -> Section:
                 deviations[name].add(size, found.deviation)
                 if size == sizes[-1] and draw == 0:
                     rows.append(_row(problem, name, found, size))
-                    images.append(_image(METHODS[name].title, found))
+                    part = torch.nan_to_num(found.coefficients[:SHOWN, :SHOWN] / found.alpha)
+                    images.append(Panel(METHODS[name].title, image=part.tolist()))
         progress((index + 1) / len(sizes))
     lines = [values.line(METHODS[name].title, name) for name, values in deviations.items()]
     for line in lines:  # Rounding alone, which a logarithmic axis would blow up.
@@ -95,8 +96,3 @@ def _row(problem: Problem, name: str, found: ntk.Isotropy, size: int) -> list[Ce
         found.largest_learning_rate,
         str(found),
     ]
-
-
-def _image(title: str, found: ntk.Isotropy) -> Panel:
-    part = found.coefficients[:SHOWN, :SHOWN] / found.alpha
-    return Panel(title, image=torch.nan_to_num(part).tolist())
