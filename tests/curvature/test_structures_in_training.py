@@ -116,7 +116,7 @@ def test_looking_at_the_curvature_between_steps_changes_nothing(name):
 def test_steps_with_nan_are_taken_back(name):
     models = [network("mlp") for _ in range(2)]
     optimizer, undisturbed = (make(name, model, fisher="exact", **SETTINGS) for model in models)
-    for step in range(14):
+    for step in range(8):
         parameters = flat(models[0])
         x, y = batch("mlp", step)
         optimizer.zero_grad()
@@ -138,9 +138,13 @@ def test_steps_with_nan_are_taken_back(name):
         assert torch.equal(flat(models[0]), flat(models[1]))
 
 
+#: Those that do not train as their methods do by default, for which see test_bad_settings.py.
+OTHERS = ("kpsvd[2]", "two_level[nicolaides]", "two_level[spectral]", "two_level[residual]")
+
+
 @pytest.mark.parametrize(
     ("name", "convolution"),
-    [(name, False) for name in OPTIMIZERS] + [(name, True) for name in SOME],
+    [(name, False) for name in OTHERS] + [(name, True) for name in SOME],
 )
 @pytest.mark.filterwarnings("ignore:the curvature of")
 def test_training_reduces_the_loss(name, convolution):
@@ -154,7 +158,7 @@ def test_training_reduces_the_loss(name, convolution):
     y = (x @ torch.randn(8, 3)).argmax(1)
     optimizer = make(name, model)
     losses = []
-    for _ in range(60):
+    for _ in range(40):
         optimizer.zero_grad()
         loss = functional.cross_entropy(model(x), y)
         loss.backward()

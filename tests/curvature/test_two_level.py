@@ -24,6 +24,7 @@ from natgrad.operators import GradientSource
 from natgrad.optim import KFAC, TwoLevelKFAC
 from tests import dense, pairwise
 from tests.cases import CASES, Case, generator, labels, normal
+from tests.curvature.structures_table import TABLE, problem
 from tests.curvature.test_structures import build
 from tests.dense_two_level import coarse_basis, damped, two_level
 from tests.methods import curvature_of, make_optimizer
@@ -59,11 +60,11 @@ def natural_gradient(curvature: Curvature, gradient: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", list(CASES))
 def test_galerkin_property_and_error(name, space):
     """For every layer kind: nothing is left of the residual in the coarse space."""
-    case = CASES[name]()
-    _, f = case.fisher("categorical", "exact")
+    given = problem(name)
+    case, f = given.case, given.fisher
     gradient = normal(len(f), seed=5)
-    found = build(case, "categorical", "two_level", coarse_space=space)
-    one_level = build(case, "categorical", "kfac")
+    entry = TABLE["two_level" if space == "nicolaides" else f"two_level[{space}]"]
+    found, one_level = entry.build(given), TABLE["kfac"].build(given)
     matrix = damped(f, DAMPING)
     inverse = one_level.solve(torch.eye(len(f), dtype=f.dtype), DAMPING)
     indices = dense.block_indices(case.model, case.blocks)
