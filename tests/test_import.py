@@ -1,4 +1,4 @@
-"""What `import natgrad` loads: no more than training needs."""
+"""What `import natgrad` loads: no more than training needs, and nothing from the network."""
 
 import json
 import subprocess
@@ -7,6 +7,7 @@ import sys
 import pytest
 
 import natgrad
+from tests.test_no_network import FORBID
 
 #: Prints which modules an import adds, and which of the compiler's are there after training.
 PROGRAM = """
@@ -26,12 +27,13 @@ for name in ("adamw", "sgd"):
         optimizer.step()
     optimizer.load_state_dict(optimizer.state_dict())
 print(json.dumps(sorted({"torch._dynamo", "sympy"} & set(sys.modules))))
+natgrad.Laplace(model, [(torch.randn(5, 3), torch.arange(5) % 2)], "categorical")
 """
 
 
 @pytest.fixture(scope="module")
 def printed():
-    command = [sys.executable, "-W", "ignore", "-c", PROGRAM]
+    command = [sys.executable, "-W", "ignore", "-c", FORBID + PROGRAM]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
