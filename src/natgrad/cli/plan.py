@@ -8,9 +8,9 @@ from typing import Any
 import typer
 
 from natgrad.cli.invocation import Given, JsonOption, configured, make_console, options_of
+from natgrad.experiments.console import print_plan
 from natgrad.experiments.methods import method_name
 from natgrad.experiments.plan import METHODS, Options, parse_ranks, plan_factory, to_dict
-from natgrad.experiments.plan_tables import print_plan
 
 __all__ = ["plan"]
 

@@ -1,10 +1,11 @@
-"""What a comparison shows in the terminal: live progress, and the table at the end."""
+"""What commands show in the terminal: live progress, and tables at the end."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from fractions import Fraction
 from typing import Any
 
 from rich import box
@@ -33,6 +34,7 @@ from natgrad.experiments.pages import (
     format_rate,
     format_seconds,
 )
+from natgrad.experiments.plan import Plan, SharedWork, advice, best
 from natgrad.experiments.progress import Progress as Parts
 from natgrad.experiments.report import format_metric, headline, last, outcome, over_seeds
 from natgrad.experiments.results import MethodResult, Results
@@ -44,6 +46,7 @@ __all__ = [
     "PartBars",
     "ProgressBars",
     "print_findings",
+    "print_plan",
     "print_results",
     "print_spectrum",
     "print_summary",
@@ -280,3 +283,83 @@ def print_spectrum(console: Console, spectrum: Spectrum) -> None:
     ]
     console.print(make_table(("damping", "effective dimension"), rows))
     console.print("Counts and dimensions are estimates by random vectors; bars are logarithmic.")
+
+
+_Columns = dict[str, Callable[[SharedWork], str]]
+
+_BYTES: _Columns = {
+    "kept": lambda work: format_bytes(work.memory),
+    "statistics": lambda work: _bytes(sum(message.per_step for message in work.messages[:4])),
+    "inverses": lambda work: _bytes(work.inverses.per_step),
+    "natural\ngradients": lambda work: _bytes(work.natural_gradients.per_step),
+    "parameters": lambda work: _bytes(work.parameters.per_step),
+    "moved\nin all": lambda work: _bytes(work.moved),
+    "beside it,\ngradients": lambda work: _bytes(work.gradients.per_step),
+}
+
+#: Of parameters in shards, where no process sends all of them to the others.
+_BYTES_OF_SHARDS: _Columns = {
+    "curvature": _BYTES["kept"],
+    "model": lambda work: format_bytes(work.model),
+    "owned": lambda work: format_bytes(work.owned),
+    "statistics": _BYTES["statistics"],
+    "inverses": _BYTES["inverses"],
+    "gradients": lambda work: _bytes(work.whole_gradients.per_step),
+    "natural\ngradients": _BYTES["natural\ngradients"],
+    "moved\nin all": _BYTES["moved\nin all"],
+}
+
+_WORK: _Columns = {
+    "factorisation,\nGFLOP": lambda work: _three_digits(work.factorisation / 1e9),
+    "statistics,\nGFLOP": lambda work: _three_digits(work.statistics / 1e9),
+    "preconditioning,\nGFLOP": lambda work: _three_digits(work.preconditioning / 1e9),
+    "computing,\nms": lambda work: _three_digits(1e3 * work.computation),
+    "sending,\nms": lambda work: _three_digits(1e3 * work.communication),
+    "both,\nms": lambda work: _three_digits(1e3 * work.seconds),
+}
+
+
+def print_plan(console: Console, plan: Plan) -> None:
+    """Print what every sharing mode takes, per process, and which one to take.
+
+    Bytes and floating-point operations are means per step; the mode to take is marked ``*``.
+    """
+    options = plan.options
+    console.print(
+        f"{options.method} for {plan.covered:,} of {plan.parameters:,} parameters in {plan.parts} "
+        f"parts; per process {options.samples} samples of {options.positions} positions; an update "
+        f"every {options.factors} steps, a factorisation every {options.inverses}.",
+        highlight=False,
+    )
+    sizes = _BYTES_OF_SHARDS if options.shards else _BYTES
+    _print_works(console, plan, "Kept, and sent per step, by each process", sizes)
+    _print_works(
+        console,
+        plan,
+        f"Work per step of each process, at {options.bandwidth:g} GB/s and {options.throughput:g} "
+        "TFLOP/s",
+        _WORK,
+    )
+    console.print(advice(plan), highlight=False)
+
+
+def _print_works(console: Console, plan: Plan, title: str, columns: _Columns) -> None:
+    rows = []
+    for work in plan.works:
+        mark = " *" if work == best(plan, work.ranks) else ""
+        sharing = work.sharing if isinstance(work.sharing, str) else str(Fraction(work.sharing))
+        rows.append([f"{work.ranks:,}", sharing + mark, *(of(work) for of in columns.values())])
+    options = {"title": title, "title_justify": "left"}
+    table = make_table(["ranks", "sharing", *columns], rows, ["sharing"], no_wrap=True, **options)
+    console.print(table, highlight=False)
+
+
+def _bytes(size: float) -> str:
+    return format_bytes(size) if size else "-"
+
+
+def _three_digits(value: float) -> str:
+    """Return three digits, of large numbers all before the point."""
+    if not value:
+        return "-"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -50,7 +50,7 @@ class PeakMemory:
         if self._device.type == "cuda":
             peak: int | None = torch.cuda.max_memory_allocated(self._device)
         else:
-            peak = _status_bytes("VmHWM")
+            peak = _peak_bytes()
         self.bytes = None if peak is None else max(0, peak - self._start)
 
 
@@ -67,12 +67,12 @@ def _reset_high_water_mark() -> int | None:
         _CLEAR_REFS.write_text("5")
     except OSError:
         return None
-    return _status_bytes("VmHWM")
+    return _peak_bytes()
 
 
-def _status_bytes(key: str) -> int | None:
+def _peak_bytes() -> int | None:
     with contextlib.suppress(OSError):
         for line in _STATUS.read_text().splitlines():
-            if line.startswith(f"{key}:"):
+            if line.startswith("VmHWM:"):
                 return 1024 * int(line.split()[1])
     return None
