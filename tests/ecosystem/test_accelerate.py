@@ -19,7 +19,12 @@ from tests.ecosystem.loops import (
 )
 from tests.state import flat
 
-accelerate = pytest.importorskip("accelerate")
+
+@pytest.fixture(scope="module", autouse=True)
+def _loaded() -> None:
+    """Where these tests run, and not by every process."""
+    global accelerate
+    accelerate = pytest.importorskip("accelerate")
 
 
 @pytest.fixture(autouse=True)

@@ -8,13 +8,12 @@ import torch
 from natgrad import Capture
 from natgrad.jacobians import StackedJacobian
 
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("transformers.integrations.moe")
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
 def test_rows_of_stacked_experts(implementation):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers.integrations.moe")
     torch.manual_seed(0)
     config = transformers.MixtralConfig(
         vocab_size=20,
