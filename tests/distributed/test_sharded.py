@@ -185,7 +185,7 @@ def half_precision() -> Tensor:
     optimizer = natgrad.KFAC(model)
     losses = []
     x, y = (each.chunk(2)[torch.distributed.get_rank()] for each in batch("mlp", 0))
-    for _ in range(30):
+    for _ in range(20):
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(x.float()).float(), y)
         loss.backward()

@@ -54,7 +54,7 @@ def train(name: str, rank: int | None) -> Tensor:
     if rank is not None:
         model = sharded(model, replicated, dim)
     optimizer = make_optimizer(natgrad.KFAC, model, **options)
-    for step in range(4):
+    for step in range(3):
         x, y = batch(network, step)
         divisor = y.numel()
         if rank is not None:

@@ -63,7 +63,7 @@ def parallel(**styles: Any) -> nn.Module:
 def train(model: nn.Module, name: str) -> Tensor:
     kind, options = RUNS[name]
     optimizer = make_optimizer(getattr(natgrad, kind), model, **options)
-    for step in range(4):
+    for step in range(3):
         x, y = batch("mlp", step)
 
         def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
