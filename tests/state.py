@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import io
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -36,3 +37,38 @@ def same(left: Any, right: Any) -> bool:
     if isinstance(left, (list, tuple)):
         return len(left) == len(right) and all(map(same, left, right))
     return bool(left == right)
+
+
+def check_resumes(
+    fresh: Callable[[int], tuple[nn.Module, Any]],
+    step: Callable[[nn.Module, Any, int], None],
+    steps: int,
+    saved: Iterable[int],
+) -> tuple[nn.Module, Any]:
+    """Check that runs go on bit by bit from what files hold.
+
+    Args:
+        fresh: From a seed to a model and its optimizer; those that resume have another seed.
+        step: Takes the step of a number.
+        steps: Steps of the whole run.
+        saved: Steps after which its state is saved.
+
+    Returns:
+        The model and optimizer of the whole run.
+    """
+    model, optimizer = fresh(0)
+    resumed: list[tuple[nn.Module, Any]] = []
+    for number in range(steps):
+        for one, its in [(model, optimizer), *resumed]:
+            step(one, its, number)
+            assert torch.equal(flat(one), flat(model))
+            assert same(its.state_dict(), optimizer.state_dict())
+        if number in saved:
+            file = io.BytesIO()
+            torch.save((model.state_dict(), optimizer.state_dict()), file)
+            file.seek(0)
+            weights, state = torch.load(file, weights_only=True)
+            resumed.append(fresh(123))
+            resumed[-1][0].load_state_dict(weights)
+            resumed[-1][1].load_state_dict(state)
+    return model, optimizer

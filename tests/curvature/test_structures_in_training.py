@@ -6,7 +6,6 @@ What is common to all is tried out where the state is richest: bases, sums of pr
 from __future__ import annotations
 
 import copy
-import io
 import math
 import warnings
 from typing import Any
@@ -19,7 +18,7 @@ from torch.nn import functional
 import natgrad
 from tests.cases import CASES, generator, labels, normal
 from tests.methods import make_optimizer
-from tests.state import flat
+from tests.state import check_resumes, flat
 
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ekfac": (natgrad.EKFAC, {}),
@@ -78,24 +77,15 @@ def train(optimizer: Any, model: nn.Module, steps: range, kind: str = "mlp") -> 
 )
 def test_a_resumed_run_goes_on_bit_by_bit(name, kind, fisher):
     """Also between updates and between refreshes."""
-    model = network(kind)
-    optimizer = make(name, model, fisher=fisher, **SETTINGS)
-    files = {}
-    for step in range(7):
-        if step in (1, 2, 3, 4):
-            files[step] = io.BytesIO()
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save(state, files[step])
-        train(optimizer, model, range(step, step + 1), kind)
-    for saved_at, file in files.items():
-        file.seek(0)
-        state = torch.load(file, weights_only=True)
-        twin = network(kind)
-        twin.load_state_dict(state["model"])
-        other = make(name, twin, fisher=fisher, **SETTINGS)
-        other.load_state_dict(state["optimizer"])
-        train(other, twin, range(saved_at, 7), kind)
-        assert torch.equal(flat(model), flat(twin))
+
+    def fresh(seed: int) -> tuple[nn.Module, Any]:
+        model = network(kind)
+        return model, make(name, model, fisher=fisher, seed=seed, **SETTINGS)
+
+    def step(model: nn.Module, optimizer: Any, number: int) -> None:
+        train(optimizer, model, range(number, number + 1), kind)
+
+    check_resumes(fresh, step, 7, range(4))
 
 
 @pytest.mark.parametrize("name", list(OPTIMIZERS))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +16,7 @@ import natgrad
 from tests import dense, pairwise
 from tests.cases import CASES, Case, generator, normal, rows
 from tests.methods import make_optimizer
-from tests.state import flat, same
+from tests.state import check_resumes, flat, same
 
 OPTIMIZERS = {
     "full": natgrad.ExactNGD,
@@ -696,29 +695,15 @@ def test_checkpoints_resume_bit_exactly(structure, kind):
         options |= {"decay": 0.9, "factors": 2, "inverses": 3}
     data = batches_of(case, "categorical", 7)
 
-    def loss(model: nn.Module, step: int) -> Tensor:
-        x, y = data[step]
-        return functional.cross_entropy(model(x), y)
+    def fresh(seed: int) -> tuple[nn.Module, Any]:
+        model = copy.deepcopy(case.model)
+        return model, make(structure, model, seed=seed, **options)
 
-    model = copy.deepcopy(case.model)
-    optimizer = make(structure, model, **options)
-    resumed = []
-    for step in range(7):
-        train(optimizer, [lambda: loss(model, step)])  # noqa: B023
-        for twin, other in resumed:
-            train(other, [lambda: loss(twin, step)])  # noqa: B023
-            assert torch.equal(flat(twin.parameters()), flat(model.parameters()))
-        if step in (1, 2, 3, 4):
-            file = io.BytesIO()
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
-            file.seek(0)
-            state = torch.load(file, weights_only=True)
-            twin = copy.deepcopy(case.model)
-            twin.load_state_dict(state["model"])
-            other = make(structure, twin, seed=123, **options)
-            other.load_state_dict(state["optimizer"])
-            resumed.append((twin, other))
-    assert len(resumed) == 4
+    def step(model: nn.Module, optimizer: Any, number: int) -> None:
+        x, y = data[number]
+        train(optimizer, [lambda: functional.cross_entropy(model(x), y)])
+
+    check_resumes(fresh, step, 7, (1, 2, 3, 4))
 
 
 @pairwise.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 import warnings
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from natgrad.optim.step.line_search import LineSearch
 from tests import dense, pairwise, processes
 from tests.cases import CASES, generator, normal
 from tests.optim.test_optimizers import OPTIMIZERS, Reference, batches_of, make
-from tests.state import flat, same
+from tests.state import check_resumes, flat
 
 STRUCTURES = ["full", "block_diagonal", "kfac", "diagonal"]
 SEARCH: dict[str, Any] = {"length": natgrad.LineSearch(), "fisher": "exact", "lr": 4.0}
@@ -556,28 +555,19 @@ def test_checkpoints_resume_exactly(structure, kind):
         "fisher": kind, "momentum": 0.9, "graft": "adam", "length": natgrad.LineSearch("best"),
         "damping": natgrad.LevenbergMarquardt(0.1, 2),
     }  # fmt: skip
-    model = copy.deepcopy(case.model)
-    optimizer = make(structure, model, **options)
-    resumed = []
-    for x, y in data:
-        optimizer.step(closure_of(optimizer, model, x, y))
-        for twin, other in resumed:
-            other.step(closure_of(other, twin, x, y))
-            assert torch.equal(flat(twin.parameters()), flat(model.parameters()))
-            assert same(other.state_dict(), optimizer.state_dict())
-        file = io.BytesIO()
-        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
-        file.seek(0)
-        state = torch.load(file, weights_only=True)
-        twin = copy.deepcopy(case.model)
-        twin.load_state_dict(state["model"])
-        other = make(structure, twin, **options, seed=5)
-        other.load_state_dict(state["optimizer"])
-        resumed.append((twin, other))
-    twin, other = copy.deepcopy((model, optimizer))
-    for m, o in ((model, optimizer), (twin, other)):
-        o.step(closure_of(o, m, *data[0]))
-    assert torch.equal(flat(twin.parameters()), flat(model.parameters()))
+
+    def fresh(seed: int) -> tuple[nn.Module, Any]:
+        model = copy.deepcopy(case.model)
+        return model, make(structure, model, **options, seed=seed)
+
+    def step(model: nn.Module, optimizer: Any, number: int) -> None:
+        optimizer.step(closure_of(optimizer, model, *data[number]))
+
+    whole = check_resumes(fresh, step, 5, range(4))
+    twin = copy.deepcopy(whole)
+    for pair in (whole, twin):
+        step(*pair, 0)
+    assert torch.equal(flat(twin[0]), flat(whole[0]))
 
 
 def test_a_bad_batch_is_skipped():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 import warnings
 from typing import Any
@@ -28,7 +27,7 @@ from tests.optim.test_optimizers import (
     make,
     train,
 )
-from tests.state import flat, same
+from tests.state import check_resumes, flat, same
 
 STRUCTURES = ["full", "block_diagonal", "diagonal", "kfac"]
 MODEL_STEP: dict[str, Any] = {"length": "quadratic_model", "lr": 1.0}
@@ -690,25 +689,15 @@ def configured(structure: str, model: nn.Module, name: str, **options: Any):
 def test_checkpoints_resume_exactly(structure, kind, name):
     case = CASES["mlp"]()
     data = batches_of(case, "categorical", 7)
-    model = copy.deepcopy(case.model)
-    optimizer = configured(structure, model, name, fisher=kind)
-    resumed = []
-    for step, (x, y) in enumerate(data):
-        optimizer.step(closure_of(optimizer, model, x, y))
-        for twin, other in resumed:
-            other.step(closure_of(other, twin, x, y))
-            assert torch.equal(flat(twin.parameters()), flat(model.parameters()))
-        if step in (0, 2, 3, 4):
-            file = io.BytesIO()
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
-            file.seek(0)
-            state = torch.load(file, weights_only=True)
-            twin = copy.deepcopy(case.model)
-            twin.load_state_dict(state["model"])
-            other = configured(structure, twin, name, fisher=kind, seed=123)
-            other.load_state_dict(copy.deepcopy(state["optimizer"]))
-            resumed.append((twin, other))
-    assert len(resumed) == 4
+
+    def fresh(seed: int) -> tuple[nn.Module, Any]:
+        model = copy.deepcopy(case.model)
+        return model, configured(structure, model, name, fisher=kind, seed=seed)
+
+    def step(model: nn.Module, optimizer: Any, number: int) -> None:
+        optimizer.step(closure_of(optimizer, model, *data[number]))
+
+    check_resumes(fresh, step, 7, (0, 2, 3, 4))
 
 
 @pytest.mark.parametrize("kind", ["mc", "empirical"])
