@@ -38,6 +38,7 @@ from tests.curvature.structures_table import FACTORED, SOME
 from tests.methods import curvature_of
 from tests.methods import make_optimizer as make_any_optimizer
 from tests.operators.test_structured_factors import STRUCTURES, Largest, projection
+from tests.state import same
 
 #: The recursion of the paper, with nothing added.
 PLAIN: dict[str, Any] = {
@@ -914,23 +915,6 @@ def test_half_parameters_have_full_factors():
 
 
 # -- manners in a training loop --------------------------------------------------------------------
-
-
-def tensors(value: Any) -> list[Any]:
-    """Return all leaves of nested dicts and lists."""
-    if isinstance(value, dict):
-        return [leaf for v in value.values() for leaf in tensors(v)]
-    if isinstance(value, (list, tuple)):
-        return [leaf for v in value for leaf in tensors(v)]
-    return [value]
-
-
-def same(left: Any, right: Any) -> bool:
-    left, right = tensors(left), tensors(right)
-    return len(left) == len(right) and all(
-        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
-        for a, b in zip(left, right, strict=True)
-    )
 
 
 @pytest.mark.parametrize("structure", ["dense", "block_diagonal", "hierarchical"])

@@ -20,6 +20,7 @@ from natgrad import MeasuredLength, Refresh, RelativeDamping, StepRule
 from natgrad.curvature import KroneckerFactors
 from tests import pairwise
 from tests.cases import labels, normal
+from tests.state import flat, same
 
 EXACT_KFAC = KroneckerFactors(factored_damping=False, rows_per_unit=None)
 STRUCTURES = {"kfac": EXACT_KFAC, "full": "full", "diagonal": "diagonal"}
@@ -53,10 +54,6 @@ def loss_of(likelihood: str) -> Callable[[Tensor, Tensor], Tensor]:
     if likelihood == "huber":
         return lambda z, y: functional.huber_loss(z, y, reduction="sum") / len(z)
     return lambda z, y: 0.5 * (z - y).square().sum() / len(z)
-
-
-def flat(tensors: Any) -> Tensor:
-    return torch.cat([one.detach().flatten() for one in tensors])
 
 
 def position(model: nn.Module) -> Tensor:
@@ -562,19 +559,6 @@ def settled(momentum: float = 0.0, steps: int = 3, **options: Any):
     for _ in range(steps):
         take(optimizer, model, "gaussian", x, y)
     return model, optimizer, x, y
-
-
-def tensors_of(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return [leaf for key in sorted(value, key=str) for leaf in tensors_of(value[key])]
-    if isinstance(value, (list, tuple)):
-        return [leaf for one in value for leaf in tensors_of(one)]
-    return [value]
-
-
-def same(left: Any, right: Any) -> bool:
-    pairs = list(zip(tensors_of(left), tensors_of(right), strict=True))
-    return all(torch.equal(a, b) if isinstance(a, Tensor) else bool(a == b) for a, b in pairs)
 
 
 def against(model: nn.Module, step: list[Tensor], x: Tensor) -> Tensor:
