@@ -232,9 +232,11 @@ def one_hot_blocks(case: Case) -> list[int]:
 # -- step by step ----------------------------------------------------------------------------------
 
 
-#: One of each kind of factors: with groups and one-hot inputs, not reached, of a weight or a bias.
-FORMULA_CASES = ["mlp", "tokens", "conv1d", "conv2d", "embedding", "layer_norm", "detached",
-                 "frozen", "batch_norm_train", "transposed_convolution"]  # fmt: skip
+FORMULA_CASES = [
+    name
+    for name in FACTORED
+    if name not in ("generic", "lstm", "bilinear", "dictionary_output", "other_head")
+]
 
 
 def reached(found: Sequence[tuple[Tensor, Any]]) -> list[tuple[Tensor, Any]]:

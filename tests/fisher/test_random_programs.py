@@ -83,6 +83,8 @@ def check_fisher(program: Program, expected: Tensor, structures: Sequence[str]) 
         if found.norm() == 0 and wanted.norm() < 1e-12:
             continue
         assert error_of(found, wanted) <= TOLERANCE, f"{structure} of {program.text}"
+        wrong = error_of(fisher.diagonal(), expected.diagonal())
+        assert wrong <= TOLERANCE, f"diagonal of {structure} of {program.text}"
 
 
 def check_step(program: Program, passes: list[int], total: Tensor) -> str:
@@ -128,7 +130,7 @@ def run(number: int) -> str:
     passes = [n for n in range(len(program.batches)) if count_of(program, n)]
     events = sum(count_of(program, n) for n in passes)
     expected = sum(dense_fisher(program, n) for n in passes) / events
-    # Diagonals come from the same rows; a step has the whole matrix once more.
+    # Both diagonals come from the rows; a step has the whole matrix once more.
     check_fisher(program, expected, ("full",) if number // 8 % 3 else ("full", "diagonal"))
     return check_step(program, passes, expected)
 
