@@ -156,7 +156,7 @@ def test_random_stacks(case, likelihood, kind, sharing):
 def masked_problems(name: str, kind: str) -> list[tuple[Problem, dict[int | None, Batch]]]:
     """Return problems with ignored, weighted, and ignored, weighted and smoothed events.
 
-    The last with batches of which one vector is pulled back at once, or some, or all.
+    Each with batches of which one vector is pulled back at once, or some, or all.
     """
     case = CASES[name]()
     y = case.target("categorical")
@@ -176,8 +176,7 @@ def masked_problems(name: str, kind: str) -> list[tuple[Problem, dict[int | None
         )
         silent = target is ignored
         given = problem_of(case, likelihood, kind, target, loss, skip_silent=silent)
-        chunks = (None, 1, 60) if len(options) > 1 else (None,)
-        found.append((given, {n: replace(given.batch, chunk=n) for n in chunks}))
+        found.append((given, {n: replace(given.batch, chunk=n) for n in (None, 1, 60)}))
     return found
 
 
