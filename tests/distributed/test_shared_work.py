@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,62 @@ def sent(log: list[tuple[str, Any]]) -> dict[str, float]:
         number = 0 if shape is None else torch.Size(shape).numel()
         sizes[collective] = sizes.get(collective, 0) + number
     return sizes
+
+
+#: Sharing → how many collectives a step has with neither update nor inversion, with an update, and
+#: with both. A gather has an outline before it, and where its pieces differ much is of broadcasts.
+COLLECTIVES: dict[Any, list[dict[str, int]]] = {
+    "inverses": [
+        {"all_reduce": 2},
+        {"all_gather": 4, "all_reduce": 4},
+        {"all_gather": 6, "all_reduce": 5, "broadcast": 1},
+    ],
+    "memory": [
+        {"all_gather": 2, "all_reduce": 2},
+        {"all_gather": 8, "all_reduce": 3, "reduce": 3},
+        {"all_gather": 10, "all_reduce": 4, "reduce": 3},
+    ],
+    0.5: [
+        {"all_gather": 2, "all_reduce": 2},
+        {"all_gather": 7, "all_reduce": 4, "reduce": 2},
+        {"all_gather": 11, "all_reduce": 5, "reduce": 2, "broadcast": 1},
+    ],
+    "nothing": [
+        {"all_reduce": 3},
+        {"all_gather": 4, "all_reduce": 5},
+        {"all_gather": 4, "all_reduce": 6},
+    ],
+}
+
+
+def stepping(rank: int) -> dict[Any, list[list[str]]]:
+    """Return sharing → the collectives of a step of every kind, in their order."""
+    found, log = {}, []  # type: ignore[var-annotated]
+    for collective in ("all_reduce", "all_gather", "all_gather_object", "broadcast", "reduce"):
+        setattr(torch.distributed, collective, noting(collective, log))
+    for sharing in COLLECTIVES:
+        model = nn.parallel.DistributedDataParallel(make("mlp"))
+        options = {"factors": 2, "inverses": 4, "early": False, "sharing": sharing}
+        optimizer = make_optimizer(natgrad.KFAC, model, lr=1e-3, **options)
+        steps = []
+        for step in range(13):
+            log.clear()
+            x, y = (tensor.chunk(4)[rank] for tensor in batch("mlp", step))
+            optimizer.zero_grad()
+            functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            steps.append([kind for kind, _ in log])
+        assert steps[9:] == [steps[step] for step in (5, 6, 7, 8)]
+        found[sharing] = [steps[step] for step in (9, 10, 12)]
+    return found
+
+
+@pytest.mark.slow
+def test_steps_exchange_nothing_where_there_is_nothing() -> None:
+    found = processes.run(stepping, world=4)
+    for sharing, counts in COLLECTIVES.items():
+        assert [dict(Counter(step)) for step in found[0][sharing]] == counts, sharing
+        assert all(each[sharing] == found[0][sharing] for each in found[1:]), sharing
 
 
 # -- resuming with another number of processes -----------------------------------------------------

@@ -337,6 +337,8 @@ class Curvature:
             for name in (self.parts if names is None else names)
             if self.estimates[name].average is not None and name != self.structure.companion
         ]
+        if not wanted:  # Which all processes that have the same parts know.
+            return
         if self.shared is None:
             self._invert_here(wanted, damping)
             return

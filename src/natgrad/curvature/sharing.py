@@ -116,14 +116,14 @@ class SharedWork:
         """Return the parts that this process keeps."""
         return [name for name in self.curvature.parts if self.owns(name)]
 
-    def by_column(self) -> list[list[str]]:
-        """Return the parts that the processes of each column keep."""
+    def by_column(self) -> dict[int, list[str]]:
+        """Return column → the parts that its processes keep, for columns that keep some."""
+        names = list(self.curvature.parts)
         if not self.is_spread:
-            return [list(self.curvature.parts)]
-        lists: list[list[str]] = [[] for _ in range(self.grid.columns)]
-        for name in self.curvature.parts:
-            lists[self.owners[name] // self.holders].append(name)
-        return lists
+            return {0: names}
+        seats = {name: self.owners[name] // self.holders for name in names}
+        columns = sorted(set(seats.values()))
+        return {column: [n for n in names if seats[n] == column] for column in columns}
 
     # Statistics.
 
@@ -131,11 +131,16 @@ class SharedWork:
         """Begin to add up the statistics of the present step, for the processes that keep them."""
         curvature = self.curvature
         held = {name: one.batch for name, one in curvature.estimates.items()}
-        own = {n: None if batch is None else batch.sums() for n, batch in held.items()}
+        own = {n: None if batch is None else self._added(batch) for n, batch in held.items()}
         self.begun = [
             self.grid.sum({name: own[name] for name in names}, curvature.layout.device, column)
-            for column, names in enumerate(self.by_column())
+            for column, names in self.by_column().items()
         ]
+
+    @staticmethod
+    def _added(batch: Statistics) -> dict[str, Any]:
+        """Return what is added up of a batch, which tells all whether there are rows to gather."""
+        return {"sums": batch.sums(), "has_rows": type(batch).rows is not Statistics.rows}
 
     def drop_sums(self) -> None:
         """Forget sums that are under way, as those of some passes of a step."""
@@ -153,19 +158,20 @@ class SharedWork:
             self.begin_sums()
         begun, self.begun = self.begun, []
         held = {name: one.batch for name, one in curvature.estimates.items()}
-        for column, names in enumerate(self.by_column()):
-            own = {n: held[n] for n in names}
+        for column, names in self.by_column().items():
+            found = begun.pop(0).result()
+            sums = {n: one["sums"] for n, one in found.items() if one is not None}
+            own = {n: held[n] for n in names if n in sums and found[n]["has_rows"]}
             own_rows = {n: None if batch is None else self._rows(batch) for n, batch in own.items()}
-            sums = begun.pop(0).result()
-            rows = self.grid.gathered(own_rows, device, column)
+            rows = self.grid.gathered(own_rows, device, column) if own_rows else []
             for name in names:
                 present, part = curvature.estimates[name], curvature.parts[name]
                 draws = present.draws + (present.batch is None)  # As where there were rows.
                 if not self.owns(name):
                     present = replace(present, batch=None, average=None, inverse=None, draws=draws)
                     curvature.estimates[name] = present
-                elif sums[name] is not None and not present.rejected:
-                    batch = self._united(part, sums[name], [one[name] for one in rows])
+                elif name in sums and not present.rejected:
+                    batch = self._united(part, sums[name], [one.get(name) for one in rows])
                     curvature.estimates[name] = replace(present, batch=batch, draws=draws)
 
     def _rows(self, batch: Statistics) -> Any:

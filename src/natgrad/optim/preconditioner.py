@@ -441,7 +441,7 @@ class Preconditioner(CopiedByState):
         # Parts that are new, or back, are not left without an inverse until it is their turn.
         ready = {n for n, one in self.curvature.estimates.items() if one.average is not None}
         fresh = {n for n in ready - set(due) if self.curvature.estimates[n].inverse is None}
-        if due or fresh or self.curvature.shared is not None:
+        if due or fresh:
             self.curvature.refresh(self.damping, [*due, *sorted(fresh)])
         if self._with_update is not None and self.curvature.structure.follows_updates:
             self.curvature.follow_update(due)
