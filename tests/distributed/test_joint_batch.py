@@ -114,10 +114,7 @@ SAMPLE_SPACE = (
 
 RUNS: dict[str, Run] = {
     **{name: Run(name) for name in KRONECKER + SAMPLE_SPACE},
-    **{
-        f"{name}, exact": Run(name, {"fisher": "exact", **EVERY_STEP})
-        for name in ("KFAC", "KPSVD", "TwoLevelKFAC", "SINGD")
-    },
+    **{f"{name}, exact": Run(name, {"fisher": "exact", **EVERY_STEP}) for name in KRONECKER},
     **{f"{name}, plain": Run(name, {**PLAIN, **EVERY_STEP}) for name in ("KFAC", "EKFAC")},
     **{f"{name}, convolution": Run(name, network="convolution") for name in KRONECKER},
     "KFAC, seldom": Run(
@@ -195,9 +192,10 @@ UNEQUAL |= {
 #: What four processes do, too: every way to sum, gather and own what structures keep.
 IN_FOUR = (
     "KFAC", "EKFAC", "KPSVD", "TwoLevelKFAC", "SINGD", "ExactNGD", "UnitWiseNGD", "DiagonalNGD",
-    "ThermodynamicNGD", "FNGD", "EGN", "KFAC, transformer", "KFAC, quadratic model",
-    "KFAC, some ignored", "EKFAC, two passes", "EKFAC, sharing memory", "KPSVD, sharing memory",
-    "KFAC, sharing nothing", "BlockDiagonalNGD", "ImprovedEmpiricalNGD", "ExactNGD, two passes",
+    "ThermodynamicNGD", "FNGD", "EGN", "KFAC, transformer", "EKFAC, transformer",
+    "SINGD, transformer", "KFAC, quadratic model", "KFAC, some ignored", "EKFAC, two passes",
+    "EKFAC, sharing memory", "KPSVD, sharing memory", "KFAC, sharing nothing", "BlockDiagonalNGD",
+    "ImprovedEmpiricalNGD", "ConjugateGradientNGD", "ExactNGD, two passes",
 )  # fmt: skip
 
 #: What four processes do only: fractions of them keep each layer.
@@ -219,14 +217,8 @@ FRACTIONS: dict[str, Run] = {
 }  # fmt: skip
 
 
-#: What two processes leave out: they train convolutions and transformers with the same options.
-BY_OTHERS = {*KRONECKER, *SAMPLE_SPACE} - {"KFAC", "ExactNGD", "ThermodynamicNGD"}
-
-
 def runs(world: int) -> dict[str, Run]:
-    if world > 2:
-        return {name: RUNS[name] for name in IN_FOUR} | FRACTIONS
-    return {name: run for name, run in (RUNS | UNEQUAL).items() if name not in BY_OTHERS}
+    return RUNS | UNEQUAL if world == 2 else {name: RUNS[name] for name in IN_FOUR} | FRACTIONS
 
 
 ALONE: dict[str, Tensor] = {}
