@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import natgrad
 from natgrad.capture import Capture
@@ -729,6 +730,41 @@ def test_memory_is_that_of_the_structure(structure, momentum):
     file = io.BytesIO()
     torch.save(f.state_dict(), file)
     assert file.tell() < 2 * 4 * expected * (1 + (momentum > 0)) + 20_000
+
+
+def added_in_place(total, left, right, out_shape=None, **options) -> int:
+    """Return the operations of ``addmm_``, which torch does not count by itself."""
+    return 2 * left[0] * left[1] * right[1]
+
+
+IN_PLACE = {torch.ops.aten.addmm_: added_in_place}
+
+
+@pytest.mark.parametrize("rows_per_unit", [None, 2.0])
+@pytest.mark.parametrize("positions", [1, 10])
+@pytest.mark.parametrize("sharing", ["expand", "reduce", "split"])
+@pytest.mark.parametrize("name", ["singd", "singd in bfloat16", "kfac"])
+def test_multiplications_are_those_stated(name, sharing, positions, rows_per_unit):
+    """Of an update and a step of the recursion; K-FAC's of an update, with nothing factorised."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(9, 12, bias=False), nn.Tanh(), nn.Linear(12, 6, bias=False)]
+    model, x = nn.Sequential(*layers).double(), normal(8, positions, 9)
+    options = {"factor_dtype": torch.bfloat16} if "bfloat16" in name else {}
+    options |= {"weight_sharing": sharing, "rows_per_unit": rows_per_unit}
+    with Capture(model) as capture:
+        f = curvature_of(name.partition(" ")[0], capture, **options)
+        output = model(x)
+        jacobians = capture.pull_back(output, normal(3, *output.shape, seed=3))
+        with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
+            f.observe(jacobians, 8.0)
+            f.join()
+            if name != "kfac":
+                f.refresh(0.1)
+    stated = f.costs(Workload(8, 3, dict.fromkeys(f.parts, positions)))
+    total = sum(cost.refresh for cost in stated.values())
+    if name == "kfac":
+        total -= 9**3 + 2 * 12**3 + 6**3
+    assert counter.get_total_flops() == 2 * total
 
 
 @pytest.mark.parametrize("structure", ["diagonal", "block_diagonal", "hierarchical"])

@@ -145,9 +145,7 @@ class KroneckerFactors(Structure):
         """
         block = part.block
         rows = workload.samples * workload.positions.get(part.name, 1)
-        enough = enough_rows(block, self.rows_per_unit) or rows
-        summed = min(rows, max(enough, workload.samples))
-        summed += workload.samples * (self._products(part, workload) - 1)  # Of the means.
+        summed = sum(rows_by_product(part, workload, self.weight_sharing, self.rows_per_unit))
         shapes, refresh, multiply = [], 0.0, 0.0
         on_rows = float(rows) * block.d_augmented * block.d_out
         sides = ((1, block.d_out), (workload.directions, block.d_augmented))
@@ -177,7 +175,7 @@ class KroneckerFactors(Structure):
             kept += size if diagonal else size**2
             triangles += size if diagonal else size * (size + 1) // 2
             dense += 0 if diagonal else size**2
-        products = self._products(part, workload)
+        products = len(rows_by_product(part, workload, self.weight_sharing, self.rows_per_unit))
         inverse = block.groups * (kept if self.factored_damping else dense)
         if not self.factored_damping:
             inverse += block.numel  # One eigenvalue each.
@@ -188,12 +186,6 @@ class KroneckerFactors(Structure):
             rows=0,
             handed_out=inverse,
         )
-
-    def _products(self, part: Part, workload: Workload) -> int:
-        """Return how many products a layer's sums are of: means and deviations, or one."""
-        shared, block = workload.positions.get(part.name, 1) > 1, part.block
-        splits = self.weight_sharing == "split" and not block.one_hot and block.d_out > 1
-        return 2 if shared and splits else 1
 
     def _factors(self, block: BlockLayout) -> list[tuple[int, bool]]:
         """Return the sizes of A and B, and whether they are kept as their diagonals."""
@@ -207,6 +199,23 @@ def check_factors(weight_sharing: str, rows_per_unit: float | None, *, splits: b
     check_choice("weight_sharing", weight_sharing, *known)
     if rows_per_unit is not None and not rows_per_unit > 0:
         raise ValueError(f"rows_per_unit must be positive or None, got {rows_per_unit}")
+
+
+def rows_by_product(
+    part: Part, workload: Workload, weight_sharing: WeightSharing, rows_per_unit: float | None
+) -> list[int]:
+    """Return of how many rows of inputs each of a layer's products is made.
+
+    They are means and deviations, or one for all.
+    """
+    block, samples = part.block, workload.samples
+    positions = workload.positions.get(part.name, 1)
+    if weight_sharing == "reduce" or positions == 1:
+        return [samples]
+    rows = samples * positions
+    rows = min(rows, max(enough_rows(block, rows_per_unit) or rows, samples))
+    splits = weight_sharing == "split" and not block.one_hot and block.d_out > 1
+    return [samples, rows] if splits else [rows]
 
 
 def zero_factors(part: Part) -> tuple[Tensor, Tensor]:

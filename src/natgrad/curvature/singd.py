@@ -44,11 +44,10 @@ from typing_extensions import Self
 from natgrad import linalg
 from natgrad.arguments import check_choice, check_range
 from natgrad.curvature.cost import Cost, Workload
-from natgrad.curvature.kfac import check_factors
+from natgrad.curvature.kfac import check_factors, rows_by_product
 from natgrad.curvature.structure import Part, Structure, register_structure
 from natgrad.jacobians import FIRST_DRAW, Draw, Jacobians, WeightSharing
 from natgrad.jacobians.factor_terms import FactorTerm, FactorTerms, factor_terms
-from natgrad.jacobians.positions import enough_rows
 from natgrad.layouts import BlockLayout
 from natgrad.operators.inverse_kronecker import (
     EXPANDED,
@@ -499,10 +498,7 @@ class InverseFactors(Structure):
         """Return what is stored between steps of the factors, and multiplications with factors."""
         block, factors = part.block, self._shapes(part.block)
         count = workload.samples * workload.positions.get(part.name, 1)
-        rows = float(count)
-        if self.weight_sharing != "reduce":
-            enough = enough_rows(block, self.rows_per_unit) or count
-            rows = min(rows, max(float(enough), float(workload.samples)))
+        products = rows_by_product(part, workload, self.weight_sharing, self.rows_per_unit)
         shapes, entries, refresh = [], 0, 0.0
         by_rows = self.takes_rows(block, count)
         for factor, times, other in (
@@ -515,7 +511,12 @@ class InverseFactors(Structure):
                 copies += 1
             entries += copies * factor.numel
             per_row, product = multiplications(factor)
-            refresh += 2 * rows * times * per_row + 2 * product
+            refresh += 2 * product
+            sums_first = factor.structure in EXPANDED and self._dtype_of(part) != torch.bfloat16
+            for rows in products:
+                once = float(rows) * times * per_row
+                # (X K)ᵀ(X K), or Kᵀ(XᵀX)K where that takes fewer.
+                refresh += once + (min(once, 2 * product) if sums_first else once)
         step = metric_cost(factors, block.d_out, block.d_augmented)
         if by_rows:
             step = metric_cost(factors, count, count) + float(count) * block.numel
