@@ -234,6 +234,33 @@ def test_any_heads_with_any_masks(names, samples, seed, share):
     assert (F - expected).norm() <= 1e-10 * expected.norm()
 
 
+def test_largest_decrement_is_that_of_the_summed_losses():
+    """Every head's own, which is of a mean over its own count."""
+    model, (x, y) = Model(), data(4)
+    y["tokens"][0] = -100
+    z = {name: one.detach().requires_grad_() for name, one in model(x).items()}
+    losses = {
+        "logits": functional.cross_entropy(z["logits"], y["logits"]),
+        "value": 0.5 * (z["value"] - y["value"]).square().sum(1).mean(),
+        "tokens": functional.cross_entropy(z["tokens"], y["tokens"]),
+    }
+    sum(losses.values()).backward()
+    joined = natgrad.likelihoods.as_likelihood(HEADS).of_shapes(
+        {name: one.shape for name, one in z.items()}
+    )
+    flat = torch.cat([one.detach().flatten(1) for one in z.values()], 1)
+    cotangent = torch.cat([one.grad.flatten(1) for one in z.values()], 1)
+    weights, scale = joined.infer_event_weights(flat, cotangent)
+    found = 4 * joined.largest_decrement(flat, cotangent, weights, scale)
+    expected = 0.0
+    for name, one in z.items():
+        own = joined.parts[joined.keys.index(name)]
+        w, c = own.infer_event_weights(one.detach(), one.grad)
+        bound = own.largest_decrement(one.detach(), one.grad, w, c)
+        expected = expected + own.seen_count(one.detach(), w) * bound
+    torch.testing.assert_close(found, expected)
+
+
 def test_ignored_tokens_and_accumulation():
     model, (x, y) = Model(), data()
     y["tokens"][0] = y["tokens"][2, 1] = y["logits"][3] = -100

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -462,6 +463,52 @@ def test_a_known_target_gives_the_scale_of_any_loss(case, factor):
     torch.testing.assert_close(
         scale * likelihood.gradient(output, target), cotangent, rtol=1e-9, atol=1e-12
     )
+
+
+@given(ANY_CASE, st.sampled_from([1.0, 0.25]))
+def test_largest_decrement_is_of_residuals_but_no_more_than_the_loss_can_fall(case, factor):
+    likelihood, output, target, reference = case
+    gradient = likelihood.gradient(output, target)
+    cotangent = factor * gradient / likelihood.count(output, target)
+    weights, scale = likelihood.infer_event_weights(output, cotangent, target)
+    found = likelihood.largest_decrement(output, cotangent, weights, scale)
+    events = likelihood.split_events(gradient)
+    hessians = likelihood.output_hessian(output, target)
+    if isinstance(likelihood, Categorical):
+        each = (events.unsqueeze(-2) @ torch.linalg.pinv(hessians) @ events.unsqueeze(-1)).flatten()
+        p = likelihood.split_events(output).softmax(-1)
+        q = p - events / likelihood.event_weights(output, target).unsqueeze(-1)
+        q = q.nan_to_num(nan=1.0).clamp_min(1e-300)
+        best = likelihood.merge_events(q.log(), output)
+        excess = likelihood.nll(output, target) - likelihood.nll(best, target)
+        deviance = 2 * excess.flatten() * likelihood.event_weights(output, target).flatten()
+    else:
+        each = (events.square() / hessians.diagonal(dim1=-2, dim2=-1)).flatten()
+        share = likelihood._scale(output)
+        if isinstance(likelihood, Gaussian):
+            deviance = each
+        elif isinstance(likelihood, Poisson):
+            least = target - torch.xlogy(target, target)
+            deviance = 2 * share * (output.exp() - target * output - least).flatten()
+        else:
+            cross = functional.binary_cross_entropy
+            entropy = cross(target, target, reduction="none")
+            losses = functional.binary_cross_entropy_with_logits(output, target, reduction="none")
+            deviance = 2 * share * (losses - entropy).flatten()
+    expected = scale**2 * torch.minimum(each, deviance).sum()
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-12)
+
+
+def test_confident_mistakes_count_with_their_deviance():
+    """χ² of a label of probability 1e-6 is a million, twice its loss 28."""
+    output = torch.tensor([[0.0, 6 * math.log(10.0)]], dtype=DOUBLE, requires_grad=True)
+    loss = functional.cross_entropy(output, torch.tensor([0]))
+    (cotangent,) = torch.autograd.grad(loss, output)
+    likelihood, z = Categorical(), output.detach()
+    weights, scale = likelihood.infer_event_weights(z, cotangent)
+    found = likelihood.largest_decrement(z, cotangent, weights, scale)
+    assert math.isclose(float(found), 2 * float(loss.detach()), rel_tol=1e-9)
+    assert float(likelihood.root_inverse_apply(z, cotangent).square().sum()) > 9e5
 
 
 @given(elementwise_cases())

@@ -262,6 +262,28 @@ class Likelihood(ABC):
         cotangent = cotangent.to(gradient.dtype)
         return weights, positive_ratio((cotangent * gradient).sum(), gradient.square().sum(), usual)
 
+    @full_precision
+    def largest_decrement(
+        self, output: Tensor, cotangent: Tensor, weights: Tensor, scale: Tensor
+    ) -> Tensor:
+        """Return a bound of ``(Δᵀ∇L)² / (count · ΔᵀFΔ)`` over all directions Δ, a float64 scalar.
+
+        By the inequality of Cauchy and Schwarz it is ``Σ uᵀ(wΛ)⁻¹u`` with the gradients u at the
+        output: Pearson's χ² of the events, times w and the squared scale. What is predicted
+        wrongly and with confidence has next to no Λ, and a χ² far beyond what its loss can fall.
+        So built-in likelihoods count no event with more than its deviance, twice what its loss is
+        above the least one.
+
+        Args:
+            output: Model output z.
+            cotangent: Gradient of the user's loss with respect to the output.
+            weights: What :meth:`infer_event_weights` returned for both.
+            scale: Likewise.
+        """
+        found = self.root_inverse_apply(output, cotangent).double().square()
+        each = self.root_weights(weights, found.shape[1])
+        return torch.where(each > 0, found / each, 0.0).sum()
+
     # -- layout ------------------------------------------------------------------------------------
 
     def split_events(self, tensor: Tensor) -> Tensor:

@@ -118,6 +118,11 @@ class Bernoulli(Elementwise):
     def _hessian(self, output: Tensor) -> Tensor:
         return torch.sigmoid(output) * torch.sigmoid(-output)
 
+    def _deviance(self, output: Tensor, residual: Tensor, pearson: Tensor) -> Tensor:
+        label = (torch.sigmoid(output) - residual).clamp(0.0, 1.0)
+        least = -torch.xlogy(label, label) - torch.xlogy(1 - label, 1 - label)
+        return 2 * (self._nll(output, label) - least)
+
     def _sample(self, output: Tensor, generator: torch.Generator | None) -> Tensor:
         return (random_like(output, generator, "uniform") < torch.sigmoid(output)).to(output.dtype)
 

@@ -234,6 +234,22 @@ class Categorical(Likelihood):
         usual = self._usual_scale(self._seen_count(output, count_weights * kept))
         return weights * kept, torch.where(hard & active.any(), scale, usual)
 
+    @full_precision
+    def largest_decrement(
+        self, output: Tensor, cotangent: Tensor, weights: Tensor, scale: Tensor
+    ) -> Tensor:
+        """Return ``c² Σ w min(Σ (p − q)²/p, 2 KL(q‖p))`` with the labels q; see the base class."""
+        output = output.double()
+        p, _ = self._probabilities(output)
+        events = self._at_logits(output, p, self.split_events(cotangent.double()))
+        share = (scale * weights).unsqueeze(-1)
+        residual = torch.where(share > 0, events / share, 0.0)
+        labels = (p - residual).clamp(0.0, 1.0)
+        log_p = self.split_events(output).log_softmax(-1)
+        deviance = 2 * (torch.xlogy(labels, labels) - labels * log_p).sum(-1)
+        pearson = (residual.square() / p.clamp_min(root_floor(p.dtype))).sum(-1)
+        return scale.double().square() * (weights * torch.minimum(pearson, deviance)).sum()
+
     @property
     def decision(self) -> Any:
         """The dimension of the classes."""

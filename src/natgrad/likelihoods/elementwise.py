@@ -131,6 +131,16 @@ class Elementwise(Likelihood):
     def _hessian(self, output: Tensor) -> Tensor:
         """Return the second derivative of :meth:`_nll`, elementwise (independent of the target)."""
 
+    def _deviance(self, output: Tensor, residual: Tensor, pearson: Tensor) -> Tensor:
+        """Return twice what every output's nll is above its least, by its gradient; or more.
+
+        Args:
+            output: Model output z.
+            residual: The gradient of the nll, the mean less the target.
+            pearson: Its square over the second derivative, the deviance of a Gaussian.
+        """
+        return pearson
+
     @abstractmethod
     def _sample(self, output: Tensor, generator: torch.Generator | None) -> Tensor:
         """Draw a target for every output."""
@@ -238,6 +248,18 @@ class Elementwise(Likelihood):
                 scale = ratio.sum() / (ratio > 0).sum()
                 return _smallest((ratio / scale).expand_as(gradient)), scale
         return weights, scale
+
+    @full_precision
+    def largest_decrement(
+        self, output: Tensor, cotangent: Tensor, weights: Tensor, scale: Tensor
+    ) -> Tensor:
+        """Return ``c² Σ w min(r²/λ, deviance)`` over entries with residuals r; see the base."""
+        output = output.double()
+        each = self.spread(weights, output).double() * self._scale(output)
+        residual = torch.where(each > 0, cotangent.double() / (scale * each), 0.0)
+        pearson = residual.square() / self._hessian(output).clamp_min(root_floor(output.dtype))
+        least = torch.minimum(pearson, self._deviance(output, residual, pearson))
+        return scale.double().square() * (each * least).sum()
 
     def _masked(self, output: Tensor, cotangent: Tensor) -> Tensor:
         """Return which entries are exactly zero in the cotangent for no reason of rounding."""

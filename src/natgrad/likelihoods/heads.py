@@ -244,6 +244,17 @@ class JoinedHeads(Likelihood):
             found.append(own if y is None else own / (len(z) / part.count(z, y)).sqrt())
         return torch.cat(found, 1)
 
+    def largest_decrement(
+        self, output: Tensor, cotangent: Tensor, weights: Tensor, scale: Tensor
+    ) -> Tensor:
+        """Return the sum of the heads' own bounds, of each the share of its count; see the base."""
+        total = torch.zeros((), dtype=torch.float64, device=output.device)
+        for part, z, c in zip(self.parts, self.pieces(output), self.pieces(cotangent), strict=True):
+            own, factor = part.infer_event_weights(z, c)
+            found = part.largest_decrement(z, c, own, factor)
+            total = total + found * part.seen_count(z, own) / max(1, len(z))
+        return total
+
     def sample(self, output: Tensor, generator: torch.Generator | None = None) -> Any:
         """Draw a target for every head, independently."""
         return tuple(part.sample(z, generator) for part, z, _ in self._each(output, None))

@@ -60,6 +60,10 @@ class Poisson(Elementwise):
     def _hessian(self, output: Tensor) -> Tensor:
         return output.exp()
 
+    def _deviance(self, output: Tensor, residual: Tensor, pearson: Tensor) -> Tensor:
+        target = (output.exp() - residual).clamp_min(0.0)
+        return 2 * (torch.xlogy(target, target) - target * output + residual)
+
     def _sample(self, output: Tensor, generator: torch.Generator | None) -> Tensor:
         # One number a draw, whatever the rate: each depends on its place in the batch alone.
         exact = torch.float32 if output.device.type == "mps" else torch.float64

@@ -143,9 +143,9 @@ def _compare(rows: LinearJacobian, gradients: dict[str, Tensor]) -> tuple[Tensor
 def batch_scale(observer: Observer, gradients: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return the factor c from the batch's Fisher matrix F to the curvature of the loss.
 
-    With it comes a bound of ``⟨Δ, ∇L⟩²/ΔᵀFΔ`` over all Δ, by the inequality of Cauchy and
-    Schwarz the squared gradient at the output in the metric of its Hessian; without rows of
-    the batch both are 0.
+    With it comes a bound of ``⟨Δ, ∇L⟩²/ΔᵀFΔ`` over all Δ, by the gradients at the output
+    (:meth:`natgrad.likelihoods.Likelihood.largest_decrement`); without rows of the batch both are
+    0.
 
     It is the scale of the user's loss, summed over passes that accumulate, times what the
     gradients were multiplied by since: the inverse of a loss scaler, or what clipping left.
@@ -173,7 +173,7 @@ def batch_scale(observer: Observer, gradients: dict[str, Tensor]) -> tuple[Tenso
 
 
 def _largest_decrement(observer: Observer, device: torch.device) -> Tensor:
-    """Return ``N Σ_n u_nᵀΛ⁻¹u_n`` with the gradients u at the output, of a mean's size."""
+    """Return the bound of all passes, with gradients at the output of a mean's size."""
     squares, counts = [], []
     for one in observer.seen:
         output, cotangent = one.recorded.output, one.recorded.cotangent
@@ -181,8 +181,8 @@ def _largest_decrement(observer: Observer, device: torch.device) -> Tensor:
         if foreign or one.is_empty or output is None or cotangent is None:
             continue
         likelihood = observer.likelihood.of_shapes(one.recorded.heads)
-        found = likelihood.root_inverse_apply(output.detach(), cotangent)
-        squares.append(found.double().square().sum())
+        found = likelihood.largest_decrement(output.detach(), cotangent, one.weights, one.scale)
+        squares.append(found.double())
         counts.append(one.count.double())
     zero = torch.zeros((), dtype=torch.float64, device=device)
     own = {"square": torch.stack([zero, *squares]).sum()}

@@ -394,7 +394,7 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
             mean_eigenvalue = found.pop("mean_eigenvalue", math.nan)
             if not found.pop("failed"):
                 break
-        own = {name: found[name] for name in ("fisher", "scale") if name in found}
+        own = {name: found[name] for name in ("fisher", "scale", "across") if name in found}
         if rule.measured is not None and not all_finite(own):  # A fault of natgrad's own pass.
             found = {name: value for name, value in found.items() if name not in own}
         if not all_finite(found):
@@ -428,6 +428,8 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
             self._take_back(grouped, share)
             return None
         state = self._length.answered(rule, along, grouped.largest_rate).met(rule, inner)
+        if "across" in found:
+            state = state.crossed(rule, found["across"], grouped.largest_rate)
         if "fisher" in found:
             terms = zip(grouped.dampings, found["grams"], strict=True)
             damped = found["scale"] * sum(d * gram[0][0] for d, gram in terms)

@@ -129,7 +129,8 @@ class Reference:
         self.log_k, self.measured, self.count, self.taken_back = None, 0, 0, 0
         self.ceiling, self.usual, self.zeta = 1.0, 0.0, 1.0
         self.long_log_k = 0.0
-        self.q, self.pairs = None, 0.0
+        self.q, self.pairs, self.ratios = None, 0.0, []
+        self.rho, self.log_bend = 1.0, None
         self.mean, self.matrix, self.inverse = None, None, None
         self.residual, self.largest_residual, self.nu = None, 0.0, 1.0
         self.theta = position(model)
@@ -183,6 +184,10 @@ class Reference:
             if self.q is not None:
                 self.pairs = 0.9 * self.pairs + 0.1 * (q - self.q) ** 2 / 2
             self.q = q
+            self.ratios.append(q)
+            if self.rho > 1 and self.log_bend is not None and self.usual_ratio() > 0:
+                excess = min(1.0, self.usual_ratio() / self.bend())
+                self.rho = max(1.0, self.rho * math.exp(-self.length.annealing * excess))
             ratio, kappa = min(0.5, max(-0.5, along / expected)), self.length.annealing
             short = 0.8 * min(1.0, float(self.rates.max())) - 1
             if self.zeta > 1 or (self.zeta == 1 and ratio < short):
@@ -196,8 +201,12 @@ class Reference:
         self.log_slope = self.length.memory * old + (1 - self.length.memory) * math.log(slope)
         if self.count in {0, 1, 2, 3, 5, 7, 11} or self.is_measured():
             f = torch.einsum("nkp,nkq->pq", rows, rows) / len(x)
+            if self.s and float(self.v @ f @ self.v) > 0:
+                self.cross(float(scale * self.v @ f @ self.v) / expected)
             quadratic = float(delta @ (scale * f + scale * damping.diag()) @ delta)
             found = math.log(slope**2 / quadratic)
+            if self.likelihood == "categorical":
+                found = min(found, math.log(scale * self.deviance(x, y)))
             self.measured += 1
             memory = min(self.length.memory, 1 - 1 / self.measured)
             old = found if self.log_k is None else self.log_k
@@ -207,7 +216,7 @@ class Reference:
             if self.likelihood != "categorical":
                 self.follow(self.model(x).detach(), y)
         usual = max(slope, math.exp(self.log_slope))
-        alpha = self.caution * self.zeta * min(1 / scale, math.exp(self.log_k) / usual)
+        alpha = self.caution * self.zeta * self.rho * min(1 / scale, math.exp(self.log_k) / usual)
         alpha *= self.nu**-self.length.lengthening
         changes = sorted(
             float((self.rates * delta)[part].norm()) / max(float(self.theta[part].norm()),
@@ -226,6 +235,40 @@ class Reference:
         self.ceiling = max(self.ceiling, self.caution)
         self.count += 1
         return "taken"
+
+    def deviance(self, x: Tensor, y: Tensor) -> float:
+        """Return the mean of what twice the losses of samples are above zero, or χ² if less."""
+        p = torch.softmax(self.model(x).detach(), 1)
+        square = (p - nn.functional.one_hot(y, p.shape[1])).square()
+        pearson = (square / p).sum(1)
+        return float(torch.minimum(pearson, -2 * p[range(len(y)), y].log()).mean())
+
+    def usual_ratio(self) -> float:
+        """Return q̄."""
+        usual = 0.0
+        for count, q in enumerate(self.ratios, start=1):
+            memory = min(0.9, 1 - 1 / count)
+            usual = memory * usual + (1 - memory) * q
+        return usual
+
+    def bend(self) -> float:
+        """Return C."""
+        return (
+            math.exp(self.log_bend) * float(self.rates.max()) * self.caution * self.zeta * self.rho
+        )
+
+    def cross(self, found: float) -> None:
+        """Let ρ follow h/s."""
+        own = math.log(found / (float(self.rates.max()) * self.caution * self.zeta * self.rho))
+        old = own if self.log_bend is None else self.log_bend
+        self.log_bend = self.length.memory * old + (1 - self.length.memory) * own
+        count = len(self.ratios)
+        if count < 4:
+            return
+        error = math.sqrt(self.pairs / (1 - 0.9 ** (count - 1)) / min(count, 19))
+        best = 1 - (self.usual_ratio() + 2 * error) / self.bend()
+        if min(1.0, float(self.rates.max())) * self.caution * best > 2:
+            self.rho *= self.length.reach
 
     def follow(self, z: Tensor, y: Tensor) -> None:
         """Let ν follow the squared residuals, N Σ‖∂L/∂z‖² with Λ = I."""
@@ -342,7 +385,7 @@ def test_rate_is_in_the_buffer():
 @pytest.mark.parametrize("kind", ["kfac", "diagonal"])
 def test_damping_falls_with_squared_residuals_by_the_formula(kind):
     """Targets are a network's of the same kind, so that next to nothing is left."""
-    length, teacher, seen = MeasuredLength(interval=4, start=0.5), network(seed=5), []
+    length, teacher, seen = MeasuredLength(interval=4, start=0.5, reach=1.0), network(seed=5), []
     model = network()
     optimizer = optimizer_of(model, kind, "gaussian", length, refresh=NOW_AND_THEN)
     reference = Reference(network(), kind, "gaussian", length, NOW_AND_THEN)
@@ -402,6 +445,42 @@ def student(noise: float, annealing: float, seed: int) -> tuple[float, float]:
     return float(error), optimizer._length.stretch
 
 
+@pytest.mark.parametrize(
+    ("likelihood", "kind", "size"),
+    [("gaussian", "full", 4), ("gaussian", "kfac", 1), ("categorical", "kfac", 1)],
+)
+def test_reach_follows_what_the_next_batch_shows_of_a_step(likelihood, kind, size):
+    """Batches smaller than the network, whose targets have much in common."""
+    length = MeasuredLength(interval=4)
+    model = network()
+    optimizer = optimizer_of(model, kind, likelihood, length, momentum=0.5)
+    reference = Reference(network(), kind, likelihood, length, EVERY_STEP)
+    reference.momenta.fill_(0.5)
+    reach = []
+    for seed in range(40):
+        x = normal(size, 3, seed=seed)
+        y = (x[:, 0] > 0).long()
+        if likelihood == "gaussian":
+            y = 3.0 + 0.1 * normal(size, 3, seed=99 + seed)
+        reference.step(x, y)
+        take(optimizer, model, likelihood, x, y)
+        reach.append(optimizer._length.reach)
+        close(torch.tensor(reach[-1]).double(), torch.tensor(reference.rho).double(), 1e-8)
+        close(position(model), reference.theta, 1e-8)
+    assert max(reach) >= 4.0
+    if likelihood == "gaussian":  # The next batches then want shorter ones.
+        assert reach[-1] < 0.96 * max(reach)
+
+
+def test_reach_stays_where_batches_say_all():
+    """With more samples than parameters, a batch is as good a judge of its steps as the next."""
+    model = network()
+    optimizer = optimizer_of(model, "full", "gaussian", MeasuredLength(interval=4))
+    for x, y in batches("gaussian", 40, size=200):
+        take(optimizer, model, "gaussian", x, y)
+    assert optimizer._length.measurements > 8 and optimizer._length.reach == 1.0
+
+
 def test_noise_that_stays_anneals_lengths_at_a_constant_rate():
     plain, annealed = ([student(1.0, k, seed) for seed in range(2)] for k in (0.0, 0.2))
     assert sum(error for error, _ in annealed) < 0.75 * sum(error for error, _ in plain)
@@ -412,7 +491,7 @@ def test_noise_that_stays_anneals_lengths_at_a_constant_rate():
 @pytest.mark.parametrize("kind", ["kfac", "full"])
 def test_lengths_are_stretched_by_the_formula(kind, momentum):
     """Residuals of 40 have gradients of 1, until they are as small as that."""
-    length = MeasuredLength(interval=4)
+    length = MeasuredLength(interval=4, reach=1.0)
     model = network()
     optimizer = optimizer_of(model, kind, "gaussian", length, momentum=momentum)
     reference = Reference(network(), kind, "huber", length, EVERY_STEP)
@@ -518,7 +597,11 @@ def test_decrement_is_at_most_the_residuals_in_the_metric_of_outputs(kind, likel
     (r,) = torch.autograd.grad(loss_of(likelihood)(z, y) * size, z)
     roots = output_roots(likelihood, z.detach())
     hessians = roots @ roots.mT
-    bound = (r.unsqueeze(1) @ torch.linalg.pinv(hessians) @ r.unsqueeze(2)).mean()
+    squares = (r.unsqueeze(1) @ torch.linalg.pinv(hessians) @ r.unsqueeze(2)).flatten()
+    if likelihood == "categorical":
+        nll = nn.functional.cross_entropy(z.detach(), y, reduction="none")
+        squares = torch.minimum(squares, 2 * nll)
+    bound = squares.mean()
     take(optimizer, model, likelihood, x, y)
     found = math.exp(optimizer._length.log_decrement)
     assert 0 < found <= float(bound) * (1 + 1e-9)
@@ -734,6 +817,7 @@ def test_second_gradient_that_is_not_finite_takes_all_of_the_last_step_back():
         ({"growth": 0.9}, "growth"), ({"growth": math.inf}, "growth"),
         ({"growth": math.nan}, "growth"), ({"overshoot": 0.0}, "overshoot"),
         ({"overshoot": math.nan}, "overshoot"), ({"start": math.nan}, "start"),
+        ({"reach": 0.5}, "reach"), ({"reach": math.inf}, "reach"), ({"reach": math.nan}, "reach"),
     ],
 )  # fmt: skip
 def test_options_out_of_range_are_named(options, word):

@@ -66,6 +66,12 @@ LONGEST = 1e6
 #: Least ratio of noise to signal that lengths follow.
 LEAST_NOISE = 0.01
 
+#: How much longer than they are other batches must surely want steps before their reach grows.
+SURELY_LONGER = 2.0
+
+#: How many q it takes to tell.
+FEWEST_RATIOS = 4
+
 #: Factor on the caution after a step that went well, where such lengths went too far before.
 SLOW_GROWTH = 1.05
 
@@ -79,18 +85,21 @@ class MeasuredLength:
 
     With the learning rate η as a factor, the step is
 
-    .. math:: v \leftarrow \mu v - (1 - \mu)\, \eta \gamma \zeta \nu^{-p} \alpha \Delta, \quad
+    .. math:: v \leftarrow \mu v - (1 - \mu)\, \eta \gamma \zeta \rho \nu^{-p} \alpha \Delta, \quad
               \alpha = \min(K / \langle \Delta, g \rangle, 1/c), \quad
               \theta \leftarrow \theta + v,
 
     with K the decrement of the quadratic model, a geometric moving average over measurements, and c
-    the factor from the Fisher matrix to the curvature of the loss, where its gradient shows one.
+    the factor from the Fisher matrix to the curvature of the loss, where its gradient shows one. K
+    counts as no more than twice what the loss can fall (its deviance; of a cross-entropy without
+    smoothed labels twice its mean): few labels drawn from confident predictions do not show how
+    steep the loss is, and the squared residuals of wrong ones say far too much.
     ⟨Δ, g⟩ stands for the larger of its present value and of its geometric moving average over
     steps: a batch that is fitted already would stretch its noise to the decrement of another.
     The learning rate is in the buffer, so that no schedule stretches old steps.
 
     No step is so long that two weights, vectors aside, change by more than 0.3 of their norms:
-    ``ηγζν^{−p}α‖Δ_W‖ ≤ 0.3‖W‖`` for all but one. A network is linear in each layer, up to what
+    ``ηγζρν^{−p}α‖Δ_W‖ ≤ 0.3‖W‖`` for all but one. A network is linear in each layer, up to what
     follows it, but not in two at once, and units that saturate show no slope that went too far.
     Targets whose size the outputs do not have yet ask all layers for such steps. A weight counts as
     no smaller than layers of torch begin with.
@@ -120,7 +129,15 @@ class MeasuredLength:
     formula, down to 1.
 
     What a batch says of a length is right for it alone, too short where other batches agree with
-    it, and too long where each has noise of its own. Squared errors show which it is by the ratio ν
+    it, and too long where each has noise of its own. The next one, which did not choose v, tells:
+    ``1 − ⟨v, g⟩/h`` times v would have been best for it, ``h = cvᵀF_b v`` with its own Fisher
+    matrix. Of few samples in a network with many directions, v fits what is theirs alone, and that
+    number is 10 or 100. So with the average q̄ of q over some 20 steps, its standard error e, and
+    the average C of h/s over measurements, the reach ρ doubles at a measurement where
+    ``min(η, 1)γ(1 − (q̄ + 2e)/C) > 2``, and falls again where q̄ > 0, down to 1:
+    ``ρ ← ρ exp(−κ min(1, q̄/C))``. C is of steps as long as the present ones.
+
+    Squared errors show which it is by the ratio ν
     of what is left to what has been explained (:class:`natgrad.RelativeDamping`): all lengths are
     multiplied by ``ν^{−p}``, ν at least 0.01. Steps beyond the minimum are usual for solvers of
     consistent equations (over-relaxation).
@@ -137,6 +154,7 @@ class MeasuredLength:
         annealing: κ, how fast lengths follow q; 0 for never.
         lengthening: p, how much longer steps are where there is little noise, by at most a factor
             of 100^p, 1.6 by default; 0 for no longer.
+        reach: Factor on ρ where other batches want longer steps, at least 1; 1 for never.
 
     Raises:
         ValueError: If an option is out of range.
@@ -149,6 +167,7 @@ class MeasuredLength:
     overshoot: float = 0.5
     annealing: float = 0.2
     lengthening: float = 0.1
+    reach: float = 2.0
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -162,6 +181,8 @@ class MeasuredLength:
             raise ValueError(f"overshoot must be positive, got {self.overshoot!r}")
         check_range("annealing", self.annealing)
         check_range("lengthening", self.lengthening)
+        if not is_number(self.reach) or not 1 <= self.reach < math.inf:
+            raise ValueError(f"reach must be finite and at least 1, got {self.reach!r}")
 
     def lengthened(self, noise: float) -> float:
         """Return the factor on lengths at a ratio of noise to signal in [0, 1]."""
@@ -203,6 +224,10 @@ class LengthState:
         usual_slope: The average of s over steps.
         ratio: The last q.
         ratio_variance: σ², the noise of q.
+        usual_ratio: q̄, the average of q over steps.
+        ratios: How many there were.
+        reach: ρ.
+        log_bend: The average of log C for steps with ηγζρ = 1; None before the first measurement.
         steps: Steps taken or taken back.
         taken_back: How many of them were.
     """
@@ -219,6 +244,10 @@ class LengthState:
     usual_slope: float = 0.0
     ratio: float | None = None
     ratio_variance: float = 0.0
+    usual_ratio: float = 0.0
+    ratios: int = 0
+    reach: float = 1.0
+    log_bend: float | None = None
     steps: int = 0
     taken_back: int = 0
 
@@ -261,7 +290,7 @@ class LengthState:
         return replace(self, log_slope=averaged(self.log_slope, math.log(slope), rule.memory))
 
     def length(self, slope: float, change: float = 0.0, lengthened: float = 1.0) -> float:
-        """Return γζαν^{−p} for a direction with ``⟨Δ, g⟩`` = slope; α is at most 1/c.
+        """Return γζραν^{−p} for a direction with ``⟨Δ, g⟩`` = slope; α is at most 1/c.
 
         Args:
             slope: ``⟨Δ, g⟩``.
@@ -272,7 +301,7 @@ class LengthState:
             return 0.0
         log_slope = max(math.log(slope), self.log_slope)
         alpha = math.exp(min(self.log_decrement - log_slope, -math.log(self.scale)))
-        length = self.caution * self.stretch * alpha * lengthened
+        length = self.caution * self.stretch * self.reach * alpha * lengthened
         return length if length * change <= LARGEST_CHANGE else LARGEST_CHANGE / change
 
     def share_kept(self, rule: MeasuredLength, slope: float) -> float:
@@ -309,12 +338,48 @@ class LengthState:
         if self.slope is None:
             return self
         ratio = min(OUTLIER, max(-OUTLIER, self._ratio(slope)))
+        count = self.ratios + 1
+        usual = averaged(self.usual_ratio, ratio, min(USUAL, 1 - 1 / count))
+        reach = self.reach
+        if reach > 1 and self.log_bend is not None and usual > 0 and rate > 0:
+            excess = min(1.0, usual / self._bend(rate))
+            reach = max(1.0, reach * math.exp(-rule.annealing * excess))
         return replace(
             self,
             stretch=self._stretched(rule, ratio, rate),
             ratio=ratio,
             ratio_variance=self._noisier(ratio),
+            usual_ratio=usual,
+            ratios=count,
+            reach=reach,
         )
+
+    def _bend(self, rate: float) -> float:
+        """Return C of steps at a rate η."""
+        shortened = rate * self.caution * self.stretch * self.reach
+        return math.exp(self.log_bend or 0.0) * shortened
+
+    def crossed(self, rule: MeasuredLength, curvature: float, rate: float) -> LengthState:
+        """Return the state after another batch measured the curvature along the last step.
+
+        Args:
+            rule: The rule.
+            curvature: ``h = cvᵀF_b v`` with the last step v.
+            rate: η.
+        """
+        if self.slope is None or not (self.slope > 0 and curvature > 0 and rate > 0):
+            return self
+        bend = curvature / max(self.slope, self.usual_slope)
+        shortened = rate * self.caution * self.stretch * self.reach
+        log_bend = averaged(self.log_bend, math.log(bend / shortened), rule.memory)
+        found = replace(self, log_bend=log_bend)
+        if self.ratios < FEWEST_RATIOS:
+            return found
+        variance = self.ratio_variance / (1 - USUAL ** (self.ratios - 1))
+        error = math.sqrt(variance / min(self.ratios, (1 + USUAL) / (1 - USUAL)))
+        longer = 1 - (self.usual_ratio + 2 * error) / found._bend(rate)
+        surely = min(rate, 1.0) * self.caution * longer > SURELY_LONGER
+        return replace(found, reach=self.reach * rule.reach) if surely else found
 
     def _noisier(self, ratio: float) -> float:
         """Return σ² with another q."""

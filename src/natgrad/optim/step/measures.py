@@ -68,12 +68,14 @@ def measure(
         measures["fisher"] = fisher_gram(batch, directions, grouped.replicas)
     elif rule.measured is not None and len(directions) > 1:
         measures["along"] = preconditioner.inner_product(directions[1], source)
-    if not rule.uses_model:
-        directions = directions[:1]
     if scale is not None:
         measures["scale"], measures["largest"] = scale
         gram = fisher_gram(batch, directions, grouped.replicas)
         measures["fisher"] = measures["scale"] * gram[0, 0]
+        if len(directions) > 1:
+            measures["across"] = measures["scale"] * gram[1, 1]
+    if not rule.uses_model:
+        directions = directions[:1]
     if not rule.uses_model and any(group["kl_clip"] is not None for group in grouped.groups):
         curvature = preconditioner.curvature
         if rule.graft is None:
