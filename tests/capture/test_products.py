@@ -210,10 +210,10 @@ class Experts(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.gate = nn.Linear(5, 12), nn.Linear(12, 3, bias=False)
-        self.up = nn.ModuleList(nn.Linear(12, 8, bias=False) for _ in range(3))
-        self.down = nn.ModuleList(nn.Linear(8, 12, bias=False) for _ in range(3))
-        self.last = nn.Linear(12, 4)
+        self.first, self.gate = nn.Linear(5, 24), nn.Linear(24, 3, bias=False)
+        self.up = nn.ModuleList(nn.Linear(24, 16, bias=False) for _ in range(3))
+        self.down = nn.ModuleList(nn.Linear(16, 24, bias=False) for _ in range(3))
+        self.last = nn.Linear(24, 4)
 
     def expert(self, number: int, h: Tensor) -> Tensor:
         return self.down[number](torch.tanh(self.up[number](h)))
