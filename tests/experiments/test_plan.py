@@ -167,8 +167,8 @@ def test_processes_keep_and_send_what_is_planned(
 SHARDED = ("kfac", "ekfac")
 
 
-def training_in_shards(rank: int) -> dict[Any, Any]:
-    """Train likewise with parameters in shards; note what is kept of them, too."""
+def training_in_shards(rank: int, replicas: int) -> dict[Any, Any]:
+    """Train likewise with parameters in replicas of shards; note what is kept of them, too."""
     from torch.distributed.fsdp import fully_shard
 
     log: list[tuple[str, Any]] = []
@@ -182,7 +182,11 @@ def training_in_shards(rank: int) -> dict[Any, Any]:
 
     torch.distributed.all_to_all_single = swapped
     world = torch.distributed.get_world_size()
-    mesh, found = torch.distributed.init_device_mesh("cpu", (world,)), {}
+    cut, found = world // replicas, {}
+    names = ("replicas", "shards")
+    mesh = torch.distributed.init_device_mesh("cpu", (replicas, cut), mesh_dim_names=names)
+    if replicas == 1:
+        mesh = mesh["shards"]
     for name in SHARDED:
         for sharing in sharings(world):
             model: Any = wide()
@@ -198,7 +202,7 @@ def training_in_shards(rank: int) -> dict[Any, Any]:
                 functional.cross_entropy(model(x), y).backward()
                 with Received() as received:
                     optimizer.step()
-                whole = received.sizes.get("all_gather_into_tensor", 0) / 8 / world
+                whole = received.sizes.get("all_gather_into_tensor", 0) / 8 / cut
                 logs.append(sent([*log, ("all_gather", [int(whole)])]))
                 gradients = [p.grad for p in model.parameters()]
                 optimizer.zero_grad()
@@ -210,9 +214,10 @@ def training_in_shards(rank: int) -> dict[Any, Any]:
     return found
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def trained_in_shards(request: pytest.FixtureRequest) -> list[Any]:
-    return processes.run(training_in_shards, world=request.param)
+@pytest.fixture(scope="module", params=[(2, 1), (4, 1), (4, 2)])
+def trained_in_shards(request: pytest.FixtureRequest) -> tuple[int, list[Any]]:
+    world, replicas = request.param
+    return replicas, processes.run(training_in_shards, replicas, world=world)
 
 
 @pytest.mark.slow
@@ -222,20 +227,23 @@ def trained_in_shards(request: pytest.FixtureRequest) -> list[Any]:
 def test_shards_are_kept_and_sent_as_planned(
     trained_in_shards: Any, name: str, sharing: Any
 ) -> None:
-    world = len(trained_in_shards)
+    replicas, found_in = trained_in_shards
+    world = len(found_in)
     if sharing not in sharings(world):
         pytest.skip("of two processes half is one")
-    options = Options(name, (world,), SAMPLES, factors=2, inverses=4, shards=True)
+    options = Options(
+        name, (world,), SAMPLES, factors=2, inverses=4, shards=True, replicas=replicas
+    )
     (work,) = (one for one in plan_model(wide(), options).works if one.sharing == sharing)
     step = (work.whole_gradients, work.natural_gradients)
     update = (*step, work.sums, work.rows, work.column_sums, work.column_rows)
     factorisation = (*update, work.inverses, work.parameters)
     assert sum(m.per_step for m in factorisation) == work.sent
     assert work.parameters.size == 0 and work.gradients.collective == "reduce_scatter"
-    logs = [each[name, sharing]["logs"] for each in trained_in_shards]
+    logs = [each[name, sharing]["logs"] for each in found_in]
     for each, messages in zip(zip(*logs, strict=True), (update, step, factorisation), strict=True):
         planned = dict.fromkeys((*COLLECTIVES, "all_to_all"), 0.0)
-        for message in messages:
+        for message in (*messages, work.replica_gradients):
             planned[message.collective] += message.size / 8
         # Owners differ, and so do columns of a grid, of which the one that sends most is planned.
         swaps = [log.pop("all_to_all", 0) for log in each]
@@ -244,13 +252,13 @@ def test_shards_are_kept_and_sent_as_planned(
             found = most.get(collective, 0)
             assert found == pytest.approx(elements, rel=0.05, abs=200), (collective, messages)
     for what, bytes_planned in (("kept", work.memory), ("model", work.model)):
-        assert max(each[name, sharing][what] for each in trained_in_shards) == bytes_planned
-    whole = plan_model(wide(), replace(options, shards=False)).works[0]
-    assert work.model == pytest.approx(whole.model / world, rel=0.05)
+        assert max(each[name, sharing][what] for each in found_in) == bytes_planned
+    whole = plan_model(wide(), replace(options, shards=False, replicas=1)).works[0]
+    assert work.model == pytest.approx(replicas * whole.model / world, rel=0.05)
     parameters = whole.model // 3
     assert whole.owned == parameters
     assert work.owned == 2 * (
-        parameters if sharing == "nothing" else max(*step, key=lambda one: one.size).size
+        parameters if sharing == "nothing" else work.natural_gradients.size // replicas
     )
 
 
@@ -447,6 +455,9 @@ def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
         ([MODEL, "--ranks="], "positive numbers"),
         ([MODEL, "--samples=0"], "at least 1"),
         ([MODEL, "--inverses=0"], "at least 1"),
+        ([MODEL, "--replicas=2"], "Replicas are of parameters in shards"),
+        ([MODEL, "--shards", "--ranks=8,5", "--replicas=2"], "must divide the ranks"),
+        ([MODEL, "--shards", "--replicas=0"], "at least 1"),
         ([MODEL, "--bandwidth=0"], "bandwidth must be positive"),
         ([MODEL, "--memory=-1"], "memory must be positive"),
         (["tests.experiments.test_plan:returns_number"], "must return a torch.nn.Module"),

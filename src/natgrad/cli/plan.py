@@ -36,6 +36,7 @@ __all__ = ["plan"]
     throughput="Of each process's arithmetic, in TFLOP/s.",
     memory="GiB that factors and inverses may take in a process [default: any].",
     shards=typer.Option("--shards", help="Parameters are in shards of fully_shard (FSDP2)."),
+    replicas="Replicas of the shards (HSDP), with --shards.",
 )
 def plan(as_json: JsonOption = False, **options: Any) -> int:
     """Predict what curvature shared by processes keeps and sends."""

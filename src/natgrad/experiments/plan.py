@@ -12,7 +12,8 @@ hand each other move (N−1)/N·n, n what the busiest hands in or is handed. Not
 overlap, and latencies are left out.
 
 With parameters in shards (FSDP2) the gradient of a layer goes to the process that owns the layer,
-shards of its natural gradient come back, and no parameters are sent.
+shards of its natural gradient come back, and no parameters are sent. Of replicas of shards (HSDP)
+those of the owner's replica send it the gradient, and all replicas get shards back.
 """
 
 from __future__ import annotations
@@ -90,6 +91,8 @@ class Options:
         memory: Most that factors and inverses may take in a process, in GiB; None for no limit.
         shards: Whether parameters are in shards of ``fully_shard`` over all processes, along their
             first dimension; otherwise each process has all of them.
+        replicas: How many replicas of the shards there are (HSDP), each of as many processes, of
+            ranks one after the other. A parameter is cut over the processes of one replica.
 
     Raises:
         PlanError: If an option is out of range.
@@ -105,6 +108,7 @@ class Options:
     throughput: float = 20.0
     memory: float | None = None
     shards: bool = False
+    replicas: int = 1
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -112,7 +116,7 @@ class Options:
             raise PlanError(f"The method must be one of {', '.join(METHODS)}, not {self.method!r}.")
         if not self.ranks or min(self.ranks) < 1:
             raise PlanError(f"The ranks must be positive numbers, not {self.ranks}.")
-        for name in ("samples", "positions", "factors", "inverses"):
+        for name in ("samples", "positions", "factors", "inverses", "replicas"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise PlanError(f"The number of {name} must be at least 1, not {value}.")
@@ -120,6 +124,10 @@ class Options:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise PlanError(f"The {name} must be positive, not {value:g}.")
+        if self.replicas > 1 and not self.shards:
+            raise PlanError("Replicas are of parameters in shards, which --shards plans for.")
+        if any(ranks % self.replicas for ranks in self.ranks):
+            raise PlanError(f"The {self.replicas} replicas must divide the ranks {self.ranks}.")
 
 
 @dataclass(frozen=True)
@@ -170,6 +178,7 @@ class SharedWork:
         parameters: The trained parameters of rank 0, after a factorisation.
         gradients: What the model's wrapper averages at every step, which is none of natgrad's; so
             are the parameters that it gathers from shards.
+        replica_gradients: What it then averages over replicas of shards.
         factorisation: Floating-point operations per step of the process that factorises most: two
             per multiplication of :class:`natgrad.curvature.cost.Cost`, which counts d³ for any
             factorisation of a factor; eigendecompositions take several times as much.
@@ -193,6 +202,7 @@ class SharedWork:
     natural_gradients: Message
     parameters: Message
     gradients: Message
+    replica_gradients: Message
     factorisation: float
     statistics: float
     preconditioning: float
@@ -376,7 +386,9 @@ def _shared_work(
     shards, owned = options.shards and ranks > 1, int(fullest(gradient, divided))
     shapes = [(entry[name], shape) for name in parts for shape in parts[name].block.shapes]
     natural = message("all_reduce", 0 if shares else sum(gradient.values()))
-    whole = message("all_gather", _in_shards(shapes, ranks) if shards and not shares else 0)
+    cut = ranks // options.replicas  # Each parameter is, into so many shards.
+    size = _in_shards(shapes, cut) if shards and not shares else 0
+    whole = message("all_gather", size, among=cut)
     sums = message("all_reduce", in_bytes("sums", everything), updates)
     rows = message("all_gather", in_bytes("rows", everything), updates)
     if columns > 1:
@@ -384,7 +396,13 @@ def _shared_work(
         sums = message("reduce", sums.size, updates, columns)
         rows = message("gather", rows.size, updates, columns)
     if shards and shares:
-        whole = natural = message("all_to_all", max(_in_shards(shapes, ranks), owned))
+        handed_in = [
+            _in_shards([(entry[n], one) for n in names for one in parts[n].block.shapes], cut)
+            for names in (sum(divided[i : i + cut], []) for i in range(0, ranks, cut))
+        ]
+        whole = message("all_to_all", max(owned, *handed_in))
+        handed_back = options.replicas * owned
+        natural = message("all_to_all", max(handed_back, _in_shards(shapes, cut)))
     everywhere = _in_shards(trained, 1)
 
     # Sums are made of a process's own samples, what takes the rows of all is made of all.
@@ -400,7 +418,7 @@ def _shared_work(
             ranks=ranks,
             sharing=sharing,
             memory=max(in_bytes("kept", each) for each in kept),
-            model=3 * _in_shards(trained, ranks if shards else 1),
+            model=3 * _in_shards(trained, cut if shards else 1),
             owned=2 * owned if shards else sum(gradient.values()),
             sums=sums,
             rows=rows,
@@ -412,7 +430,12 @@ def _shared_work(
             parameters=message(
                 "broadcast", everywhere if shares and height > 1 and not shards else 0, turns
             ),
-            gradients=message("reduce_scatter" if shards else "all_reduce", everywhere),
+            gradients=message("reduce_scatter", everywhere, among=cut)
+            if shards
+            else message("all_reduce", everywhere),
+            replica_gradients=message(
+                "all_reduce", _in_shards(trained, cut) if shards else 0, among=options.replicas
+            ),
             factorisation=factorising,
             statistics=summing,
             preconditioning=preconditioning,
