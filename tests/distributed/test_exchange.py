@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from natgrad.distributed.exchange import Sum, Symmetric, gathered
 from natgrad.distributed.place import Place, PlacedGenerator, drawn
@@ -52,11 +53,19 @@ def rows(rank: int) -> list[Any]:
     ]
 
 
+def on_meta(tensor: Tensor) -> Tensor:
+    return tensor.to("meta")
+
+
 def exchange(rank: int) -> dict[str, Any]:
     known: Any = {}
     found: dict[str, Any] = {"sums": [Sum(v, None, CPU, known).result() for v in values(rank)]}
     found["rows"] = [gathered(v, None, CPU, known) for v in rows(rank)]
     found["again"] = [gathered(v, None, CPU, known) for v in rows(rank)]
+    likes = zip(*(tree_map_only(Tensor, on_meta, rows(other)) for other in range(3)), strict=True)
+    found["foreseen"] = [
+        gathered(v, None, CPU, {}, like=like) for v, like in zip(rows(rank), likes, strict=True)
+    ]
     try:
         Sum(normal(2 + rank), None, CPU, known)
     except ValueError as error:
@@ -76,7 +85,7 @@ def test_values_are_added_and_gathered() -> None:
         same(one_less, {"c": {"d": sums, "kind": "K"}})
         same(large, {"large": torch.full((5, 2**20), 3.0), "small": torch.full((1,), 3.0)})
         assert nothing is None
-        for kind in ("rows", "again"):
+        for kind in ("rows", "again", "foreseen"):
             for index, one in enumerate(found[kind]):
                 same(one, [rows(other)[index] for other in range(3)])
         assert "different shapes or types" in found["said"]

@@ -80,6 +80,7 @@ class SharedWork:
         self._grid: Grid | None = None
         self._owners: dict[str, int] = {}
         self._owned: dict[str, Part] | None = None  # Of which parts these are the owners.
+        self._directions: list[dict[str, Tensor]] = []  # Natural gradients of columns, on meta.
         #: Whether each factorisation is made by one process, for all of them.
         self.is_divided: bool = curvature.sharing != "nothing" and curvature.structure.shareable
         #: How many processes keep what is known of a part, those of a column of the grid.
@@ -104,6 +105,7 @@ class SharedWork:
             columns = balanced(list(parts), self.replicas.number // self.holders)
             lists = [own for names in columns for own in balanced(names, self.holders)]
             self._owners = {name: rank for rank, names in enumerate(lists) for name in names}
+            self._directions = [_directions([parts[n] for n in names]) for names in columns]
             self._owned = parts
         return self._owners
 
@@ -260,16 +262,17 @@ class SharedWork:
 
     # What is made of them.
 
-    def of_all(self, own: dict[str, Any]) -> dict[str, Any]:
+    def of_all(self, own: dict[str, Any], like: Sequence[Any] | None = None) -> dict[str, Any]:
         """Return the entries of all columns, in which all processes take part.
 
         Args:
-            own: Those of the parts of this process, natural gradients or their state.
+            own: Those of the parts of this process.
+            like: Those of every column, as tensors on the meta device, where all know that.
         """
         if not self.is_spread:
             return own
         result: dict[str, Any] = {}
-        for found in self.grid.row.gathered(own, self.curvature.layout.device):
+        for found in self.grid.row.gathered(own, self.curvature.layout.device, like=like):
             result.update(found)
         return result
 
@@ -282,7 +285,11 @@ class SharedWork:
         """
         if any(is_sharded(gradient) for gradient in source.gradients.values()):
             return self._natural_shards(source.gradients, of_parts)
-        return self.of_all(of_parts(self.own_parts(), source))
+        found = of_parts(self.own_parts(), source)
+        if not self.is_spread:
+            return found
+        like = self._directions[self.replicas.rank // self.holders]
+        return self.of_all({n: found[n].to(one.dtype) for n, one in like.items()}, self._directions)
 
     def _natural_shards(
         self, gradients: Mapping[str, Tensor], of_parts: OfParts
@@ -301,3 +308,12 @@ class SharedWork:
         found = of_parts(own, GradientSource(wholes))
         del wholes
         return from_owners(found, shards, by_parameter, group)
+
+
+def _directions(parts: Sequence[Part]) -> dict[str, Tensor]:
+    """Return natural gradients of parts in their types, on the meta device."""
+    return {
+        name: torch.empty(shape, dtype=part.dtype, device="meta")
+        for part in parts
+        for name, shape in part.layout.shapes.items()
+    }

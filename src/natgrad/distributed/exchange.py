@@ -136,7 +136,12 @@ class Sum:
 
 
 def gathered(
-    value: Any, group: Any, device: torch.device, known: Outlines, owner: int | None = None
+    value: Any,
+    group: Any,
+    device: torch.device,
+    known: Outlines,
+    owner: int | None = None,
+    like: Sequence[Any] | None = None,
 ) -> list[Any]:
     """Return the values of all processes, in the order of their ranks.
 
@@ -147,8 +152,13 @@ def gathered(
         known: Outlines seen before in this group, by all of its processes.
         owner: The one process that wants them, by its rank in the group; all by default. Others
             have none.
+        like: What all of them have, as tensors on the meta device, where everybody knows that;
+            otherwise outlines are compared first.
     """
-    outlines = _outlines(_outline(value), group, device, known)
+    if like is None:
+        outlines = _outlines(_outline(value), group, device, known)
+    else:
+        outlines = [_outline(one) for one in like]
     slots = [list(_slots(outline)) for outline in outlines]
     own = list(_tensors(value))
     here = owner is None or owner == torch.distributed.get_rank(group)

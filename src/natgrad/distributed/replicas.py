@@ -143,17 +143,24 @@ class Replicas:
         """Return whether a flag is up in one of them."""
         return flag if self.are_alone else any(one for (one,) in self.told([int(flag)], device))
 
-    def gathered(self, value: Any, device: torch.device, owner: int | None = None) -> list[Any]:
+    def gathered(
+        self,
+        value: Any,
+        device: torch.device,
+        owner: int | None = None,
+        like: Sequence[Any] | None = None,
+    ) -> list[Any]:
         """Return a value of nested tensors of each, see :mod:`natgrad.distributed.exchange`.
 
         Args:
             value: What this one has.
             device: Where tensors lie.
             owner: The one that wants them; all by default.
+            like: What each has, as tensors on the meta device, where all know that.
         """
         if self.are_alone:
             return [value]
-        return gathered(value, self.group, device, self.outlines, owner)
+        return gathered(value, self.group, device, self.outlines, owner, like)
 
     def summed(self, value: Any, device: torch.device) -> Any:
         """Return the sum of a value of nested tensors, likewise."""
