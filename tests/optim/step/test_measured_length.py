@@ -267,7 +267,7 @@ class Reference:
             return
         error = math.sqrt(self.pairs / (1 - 0.9 ** (count - 1)) / min(count, 19))
         best = 1 - (self.usual_ratio() + 2 * error) / self.bend()
-        if min(1.0, float(self.rates.max())) * self.caution * best > 2:
+        if min(1.0, float(self.rates.max())) * self.caution * best > 3:
             self.rho *= self.length.reach
 
     def follow(self, z: Tensor, y: Tensor) -> None:

@@ -67,7 +67,7 @@ LONGEST = 1e6
 LEAST_NOISE = 0.01
 
 #: How much longer than they are other batches must surely want steps before their reach grows.
-SURELY_LONGER = 2.0
+SURELY_LONGER = 3.0
 
 #: How many q it takes to tell.
 FEWEST_RATIOS = 4
@@ -134,7 +134,7 @@ class MeasuredLength:
     matrix. Of few samples in a network with many directions, v fits what is theirs alone, and that
     number is 10 or 100. So with the average q̄ of q over some 20 steps, its standard error e, and
     the average C of h/s over measurements, the reach ρ doubles at a measurement where
-    ``min(η, 1)γ(1 − (q̄ + 2e)/C) > 2``, and falls again where q̄ > 0, down to 1:
+    ``min(η, 1)γ(1 − (q̄ + 2e)/C) > 3``, and falls again where q̄ > 0, down to 1:
     ``ρ ← ρ exp(−κ min(1, q̄/C))``. C is of steps as long as the present ones.
 
     Squared errors show which it is by the ratio ν
