@@ -192,6 +192,21 @@ def test_distributed_state_dicts_hold_everything(name: str, flat: bool):
     continues(name, original, other)
 
 
+@pytest.mark.parametrize("looked_at", ["copied", "saved"])
+@pytest.mark.parametrize("name", FEW)
+def test_optimizers_that_were_looked_at_are_as_new_to_distributed_state_dicts(name, looked_at):
+    """Torch gives them the state of a first step before it loads, if they have none."""
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    original, other = trained(name, 3), trained(name, 0)
+    if looked_at == "copied":
+        other = copy.deepcopy(other)
+    else:
+        other[0].state_dict()
+    state = get_optimizer_state_dict(original[1], original[0], options=options)
+    set_optimizer_state_dict(other[1], other[0], state, options=options)
+    continues(name, original, other)
+
+
 @pytest.mark.parametrize(
     "name", [*FEW, "Padam", "ImplicitSGD", "SINGD, bfloat16", "ConjugateGradientNGD", "EKFAC"]
 )

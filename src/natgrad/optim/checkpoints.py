@@ -111,10 +111,11 @@ class CheckpointedOptimizer(EagerOptimizer):
                     f"{type(self).__name__}, or went through a tool that dropped it"
                 )
             restore.append(self._checked(own, given))
-            state = {
+            entries = {
                 key: {k: v for k, v in entry.items() if k != ENTRY}
                 for key, entry in given["state"].items()
             }
+            state = {key: entry for key, entry in entries.items() if entry}
             own_groups = self.param_groups
             # Options that the checkpoint does not know stay as they are; momentum changes in place.
             groups = [
@@ -127,7 +128,8 @@ class CheckpointedOptimizer(EagerOptimizer):
 
         def finish(_: Any) -> None:
             restore[-1]()
-            self._mark()
+            if self.state:  # Else distributed checkpoints take a step that makes it, all of it.
+                self._mark()
 
         before = self.register_load_state_dict_pre_hook(check)
         after = self.register_load_state_dict_post_hook(finish, prepend=True)
@@ -175,7 +177,8 @@ def _complete(optimizer: Any, state_dict: dict[str, Any]) -> None:
     """Add to a state dict of torch.optim what it does not know."""
     own = optimizer._own_state()
     state_dict[ENTRY] = own
-    optimizer._mark()
+    if optimizer.state:
+        optimizer._mark()
     numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = state_dict["state"]
