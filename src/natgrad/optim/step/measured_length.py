@@ -60,7 +60,7 @@ LEAST_SHARE = 0.8
 #: Largest part that a single ratio of slopes plays, either way.
 LARGEST_RATIO = 0.5
 
-#: Largest ζ: whatever unit a residual is in.
+#: Largest ζ and ρ, and 1 over the least C: whatever unit a residual is in.
 LONGEST = 1e6
 
 #: Least ratio of noise to signal that lengths follow.
@@ -341,7 +341,7 @@ class LengthState:
         count = self.ratios + 1
         usual = averaged(self.usual_ratio, ratio, min(USUAL, 1 - 1 / count))
         reach = self.reach
-        if reach > 1 and self.log_bend is not None and usual > 0 and rate > 0:
+        if reach > 1 and usual > 0 and rate > 0:
             excess = min(1.0, usual / self._bend(rate))
             reach = max(1.0, reach * math.exp(-rule.annealing * excess))
         return replace(
@@ -354,10 +354,13 @@ class LengthState:
             reach=reach,
         )
 
+    def _share_of_alpha(self, rate: float) -> float:
+        """Return ηγζρ."""
+        return rate * self.caution * self.stretch * self.reach
+
     def _bend(self, rate: float) -> float:
-        """Return C of steps at a rate η."""
-        shortened = rate * self.caution * self.stretch * self.reach
-        return math.exp(self.log_bend or 0.0) * shortened
+        """Return C of steps at a rate η, measured before."""
+        return max(1 / LONGEST, math.exp(self.log_bend or 0.0) * self._share_of_alpha(rate))
 
     def crossed(self, rule: MeasuredLength, curvature: float, rate: float) -> LengthState:
         """Return the state after another batch measured the curvature along the last step.
@@ -370,16 +373,15 @@ class LengthState:
         if self.slope is None or not (self.slope > 0 and curvature > 0 and rate > 0):
             return self
         bend = curvature / max(self.slope, self.usual_slope)
-        shortened = rate * self.caution * self.stretch * self.reach
-        log_bend = averaged(self.log_bend, math.log(bend / shortened), rule.memory)
-        found = replace(self, log_bend=log_bend)
+        of_alpha = math.log(bend / self._share_of_alpha(rate))
+        found = replace(self, log_bend=averaged(self.log_bend, of_alpha, rule.memory))
         if self.ratios < FEWEST_RATIOS:
             return found
         variance = self.ratio_variance / (1 - USUAL ** (self.ratios - 1))
         error = math.sqrt(variance / min(self.ratios, (1 + USUAL) / (1 - USUAL)))
         longer = 1 - (self.usual_ratio + 2 * error) / found._bend(rate)
         surely = min(rate, 1.0) * self.caution * longer > SURELY_LONGER
-        return replace(found, reach=self.reach * rule.reach) if surely else found
+        return replace(found, reach=min(LONGEST, self.reach * rule.reach)) if surely else found
 
     def _noisier(self, ratio: float) -> float:
         """Return σ² with another q."""
