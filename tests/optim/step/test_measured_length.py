@@ -130,7 +130,7 @@ class Reference:
         self.ceiling, self.usual, self.zeta = 1.0, 0.0, 1.0
         self.long_log_k = 0.0
         self.q, self.pairs, self.ratios = None, 0.0, []
-        self.rho, self.log_bend = 1.0, None
+        self.rho, self.log_bend, self.seen = 1.0, None, 0
         self.mean, self.matrix, self.inverse = None, None, None
         self.residual, self.largest_residual, self.nu = None, 0.0, 1.0
         self.theta = position(model)
@@ -183,11 +183,9 @@ class Reference:
             q = min(3.0, max(-3.0, along / expected))
             if self.q is not None:
                 self.pairs = 0.9 * self.pairs + 0.1 * (q - self.q) ** 2 / 2
+                self.seen += 1
             self.q = q
             self.ratios.append(q)
-            if self.rho > 1 and self.log_bend is not None and self.usual_ratio() > 0:
-                excess = min(1.0, self.usual_ratio() / self.bend())
-                self.rho = max(1.0, self.rho * math.exp(-self.length.annealing * excess))
             ratio, kappa = min(0.5, max(-0.5, along / expected)), self.length.annealing
             short = 0.8 * min(1.0, float(self.rates.max())) - 1
             if self.zeta > 1 or (self.zeta == 1 and ratio < short):
@@ -196,6 +194,8 @@ class Reference:
             elif self.log_k > self.long_log_k - 0.5:
                 self.zeta *= math.exp(-kappa * (ratio - 0.05))
                 self.zeta = min(1.0, max(0.01, self.zeta))
+            if self.log_bend is not None:
+                self.reach()
         slope = float(delta @ g)
         old = math.log(slope) if self.log_slope is None else self.log_slope
         self.log_slope = self.length.memory * old + (1 - self.length.memory) * math.log(slope)
@@ -262,13 +262,19 @@ class Reference:
         own = math.log(found / (float(self.rates.max()) * self.caution * self.zeta * self.rho))
         old = own if self.log_bend is None else self.log_bend
         self.log_bend = self.length.memory * old + (1 - self.length.memory) * own
-        count = len(self.ratios)
-        if count < 4:
-            return
-        error = math.sqrt(self.pairs / (1 - 0.9 ** (count - 1)) / min(count, 19))
-        best = 1 - (self.usual_ratio() + 2 * error) / self.bend()
-        if min(1.0, float(self.rates.max())) * self.caution * best > 3:
-            self.rho *= self.length.reach
+
+    def reach(self) -> None:
+        """Let ρ grow or fall."""
+        count, usual = len(self.ratios), self.usual_ratio()
+        if usual > 0:
+            excess = min(1.0, usual / self.bend())
+            self.rho = max(1.0, self.rho * math.exp(-self.length.annealing * excess))
+        elif count >= 4:
+            error = math.sqrt(self.pairs / (1 - 0.9**self.seen) / min(count, 19))
+            best = 1 - (usual + 2 * error) / self.bend()
+            if min(1.0, float(self.rates.max())) * self.caution * best > 3:
+                self.rho *= self.length.reach
+                self.ratios = []
 
     def follow(self, z: Tensor, y: Tensor) -> None:
         """Let ν follow the squared residuals, N Σ‖∂L/∂z‖² with Λ = I."""
@@ -467,7 +473,7 @@ def test_reach_follows_what_the_next_batch_shows_of_a_step(likelihood, kind, siz
         reach.append(optimizer._length.reach)
         close(torch.tensor(reach[-1]).double(), torch.tensor(reference.rho).double(), 1e-8)
         close(position(model), reference.theta, 1e-8)
-    assert max(reach) >= 4.0
+    assert max(reach) >= 2.0
     if likelihood == "gaussian":  # The next batches then want shorter ones.
         assert reach[-1] < 0.96 * max(reach)
 

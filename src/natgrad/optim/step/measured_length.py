@@ -69,7 +69,7 @@ LEAST_NOISE = 0.01
 #: How much longer than they are other batches must surely want steps before their reach grows.
 SURELY_LONGER = 3.0
 
-#: How many q it takes to tell.
+#: How many q it takes to tell, each time.
 FEWEST_RATIOS = 4
 
 #: Factor on the caution after a step that went well, where such lengths went too far before.
@@ -133,8 +133,8 @@ class MeasuredLength:
     ``1 − ⟨v, g⟩/h`` times v would have been best for it, ``h = cvᵀF_b v`` with its own Fisher
     matrix. Of few samples in a network with many directions, v fits what is theirs alone, and that
     number is 10 or 100. So with the average q̄ of q over some 20 steps, its standard error e, and
-    the average C of h/s over measurements, the reach ρ doubles at a measurement where
-    ``min(η, 1)γ(1 − (q̄ + 2e)/C) > 3``, and falls again where q̄ > 0, down to 1:
+    the geometric average C of h/s over measurements, the reach ρ doubles where
+    ``min(η, 1)γ(1 − (q̄ + 2e)/C) > 3``, and q̄ begins anew; where q̄ > 0 it falls again, down to 1:
     ``ρ ← ρ exp(−κ min(1, q̄/C))``. C is of steps as long as the present ones.
 
     Squared errors show which it is by the ratio ν
@@ -224,7 +224,8 @@ class LengthState:
         usual_slope: The average of s over steps.
         ratio: The last q.
         ratio_variance: σ², the noise of q.
-        usual_ratio: q̄, the average of q over steps.
+        pairs: Of how many pairs of steps.
+        usual_ratio: q̄, the average of q over steps since reach grew.
         ratios: How many there were.
         reach: ρ.
         log_bend: The average of log C for steps with ηγζρ = 1; None before the first measurement.
@@ -244,6 +245,7 @@ class LengthState:
     usual_slope: float = 0.0
     ratio: float | None = None
     ratio_variance: float = 0.0
+    pairs: int = 0
     usual_ratio: float = 0.0
     ratios: int = 0
     reach: float = 1.0
@@ -338,21 +340,32 @@ class LengthState:
         if self.slope is None:
             return self
         ratio = min(OUTLIER, max(-OUTLIER, self._ratio(slope)))
-        count = self.ratios + 1
-        usual = averaged(self.usual_ratio, ratio, min(USUAL, 1 - 1 / count))
-        reach = self.reach
-        if reach > 1 and usual > 0 and rate > 0:
-            excess = min(1.0, usual / self._bend(rate))
-            reach = max(1.0, reach * math.exp(-rule.annealing * excess))
-        return replace(
+        usual = averaged(self.usual_ratio, ratio, min(USUAL, 1 - 1 / (self.ratios + 1)))
+        found = replace(
             self,
             stretch=self._stretched(rule, ratio, rate),
             ratio=ratio,
             ratio_variance=self._noisier(ratio),
+            pairs=self.pairs + (self.ratio is not None),
             usual_ratio=usual,
-            ratios=count,
-            reach=reach,
+            ratios=self.ratios + 1,
         )
+        return found if self.log_bend is None or not rate > 0 else found._reached(rule, rate)
+
+    def _reached(self, rule: MeasuredLength, rate: float) -> LengthState:
+        """Return the state with ρ as long as other batches want it."""
+        bend = self._bend(rate)
+        if self.usual_ratio > 0:
+            excess = min(1.0, self.usual_ratio / bend)
+            return replace(self, reach=max(1.0, self.reach * math.exp(-rule.annealing * excess)))
+        if self.ratios < FEWEST_RATIOS:
+            return self
+        variance = self.ratio_variance / (1 - USUAL**self.pairs)
+        error = math.sqrt(variance / min(self.ratios, (1 + USUAL) / (1 - USUAL)))
+        longer = 1 - (self.usual_ratio + 2 * error) / bend
+        if min(rate, 1.0) * self.caution * longer <= SURELY_LONGER:
+            return self
+        return replace(self, reach=min(LONGEST, self.reach * rule.reach), ratios=0)
 
     def _share_of_alpha(self, rate: float) -> float:
         """Return ηγζρ."""
@@ -374,14 +387,7 @@ class LengthState:
             return self
         bend = curvature / max(self.slope, self.usual_slope)
         of_alpha = math.log(bend / self._share_of_alpha(rate))
-        found = replace(self, log_bend=averaged(self.log_bend, of_alpha, rule.memory))
-        if self.ratios < FEWEST_RATIOS:
-            return found
-        variance = self.ratio_variance / (1 - USUAL ** (self.ratios - 1))
-        error = math.sqrt(variance / min(self.ratios, (1 + USUAL) / (1 - USUAL)))
-        longer = 1 - (self.usual_ratio + 2 * error) / found._bend(rate)
-        surely = min(rate, 1.0) * self.caution * longer > SURELY_LONGER
-        return replace(found, reach=min(LONGEST, self.reach * rule.reach)) if surely else found
+        return replace(self, log_bend=averaged(self.log_bend, of_alpha, rule.memory))
 
     def _noisier(self, ratio: float) -> float:
         """Return σ² with another q."""
