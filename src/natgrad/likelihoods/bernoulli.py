@@ -118,7 +118,7 @@ class Bernoulli(Elementwise):
     def _hessian(self, output: Tensor) -> Tensor:
         return torch.sigmoid(output) * torch.sigmoid(-output)
 
-    def _deviance(self, output: Tensor, residual: Tensor, pearson: Tensor) -> Tensor:
+    def _deviance(self, output: Tensor, residual: Tensor) -> Tensor:
         label = (torch.sigmoid(output) - residual).clamp(0.0, 1.0)
         least = -torch.xlogy(label, label) - torch.xlogy(1 - label, 1 - label)
         return 2 * (self._nll(output, label) - least)

@@ -131,15 +131,12 @@ class Elementwise(Likelihood):
     def _hessian(self, output: Tensor) -> Tensor:
         """Return the second derivative of :meth:`_nll`, elementwise (independent of the target)."""
 
-    def _deviance(self, output: Tensor, residual: Tensor, pearson: Tensor) -> Tensor:
-        """Return twice what every output's nll is above its least, by its gradient; or more.
+    def _deviance(self, output: Tensor, residual: Tensor) -> Tensor:
+        """Return twice what every output's nll is above its least, by its gradient; ∞ if unknown.
 
-        Args:
-            output: Model output z.
-            residual: The gradient of the nll, the mean less the target.
-            pearson: Its square over the second derivative, the deviance of a Gaussian.
+        That of a Gaussian is what bounds it anyway.
         """
-        return pearson
+        return torch.full_like(residual, math.inf)
 
     @abstractmethod
     def _sample(self, output: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -258,7 +255,7 @@ class Elementwise(Likelihood):
         each = self.spread(weights, output).double() * self._scale(output)
         residual = torch.where(each > 0, cotangent.double() / (scale * each), 0.0)
         pearson = residual.square() / self._hessian(output).clamp_min(root_floor(output.dtype))
-        least = torch.minimum(pearson, self._deviance(output, residual, pearson))
+        least = torch.minimum(pearson, self._deviance(output, residual))
         return scale.double().square() * (each * least).sum()
 
     def _masked(self, output: Tensor, cotangent: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ class Poisson(Elementwise):
     def _hessian(self, output: Tensor) -> Tensor:
         return output.exp()
 
-    def _deviance(self, output: Tensor, residual: Tensor, pearson: Tensor) -> Tensor:
+    def _deviance(self, output: Tensor, residual: Tensor) -> Tensor:
         target = (output.exp() - residual).clamp_min(0.0)
         return 2 * (torch.xlogy(target, target) - target * output + residual)
 

@@ -181,8 +181,8 @@ def _largest_decrement(observer: Observer, device: torch.device) -> Tensor:
         if foreign or one.is_empty or output is None or cotangent is None:
             continue
         likelihood = observer.likelihood.of_shapes(one.recorded.heads)
-        found = likelihood.largest_decrement(output.detach(), cotangent, one.weights, one.scale)
-        squares.append(found.double())
+        seen = output.detach(), cotangent, one.weights, one.scale
+        squares.append(likelihood.largest_decrement(*seen))
         counts.append(one.count.double())
     zero = torch.zeros((), dtype=torch.float64, device=device)
     own = {"square": torch.stack([zero, *squares]).sum()}

@@ -137,10 +137,9 @@ class MeasuredLength:
     ``min(η, 1)γ(1 − (q̄ + 2e)/C) > 3``, and q̄ begins anew; where q̄ > 0 it falls again, down to 1:
     ``ρ ← ρ exp(−κ min(1, q̄/C))``. C is of steps as long as the present ones.
 
-    Squared errors show which it is by the ratio ν
-    of what is left to what has been explained (:class:`natgrad.RelativeDamping`): all lengths are
-    multiplied by ``ν^{−p}``, ν at least 0.01. Steps beyond the minimum are usual for solvers of
-    consistent equations (over-relaxation).
+    Squared errors show which it is by the ratio ν of what is left to what has been explained
+    (:class:`natgrad.RelativeDamping`): all lengths are multiplied by ``ν^{−p}``, ν at least 0.01.
+    Steps beyond the minimum are usual for solvers of consistent equations (over-relaxation).
 
     Attributes:
         interval: Steps between measurements of K; some more are taken in the first interval. One
