@@ -135,9 +135,10 @@ def _compare(rows: LinearJacobian, gradients: dict[str, Tensor]) -> tuple[Tensor
     """Return the scalar c with ``.grad ≈ c·δᵀa``, and whether more than rounding is left."""
     expected, found = _rows_along_probe(rows), _gradient_along_probe(rows.layout, gradients)
     share = (found * expected).sum() / expected.square().sum()
-    error = (found - share * expected).norm() / found.norm()
-    share = torch.where((share - 1.0).abs() > ROW_TOLERANCE, share, torch.ones_like(share))
-    return share, ~(error <= ROW_TOLERANCE)
+    # Rows that sum to zero, as behind a weight that starts at zero, have no multiple to tell.
+    differs = (expected != 0).any() & ~((share - 1.0).abs() <= ROW_TOLERANCE)
+    share = torch.where(differs, share, torch.ones_like(share))
+    return share, ~((found - share * expected).norm() <= ROW_TOLERANCE * found.norm())
 
 
 def batch_scale(observer: Observer, gradients: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
