@@ -427,9 +427,10 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
         if share < 1:
             self._take_back(grouped, share)
             return None
-        state = self._length.answered(rule, along, grouped.largest_rate).met(rule, inner)
+        state = self._length
         if "across" in found:
-            state = state.crossed(rule, found["across"], grouped.largest_rate)
+            state = state.crossed(rule, found["across"])
+        state = state.answered(rule, along, grouped.largest_rate).met(rule, inner)
         if "fisher" in found:
             terms = zip(grouped.dampings, found["grams"], strict=True)
             damped = found["scale"] * sum(d * gram[0][0] for d, gram in terms)
@@ -444,7 +445,7 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
         rates = [rate_of(group) * (1.0 - group["momentum"]) for group in grouped.groups]
         kept = max((group["momentum"] for group in grouped.groups), default=0.0)
         slope = max(rates, default=0.0) * length * inner + kept * max(0.0, -along)
-        self._length = state.taken(rule, slope)
+        self._length = state.taken(rule, slope, grouped.largest_rate)
         self._tell_if_slow(grouped.largest_rate)
         return [-length]
 

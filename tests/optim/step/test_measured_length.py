@@ -130,7 +130,7 @@ class Reference:
         self.ceiling, self.usual, self.zeta = 1.0, 0.0, 1.0
         self.long_log_k = 0.0
         self.q, self.pairs, self.ratios = None, 0.0, []
-        self.rho, self.log_bend, self.seen = 1.0, None, 0
+        self.rho, self.log_bend, self.seen, self.made_with = 1.0, None, 0, 1.0
         self.mean, self.matrix, self.inverse = None, None, None
         self.residual, self.largest_residual, self.nu = None, 0.0, 1.0
         self.theta = position(model)
@@ -179,6 +179,10 @@ class Reference:
             self.s = None
             self.taken_back += 1
             return "taken back"
+        measures = self.count in {0, 1, 2, 3, 5, 7, 11} or self.is_measured()
+        f = torch.einsum("nkp,nkq->pq", rows, rows) / len(x)
+        if measures and self.s and float(self.v @ f @ self.v) > 0:
+            self.cross(float(scale * self.v @ f @ self.v) / expected)
         if self.s is not None:
             q = min(3.0, max(-3.0, along / expected))
             if self.q is not None:
@@ -199,10 +203,7 @@ class Reference:
         slope = float(delta @ g)
         old = math.log(slope) if self.log_slope is None else self.log_slope
         self.log_slope = self.length.memory * old + (1 - self.length.memory) * math.log(slope)
-        if self.count in {0, 1, 2, 3, 5, 7, 11} or self.is_measured():
-            f = torch.einsum("nkp,nkq->pq", rows, rows) / len(x)
-            if self.s and float(self.v @ f @ self.v) > 0:
-                self.cross(float(scale * self.v @ f @ self.v) / expected)
+        if measures:
             quadratic = float(delta @ (scale * f + scale * damping.diag()) @ delta)
             found = math.log(slope**2 / quadratic)
             if self.likelihood == "categorical":
@@ -230,6 +231,7 @@ class Reference:
         self.usual = 0.9 * self.usual + 0.1 * self.s if self.usual else self.s
         self.v = self.momenta * self.v - share * alpha * delta
         self.theta = (1 - self.rates * self.decays) * self.theta + self.v
+        self.made_with = float(self.rates.max()) * self.caution * self.zeta * self.rho
         fast, slow = (self.caution * min(self.length.growth, f) for f in (math.inf, 1.05))
         self.caution = min(1.0, max(slow, min(fast, self.ceiling)))
         self.ceiling = max(self.ceiling, self.caution)
@@ -258,8 +260,8 @@ class Reference:
         )
 
     def cross(self, found: float) -> None:
-        """Let ρ follow h/s."""
-        own = math.log(found / (float(self.rates.max()) * self.caution * self.zeta * self.rho))
+        """Let ρ follow h/s of a step."""
+        own = math.log(found / self.made_with)
         old = own if self.log_bend is None else self.log_bend
         self.log_bend = self.length.memory * old + (1 - self.length.memory) * own
 
@@ -761,7 +763,7 @@ def test_warning_of_many_steps_taken_back_comes_once():
 
 def test_caution_grows_fast_up_to_where_steps_went_too_far_and_slowly_beyond():
     rule, state = MeasuredLength(growth=2.0), natgrad.optim.step.measured_length.LengthState()
-    state = dataclasses.replace(state.taken(rule, 1.0), caution=0.8, ceiling=1.0)
+    state = dataclasses.replace(state.taken(rule, 1.0, rate=1.0), caution=0.8, ceiling=1.0)
     state = state.shortened(0.5, rate=1.0)
     assert state.caution == state.ceiling == 0.4
     state = state.shortened(0.1, rate=1.0)
@@ -770,14 +772,14 @@ def test_caution_grows_fast_up_to_where_steps_went_too_far_and_slowly_beyond():
     assert state.shortened(0.1, rate=1.0).caution == 0.01
     cautions = []
     for _ in range(6):
-        state = state.taken(rule, 1.0)
+        state = state.taken(rule, 1.0, rate=1.0)
         cautions.append(state.caution)
     expected = [0.04 * 1.05**k for k in range(1, 7)]  # The ceiling fell as well.
     assert all(math.isclose(a, b) for a, b in zip(cautions, expected, strict=True))
     fresh = dataclasses.replace(state, caution=0.1, ceiling=0.5)
     grown = []
     for _ in range(4):
-        fresh = fresh.taken(rule, 1.0)
+        fresh = fresh.taken(rule, 1.0, rate=1.0)
         grown.append(fresh.caution)
     assert all(math.isclose(a, b) for a, b in zip(grown, (0.2, 0.4, 0.5, 0.5 * 1.05), strict=True))
 

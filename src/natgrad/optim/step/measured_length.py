@@ -220,6 +220,7 @@ class LengthState:
         ceiling: Up to which γ grows quickly: its value where a step last went too far.
         slope: s, by how much the last step was to lower the loss to first order; None where the
             next gradient is not to be held against it.
+        share_of_alpha: ηγζρ of that step.
         usual_slope: The average of s over steps.
         ratio: The last q.
         ratio_variance: σ², the noise of q.
@@ -241,6 +242,7 @@ class LengthState:
     stretch: float = 1.0
     ceiling: float = 1.0
     slope: float | None = None
+    share_of_alpha: float = 1.0
     usual_slope: float = 0.0
     ratio: float | None = None
     ratio_variance: float = 0.0
@@ -366,26 +368,22 @@ class LengthState:
             return self
         return replace(self, reach=min(LONGEST, self.reach * rule.reach), ratios=0)
 
-    def _share_of_alpha(self, rate: float) -> float:
-        """Return ηγζρ."""
-        return rate * self.caution * self.stretch * self.reach
-
     def _bend(self, rate: float) -> float:
         """Return C of steps at a rate η, measured before."""
-        return max(1 / LONGEST, math.exp(self.log_bend or 0.0) * self._share_of_alpha(rate))
+        share_of_alpha = rate * self.caution * self.stretch * self.reach
+        return max(1 / LONGEST, math.exp(self.log_bend or 0.0) * share_of_alpha)
 
-    def crossed(self, rule: MeasuredLength, curvature: float, rate: float) -> LengthState:
+    def crossed(self, rule: MeasuredLength, curvature: float) -> LengthState:
         """Return the state after another batch measured the curvature along the last step.
 
         Args:
             rule: The rule.
             curvature: ``h = cvᵀF_b v`` with the last step v.
-            rate: η.
         """
-        if self.slope is None or not (self.slope > 0 and curvature > 0 and rate > 0):
+        if self.slope is None or not (self.slope > 0 and curvature > 0):
             return self
         bend = curvature / max(self.slope, self.usual_slope)
-        of_alpha = math.log(bend / self._share_of_alpha(rate))
+        of_alpha = math.log(bend / self.share_of_alpha)
         return replace(self, log_bend=averaged(self.log_bend, of_alpha, rule.memory))
 
     def _noisier(self, ratio: float) -> float:
@@ -423,8 +421,8 @@ class LengthState:
             taken_back=self.taken_back + 1,
         )
 
-    def taken(self, rule: MeasuredLength, slope: float) -> LengthState:
-        """Return the state after a step that lowers the loss by a slope to first order."""
+    def taken(self, rule: MeasuredLength, slope: float, rate: float) -> LengthState:
+        """Return the state after a step, at a rate η, that has a slope to first order."""
         fast, slow = self.caution * rule.growth, self.caution * min(rule.growth, SLOW_GROWTH)
         caution = min(1.0, max(slow, min(fast, self.ceiling)))
         usual = USUAL * self.usual_slope + (1 - USUAL) * slope if self.usual_slope else slope
@@ -433,6 +431,7 @@ class LengthState:
             caution=caution,
             ceiling=max(self.ceiling, caution),
             slope=slope or None,
+            share_of_alpha=rate * self.caution * self.stretch * self.reach,
             usual_slope=usual,
             steps=self.steps + 1,
         )
