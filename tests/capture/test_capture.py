@@ -415,6 +415,29 @@ def test_parameters_of_the_root_module():
     check(Root().double(), normal(4, 3))
 
 
+def test_parameters_named_alike():
+    class Alike(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_weight = nn.Parameter(torch.randn(31, 33))  # Too many for a dense block.
+            self.q_bias, self.q = nn.Parameter(torch.randn(31)), nn.Linear(3, 33)
+            self.up, self.up_bias = nn.Parameter(torch.randn(31, 2)), nn.Parameter(torch.randn(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = functional.linear(torch.tanh(self.q(x)), self.q_weight, self.q_bias)
+            return torch.tanh(hidden) @ self.up + self.up_bias
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Alike()).double()
+    check(model, normal(4, 3))
+    with Capture(model) as capture:
+        names = [n for block in capture.blocks.values() for n in block.layout.names]
+        assert sorted(names) == sorted(n for n, _ in model.named_parameters())
+        assert set(capture.blocks) == {
+            "0.q_weight", "0.q_bias", "0.q", "0.up", "0.up_bias",
+        }  # fmt: skip
+
+
 def test_generic_modules_with_masks_and_options():
     class Masked(nn.Module):
         def __init__(self) -> None:

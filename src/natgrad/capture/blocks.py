@@ -110,7 +110,7 @@ def find_blocks(
             continue
         if all(len(uses[module.get_parameter(n)]) == 1 for n in alive):
             several = len([g for g in groups if g[1] is module]) > 1
-            name = _block_name(module_name, module, alive if several else ())
+            name = _block_name(module_name, module, kind, alive[0] if several else "")
             use = _use(module, kind, alive, names)
             blocks[name] = Block(name, type(module).__name__, use.layout, (use,))
             continue
@@ -147,9 +147,17 @@ def _use(
     return Use(module, kind, local, kind.key_of(local), kind.layout(module, local, qualified))
 
 
-def _block_name(module_name: str, module: nn.Module, distinguishing: tuple[str, ...]) -> str:
+def _block_name(module_name: str, module: nn.Module, kind: LayerKind, first: str) -> str:
+    """Return the name of a block, with that of its first parameter where a layer has several."""
     base = module_name or type(module).__name__
-    if not distinguishing:
+    if not first:
         return base
-    part = distinguishing[0].removesuffix(".weight").removesuffix("_weight").removesuffix("_bias")
-    return f"{base}.{part}"
+    others = {_part(group[0]) for group in kind.parameter_groups(module) if first not in group}
+    others |= {name for name, _ in module.named_children()} - set(kind.owned_children)
+    part = _part(first)
+    return f"{base}.{first if part in others else part}"
+
+
+def _part(local: str) -> str:
+    """Return what a parameter belongs to, by its name within the layer."""
+    return local.removesuffix(".weight").removesuffix("_weight").removesuffix("_bias")
