@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
+import natgrad
 from natgrad.capture import Capture, kinds, register_layer
 from natgrad.capture.hooks import own_backward
 from natgrad.fisher import fisher_matrix
@@ -736,6 +737,67 @@ def test_in_place_operations_after_a_layer():
 
     torch.manual_seed(0)
     check(InPlace().double(), normal(4, 3))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_in_place_operations_after_a_layer_on_tokens(bias):
+    """Whose output is a view, of which such an operation makes another."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(3, 4, bias=bias), nn.ReLU(inplace=True),
+        nn.Linear(4, 4, bias=bias), nn.SiLU(inplace=True), nn.Linear(4, 2, bias=bias),
+    ).double()  # fmt: skip
+    x = normal(4, 3, 3)
+    check(model, x)
+    with Capture(model) as capture:
+        capture.watching = True
+        out = model(x)
+        capture.pull_back(out, normal(1, *out.shape))
+        assert not capture.sources.direct
+        out.square().sum().backward()  # Whose gradients at the layers are rows, too.
+        found = capture.user_jacobians(capture.passes[-1])
+        total = found.rmatvec(torch.ones(found.rows, 1, dtype=torch.float64)).flatten()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+        torch.testing.assert_close(total, gradient)
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+@pytest.mark.parametrize("change", ["mask", "division", "addition"])
+def test_an_output_that_is_changed_in_place(change, tokens):
+    """As by a mask over actions: the loss's own pass has let go of what leads through it."""
+
+    class Changed(nn.Module):
+        def forward(self, out: Tensor) -> Tensor:
+            if change == "addition":
+                return out + 3.0
+            return out / 2.0 if change == "division" else out.masked_fill(masked, -1e9)
+
+    def changed(out: Tensor) -> Tensor:
+        if change == "mask":
+            out[..., masked] = -1e9
+            return out
+        return out.add_(3.0) if change == "addition" else out.div_(torch.tensor(2.0))
+
+    torch.manual_seed(0)
+    masked = torch.tensor([False, False, True])
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    twin = nn.Sequential(*copy.deepcopy(model), Changed())
+    x = normal(4, 2, 3) if tokens else normal(8, 3)
+    y = torch.tensor([0, 1, 1, 0, 0, 1, 0, 1])
+    found = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for one in (model, twin):
+            optimizer = natgrad.KFAC(one, fisher="exact")
+            out = changed(one(x)) if one is model else one(x)
+            functional.cross_entropy(out.reshape(8, 3), y).backward()
+            optimizer.preconditioner.update_curvature()
+            found.append(optimizer.preconditioner.curvature.matrix().to_dense())
+    told = [str(one.message) for one in caught if "changed in place" in str(one.message)]
+    assert len(told) == (tokens or change != "addition")  # Nothing is needed to lead through it.
+    if change != "division":  # There the new values have the Jacobian of the old ones.
+        torch.testing.assert_close(found[0], found[1])
+    assert found[0].any()
 
 
 def test_inputs_modified_in_place_after_the_layer():

@@ -6,14 +6,14 @@ import functools
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from natgrad.capture.attention import RecordProjections
 from natgrad.capture.blocks import Block, find_blocks
@@ -24,6 +24,7 @@ from natgrad.capture.hooks import (
     inside_backward,
     is_pulling_back,
     outside_graphs,
+    own_backward,
 )
 from natgrad.capture.kinds import LayerCall, LayerKind
 from natgrad.capture.model_output import (
@@ -61,6 +62,8 @@ class ForwardPass:
         calls: Recorded layer calls in order.
         has_edges: Whether vectors can be pulled back to them.
         source: The model output the likelihood looks at.
+        returned: An alias of it with the graph it had when the model returned it.
+        version: How often it had been changed in place by then.
         batch_dim: The dimension of it that holds the samples.
         output: The same with samples in the first dimension.
         cotangent: Gradient of the user's loss with respect to it, once backpropagated.
@@ -74,6 +77,8 @@ class ForwardPass:
     calls: list[RecordedCall] = field(default_factory=list)
     has_edges: bool = True
     source: Tensor | None = None
+    returned: Tensor | None = None
+    version: int = 0
     batch_dim: int = 0
     output: Tensor | None = None
     cotangent: Tensor | None = None
@@ -326,10 +331,11 @@ class Capture:
         for index, output in enumerate(outputs):
             if alive[index]:
                 self._open.elements += output.numel()
+                made = _unviewed(output, call.inputs) if len(outputs) == 1 else output
                 if self.recording:
-                    recorded.edges.append(get_gradient_edge(output))
+                    recorded.edges.append(get_gradient_edge(made))
                 if watching:
-                    output.register_hook(_user_hook(recorded, index))
+                    made.register_hook(_user_hook(recorded, index))
 
     def _watch_products(self) -> None:
         """Record products in this pass: all while rows are to be checked, then those of rows."""
@@ -506,9 +512,41 @@ def _user_hook(recorded: RecordedCall, index: int) -> Callable[[Tensor], None]:
     def keep(gradient: Tensor) -> None:
         found = waiting()
         if found is not None and not is_pulling_back(gradient):
-            found.user_gradients[index] = gradient.detach()
+            found.user_gradients[index] = gradient.detach().reshape(found.shapes[index])
 
     return keep
+
+
+def _unviewed(output: Tensor, inputs: Sequence[Any]) -> Tensor:
+    """Return what an output is another shape of, as that of a linear layer on tokens is.
+
+    An operation in place that follows cuts the node of such a view out of the graph. What was there
+    before the layer's call, as its inputs, is left alone.
+    """
+    base = output._base
+    if base is None or type(base) is not Tensor or base.grad_fn is None:
+        return output
+    if torch._C._functorch.is_functorch_wrapped_tensor(base) or base.dtype != output.dtype:
+        return output
+    if not (base.is_contiguous() and output.is_contiguous() and base.numel() == output.numel()):
+        return output
+    given = (one.data_ptr() for one in inputs if type(one) is Tensor)
+    return output if base.data_ptr() in given else base
+
+
+def _leads_to(output: Tensor, returned: Tensor | None) -> bool:
+    """Return whether vectors can be pulled back through what was done to an output in place."""
+    assert returned is not None and returned.grad_fn is not None
+    node, number = returned.grad_fn.next_functions[0]
+    edge = cast(Tensor, GradientEdge(cast(Any, node), number))
+    try:
+        with own_backward(output) as root:
+            torch.autograd.grad(
+                [root], [edge], [torch.zeros_like(root)], retain_graph=True, allow_unused=True
+            )
+    except RuntimeError:  # The user's own backward pass has let go of what it needs.
+        return False
+    return True
 
 
 # Hook bodies run outside compiled graphs: autograd edges are only there in eager code.
@@ -582,6 +620,9 @@ def _after_model(capture: Capture, module: nn.Module, args: Any, output: Any) ->
     if capture.on_backward is None:
         return None
     owner, waiting = weakref.ref(capture), weakref.ref(current)
+    watched, current.version = _unviewed(selected, ()), selected._version
+    if type(selected) is Tensor:
+        current.returned = torch.ops.aten._unsafe_view(watched, selected.shape)
 
     def reached(cotangent: Tensor) -> None:
         found, recorded = owner(), waiting()
@@ -595,14 +636,26 @@ def _after_model(capture: Capture, module: nn.Module, args: Any, output: Any) ->
                 "waited for it"
             )
             return
+        source, returned = recorded.source, recorded.returned
+        assert source is not None
+        changed = returned is not None and source._version != recorded.version
+        if changed and not _leads_to(source, returned):
+            found.tell(
+                "the model's output is changed in place after the model has returned it, as by "
+                "out /= 2: curvature is that of a model that returns the new values; write "
+                "out = out / 2 to have the change taken for a part of the loss"
+            )
+            assert returned is not None
+            with torch.enable_grad():
+                recorded.output = recorded.samples_first(returned)
         # With create_graph=True the user may differentiate the output itself (as in a
         # physics-informed loss); whether training backpropagates is seen at the step.
         recorded.retained = torch.is_grad_enabled()
-        recorded.cotangent = recorded.samples_first(cotangent.detach())
+        recorded.cotangent = recorded.samples_first(cotangent.detach().reshape(source.shape))
         if found.on_backward is not None and not recorded.retained:
             found.on_backward(recorded)
 
-    selected.register_hook(reached)
+    watched.register_hook(reached)
     return replaced
 
 

@@ -207,7 +207,7 @@ class RowCheck:
                 return None
             remaining = iter(found)
             for one in calls:
-                own = [next(remaining) for _ in one.edges]
+                own = one.spread([next(remaining) for _ in one.edges])
                 first = next((g for g in own if g is not None), None)
                 reached[one].append(None if first is None else first != 0)
         sources.unreached = {one.place for one, of in reached.items() if all(g is None for g in of)}

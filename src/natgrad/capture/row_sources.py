@@ -33,7 +33,8 @@ class RecordedCall:
         place: What tells it from the other calls of a pass.
         shapes: Shapes of the outputs.
         alive: Which of them have a graph.
-        edges: Where the gradients of these can be had; empty if vectors cannot be pulled back.
+        edges: Where the gradients of these can be had, shaped as what they are views of; empty if
+            vectors cannot be pulled back.
         user_gradients: What the user's backward pass brought to the outputs, where it is watched.
         axis: Where its samples lie; None if they are coupled.
         gradients: ``(K, *output.shape)`` of every output.
@@ -53,9 +54,11 @@ class RecordedCall:
     apart: Gradients = field(default_factory=list)
 
     def spread(self, found: Iterable[Tensor | None]) -> Gradients:
-        """Return gradients at the edges as gradients of the outputs."""
+        """Return gradients ``(K, ...)`` at the edges as gradients of the outputs."""
         remaining = iter(found)
-        return [next(remaining) if alive else None for alive in self.alive]
+        each = [next(remaining) if alive else None for alive in self.alive]
+        pairs = zip(each, self.shapes, strict=True)
+        return [g if g is None else g.reshape(len(g), *shape) for g, shape in pairs]
 
     def is_of(self, use: Use) -> bool:
         """Return whether it is one that a use of a parameter speaks of."""
