@@ -181,6 +181,63 @@ def test_taylor_network_of_chosen_coordinates():
     assert plain.second.shape == (5, 0, 2) and plain.laplacian.shape[1] == 0
 
 
+@pytest.mark.parametrize("widths", [[3, 2], [3, 4, 2], [3, 4, 5, 2]])
+@pytest.mark.parametrize(
+    "asked", [{}, {"laplacian": True}, {"first": [2, 0], "second": [(0, 2)], "laplacian": [2]}]
+)
+def test_what_is_asked_for_at_a_point_is_what_the_stack_holds(widths, asked):
+    network, x = perceptron(widths, "gelu"), points(5, 3)
+    model = TaylorNetwork(network, **asked)
+    expected = model.derivatives(x)
+    found = torch.func.vmap(lambda point: tuple(model.at(point)))(x)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other.reshape(one.shape), rtol=0, atol=1e-13)
+    alone = torch.func.vmap(lambda point: model.at(point).second)(x)
+    torch.testing.assert_close(alone, expected.second, rtol=0, atol=1e-13)
+
+
+def test_derivatives_that_no_residual_asks_for_are_not_computed(monkeypatch):
+    """Of a hundred first derivatives the values need none, the Laplacian none behind tanh."""
+    sizes = []
+
+    def linear(rows, *others):
+        sizes.append(rows.shape)
+        return plain(rows, *others)
+
+    plain = nn.functional.linear
+    monkeypatch.setattr(nn.functional, "linear", linear)
+    model = TaylorNetwork(perceptron([100, 6, 1]), laplacian=True)
+    u = model.at(points(1, 100)[0])
+    assert u.value.shape == (1,) and sizes == [(100,), (6,)]
+    assert u.laplacian.shape == (1,) and sizes[2:] == [(1, 100), (100, 100), (1, 6)]
+    assert u.first.shape == (100, 1) and sizes[5:] == [(100, 6)]
+
+
+def test_many_derivatives_are_had_entry_by_entry():
+    """Both ways are the same training; only the structures of exact rows take entries."""
+    inside, edge = points(6, 40), points(5, 40, seed=2)
+    steps = []
+    for route in (None, "captured", "vmap"):
+        network = perceptron([40, 3, 1])
+        model = TaylorNetwork(network, laplacian=True)
+        residuals = {
+            "equation": Residual(lambda u, x: u.laplacian - u.value**3 - 1, inside),
+            "data": Residual(data_of_stack, edge, weight=3.0),
+        }
+        optimizer = ResidualNGD(model, residuals, jacobians=route)
+        before = flat(network)
+        for _ in range(3):
+            optimizer.step()
+        steps.append((before - flat(network), type(optimizer.rows)))
+    assert [kind for _, kind in steps] == [FunctionRows, CapturedRows, FunctionRows]
+    assert torch.equal(steps[0][0], steps[2][0])
+    dense.assert_same(steps[0][0], steps[1][0], 1e-9)
+    kfac = ResidualNGD(model, residuals, structure="kfac")
+    assert isinstance(kfac.rows, CapturedRows)
+    few = TaylorNetwork(perceptron([2, 5, 4, 1]), laplacian=True)
+    assert isinstance(ResidualNGD(few, parts(True)).rows, CapturedRows)
+
+
 def test_nested_networks_and_repeated_layers():
     torch.manual_seed(0)
     shared, tanh = nn.Linear(3, 3), nn.Tanh()
@@ -193,6 +250,8 @@ def test_nested_networks_and_repeated_layers():
     expected = hessians.diagonal(dim1=2, dim2=3).sum(2)
     dense.assert_same(model.derivatives(x).laplacian, expected, 1e-12)
     assert len(list(model.parameters())) == len(list(network.parameters()))
+    found = torch.func.vmap(lambda point: model.at(point).laplacian)(x)
+    dense.assert_same(found, expected, 1e-12)
 
 
 def test_taylor_network_shares_parameters_and_survives_copies():

@@ -106,9 +106,11 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
             or with captured rows any other. An instance may name a solver:
             ``natgrad.curvature.Full(solver=ConjugateGradient(1e-6, 500))`` forms no matrix.
         jacobians: ``"captured"`` takes factored rows from a network that propagates derivatives,
-            much the faster; ``"vmap"`` differentiates the residual functions by
-            :mod:`torch.func`, point by point in batches. By default captured where the model is a
-            TaylorNetwork.
+            all at once at all points, much the faster in few dimensions; ``"vmap"`` differentiates
+            the residual functions by :mod:`torch.func`, point by point in batches. By default
+            captured where the model is a TaylorNetwork, unless it has 32 derivatives or more and
+            rows with more numbers factored than entry by entry, and the structure takes these: in
+            many dimensions derivatives that no residual asks for are most of the work.
         lr: t; for schedules, as where points change.
         damping: λ to begin with, in the units of F; by default in those of the problem, see above.
         momentum: μ of the last step Δ₀: Δ minimises ``½‖JΔ − ρ‖² + ½λ‖Δ − μΔ₀‖²`` (Goldshlager,
@@ -175,14 +177,18 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
             check_interval("chunk_size", chunk_size)
         self.replicas: Replicas = Replicas.of(model, process_group)
         model = unwrap(model)
+        chosen = as_structure(structure, training=True)
         if jacobians is None:
-            jacobians = "captured" if isinstance(model, TaylorNetwork) else "vmap"
+            jacobians = "vmap"
+            if isinstance(model, TaylorNetwork) and not (
+                isinstance(chosen, ExactRows) and model.has_large_stacks
+            ):
+                jacobians = "captured"
         check_choice("jacobians", jacobians, "captured", "vmap")
         self.residuals: dict[str, Residual] = as_residuals(residuals)
         source = CapturedRows if jacobians == "captured" else FunctionRows
         self.rows: ResidualRows = source(model, self.residuals, chunk_size, self.replicas)
         blocks = {name: block.layout for name, block in self.rows.blocks.items()}
-        chosen = as_structure(structure, training=True)
         self.curvature: Curvature = Curvature(chosen, blocks, self.rows.layout)
         self.curvature.replicas, self.curvature.rows_stay = self.replicas, chosen.rows_stay
         iterates = isinstance(chosen, ExactRows) and chosen.is_iterative

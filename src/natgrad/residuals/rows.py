@@ -186,7 +186,8 @@ class FunctionRows(ResidualRows):
         if not self.parameters:
             raise ValueError("the model has no trainable parameter")
         self.blocks: dict[str, Block] = _dense_blocks(model, self.parameters)
-        self._places = parameter_places(model, self.parameters)
+        self._taylor = _TaylorResidual(model) if isinstance(model, TaylorNetwork) else None
+        self._places = parameter_places(self._taylor or model, self.parameters)
 
     def _values(self, residual: Residual, chosen: slice) -> Tensor:
         with torch.no_grad():
@@ -245,19 +246,21 @@ class FunctionRows(ResidualRows):
         self, residual: Residual, chosen: slice, parameters: dict[str, Tensor], transform: Any
     ) -> Any:
         """Apply a function of parameters and one point to many points."""
-        model = self.model
-        split = model.split if isinstance(model, TaylorNetwork) else None
+        model, taylor = self.model, self._taylor
 
         def at_point(parameters: dict[str, Tensor], point: Tensor, *data: Tensor) -> Tensor:
             given = {place: parameters[name] for place, name in self._places.items() if parameters}
+            if taylor is not None:
+                arguments = residual, point, *(data or (None,))
+                value: Tensor = functional_call(taylor, given, arguments, tie_weights=False)
+                return value
 
             def network(x: Tensor) -> Tensor:
                 batch = functional_call(model, given, (x.unsqueeze(0),), tie_weights=False)
                 result: Tensor = batch[0]
                 return result
 
-            u = network if split is None else split(network(point))
-            return residual.at(u, point, *(data or (None,)))
+            return residual.at(network, point, *(data or (None,)))
 
         data = () if residual.data is None else (residual.data[chosen],)
         arguments = (residual.points[chosen], *data)
@@ -365,6 +368,18 @@ class CapturedRows(ResidualRows):
             self.capture.recording = False
             self.capture.clear()
         return scale * output.detach(), rows
+
+
+class _TaylorResidual(nn.Module):
+    """A residual of a Taylor network at one point, as a module whose parameters can be others."""
+
+    def __init__(self, model: TaylorNetwork) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, residual: Residual, point: Tensor, data: Tensor | None) -> Tensor:
+        """Return it, flat."""
+        return residual.at(self.model.at(point), point, data)
 
 
 def _dense_blocks(model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, Block]:

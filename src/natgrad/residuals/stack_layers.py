@@ -57,6 +57,15 @@ class StackRows:
             stack[:, row, coordinate] = 1.0
         return stack
 
+    def directions(self, point: Tensor) -> Tensor:
+        """Return the first derivatives of the coordinates themselves, ``(F, D)``.
+
+        Args:
+            point: ``(D,)``.
+        """
+        unit = torch.eye(len(point), dtype=point.dtype, device=point.device)
+        return unit[list(self.first)]
+
     def products(self, first: Tensor) -> Tensor | None:
         """Return what φ'' is multiplied by in the rows of second order, or None without any.
 
@@ -119,6 +128,10 @@ class StackActivation(nn.Module):
         self.activation: nn.Module = activation
         self.rows: StackRows = rows
         self._derivatives = activation_derivatives(activation)
+
+    def derivatives(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ``φ(z)``, ``φ'(z)`` and ``φ''(z)``, in the shape of z."""
+        return self._derivatives(self.activation, z)
 
     def forward(self, stack: Tensor) -> Tensor:
         """Return the stack of ``φ(z)`` from that of z, ``(N, T, d)``."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from natgrad.residuals.stack_layers import StackActivation, StackLinear, StackRows
 
-__all__ = ["Taylor", "TaylorNetwork"]
+__all__ = ["Taylor", "TaylorAtPoint", "TaylorNetwork"]
+
+
+#: Rows of a stack from which on it pays to compute only those that are asked for.
+MANY_ROWS = 32
 
 
 class Taylor(NamedTuple):
@@ -26,6 +31,98 @@ class Taylor(NamedTuple):
     first: Tensor
     second: Tensor
     laplacian: Tensor
+
+
+class TaylorAtPoint:
+    """The fields of a :class:`Taylor` at one point, each computed when it is first asked for.
+
+    What a residual does not ask for costs nothing, as all derivatives where it takes the value
+    alone. Before the first activation first derivatives are the same at all points, so that under
+    :func:`torch.func.vmap` they are computed once; behind the last one only where they are asked
+    for.
+
+    Args:
+        network: The layers, of stacks.
+        rows: Which derivatives there are.
+        point: ``(D,)``.
+    """
+
+    def __init__(self, network: nn.Sequential, rows: StackRows, point: Tensor) -> None:
+        self._layers: list[nn.Module] = list(_in_order(network))
+        self._rows: StackRows = rows
+        self._point: Tensor = point
+        last = [i for i, layer in enumerate(self._layers) if isinstance(layer, StackActivation)]
+        self._curved: int = last[-1] + 1 if last else 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield the fields in the order of :class:`Taylor`."""
+        yield from (self.value, self.first, self.second, self.laplacian)
+
+    @cached_property
+    def value(self) -> Tensor:
+        """``u``, ``(C,)``."""
+        return self._values[0]
+
+    @cached_property
+    def first(self) -> Tensor:
+        """First derivatives, ``(F, C)``."""
+        first, slopes = self._firsts[-1], self._values[1]
+        if self._curved:
+            first = slopes[-1][0] * first
+        for layer in self._layers[self._curved :]:
+            first = _mapped(layer, first)
+        return first
+
+    @cached_property
+    def second(self) -> Tensor:
+        """Second derivatives, ``(S, C)``."""
+        return self._seconds[: len(self._rows.second)]
+
+    @cached_property
+    def laplacian(self) -> Tensor:
+        """The Laplacian, ``(C,)``; empty ``(0,)`` where there is none."""
+        return self._seconds[-1] if self._rows.laplacian else self._point.new_zeros(0)
+
+    @cached_property
+    def _values(self) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """The value, and φ' and φ'' of every activation, ``(d,)``."""
+        value, slopes = self._point, list[tuple[Tensor, Tensor]]()
+        for layer in self._layers:
+            if isinstance(layer, StackActivation):
+                at_stack = layer.derivatives(value[None, None])
+                value, slope, bend = (one[0, 0] for one in at_stack)
+                slopes.append((slope, bend))
+            else:
+                assert isinstance(layer, StackLinear)
+                value = nn.functional.linear(value, layer.weight, layer.bias)
+        return value, slopes
+
+    @cached_property
+    def _firsts(self) -> list[Tensor]:
+        """First derivatives of what every activation is given, ``(F, d)``; without any, of x."""
+        first, slopes, found = self._rows.directions(self._point), self._values[1], []
+        for layer in self._layers[: self._curved]:
+            if isinstance(layer, StackActivation):
+                found.append(first)
+                first = slopes[len(found) - 1][0] * first if len(found) < len(slopes) else first
+            else:
+                first = _mapped(layer, first)
+        return found or [first]
+
+    @cached_property
+    def _seconds(self) -> Tensor:
+        """Second derivatives and the Laplacian, ``(S + 1, C)``; ``(S, C)`` without it."""
+        rows, slopes, done = self._rows, self._values[1], 0
+        rest = self._point.new_zeros(len(rows.second) + bool(rows.laplacian), len(self._point))
+        for layer in self._layers:
+            if isinstance(layer, StackActivation):
+                slope, bend = slopes[done]
+                products = rows.products(self._firsts[done].unsqueeze(0))
+                rest = rest if products is None else slope * rest + bend * products[0]
+                done += 1
+            else:
+                rest = _mapped(layer, rest)
+        return rest
 
 
 class TaylorNetwork(nn.Module):
@@ -84,6 +181,14 @@ class TaylorNetwork(nn.Module):
         self.rows: StackRows = _rows(self.dimension, first, second, laplacian)
         self.network: nn.Sequential = _converted(network, self.rows, {})
 
+    @property
+    def has_large_stacks(self) -> bool:
+        """Whether many derivatives make rows larger in factors, (a, δ), than entry by entry."""
+        layers = {m for m in self.network.modules() if isinstance(m, StackLinear)}
+        factors = sum(layer.in_features + layer.out_features for layer in layers)
+        entries = sum(p.numel() for p in self.network.parameters() if p.requires_grad)
+        return self.rows.count >= MANY_ROWS and self.rows.count * factors > entries
+
     def forward(self, points: Tensor) -> Tensor:
         """Return the stack at points ``(N, D)``: ``(N, T, C)``, value first.
 
@@ -100,6 +205,10 @@ class TaylorNetwork(nn.Module):
     def derivatives(self, points: Tensor) -> Taylor:
         """Return value and derivatives at points ``(N, D)``, each with a leading N."""
         return self.split(self(points))
+
+    def at(self, point: Tensor) -> TaylorAtPoint:
+        """Return value and derivatives at one point ``(D,)``, computed as they are asked for."""
+        return TaylorAtPoint(self.network, self.rows, point)
 
     def split(self, stack: Tensor) -> Taylor:
         """Take a stack ``(..., T, C)`` apart."""
@@ -131,6 +240,21 @@ def _rows(
     place = {coordinate: index for index, coordinate in enumerate(coordinates)}
     pairs = tuple((place[i], place[j]) for i, j in second)
     return StackRows(coordinates, pairs, tuple(place[c] for c in summed))
+
+
+def _in_order(network: nn.Sequential) -> Iterator[nn.Module]:
+    """Yield the layers of a nested network as often as they occur."""
+    for module in network:
+        if isinstance(module, nn.Sequential):
+            yield from _in_order(module)
+        else:
+            yield module
+
+
+def _mapped(layer: nn.Module, rows: Tensor) -> Tensor:
+    """Map derivatives by a linear layer, which adds its bias to the value alone."""
+    assert isinstance(layer, StackLinear)
+    return nn.functional.linear(rows, layer.weight)
 
 
 def _converted(
