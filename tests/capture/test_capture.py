@@ -393,6 +393,85 @@ def test_an_overridden_forward_is_not_taken_for_its_parents():
     check(patched, normal(4, 3))
 
 
+class NormAndMore(nn.BatchNorm2d):
+    """A batch norm that applies an activation, too, as timm's do."""
+
+    def __init__(self, channels: int, act: nn.Module, affine: bool = True) -> None:
+        super().__init__(channels, affine=affine)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.training
+        )
+        return self.act(x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norms_that_go_on(training, affine):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 3, 2), NormAndMore(3, nn.ReLU(inplace=True), affine),
+        nn.Conv2d(3, 3, 1), NormAndMore(3, nn.PReLU(3), affine), NormAndMore(3, nn.Identity()),
+        nn.Conv2d(3, 2, 2), NormAndMore(2, nn.Sequential(nn.SiLU(), nn.Sigmoid())), nn.Flatten(),
+    ).double().train(training)  # fmt: skip
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    x = normal(5, 1, 3, 3)
+    check(model, x)
+    with Capture(model) as capture:
+        capture.watching = True
+        out = model(x)
+        capture.pull_back(out, normal(1, *out.shape))
+        assert not capture.sources.direct
+        assert all(axis is not None for axis in capture.sources.axes.values())
+        if not training:  # In training the loss's own gradient flows through the statistics.
+            out.square().sum().backward()
+            found = capture.user_jacobians(capture.passes[-1])
+            total = found.rmatvec(torch.ones(found.rows, 1, dtype=torch.float64)).flatten()
+            gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+            torch.testing.assert_close(total, gradient)
+
+
+def test_rectifiers_with_slopes():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 3, 2), nn.PReLU(3), nn.Conv2d(3, 2, 1), nn.PReLU(), nn.Flatten(),
+        nn.Linear(8, 4), nn.PReLU(4), nn.Linear(4, 2), nn.PReLU(),
+    ).double()  # fmt: skip
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([0.2, -0.5, 2.0]))
+    check(model, normal(5, 1, 3, 3))
+    with Capture(model) as capture:
+        out = model(normal(5, 1, 3, 3))
+        capture.pull_back(out, normal(1, *out.shape))
+        assert all(axis is not None for axis in capture.sources.axes.values())
+
+
+def test_batch_norms_of_ones_own():
+    class Twice(nn.BatchNorm1d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(2 * x + 1)
+
+    class ByHand(nn.BatchNorm1d):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x - x.mean(0)) * self.weight + self.bias
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), Twice(4), nn.Tanh(), nn.Linear(4, 2)).double()
+    with Capture(model) as capture:  # Its input is not that of the norm: rows are not the norm's.
+        out = model(normal(5, 3))
+        capture.pull_back(out, normal(1, *out.shape), independent=True)
+        assert set(capture.sources.direct) == {"1"}
+    model = nn.Sequential(nn.Linear(3, 4), ByHand(4), nn.Tanh(), nn.Linear(4, 2)).double()
+    with Capture(model) as capture:
+        out = model(normal(5, 3))
+        capture.pull_back(out, normal(1, *out.shape), independent=True)
+        assert set(capture.sources.direct) == {"1"}
+        assert capture.sources.axes[capture.passes[-1].calls[0].place] is None
+
+
 def test_a_subclass_that_keeps_forward_is_its_parent():
     class Named(nn.Linear):
         pass

@@ -10,6 +10,7 @@ from torch import nn
 from natgrad.capture.generic import GenericKind, free_layout
 from natgrad.capture.kinds import LayerKind, find_kind
 from natgrad.capture.likeness import kind_by_trial
+from natgrad.capture.normalization import kind_within
 from natgrad.layouts import BlockLayout
 
 __all__ = ["Block", "Use", "find_blocks"]
@@ -78,7 +79,7 @@ def find_blocks(
     for module_name, module in model.named_modules():
         if module in owned:
             continue
-        kind = find_kind(module) or kind_by_trial(module) or generic
+        kind = find_kind(module) or kind_within(module) or kind_by_trial(module) or generic
         owned.update(module.get_submodule(child) for child in kind.owned_children)
         covered: set[nn.Parameter] = set()
         reason = kind.refuse(module)

@@ -332,10 +332,11 @@ class Capture:
             if alive[index]:
                 self._open.elements += output.numel()
                 made = _unviewed(output, call.inputs) if len(outputs) == 1 else output
+                inside: GradientEdge | None = call.options.pop("edge", None)
                 if self.recording:
-                    recorded.edges.append(get_gradient_edge(made))
+                    recorded.edges.append(inside or get_gradient_edge(made))
                 if watching:
-                    made.register_hook(_user_hook(recorded, index))
+                    _call_with_gradient(inside or made, _user_hook(recorded, index))
 
     def _watch_products(self) -> None:
         """Record products in this pass: all while rows are to be checked, then those of rows."""
@@ -517,6 +518,19 @@ def _user_hook(recorded: RecordedCall, index: int) -> Callable[[Tensor], None]:
     return keep
 
 
+def _call_with_gradient(place: Tensor | GradientEdge, keep: Callable[[Tensor], None]) -> None:
+    """Have a function called with the gradient of a tensor, or at the first output of a node."""
+    if isinstance(place, Tensor):
+        place.register_hook(keep)
+        return
+
+    def before(gradients: tuple[Tensor | None, ...]) -> None:
+        if gradients[0] is not None:
+            keep(gradients[0])
+
+    cast(Any, place.node).register_prehook(before)
+
+
 def _unviewed(output: Tensor, inputs: Sequence[Any]) -> Tensor:
     """Return what an output is another shape of, as that of a linear layer on tokens is.
 
@@ -608,6 +622,12 @@ def _after_model(capture: Capture, module: nn.Module, args: Any, output: Any) ->
         if current in capture.passes:
             capture.passes.remove(current)
         return None
+    if not selected.dim():
+        raise ValueError(
+            "the output that the likelihood looks at is a single number, as a loss is: let the "
+            "model return what the loss is computed of, too, and pass output=lambda out: ... to "
+            "pick it"
+        )
     time_first = capture.sources.time_first and selected.dim() > 1
     current.batch_dim = int(time_first) if capture.batch_dim is None else capture.batch_dim
     if not current.batch_dim < selected.dim():

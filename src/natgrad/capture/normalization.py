@@ -3,7 +3,8 @@
 Each channel is a linear map of one input, ``y_j = γ_j x̂_j + β_j``, so a layer is ``d`` groups of
 ``1 × 1`` matrices with a bias. BatchNorm in training mode couples samples through its statistics;
 natgrad treats these as constants of the batch, which makes per-sample rows well defined. The
-pull-back through such a layer is replaced accordingly (see :func:`fix_statistics`).
+pull-back through such a layer is replaced accordingly (see :func:`fix_statistics`), also where a
+subclass does more than to normalise, as to apply an activation.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node
 from torch.nn import functional
 
 from natgrad.capture.hooks import holds_statistics
@@ -29,7 +31,17 @@ from natgrad.capture.kinds import (
 from natgrad.jacobians import LayerJacobian, LinearJacobian
 from natgrad.layouts import BlockLayout
 
-__all__ = ["NormalizationKind", "batch_norms", "batch_statistics", "fix_statistics"]
+__all__ = [
+    "InnerBatchNormKind",
+    "NormalizationKind",
+    "batch_norms",
+    "batch_statistics",
+    "fix_statistics",
+    "kind_within",
+]
+
+#: Up to so many operations are looked through for a batch norm that is not the last of its module.
+INNER_OPERATIONS = 16
 
 
 class NormalizationKind(LayerKind):
@@ -63,7 +75,8 @@ class NormalizationKind(LayerKind):
         calls = super().observe(module, args, kwargs, output)
         if batch_norms(module):
             layer, call = cast(nn.BatchNorm2d, module), calls[0]
-            call.options["statistics"] = batch_statistics(layer, call.inputs[0], call.outputs[0])
+            node = _batch_norm_node(layer, call.outputs[0])
+            call.options["statistics"] = batch_statistics(layer, call.inputs[0], node)
         return calls
 
     def layout(
@@ -117,6 +130,60 @@ class NormalizationKind(LayerKind):
         return rows.unsqueeze(-1)[..., : layout.d_in]
 
 
+class InnerBatchNormKind(NormalizationKind):
+    """Batch norms with a forward of their own, which goes on where the norm ends.
+
+    The gradient of the norm's output is had inside of the module's graph.
+    """
+
+    def observe(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> list[LayerCall]:
+        """Record the norm, if it is found."""
+        layer = cast(nn.BatchNorm2d, module)
+        if not (args and isinstance(output, Tensor) and output.shape == args[0].shape):
+            return []
+        node = _batch_norm_node(layer, output)
+        if node is None:
+            return []
+        options: dict[str, Any] = {"edge": GradientEdge(node, 0)}
+        call = LayerCall(module, "", (args[0].detach(),), (output,), options)
+        if batch_norms(module):
+            call.options["statistics"] = batch_statistics(layer, args[0], node)
+        return [call]
+
+
+def kind_within(module: nn.Module) -> LayerKind | None:
+    """Return the kind of a batch norm that has a forward of its own, or None."""
+    return _INNER if isinstance(module, nn.modules.batchnorm._BatchNorm) else None
+
+
+def _batch_norm_node(layer: nn.BatchNorm2d, output: Tensor) -> Node | None:
+    """Return the node of a batch norm in the graph of its module's output, or None."""
+    start = output.grad_fn
+    if start is None or _is_batch_norm(start):
+        return start
+    if type(layer).forward is getattr(nn.modules.batchnorm._BatchNorm, "forward"):  # noqa: B009
+        return None
+    weight, waiting = layer.weight, [start]
+    for _ in range(INNER_OPERATIONS):
+        if not waiting:
+            break
+        node = waiting.pop(0)
+        if _is_batch_norm(node):
+            own = getattr(node, "_saved_weight", None)
+            same = own is None if weight is None else own is not None
+            if same and (own is None or own.data_ptr() == weight.data_ptr()):
+                return node
+            continue
+        waiting += [one for one, _ in node.next_functions if one is not None]
+    return None
+
+
+def _is_batch_norm(node: Node) -> bool:
+    return "BatchNorm" in type(node).__name__
+
+
 def batch_norms(module: nn.Module) -> bool:
     """Return whether a module normalises with statistics of the present batch."""
     return isinstance(module, nn.modules.batchnorm._BatchNorm) and (
@@ -129,11 +196,11 @@ def fix_statistics(module: nn.Module, inputs: Tensor, output: Tensor) -> None:
 
     The batch norm is in training mode; the user's own backward pass is left as it is.
     """
-    node = output.grad_fn
-    if node is None or "BatchNorm" not in type(node).__name__:
-        return
     layer = cast(nn.BatchNorm2d, module)
-    _, scale = batch_statistics(layer, inputs.detach(), output)
+    node = _batch_norm_node(layer, output) if isinstance(output, Tensor) else None
+    if node is None:
+        return
+    _, scale = batch_statistics(layer, inputs.detach(), node)
     if layer.weight is not None:
         scale = scale * layer.weight.detach()
     scale = scale.to(inputs.dtype).view(1, -1, *([1] * (inputs.dim() - 2)))
@@ -149,13 +216,12 @@ def fix_statistics(module: nn.Module, inputs: Tensor, output: Tensor) -> None:
 
 
 def batch_statistics(
-    layer: nn.BatchNorm2d, inputs: Tensor, output: Tensor
+    layer: nn.BatchNorm2d, inputs: Tensor, node: Node | None
 ) -> tuple[Tensor, Tensor]:
     """Return mean and inverse standard deviation of a batch, ``(channels,)`` each.
 
-    PyTorch keeps them for the backward pass; else they are computed anew.
+    PyTorch keeps them for the backward pass, at the norm's node; else they are computed anew.
     """
-    node = output.grad_fn
     mean = getattr(node, "_saved_result1", None)
     inverse_std = getattr(node, "_saved_result2", None)
     if mean is not None and inverse_std is not None and inverse_std.shape == (inputs.shape[1],):
@@ -175,6 +241,10 @@ def _normalize_batch(call: LayerCall, rows: Tensor) -> Tensor:
         inverse_std = (cast(Tensor, module.running_var) + module.eps).rsqrt()
     normalised: Tensor = (rows - mean) * inverse_std
     return normalised
+
+
+def _negative_part(call: LayerCall, rows: Tensor) -> Tensor:
+    return rows.clamp(max=0.0)
 
 
 def _normalize_layer(call: LayerCall, rows: Tensor) -> Tensor:
@@ -203,12 +273,16 @@ def _normalize_instance(call: LayerCall, inputs: Tensor) -> Tensor:
     )
 
 
+_INNER = InnerBatchNormKind(_normalize_batch, channels_first=True, by_rows=True)
+
 register_kind(
     NormalizationKind(_normalize_batch, channels_first=True, by_rows=True),
     nn.BatchNorm1d,
     nn.BatchNorm2d,
     nn.BatchNorm3d,
 )
+# ``y = max(0, x) + w min(0, x)``, with one w or one per channel.
+register_kind(NormalizationKind(_negative_part, channels_first=True, by_rows=True), nn.PReLU)
 register_kind(NormalizationKind(_normalize_layer, channels_first=False, by_rows=True), nn.LayerNorm)
 register_kind(NormalizationKind(_normalize_rms, channels_first=False, by_rows=True), nn.RMSNorm)
 register_kind(NormalizationKind(_normalize_group, channels_first=True, by_rows=False), nn.GroupNorm)
