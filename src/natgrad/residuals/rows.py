@@ -274,7 +274,9 @@ class FunctionRows(ResidualRows):
         values = self._end_to_end([scale * value for scale, value, _ in chunks])
         dense: dict[str, LayerJacobian] = {}
         for name, block in self.blocks.items() if chunks else ():
-            rows = torch.cat([scale * chunk[name] for scale, _, chunk in chunks])
+            scaled = [chunk.pop(name).mul_(scale) for scale, _, chunk in chunks]
+            rows = scaled[0] if len(scaled) == 1 else torch.cat(scaled)
+            del scaled
             dense[name] = DenseJacobian(block.layout, rows.unsqueeze(1))
         return values, Jacobians(self.layout, dense, len(values), 1)
 
