@@ -267,14 +267,19 @@ class Reference:
 
     def reach(self) -> None:
         """Let ρ grow or fall."""
-        count, usual = len(self.ratios), self.usual_ratio()
-        if usual > 0:
-            excess = min(1.0, usual / self.bend())
-            self.rho = max(1.0, self.rho * math.exp(-self.length.annealing * excess))
-        elif count >= 4:
+        count, usual, kappa = len(self.ratios), self.usual_ratio(), self.length.annealing
+        if usual > 0 and self.rho > 1:
+            self.rho = max(1.0, self.rho * math.exp(-kappa * min(1.0, usual / self.bend())))
+        elif count >= 4 and self.length.reach > 1:
             error = math.sqrt(self.pairs / (1 - 0.9**self.seen) / min(count, 19))
-            best = 1 - (usual + 2 * error) / self.bend()
-            if min(1.0, float(self.rates.max())) * self.caution * best > 3:
+            least, most = (usual - 2 * error) / self.bend(), (usual + 2 * error) / self.bend()
+            if least > 0.5:
+                if self.log_k > self.long_log_k - 0.5:
+                    self.rho = max(0.01, self.rho * math.exp(-kappa * min(1.0, least - 0.5)))
+            elif self.rho < 1:
+                if most < 0.5:
+                    self.rho = min(1.0, self.rho * math.exp(kappa * min(1.0, 0.5 - most)))
+            elif min(1.0, float(self.rates.max())) * self.caution * (1 - most) > 3:
                 self.rho *= self.length.reach
                 self.ratios = []
 
@@ -433,13 +438,13 @@ def test_lengths_are_annealed_by_the_formula(kind, momentum):
     assert any(held) and not all(held)  # While K falls lengths are left alone.
 
 
-def student(noise: float, annealing: float, seed: int) -> tuple[float, float]:
-    """Return the error after 400 batches of another network's noisy outputs, and the last ζ."""
+def student(noise: float, seed: int, **options: float) -> tuple[float, float, float]:
+    """Return the error after 400 batches of another network's noisy outputs, the last ζ and ρ."""
     torch.manual_seed(seed)
     teacher, model = (
         nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3)).double() for _ in range(2)
     )
-    rule = StepRule(length=MeasuredLength(annealing=annealing))
+    rule = StepRule(length=MeasuredLength(**options))
     optimizer = natgrad.KFAC(model, "gaussian", step_rule=rule)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Steps are taken back.
@@ -450,7 +455,7 @@ def student(noise: float, annealing: float, seed: int) -> tuple[float, float]:
     x = torch.randn(1000, 6).double()
     with torch.no_grad():
         error = 0.5 * (model(x) - teacher(x)).square().sum(1).mean()
-    return float(error), optimizer._length.stretch
+    return float(error), optimizer._length.stretch, optimizer._length.reach
 
 
 @pytest.mark.parametrize(
@@ -480,6 +485,29 @@ def test_reach_follows_what_the_next_batch_shows_of_a_step(likelihood, kind, siz
         assert reach[-1] < 0.96 * max(reach)
 
 
+@pytest.mark.parametrize(("kind", "size"), [("kfac", 48), ("full", 6)])
+def test_reach_falls_where_steps_harm_others_and_rises_again(kind, size):
+    """Targets are noise; then the rate is so low that steps average over many batches."""
+    length = MeasuredLength(interval=4, start=1.0, overshoot=math.inf)
+    model = network()
+    optimizer = optimizer_of(model, kind, "gaussian", length, momentum=0.5)
+    reference = Reference(network(), kind, "gaussian", length, EVERY_STEP)
+    reference.momenta.fill_(0.5)
+    reach = []
+    for step in range(120):
+        reference.rates.fill_(1.5 if step < 80 else 0.2)
+        optimizer.param_groups[0]["lr"] = 1.5 if step < 80 else 0.2
+        x, y = normal(size, 3, seed=step), normal(size, 3, seed=999 + step)
+        reference.step(x, y)
+        take(optimizer, model, "gaussian", x, y)
+        reach.append(optimizer._length.reach)
+        close(torch.tensor(reach[-1]).double(), torch.tensor(reference.rho).double(), 1e-8)
+        close(position(model), reference.theta, 1e-8)
+    assert min(reach[:80]) < 0.9
+    rises = reach[-1] > 1.05 * min(reach)
+    assert rises == (kind == "kfac")  # Six samples say nothing of noise at any length.
+
+
 def test_reach_stays_where_batches_say_all():
     """With more samples than parameters, a batch is as good a judge of its steps as the next."""
     model = network()
@@ -490,9 +518,15 @@ def test_reach_stays_where_batches_say_all():
 
 
 def test_noise_that_stays_anneals_lengths_at_a_constant_rate():
-    plain, annealed = ([student(1.0, k, seed) for seed in range(2)] for k in (0.0, 0.2))
-    assert sum(error for error, _ in annealed) < 0.75 * sum(error for error, _ in plain)
-    assert all(zeta < 0.8 for _, zeta in annealed)
+    plain, annealed, shortened = (
+        [student(1.0, seed, annealing=kappa, reach=reach) for seed in range(2)]
+        for kappa, reach in ((0.0, 1.0), (0.2, 1.0), (0.2, 2.0))
+    )
+    assert sum(error for error, *_ in annealed) < 0.75 * sum(error for error, *_ in plain)
+    assert all(zeta < 0.8 for _, zeta, _ in annealed)
+    # Where steps harm other batches, these say so sooner than slopes alone.
+    assert sum(error for error, *_ in shortened) < 0.75 * sum(error for error, *_ in annealed)
+    assert all(rho < 0.8 for *_, rho in shortened)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
@@ -552,7 +586,7 @@ def test_a_low_learning_rate_stays_low():
 def test_what_can_be_fitted_keeps_its_lengths():
     """The noise of batches vanishes with the error."""
     for seed in range(2):
-        error, zeta = student(0.0, 0.2, seed)
+        error, zeta, _ = student(0.0, seed)
         assert error < 0.01
         assert zeta > 0.8
 

@@ -69,6 +69,9 @@ LEAST_NOISE = 0.01
 #: How much longer than they are other batches must surely want steps before their reach grows.
 SURELY_LONGER = 3.0
 
+#: q̄/C beyond which a step leaves other batches worse than it found them.
+HARMFUL = 0.5
+
 #: How many q it takes to tell, each time.
 FEWEST_RATIOS = 4
 
@@ -135,7 +138,10 @@ class MeasuredLength:
     number is 10 or 100. So with the average q̄ of q over some 20 steps, its standard error e, and
     the geometric average C of h/s over measurements, the reach ρ doubles where
     ``min(η, 1)γ(1 − (q̄ + 2e)/C) > 3``, and q̄ begins anew; where q̄ > 0 it falls again, down to 1:
-    ``ρ ← ρ exp(−κ min(1, q̄/C))``. C is of steps as long as the present ones.
+    ``ρ ← ρ exp(−κ min(1, q̄/C))``. C is of steps as long as the present ones. Beyond q̄ = C/2 steps
+    raise the losses of other batches. So where ``(q̄ − 2e)/C > 1/2`` and K does not fall, as at the
+    start with many classes, ρ falls below 1, ``ρ ← ρ exp(−κ min(1, (q̄ − 2e)/C − 1/2))``, and
+    rises again, up to 1, by the same formula where ``(q̄ + 2e)/C < 1/2``.
 
     Squared errors show which it is by the ratio ν of what is left to what has been explained
     (:class:`natgrad.RelativeDamping`): all lengths are multiplied by ``ν^{−p}``, ν at least 0.01.
@@ -153,7 +159,7 @@ class MeasuredLength:
         annealing: κ, how fast lengths follow q; 0 for never.
         lengthening: p, how much longer steps are where there is little noise, by at most a factor
             of 100^p, 1.6 by default; 0 for no longer.
-        reach: Factor on ρ where other batches want longer steps, at least 1; 1 for never.
+        reach: Factor on ρ where other batches want longer steps, at least 1; with 1 it stays 1.
 
     Raises:
         ValueError: If an option is out of range.
@@ -356,17 +362,26 @@ class LengthState:
     def _reached(self, rule: MeasuredLength, rate: float) -> LengthState:
         """Return the state with ρ as long as other batches want it."""
         bend = self._bend(rate)
-        if self.usual_ratio > 0:
-            excess = min(1.0, self.usual_ratio / bend)
-            return replace(self, reach=max(1.0, self.reach * math.exp(-rule.annealing * excess)))
-        if self.ratios < FEWEST_RATIOS:
+        if self.reach > 1.0 and self.usual_ratio > 0:
+            return replace(self, reach=max(1.0, self._reach_times(rule, -self.usual_ratio / bend)))
+        if self.ratios < FEWEST_RATIOS or rule.reach == 1.0:
             return self
         variance = self.ratio_variance / (1 - USUAL**self.pairs)
         error = math.sqrt(variance / min(self.ratios, (1 + USUAL) / (1 - USUAL)))
-        longer = 1 - (self.usual_ratio + 2 * error) / bend
-        if min(rate, 1.0) * self.caution * longer <= SURELY_LONGER:
+        least, most = ((self.usual_ratio + sign * 2 * error) / bend for sign in (-1, 1))
+        if least > HARMFUL:
+            reach = max(LEAST_LENGTH, self._reach_times(rule, HARMFUL - least))
+            return self if self._decrement_falls() else replace(self, reach=reach)
+        if self.reach < 1.0:
+            reach = min(1.0, self._reach_times(rule, max(0.0, HARMFUL - most)))
+            return replace(self, reach=reach)
+        if self.usual_ratio > 0 or min(rate, 1.0) * self.caution * (1 - most) <= SURELY_LONGER:
             return self
         return replace(self, reach=min(LONGEST, self.reach * rule.reach), ratios=0)
+
+    def _reach_times(self, rule: MeasuredLength, share: float) -> float:
+        """Return ``ρ exp(κ · share)``, with a share of at most 1 either way."""
+        return self.reach * math.exp(rule.annealing * max(-1.0, min(1.0, share)))
 
     def _bend(self, rate: float) -> float:
         """Return C of steps at a rate η, measured before."""
