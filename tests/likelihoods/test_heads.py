@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import types
 
 import pytest
 import torch
@@ -170,6 +171,58 @@ def test_an_optimizer_sees_all_heads(form):
     damped = expected + 1e-2 * torch.eye(len(expected), dtype=DOUBLE)
     step = torch.linalg.solve(damped, gradient)
     torch.testing.assert_close(before - after, 0.1 * step, rtol=1e-8, atol=1e-12)
+
+
+class WithLoss(Model):
+    """A model that computes its loss itself, and returns it first."""
+
+    def __init__(self, y: dict[str, Tensor], form) -> None:
+        super().__init__()
+        self.y, self.returned = y, form
+
+    def forward(self, x: Tensor):
+        heads = self.heads(x)
+        return self.returned({"loss": sum(losses(heads, self.y).values()), **heads})
+
+
+@pytest.mark.parametrize("form", [dict, lambda d: types.SimpleNamespace(**d)])
+def test_an_optimizer_sees_a_loss_inside_of_the_model(form):
+    x, y = data()
+    model = WithLoss(y, form)
+    expected = dense(Model(), x, y)
+    optimizer = natgrad.ExactNGD(model, HEADS, lr=0.1, damping=1e-2, kl_clip=None)
+    twin = Model()
+    other = natgrad.ExactNGD(twin, HEADS, lr=0.1, damping=1e-2, kl_clip=None)
+    for step in range(2):
+        optimizer.zero_grad(), other.zero_grad()
+        out = model(x)
+        loss = (out["loss"] if form is dict else out.loss) / 2
+        del out
+        loss.backward()
+        (sum(losses(twin(x), y).values()) / 2).backward()
+        optimizer.step(), other.step()
+        if step == 0:
+            assert_same(optimizer.preconditioner.curvature.matrix().to_dense(), expected)
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+
+
+def test_a_model_that_returns_its_loss_first():
+    x, y = data()
+    model = WithLoss(y, dict)
+    optimizer = natgrad.KFAC(model)
+    model.returned = lambda d: (d["loss"], d["logits"])
+    model(x)[0].backward()
+    assert optimizer.preconditioner.observer.seen[0].recorded.source.shape == (6, 4)
+    optimizer.step()
+    model.returned = lambda d: {key: d[key] for key in ("loss", "value", "tokens")}
+    with pytest.raises(ValueError, match="loss and 'value', 'tokens': say of which"):
+        model(x)
+    with torch.no_grad():
+        model(x)
+    model.returned = lambda d: d["loss"]
+    with pytest.raises(ValueError, match="is a single number"):
+        model(x)
 
 
 @pytest.mark.parametrize("names", [("logits",), ("value", "tokens"), ("tokens", "logits")])

@@ -29,6 +29,7 @@ from natgrad.capture.hooks import (
 from natgrad.capture.kinds import LayerCall, LayerKind
 from natgrad.capture.model_output import (
     check_watched,
+    losses,
     select_output,
     separated,
     side_by_side,
@@ -71,6 +72,8 @@ class ForwardPass:
         target: The true target, where the user told it.
         elements: Total number of entries of all recorded layer outputs.
         heads: Key → shape of the heads that are laid side by side in the output, if it has several.
+        parts: Key → the heads themselves.
+        losses: Losses that the model returned beside them.
         numbers: How often every part of a layer was called.
     """
 
@@ -86,6 +89,8 @@ class ForwardPass:
     target: Tensor | None = None
     elements: int = 0
     heads: dict[Any, torch.Size] | None = None
+    parts: dict[Any, Tensor] = field(default_factory=dict)
+    losses: list[Tensor] = field(default_factory=list)
     numbers: Counter[tuple[nn.Module, str]] = field(default_factory=Counter)
 
     @property
@@ -610,6 +615,7 @@ def _after_model(capture: Capture, module: nn.Module, args: Any, output: Any) ->
         return None
     capture._open = None
     selected, replaced = select_output(output, capture.select), None
+    heads: dict[Any, Tensor] = {}
     if isinstance(selected, dict):
         heads, selected = selected, side_by_side(selected)
         current.heads = {key: one.shape for key, one in heads.items()}
@@ -676,7 +682,37 @@ def _after_model(capture: Capture, module: nn.Module, args: Any, output: Any) ->
             found.on_backward(recorded)
 
     watched.register_hook(reached)
+    if heads:
+        _watch_losses(current, output, heads, reached)
     return replaced
+
+
+def _watch_losses(
+    current: ForwardPass,
+    output: Any,
+    heads: dict[Any, Tensor],
+    reached: Callable[[Tensor], None],
+) -> None:
+    """See losses that a model computes itself, of the heads before they were laid side by side."""
+    current.losses, current.parts = losses(output), heads
+    waiting = weakref.ref(current)
+
+    def begins(number: int, gradient: Tensor) -> None:
+        recorded = waiting()
+        if recorded is None or is_pulling_back(gradient):
+            return
+        parts = recorded.parts
+        with own_backward(recorded.losses[number]) as root:
+            found = torch.autograd.grad(
+                [root], list(parts.values()), [gradient], retain_graph=True, allow_unused=True
+            )
+        if any(one is not None for one in found):
+            pairs = zip(parts.items(), found, strict=True)
+            known = {k: torch.zeros_like(z) if g is None else g for (k, z), g in pairs}
+            reached(side_by_side(known))
+
+    for number, loss in enumerate(current.losses):
+        loss.register_hook(functools.partial(begins, number))
 
 
 @outside_graphs

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 __all__ = [
     "Selection",
     "check_watched",
+    "losses",
     "require_output",
     "select_output",
     "separated",
@@ -39,8 +40,12 @@ def select_output(
 ) -> Tensor | dict[Any, Tensor] | None:
     """Pick the tensor the likelihood looks at, or several heads, out of a model's output.
 
+    By default that is its ``logits`` or its first tensor, but not a number, as of the model's own
+    loss.
+
     Raises:
         TypeError: If ``select`` returns something else than a tensor.
+        ValueError: If a model returns its loss and several tensors that may be what that is of.
     """
     if isinstance(select, Selection):
         return select(output)
@@ -57,10 +62,36 @@ def select_output(
     if isinstance(output, Mapping):
         if isinstance(output.get("logits"), Tensor):
             return cast(Tensor, output["logits"])
+        _check_told(output)
         output = tuple(output.values())
     if isinstance(output, (tuple, list)):
-        return next((item for item in output if isinstance(item, Tensor)), None)
+        tensors = [item for item in output if isinstance(item, Tensor)]
+        return next((one for one in tensors if one.dim()), tensors[0] if tensors else None)
     return None
+
+
+def _check_told(output: Mapping[Any, Any]) -> None:
+    """Make sure that it is plain which tensor the loss in a mapping is of.
+
+    Raises:
+        ValueError: If there are several.
+    """
+    tensors = {key: one for key, one in output.items() if isinstance(one, Tensor)}
+    several = [repr(key) for key, one in tensors.items() if one.dim() and one.requires_grad]
+    if len(several) > 1 and not next(iter(tensors.values())).dim():
+        raise ValueError(
+            f"the model returns its loss and {', '.join(several)}: say of which of them the loss "
+            f"is, by output=lambda out: out[{several[0]}] or, if it is of several, by "
+            f"likelihood={{{several[0]}: ..., {several[1]}: ...}}"
+        )
+
+
+def losses(output: Any) -> list[Tensor]:
+    """Return the numbers with a graph that a model returns beside its outputs."""
+    values = output.values() if isinstance(output, Mapping) else output
+    if not isinstance(output, (Mapping, tuple, list)):
+        values = vars(output).values() if hasattr(output, "__dict__") else ()
+    return [v for v in values if isinstance(v, Tensor) and not v.dim() and v.requires_grad]
 
 
 def require_output(output: Any, select: Callable[[Any], Any] | None) -> Tensor:
