@@ -211,6 +211,7 @@ def test_derivatives_that_no_residual_asks_for_are_not_computed(monkeypatch):
     assert u.value.shape == (1,) and sizes == [(100,), (6,)]
     assert u.laplacian.shape == (1,) and sizes[2:] == [(1, 100), (100, 100), (1, 6)]
     assert u.first.shape == (100, 1) and sizes[5:] == [(100, 6)]
+    assert len(u) == 4 and all(u[i] is field for i, field in enumerate(u)) and u[-1] is u.laplacian
 
 
 def test_many_derivatives_are_had_entry_by_entry():

@@ -29,7 +29,8 @@ class Residual:
             scalar or a vector. u is the network as a function of one point, ``u(x)`` of shape
             ``(C,)``, to be differentiated by :mod:`torch.func` (``grad``, ``jacrev``, ``hessian``,
             ``jvp``). Where the model is a :class:`natgrad.TaylorNetwork`, u is the
-            :class:`~natgrad.residuals.Taylor` of its value and derivatives at x instead. The
+            :class:`~natgrad.residuals.Taylor` of its value and derivatives at x instead, or in many
+            dimensions what has the same fields but computes only those it is asked for. The
             function must be one that :func:`torch.func.vmap` can batch: no ``if`` on values.
         points: ``(N, D)``. N may be 0 in a process where others have points of the part.
         data: Given to the function as third argument, one entry per point, ``(N, ...)``: what is

@@ -58,6 +58,16 @@ class TaylorAtPoint:
         """Yield the fields in the order of :class:`Taylor`."""
         yield from (self.value, self.first, self.second, self.laplacian)
 
+    def __getitem__(self, index: int) -> Tensor:
+        """Return a field by its place in :class:`Taylor`."""
+        name: str = Taylor._fields[index]
+        field: Tensor = getattr(self, name)
+        return field
+
+    def __len__(self) -> int:
+        """Return the number of fields."""
+        return len(Taylor._fields)
+
     @cached_property
     def value(self) -> Tensor:
         """``u``, ``(C,)``."""
