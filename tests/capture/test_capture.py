@@ -619,6 +619,39 @@ class PerChannel(nn.Module):
         return x * self.scale + self.shift
 
 
+@pytest.mark.parametrize("fisher", ["mc", "exact"])
+def test_what_costs_nothing_is_not_told(fisher):
+    """Parameters used elsewhere, and weight norm, which has no rule for batches in torch."""
+
+    class Powers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(40, 40)
+            conv = nn.Conv1d(1, 36, 31, padding="same")
+            self.b, self.c = nn.utils.parametrizations.weight_norm(conv), nn.Linear(40, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = functional.linear(torch.tanh(self.a(x)), self.a.weight.square())
+            return self.c(torch.tanh(self.b(h.unsqueeze(1))).mean(1))
+
+    torch.manual_seed(0)
+    model = Powers()
+    x, y = torch.randn(6, 40), torch.tensor([0, 1, 1, 0, 1, 0])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer = natgrad.KFAC(model, fisher=fisher)
+        for _ in range(3):
+            optimizer.zero_grad()
+            functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    told = [str(one.message) for one in caught]
+    if fisher == "mc":
+        assert not told
+    else:
+        assert any("'a.weight' and 'a.bias' (Linear) is used outside" in one for one in told)
+        assert any("is of a kind without a formula" in one for one in told)
+
+
 def test_layers_of_ones_own(registry):
     calls = []
 

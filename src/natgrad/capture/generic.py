@@ -187,21 +187,23 @@ def _pull_back_per_sample(
     inputs = tuple(part[0] for part in parted if part is not None)
     dims = tuple(part[1] for part in parted if part is not None)
     cotangents, cotangent_dims = zip(*cast("list[tuple[Tensor, int]]", deltas), strict=True)
+    one_row = samples == 1 and len(cotangents[0]) == 1  # Which needs no batching.
     try:
-        return vmap(rows, in_dims=(dims, cotangent_dims))(inputs, cotangents)
-    except RuntimeError:
-        # Some kernels (custom functions, control flow that looks at data) have no batching rule.
-        return torch.stack(
-            [
-                _rows_of_one(
-                    outputs,
-                    parameters,
-                    tuple(v.select(d, n) for v, d in zip(inputs, dims, strict=True)),
-                    tuple(g.select(d, n) for g, d in zip(cotangents, cotangent_dims, strict=True)),
-                )
-                for n in range(samples)
-            ]
-        )
+        if not one_row:
+            return vmap(rows, in_dims=(dims, cotangent_dims))(inputs, cotangents)
+    except RuntimeError:  # Some kernels, and control flow that looks at data, cannot be batched.
+        pass
+    return torch.stack(
+        [
+            _rows_of_one(
+                outputs,
+                parameters,
+                tuple(v.select(d, n) for v, d in zip(inputs, dims, strict=True)),
+                tuple(g.select(d, n) for g, d in zip(cotangents, cotangent_dims, strict=True)),
+            )
+            for n in range(samples)
+        ]
+    )
 
 
 def _parted(value: Any, axis: SampleAxis, samples: int, lead: int = 0) -> tuple[Tensor, int] | None:

@@ -86,7 +86,8 @@ class RowSources:
         blocks: Its blocks.
         watched: Parameters whose products may be recorded.
         on_finding: Called with one sentence about whatever a user should know.
-        tells_coupled: Whether a user should know of modules that couple samples.
+        tells_coupled: Whether a user should know of modules that couple samples, and of parameters
+            used outside the calls of theirs; not where rows are only ever added up.
 
     Attributes:
         names: Qualified names of modules.
@@ -176,6 +177,9 @@ class RowSources:
         """
         for name, block in self.blocks.items():
             size, asked = block.layout.numel, (name in self.products) == products
+            # What serves all samples has one row where rows are only ever added up.
+            if not self.tells_coupled and all(_is_constant(use.module) for use in block.uses):
+                continue
             if asked and size > DENSE_LIMIT and self.reruns(name) and name not in self.direct:
                 yield (
                     f"{name!r} ({block.kind}) is of a kind without a formula: rows of its {size} "
@@ -267,11 +271,14 @@ class RowSources:
         """Take the rows of a block at the parameters, as its kind cannot make them."""
         if isinstance(error, torch.OutOfMemoryError):
             raise error
-        self.take_directly(name, f"has no rows by its module ({type(error).__name__}: {error})")
+        reason = f"has no rows by its module ({type(error).__name__}: {error})"
+        self.take_directly(name, reason, always_told=True)
 
-    def take_directly(self, name: str, reason: str) -> None:
-        """Take the rows of a block at the parameters, and say why."""
+    def take_directly(self, name: str, reason: str, always_told: bool = False) -> None:
+        """Take the rows of a block at the parameters, and say why if it matters."""
         self.direct[name] = reason
+        if not (always_told or self.tells_coupled):
+            return
         block = self.blocks[name]
         names = " and ".join(repr(n) for n in block.layout.names)
         self.on_finding(
@@ -294,6 +301,10 @@ class RowSources:
                 f"the samples of a batch are coupled in or after {named}: rows are taken output by "
                 "output, which costs a backward pass per sample where the Fisher type is not 'mc'"
             )
+
+
+def _is_constant(module: nn.Module) -> bool:
+    return isinstance(module, nn.utils.parametrize.ParametrizationList)
 
 
 def _only_at_parameters(block: Block) -> str | None:
