@@ -79,3 +79,19 @@ def test_other_terms_of_the_loss_are_not_lost_where_rows_sum_to_zero():
     repeated, taken = train(penalty=1e-3)
     assert repeated == ["step 1"]
     assert "inner.weight" in taken[0] and not taken[1] and not taken[2]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_that_cancel_are_the_gradient_but_for_rounding(seed):
+    """Inputs are far from zero, and a batch norm makes the gradients δ of a batch sum to zero."""
+    torch.manual_seed(seed)
+    inner, head = nn.Linear(400, 64), nn.Linear(64, 3)
+    model = nn.Sequential(inner, nn.BatchNorm1d(64), nn.Tanh(), head)
+    optimizer = natgrad.KFAC(model)
+    x, y = 300.0 + torch.randn(16, 400), torch.randint(0, 3, (16,))
+    for _ in range(2):
+        optimizer.zero_grad()
+        functional.cross_entropy(model(x), y).backward()
+        with mock.patch.object(Preconditioner, "_repair") as repair:
+            optimizer.step()
+        assert not repair.called

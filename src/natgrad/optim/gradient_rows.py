@@ -17,8 +17,9 @@ from natgrad.optim.observer import Observer
 
 __all__ = ["GradientRows", "batch_scale"]
 
-#: Largest relative difference between ``.grad`` and ``δᵀa`` that counts as rounding.
-ROW_TOLERANCE = 2e-5
+#: Largest relative difference between ``.grad`` and ``δᵀa`` that counts as rounding, and what terms
+#: that cancel add to it, as a multiple of their sizes and of their type's ε.
+ROW_TOLERANCE, CANCELLED = 2e-5, 4.0
 
 #: Steps without an attempt at the rows of the gradient, after it turned out not to be their sum.
 ROW_REST = 50
@@ -124,6 +125,14 @@ def _rows_along_probe(rows: LinearJacobian) -> Tensor:
     return expected + rows.bias_value * delta.sum(0) if rows.layout.has_bias else expected
 
 
+def _sizes_along_probe(rows: LinearJacobian) -> Tensor:
+    """Return how large the terms of that product are, ``(d_out,)``."""
+    sizes: Tensor = rows.inputs.flatten(0, 2).norm(dim=1)
+    if rows.layout.has_bias:
+        sizes = sizes + abs(rows.bias_value)
+    return rows.output_gradients.flatten(0, 3).abs().T @ sizes
+
+
 def _gradient_along_probe(layout: BlockLayout, gradients: dict[str, Tensor]) -> Tensor:
     """Return the product of ``.grad``, bias included, with the same vector."""
     weight = at_least_float32(gradients[layout.names[0]]).reshape(layout.d_out, layout.d_in)
@@ -138,7 +147,9 @@ def _compare(rows: LinearJacobian, gradients: dict[str, Tensor]) -> tuple[Tensor
     # Rows that sum to zero, as behind a weight that starts at zero, have no multiple to tell.
     differs = (expected != 0).any() & ~((share - 1.0).abs() <= ROW_TOLERANCE)
     share = torch.where(differs, share, torch.ones_like(share))
-    return share, ~((found - share * expected).norm() <= ROW_TOLERANCE * found.norm())
+    cancelled = CANCELLED * torch.finfo(expected.dtype).eps * share.abs()
+    rounding = ROW_TOLERANCE * found.norm() + cancelled * _sizes_along_probe(rows).norm()
+    return share, ~((found - share * expected).norm() <= rounding)
 
 
 def batch_scale(observer: Observer, gradients: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
