@@ -684,6 +684,15 @@ def test_uncovered_parameters_are_reported_once_and_trained():
     assert "table" in str(optimizer.summary())
 
 
+def test_a_reason_is_told_once_for_all_its_parameters():
+    model = nn.Sequential(ByFrequency(), nn.Identity(), ByFrequency()).double()
+    with pytest.warns(UserWarning, match="table.weight") as record:
+        make("kfac", model)
+    said = str(record[0].message)
+    assert len(record) == 1 and said.count("frequency") == 1
+    assert "0.table.weight, 2.table.weight (" in said
+
+
 @pytest.mark.parametrize(
     ("structure", "kind"),
     [*((name, "mc") for name in OPTIMIZERS), ("kfac", "exact"), ("kfac", "empirical")],

@@ -14,7 +14,7 @@ from natgrad.optim.checkpoints import CheckpointedOptimizer
 from natgrad.optim.eager import plain_step
 from natgrad.optim.options import Fallback
 from natgrad.optim.parameter_groups import check_group, make_fallback, members, split_groups
-from natgrad.optim.preconditioner import Preconditioner
+from natgrad.optim.preconditioner import Preconditioner, names_by_reason
 from natgrad.optim.step.levenberg_marquardt import LevenbergMarquardt
 from natgrad.optim.step.relative_damping import RelativeDamping
 
@@ -203,9 +203,9 @@ class GroupedOptimizer(CheckpointedOptimizer):
             self._tell_first_order(new)
 
     def _tell_first_order(self, reasons: Mapping[str, str]) -> None:
-        listed = "; ".join(f"{name} ({why})" for name, why in reasons.items())
         warnings.warn(
-            f"{type(self).__name__} trains these parameters by {self.fallback_name}: {listed}",
+            f"{type(self).__name__} trains these parameters by {self.fallback_name}: "
+            f"{names_by_reason(reasons)}",
             stacklevel=4,
         )
 

@@ -32,7 +32,7 @@ from natgrad.optim.observer import ModelWatch, Observer
 from natgrad.optim.options import Refresh
 from natgrad.optim.step.measures import all_finite, on_host, scalar_checks
 
-__all__ = ["Preconditioner"]
+__all__ = ["Preconditioner", "names_by_reason"]
 
 
 class Preconditioner(CopiedByState):
@@ -257,9 +257,9 @@ class Preconditioner(CopiedByState):
         self.audit()
         new = self.newly_untrusted()
         if new:
-            reasons = "; ".join(f"{name} ({why})" for name, why in new.items())
             warnings.warn(
-                f"Preconditioner leaves the plain gradients of these parameters: {reasons}",
+                "Preconditioner leaves the plain gradients of these parameters: "
+                f"{names_by_reason(new)}",
                 stacklevel=2,
             )
         covered = self.covered
@@ -674,6 +674,14 @@ class Preconditioner(CopiedByState):
             observer.forget()
 
         return restore
+
+
+def names_by_reason(reasons: Mapping[str, str]) -> str:
+    """Return names for a message, all of them, those of one reason together."""
+    names: dict[str, list[str]] = {}
+    for name, why in reasons.items():
+        names.setdefault(why, []).append(name)
+    return "; ".join(f"{', '.join(some)} ({why})" for why, some in names.items())
 
 
 def _listed(names: Collection[str]) -> str:
