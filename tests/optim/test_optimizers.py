@@ -840,6 +840,20 @@ def test_curvature_seen_by_nobody_is_said_once():
         train(optimizer, [partial])
 
 
+def test_what_is_not_trained_without_curvature_is_said():
+    """Lengths are measured with it; once it has been seen, one pass without is nothing special."""
+    case = CASES["mlp"]()
+    model = copy.deepcopy(case.model)
+    optimizer = natgrad.KFAC(model, "categorical")
+    x, y = case.x, case.target("categorical")
+    before = flat(model)
+    with pytest.warns(UserWarning, match="nothing is trained until"):
+        train(optimizer, [lambda: functional.cross_entropy(nn.Sequential(*model)(x), y)])
+    assert torch.equal(flat(model), before)
+    train(optimizer, [lambda: functional.cross_entropy(model(x), y)])
+    assert not torch.equal(flat(model), before)
+
+
 @pytest.mark.parametrize("structure", list(OPTIMIZERS))
 @pytest.mark.parametrize("name", ["batch_norm_train", "checkpointed", "tied_embedding", "lstm"])
 def test_other_models_train(structure, name):

@@ -569,11 +569,15 @@ class Preconditioner(CopiedByState):
     def _warn_unseen(self) -> None:
         if not self._warned:
             self._warned = True
+            known = any(one.average is not None for one in self.curvature.estimates.values())
+            stays = (
+                "" if known else ", and where lengths are measured nothing is trained until it is"
+            )
             warnings.warn(
                 "natgrad saw no backward pass through the model's output, so its curvature was "
-                "not updated: call the model itself (not its parts), pass output=lambda out: ... "
-                "if the output is not the first tensor, or call update_fisher(output) before "
-                "loss.backward()",
+                f"not updated{stays}: call the model itself (not its parts), pass output=lambda "
+                "out: ... if the output is not the first tensor, or call update_fisher(output) "
+                "before loss.backward()",
                 stacklevel=5,
             )
 
