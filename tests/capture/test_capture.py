@@ -41,6 +41,15 @@ def check(model: nn.Module, x, output=None, directions: int = 2) -> None:
     torch.testing.assert_close(result.gram(), expected @ expected.T, rtol=1e-9, atol=1e-10)
 
 
+def watched_by_layers(capture: Capture, model: nn.Module, x: Tensor) -> Tensor:
+    """Return the output of a pass whose rows, all made of layers, were pulled back."""
+    capture.watching = True
+    out: Tensor = model(x)
+    capture.pull_back(out, normal(1, *out.shape))
+    assert not capture.sources.direct
+    return out
+
+
 def check_kfac(model: nn.Module, x, specs, output=None) -> None:
     """Compare K-FAC in both settings with explicit sums."""
     z, _ = dense.jacobian(model, x, output)
@@ -421,10 +430,7 @@ def test_batch_norms_that_go_on(training, affine):
     x = normal(5, 1, 3, 3)
     check(model, x)
     with Capture(model) as capture:
-        capture.watching = True
-        out = model(x)
-        capture.pull_back(out, normal(1, *out.shape))
-        assert not capture.sources.direct
+        out = watched_by_layers(capture, model, x)
         assert all(axis is not None for axis in capture.sources.axes.values())
         if not training:  # In training the loss's own gradient flows through the statistics.
             out.square().sum().backward()
@@ -862,10 +868,7 @@ def test_in_place_operations_after_a_layer_on_tokens(bias):
     x = normal(4, 3, 3)
     check(model, x)
     with Capture(model) as capture:
-        capture.watching = True
-        out = model(x)
-        capture.pull_back(out, normal(1, *out.shape))
-        assert not capture.sources.direct
+        out = watched_by_layers(capture, model, x)
         out.square().sum().backward()  # Whose gradients at the layers are rows, too.
         found = capture.user_jacobians(capture.passes[-1])
         total = found.rmatvec(torch.ones(found.rows, 1, dtype=torch.float64)).flatten()

@@ -9,7 +9,8 @@ from natgrad.capture import (  # noqa: F401
     recurrent,
 )
 from natgrad.capture.blocks import Block
-from natgrad.capture.capture import Capture, ForwardPass
+from natgrad.capture.capture import Capture
+from natgrad.capture.forward_pass import ForwardPass
 from natgrad.capture.kinds import LayerCall, LayerKind, register_kind, register_layer
 
 __all__ = [

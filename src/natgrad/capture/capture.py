@@ -5,10 +5,8 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -17,6 +15,14 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from natgrad.capture.attention import RecordProjections
 from natgrad.capture.blocks import Block, find_blocks
+from natgrad.capture.forward_pass import (
+    ForwardPass,
+    call_with_gradient,
+    leads_to,
+    unviewed,
+    user_hook,
+    watch_losses,
+)
 from natgrad.capture.generic import GenericKind
 from natgrad.capture.hooks import (
     ModelHook,
@@ -24,12 +30,10 @@ from natgrad.capture.hooks import (
     inside_backward,
     is_pulling_back,
     outside_graphs,
-    own_backward,
 )
 from natgrad.capture.kinds import LayerCall, LayerKind
 from natgrad.capture.model_output import (
     check_watched,
-    losses,
     select_output,
     separated,
     side_by_side,
@@ -46,63 +50,13 @@ from natgrad.distributed.shards import check_features_spread
 from natgrad.jacobians import Jacobians
 from natgrad.layouts import ParameterLayout
 
-__all__ = ["Block", "Capture", "ForwardPass"]
+__all__ = ["Capture"]
 
 #: Forward passes that wait for their backward pass are kept up to so many entries of layers'
 #: outputs (2^24 float32 = 64 MiB); beyond, up to so many passes in training and in evaluation mode.
 #: A loss may sum many, but those of an evaluation never get one, and hold their graph.
 WAITING_ELEMENTS = 2**24
 WAITING_PASSES = {True: 64, False: 4}
-
-
-@dataclass(eq=False)
-class ForwardPass:
-    """What one forward pass of the model recorded.
-
-    Attributes:
-        calls: Recorded layer calls in order.
-        has_edges: Whether vectors can be pulled back to them.
-        source: The model output the likelihood looks at.
-        returned: An alias of it with the graph it had when the model returned it.
-        version: How often it had been changed in place by then.
-        batch_dim: The dimension of it that holds the samples.
-        output: The same with samples in the first dimension.
-        cotangent: Gradient of the user's loss with respect to it, once backpropagated.
-        retained: Whether that came from a backward pass with ``create_graph=True``.
-        target: The true target, where the user told it.
-        elements: Total number of entries of all recorded layer outputs.
-        heads: Key → shape of the heads that are laid side by side in the output, if it has several.
-        parts: Key → the heads themselves.
-        losses: Losses that the model returned beside them.
-        numbers: How often every part of a layer was called.
-    """
-
-    calls: list[RecordedCall] = field(default_factory=list)
-    has_edges: bool = True
-    source: Tensor | None = None
-    returned: Tensor | None = None
-    version: int = 0
-    batch_dim: int = 0
-    output: Tensor | None = None
-    cotangent: Tensor | None = None
-    retained: bool = False
-    target: Tensor | None = None
-    elements: int = 0
-    heads: dict[Any, torch.Size] | None = None
-    parts: dict[Any, Tensor] = field(default_factory=dict)
-    losses: list[Tensor] = field(default_factory=list)
-    numbers: Counter[tuple[nn.Module, str]] = field(default_factory=Counter)
-
-    @property
-    def samples(self) -> int:
-        """Number of samples ``N``: the output's first dimension."""
-        assert self.output is not None
-        return int(self.output.shape[0])
-
-    def samples_first(self, tensor: Tensor) -> Tensor:
-        """Return a tensor laid out like the model's output with samples in the first dimension."""
-        fits = self.batch_dim and tensor.dim() > self.batch_dim
-        return tensor.movedim(self.batch_dim, 0) if fits else tensor
 
 
 class Capture:
@@ -336,12 +290,12 @@ class Capture:
         for index, output in enumerate(outputs):
             if alive[index]:
                 self._open.elements += output.numel()
-                made = _unviewed(output, call.inputs) if len(outputs) == 1 else output
+                made = unviewed(output, call.inputs) if len(outputs) == 1 else output
                 inside: GradientEdge | None = call.options.pop("edge", None)
                 if self.recording:
                     recorded.edges.append(inside or get_gradient_edge(made))
                 if watching:
-                    _call_with_gradient(inside or made, _user_hook(recorded, index))
+                    call_with_gradient(inside or made, user_hook(recorded, index))
 
     def _watch_products(self) -> None:
         """Record products in this pass: all while rows are to be checked, then those of rows."""
@@ -512,62 +466,6 @@ def _check_usable(model: nn.Module) -> None:
             )
 
 
-def _user_hook(recorded: RecordedCall, index: int) -> Callable[[Tensor], None]:
-    waiting = weakref.ref(recorded)  # Its edges hold the hook: rows would wait for the collector.
-
-    def keep(gradient: Tensor) -> None:
-        found = waiting()
-        if found is not None and not is_pulling_back(gradient):
-            found.user_gradients[index] = gradient.detach().reshape(found.shapes[index])
-
-    return keep
-
-
-def _call_with_gradient(place: Tensor | GradientEdge, keep: Callable[[Tensor], None]) -> None:
-    """Have a function called with the gradient of a tensor, or at the first output of a node."""
-    if isinstance(place, Tensor):
-        place.register_hook(keep)
-        return
-
-    def before(gradients: tuple[Tensor | None, ...]) -> None:
-        if gradients[0] is not None:
-            keep(gradients[0])
-
-    cast(Any, place.node).register_prehook(before)
-
-
-def _unviewed(output: Tensor, inputs: Sequence[Any]) -> Tensor:
-    """Return what an output is another shape of, as that of a linear layer on tokens is.
-
-    An operation in place that follows cuts the node of such a view out of the graph. What was there
-    before the layer's call, as its inputs, is left alone.
-    """
-    base = output._base
-    if base is None or type(base) is not Tensor or base.grad_fn is None:
-        return output
-    if torch._C._functorch.is_functorch_wrapped_tensor(base) or base.dtype != output.dtype:
-        return output
-    if not (base.is_contiguous() and output.is_contiguous() and base.numel() == output.numel()):
-        return output
-    given = (one.data_ptr() for one in inputs if type(one) is Tensor)
-    return output if base.data_ptr() in given else base
-
-
-def _leads_to(output: Tensor, returned: Tensor | None) -> bool:
-    """Return whether vectors can be pulled back through what was done to an output in place."""
-    assert returned is not None and returned.grad_fn is not None
-    node, number = returned.grad_fn.next_functions[0]
-    edge = cast(Tensor, GradientEdge(cast(Any, node), number))
-    try:
-        with own_backward(output) as root:
-            torch.autograd.grad(
-                [root], [edge], [torch.zeros_like(root)], retain_graph=True, allow_unused=True
-            )
-    except RuntimeError:  # The user's own backward pass has let go of what it needs.
-        return False
-    return True
-
-
 # Hook bodies run outside compiled graphs: autograd edges are only there in eager code.
 
 
@@ -646,7 +544,7 @@ def _after_model(capture: Capture, module: nn.Module, args: Any, output: Any) ->
     if capture.on_backward is None:
         return None
     owner, waiting = weakref.ref(capture), weakref.ref(current)
-    watched, current.version = _unviewed(selected, ()), selected._version
+    watched, current.version = unviewed(selected, ()), selected._version
     if type(selected) is Tensor:
         current.returned = torch.ops.aten._unsafe_view(watched, selected.shape)
 
@@ -665,7 +563,7 @@ def _after_model(capture: Capture, module: nn.Module, args: Any, output: Any) ->
         source, returned = recorded.source, recorded.returned
         assert source is not None
         changed = returned is not None and source._version != recorded.version
-        if changed and not _leads_to(source, returned):
+        if changed and not leads_to(source, returned):
             found.tell(
                 "the model's output is changed in place after the model has returned it, as by "
                 "out /= 2: curvature is that of a model that returns the new values; write "
@@ -683,36 +581,8 @@ def _after_model(capture: Capture, module: nn.Module, args: Any, output: Any) ->
 
     watched.register_hook(reached)
     if heads:
-        _watch_losses(current, output, heads, reached)
+        watch_losses(current, output, heads, reached)
     return replaced
-
-
-def _watch_losses(
-    current: ForwardPass,
-    output: Any,
-    heads: dict[Any, Tensor],
-    reached: Callable[[Tensor], None],
-) -> None:
-    """See losses that a model computes itself, of the heads before they were laid side by side."""
-    current.losses, current.parts = losses(output), heads
-    waiting = weakref.ref(current)
-
-    def begins(number: int, gradient: Tensor) -> None:
-        recorded = waiting()
-        if recorded is None or is_pulling_back(gradient):
-            return
-        parts = recorded.parts
-        with own_backward(recorded.losses[number]) as root:
-            found = torch.autograd.grad(
-                [root], list(parts.values()), [gradient], retain_graph=True, allow_unused=True
-            )
-        if any(one is not None for one in found):
-            pairs = zip(parts.items(), found, strict=True)
-            known = {k: torch.zeros_like(z) if g is None else g for (k, z), g in pairs}
-            reached(side_by_side(known))
-
-    for number, loss in enumerate(current.losses):
-        loss.register_hook(functools.partial(begins, number))
 
 
 @outside_graphs

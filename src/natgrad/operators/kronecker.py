@@ -131,7 +131,8 @@ class KroneckerOperator(Operator):
             found.setdefault(index, []).append(inverse)
         for index, (a, b) in found.items():
             results[index] = replace(operators[index], inputs=a, outputs=b, lower=False)
-        bases = eigenbasis([x for i in exact for x in (operators[i].inputs, operators[i].outputs)])
+        pairs = [x for i in exact for x in (operators[i].inputs, operators[i].outputs)]
+        bases = eigenbasis(pairs) if pairs else []
         for place, index in enumerate(exact):
             one, damping = operators[index], dampings[index]
             (basis_a, values_a), (basis_b, values_b) = bases[2 * place : 2 * place + 2]

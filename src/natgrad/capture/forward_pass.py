@@ -1,0 +1,162 @@
+"""What one forward pass of the model recorded, and where its gradients are seen."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from natgrad.capture.hooks import is_pulling_back, own_backward
+from natgrad.capture.model_output import losses, side_by_side
+from natgrad.capture.row_sources import RecordedCall
+
+__all__ = [
+    "ForwardPass",
+    "call_with_gradient",
+    "leads_to",
+    "unviewed",
+    "user_hook",
+    "watch_losses",
+]
+
+
+@dataclass(eq=False)
+class ForwardPass:
+    """What one forward pass of the model recorded.
+
+    Attributes:
+        calls: Recorded layer calls in order.
+        has_edges: Whether vectors can be pulled back to them.
+        source: The model output the likelihood looks at.
+        returned: An alias of it with the graph it had when the model returned it.
+        version: How often it had been changed in place by then.
+        batch_dim: The dimension of it that holds the samples.
+        output: The same with samples in the first dimension.
+        cotangent: Gradient of the user's loss with respect to it, once backpropagated.
+        retained: Whether that came from a backward pass with ``create_graph=True``.
+        target: The true target, where the user told it.
+        elements: Total number of entries of all recorded layer outputs.
+        heads: Key → shape of the heads that are laid side by side in the output, if it has several.
+        parts: Key → the heads themselves.
+        losses: Losses that the model returned beside them.
+        numbers: How often every part of a layer was called.
+    """
+
+    calls: list[RecordedCall] = field(default_factory=list)
+    has_edges: bool = True
+    source: Tensor | None = None
+    returned: Tensor | None = None
+    version: int = 0
+    batch_dim: int = 0
+    output: Tensor | None = None
+    cotangent: Tensor | None = None
+    retained: bool = False
+    target: Tensor | None = None
+    elements: int = 0
+    heads: dict[Any, torch.Size] | None = None
+    parts: dict[Any, Tensor] = field(default_factory=dict)
+    losses: list[Tensor] = field(default_factory=list)
+    numbers: Counter[tuple[nn.Module, str]] = field(default_factory=Counter)
+
+    @property
+    def samples(self) -> int:
+        """Number of samples ``N``: the output's first dimension."""
+        assert self.output is not None
+        return int(self.output.shape[0])
+
+    def samples_first(self, tensor: Tensor) -> Tensor:
+        """Return a tensor laid out like the model's output with samples in the first dimension."""
+        fits = self.batch_dim and tensor.dim() > self.batch_dim
+        return tensor.movedim(self.batch_dim, 0) if fits else tensor
+
+
+def user_hook(recorded: RecordedCall, index: int) -> Callable[[Tensor], None]:
+    """Return what keeps the gradient that the user's backward pass brings to an output."""
+    waiting = weakref.ref(recorded)  # Its edges hold the hook: rows would wait for the collector.
+
+    def keep(gradient: Tensor) -> None:
+        found = waiting()
+        if found is not None and not is_pulling_back(gradient):
+            found.user_gradients[index] = gradient.detach().reshape(found.shapes[index])
+
+    return keep
+
+
+def call_with_gradient(place: Tensor | GradientEdge, keep: Callable[[Tensor], None]) -> None:
+    """Have a function called with the gradient of a tensor, or at the first output of a node."""
+    if isinstance(place, Tensor):
+        place.register_hook(keep)
+        return
+
+    def before(gradients: tuple[Tensor | None, ...]) -> None:
+        if gradients[0] is not None:
+            keep(gradients[0])
+
+    cast(Any, place.node).register_prehook(before)
+
+
+def unviewed(output: Tensor, inputs: Sequence[Any]) -> Tensor:
+    """Return what an output is another shape of, as that of a linear layer on tokens is.
+
+    An operation in place that follows cuts the node of such a view out of the graph. What was there
+    before the layer's call, as its inputs, is left alone.
+    """
+    base = output._base
+    if base is None or type(base) is not Tensor or base.grad_fn is None:
+        return output
+    if torch._C._functorch.is_functorch_wrapped_tensor(base) or base.dtype != output.dtype:
+        return output
+    if not (base.is_contiguous() and output.is_contiguous() and base.numel() == output.numel()):
+        return output
+    given = (one.data_ptr() for one in inputs if type(one) is Tensor)
+    return output if base.data_ptr() in given else base
+
+
+def leads_to(output: Tensor, returned: Tensor | None) -> bool:
+    """Return whether vectors can be pulled back through what was done to an output in place."""
+    assert returned is not None and returned.grad_fn is not None
+    node, number = returned.grad_fn.next_functions[0]
+    edge = cast(Tensor, GradientEdge(cast(Any, node), number))
+    try:
+        with own_backward(output) as root:
+            torch.autograd.grad(
+                [root], [edge], [torch.zeros_like(root)], retain_graph=True, allow_unused=True
+            )
+    except RuntimeError:  # The user's own backward pass has let go of what it needs.
+        return False
+    return True
+
+
+def watch_losses(
+    current: ForwardPass,
+    output: Any,
+    heads: dict[Any, Tensor],
+    reached: Callable[[Tensor], None],
+) -> None:
+    """See losses that a model computes itself, of the heads before they were laid side by side."""
+    current.losses, current.parts = losses(output), heads
+    waiting = weakref.ref(current)
+
+    def begins(number: int, gradient: Tensor) -> None:
+        recorded = waiting()
+        if recorded is None or is_pulling_back(gradient):
+            return
+        parts = recorded.parts
+        with own_backward(recorded.losses[number]) as root:
+            found = torch.autograd.grad(
+                [root], list(parts.values()), [gradient], retain_graph=True, allow_unused=True
+            )
+        if any(one is not None for one in found):
+            pairs = zip(parts.items(), found, strict=True)
+            known = {k: torch.zeros_like(z) if g is None else g for (k, z), g in pairs}
+            reached(side_by_side(known))
+
+    for number, loss in enumerate(current.losses):
+        loss.register_hook(functools.partial(begins, number))
