@@ -181,7 +181,7 @@ class Reference:
             return "taken back"
         measures = self.count in {0, 1, 2, 3, 5, 7, 11} or self.is_measured()
         f = torch.einsum("nkp,nkq->pq", rows, rows) / len(x)
-        if measures and self.s and float(self.v @ f @ self.v) > 0:
+        if measures and self.s and self.made_with and float(self.v @ f @ self.v) > 0:
             self.cross(float(scale * self.v @ f @ self.v) / expected)
         if self.s is not None:
             q = min(3.0, max(-3.0, along / expected))
@@ -198,7 +198,7 @@ class Reference:
             elif self.log_k > self.long_log_k - 0.5:
                 self.zeta *= math.exp(-kappa * (ratio - 0.05))
                 self.zeta = min(1.0, max(0.01, self.zeta))
-            if self.log_bend is not None:
+            if self.log_bend is not None and self.rates.any():
                 self.reach()
         slope = float(delta @ g)
         old = math.log(slope) if self.log_slope is None else self.log_slope
@@ -224,11 +224,12 @@ class Reference:
                                                            math.sqrt(outputs / 3))
             for part, outputs in self.weights
         )  # fmt: skip
-        alpha = min(alpha, 0.3 / changes[-2])
+        alpha = min(alpha, 0.3 / changes[-2] if changes[-2] else math.inf)
         share = self.rates * (1 - self.momenta)
         kept = float(self.momenta.max())
         self.s = float(share.max()) * alpha * slope + kept * max(0.0, -along)
         self.usual = 0.9 * self.usual + 0.1 * self.s if self.usual else self.s
+        self.s = self.s or None
         self.v = self.momenta * self.v - share * alpha * delta
         self.theta = (1 - self.rates * self.decays) * self.theta + self.v
         self.made_with = float(self.rates.max()) * self.caution * self.zeta * self.rho
@@ -354,6 +355,25 @@ def test_steps_are_those_of_the_formulas(kind, likelihood, refresh, momentum):
     assert state.measurements == reference.measured
     assert state.taken_back == outcomes.count("taken back") < 14
     assert (state.slope is None) == (reference.s is None)
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "categorical"])
+@pytest.mark.parametrize("kind", ["full", "kfac"])
+def test_rates_may_be_zero_for_a_step(kind, likelihood):
+    """Momentum moves on, and what the next batch measures along that says nothing of lengths."""
+    length = MeasuredLength(interval=1)
+    model = network()
+    optimizer = optimizer_of(model, kind, likelihood, length, momentum=0.5)
+    reference = Reference(network(), kind, likelihood, length, EVERY_STEP)
+    reference.momenta.fill_(0.5)
+    for step, (x, y) in enumerate(batches(likelihood, 12)):
+        rate = 0.0 if step % 4 == 3 else 1.5
+        reference.rates.fill_(rate)
+        optimizer.param_groups[0]["lr"] = rate
+        reference.step(x, y)
+        take(optimizer, model, likelihood, x, y)
+        close(position(model), reference.theta)
+        assert math.isclose(optimizer._length.log_bend or 0.0, reference.log_bend or 0.0)
 
 
 @pytest.mark.parametrize("likelihood", ["gaussian", "categorical"])

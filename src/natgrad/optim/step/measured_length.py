@@ -385,8 +385,11 @@ class LengthState:
 
     def _bend(self, rate: float) -> float:
         """Return C of steps at a rate η, measured before."""
-        share_of_alpha = rate * self.caution * self.stretch * self.reach
-        return max(1 / LONGEST, math.exp(self.log_bend or 0.0) * share_of_alpha)
+        return max(1 / LONGEST, math.exp(self.log_bend or 0.0) * self._share_of_alpha_at(rate))
+
+    def _share_of_alpha_at(self, rate: float) -> float:
+        """Return ηγζρ of a step at a rate η."""
+        return rate * self.caution * self.stretch * self.reach
 
     def crossed(self, rule: MeasuredLength, curvature: float) -> LengthState:
         """Return the state after another batch measured the curvature along the last step.
@@ -395,8 +398,8 @@ class LengthState:
             rule: The rule.
             curvature: ``h = cvᵀF_b v`` with the last step v.
         """
-        if self.slope is None or not (self.slope > 0 and curvature > 0):
-            return self
+        if self.slope is None or not (self.slope > 0 and curvature > 0 and self.share_of_alpha > 0):
+            return self  # At a rate of 0 only momentum moves.
         bend = curvature / max(self.slope, self.usual_slope)
         of_alpha = math.log(bend / self.share_of_alpha)
         return replace(self, log_bend=averaged(self.log_bend, of_alpha, rule.memory))
@@ -446,7 +449,7 @@ class LengthState:
             caution=caution,
             ceiling=max(self.ceiling, caution),
             slope=slope or None,
-            share_of_alpha=rate * self.caution * self.stretch * self.reach,
+            share_of_alpha=self._share_of_alpha_at(rate),
             usual_slope=usual,
             steps=self.steps + 1,
         )
