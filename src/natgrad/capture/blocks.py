@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -13,7 +13,7 @@ from natgrad.capture.likeness import kind_by_trial
 from natgrad.capture.normalization import kind_within
 from natgrad.layouts import BlockLayout
 
-__all__ = ["Block", "Use", "find_blocks"]
+__all__ = ["Block", "Use", "find_blocks", "names_by_reason"]
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,14 @@ def _block_name(module_name: str, module: nn.Module, kind: LayerKind, first: str
     others |= {name for name, _ in module.named_children()} - set(kind.owned_children)
     part = _part(first)
     return f"{base}.{first if part in others else part}"
+
+
+def names_by_reason(reasons: Mapping[str, str]) -> str:
+    """Return names for a message, all of them, those of one reason together."""
+    names: dict[str, list[str]] = {}
+    for name, why in reasons.items():
+        names.setdefault(why, []).append(name)
+    return "; ".join(f"{', '.join(some)} ({why})" for why, some in names.items())
 
 
 def _part(local: str) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from natgrad.capture.attention import RecordProjections
-from natgrad.capture.blocks import Block, find_blocks
+from natgrad.capture.blocks import Block, find_blocks, names_by_reason
 from natgrad.capture.forward_pass import (
     ForwardPass,
     call_with_gradient,
@@ -237,11 +237,10 @@ class Capture:
             ValueError: If one has none; the message names it and says why.
         """
         if self.uncovered:
-            reasons = "; ".join(f"{name} ({why})" for name, why in self.uncovered.items())
             raise ValueError(
                 "some parameters have no Jacobian rows, so the result would miss them: "
-                f"{reasons}. Freeze them with requires_grad_(False), put the model in eval mode, "
-                "or describe the layer with natgrad.register_layer"
+                f"{names_by_reason(self.uncovered)}. Freeze them with requires_grad_(False), put "
+                "the model in eval mode, or describe the layer with natgrad.register_layer"
             )
 
     def clear(self) -> None:

@@ -9,12 +9,13 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from natgrad.capture.blocks import names_by_reason
 from natgrad.distributed.shards import whole
 from natgrad.optim.checkpoints import CheckpointedOptimizer
 from natgrad.optim.eager import plain_step
 from natgrad.optim.options import Fallback
 from natgrad.optim.parameter_groups import check_group, make_fallback, members, split_groups
-from natgrad.optim.preconditioner import Preconditioner, names_by_reason
+from natgrad.optim.preconditioner import Preconditioner
 from natgrad.optim.step.levenberg_marquardt import LevenbergMarquardt
 from natgrad.optim.step.relative_damping import RelativeDamping
 

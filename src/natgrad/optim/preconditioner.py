@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from natgrad import linalg
 from natgrad.arguments import check_damping, check_kind, refuse_shards
 from natgrad.capture import Capture
-from natgrad.capture.blocks import find_blocks
+from natgrad.capture.blocks import find_blocks, names_by_reason
 from natgrad.capture.hooks import outside_graphs
 from natgrad.capture.model_output import unwrap
 from natgrad.curvature import Curvature, KroneckerFactors, Structure, as_structure
@@ -32,7 +32,7 @@ from natgrad.optim.observer import ModelWatch, Observer
 from natgrad.optim.options import Refresh
 from natgrad.optim.step.measures import all_finite, on_host, scalar_checks
 
-__all__ = ["Preconditioner", "names_by_reason"]
+__all__ = ["Preconditioner"]
 
 
 class Preconditioner(CopiedByState):
@@ -678,14 +678,6 @@ class Preconditioner(CopiedByState):
             observer.forget()
 
         return restore
-
-
-def names_by_reason(reasons: Mapping[str, str]) -> str:
-    """Return names for a message, all of them, those of one reason together."""
-    names: dict[str, list[str]] = {}
-    for name, why in reasons.items():
-        names.setdefault(why, []).append(name)
-    return "; ".join(f"{', '.join(some)} ({why})" for why, some in names.items())
 
 
 def _listed(names: Collection[str]) -> str:
