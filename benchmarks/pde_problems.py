@@ -17,8 +17,6 @@ from torch import Tensor, nn
 
 from natgrad.residuals import Residual, Taylor, TaylorNetwork
 
-__all__ = ["PROBLEMS", "Problem", "allen_cahn", "burgers", "tanh_network"]
-
 Residuals = dict[str, Residual]
 Draw = Callable[[int], "Tensor | tuple[Tensor, Tensor]"]  # Points, or points and data.
 PI = math.pi

@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["MARKER", "Message", "as_markdown", "messages"]
-
 SOURCE = Path(__file__).parents[1] / "src" / "natgrad"
 
 #: What stands on the page in place of the messages.

@@ -15,8 +15,6 @@ import re
 import shutil
 from pathlib import Path
 
-__all__ = ["publish"]
-
 LATEST = "latest"
 
 _INDEX = """<!doctype html>

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations
 
-__all__ = ["Program", "make_program"]
-
 #: What one step does with the network's modules and a tensor ``(N, T, d)``.
 Step = Callable[[Tensor], Tensor]
 

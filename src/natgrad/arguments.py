@@ -9,18 +9,6 @@ from typing import NoReturn
 
 from torch import Tensor
 
-__all__ = [
-    "check_choice",
-    "check_damping",
-    "check_interval",
-    "check_kind",
-    "check_parameters",
-    "check_range",
-    "check_rate",
-    "is_number",
-    "refuse_shards",
-]
-
 
 def check_choice(name: str, value: object, *choices: str) -> None:
     """Raise a ValueError unless an option has one of its values."""

@@ -20,8 +20,6 @@ from torch import Tensor
 from natgrad.arguments import check_parameters
 from natgrad.distributed.shards import own_shard, shard_count
 
-__all__ = ["BlockLayout", "ParameterLayout", "inner_product"]
-
 #: From which ratio on outputs are many beside inputs.
 MANY_OUTPUTS = 8
 

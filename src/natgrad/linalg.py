@@ -12,27 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = [
-    "FactorizationError",
-    "add_to_diagonal",
-    "check_memory",
-    "cholesky",
-    "eigh",
-    "inverse",
-    "inverse_on_range",
-    "log_determinant",
-    "lower_gram",
-    "map_stacked",
-    "note_failure",
-    "require",
-    "require_finite",
-    "rounding",
-    "symmetric",
-    "symmetric_pseudo_solve",
-    "unawaited",
-    "waits",
-]
-
 
 class FactorizationError(RuntimeError, ValueError):
     """A matrix could not be factorised, even in float64 and with more damping."""

@@ -24,8 +24,6 @@ from natgrad.capture.evaluation import undisturbed
 from natgrad.capture.model_output import require_output, unwrap
 from natgrad.likelihoods import Likelihood, as_likelihood
 
-__all__ = ["UpdateQuality", "update_quality"]
-
 
 @dataclass(frozen=True)
 class UpdateQuality:

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-__all__ = ["Record"]
-
 
 class Record:
     """Mixin of frozen dataclasses of tensors, records and plain values, or tuples of such.

@@ -10,8 +10,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["Held", "Received"]
-
 #: Seconds that a message may take to let go.
 LATE = 0.1
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from natgrad.experiments.data import DataError, balanced_subset, load_dataset, normalise
+from natgrad.experiments.data import balanced_subset, load_dataset, normalise
+from natgrad.experiments.formats import DataError
 
 RNG = np.random.default_rng(0)
 

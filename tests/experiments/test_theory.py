@@ -13,7 +13,7 @@ import torch
 from natgrad import ntk
 from natgrad.cli import run
 from natgrad.experiments.config import ConfigError
-from natgrad.experiments.data import DataError
+from natgrad.experiments.formats import DataError
 from natgrad.experiments.theory import run as runner
 from natgrad.experiments.theory.by_width import ByWidth
 from natgrad.experiments.theory.config import SECTIONS, TheoryConfig

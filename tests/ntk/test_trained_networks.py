@@ -208,7 +208,8 @@ def test_exact_natural_gradient_on_digits_is_the_dense_iteration():
 @pytest.mark.skipif(not os.environ.get("NATGRAD_DATA"), reason="NATGRAD_DATA names no data folder")
 def test_published_losses_of_exact_natural_gradient_on_mnist():
     """MNIST 0 and 1, N = 100, three layers of width 4096: 0.134, then 2e-4, then 1e-7."""
-    from natgrad.experiments.data import DataError, load_dataset
+    from natgrad.experiments.data import load_dataset
+    from natgrad.experiments.formats import DataError
 
     try:
         data = load_dataset("mnist", os.environ["NATGRAD_DATA"])

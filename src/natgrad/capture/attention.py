@@ -24,8 +24,6 @@ from natgrad.capture.kinds import (
 )
 from natgrad.jacobians import LayerJacobian
 
-__all__ = ["AttentionKind", "RecordProjections"]
-
 
 class AttentionKind(LayerKind):
     """Input and output projections of attention, as two linear blocks.

@@ -13,8 +13,6 @@ from natgrad.capture.likeness import kind_by_trial
 from natgrad.capture.normalization import kind_within
 from natgrad.layouts import BlockLayout
 
-__all__ = ["Block", "Use", "find_blocks", "names_by_reason"]
-
 
 @dataclass(frozen=True)
 class Use:

@@ -50,8 +50,6 @@ from natgrad.distributed.shards import check_features_spread
 from natgrad.jacobians import Jacobians
 from natgrad.layouts import ParameterLayout
 
-__all__ = ["Capture"]
-
 #: Forward passes that wait for their backward pass are kept up to so many entries of layers'
 #: outputs (2^24 float32 = 64 MiB); beyond, up to so many passes in training and in evaluation mode.
 #: A loss may sum many, but those of an evaluation never get one, and hold their graph.

@@ -5,8 +5,6 @@ from __future__ import annotations
 import string
 from dataclasses import dataclass
 
-__all__ = ["Contraction", "contraction"]
-
 
 @dataclass(frozen=True)
 class Contraction:

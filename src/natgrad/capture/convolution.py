@@ -23,8 +23,6 @@ from natgrad.jacobians import LayerJacobian, LinearJacobian
 from natgrad.jacobians.layer import at_least_float32
 from natgrad.layouts import BlockLayout
 
-__all__ = ["ConvolutionKind", "TransposedConvolutionKind", "patches"]
-
 
 def patches(
     images: Tensor,

@@ -20,8 +20,6 @@ from natgrad.capture.rerun import rerun
 from natgrad.jacobians import EmbeddingJacobian, LayerJacobian
 from natgrad.layouts import BlockLayout
 
-__all__ = ["EmbeddingBagKind", "EmbeddingKind", "LookupKind", "looked_up"]
-
 
 class EmbeddingKind(LayerKind):
     """:class:`torch.nn.Embedding`; tokens equal to ``padding_idx`` get no gradient."""

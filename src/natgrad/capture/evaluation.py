@@ -15,16 +15,6 @@ from natgrad.capture.rows import RowsUnavailable
 from natgrad.distributed.shards import whole_parameters
 from natgrad.jacobians import Jacobians
 
-__all__ = [
-    "call_model",
-    "count_samples",
-    "evaluated",
-    "output_rows",
-    "take_samples",
-    "undisturbed",
-    "unit_vectors",
-]
-
 
 @contextmanager
 def evaluated(capture: Capture, inputs: Any) -> Iterator[Tensor]:

@@ -17,15 +17,6 @@ from natgrad.capture.hooks import is_pulling_back, own_backward
 from natgrad.capture.model_output import losses, side_by_side
 from natgrad.capture.row_sources import RecordedCall
 
-__all__ = [
-    "ForwardPass",
-    "call_with_gradient",
-    "leads_to",
-    "unviewed",
-    "user_hook",
-    "watch_losses",
-]
-
 
 @dataclass(eq=False)
 class ForwardPass:

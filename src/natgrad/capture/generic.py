@@ -22,15 +22,6 @@ from natgrad.capture.samples import SampleAxis
 from natgrad.jacobians import DenseJacobian, LayerJacobian
 from natgrad.layouts import BlockLayout
 
-__all__ = [
-    "DENSE_LIMIT",
-    "GenericKind",
-    "floating_tensors",
-    "free_layout",
-    "not_by_samples",
-    "parameter_places",
-]
-
 #: Largest number of parameters of a module of unknown kind that form one dense block.
 DENSE_LIMIT = 1000
 

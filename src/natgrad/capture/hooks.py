@@ -13,17 +13,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = [
-    "ModelHook",
-    "called_from_graph",
-    "holds_statistics",
-    "inside_backward",
-    "is_pulling_back",
-    "outside_graphs",
-    "own_backward",
-    "without_hooks",
-]
-
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 

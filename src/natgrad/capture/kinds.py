@@ -15,19 +15,6 @@ from natgrad.capture.samples import SampleAxis
 from natgrad.jacobians import DenseJacobian, LayerJacobian, LinearJacobian
 from natgrad.layouts import BlockLayout
 
-__all__ = [
-    "BlockRecord",
-    "CallGradients",
-    "LayerCall",
-    "LayerKind",
-    "dense_layout",
-    "find_kind",
-    "parameter_shapes",
-    "register_kind",
-    "register_layer",
-    "register_named_kind",
-]
-
 
 @dataclass(eq=False)
 class LayerCall:

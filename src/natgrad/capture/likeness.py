@@ -20,8 +20,6 @@ from natgrad.capture.linear import LinearKind, TransposedLinearKind
 from natgrad.capture.normalization import NormalizationKind
 from natgrad.capture.rerun import rerun
 
-__all__ = ["kind_alike", "kind_by_trial"]
-
 #: Standard deviation of inputs that show the ε of a norm.
 SMALL = 1e-3
 

@@ -16,8 +16,6 @@ from natgrad.capture.kinds import (
 from natgrad.jacobians import LayerJacobian
 from natgrad.layouts import BlockLayout
 
-__all__ = ["LinearKind", "TransposedLinearKind"]
-
 
 class LinearKind(LayerKind):
     """``y = s (x Wᵀ) + s_b b`` with constants that are 1 for :class:`torch.nn.Linear`."""

@@ -9,18 +9,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-__all__ = [
-    "Selection",
-    "check_watched",
-    "losses",
-    "require_output",
-    "select_output",
-    "separated",
-    "side_by_side",
-    "substituted",
-    "unwrap",
-]
-
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the model inside DistributedDataParallel, DataParallel or ``torch.compile``."""

@@ -31,15 +31,6 @@ from natgrad.capture.kinds import (
 from natgrad.jacobians import LayerJacobian, LinearJacobian
 from natgrad.layouts import BlockLayout
 
-__all__ = [
-    "InnerBatchNormKind",
-    "NormalizationKind",
-    "batch_norms",
-    "batch_statistics",
-    "fix_statistics",
-    "kind_within",
-]
-
 #: Up to so many operations are looked through for a batch norm that is not the last of its module.
 INNER_OPERATIONS = 16
 

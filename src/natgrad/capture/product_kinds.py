@@ -24,15 +24,6 @@ from natgrad.capture.linear import LinearKind, TransposedLinearKind
 from natgrad.jacobians import DenseJacobian, LayerJacobian, StackedJacobian
 from natgrad.layouts import BlockLayout
 
-__all__ = [
-    "AddedKind",
-    "PickedKind",
-    "ProductKind",
-    "WatchedParameter",
-    "is_product",
-    "watched_parameters",
-]
-
 #: Kinds of layers whose parameters are also looked for outside the calls of their modules.
 _WATCHED_KINDS = (LinearKind, TransposedLinearKind, EmbeddingKind, GenericKind)
 

@@ -21,8 +21,6 @@ from natgrad.capture.contraction import contraction
 from natgrad.capture.kinds import LayerCall, LayerKind
 from natgrad.capture.product_kinds import AddedKind, PickedKind, ProductKind, WatchedParameter
 
-__all__ = ["RecordProducts"]
-
 
 @dataclass(frozen=True)
 class _Place:

@@ -23,8 +23,6 @@ from natgrad.capture.generic import floating_tensors
 from natgrad.capture.kinds import BlockRecord, LayerCall, LayerKind, register_kind
 from natgrad.jacobians import LayerJacobian
 
-__all__ = ["CellKind", "RecurrentKind"]
-
 #: Layers whose outputs this module has computed as they do.
 _known: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 

@@ -21,8 +21,6 @@ from natgrad.capture.rows import (
 )
 from natgrad.capture.samples import SampleAxis, find_axis, probe_samples, probe_vectors
 
-__all__ = ["RowCheck"]
-
 #: Difference between a gradient and the sum of its rows that counts as rounding, relative to its
 #: norm and to the product of the norms of inputs and output gradients, by the dtype of the latter.
 ROUNDING = {

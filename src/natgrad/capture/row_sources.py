@@ -15,8 +15,6 @@ from natgrad.capture.kinds import LayerCall, LayerKind
 from natgrad.capture.product_kinds import WatchedParameter, is_product
 from natgrad.capture.samples import SampleAxis
 
-__all__ = ["Gradients", "Place", "RecordedCall", "RowSources"]
-
 #: A layer, the part of it that was called, which call of the pass, and dimensions of the output.
 Place = tuple[nn.Module, str, int, int]
 #: One tensor per output of a call; None where nothing came.

@@ -21,8 +21,6 @@ from natgrad.distributed.shards import features_gathered, whole
 from natgrad.jacobians import DenseJacobian, Jacobians, LayerJacobian, SumJacobian
 from natgrad.layouts import BlockLayout, ParameterLayout
 
-__all__ = ["RowBuilder", "RowsUnavailable", "batched_gradients"]
-
 #: Entries of output gradients that are had at once where rows are taken sample by sample, and that
 #: a check may take to part every pair of samples (2^22 float32 = 16 MiB).
 SPLIT_ELEMENTS = 2**22

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["SampleAxis", "find_axis", "probe_samples", "probe_vectors"]
-
 
 @dataclass(frozen=True)
 class SampleAxis:

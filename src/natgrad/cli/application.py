@@ -14,14 +14,12 @@ from natgrad.cli.invocation import Interrupted
 from natgrad.cli.plan import plan
 from natgrad.cli.theory import theory
 from natgrad.experiments.config import ConfigError
-from natgrad.experiments.data import DataError
 from natgrad.experiments.factories import FactoryError
+from natgrad.experiments.formats import DataError
 from natgrad.experiments.inspection import InspectionError
 from natgrad.experiments.objectives import ObjectiveError
 from natgrad.experiments.plan import PlanError
 from natgrad.version import __version__
-
-__all__ = ["app", "run"]
 
 app: typer.Typer = typer.Typer(
     name="natgrad",

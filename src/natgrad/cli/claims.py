@@ -24,8 +24,6 @@ from natgrad.experiments.claims.run import run_claims
 from natgrad.experiments.console import PartBars
 from natgrad.experiments.pages import check_output, write_whole
 
-__all__ = ["claims"]
-
 
 def claims(
     names: Annotated[

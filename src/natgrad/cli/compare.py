@@ -33,8 +33,6 @@ from natgrad.experiments.results import Results, read_results
 from natgrad.experiments.search import BUDGET
 from natgrad.likelihoods.conversion import LIKELIHOODS
 
-__all__ = ["compare"]
-
 
 @options_of(
     CompareConfig,

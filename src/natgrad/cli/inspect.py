@@ -22,8 +22,6 @@ from natgrad.experiments.inspection import (
 )
 from natgrad.experiments.spectrum import fisher_spectrum
 
-__all__ = ["inspect"]
-
 
 def inspect(
     model: Annotated[

@@ -15,21 +15,6 @@ from typing import Annotated, Any, NamedTuple, TypeVar, get_type_hints
 import typer
 from rich.console import Console
 
-__all__ = [
-    "DATA_FOLDER",
-    "DEVICE",
-    "DeviceOption",
-    "Given",
-    "Interrupted",
-    "JsonOption",
-    "OutputOption",
-    "command_line",
-    "configured",
-    "data_folder",
-    "make_console",
-    "options_of",
-]
-
 Options = TypeVar("Options")
 
 DATA_FOLDER = (

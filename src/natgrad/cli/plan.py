@@ -12,8 +12,6 @@ from natgrad.experiments.console import print_plan
 from natgrad.experiments.methods import method_name
 from natgrad.experiments.plan import METHODS, Options, parse_ranks, plan_factory, to_dict
 
-__all__ = ["plan"]
-
 
 @options_of(
     Options,

@@ -29,8 +29,6 @@ from natgrad.experiments.theory.report import write_theory_report
 from natgrad.experiments.theory.run import run_theory
 from natgrad.ntk import ACTIVATIONS
 
-__all__ = ["theory"]
-
 
 @options_of(
     TheoryConfig,

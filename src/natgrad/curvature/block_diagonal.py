@@ -11,8 +11,6 @@ from typing import ClassVar
 from natgrad.curvature.full import ExactRows
 from natgrad.curvature.structure import register_structure
 
-__all__ = ["BlockDiagonal"]
-
 
 @register_structure
 @dataclass(frozen=True)

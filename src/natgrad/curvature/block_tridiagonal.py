@@ -19,8 +19,6 @@ from natgrad.operators.block_tridiagonal import BlockTridiagonalOperator
 from natgrad.statistics import Statistics
 from natgrad.statistics.rows import RowStatistics
 
-__all__ = ["BlockTridiagonal"]
-
 
 @dataclass(frozen=True, eq=False)
 class OrderedRows(RowStatistics):

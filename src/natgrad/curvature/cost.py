@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 
 from natgrad.layouts import BlockLayout
 
-__all__ = ["Cost", "Elements", "Workload", "factored_elements"]
-
 
 @dataclass(frozen=True)
 class Cost:

@@ -26,8 +26,6 @@ from natgrad.operators.block_diagonal import damping_of, inverses_together
 from natgrad.records import Record
 from natgrad.statistics import Statistics
 
-__all__ = ["Curvature", "Estimate"]
-
 Damping = float | Mapping[str, float]
 
 #: Factorisations of up to so many parameters together are batched; larger ones go part by part, so

@@ -16,8 +16,6 @@ from natgrad.jacobians import FIRST_DRAW, Draw, Jacobians
 from natgrad.operators import DiagonalOperator
 from natgrad.statistics import Statistics
 
-__all__ = ["Diagonal", "DiagonalStatistics"]
-
 
 @dataclass(frozen=True, eq=False)
 class DiagonalStatistics(Statistics):

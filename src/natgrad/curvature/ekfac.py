@@ -37,8 +37,6 @@ from natgrad.operators import EigenKroneckerOperator
 from natgrad.operators.eigen_kronecker import Basis, eigenbasis, moved
 from natgrad.statistics import KroneckerStatistics, Statistics
 
-__all__ = ["EigenKronecker", "EigenStatistics"]
-
 #: Rows of several updates wait for a basis together while they have no more elements than this.
 KEPT_ELEMENTS = 2**22
 

@@ -34,8 +34,6 @@ from natgrad.operators import KroneckerOperator, Operator
 from natgrad.operators.input_factor import InputFactorOperator
 from natgrad.statistics import KroneckerStatistics, Statistics
 
-__all__ = ["ForwardOnly"]
-
 
 @register_structure
 @dataclass(frozen=True)

@@ -19,8 +19,6 @@ from natgrad.solvers import IterativeSolver, Solver, as_solver
 from natgrad.statistics import Statistics
 from natgrad.statistics.rows import RowStatistics
 
-__all__ = ["ExactRows", "Full"]
-
 
 @dataclass(frozen=True)
 class ExactRows(Structure):

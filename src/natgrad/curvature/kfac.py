@@ -42,8 +42,6 @@ from natgrad.operators.kronecker import rows_are_cheaper
 from natgrad.statistics import KroneckerStatistics, Statistics
 from natgrad.statistics.triangles import kept_entries
 
-__all__ = ["KroneckerFactors", "check_factors", "zero_factors"]
-
 
 @register_structure
 @dataclass(frozen=True)

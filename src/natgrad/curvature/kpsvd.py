@@ -32,8 +32,6 @@ from natgrad.operators import Operator
 from natgrad.operators.kronecker_sum import KroneckerSumOperator
 from natgrad.statistics import Statistics
 
-__all__ = ["KroneckerProducts", "NearestKronecker", "ProductStatistics", "SVDMethod"]
-
 SVDMethod = Literal["deflation", "lanczos"]
 
 

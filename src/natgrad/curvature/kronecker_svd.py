@@ -10,8 +10,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["Product", "deflation", "lanczos", "symmetric_part"]
-
 # A product with symmetric matrices, one per group.
 Product = Callable[[Tensor], Tensor]
 

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from natgrad.curvature.curvature import Curvature, Damping, Estimate
     from natgrad.curvature.structure import Part
 
-__all__ = ["SharedWork", "Sharing", "holders_of"]
-
 Sharing = Literal["inverses", "memory", "nothing"]
 
 OfParts = Callable[[Sequence[str], GradientSource], dict[str, Tensor]]

@@ -67,8 +67,6 @@ from natgrad.records import Record
 from natgrad.statistics import Statistics
 from natgrad.statistics.kronecker import merging_weights
 
-__all__ = ["InitialScale", "InverseFactors", "InverseFactorStatistics"]
-
 InitialScale = Literal["batch", "identity"]
 Factors = tuple[StructuredMatrix, StructuredMatrix]
 

@@ -23,8 +23,6 @@ from natgrad.records import Record
 from natgrad.solvers import Solver
 from natgrad.statistics import Statistics
 
-__all__ = ["STRUCTURES", "Part", "Structure", "as_structure", "register_structure"]
-
 
 @dataclass(frozen=True)
 class Part:

@@ -10,8 +10,6 @@ from natgrad.curvature.ekfac import EigenKronecker
 from natgrad.curvature.structure import Structure, register_structure
 from natgrad.curvature.tkfac import TraceKronecker
 
-__all__ = ["TraceEigenKronecker"]
-
 
 @register_structure
 @dataclass(frozen=True)

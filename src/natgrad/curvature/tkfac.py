@@ -37,8 +37,6 @@ from natgrad.operators import KroneckerOperator
 from natgrad.statistics import KroneckerStatistics, Statistics
 from natgrad.statistics.kronecker import factor_diagonal, whole
 
-__all__ = ["TraceKronecker", "TraceStatistics", "trace_statistics"]
-
 
 @dataclass(frozen=True, eq=False)
 class TraceStatistics(KroneckerStatistics):

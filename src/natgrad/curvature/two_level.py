@@ -39,8 +39,6 @@ from natgrad.operators.coarse_level import (
 )
 from natgrad.statistics import Statistics
 
-__all__ = ["KeptRows", "TwoLevelKronecker"]
-
 COARSE = "all layers"
 
 

@@ -22,8 +22,6 @@ from natgrad.operators import DiagonalOperator, Operator
 from natgrad.operators.unit_blocks import UnitBlocksOperator, UnitRowsOperator, check_unit_memory
 from natgrad.statistics import Statistics
 
-__all__ = ["UnitStatistics", "UnitWise"]
-
 
 @dataclass(frozen=True, eq=False)
 class UnitStatistics(Statistics):

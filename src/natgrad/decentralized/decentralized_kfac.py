@@ -39,8 +39,6 @@ from natgrad.optim.options import StepRule
 from natgrad.optim.step.groups import rate_of
 from natgrad.optim.step.measures import all_finite, on_host, scalar_checks
 
-__all__ = ["DecentralizedKFAC"]
-
 
 class DecentralizedKFAC(KFAC):
     """K-FAC by agents that talk to their neighbours only, each with data and weights of its own.

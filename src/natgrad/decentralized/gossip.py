@@ -15,8 +15,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Gossip", "Graph", "mixing_matrix"]
-
 Graph = Literal["ring", "grid", "complete"]
 
 

@@ -8,8 +8,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["MANIFOLDS", "Manifold", "projected", "retracted"]
-
 Manifold = Literal["sphere", "stiefel"]
 
 

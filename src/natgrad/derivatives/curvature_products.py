@@ -27,8 +27,6 @@ from natgrad.likelihoods import LikelihoodLike, as_likelihood
 from natgrad.operators.combined import spectral_root
 from natgrad.operators.operator import Operator
 
-__all__ = ["GaussNewtonMatrix", "HessianMatrix", "gauss_newton_matrix", "hessian_matrix"]
-
 
 @dataclass(frozen=True, eq=False)
 class _LossMatrix(Operator):

@@ -13,8 +13,6 @@ from natgrad.derivatives.passes import Passes, derivatives, pushed_forward
 from natgrad.fisher import Batch
 from natgrad.operators.linear_map import LinearMap
 
-__all__ = ["JacobianMatrix", "jacobian_matrix"]
-
 
 @dataclass(frozen=True, eq=False)
 class JacobianMatrix(LinearMap):

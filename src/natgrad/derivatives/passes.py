@@ -17,8 +17,6 @@ from natgrad.fisher.estimation import batches_of
 from natgrad.layouts import ParameterLayout
 from natgrad.likelihoods import Likelihood
 
-__all__ = ["Pass", "Passes", "derivatives", "pushed_forward"]
-
 
 @dataclass(frozen=True, eq=False)
 class Pass:

@@ -19,19 +19,6 @@ from torch import Tensor
 
 from natgrad.distributed.triangles import packed_triangles, unpacked_triangles
 
-__all__ = [
-    "Outlines",
-    "Sum",
-    "Symmetric",
-    "gathered",
-    "is_padded",
-    "laid_end_to_end",
-    "passed_round",
-    "put_together",
-    "swapped",
-    "taken_apart",
-]
-
 #: Hashes of all processes' outlines → the outlines.
 Outlines = dict[tuple[int, ...], list[Any]]
 

@@ -10,8 +10,6 @@ import torch
 from natgrad.distributed.exchange import Sum
 from natgrad.distributed.replicas import Replicas
 
-__all__ = ["Grid"]
-
 
 @dataclass(frozen=True)
 class Grid:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["WHOLE_BATCH", "Place", "PlacedGenerator", "drawn"]
-
 
 @dataclass(frozen=True)
 class Place:

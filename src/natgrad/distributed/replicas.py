@@ -20,8 +20,6 @@ from natgrad.distributed.exchange import (
 from natgrad.distributed.place import WHOLE_BATCH, Place
 from natgrad.distributed.shards import is_sharded, reduces_gradients
 
-__all__ = ["Replicas"]
-
 
 @dataclass(frozen=True)
 class Replicas:

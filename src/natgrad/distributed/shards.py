@@ -18,22 +18,6 @@ from torch import Tensor, nn
 
 from natgrad.distributed.exchange import swapped
 
-__all__ = [
-    "at_owners",
-    "check_features_spread",
-    "features_gathered",
-    "from_owners",
-    "in_form_of",
-    "is_sharded",
-    "mesh_group",
-    "own_shard",
-    "reduces_gradients",
-    "shard_count",
-    "sharded_like",
-    "whole",
-    "whole_parameters",
-]
-
 
 def is_sharded(tensor: Tensor) -> bool:
     """Return whether a tensor is kept in shards."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["packed_triangles", "unpacked_triangles"]
-
 
 def packed_triangles(matrices: Tensor) -> Tensor:
     """Return the lower triangles of ``(..., d, d)``, ``(..., 2m + 1, m)`` with m = ⌈d/2⌉.

@@ -17,8 +17,6 @@ from natgrad.experiments.factories import FactoryError, described, find, make
 from natgrad.experiments.objectives import Encoding
 from natgrad.experiments.random_state import RandomStream, reproducible
 
-__all__ = ["Batch", "Batches", "LoaderBatches", "TensorBatches"]
-
 Batch = tuple[Any, Any]
 """Inputs, as a model is called with (a tensor, a tuple, or a dict of them), and targets."""
 

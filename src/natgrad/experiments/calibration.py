@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from natgrad.experiments.objectives import Objective
 from natgrad.quality import update_quality
 
-__all__ = ["measured_learning_rate", "step_of"]
-
 
 def step_of(
     model: nn.Module,

@@ -36,8 +36,6 @@ from natgrad.experiments.results import (
 from natgrad.experiments.search import BUDGET, best_learning_rate, search_learning_rate
 from natgrad.experiments.training import Schedule, train
 
-__all__ = ["Observer", "compare"]
-
 _EVALUATIONS = 20  # per run, unless asked for otherwise
 
 

@@ -17,8 +17,6 @@ from natgrad.experiments.objectives import OBJECTIVES
 from natgrad.fisher import FISHER_TYPES
 from natgrad.likelihoods.conversion import LIKELIHOODS
 
-__all__ = ["CompareConfig", "Config", "ConfigError", "check_choice", "find_device"]
-
 FULL_BATCH_TRAIN_SAMPLES = 200
 FULL_BATCH_FIRST_ORDER_FACTOR = 10
 EVAL_SAMPLES = 2000

@@ -42,16 +42,6 @@ from natgrad.experiments.spectrum import Spectrum
 from natgrad.experiments.theory.results import TheoryResults
 from natgrad.optim.summary import Summary, format_bytes
 
-__all__ = [
-    "PartBars",
-    "ProgressBars",
-    "print_findings",
-    "print_plan",
-    "print_results",
-    "print_spectrum",
-    "print_summary",
-]
-
 
 class _Bars(Progress):
     """Progress bars that are live in a terminal; elsewhere a line is printed when a part ends."""

@@ -26,16 +26,6 @@ from natgrad.experiments.formats import (
     read_npz,
 )
 
-__all__ = [
-    "DATASETS",
-    "FILE_DATASETS",
-    "DataError",
-    "Dataset",
-    "balanced_subset",
-    "load_dataset",
-    "normalise",
-]
-
 
 @dataclass(frozen=True)
 class Dataset:

@@ -9,8 +9,6 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["line_style", "new_figure", "save_figure"]
-
 # Okabe and Ito's colours, which colour-blind readers can tell apart; with the dashes and markers no
 # two of the first eight methods look alike without colour either.
 _COLOURS = ("#000000", "#7f7f7f", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")

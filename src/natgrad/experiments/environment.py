@@ -10,8 +10,6 @@ import torch
 
 from natgrad.version import __version__
 
-__all__ = ["describe_environment"]
-
 
 def describe_environment(device: torch.device) -> dict[str, object]:
     """Return versions, processor or GPU, cores and threads as JSON values."""

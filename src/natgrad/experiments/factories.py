@@ -15,8 +15,6 @@ from torch import Tensor, nn
 
 from natgrad.likelihoods import Likelihood
 
-__all__ = ["FactoryError", "MadeModel", "described", "find", "load_model", "make"]
-
 
 class FactoryError(ValueError):
     """A name that leads to nothing usable; the message says why."""

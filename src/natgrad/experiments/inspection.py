@@ -16,14 +16,6 @@ from natgrad.jacobians import LayerJacobian, SumJacobian
 from natgrad.optim import Preconditioner
 from natgrad.optim.summary import Summary, summarize
 
-__all__ = [
-    "InspectionError",
-    "example_input",
-    "inspect_model",
-    "shared_positions",
-    "summary_values",
-]
-
 
 class InspectionError(ValueError):
     """A model that cannot be inspected; the message says why."""

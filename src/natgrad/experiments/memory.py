@@ -10,8 +10,6 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["PeakMemory"]
-
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 

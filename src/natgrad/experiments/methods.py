@@ -21,8 +21,6 @@ from natgrad.curvature import Full
 from natgrad.ntk.coefficients import ISOTROPIC_STRUCTURES, isotropic_constant
 from natgrad.solvers import Thermodynamic
 
-__all__ = ["DEFAULT_METHODS", "METHODS", "OWN_METHODS", "Method", "Setting", "method_name"]
-
 LearningRateRule = Literal["search", "theory", "measured", "default"]
 
 WIDE_OPTIONS: dict[str, dict[str, Any]] = {

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from natgrad import ntk
 
-__all__ = ["DEFAULT_WIDTHS", "MLP", "MODELS", "SmallCNN", "build_model"]
-
 OUTPUT_VARIANCE = 0.1
 """σ_w² of the last layer of the MLP."""
 

@@ -14,20 +14,6 @@ from natgrad.capture.model_output import require_output
 from natgrad.experiments.factories import described, find
 from natgrad.likelihoods import Bernoulli, Categorical, Likelihood, as_likelihood
 
-__all__ = [
-    "ACCURACY",
-    "METRICS",
-    "OBJECTIVES",
-    "Encoding",
-    "Metric",
-    "Objective",
-    "ObjectiveError",
-    "accuracy",
-    "choose_objective",
-    "find_loss",
-    "squared_error",
-]
-
 Encoding = Callable[[Tensor, int], Tensor]
 """(labels (N,), classes) → targets."""
 

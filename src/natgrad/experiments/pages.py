@@ -16,21 +16,6 @@ from matplotlib.figure import Figure
 from natgrad.experiments.config import ConfigError
 from natgrad.experiments.drawing import save_figure
 
-__all__ = [
-    "DASH",
-    "check_output",
-    "format_loss",
-    "format_megabytes",
-    "format_or_dash",
-    "format_percent",
-    "format_rate",
-    "format_seconds",
-    "inline_svg",
-    "render_page",
-    "write_report",
-    "write_whole",
-]
-
 DASH = "–"
 
 

@@ -37,22 +37,6 @@ from natgrad.experiments.inspection import InspectionError
 from natgrad.fisher import as_fisher_type
 from natgrad.optim import EKFAC, KFAC, KPSVD, TEKFAC, TKFAC, NaturalGradient
 
-__all__ = [
-    "METHODS",
-    "Message",
-    "Options",
-    "Plan",
-    "PlanError",
-    "SharedWork",
-    "advice",
-    "best",
-    "parse_ranks",
-    "plan_factory",
-    "plan_model",
-    "sharings",
-    "to_dict",
-]
-
 #: Name → optimizer of the methods whose curvature processes can share.
 METHODS: dict[str, type[NaturalGradient]] = {
     "kfac": KFAC,

@@ -14,8 +14,6 @@ from natgrad.experiments.drawing import line_style, new_figure
 from natgrad.experiments.methods import METHODS
 from natgrad.experiments.results import Curve, MethodResult, Results
 
-__all__ = ["PLOTS", "Plot", "draw", "plots_of"]
-
 
 @dataclass(frozen=True)
 class Plot:

@@ -20,8 +20,6 @@ from natgrad.experiments.objectives import OBJECTIVES, Objective, choose_objecti
 from natgrad.experiments.random_state import reproducible
 from natgrad.likelihoods import Categorical
 
-__all__ = ["Problem", "Problems"]
-
 
 @dataclass(frozen=True)
 class Problem:

@@ -15,8 +15,6 @@ from natgrad.experiments.results import QualityPoint
 from natgrad.fisher import FISHER_TYPES, as_fisher_type
 from natgrad.likelihoods import as_likelihood
 
-__all__ = ["QUALITY_SAMPLES", "STRUCTURES", "measure_quality"]
-
 STRUCTURES = ("full", "block_diagonal", "kfac", "unit_wise", "diagonal")
 """The structures compared; the block tri-diagonal one is indefinite."""
 

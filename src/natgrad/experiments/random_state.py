@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["RandomStream", "reproducible"]
-
 
 class RandomStream:
     """Random numbers of torch, numpy and Python on the CPU from a seed on, apart from others."""

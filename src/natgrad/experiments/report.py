@@ -22,16 +22,6 @@ from natgrad.experiments.quality import QUALITY_SAMPLES
 from natgrad.experiments.results import MethodResult, Repeat, Results
 from natgrad.experiments.search import BUDGET, best_learning_rate
 
-__all__ = [
-    "format_metric",
-    "headline",
-    "last",
-    "outcome",
-    "over_seeds",
-    "render_html",
-    "write_report",
-]
-
 
 def write_report(results: Results, directory: Path) -> list[Path]:
     """Write the report, the results and the plots; see `pages.write_report`."""

@@ -19,22 +19,6 @@ from torch.utils._pytree import tree_map_only
 
 from natgrad.experiments.config import ConfigError
 
-__all__ = [
-    "SCHEMA_VERSION",
-    "Curve",
-    "JobResults",
-    "MethodResult",
-    "QualityPoint",
-    "Repeat",
-    "Results",
-    "Run",
-    "Search",
-    "Target",
-    "Trial",
-    "read_results",
-    "strict",
-]
-
 SCHEMA_VERSION = 1
 
 Status = Literal["completed", "diverged", "failed", "interrupted", "not run"]

@@ -7,8 +7,6 @@ from collections.abc import Callable
 
 from natgrad.experiments.results import Search, Trial
 
-__all__ = ["BUDGET", "best_learning_rate", "search_learning_rate"]
-
 BUDGET = 9
 """Runs per method, the same for all."""
 

@@ -15,8 +15,6 @@ from natgrad.fisher import fisher_matrix
 from natgrad.layouts import ParameterLayout
 from natgrad.tools.spectrum import effective_dimension, spectral_density, top_eigenpairs
 
-__all__ = ["Eigenpair", "Spectrum", "fisher_spectrum"]
-
 #: λ for which the effective dimension is given, in the units of F.
 DAMPINGS = tuple(10.0**exponent for exponent in range(0, -7, -1))
 

@@ -18,8 +18,6 @@ from natgrad.experiments.factories import described
 from natgrad.experiments.objectives import Objective
 from natgrad.experiments.results import Curve, Run
 
-__all__ = ["Schedule", "evaluate", "train"]
-
 StepReport = Callable[[float, float, float], None]
 """Called after every step with (steps taken, or seconds if these are the budget, loss, metric);
 raising stops the run."""

@@ -15,8 +15,6 @@ from natgrad.distributed import Replicas
 from natgrad.optim.checkpoints import only_initialises
 from natgrad.optim.step.reevaluation import evaluated
 
-__all__ = ["ImplicitSGD"]
-
 
 class ImplicitSGD(torch.optim.Optimizer):
     r"""Gradient descent with the gradient of the point it arrives at.

@@ -11,8 +11,6 @@ from torch import Tensor
 from natgrad.arguments import check_parameters, check_range, check_rate
 from natgrad.optim.step.reevaluation import evaluated
 
-__all__ = ["Padam"]
-
 
 class Padam(torch.optim.Optimizer):
     r"""Adam with a partial power p of its second moment, a first-order relative.

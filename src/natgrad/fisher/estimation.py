@@ -23,17 +23,6 @@ from natgrad.jacobians.scaled import ScaledRows
 from natgrad.likelihoods import Likelihood, LikelihoodLike, as_likelihood
 from natgrad.operators import FisherMatrix
 
-__all__ = [
-    "Batch",
-    "RowReceiver",
-    "batches_of",
-    "batches_together",
-    "curvature_of",
-    "draw_in_step",
-    "fisher_matrix",
-    "update_from_output",
-]
-
 #: Vectors are pulled back in chunks whose gradients at all layers' outputs have at most this many
 #: entries together (2^26 float32 = 256 MiB).
 PULL_BACK_ELEMENTS = 2**26

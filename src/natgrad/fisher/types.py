@@ -20,16 +20,6 @@ from natgrad.arguments import check_choice, check_interval
 from natgrad.distributed.place import drawn
 from natgrad.likelihoods import Likelihood
 
-__all__ = [
-    "FISHER_TYPES",
-    "EmpiricalFisher",
-    "ExactFisher",
-    "FisherType",
-    "ImprovedFisher",
-    "MonteCarloFisher",
-    "as_fisher_type",
-]
-
 
 class FisherType(ABC):
     """Which output vectors define the Fisher matrix."""

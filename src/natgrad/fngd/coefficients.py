@@ -32,15 +32,6 @@ from natgrad.optim.preconditioner import Preconditioner
 from natgrad.records import Record
 from natgrad.statistics.rows import Pieces, RowStatistics
 
-__all__ = [
-    "CoefficientPreconditioner",
-    "Coefficients",
-    "DampingScale",
-    "Normalization",
-    "Share",
-    "SharedCoefficients",
-]
-
 Share = Literal["sample", "iteration", "position", "mean"]
 DampingScale = Literal["relative", "absolute"]
 Normalization = Literal["none", "layer", "model"]

@@ -27,8 +27,6 @@ from natgrad.optim.step.isotropic_rate import is_isotropic
 from natgrad.optim.step.measures import all_finite, on_host, scalar_checks
 from natgrad.optim.step.plan import StepPlan
 
-__all__ = ["FNGD"]
-
 #: Entries from which on a tensor is large.
 LARGE = 2**16
 

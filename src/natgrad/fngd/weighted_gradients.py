@@ -25,9 +25,6 @@ from natgrad.fngd.coefficients import Coefficients
 from natgrad.layouts import BlockLayout, inner_product
 from natgrad.optim.fused.own_backward import Gradients, LayerProduct, LinearProduct, OwnBackward
 
-__all__ = ["CoefficientClock", "WeightedGradient", "weighable_layers"]
-
-
 # The products of which a backward pass is made, with a weight per sample.
 
 

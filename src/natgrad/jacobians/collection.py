@@ -17,8 +17,6 @@ from natgrad.layouts import ParameterLayout
 if TYPE_CHECKING:
     from natgrad.jacobians.shares import Shares
 
-__all__ = ["Jacobians", "in_type"]
-
 
 class Jacobians(Mapping[str, LayerJacobian]):
     """All blocks' Jacobian rows for one batch of pulled-back vectors, in call order.

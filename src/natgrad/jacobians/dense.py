@@ -14,8 +14,6 @@ from natgrad.jacobians.layer import (
 )
 from natgrad.layouts import BlockLayout
 
-__all__ = ["DenseJacobian"]
-
 
 class DenseJacobian(LayerJacobian):
     """Rows given outright, for modules natgrad knows no factored form of.

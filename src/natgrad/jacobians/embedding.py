@@ -12,8 +12,6 @@ from natgrad.jacobians.linear import LinearJacobian
 from natgrad.jacobians.positions import Draw
 from natgrad.layouts import BlockLayout
 
-__all__ = ["EmbeddingJacobian"]
-
 
 class EmbeddingJacobian(LinearJacobian):
     """Rows of an embedding: a linear map of one-hot inputs, kept as indices.

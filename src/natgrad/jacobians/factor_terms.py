@@ -17,8 +17,6 @@ from natgrad.jacobians.layer import CHUNK_ELEMENTS, LayerJacobian, WeightSharing
 from natgrad.jacobians.linear import LinearJacobian, mean_inputs
 from natgrad.jacobians.tied import SumJacobian, is_other_way_round
 
-__all__ = ["FactorTerm", "FactorTerms", "factor_terms"]
-
 
 @dataclass(frozen=True)
 class FactorTerm:

@@ -18,16 +18,6 @@ from natgrad.layouts import BlockLayout
 if TYPE_CHECKING:
     from natgrad.jacobians.positions import Draw
 
-__all__ = [
-    "CHUNK_ELEMENTS",
-    "KroneckerSums",
-    "LayerJacobian",
-    "WeightSharing",
-    "at_least_float32",
-    "gram_by_gradients",
-    "joint_gram",
-]
-
 WeightSharing = Literal["expand", "reduce", "split"]
 
 # Largest temporary, in elements, that a chunked product may allocate (2^25 float32 = 128 MiB).

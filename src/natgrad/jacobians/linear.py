@@ -24,8 +24,6 @@ from natgrad.jacobians.layer import (
 from natgrad.jacobians.positions import Draw, enough_rows, random_subset
 from natgrad.layouts import BlockLayout
 
-__all__ = ["LinearJacobian", "deviations_of", "mean_inputs", "tensor_identity"]
-
 
 class LinearJacobian(LayerJacobian):
     """Rows ``M_nk = Σ_t δ_nkt a_ntᵀ`` of linear maps with shared positions and groups.

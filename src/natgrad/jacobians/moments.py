@@ -9,8 +9,6 @@ from natgrad.jacobians.embedding import EmbeddingJacobian
 from natgrad.jacobians.layer import LayerJacobian
 from natgrad.jacobians.linear import LinearJacobian
 
-__all__ = ["second_moments"]
-
 
 def second_moments(
     jacobian: LayerJacobian, basis_a: Tensor | None, basis_b: Tensor | None

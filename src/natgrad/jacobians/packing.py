@@ -18,8 +18,6 @@ from natgrad.jacobians.scaled import ScaledRows
 from natgrad.jacobians.tied import SumJacobian
 from natgrad.layouts import BlockLayout, ParameterLayout
 
-__all__ = ["copied", "pack", "pack_layer", "unpack", "unpack_layer"]
-
 
 def copied(rows: Jacobians) -> Jacobians:
     """Return copies of rows, each in whichever form is smaller: factored, or one gradient per row.

@@ -11,14 +11,6 @@ from torch import Tensor
 from natgrad.distributed.place import WHOLE_BATCH, Place
 from natgrad.layouts import BlockLayout
 
-__all__ = [
-    "FIRST_DRAW",
-    "Draw",
-    "enough_rows",
-    "random_samples",
-    "random_subset",
-]
-
 
 @dataclass(frozen=True)
 class Draw:

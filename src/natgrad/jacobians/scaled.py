@@ -11,8 +11,6 @@ from natgrad.jacobians.collection import Jacobians
 if TYPE_CHECKING:
     from natgrad.jacobians.shares import Shares
 
-__all__ = ["ScaledRows"]
-
 
 class ScaledRows(Jacobians):
     r"""Rows that are damped in other units than their own.

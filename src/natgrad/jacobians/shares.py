@@ -15,8 +15,6 @@ from natgrad.jacobians.packing import pack_layer, unpack_layer
 if TYPE_CHECKING:
     from natgrad.jacobians.layer import LayerJacobian
 
-__all__ = ["Shares"]
-
 
 @dataclass(frozen=True, eq=False)
 class Shares:

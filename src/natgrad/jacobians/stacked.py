@@ -11,8 +11,6 @@ from natgrad.jacobians.layer import WeightSharing
 from natgrad.jacobians.linear import LinearJacobian, deviations_of
 from natgrad.layouts import BlockLayout
 
-__all__ = ["StackedJacobian"]
-
 
 class StackedJacobian(LinearJacobian):
     """Rows of linear maps of which each sees a number of positions of its own, as experts do.

@@ -14,8 +14,6 @@ from natgrad.jacobians.layer import (
 from natgrad.jacobians.positions import Draw
 from natgrad.layouts import BlockLayout
 
-__all__ = ["SumJacobian", "added", "is_other_way_round"]
-
 
 class SumJacobian(LayerJacobian):
     """Sum of several uses of one parameter that have no common factored form.

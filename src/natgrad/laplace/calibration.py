@@ -10,8 +10,6 @@ from torch import Tensor
 
 from natgrad.arguments import check_interval
 
-__all__ = ["Calibration", "calibration"]
-
 
 @dataclass(frozen=True)
 class Calibration:

@@ -23,8 +23,6 @@ from natgrad import linalg
 from natgrad.laplace.observations import Observations
 from natgrad.operators import Operator
 
-__all__ = ["Evidence", "ascend"]
-
 
 @dataclass(frozen=True)
 class Evidence:

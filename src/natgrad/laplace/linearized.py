@@ -20,8 +20,6 @@ from natgrad.layouts import ParameterLayout
 from natgrad.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from natgrad.operators import FisherMatrix
 
-__all__ = ["LinearizedPosterior", "check_reiterable"]
-
 #: Samples whose outputs are pulled back at a time.
 CHUNK_SAMPLES = 16
 

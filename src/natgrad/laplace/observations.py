@@ -11,8 +11,6 @@ from torch import Tensor
 from natgrad.likelihoods import Gaussian, Likelihood
 from natgrad.likelihoods.heads import JoinedHeads
 
-__all__ = ["Observations", "log_normalizer"]
-
 
 @dataclass(frozen=True)
 class Observations:

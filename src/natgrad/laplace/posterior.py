@@ -43,8 +43,6 @@ from natgrad.laplace.uncertain import UncertainMatrix
 from natgrad.likelihoods import Gaussian, Likelihood, LikelihoodLike, as_likelihood
 from natgrad.operators import FisherMatrix
 
-__all__ = ["Laplace"]
-
 Precision = float | Mapping[str, float]
 
 

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from natgrad.layouts import ParameterLayout
 
-__all__ = ["checked_mean", "checked_precision", "checked_precisions"]
-
 
 def checked_precision(value: Any) -> float:
     """Return a prior precision as a number; a ValueError unless it is positive and finite."""

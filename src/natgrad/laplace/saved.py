@@ -9,8 +9,6 @@ from typing import Any
 from natgrad.curvature import Curvature
 from natgrad.statistics.rows import RowStatistics
 
-__all__ = ["load_statistics", "saved_statistics"]
-
 
 def saved_statistics(curvature: Curvature) -> dict[str, Any]:
     """Return part name → what is summed up in it."""

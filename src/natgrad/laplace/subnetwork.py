@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from natgrad.arguments import check_interval
 from natgrad.operators.operator import VectorLayout
 
-__all__ = ["checked_masks", "largest_entries", "named_parameters", "uncertain_entries"]
-
 
 def largest_entries(scores: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
     """Return masks of the entries with the largest scores, a subnetwork for ``parameters=``.

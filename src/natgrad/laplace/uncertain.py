@@ -16,8 +16,6 @@ from natgrad.layouts import BlockLayout
 from natgrad.operators import DenseOperator, FisherMatrix, Operator
 from natgrad.operators.embedded import EmbeddedOperator
 
-__all__ = ["UncertainMatrix"]
-
 Damping = float | dict[str, float]
 
 

@@ -23,20 +23,6 @@ from torch import Tensor, nn
 
 from natgrad.ntk.hermite import hermite_series, mehler_sum, second_moments
 
-__all__ = [
-    "ACTIVATIONS",
-    "Activation",
-    "Erf",
-    "ErfActivation",
-    "GELUActivation",
-    "LeakyReLUActivation",
-    "LinearActivation",
-    "QuadratureActivation",
-    "ReLUActivation",
-    "activation_of",
-    "as_activation",
-]
-
 
 class Erf(nn.Module):
     """The error function ``erf(x)``, elementwise."""

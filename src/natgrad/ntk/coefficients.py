@@ -26,8 +26,6 @@ from natgrad.likelihoods import Likelihood, as_likelihood
 from natgrad.operators import FisherMatrix
 from natgrad.operators.block_tridiagonal import tridiagonal_coefficients
 
-__all__ = ["ISOTROPIC_STRUCTURES", "Isotropy", "LayerShare", "isotropic_constant", "isotropy"]
-
 #: Structures that are isotropic in wide networks.
 ISOTROPIC_STRUCTURES = ("full", "block_diagonal", "block_tridiagonal", "kfac", "unit_wise")
 

@@ -22,8 +22,6 @@ from natgrad.capture.evaluation import output_rows
 from natgrad.jacobians import Jacobians
 from natgrad.ntk.two_layer import angles
 
-__all__ = ["JacobianConditions", "identity_jacobians", "jacobian_conditions", "related_samples"]
-
 
 def identity_jacobians(
     model: nn.Module, x: Any, output: Callable[[Any], Tensor] | None = None

@@ -24,8 +24,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["ConvergenceBounds", "convergence_bounds", "generalization_bound"]
-
 Method = Literal["gd", "ngd", "kfac"]
 
 

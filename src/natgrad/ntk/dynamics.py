@@ -22,8 +22,6 @@ from natgrad.arguments import check_damping
 from natgrad.curvature import STRUCTURES
 from natgrad.likelihoods import Gaussian, Likelihood, as_likelihood
 
-__all__ = ["NetworkInFunctionSpace", "Prediction", "predict"]
-
 #: Steps of the iteration that losses without a closed form take, at most.
 MAX_STEPS = 100_000
 

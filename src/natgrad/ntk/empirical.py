@@ -14,8 +14,6 @@ from natgrad.capture import Capture
 from natgrad.capture.evaluation import count_samples, output_rows, take_samples
 from natgrad.jacobians import Jacobians, LayerJacobian
 
-__all__ = ["empirical_kernel"]
-
 Outputs = Literal["full", "classwise", "trace"]
 
 #: Entries of output gradients that one batch of rows may have (2^27 float32 = 512 MiB).

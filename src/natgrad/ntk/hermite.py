@@ -15,8 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["HermiteSeries", "hermite_series", "mehler_sum", "second_moments"]
-
 # The trapezoid rule: beyond 13 the root of the normal density is below 1e-18.
 _LIMIT, _NODES = 13.0, 1601
 # Elements of a block of rows that Horner's scheme works on: it stays in the cache, and torch starts

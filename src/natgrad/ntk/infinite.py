@@ -20,8 +20,6 @@ from torch import Tensor, nn
 
 from natgrad.ntk.networks import Architecture
 
-__all__ = ["InfiniteKernel", "infinite_kernel"]
-
 
 @dataclass(frozen=True, eq=False)
 class InfiniteKernel:

@@ -24,8 +24,6 @@ from natgrad.ntk.infinite import InfiniteKernel, infinite_kernel
 from natgrad.ntk.networks import Architecture
 from natgrad.operators.block_tridiagonal import BlockElimination, tridiagonal_coefficients
 
-__all__ = ["InfiniteNetwork"]
-
 
 @dataclass(frozen=True)
 class _Layer:

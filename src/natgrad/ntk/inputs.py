@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["forster_transform"]
-
 
 def forster_transform(
     x: Tensor,

@@ -17,8 +17,6 @@ from natgrad.likelihoods import Likelihood
 from natgrad.ntk.coefficients import cast_inputs
 from natgrad.ntk.dynamics import NetworkInFunctionSpace
 
-__all__ = ["LinearizedNetwork"]
-
 
 class LinearizedNetwork(NetworkInFunctionSpace):
     """The first-order Taylor expansion of a model in its parameters.

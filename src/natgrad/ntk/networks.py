@@ -17,8 +17,6 @@ from natgrad.ntk.activations import (
 )
 from natgrad.ntk.scaling import NTKLinear
 
-__all__ = ["MLP", "Architecture"]
-
 
 @dataclass(frozen=True)
 class Architecture:

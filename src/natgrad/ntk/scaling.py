@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from natgrad.capture.kinds import register_kind
 from natgrad.capture.linear import LinearKind
 
-__all__ = ["LayerScale", "NTKLinear", "Parameterization", "parameterization", "to_ntk"]
-
 
 class NTKLinear(nn.Linear):
     r"""A linear layer ``y = (σ_w / √d_in) W x + σ_b b`` with ``W, b ~ N(0, 1)``.

@@ -34,14 +34,6 @@ from natgrad.ntk.conditions import identity_jacobians
 from natgrad.ntk.infinite import infinite_kernel
 from natgrad.ntk.networks import Architecture
 
-__all__ = [
-    "FisherSpectrum",
-    "SpectrumPrediction",
-    "fisher_spectrum",
-    "infinite_spectrum",
-    "predict_spectrum",
-]
-
 
 @dataclass(frozen=True)
 class SpectrumPrediction:

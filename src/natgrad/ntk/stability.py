@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from natgrad.jacobians import LayerJacobian, LinearJacobian
 from natgrad.ntk.conditions import identity_jacobians
 
-__all__ = ["JacobianStability", "StabilityMeasurement"]
-
 
 @dataclass(frozen=True)
 class StabilityMeasurement:

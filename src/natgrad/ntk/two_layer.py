@@ -12,8 +12,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-__all__ = ["TwoLayerNetwork", "angles", "two_layer_kernel"]
-
 
 class TwoLayerNetwork(nn.Module):
     r"""The network ``f(x) = (1/√m) Σ_r a_r max(w_rᵀx, 0)`` of which only ``w`` is trained.

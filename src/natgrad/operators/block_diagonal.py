@@ -17,8 +17,6 @@ from natgrad.layouts import ParameterLayout
 from natgrad.operators.operator import Operator
 from natgrad.solvers import Solver
 
-__all__ = ["FisherMatrix"]
-
 Vector = TypeVar("Vector", Tensor, dict[str, Tensor])
 
 

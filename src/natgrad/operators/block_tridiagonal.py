@@ -33,8 +33,6 @@ from natgrad.operators.rows import (
 )
 from natgrad.statistics.rows import RowStatistics
 
-__all__ = ["BlockElimination", "BlockTridiagonalOperator", "tridiagonal_coefficients"]
-
 
 def tridiagonal_coefficients(depth: int) -> Tensor:
     """Return ``Σ⁻¹1`` for ``L = depth``, the weight of each layer at zero damping, in float64.

@@ -33,8 +33,6 @@ from natgrad.operators.rows import times, transposed_times
 from natgrad.solvers import Solver
 from natgrad.statistics.rows import Pieces
 
-__all__ = ["CoarseForm", "CoarseLevel", "CoarseSpace", "TwoLevelMatrix", "leading_eigenvector"]
-
 CoarseSpace = Literal["nicolaides", "residual", "spectral", "krylov"]
 CoarseForm = Literal["residual", "additive"]
 

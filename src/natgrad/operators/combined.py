@@ -15,8 +15,6 @@ from natgrad.jacobians import Jacobians
 from natgrad.operators.dense import SpectralOperator
 from natgrad.operators.operator import GradientSource, Operator, VectorLayout
 
-__all__ = ["DerivedOperator", "ScaledOperator", "SumOperator", "spectral_root"]
-
 
 @dataclass(frozen=True, eq=False)
 class DerivedOperator(Operator):

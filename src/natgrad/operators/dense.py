@@ -10,8 +10,6 @@ from torch import Tensor
 from natgrad import linalg
 from natgrad.operators.operator import Operator, VectorLayout
 
-__all__ = ["DenseOperator"]
-
 
 @dataclass(frozen=True, eq=False)
 class DenseOperator(Operator):

@@ -15,8 +15,6 @@ from natgrad.linalg import require_finite
 from natgrad.operators.eigen_kronecker import EigenKroneckerOperator
 from natgrad.operators.operator import GradientSource, Operator, VectorLayout
 
-__all__ = ["DiagonalOperator"]
-
 
 @dataclass(frozen=True, eq=False)
 class DiagonalOperator(Operator):

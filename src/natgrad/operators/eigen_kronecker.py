@@ -14,15 +14,6 @@ from natgrad.jacobians import Jacobians, LinearJacobian
 from natgrad.layouts import BlockLayout
 from natgrad.operators.operator import Operator, scaled_forms
 
-__all__ = [
-    "EigenKroneckerOperator",
-    "eigenbasis",
-    "eigenvalues",
-    "moved",
-    "rotate",
-    "rotate_back",
-]
-
 
 @dataclass(frozen=True, eq=False)
 class EigenKroneckerOperator(Operator):

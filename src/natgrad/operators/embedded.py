@@ -10,8 +10,6 @@ from torch import Tensor
 from natgrad.operators.combined import DerivedOperator
 from natgrad.operators.submatrix import spread
 
-__all__ = ["EmbeddedOperator"]
-
 
 @dataclass(frozen=True, eq=False)
 class EmbeddedOperator(DerivedOperator):

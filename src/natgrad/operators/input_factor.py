@@ -13,8 +13,6 @@ from natgrad.layouts import BlockLayout
 from natgrad.operators.kronecker import KroneckerOperator
 from natgrad.operators.operator import Operator
 
-__all__ = ["InputFactorOperator"]
-
 
 @dataclass(frozen=True, eq=False)
 class InputFactorOperator(KroneckerOperator):

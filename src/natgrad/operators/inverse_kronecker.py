@@ -16,8 +16,6 @@ from natgrad.operators.kronecker import is_weight_matrix, multiply_left, multipl
 from natgrad.operators.operator import GradientSource, Operator
 from natgrad.operators.structured_factors import DiagonalMatrix, StructuredMatrix
 
-__all__ = ["EXPANDED", "InverseKroneckerOperator", "MetricKroneckerOperator", "metric_cost"]
-
 #: Structures whose products take of the order of d² entries.
 EXPANDED = ("dense", "lower_triangular", "upper_triangular", "lower_toeplitz", "upper_toeplitz")
 

@@ -12,8 +12,6 @@ from torch import Tensor
 from natgrad.operators.operator import GradientSource, Operator, VectorLayout
 from natgrad.solvers import IterativeSolver
 
-__all__ = ["IterativeInverse"]
-
 
 @dataclass(frozen=True, eq=False)
 class IterativeInverse(Operator):

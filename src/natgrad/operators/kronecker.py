@@ -18,14 +18,6 @@ from natgrad.operators.eigen_kronecker import EigenKroneckerOperator, eigenbasis
 from natgrad.operators.operator import GradientSource, Operator, map_by_columns
 from natgrad.statistics.kronecker import factor_diagonal
 
-__all__ = [
-    "KroneckerOperator",
-    "multiply_left",
-    "multiply_right",
-    "pi_shifts",
-    "rows_are_cheaper",
-]
-
 
 @dataclass(frozen=True, eq=False)
 class KroneckerOperator(Operator):

@@ -17,8 +17,6 @@ from natgrad.operators.eigen_kronecker import EigenKroneckerOperator
 from natgrad.operators.kronecker import KroneckerOperator, pi_shifts
 from natgrad.operators.operator import Operator
 
-__all__ = ["KroneckerSumOperator"]
-
 
 @dataclass(frozen=True, eq=False)
 class KroneckerSumOperator(Operator):

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["LinearMap", "check_columns", "scipy_operator"]
-
 Product = Callable[[Tensor], Tensor]
 
 

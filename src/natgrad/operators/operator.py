@@ -25,15 +25,6 @@ from natgrad.operators.linear_map import LinearMap, check_columns, scipy_operato
 from natgrad.records import Record
 from natgrad.solvers import IterativeSolver, Solver, TruncatedEigh, as_solver
 
-__all__ = [
-    "GradientSource",
-    "Operator",
-    "VectorLayout",
-    "map_by_columns",
-    "map_jointly",
-    "scaled_forms",
-]
-
 
 class VectorLayout(Protocol):
     """How a flat vector is cut into parameters: a block's layout or a whole model's."""

@@ -31,16 +31,6 @@ from natgrad.layouts import ParameterLayout
 from natgrad.operators.operator import GradientSource, Operator
 from natgrad.statistics.rows import Pieces
 
-__all__ = [
-    "RowsInverse",
-    "RowsOperator",
-    "cross_gram",
-    "matching_coordinates",
-    "split_gradient",
-    "times",
-    "transposed_times",
-]
-
 
 @dataclass(frozen=True, eq=False)
 class RowsOperator(Operator):

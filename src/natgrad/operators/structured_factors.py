@@ -32,20 +32,6 @@ from torch.nn import functional
 from natgrad import linalg
 from natgrad.records import Record
 
-__all__ = [
-    "BlockDiagonalMatrix",
-    "DenseMatrix",
-    "DiagonalMatrix",
-    "FactorStructure",
-    "HierarchicalMatrix",
-    "LowerToeplitzMatrix",
-    "LowerTriangularMatrix",
-    "StructuredMatrix",
-    "UpperToeplitzMatrix",
-    "UpperTriangularMatrix",
-    "identity_matrix",
-]
-
 FactorStructure = Literal[
     "dense",
     "diagonal",

@@ -17,8 +17,6 @@ from natgrad.operators.diagonal import DiagonalOperator
 from natgrad.operators.linear_map import LinearMap
 from natgrad.operators.operator import Operator, VectorLayout
 
-__all__ = ["EntriesLayout", "Submatrix", "SubmatrixOperator", "submatrix_of"]
-
 Choice = Collection[str] | Tensor | Sequence[int]
 
 

@@ -20,8 +20,6 @@ from natgrad.jacobians import CHUNK_ELEMENTS, Jacobians, LinearJacobian
 from natgrad.layouts import BlockLayout
 from natgrad.operators.operator import Operator, map_by_columns
 
-__all__ = ["UnitBlocksOperator", "UnitRowsOperator", "check_unit_memory"]
-
 #: Largest factorisation of one layer, in entries (2^31 float32 = 8 GiB).
 MAX_ENTRIES = 2**31
 

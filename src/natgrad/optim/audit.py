@@ -13,8 +13,6 @@ from natgrad.capture import Capture, ForwardPass
 from natgrad.capture.hooks import is_pulling_back
 from natgrad.capture.rows import batched_gradients
 
-__all__ = ["Findings", "GradientAudit"]
-
 #: Relative difference of two gradients of one graph that counts as rounding.
 ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3}
 HALF_ROUNDING = 3e-2

@@ -17,8 +17,6 @@ from natgrad.arguments import check_range
 from natgrad.capture.model_output import unwrap
 from natgrad.optim.copying import CopiedByState
 
-__all__ = ["WeightAverage"]
-
 
 @dataclass
 class _Mean:

@@ -12,8 +12,6 @@ import torch
 
 from natgrad.optim.eager import EagerOptimizer
 
-__all__ = ["CheckpointedOptimizer", "only_initialises"]
-
 #: The entry of a state dict, and of one parameter's state in it, that holds what is natgrad's own.
 ENTRY = "natgrad"
 

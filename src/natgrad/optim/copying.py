@@ -5,8 +5,6 @@ from __future__ import annotations
 import warnings
 from typing import Any, cast
 
-__all__ = ["CopiedByState"]
-
 
 class CopiedByState:
     """Copies and pickles an object as the arguments it was made with and its state dict.

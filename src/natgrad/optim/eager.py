@@ -15,8 +15,6 @@ import torch
 
 from natgrad.capture.hooks import outside_graphs
 
-__all__ = ["EagerAdamW", "EagerOptimizer", "EagerSGD", "plain_step"]
-
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 

@@ -15,8 +15,6 @@ from natgrad.layouts import BlockLayout
 from natgrad.likelihoods import Categorical
 from natgrad.optim.observer import Observer
 
-__all__ = ["GradientRows", "batch_scale"]
-
 #: Largest relative difference between ``.grad`` and ``δᵀa`` that counts as rounding, and what terms
 #: that cancel add to it, as a multiple of their sizes and of their type's ε.
 ROW_TOLERANCE, CANCELLED = 2e-5, 4.0

@@ -19,8 +19,6 @@ from natgrad.optim.preconditioner import Preconditioner
 from natgrad.optim.step.levenberg_marquardt import LevenbergMarquardt
 from natgrad.optim.step.relative_damping import RelativeDamping
 
-__all__ = ["GroupedOptimizer"]
-
 
 class GroupedOptimizer(CheckpointedOptimizer):
     """Knows which parameters are preconditioned, and trains the others by a first-order rule.

@@ -17,8 +17,6 @@ from natgrad.optim.options import Refresh, StepRule, check_options
 from natgrad.optim.step.levenberg_marquardt import LevenbergMarquardt
 from natgrad.optim.step.relative_damping import RelativeDamping
 
-__all__ = ["DEFAULT", "Method", "ShowsMethod"]
-
 
 class Default:
     """Stands for what an optimizer's method says."""

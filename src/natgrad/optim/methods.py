@@ -32,25 +32,6 @@ from natgrad.optim.step.measured_length import MeasuredLength
 from natgrad.optim.step.relative_damping import RelativeDamping
 from natgrad.solvers import ConjugateGradient, Thermodynamic
 
-__all__ = [
-    "EGN",
-    "EKFAC",
-    "KFAC",
-    "KPSVD",
-    "SINGD",
-    "TEKFAC",
-    "TKFAC",
-    "BlockDiagonalNGD",
-    "BlockTridiagonalNGD",
-    "ConjugateGradientNGD",
-    "DiagonalNGD",
-    "ExactNGD",
-    "ImprovedEmpiricalNGD",
-    "ThermodynamicNGD",
-    "TwoLevelKFAC",
-    "UnitWiseNGD",
-]
-
 #: Curvature now and then, averaged over many batches.
 _AMORTISED = Refresh(factors=10, inverses=20, decay=0.95, early=True)
 #: Steps whose length is measured, damped in units of the curvature.

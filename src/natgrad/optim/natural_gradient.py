@@ -48,8 +48,6 @@ from natgrad.optim.step.reevaluation import Reevaluation, as_float, evaluated
 from natgrad.optim.step.relative_damping import RelativeDamping
 from natgrad.optim.summary import Summary, summarize
 
-__all__ = ["NaturalGradient"]
-
 #: After so many steps at learning rates below so much, someone has taken them for those of another
 #: optimizer.
 SLOW_STEPS, SLOW_RATE = 100, 0.05

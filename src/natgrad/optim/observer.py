@@ -27,8 +27,6 @@ from natgrad.optim.options import Refresh
 from natgrad.optim.step.isotropic_rate import IsotropyProbe
 from natgrad.optim.step.quadratic_model import BatchFisher, RowReceivers
 
-__all__ = ["ModelWatch", "Observer", "SeenPass"]
-
 _NOTHING = torch.empty(0)
 
 #: Steps after which rows and gradients are checked again, if nothing calls for it before.

@@ -15,17 +15,6 @@ from natgrad.curvature.sharing import Sharing
 from natgrad.optim.step.line_search import LineSearch
 from natgrad.optim.step.measured_length import MeasuredLength
 
-__all__ = [
-    "Fallback",
-    "Graft",
-    "MethodOptions",
-    "MomentumOn",
-    "Refresh",
-    "StepRule",
-    "WeightDecayMode",
-    "check_options",
-]
-
 Graft = Literal["sgd", "adam"]
 MomentumOn = Literal["natural_gradient", "gradient"]
 WeightDecayMode = Literal["decoupled", "model"]

@@ -13,8 +13,6 @@ from natgrad.arguments import check_range, check_rate
 from natgrad.optim.eager import EagerAdamW, EagerSGD
 from natgrad.optim.options import Fallback
 
-__all__ = ["check_group", "first_order_names", "make_fallback", "members", "split_groups"]
-
 #: What torch and its schedulers keep in a group beside options.
 NOTES = {"params", "modules", "param_names", "name", "initial_lr", "first_lr"}
 

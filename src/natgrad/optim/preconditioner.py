@@ -32,8 +32,6 @@ from natgrad.optim.observer import ModelWatch, Observer
 from natgrad.optim.options import Refresh
 from natgrad.optim.step.measures import all_finite, on_host, scalar_checks
 
-__all__ = ["Preconditioner"]
-
 
 class Preconditioner(CopiedByState):
     """Keeps a structure of the Fisher matrix up to date and turns gradients into natural ones.

@@ -11,8 +11,6 @@ from natgrad.curvature.cost import Workload
 if TYPE_CHECKING:
     from natgrad.optim.preconditioner import Preconditioner
 
-__all__ = ["LayerSummary", "Summary", "summarize"]
-
 
 @dataclass(frozen=True)
 class LayerSummary:

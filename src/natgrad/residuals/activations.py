@@ -12,8 +12,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ActivationDerivatives", "Sine", "activation_derivatives", "register_activation"]
-
 #: What an activation module and its input z turn into ``(φ(z), φ'(z), φ''(z))`` with.
 ActivationDerivatives = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor, Tensor]]
 

@@ -15,8 +15,6 @@ from natgrad.distributed import Replicas
 from natgrad.residuals.residual import Residual, as_residuals
 from natgrad.residuals.rows import FunctionRows
 
-__all__ = ["AdaptivePoints"]
-
 #: ``draw(count)``, returning that many points ``(count, D)`` or a pair of them and their data.
 Draw = Callable[[int], "Tensor | tuple[Tensor, Tensor]"]
 

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from natgrad.optim.step.line_search import LineSearch
 
-__all__ = ["CURVED_DECAY", "STRAIGHT_DECAY", "FoundStep", "LinearStep", "corrected", "shortened"]
-
 #: Share of Δ at which residuals are evaluated for their second derivative along it.
 PROBE = 0.1
 

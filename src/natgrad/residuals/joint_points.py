@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from typing_extensions import Self
 
-__all__ = ["JointPoints"]
-
 
 @dataclass(frozen=True)
 class JointPoints:

@@ -12,8 +12,6 @@ from natgrad.residuals.joint_points import JointPoints
 from natgrad.residuals.residual import Residual, as_residuals
 from natgrad.residuals.taylor import TaylorNetwork
 
-__all__ = ["ResidualNetwork"]
-
 
 class ResidualNetwork(nn.Module):
     r"""Turns a residual loss into regression to zero, for any optimizer.

@@ -15,8 +15,6 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Residual", "as_residuals"]
-
 #: ``function(u, x)`` or ``function(u, x, data)``, for one point.
 ResidualFunction = Callable[..., Tensor]
 

@@ -36,8 +36,6 @@ from natgrad.residuals.residual import Residual, as_residuals
 from natgrad.residuals.rows import CapturedRows, FunctionRows, ResidualRows
 from natgrad.residuals.taylor import TaylorNetwork
 
-__all__ = ["ResidualNGD", "ResidualStep"]
-
 #: The first λ, as a share of ``‖∇L‖²/‖ρ‖²``, the mean of ``JJᵀ`` along ρ, and the least one, as a
 #: share of its largest value times the rounding error of 1.
 FIRST_DAMPING, LEAST_DAMPING = 1e-3, 1e-2

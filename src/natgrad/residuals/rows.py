@@ -22,8 +22,6 @@ from natgrad.residuals.network import ResidualNetwork
 from natgrad.residuals.residual import Residual
 from natgrad.residuals.taylor import TaylorNetwork
 
-__all__ = ["CapturedRows", "FunctionRows", "ResidualRows"]
-
 #: How many times more entries than its rows a chunk of points takes while it is differentiated.
 OVERHEAD = 8
 

@@ -26,8 +26,6 @@ from natgrad.jacobians import LayerJacobian
 from natgrad.layouts import BlockLayout
 from natgrad.residuals.activations import activation_derivatives
 
-__all__ = ["StackActivation", "StackLinear", "StackRows"]
-
 
 @dataclass(frozen=True)
 class StackRows:

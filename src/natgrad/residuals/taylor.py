@@ -10,9 +10,6 @@ from torch import Tensor, nn
 
 from natgrad.residuals.stack_layers import StackActivation, StackLinear, StackRows
 
-__all__ = ["Taylor", "TaylorAtPoint", "TaylorNetwork"]
-
-
 #: Rows of a stack from which on it pays to compute only those that are asked for.
 MANY_ROWS = 32
 

@@ -11,8 +11,6 @@ from torch import Tensor
 from natgrad.arguments import check_interval, check_range
 from natgrad.solvers.solver import IterativeSolver, Product
 
-__all__ = ["ConjugateGradient"]
-
 
 @dataclass(frozen=True)
 class ConjugateGradient(IterativeSolver):

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from natgrad.arguments import check_range
 
-__all__ = ["IterativeSolver", "Product", "Solver", "TruncatedEigh", "as_solver"]
-
 #: ``v ↦ A v`` for vectors ``(P,)``.
 Product = Callable[[Tensor], Tensor]
 

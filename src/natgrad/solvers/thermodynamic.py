@@ -21,8 +21,6 @@ from torch import Tensor
 from natgrad.arguments import check_choice, check_range
 from natgrad.solvers.solver import IterativeSolver, Product
 
-__all__ = ["Start", "Thermodynamic"]
-
 Start = Literal["warm", "gradient", "zero"]
 
 #: Products that estimate the largest eigenvalue of every new matrix, from the last estimate on.

@@ -15,13 +15,6 @@ from natgrad.jacobians.tied import added
 from natgrad.statistics.statistics import Statistics
 from natgrad.statistics.triangles import LEAST_SIZE, LowerTriangles
 
-__all__ = [
-    "KroneckerStatistics",
-    "factor_diagonal",
-    "merging_weights",
-    "whole",
-]
-
 #: A sum of outer products, ``(G, d, d)``, or its diagonal, ``(G, d)``.
 Factor = Tensor | LowerTriangles
 

@@ -24,8 +24,6 @@ from natgrad.statistics.statistics import Statistics
 if TYPE_CHECKING:
     from natgrad.curvature.structure import Part
 
-__all__ = ["Pieces", "RowStatistics"]
-
 #: Rows of several batches, each with the weight of its squares.
 Pieces = tuple[tuple[float, Jacobians], ...]
 

@@ -15,8 +15,6 @@ from natgrad.layouts import ParameterLayout
 from natgrad.records import Record
 from natgrad.statistics.triangles import LowerTriangles
 
-__all__ = ["Statistics"]
-
 
 @dataclass(frozen=True, eq=False)
 class Statistics(Record):

@@ -11,8 +11,6 @@ from typing_extensions import Self
 
 from natgrad.records import Record
 
-__all__ = ["LEAST_SIZE", "LowerTriangles", "kept_entries"]
-
 #: Matrices of fewer rows are kept whole: so many small copies cost more than they save.
 LEAST_SIZE = 256
 

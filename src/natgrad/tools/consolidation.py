@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from natgrad.operators import FisherMatrix
 from natgrad.tools.parameters import values_of
 
-__all__ = ["EWCPenalty", "ewc_penalty"]
-
 
 def ewc_penalty(matrix: FisherMatrix, anchor: nn.Module | Mapping[str, Tensor]) -> EWCPenalty:
     """Return the penalty ``½(θ − θ*)ᵀF(θ − θ*)`` of moving away from an anchor.

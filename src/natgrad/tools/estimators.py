@@ -20,8 +20,6 @@ from torch import Tensor
 from natgrad.arguments import check_choice, check_interval
 from natgrad.operators import Operator
 
-__all__ = ["estimate_diagonal", "estimate_trace"]
-
 
 def estimate_trace(
     matrix: Operator,

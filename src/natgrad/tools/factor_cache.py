@@ -20,8 +20,6 @@ from natgrad.likelihoods import Likelihood
 from natgrad.operators import FisherMatrix
 from natgrad.records import Record
 
-__all__ = ["cached_matrix"]
-
 
 def cached_matrix(
     path: str | os.PathLike[str],

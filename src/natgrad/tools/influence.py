@@ -36,8 +36,6 @@ from natgrad.optim import RelativeDamping
 from natgrad.tools.factor_cache import cached_matrix
 from natgrad.tools.linear_system import part_dampings
 
-__all__ = ["influence"]
-
 Data = Batch | Iterable[Batch]
 
 

@@ -13,8 +13,6 @@ from natgrad.optim import RelativeDamping
 from natgrad.solvers import ConjugateGradient
 from natgrad.solvers.solver import Product
 
-__all__ = ["part_dampings", "solved"]
-
 
 def part_dampings(matrix: FisherMatrix, damping: float | RelativeDamping) -> dict[str, float]:
     """Return part name → λ: the same for all, or a share of the part's own mean eigenvalue."""

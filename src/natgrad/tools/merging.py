@@ -22,8 +22,6 @@ from natgrad.optim import RelativeDamping
 from natgrad.tools.linear_system import solved
 from natgrad.tools.parameters import values_of
 
-__all__ = ["merge"]
-
 Model = TypeVar("Model", bound=nn.Module)
 
 

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from natgrad.capture import Capture
 from natgrad.layouts import BlockLayout, ParameterLayout
 
-__all__ = ["block_layouts", "places", "values_of", "weight_blocks"]
-
 
 def values_of(
     layout: ParameterLayout, source: nn.Module | Mapping[str, Tensor]

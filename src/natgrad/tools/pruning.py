@@ -28,8 +28,6 @@ from natgrad.optim import RelativeDamping
 from natgrad.tools.linear_system import part_dampings, solved
 from natgrad.tools.parameters import places, values_of, weight_blocks
 
-__all__ = ["Pruning", "prune"]
-
 
 @dataclass(frozen=True)
 class Pruning:

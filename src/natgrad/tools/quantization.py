@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from natgrad.operators import FisherMatrix
 from natgrad.tools.parameters import places, values_of, weight_blocks
 
-__all__ = ["QuantizationError", "quantization_error"]
-
 
 @dataclass(frozen=True)
 class QuantizationError:

@@ -18,8 +18,6 @@ from natgrad import linalg
 from natgrad.arguments import check_interval
 from natgrad.operators import Operator
 
-__all__ = ["SpectralDensity", "effective_dimension", "spectral_density", "top_eigenpairs"]
-
 
 @dataclass(frozen=True)
 class SpectralDensity:

@@ -12,8 +12,6 @@ from natgrad.arguments import check_choice, check_interval
 from natgrad.capture.evaluation import count_samples, take_samples
 from natgrad.ntk import empirical_kernel
 
-__all__ = ["choose_inducing_points"]
-
 #: Samples that are read to choose among, per inducing point.
 CANDIDATES_PER_POINT = 20
 

@@ -57,8 +57,6 @@ from natgrad.variational_laplace.inducing_points import choose_inducing_points
 from natgrad.variational_laplace.predictive_fit import PredictiveFit
 from natgrad.variational_laplace.projected import ProjectedOperator, sample_grams
 
-__all__ = ["VariationalLaplace"]
-
 PART = "all layers"
 
 

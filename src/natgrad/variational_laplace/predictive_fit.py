@@ -21,8 +21,6 @@ from torch import Tensor
 from natgrad import linalg
 from natgrad.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 
-__all__ = ["PredictiveFit", "log_predictive_density"]
-
 
 def log_predictive_density(
     likelihood: Likelihood, output: Tensor, variance: Tensor, target: Tensor, noise: Tensor

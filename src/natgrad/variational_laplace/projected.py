@@ -18,8 +18,6 @@ from natgrad.jacobians import Jacobians
 from natgrad.layouts import ParameterLayout
 from natgrad.operators import DiagonalOperator, Operator
 
-__all__ = ["ProjectedOperator", "sample_grams"]
-
 
 def sample_grams(rows: Jacobians, diagonal: bool = False) -> Tensor:
     """Return ``J_n J_nᵀ`` of every sample, ``(N, K, K)``, or its diagonal, ``(N, K)``."""

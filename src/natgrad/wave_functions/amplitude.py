@@ -12,8 +12,6 @@ from natgrad.capture.generic import not_by_samples, parameter_places
 from natgrad.capture.kinds import dense_layout
 from natgrad.layouts import BlockLayout, ParameterLayout
 
-__all__ = ["LogAmplitude"]
-
 
 class LogAmplitude:
     """``log ψ(σ)`` with real parameters, as one real number or as real and imaginary part.

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["all_configurations", "codes", "distinct", "probabilities"]
-
 #: More spins than this are not enumerated (2^24 configurations).
 MOST_SITES = 24
 

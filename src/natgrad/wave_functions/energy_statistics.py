@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["EnergyStatistics", "energy_statistics"]
-
 #: Errors are estimated from at least so many blocks, where there are as many samples.
 LEAST_BLOCKS = 64
 

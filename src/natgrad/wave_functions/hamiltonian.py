@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from natgrad.arguments import check_interval
 from natgrad.wave_functions.configurations import codes, distinct
 
-__all__ = ["Connected", "Edges", "Hamiltonian", "LocalValues", "chain", "checked_edges"]
-
 Edges = Sequence[tuple[int, int]]
 
 

@@ -7,8 +7,6 @@ from torch import Tensor
 
 from natgrad.wave_functions.hamiltonian import Connected, Edges, Hamiltonian, checked_edges
 
-__all__ = ["Heisenberg"]
-
 
 class Heisenberg(Hamiltonian):
     r"""Spins ½ with isotropic exchange.

@@ -7,8 +7,6 @@ from torch import Tensor
 
 from natgrad.wave_functions.hamiltonian import Connected, Edges, Hamiltonian, checked_edges
 
-__all__ = ["TransverseFieldIsing"]
-
 
 class TransverseFieldIsing(Hamiltonian):
     r"""Spins along z in a field along x.

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from natgrad.arguments import check_choice, check_interval
 from natgrad.wave_functions.hamiltonian import Edges, checked_edges
 
-__all__ = ["Metropolis"]
-
 
 class Metropolis:
     r"""Draws configurations of spins from ``|ψ|²``, every chain going on from where it is.

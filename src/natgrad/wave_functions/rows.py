@@ -16,8 +16,6 @@ from natgrad.jacobians.layer import WeightSharing, gram_by_gradients
 from natgrad.layouts import BlockLayout
 from natgrad.wave_functions.amplitude import LogAmplitude
 
-__all__ = ["AmplitudeJacobian"]
-
 #: How many times more entries than its rows a chunk takes while it is differentiated.
 OVERHEAD = 8
 

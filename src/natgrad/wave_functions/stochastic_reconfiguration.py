@@ -25,8 +25,6 @@ from natgrad.wave_functions.hamiltonian import Hamiltonian, LocalValues
 from natgrad.wave_functions.rows import AmplitudeJacobian
 from natgrad.wave_functions.tangent_space import TangentSpace, tangent_space
 
-__all__ = ["ReconfigurationStep", "StochasticReconfiguration"]
-
 Space = Literal["samples", "parameters"]
 
 

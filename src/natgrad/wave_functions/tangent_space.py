@@ -21,8 +21,6 @@ from torch import Tensor
 from natgrad import linalg
 from natgrad.wave_functions.hamiltonian import LocalValues
 
-__all__ = ["Minimum", "TangentSpace", "tangent_space"]
-
 #: Tangents that others explain up to this share of their square are left out.
 DEPENDENT = 1e-10
 

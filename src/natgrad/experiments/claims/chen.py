@@ -14,8 +14,6 @@ from natgrad.experiments.claims.image_training import images
 from natgrad.experiments.claims.side_by_side import Methods, Task, accuracies, at_rate
 from natgrad.experiments.models import build_model
 
-__all__ = ["SOURCE"]
-
 SOURCE = Source(
     "chen",
     "Chen et al., Closing the generalization gap of adaptive gradient methods in training deep "

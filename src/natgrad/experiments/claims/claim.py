@@ -22,19 +22,6 @@ from natgrad.experiments.data import Dataset, load_dataset
 from natgrad.experiments.theory.config import TheoryConfig
 from natgrad.experiments.theory.problem import Problem
 
-__all__ = [
-    "CANNOT",
-    "Claim",
-    "Draws",
-    "Expect",
-    "Figures",
-    "Setting",
-    "Source",
-    "Verdict",
-    "differences",
-    "ratios",
-]
-
 Verdict = Literal["reproduced", "refuted", "cannot be told"]
 CANNOT: Verdict = "cannot be told"
 

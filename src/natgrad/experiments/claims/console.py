@@ -14,8 +14,6 @@ from rich.table import Table
 from natgrad.experiments.claims.claim import Claim
 from natgrad.experiments.claims.results import Result
 
-__all__ = ["as_values", "print_claims"]
-
 
 def print_claims(console: Console, found: Sequence[tuple[Claim, Result | None]]) -> None:
     """Print the claims and their verdicts, a dash for what is not measured."""

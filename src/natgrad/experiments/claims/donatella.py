@@ -20,8 +20,6 @@ from natgrad.operators import FisherMatrix
 from natgrad.solvers import Thermodynamic
 from natgrad.solvers.thermodynamic import MARGIN
 
-__all__ = ["SOURCE"]
-
 SOURCE = Source("donatella", "Donatella et al., Thermodynamic natural gradient descent (2024)")
 
 DRAWS = 5

@@ -25,8 +25,6 @@ from natgrad.experiments.claims.race import Method, Race, Trial, at_equal_time, 
 from natgrad.experiments.claims.side_by_side import EXPANDED, at_rate
 from natgrad.jacobians import Jacobians, LinearJacobian
 
-__all__ = ["SOURCE"]
-
 SOURCE = Source(
     "gao",
     "Gao et al., A trace-restricted Kronecker-factored approximation to natural gradient (2021), "

@@ -14,17 +14,6 @@ from torch.nn import functional
 from natgrad.experiments.claims.claim import Setting
 from natgrad.experiments.data import Dataset
 
-__all__ = [
-    "VGG",
-    "Curves",
-    "ImageTask",
-    "ResNet",
-    "images",
-    "processor_time",
-    "residual",
-    "train",
-]
-
 Curves = dict[str, list[float]]
 """``loss`` (mean over the batches of an epoch), ``accuracy`` (on test images after it) and
 ``seconds`` (of training until then, without what measuring took), one entry an epoch."""

@@ -15,8 +15,6 @@ from natgrad.experiments.claims.claim import Expect, Setting, Source
 from natgrad.experiments.claims.side_by_side import Task, at_rate, mlp
 from natgrad.experiments.data import Dataset
 
-__all__ = ["SOURCE"]
-
 SOURCE = Source(
     "immer-korzepa-bauer",
     "Immer, Korzepa & Bauer, Improving predictions of Bayesian neural nets via local linearization "

@@ -15,8 +15,6 @@ from natgrad.experiments.claims.side_by_side import Task, at_rate
 from natgrad.experiments.objectives import squared_error
 from natgrad.experiments.theory.by_width import ByWidth
 
-__all__ = ["SOURCE"]
-
 SOURCE = Source(
     "karakida-akaho-amari",
     "Karakida, Akaho & Amari, Universal statistics of Fisher information in deep neural networks: "

@@ -14,8 +14,6 @@ from natgrad.experiments.theory.by_width import ByWidth
 from natgrad.experiments.theory.methods import METHODS
 from natgrad.experiments.theory.problem import Problem
 
-__all__ = ["SOURCE"]
-
 SOURCE = Source(
     "karakida-osawa",
     "Karakida & Osawa, Understanding approximate Fisher information for fast convergence of "

@@ -15,8 +15,6 @@ from natgrad.experiments.claims.side_by_side import Methods, Run, Task, accuraci
 from natgrad.experiments.objectives import squared_error
 from natgrad.solvers import ConjugateGradient
 
-__all__ = ["SOURCE"]
-
 SOURCE = Source(
     "korbit",
     "Korbit et al., Exact Gauss-Newton optimization for training deep neural networks (2024)",

@@ -17,8 +17,6 @@ from natgrad.experiments.claims.side_by_side import Make, Task, Tuned, at_rate
 from natgrad.experiments.objectives import squared_error
 from natgrad.operators.coarse_level import CoarseSpace
 
-__all__ = ["SOURCE"]
-
 SOURCE = Source(
     "koroko",
     "Koroko et al., Efficient approximations of the Fisher matrix in neural networks using "

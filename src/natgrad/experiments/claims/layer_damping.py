@@ -19,8 +19,6 @@ from natgrad.jacobians import WeightSharing
 from natgrad.operators import KroneckerOperator, Operator
 from natgrad.statistics import Statistics
 
-__all__ = ["LayerDampedKFAC", "LayerDampedTKFAC"]
-
 
 class _OwnUnit(KroneckerOperator):
     """A Kronecker product that takes damping in units of its mean eigenvalue."""

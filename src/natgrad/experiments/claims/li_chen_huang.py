@@ -14,8 +14,6 @@ import natgrad
 from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source, ratios
 from natgrad.experiments.claims.side_by_side import Make, at_rate, mlp
 
-__all__ = ["SOURCE"]
-
 SOURCE = Source(
     "li-chen-huang",
     "Li, Chen & Huang, Implicit stochastic gradient descent for training physics-informed neural "

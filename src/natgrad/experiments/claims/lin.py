@@ -23,8 +23,6 @@ from natgrad.jacobians import Jacobians
 from natgrad.operators.structured_factors import FactorStructure
 from natgrad.statistics import KroneckerStatistics
 
-__all__ = ["SOURCE"]
-
 SOURCE = Source(
     "lin",
     "Lin et al., Structured inverse-free natural gradient descent: memory-efficient and "

@@ -16,8 +16,6 @@ from natgrad.experiments.claims.race import Method, Race, Trial, ends, rates, ti
 from natgrad.experiments.claims.side_by_side import EXPANDED, Methods, at_rate
 from natgrad.experiments.claims.translation import Corpus, Translator, bleu, read_corpus, train_for
 
-__all__ = ["SOURCE"]
-
 SOURCE = Source(
     "ou",
     "Ou, Zhu, Huang & Liu, Inverse-free fast natural gradient descent method for deep learning "

@@ -9,8 +9,6 @@ from pathlib import Path
 from natgrad.experiments.claims.claim import Claim, Draws, Expect, Source, mean_and_error
 from natgrad.experiments.claims.results import Result, read_result, result_path
 
-__all__ = ["render_page"]
-
 _INTRODUCTION = """\
 # The claims of the sources, measured
 

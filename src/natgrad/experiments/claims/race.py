@@ -13,8 +13,6 @@ from torch import nn
 from natgrad.experiments.claims.claim import Setting
 from natgrad.experiments.claims.image_training import Curves, ImageTask, train
 
-__all__ = ["Method", "Race", "Trial", "at_equal_time", "ends", "rates", "time_to"]
-
 Trial = tuple[float, ...]
 """A learning rate, and whatever else is searched with it."""
 

@@ -23,8 +23,6 @@ from natgrad.experiments.claims import (
 from natgrad.experiments.claims.claim import Claim, Source
 from natgrad.experiments.config import ConfigError
 
-__all__ = ["SOURCES", "choose"]
-
 SOURCES: tuple[Source, ...] = (
     karakida_osawa.SOURCE,
     zhang_martens_grosse.SOURCE,

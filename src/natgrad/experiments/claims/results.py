@@ -14,8 +14,6 @@ from natgrad.experiments.claims.claim import Claim, Figures, Verdict
 from natgrad.experiments.config import ConfigError
 from natgrad.experiments.results import strict
 
-__all__ = ["Result", "read_result", "result_path"]
-
 
 @dataclass
 class Result:

@@ -15,8 +15,6 @@ from natgrad.experiments.environment import describe_environment
 from natgrad.experiments.pages import format_seconds, write_whole
 from natgrad.experiments.progress import Progress
 
-__all__ = ["run_claims"]
-
 
 def run_claims(
     claims: Sequence[Claim],

@@ -19,18 +19,6 @@ from natgrad.experiments.claims.claim import Setting, differences
 from natgrad.experiments.data import Dataset
 from natgrad.optim import NaturalGradient
 
-__all__ = [
-    "EXPANDED",
-    "Make",
-    "Methods",
-    "Run",
-    "Task",
-    "Tuned",
-    "at_rate",
-    "mlp",
-    "accuracies",
-]
-
 Make = Callable[..., torch.optim.Optimizer]
 """Makes an optimizer of a network, or of a network and a learning rate."""
 

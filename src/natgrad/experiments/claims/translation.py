@@ -16,8 +16,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from natgrad.experiments.claims.image_training import processor_time
 
-__all__ = ["TEXTS", "Corpus", "Translator", "bleu", "read_corpus", "train_for"]
-
 TEXTS = ("multi30k",)
 """Names of data that are sentences, beside the images of :mod:`natgrad.experiments.data`."""
 

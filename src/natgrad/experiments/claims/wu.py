@@ -18,8 +18,6 @@ from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source, r
 from natgrad.experiments.claims.side_by_side import Make, Methods, Task, accuracies, at_rate
 from natgrad.fisher import FisherType, ImprovedFisher
 
-__all__ = ["SOURCE"]
-
 SOURCE = Source(
     "wu",
     "Wu et al., An improved empirical Fisher approximation for natural gradient descent (2024)",

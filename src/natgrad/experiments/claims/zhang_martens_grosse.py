@@ -16,8 +16,6 @@ from natgrad.experiments.theory.by_width import ByWidth
 from natgrad.experiments.theory.methods import build_optimizer
 from natgrad.experiments.theory.problem import Problem
 
-__all__ = ["SOURCE"]
-
 SOURCE = Source(
     "zhang-martens-grosse",
     "Zhang, Martens & Grosse, Fast convergence of natural gradient descent for over-parameterized "

@@ -8,8 +8,6 @@ from collections.abc import Iterable
 
 from natgrad.experiments.theory.results import Line, Panel, Plot
 
-__all__ = ["ByWidth", "exponent", "plot_by_width"]
-
 
 def exponent(x: Iterable[float], y: Iterable[float]) -> float:
     """Return the exponent of the power law fitted to y as a function of x."""

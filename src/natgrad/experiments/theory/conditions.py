@@ -11,8 +11,6 @@ from natgrad.experiments.theory.by_width import ByWidth, plot_by_width
 from natgrad.experiments.theory.problem import Problem
 from natgrad.experiments.theory.results import Cell, Line, Panel, Plot, Section, Table
 
-__all__ = ["conditions"]
-
 STEPS = 12
 #: Learning rate of exact natural gradient descent.
 NGD_RATE = 0.5

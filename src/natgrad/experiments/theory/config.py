@@ -9,8 +9,6 @@ from natgrad.experiments.config import Config, ConfigError, check_choice
 from natgrad.experiments.data import DATASETS
 from natgrad.ntk import ACTIVATIONS
 
-__all__ = ["SECTIONS", "TheoryConfig"]
-
 SECTIONS = ("dynamics", "width", "isotropy", "conditions", "spectrum")
 """The sections of the report, in order."""
 

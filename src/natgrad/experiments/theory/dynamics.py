@@ -14,8 +14,6 @@ from natgrad.experiments.theory.methods import METHODS, damping_of
 from natgrad.experiments.theory.problem import Problem
 from natgrad.experiments.theory.results import Cell, Panel, Plot, Section, Table
 
-__all__ = ["dynamics"]
-
 STEPS = 8
 FACTORS = (0.25, 0.5, 1.0, 1.5, 1.9, 2.5)
 """Learning rates in units of 1/α."""

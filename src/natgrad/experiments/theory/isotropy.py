@@ -12,8 +12,6 @@ from natgrad.experiments.theory.methods import METHODS
 from natgrad.experiments.theory.problem import Problem
 from natgrad.experiments.theory.results import Cell, Panel, Plot, Section, Table
 
-__all__ = ["isotropy"]
-
 DRAWS = 4
 #: Samples whose coefficients are shown as an image.
 SHOWN = 30

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 import natgrad
 
-__all__ = ["METHODS", "TheoryMethod"]
-
 
 @dataclass(frozen=True)
 class TheoryMethod:

@@ -10,13 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from natgrad import ntk
-from natgrad.experiments.data import DATASETS, DataError, load_dataset
+from natgrad.experiments.data import DATASETS, load_dataset
+from natgrad.experiments.formats import DataError
 from natgrad.experiments.theory.config import TheoryConfig
 from natgrad.experiments.theory.methods import METHODS, build_optimizer, damping_of
 from natgrad.likelihoods import as_likelihood
-
-__all__ = ["Problem", "Trajectory"]
-
 
 #: A loss so many times the first counts as divergence, and ends the run.
 DIVERGED = 1e4

@@ -15,8 +15,6 @@ from natgrad.experiments.theory.dynamics import FACTORS
 from natgrad.experiments.theory.methods import METHODS
 from natgrad.experiments.theory.results import Line, Panel, Plot, TheoryResults
 
-__all__ = ["draw", "format_number", "render_html", "write_theory_report"]
-
 
 def write_theory_report(results: TheoryResults, directory: Path) -> list[Path]:
     """Write the report, the results and the plots; see `pages.write_report`."""

@@ -12,8 +12,6 @@ from typing import Literal
 
 from natgrad.experiments.results import JobResults
 
-__all__ = ["SCHEMA_VERSION", "Cell", "Line", "Panel", "Plot", "Section", "Table", "TheoryResults"]
-
 SCHEMA_VERSION = 1
 
 Status = Literal["completed", "failed", "interrupted", "not run"]

@@ -19,8 +19,6 @@ from natgrad.experiments.theory.results import Section, TheoryResults
 from natgrad.experiments.theory.spectrum import spectrum
 from natgrad.experiments.theory.width import width
 
-__all__ = ["run_theory"]
-
 SectionFunction = Callable[[Problem, Callable[[float], None]], Section]
 
 _SECTIONS: dict[str, SectionFunction] = {

@@ -12,8 +12,6 @@ from natgrad.experiments.theory.by_width import ByWidth, plot_by_width
 from natgrad.experiments.theory.problem import Problem
 from natgrad.experiments.theory.results import Cell, Line, Panel, Plot, Section, Table
 
-__all__ = ["spectrum"]
-
 
 def spectrum(problem: Problem, progress: Callable[[float], None]) -> Section:
     """Run the section."""

@@ -12,8 +12,6 @@ from natgrad.experiments.theory.methods import METHODS
 from natgrad.experiments.theory.problem import Problem
 from natgrad.experiments.theory.results import Panel, Section, Table
 
-__all__ = ["width"]
-
 #: Draws of the random weights; kernels alone are cheap enough for more.
 DRAWS, KERNEL_DRAWS = 4, 8
 #: Gradient descent reaches its end in so many steps of 1/λ_max; natural gradients need fewer.

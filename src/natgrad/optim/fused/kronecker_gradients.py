@@ -17,8 +17,6 @@ from natgrad.layouts import BlockLayout
 from natgrad.operators import KroneckerOperator, Operator
 from natgrad.optim.fused.own_backward import Gradients, LayerProduct, LinearProduct, OwnBackward
 
-__all__ = ["FusedGradient"]
-
 #: Random vectors that estimate ``⟨Δ, ∇L⟩``, which the KL bound needs and no gradient is left for.
 PROBES = 16
 

@@ -24,8 +24,6 @@ from natgrad.capture.hooks import (
     outside_graphs,
 )
 
-__all__ = ["Gradients", "LayerProduct", "LinearProduct", "OwnBackward"]
-
 #: Gradients at the input (if it is asked for), of the weight and of the bias (if there is one).
 Gradients = tuple["Tensor | None", Tensor, "Tensor | None"]
 

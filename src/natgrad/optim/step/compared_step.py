@@ -17,8 +17,6 @@ from natgrad.optim.step.measures import predicted_change
 from natgrad.optim.step.plan import GroupUpdate, StepPlan
 from natgrad.optim.step.quadratic_model import BatchFisher
 
-__all__ = ["ComparedStep"]
-
 
 @dataclass(frozen=True)
 class ComparedStep:

@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["AdamMoments", "grafted"]
-
 
 def grafted(directions: dict[str, Tensor], lengths: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return directions scaled, tensor by tensor, to the Euclidean norms of others.

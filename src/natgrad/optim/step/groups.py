@@ -17,8 +17,6 @@ from natgrad.optim.step.levenberg_marquardt import LevenbergMarquardt
 if TYPE_CHECKING:
     from natgrad.optim.options import StepRule
 
-__all__ = ["PreconditionedGroups", "rate_of"]
-
 
 def rate_of(group: Mapping[str, Any]) -> float:
     """Return the learning rate of a preconditioned group, a number or a tensor, in its unit."""

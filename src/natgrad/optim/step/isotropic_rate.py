@@ -24,8 +24,6 @@ from natgrad.jacobians.collection import in_type
 from natgrad.layouts import inner_product
 from natgrad.likelihoods import Likelihood
 
-__all__ = ["IsotropyProbe"]
-
 #: Draws of random signs.
 DRAWS = 8
 

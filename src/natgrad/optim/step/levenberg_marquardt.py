@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from natgrad.arguments import check_interval
 
-__all__ = ["LevenbergMarquardt", "by_reduction_ratio"]
-
 
 @dataclass(frozen=True)
 class LevenbergMarquardt:

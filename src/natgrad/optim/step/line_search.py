@@ -9,8 +9,6 @@ from typing import Literal
 
 from natgrad.arguments import check_choice, check_interval, check_range
 
-__all__ = ["LineSearch", "LineSearchRule"]
-
 LineSearchRule = Literal["armijo", "best"]
 
 

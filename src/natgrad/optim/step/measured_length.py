@@ -30,8 +30,6 @@ from natgrad.arguments import check_interval, check_range, is_number
 if TYPE_CHECKING:
     from natgrad.optim.options import Refresh
 
-__all__ = ["LengthState", "MeasuredLength"]
-
 #: Least ηγ, or γ where η is below 1: what one bad batch after the other may cost.
 LEAST_LENGTH = 0.01
 

@@ -23,17 +23,6 @@ from natgrad.optim.step.quadratic_model import (
 if TYPE_CHECKING:
     from natgrad.optim.preconditioner import Preconditioner
 
-__all__ = [
-    "Measures",
-    "all_finite",
-    "clip_scales",
-    "damped_model",
-    "measure",
-    "on_host",
-    "predicted_change",
-    "scalar_checks",
-]
-
 #: Values measured on the device for one step, by name.
 Measures = dict[str, Any]
 

@@ -9,8 +9,6 @@ from typing import Any
 
 from natgrad.optim.step.measured_length import averaged
 
-__all__ = ["NoiseToSignal"]
-
 #: A squared residual as large stands for one that is not known.
 UNKNOWN = 1e200
 

@@ -13,8 +13,6 @@ from natgrad.distributed.shards import in_form_of, is_sharded, sharded_like
 from natgrad.layouts import inner_product
 from natgrad.optim.step.groups import PreconditionedGroups, rate_of
 
-__all__ = ["GroupUpdate", "StepPlan"]
-
 
 @dataclass(frozen=True)
 class StepPlan:

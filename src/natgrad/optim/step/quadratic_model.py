@@ -23,16 +23,6 @@ from natgrad.jacobians import Jacobians
 from natgrad.jacobians.collection import in_type
 from natgrad.layouts import ParameterLayout, inner_product
 
-__all__ = [
-    "BatchFisher",
-    "QuadraticModel",
-    "RowReceivers",
-    "fisher_gram",
-    "group_grams",
-    "quadratic_form",
-    "slopes",
-]
-
 #: Two directions count as one if the squared sine of their angle, in the metric of the model, is
 #: less than this.
 LEAST_ANGLE = 1e-6

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from natgrad.capture.evaluation import undisturbed
 
-__all__ = ["Reevaluation", "as_float", "evaluated"]
-
 
 def as_float(loss: Any) -> float:
     """Return a loss, a number or a tensor with or without its graph, as a number."""

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from natgrad.arguments import check_range, is_number
 from natgrad.optim.step.noise_to_signal import NoiseToSignal
 
-__all__ = ["RelativeDamping"]
-
 
 @dataclass(frozen=True)
 class RelativeDamping:
