@@ -254,3 +254,45 @@ def test_a_loss_that_comes_through_no_output_is_named_and_trained():
     step(optimizer, loss)
     assert not torch.equal(before, model.layer.weight)
     assert model.layer.weight.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "kind", [natgrad.KFAC, natgrad.ExactNGD, natgrad.FNGD, natgrad.ImprovedEmpiricalNGD]
+)
+@pytest.mark.parametrize("lends", [False, True])
+def test_gradients_at_inputs_alone_are_no_part_of_the_step(kind, lends):
+    """Adversarial examples are made between ``zero_grad`` and the backward pass that trains."""
+    x, y = normal(12, 4), torch.arange(12) % 3
+
+    def train(attacks: bool) -> tuple[Tensor, list[str]]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+        optimizer, said = kind(model), []
+        for _ in range(3):
+            optimizer.zero_grad()
+            moved = x.clone().requires_grad_()
+            for _ in range(2 if attacks else 0):
+                out = model(moved[:5])
+                if lends:
+                    out = torch.func.functional_call(model, dict(model.named_parameters()), moved)
+                torch.autograd.grad(functional.cross_entropy(out, y[: len(out)]), moved)
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                functional.cross_entropy(model(x), y).backward()
+                optimizer.step()
+            said += [str(one.message) for one in told]
+        return nn.utils.parameters_to_vector(model.parameters()).detach(), said
+
+    alone, attacked = train(False), train(True)
+    assert torch.equal(alone[0], attacked[0])
+    assert attacked[1] == alone[1]
+
+
+def test_parameters_lent_for_a_pass_that_trains_are_seen():
+    """None of the model's own parameters is in such a graph."""
+    model = nn.Linear(3, 2).double()
+    optimizer = natgrad.KFAC(model)
+    lent = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    out = torch.func.functional_call(model, lent, normal(8, 3))
+    functional.cross_entropy(out, torch.arange(8) % 2).backward()
+    assert len(optimizer.preconditioner.observer.seen) == 1

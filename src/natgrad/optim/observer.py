@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from natgrad import linalg
 from natgrad.capture import Capture, ForwardPass
@@ -183,6 +184,8 @@ class Observer:
     @outside_graphs
     def _on_backward(self, recorded: ForwardPass) -> None:
         """Take rows at the start of the user's backward pass."""
+        if not self.capture.shards and self._is_for_inputs(recorded):
+            return
         if self.capture.shards and self.rows_due:
             with whole_parameters(self.capture.model):
                 self._reached(recorded)
@@ -202,6 +205,18 @@ class Observer:
             self._take_rows(one)
         if not self.replicas.are_alone:
             self._begin_sums()
+
+    def _is_for_inputs(self, recorded: ForwardPass) -> bool:
+        """Return whether the present backward pass asks for gradients at inputs alone.
+
+        Adversarial examples and saliency maps do, in the middle of a step. Where parameters are
+        lent for one pass none of the model's own is in the graph.
+        """
+        parameters = self.capture.model.parameters()
+        if any(_gets_gradient(p) for p in parameters if p.requires_grad):
+            return False
+        own = {id(p) for p in self.capture.model.parameters()}
+        return any(id(leaf) in own for leaf in _leaves(recorded.source))
 
     def _begin_sums(self) -> None:
         """Let the sums over processes be on their way while the user's backward pass runs.
@@ -489,3 +504,25 @@ class ModelWatch:
             return False
         # ``torch.func.functional_call`` lends plain tensors for one pass.
         return all(isinstance(one, (nn.Parameter, nn.Module, NoneType)) for one in self._present())
+
+
+def _gets_gradient(parameter: Tensor) -> bool:
+    """Return whether the present backward pass brings a gradient to a parameter."""
+    try:
+        return bool(torch._C._will_engine_execute_node(get_gradient_edge(parameter).node))
+    except RuntimeError:  # torch.autograd.grad asks for it.
+        return True
+
+
+def _leaves(output: Tensor | None) -> Iterator[Tensor]:
+    """Yield the tensors that an output's graph accumulates gradients in."""
+    waiting: list[Any] = [None if output is None else output.grad_fn]
+    met = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if hasattr(node, "variable"):
+            yield node.variable
+        for following, _ in () if node is None else node.next_functions:
+            if following is not None and following not in met:
+                met.add(following)
+                waiting.append(following)
