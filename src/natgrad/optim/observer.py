@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 
 from natgrad import linalg
 from natgrad.capture import Capture, ForwardPass
@@ -24,7 +24,9 @@ from natgrad.distributed.shards import whole_parameters
 from natgrad.fisher import FisherType, RowReceiver, draw_in_step, update_from_output
 from natgrad.likelihoods import Likelihood
 from natgrad.optim.audit import Findings, GradientAudit
+from natgrad.optim.layer_gradients import LayerGradients
 from natgrad.optim.options import Refresh
+from natgrad.optim.purpose import purpose_of
 from natgrad.optim.step.isotropic_rate import IsotropyProbe
 from natgrad.optim.step.quadratic_model import BatchFisher, RowReceivers
 
@@ -46,6 +48,10 @@ class SeenPass:
         scale: Scale of the user's loss.
         is_empty: Whether no event counts.
         has_silent: Whether some event does not.
+        cotangent: Gradient at the output by all backward passes that ``.grad`` is of.
+        asked: Whether no gradient was left in ``.grad`` so far: all were asked for by
+            ``torch.autograd.grad``, or a loss was told.
+        gradients: What backward passes brought to the layers' outputs.
     """
 
     recorded: ForwardPass
@@ -54,6 +60,9 @@ class SeenPass:
     scale: Tensor = _NOTHING
     is_empty: bool = False
     has_silent: bool = False
+    cotangent: Tensor | None = None
+    asked: bool = False
+    gradients: LayerGradients | None = None
 
 
 class Observer:
@@ -126,6 +135,8 @@ class Observer:
         self.failures: list[Tensor] = []
         self.audit: GradientAudit = GradientAudit(capture)
         self._audited = 0  # Checks of rows at the last audit.
+        #: Takes the rows of the last pass back.
+        self._take_back: Callable[[], None] = lambda: None
         #: Whether the likelihood has been held against the gradient of the loss.
         self.compared: bool = False
         #: Called before anything of a step changes.
@@ -184,39 +195,74 @@ class Observer:
     @outside_graphs
     def _on_backward(self, recorded: ForwardPass) -> None:
         """Take rows at the start of the user's backward pass."""
-        if not self.capture.shards and self._is_for_inputs(recorded):
+        purpose = "train" if self.capture.shards else purpose_of(self.capture.model, recorded)
+        if purpose == "inputs":
             return
         if self.capture.shards and self.rows_due:
             with whole_parameters(self.capture.model):
-                self._reached(recorded)
+                self._reached(recorded, purpose == "ask")
         else:
-            self._reached(recorded)
+            self._reached(recorded, purpose == "ask")
 
-    def _reached(self, recorded: ForwardPass) -> None:
-        seen = self.sees(recorded)
-        if recorded.has_edges and not seen:
+    def _reached(self, recorded: ForwardPass, asked: bool) -> None:
+        place = [one.recorded for one in self.seen].index(recorded) if self.sees(recorded) else None
+        if recorded.has_edges and place is None:
             self.capture.settle(recorded)
         if self.audit.active:
             self.audit.explain(recorded)
-        if seen:
+        if place is not None:
+            self._see_again(place, asked)
             return
-        one = self._see(recorded, recorded.cotangent)
+        one = self._see(recorded, recorded.cotangent, asked)
         if recorded.has_edges:
             self._take_rows(one)
         if not self.replicas.are_alone:
             self._begin_sums()
 
-    def _is_for_inputs(self, recorded: ForwardPass) -> bool:
-        """Return whether the present backward pass asks for gradients at inputs alone.
+    def _see_again(self, place: int, asked: bool) -> None:
+        """Let a further backward pass through an output count as it does in ``.grad``.
 
-        Adversarial examples and saliency maps do, in the middle of a step. Where parameters are
-        lent for one pass none of the model's own is in the graph.
+        Every loss may have a pass of its own, which shows the events that it counts alone.
+
+        Args:
+            place: Where among the passes of the step it is.
+            asked: Whether it only returns gradients, as to compare those of several losses. They
+                count if no pass leaves some in ``.grad``.
         """
-        parameters = self.capture.model.parameters()
-        if any(_gets_gradient(p) for p in parameters if p.requires_grad):
-            return False
-        own = {id(p) for p in self.capture.model.parameters()}
-        return any(id(leaf) in own for leaf in _leaves(recorded.source))
+        present = self.seen[place]
+        recorded, total = present.recorded, present.recorded.cotangent
+        if present.cotangent is None or total is None or present.gradients is None:
+            return
+        looks, afresh = asked and not present.asked, present.asked and not asked
+        present.gradients.begin(looks=looks, afresh=afresh)
+        if not afresh:
+            total = present.cotangent if looks else present.cotangent + total
+        recorded.cotangent = total
+        known = replace(present, cotangent=total, asked=asked and present.asked)
+        self.seen[place] = known
+        if present.weights is _NOTHING or looks or not self.replicas.are_alone:
+            return
+        found = self._weighed(recorded, total)
+        self.seen[place] = weighed = replace(
+            found, cotangent=total, asked=known.asked, gradients=present.gradients
+        )
+        if not recorded.has_edges or torch.equal(weighed.weights, present.weights):
+            return
+        if place + 1 < len(self.seen):
+            self.capture.tell(
+                "a further backward pass reached the output of a forward pass after those of "
+                "other passes, so what it alone counts is missing in the curvature: backpropagate "
+                "all losses of a pass before the next"
+            )
+            return
+        self._take_back()
+        self._take_rows(weighed)
+
+    def complete(self) -> None:
+        """Let gradients at the layers' outputs be those of all backward passes of the step."""
+        for one in self.seen:
+            if one.gradients is not None:
+                one.gradients.complete()
 
     def _begin_sums(self) -> None:
         """Let the sums over processes be on their way while the user's backward pass runs.
@@ -259,13 +305,17 @@ class Observer:
                 if recorded.retained and recorded.cotangent is not None:
                     self._on_backward(recorded)
 
-    def _see(self, recorded: ForwardPass, cotangent: Tensor | None) -> SeenPass:
+    def _see(
+        self, recorded: ForwardPass, cotangent: Tensor | None, asked: bool = False
+    ) -> SeenPass:
         """Note a pass; weigh its events on steps that take rows."""
         one = SeenPass(recorded)
         if self.rows_due or self.isotropy_probe is not None:
             one = self._weighed(recorded, cotangent)
             if not self.replicas.are_alone:
                 one = self._placed(one)
+        gradients = LayerGradients(recorded)
+        one = replace(one, cotangent=cotangent, asked=asked, gradients=gradients)
         self.seen.append(one)
         return one
 
@@ -316,11 +366,14 @@ class Observer:
 
     def _take_rows(self, one: SeenPass) -> None:
         """Pull the Fisher's vectors back through a pass, if this step wants them."""
+        self._take_back = lambda: None
         if one.is_empty:
             return
         output = one.recorded.output
         assert output is not None
         likelihood = self.likelihood.of_shapes(one.recorded.heads)
+        if self.rows_due or self.isotropy_probe is not None:
+            self._take_back = self._as_now()
         if self.isotropy_probe is not None:
             self.isotropy_probe.observe(
                 self.capture, likelihood, output, one.weights, float(one.count),
@@ -342,6 +395,26 @@ class Observer:
                 cotangent=one.recorded.cotangent,
                 skip_silent=one.has_silent,
             )
+
+    def _as_now(self) -> Callable[[], None]:
+        """Return what restores what rows are kept in."""
+        estimates, random = self.curvature.snapshot(), self.generator.get_state()
+        failures, batch = list(self.failures), copy.copy(self.batch_fisher)
+        if batch is not None:
+            batch._rows = list(batch._rows)
+        probe, signs = copy.copy(self.isotropy_probe), random
+        if probe is not None:
+            probe._gradients, probe._norms = list(probe._gradients), list(probe._norms)
+            signs = probe._generator.get_state()
+
+        def restore() -> None:
+            self.curvature.rollback(estimates)
+            self.generator.set_state(random)
+            self.failures, self.batch_fisher, self.isotropy_probe = failures, batch, probe
+            if probe is not None:
+                probe._generator.set_state(signs)
+
+        return restore
 
     @contextmanager
     def _unawaited(self) -> Iterator[None]:
@@ -437,7 +510,7 @@ class Observer:
                         root, output, retain_graph=True, allow_unused=True
                     )
                 cotangent = None if cotangent is None else found.samples_first(cotangent)
-            self._take_rows(self._see(found, cotangent))
+            self._take_rows(self._see(found, cotangent, asked=True))
             if not self.replicas.are_alone:
                 self._begin_sums()
 
@@ -468,6 +541,7 @@ class Observer:
         if self.isotropy_probe is not None:
             self.isotropy_probe.clear()
         self.seen, self.failures, self.batch_fisher = [], [], None
+        self._take_back = lambda: None
         if not self.replicas.are_alone:
             self.curvature.drop_sums()
         if self.audit.active:
@@ -504,25 +578,3 @@ class ModelWatch:
             return False
         # ``torch.func.functional_call`` lends plain tensors for one pass.
         return all(isinstance(one, (nn.Parameter, nn.Module, NoneType)) for one in self._present())
-
-
-def _gets_gradient(parameter: Tensor) -> bool:
-    """Return whether the present backward pass brings a gradient to a parameter."""
-    try:
-        return bool(torch._C._will_engine_execute_node(get_gradient_edge(parameter).node))
-    except RuntimeError:  # torch.autograd.grad asks for it.
-        return True
-
-
-def _leaves(output: Tensor | None) -> Iterator[Tensor]:
-    """Yield the tensors that an output's graph accumulates gradients in."""
-    waiting: list[Any] = [None if output is None else output.grad_fn]
-    met = set(waiting)
-    while waiting:
-        node = waiting.pop()
-        if hasattr(node, "variable"):
-            yield node.variable
-        for following, _ in () if node is None else node.next_functions:
-            if following is not None and following not in met:
-                met.add(following)
-                waiting.append(following)

@@ -340,6 +340,7 @@ class Preconditioner(CopiedByState):
         self._updated = True
         self._open()
         self.observer.see_retained()
+        self.observer.complete()
         self.observer.take_user_rows()
         if not self.observer.update_due:
             return

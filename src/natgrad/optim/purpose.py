@@ -1,0 +1,56 @@
+"""What a backward pass is for: training, or a look at gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+
+from natgrad.capture import ForwardPass
+from natgrad.capture.hooks import inside_backward
+
+Purpose = Literal["train", "ask", "inputs"]
+
+
+def purpose_of(model: nn.Module, recorded: ForwardPass) -> Purpose:
+    """Return what the present backward pass through a model's output is for.
+
+    It leaves gradients of parameters in ``.grad`` ("train"), or is asked for them by
+    ``torch.autograd.grad`` ("ask"), or for those at inputs alone ("inputs"), as for adversarial
+    examples and saliency maps in the middle of a step. Where parameters are lent for one pass none
+    of the model's own is in the graph, and it counts as training.
+    """
+    if not inside_backward():
+        return "train"
+    for parameter in model.parameters():
+        purpose = _purpose_for(parameter) if parameter.requires_grad else None
+        if purpose is not None:
+            return purpose
+    own = {id(parameter) for parameter in model.parameters()}
+    return "inputs" if any(id(one) in own for one in _leaves(recorded.source)) else "train"
+
+
+def _purpose_for(parameter: Tensor) -> Literal["train", "ask"] | None:
+    """Return what the present backward pass does with the gradient of a parameter, if anything."""
+    try:
+        kept = torch._C._will_engine_execute_node(get_gradient_edge(parameter).node)
+    except RuntimeError:  # So torch says it of parameters that torch.autograd.grad was given.
+        return "ask"
+    return "train" if kept else None
+
+
+def _leaves(output: Tensor | None) -> Iterator[Tensor]:
+    """Yield the tensors that an output's graph accumulates gradients in."""
+    waiting: list[Any] = [None if output is None else output.grad_fn]
+    met = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if hasattr(node, "variable"):
+            yield node.variable
+        for following, _ in () if node is None else node.next_functions:
+            if following is not None and following not in met:
+                met.add(following)
+                waiting.append(following)

@@ -1,0 +1,116 @@
+"""Every loss of an output may have a backward pass of its own: the step is that of their sum."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import natgrad
+from tests.cases import normal
+
+METHODS = {
+    "kfac": lambda model, likelihood: natgrad.KFAC(model, likelihood),
+    "kfac_exact": lambda model, likelihood: natgrad.KFAC(model, likelihood, fisher="exact"),
+    "kfac_empirical": lambda model, likelihood: natgrad.KFAC(model, likelihood, fisher="empirical"),
+    "isotropic": lambda model, likelihood: natgrad.KFAC(model, likelihood, lr="isotropic"),
+    "ekfac": natgrad.EKFAC,
+    "exact_ngd": natgrad.ExactNGD,
+    "singd": natgrad.SINGD,
+    "improved": natgrad.ImprovedEmpiricalNGD,
+    "fngd": natgrad.FNGD,
+}
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.label, self.size = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.tanh(self.body(x))
+        return self.label(h), self.size(h)
+
+
+def heads(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """Return the losses of two heads."""
+    label, size = model(x)
+    y = torch.arange(len(x)) % 3
+    return [functional.cross_entropy(label, y), functional.mse_loss(size, x[:, :2].sin())]
+
+
+def halves(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """Return the losses of two halves of a batch."""
+    out = model(x)
+    y, middle = torch.arange(len(x)) % 3, len(x) // 2
+    parts = (slice(None, middle), slice(middle, None))
+    return [functional.cross_entropy(out[part], y[part]) / 2 for part in parts]
+
+
+def together(losses: list[Tensor], parameters: list[Tensor]) -> None:
+    sum(losses[1:], losses[0]).backward()
+
+
+def one_by_one(losses: list[Tensor], parameters: list[Tensor]) -> None:
+    for loss in losses:
+        loss.backward(retain_graph=True)
+
+
+def asked_for(losses: list[Tensor], parameters: list[Tensor]) -> None:
+    """Compare the gradients of the losses, and put together what becomes ``.grad``."""
+    for loss in losses:
+        found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        for parameter, gradient in zip(parameters, found, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+
+def looked_at_before(losses: list[Tensor], parameters: list[Tensor]) -> None:
+    for loss in losses:
+        torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    together(losses, parameters)
+
+
+def looked_at_after(losses: list[Tensor], parameters: list[Tensor]) -> None:
+    sum(losses[1:], losses[0]).backward(retain_graph=True)
+    torch.autograd.grad(losses[0], parameters, allow_unused=True)
+
+
+@pytest.mark.parametrize("way", [one_by_one, asked_for, looked_at_before, looked_at_after])
+@pytest.mark.parametrize("losses", [heads, halves])
+@pytest.mark.parametrize("name", list(METHODS))
+def test_the_step_is_that_of_the_sum(name, losses, way):
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    start = (TwoHeads() if losses is heads else plain).double()
+    likelihood = {0: "categorical", 1: nn.MSELoss()} if losses is heads else "categorical"
+
+    def train(way, passes: int) -> Tensor:
+        model = copy.deepcopy(start)
+        optimizer = METHODS[name](model, likelihood)
+        for step in range(3):
+            optimizer.zero_grad()
+            for number in range(passes):
+                x = normal(12, 4, seed=10 * step + number)
+                way(losses(model, x), list(model.parameters()))
+            optimizer.step()
+        return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the coefficients of")
+        for passes in (1, 2):
+            torch.testing.assert_close(train(way, passes), train(together, passes))
+
+
+def test_a_backward_pass_that_comes_too_late_is_named():
+    model = nn.Sequential(nn.Linear(4, 3)).double()
+    optimizer = natgrad.KFAC(model)
+    first, second = (halves(model, normal(12, 4, seed=seed)) for seed in (0, 1))
+    one_by_one([first[0], second[0], second[1]], [])
+    with pytest.warns(UserWarning, match="backpropagate all losses of a pass before the next"):
+        first[1].backward()
+    optimizer.step()
