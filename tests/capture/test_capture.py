@@ -810,7 +810,15 @@ def test_copies_of_a_captured_model(name, way):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name, backend", [("repeated", "eager"), ("mlp", "aot_eager"), ("conv2d", "aot_eager")]
+    "name, backend",
+    [
+        ("repeated", "eager"),
+        ("mlp", "aot_eager"),
+        ("conv2d", "aot_eager"),
+        ("batch_norm_train", "aot_eager"),
+        ("self_attention", "aot_eager"),
+        ("cross_attention_other_sizes", "eager"),
+    ],
 )
 def test_compiled_models(name, backend):
     case = CASES[name]()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
+import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -68,6 +71,59 @@ def test_inductor(monkeypatch):
     train(plain, make("kfac", plain), data)
     train(torch.compile(model), make("kfac", model), data)
     torch.testing.assert_close(flat(model), flat(plain), rtol=1e-7, atol=1e-9)
+
+
+class _ActivatedBatchNorm(nn.BatchNorm2d):
+    """A batch norm that goes on with an activation, as in libraries of image models."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        buffers = self.running_mean, self.running_var
+        return nn.functional.batch_norm(x, *buffers, self.weight, self.bias, self.training).relu()
+
+
+@pytest.mark.slow
+def test_more_shapes_than_versions_of_a_function():
+    """The compiler gives up on a function that is called with ever other shapes: not on hooks."""
+    torch.manual_seed(0)
+    widths = [1, *range(2, 8)]
+    layers = [
+        layer
+        for before, after in pairwise(widths)
+        for layer in (nn.Conv2d(before, after, 3, padding=1), _ActivatedBatchNorm(after))
+    ]
+    plain = nn.Sequential(*layers, nn.BatchNorm2d(7), nn.Flatten(), nn.Linear(252, 3)).double()
+    model = copy.deepcopy(plain)
+    data = batches(2)
+    train(plain, make("kfac", plain), data)
+    optimizer = make("kfac", model)
+    train(torch.compile(model, backend="aot_eager"), optimizer, data)
+    torch.testing.assert_close(flat(model), flat(plain), rtol=1e-9, atol=1e-12)
+    assert_curvature_everywhere(optimizer)
+
+
+class _Classifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = perceptron()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+def test_models_that_ran_compiled_before():
+    """The hooks of their layers are not called, and whoever trains them is told."""
+    model = _Classifier()
+    data = batches(1)
+    compiled = torch.compile(model, backend="eager")
+    compiled(data[0][0])
+    optimizer = make("kfac", model)
+    with pytest.warns(UserWarning, match=r"torch.compiler.reset\(\)"):
+        train(compiled, optimizer, data)
+    torch.compiler.reset()
+    optimizer = make("kfac", model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="natgrad")
+        train(compiled, optimizer, data)
 
 
 @pytest.mark.slow

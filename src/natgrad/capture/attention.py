@@ -7,7 +7,7 @@ changed and the computation is PyTorch's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any, ClassVar, cast
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from natgrad.capture.hooks import outside_graphs
 from natgrad.capture.kinds import (
     BlockRecord,
     LayerCall,
@@ -118,7 +119,7 @@ class RecordProjections(TorchFunctionMode):
         if func is functional.multi_head_attention_forward:
             query = args[0] if args else kwargs["query"]
             self.batch = query.shape[1] if query.dim() == 3 else 1
-            return _recording_attention(self._linear)(*args, **kwargs)
+            return _attend(self._linear, args, kwargs)
         return func(*args, **kwargs)
 
     def _linear(self, inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -146,6 +147,11 @@ class RecordProjections(TorchFunctionMode):
             if weight is getattr(module, f"{name[0]}_proj_weight"):
                 return name, index * width
         return None
+
+
+@outside_graphs  # The compiler would look for `linear` in the namespace of the original.
+def _attend(linear: Callable[..., Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return _recording_attention(linear)(*args, **kwargs)
 
 
 def _recording_attention(linear: Callable[..., Tensor]) -> Callable[..., Any]:

@@ -25,6 +25,7 @@ from natgrad.capture.forward_pass import (
 )
 from natgrad.capture.generic import GenericKind
 from natgrad.capture.hooks import (
+    FirstHook,
     ModelHook,
     called_from_graph,
     inside_backward,
@@ -40,7 +41,7 @@ from natgrad.capture.model_output import (
     substituted,
     unwrap,
 )
-from natgrad.capture.normalization import batch_norms, fix_statistics
+from natgrad.capture.normalization import batch_norms, fix_statistics, run_outside_graph
 from natgrad.capture.product_kinds import is_product, watched_parameters
 from natgrad.capture.products import RecordProducts
 from natgrad.capture.row_check import RowCheck
@@ -200,6 +201,10 @@ class Capture:
         for block in self.blocks.values():
             for use in block.uses:
                 modules[use.module] = use.kind
+        for module in self.model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                hook = ModelHook(self, _after_batch_norm)
+                self._handles.append(module.register_forward_hook(hook))
         for module, kind in modules.items():
             if isinstance(module, nn.MultiheadAttention):
                 before = ModelHook(self, functools.partial(_before_attention, kind))
@@ -209,11 +214,7 @@ class Capture:
             else:
                 hook = ModelHook(self, functools.partial(_after_layer, kind))
                 self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
-        for module in self.model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                hook = ModelHook(self, Capture._after_batch_norm)
-                self._handles.append(module.register_forward_hook(hook))
-        first = ModelHook(self, _before_model)
+        first = FirstHook(self, _before_model)
         last = ModelHook(self, _after_model)
         self._handles.append(self.model.register_forward_pre_hook(first, prepend=True))
         self._handles.append(self.model.register_forward_hook(last))
@@ -263,10 +264,6 @@ class Capture:
             and torch.is_grad_enabled()
             and not inside_backward()
         )
-
-    def _after_batch_norm(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._active() and batch_norms(module):
-            fix_statistics(module, args[0], output)
 
     def _record(self, kind: LayerKind, call: LayerCall) -> None:
         """Keep a layer call and the autograd edges of its outputs."""
@@ -464,6 +461,15 @@ def _check_usable(model: nn.Module) -> None:
 
 
 # Hook bodies run outside compiled graphs: autograd edges are only there in eager code.
+
+
+@outside_graphs
+def _after_batch_norm(capture: Capture, module: nn.Module, args: Any, output: Any) -> Any:
+    if not (capture._active() and batch_norms(module)):
+        return None
+    again = run_outside_graph(module, args, output)
+    fix_statistics(module, args[0], output if again is None else again)
+    return again
 
 
 @outside_graphs

@@ -127,6 +127,9 @@ def outside_graphs(function: _Function) -> _Function:
             # Buffers a compiled backward pass gives away cannot be used by a second one, and
             # natgrad's pull-back comes before the user's.
             torch._functorch.config.donated_buffer = False
+            # It would make a version of each hook for every shape, and beyond some give up and
+            # compile what the hook calls.
+            ModelHook.__call__ = torch.compiler.disable(_call)  # type: ignore[method-assign]
             marked = functools.partial(_called_from_graph, function)
             disabled.append(torch.compiler.disable(marked))
         # Going through `disable` costs more than most hooks do, and only tracing needs it.
@@ -134,6 +137,8 @@ def outside_graphs(function: _Function) -> _Function:
             return disabled[0](*args, **kwargs)
         return function(*args, **kwargs)
 
+    # The compiler makes a few versions at most of what has one code, as all these calls would.
+    call.__code__ = call.__code__.replace(co_name=function.__name__)  # type: ignore[attr-defined]
     return call  # type: ignore[return-value]
 
 
@@ -143,6 +148,12 @@ def _inert(*_: Any, **__: Any) -> None:
 
 def _inert_hook() -> Callable[..., None]:
     return _inert
+
+
+def _call(hook: ModelHook, *args: Any) -> Any:
+    """Call the method of a hook unless its owner is gone."""
+    owner = hook.owner()
+    return None if owner is None else hook.method(owner, *args)
 
 
 class ModelHook:
@@ -157,11 +168,14 @@ class ModelHook:
         self.owner: weakref.ReferenceType[object] = weakref.ref(owner)
         self.method = method
 
-    def __call__(self, *args: Any) -> Any:
-        """Call the method unless the owner is gone."""
-        owner = self.owner()
-        return None if owner is None else self.method(owner, *args)
+    __call__ = _call
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle as a function that does nothing."""
         return _inert_hook, ()
+
+
+class FirstHook(ModelHook):
+    """The hook that comes first in a pass, to which :func:`called_from_graph` is known."""
+
+    __call__ = _call

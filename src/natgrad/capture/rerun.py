@@ -15,14 +15,16 @@ def rerun(
     parameters: Mapping[str, Tensor],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any] | None = None,
+    *,
+    recorded: bool = False,
 ) -> Any:
     """Return the output of a module with other parameters, on copies of its buffers.
 
-    Its hooks are not called, and no gradient is recorded.
+    Its hooks are not called, and gradients are recorded only if ``recorded``.
     """
     state = {name: buffer.clone() for name, buffer in module.named_buffers()} | dict(parameters)
     named = {f"module.{name}": value for name, value in state.items()}
-    with torch.no_grad():
+    with torch.set_grad_enabled(recorded):
         return functional_call(_WithoutHooks(module), named, args, dict(kwargs or {}))
 
 

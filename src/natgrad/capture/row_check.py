@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from natgrad.capture.generic import GenericKind
-from natgrad.capture.row_sources import Place, RecordedCall
+from natgrad.capture.row_sources import UNCALLED, Place, RecordedCall
 from natgrad.capture.rows import (
     SPLIT_ELEMENTS,
     RowBuilder,
@@ -132,6 +132,7 @@ class RowCheck:
         sources.tell_coupled(axes)
         for sentence in sources.costly(products=True):
             sources.on_finding(sentence)
+        sources.tell_uncalled()
         sources.inseparable.update(sources.direct)
         for name, of in of_block.items():
             if any(sources.axis(one, samples) is None for one in of):
@@ -250,7 +251,7 @@ class RowCheck:
         elif isinstance(problem, Exception):
             sources.distrust(name, problem)
         elif not calls:
-            sources.take_directly(name, "is used without a call of its module")
+            sources.take_directly(name, UNCALLED)
         else:
             sources.take_directly(name, "is used outside the calls of its module, too")
 

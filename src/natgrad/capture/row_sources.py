@@ -20,6 +20,8 @@ Place = tuple[nn.Module, str, int, int]
 #: One tensor per output of a call; None where nothing came.
 Gradients = list[Tensor | None]
 
+UNCALLED = "is used without a call of its module"
+
 
 @dataclass(eq=False)
 class RecordedCall:
@@ -283,6 +285,18 @@ class RowSources:
             f"{names} ({block.kind}) {reason}: rows are taken from the gradient at the parameter, "
             "exactly, but with a backward pass per sample where the Fisher type is not 'mc'"
         )
+
+    def tell_uncalled(self) -> None:
+        """Say which layers of known kinds are not called, if it has not been said of each."""
+        uncalled = [n for n, why in self.direct.items() if why == UNCALLED and not self.reruns(n)]
+        if uncalled and not self.tells_coupled:
+            named = ", ".join(map(repr, uncalled))
+            self.on_finding(
+                f"{named} take part without being called, so that a batch gives one row for each, "
+                "and their curvature is poor: so are the layers of an exported model, and of one "
+                "compiled and run before it was handed over, if torch.compiler.reset() was not "
+                "called"
+            )
 
     def mixing(self, axes: Mapping[Place, SampleAxis | None]) -> list[nn.Module]:
         """Return modules whose samples are coupled although their output serves not all of them."""
