@@ -840,17 +840,56 @@ def test_curvature_seen_by_nobody_is_said_once():
         train(optimizer, [partial])
 
 
-def test_what_is_not_trained_without_curvature_is_said():
-    """Lengths are measured with it; once it has been seen, one pass without is nothing special."""
+@pytest.mark.parametrize("kind", [natgrad.KFAC, natgrad.ExactNGD, natgrad.FNGD])
+def test_the_fallback_trains_while_no_curvature_is_known(kind):
+    """What is trained so can be saved, and ends with the first pass that is seen."""
     case = CASES["mlp"]()
     model = copy.deepcopy(case.model)
-    optimizer = natgrad.KFAC(model, "categorical")
+    optimizer, twin = kind(model, "categorical"), copy.deepcopy(model)
+    adamw = natgrad.optim.parameter_groups.make_fallback(
+        natgrad.Fallback(), [{"params": list(twin.parameters())}]
+    )
     x, y = case.x, case.target("categorical")
-    before = flat(model)
-    with pytest.warns(UserWarning, match="nothing is trained until"):
-        train(optimizer, [lambda: functional.cross_entropy(nn.Sequential(*model)(x), y)])
-    assert torch.equal(flat(model), before)
+
+    def partial(model: nn.Sequential) -> Tensor:
+        return functional.cross_entropy(nn.Sequential(*model)(x), y)
+
+    with pytest.warns(UserWarning, match="adamw trains all parameters until"):
+        train(optimizer, [lambda: partial(model)])
+    resumed = copy.deepcopy(model)
+    other = kind(resumed, "categorical")
+    other.load_state_dict(optimizer.state_dict())
+    train(optimizer, [lambda: partial(model)])
+    train(adamw, [lambda: partial(twin)] * 2)
+    with pytest.warns(UserWarning, match="adamw trains all parameters until"):
+        train(other, [lambda: partial(resumed)])
+    assert torch.equal(flat(model), flat(twin))
+    assert torch.equal(flat(model), flat(resumed))
     train(optimizer, [lambda: functional.cross_entropy(model(x), y)])
+    train(adamw, [lambda: functional.cross_entropy(twin(x), y)])
+    assert not torch.equal(flat(model), flat(twin))
+    assert not optimizer._left_out
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_losses_of_derivatives_alone_are_trained_by_the_fallback(depth):
+    """Their backward pass frees the graph of the output, which it does not go through."""
+    torch.manual_seed(0)
+    layers = [layer for _ in range(depth) for layer in (nn.Linear(2, 2), nn.SiLU())]
+    model = nn.Sequential(*layers, nn.Linear(2, 1)).double()
+    optimizer = natgrad.KFAC(model, "gaussian")
+    before = flat(model)
+
+    def loss() -> Tensor:
+        x = normal(8, 2).requires_grad_()
+        (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        return (slope + x).square().mean()
+
+    with pytest.warns(UserWarning, match=r"trains all parameters .*ResidualNGD"):
+        train(optimizer, [loss])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(optimizer, [loss] * 3)
     assert not torch.equal(flat(model), before)
 
 

@@ -60,6 +60,8 @@ class GroupedOptimizer(CheckpointedOptimizer):
         self._joined: set[Tensor] = set()
         self._left_out: set[str] = set()
         self._shadowed: set[Tensor] = set()
+        #: Whether the fallback trains all parameters, as no curvature is known.
+        self._is_blind = False
         self._constructed = False
         super().__init__(groups, defaults)
         self._constructed, self._groups_made = True, len(self.param_groups)
@@ -90,7 +92,8 @@ class GroupedOptimizer(CheckpointedOptimizer):
     def _link_fallback(self) -> None:
         """Let the fallback work on its own groups, and on parameters of others without rows."""
         natural = [group for group in self.param_groups if group["preconditioned"]]
-        before, covered = self._shadowed, self.preconditioner.covered
+        before = self._shadowed
+        covered = set() if self._is_blind else self.preconditioner.covered
         self._left_out = {self._names[p] for g in natural for p in g["params"]} - covered
         self._shadows = []
         for group in natural:
@@ -106,6 +109,16 @@ class GroupedOptimizer(CheckpointedOptimizer):
         first_order = [group for group in self.param_groups if not group["preconditioned"]]
         self._fallback.param_groups = first_order + [shadow for shadow, _ in self._shadows]
         self._fallback.state = self.state
+
+    def _lend(self, is_blind: bool) -> None:
+        """Let the fallback train all parameters while no curvature is known."""
+        if is_blind:
+            self.preconditioner.warn_unseen(
+                f", and {self.fallback_name} trains all parameters until it is"
+            )
+        if is_blind != self._is_blind:
+            self._is_blind = is_blind
+            self._link_fallback()
 
     def _step_fallback(self) -> None:
         """Let the fallback train what is not preconditioned, at rates that follow their groups'."""

@@ -273,6 +273,8 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
         loss, backpropagates = self._evaluated(closure)
         preconditioner.audit()
         lost = preconditioner.newly_untrusted()
+        if observer.update_due and observer.warmup == 0 and not self._needs_batch_fisher:
+            self._lend(preconditioner.is_blind)
         gradients = self._gradients(preconditioned=True)
         if lost and preconditioner.curvature.structure.joint:
             gradients = {}  # What is known of this batch is of other parameters together.
@@ -664,6 +666,7 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
         return {
             **self.preconditioner.state_dict(),
             "units": self._units,
+            "is_blind": self._is_blind,
             "mean_eigenvalue": self._mean_eigenvalue,
             "length": self._length.state_dict(),
             "noise": self._noise.state_dict(),
@@ -688,6 +691,8 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
         def restore() -> None:
             loaded = dict(self.state)
             rest()
+            self._is_blind = own.get("is_blind", False)
+            self._link_fallback()
             self._mean_eigenvalue, self._length, self._noise = unit, length, noise
             self.state.update(loaded)
             self._link_fallback()

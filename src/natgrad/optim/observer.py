@@ -300,10 +300,16 @@ class Observer:
 
     def see_retained(self) -> None:
         """See passes that only a backward pass with ``create_graph=True`` reached."""
-        if not self.seen:
+        if self.seen:
+            return
+        try:
             for recorded in list(self.capture.passes):
                 if recorded.retained and recorded.cotangent is not None:
                     self._on_backward(recorded)
+        except RuntimeError as error:
+            if "second time" not in str(error):
+                raise
+            self.seen = []  # The loss is made of derivatives, and its pass has freed their graph.
 
     def _see(
         self, recorded: ForwardPass, cotangent: Tensor | None, asked: bool = False

@@ -349,7 +349,7 @@ class Preconditioner(CopiedByState):
             self.curvature.join(self.refresh.decay)
             self._with_update = self.curvature.snapshot()
         else:
-            self._warn_unseen()
+            self.warn_unseen()
 
     def keep_update(self) -> None:
         """Count what the averages are now as the update of this step."""
@@ -565,18 +565,28 @@ class Preconditioner(CopiedByState):
         self.observer.update_fisher(output, target, loss)
         return loss
 
-    def _warn_unseen(self) -> None:
+    @property
+    def is_blind(self) -> bool:
+        """Whether there is no curvature so far, and no pass of this step shows any."""
+        if any(one.average is not None for one in self.curvature.estimates.values()):
+            return False
+        self.observer.see_retained()
+        return not self.replicas.any(bool(self.observer.seen), self.device)
+
+    def warn_unseen(self, meanwhile: str = "") -> None:
+        """Say once that no pass was seen.
+
+        Args:
+            meanwhile: What is done until one is.
+        """
         if not self._warned:
             self._warned = True
-            known = any(one.average is not None for one in self.curvature.estimates.values())
-            stays = (
-                "" if known else ", and where lengths are measured nothing is trained until it is"
-            )
             warnings.warn(
                 "natgrad saw no backward pass through the model's output, so its curvature was "
-                f"not updated{stays}: call the model itself (not its parts), pass output=lambda "
-                "out: ... if the output is not the first tensor, or call update_fisher(output) "
-                "before loss.backward()",
+                f"not updated{meanwhile}: call the model itself (not its parts), pass "
+                "output=lambda out: ... if the output is not the first tensor, or call "
+                "update_fisher(output) before loss.backward() (natgrad.ResidualNGD is there for "
+                "losses of derivatives of the network)",
                 stacklevel=5,
             )
 
