@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from natgrad.capture.kinds import BlockRecord, LayerCall, LayerKind
-from natgrad.capture.likeness import kind_alike
+from natgrad.capture.likeness import kind_alike, kind_by_trial
 from natgrad.capture.linear import LinearKind, TransposedLinearKind
 from natgrad.capture.normalization import NormalizationKind
 from tests import dense
@@ -47,6 +47,30 @@ NORMS = {
     "one plus weight": Affine(lambda x, w, b: llama(x, 1 + w, b, 1e-5), (4,)),
     "without epsilon": Affine(lambda x, w, b: llama(x, w, b, 0.0), (4,)),
 }
+
+
+def over_channels(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
+    mean = x.mean(1, keepdim=True)
+    x = (x - mean) / ((x - mean).square().mean(1, keepdim=True) + eps).sqrt()
+    return weight[:, None, None] * x + bias[:, None, None]
+
+
+class OneGroup(nn.GroupNorm):
+    """A group norm with a forward of its own, as in libraries of image models."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
+IMAGE_NORMS = {
+    "over channels": Affine(over_channels, (4,), 4),
+    "rms norm over channels": Affine(
+        lambda x, w, b: llama(x.movedim(1, -1), w, b).movedim(-1, 1), (4,)
+    ),
+    "as many rows as channels": Affine(over_channels, (4,), 4),
+    "one group": OneGroup(1, 4).double(),
+    "two groups": OneGroup(2, 4, eps=1e-3).double(),
+}
 OTHERS = {
     "squared": Affine(lambda x, w, b: functional.linear(x, w**2), (3, 4)),
     "normalized": Affine(lambda x, w, b: functional.linear(x, w / w.norm()), (3, 4)),
@@ -78,15 +102,20 @@ def test_linear_maps(name, zero):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("name", [*NORMS, *IMAGE_NORMS])
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
 def test_norms(name, scale):
-    module, x = NORMS[name], scale * normal(5, 2, 4)
+    module = (NORMS | IMAGE_NORMS)[name]
+    shape = (5, 2, 4)
+    if name in IMAGE_NORMS:
+        shape = (5, 4, 2, 4) if "as many" in name else (5, 4, 2, 3)
+    x = scale * normal(*shape)
     kind = kind_of(module, x)
+    assert type(kind_by_trial(module)) is NormalizationKind
     assert type(kind) is NormalizationKind
     names = tuple(n for n, _ in module.named_parameters())
     layout = kind.layout(module, names, names)
-    delta = normal(2, 5, 2, 4, seed=3)
+    delta = normal(2, *shape, seed=3)
     call = LayerCall(module, "", (x,), (module(x),))
     rows = kind.jacobian(BlockRecord(layout, names, [(call, [delta])], 5, False)).to_dense()
     output = module(x)

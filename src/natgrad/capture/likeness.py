@@ -17,7 +17,7 @@ from torch.nn import functional
 from natgrad.capture.embedding import LookupKind, looked_up
 from natgrad.capture.kinds import LayerCall, LayerKind
 from natgrad.capture.linear import LinearKind, TransposedLinearKind
-from natgrad.capture.normalization import NormalizationKind
+from natgrad.capture.normalization import GROUP_NORM, NormalizationKind
 from natgrad.capture.rerun import rerun
 
 #: Standard deviation of inputs that show the ε of a norm.
@@ -39,11 +39,12 @@ def kind_by_trial(module: nn.Module) -> LayerKind | None:
         return _lookup(module)
     if any(True for _ in module.buffers()):
         return None
-    for features in dict.fromkeys(reversed(weight.shape)):
+    shapes = [(2, 3, features) for features in dict.fromkeys(reversed(weight.shape))]
+    for shape in [*shapes, (2, *weight.shape, 2, 3)]:
         devices = [weight.device] if weight.is_cuda else []
         try:
             with torch.no_grad(), torch.random.fork_rng(devices):
-                inputs = torch.randn(2, 3, features, dtype=weight.dtype, device=weight.device)
+                inputs = torch.randn(shape, dtype=weight.dtype, device=weight.device)
                 output = module.forward(inputs)
         except Exception:  # It takes other inputs.
             continue
@@ -56,9 +57,10 @@ def kind_by_trial(module: nn.Module) -> LayerKind | None:
 def kind_alike(module: nn.Module, inputs: Tensor, output: Tensor) -> LayerKind | None:
     """Return the kind of layer that a module computes as, or None.
 
-    Known are ``x Wᵀ + b`` and ``x W + b`` of a matrix, and layer norm and RMS norm over the last
-    dimension, each up to terms without the parameters (``1 + weight``, a frozen part). The module
-    runs again a few times, on copies of its buffers and without its hooks.
+    Known are ``x Wᵀ + b`` and ``x W + b`` of a matrix, layer norm and RMS norm over the last
+    dimension or over the channels of images, and group norm, each up to terms without the
+    parameters (``1 + weight``, a frozen part). The module runs again a few times, on copies of its
+    buffers and without its hooks.
 
     Args:
         module: A module of unknown kind.
@@ -77,8 +79,11 @@ def kind_alike(module: nn.Module, inputs: Tensor, output: Tensor) -> LayerKind |
         with torch.no_grad(), torch.random.fork_rng(devices):
             if weight.dim() == 2:
                 found = _linear(module, inputs.detach(), output.detach(), own)
-            elif weight.shape == (features,) and (bias is None or bias.shape == weight.shape):
-                found = _norm(module, inputs.detach(), output.detach(), own)
+            elif bias is None or bias.shape == weight.shape:
+                if weight.shape == (features,):
+                    found = _norm(module, inputs.detach(), output.detach(), own)
+                if found is None and inputs.dim() == 4 and weight.shape == inputs.shape[1:2]:
+                    found = _norm_of_images(module, inputs.detach(), output.detach(), own)
     except Exception:  # Whatever a strange module raises: it is not of a known kind.
         return None
     return found
@@ -101,17 +106,23 @@ def _linear(
 
 
 def _norm(
-    module: nn.Module, inputs: Tensor, output: Tensor, own: dict[str, Tensor]
+    module: nn.Module, inputs: Tensor, output: Tensor, own: dict[str, Tensor], images: bool = False
 ) -> LayerKind | None:
     if output.shape != inputs.shape:
         return None
+
+    def run(rows: Tensor, changes: dict[str, Tensor]) -> Tensor:
+        given = rows.movedim(-1, 1) if images else rows
+        found = _output(module, given, own, changes)
+        return found.movedim(1, -1) if images else found
+
     changes = {name: _noise(p, 1.0) for name, p in own.items()}
-    difference = _output(module, inputs, own, changes) - output
+    difference = run(inputs, changes) - output
     # Inputs as small as ε: their normalised form tells ε, which stands in no parameter.
-    probe = SMALL * (torch.randn(64, inputs.shape[-1], device=inputs.device) + 1.0)
-    probe = probe.to(inputs.dtype)
+    probe = SMALL * (torch.randn(4, 4, 4, inputs.shape[-1], device=inputs.device) + 1.0)
+    probe = (probe if images else probe.flatten(0, 2)).to(inputs.dtype)
     only = {"weight": torch.ones_like(own["weight"])}
-    normalized = _output(module, probe, own, only) - _output(module, probe, own, {})
+    normalized = run(probe, only) - run(probe, {})
     for center in (True, False):
         centered = probe - probe.mean(-1, keepdim=True) if center else probe
         centered, variance = centered.double(), centered.double().square().mean(-1)
@@ -122,8 +133,21 @@ def _norm(
         expected = normalize(inputs, center, eps) * changes["weight"] + changes.get("bias", 0.0)
         if _same(normalized, normalize(probe, center, eps)) and _same(difference, expected):
             rows = partial(_normalized, center=center, eps=eps)
-            return NormalizationKind(rows, channels_first=False, by_rows=True)
+            return NormalizationKind(rows, channels_first=images, by_rows=True)
     return None
+
+
+def _norm_of_images(
+    module: nn.Module, inputs: Tensor, output: Tensor, own: dict[str, Tensor]
+) -> LayerKind | None:
+    if isinstance(module, nn.GroupNorm):
+        changes = {name: _noise(p, 1.0) for name, p in own.items()}
+        expected = functional.group_norm(
+            inputs, module.num_groups, changes["weight"], changes.get("bias"), module.eps
+        )
+        alike = _same(_output(module, inputs, own, changes) - output, expected)
+        return GROUP_NORM if alike else None
+    return _norm(module, inputs.movedim(1, -1), output.movedim(1, -1), own, images=True)
 
 
 def _lookup(module: nn.Module) -> LayerKind | None:

@@ -273,6 +273,7 @@ def _normalize_instance(call: LayerCall, inputs: Tensor) -> Tensor:
     )
 
 
+GROUP_NORM = NormalizationKind(_normalize_group, channels_first=True, by_rows=False)
 _INNER = InnerBatchNormKind(_normalize_batch, channels_first=True, by_rows=True)
 
 register_kind(
@@ -285,7 +286,7 @@ register_kind(
 register_kind(NormalizationKind(_negative_part, channels_first=True, by_rows=True), nn.PReLU)
 register_kind(NormalizationKind(_normalize_layer, channels_first=False, by_rows=True), nn.LayerNorm)
 register_kind(NormalizationKind(_normalize_rms, channels_first=False, by_rows=True), nn.RMSNorm)
-register_kind(NormalizationKind(_normalize_group, channels_first=True, by_rows=False), nn.GroupNorm)
+register_kind(GROUP_NORM, nn.GroupNorm)
 register_kind(
     NormalizationKind(_normalize_instance, channels_first=True, by_rows=False),
     nn.InstanceNorm1d,
