@@ -658,6 +658,42 @@ def test_what_costs_nothing_is_not_told(fisher):
         assert any("is of a kind without a formula" in one for one in told)
 
 
+class Standardized(nn.Conv2d):
+    """A convolution whose weight is standardised first, as in networks without batch norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight
+        w = (w - w.mean((1, 2, 3), keepdim=True)) / w.std((1, 2, 3), keepdim=True)
+        return functional.conv2d(x, w, self.bias)
+
+
+def test_many_layers_without_a_formula_are_named_in_one_sentence():
+    model = nn.Sequential(*[Standardized(12, 12, 3) for _ in range(8)], nn.Flatten())
+    with pytest.warns(UserWarning, match=r"'0.weight' \(Standardized\)") as caught:
+        Capture(model).remove()
+    (told,) = [str(one.message) for one in caught]
+    assert "and 2 more are each of a kind without a formula: rows of 10,368 parameters" in told
+    assert "take 5.1 MiB" in told
+
+
+def test_modules_that_are_programs():
+    part = torch.jit.script(nn.Sequential(nn.Linear(3, 4), nn.Tanh()))
+    traced = torch.jit.trace(nn.Linear(4, 2), torch.ones(1, 4))
+    model = nn.Sequential(nn.Linear(2, 3), part, traced)
+    with Capture(model) as capture:
+        assert list(capture.blocks) == ["0"]
+        assert set(capture.uncovered) == {"1.0.weight", "1.0.bias", "2.weight", "2.bias"}
+        out = model(normal(5, 2).float())
+        rows = capture.pull_back(out, torch.ones(1, *out.shape))
+        truth = torch.autograd.grad(out.sum(), list(model[0].parameters()))
+        torch.testing.assert_close(
+            rows["0"].to_dense().sum(0), torch.cat([g.flatten() for g in truth])
+        )
+    for whole in (part, traced):
+        with pytest.raises(ValueError, match=r"torch.jit made a program"):
+            Capture(whole)
+
+
 def test_layers_of_ones_own(registry):
     calls = []
 

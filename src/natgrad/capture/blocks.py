@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from natgrad.capture.generic import GenericKind, free_layout
@@ -12,6 +13,11 @@ from natgrad.capture.kinds import LayerKind, find_kind
 from natgrad.capture.likeness import kind_by_trial
 from natgrad.capture.normalization import kind_within
 from natgrad.layouts import BlockLayout
+
+SCRIPTED = (
+    "torch.jit made a program of its module, whose layers cannot be watched: hand the model over "
+    "as it was before"
+)
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,10 @@ def find_blocks(
     generic = GenericKind()
     for module_name, module in model.named_modules():
         if module in owned:
+            continue
+        if isinstance(module, torch.jit.ScriptModule):
+            own = [p for p in module.parameters(recurse=False) if p in names]
+            uncovered.update((names[p], SCRIPTED) for p in own)
             continue
         kind = find_kind(module) or kind_within(module) or kind_by_trial(module) or generic
         owned.update(module.get_submodule(child) for child in kind.owned_children)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from natgrad.capture.attention import RecordProjections
-from natgrad.capture.blocks import Block, find_blocks, names_by_reason
+from natgrad.capture.blocks import SCRIPTED, Block, find_blocks, names_by_reason
 from natgrad.capture.forward_pass import (
     ForwardPass,
     call_with_gradient,
@@ -442,11 +442,13 @@ def _warn(sentence: str) -> None:
 
 
 def _check_usable(model: nn.Module) -> None:
-    """Refuse parameters whose gradients natgrad cannot work with.
+    """Refuse models that cannot be watched, and parameters that cannot be worked with.
 
     Raises:
         ValueError: If there are some; the message names one.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(f"the model itself has no rows: {SCRIPTED}")
     for name, parameter in model.named_parameters():
         if torch.nn.parameter.is_lazy(parameter):
             raise ValueError(

@@ -20,6 +20,9 @@ Place = tuple[nn.Module, str, int, int]
 #: One tensor per output of a call; None where nothing came.
 Gradients = list[Tensor | None]
 
+#: Up to so many names stand in a sentence.
+SHOWN = 6
+
 UNCALLED = "is used without a call of its module"
 
 
@@ -170,22 +173,31 @@ class RowSources:
                 self._users.setdefault(use.module, []).append((name, use))
 
     def costly(self, products: bool) -> Iterator[str]:
-        """Say which rows have no factored form although they are large.
+        """Say which rows have no factored form although they are large, if there are some.
 
         Args:
             products: Whether to speak of blocks whose products may be their rows, or of others.
         """
-        for name, block in self.blocks.items():
-            size, asked = block.layout.numel, (name in self.products) == products
+        found = [
+            block
+            for name, block in self.blocks.items()
+            if (name in self.products) == products
+            and block.layout.numel > DENSE_LIMIT
+            and self.reruns(name)
+            and name not in self.direct
             # What serves all samples has one row where rows are only ever added up.
-            if not self.tells_coupled and all(_is_constant(use.module) for use in block.uses):
-                continue
-            if asked and size > DENSE_LIMIT and self.reruns(name) and name not in self.direct:
-                yield (
-                    f"{name!r} ({block.kind}) is of a kind without a formula: rows of its {size} "
-                    f"parameters take {size * 4 * 128 / 2**20:.0f} MiB per vector at a batch of "
-                    "128, and a backward pass per sample; natgrad.register_layer takes a formula"
-                )
+            and (self.tells_coupled or not all(_is_constant(use.module) for use in block.uses))
+        ]
+        if found:
+            shown = ", ".join(f"{block.name!r} ({block.kind})" for block in found[:SHOWN])
+            more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+            size = sum(block.layout.numel for block in found)
+            yield (
+                f"{shown}{more} {'are each' if len(found) > 1 else 'is'} of a kind without a "
+                f"formula: rows of {size:,} parameters take {size * 4 * 128 / 2**20:,.1f} MiB per "
+                "vector at a batch of 128, and a backward pass per sample; natgrad.register_layer "
+                "takes a formula"
+            )
 
     def forget(self) -> None:
         """Check again at the next pass. What was coupled once is taken to be so."""
@@ -316,7 +328,9 @@ class RowSources:
 
 
 def _is_constant(module: nn.Module) -> bool:
-    return isinstance(module, nn.utils.parametrize.ParametrizationList)
+    """Return whether a module is called without a sample, or, as a list, not at all."""
+    lists = nn.utils.parametrize.ParametrizationList, nn.ParameterList, nn.ParameterDict
+    return isinstance(module, lists)
 
 
 def _only_at_parameters(block: Block) -> str | None:
