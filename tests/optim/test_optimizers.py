@@ -840,6 +840,38 @@ def test_curvature_seen_by_nobody_is_said_once():
         train(optimizer, [partial])
 
 
+def test_nothing_is_said_of_a_step_without_gradients():
+    case = CASES["mlp"]()
+    optimizer = make("kfac", copy.deepcopy(case.model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+        y = case.target("categorical")
+        train(optimizer, [lambda: functional.cross_entropy(optimizer.model(case.x), y)])
+
+
+def test_the_first_step_with_rows_updates_whatever_the_interval():
+    """A step without gradients, or with an empty batch, may come before."""
+    case = CASES["mlp"]()
+    x, y = case.x, case.target("categorical")
+    results = []
+    for empty in (0, 1):
+        model = copy.deepcopy(case.model)
+        optimizer = natgrad.KFAC(
+            model,
+            refresh=natgrad.Refresh(factors=5, inverses=5, early=False),
+            step_rule=natgrad.StepRule(length="lr"),
+            lr=0.1,
+        )
+        for number in [0] * empty + [len(x)] * 2:
+            optimizer.zero_grad()
+            functional.cross_entropy(model(x[:number]), y[:number], reduction="sum").backward()
+            optimizer.step()
+        results.append(flat(model))
+    assert not torch.equal(results[0], flat(case.model))
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("kind", [natgrad.KFAC, natgrad.ExactNGD, natgrad.FNGD])
 def test_the_fallback_trains_while_no_curvature_is_known(kind):
     """What is trained so can be saved, and ends with the first pass that is seen."""

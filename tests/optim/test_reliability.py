@@ -183,6 +183,25 @@ def test_all_targets_ignored(name):
     assert not torch.equal(flat(model), before)
 
 
+@pytest.mark.filterwarnings("ignore:.*skipped a step:UserWarning")
+@pytest.mark.parametrize("name", [n for n in OPTIMIZERS if n not in MOVED_BY_THE_PAST])
+def test_batches_of_no_samples(name):
+    """The first one, too, at which nothing of the model is known, and the last of an epoch."""
+    x, y = data()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(x.shape[1], 64), nn.Tanh(), nn.Linear(64, 3)).to(x.dtype)
+    optimizer = make(name, model, momentum=0.0)
+    nothing = (lambda x, y: lambda model: fit(x, y)(model).nan_to_num())(x[:0], y[:0])
+    for fits in (False, True):
+        before = flat(model)
+        step(name, optimizer, model, nothing)
+        assert torch.equal(flat(model), before)
+        for _ in range(2 if fits else 1):
+            step(name, optimizer, model, fit(x, y))
+        assert not torch.equal(flat(model), before)
+        assert_finite(model, optimizer)
+
+
 def test_all_targets_ignored_by_solvers_that_start_from_the_last_step():
     """Conjugate gradients find the zero up to their rounding; without a warm start it is exact."""
     for name, options, size in (

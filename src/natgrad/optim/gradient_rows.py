@@ -87,7 +87,7 @@ class GradientRows:
         observer = self.observer
         self._rest = max(0, self._rest - 1)
         one_pass = len(observer.seen) == 1 and observer.replicas.are_alone
-        if self._rest or not one_pass:
+        if self._rest or not one_pass or observer.seen[0].is_empty:
             return None, []
         jacobians = observer.capture.user_jacobians(observer.seen[0].recorded, separate=False)
         kept: dict[str, LayerJacobian] = {}

@@ -155,7 +155,13 @@ class Observer:
             return True
         if self.schedule is not None:
             return self.schedule(self.steps)
-        return self.refresh.is_turn(self.steps - self.start, self.refresh.factors)
+        turn = self.refresh.is_turn(self.steps - self.start, self.refresh.factors)
+        return turn or not self.knows_curvature
+
+    @property
+    def knows_curvature(self) -> bool:
+        """Whether any step has updated the curvature; the first batches may be empty."""
+        return any(one.average is not None for one in self.curvature.estimates.values())
 
     @property
     def keeps_batch_fisher(self) -> bool:
@@ -206,9 +212,11 @@ class Observer:
 
     def _reached(self, recorded: ForwardPass, asked: bool) -> None:
         place = [one.recorded for one in self.seen].index(recorded) if self.sees(recorded) else None
-        if recorded.has_edges and place is None:
+        assert recorded.output is not None
+        has_samples = recorded.output.numel() > 0
+        if recorded.has_edges and place is None and has_samples:
             self.capture.settle(recorded)
-        if self.audit.active:
+        if self.audit.active and has_samples:
             self.audit.explain(recorded)
         if place is not None:
             self._see_again(place, asked)
@@ -315,7 +323,8 @@ class Observer:
         self, recorded: ForwardPass, cotangent: Tensor | None, asked: bool = False
     ) -> SeenPass:
         """Note a pass; weigh its events on steps that take rows."""
-        one = SeenPass(recorded)
+        assert recorded.output is not None
+        one = SeenPass(recorded, is_empty=recorded.output.numel() == 0)
         if self.rows_due or self.isotropy_probe is not None:
             one = self._weighed(recorded, cotangent)
             if not self.replicas.are_alone:

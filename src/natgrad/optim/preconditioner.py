@@ -568,18 +568,18 @@ class Preconditioner(CopiedByState):
     @property
     def is_blind(self) -> bool:
         """Whether there is no curvature so far, and no pass of this step shows any."""
-        if any(one.average is not None for one in self.curvature.estimates.values()):
+        if self.observer.knows_curvature:
             return False
         self.observer.see_retained()
         return not self.replicas.any(bool(self.observer.seen), self.device)
 
     def warn_unseen(self, meanwhile: str = "") -> None:
-        """Say once that no pass was seen.
+        """Say once that no pass was seen, though there are gradients.
 
         Args:
             meanwhile: What is done until one is.
         """
-        if not self._warned:
+        if not self._warned and any(p.grad is not None for p in self.parameters.values()):
             self._warned = True
             warnings.warn(
                 "natgrad saw no backward pass through the model's output, so its curvature was "
