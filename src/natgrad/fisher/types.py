@@ -19,6 +19,7 @@ from torch import Tensor
 from natgrad.arguments import check_choice, check_interval
 from natgrad.distributed.place import drawn
 from natgrad.likelihoods import Likelihood
+from natgrad.likelihoods.base import per_sample
 
 
 class FisherType(ABC):
@@ -281,9 +282,10 @@ class ImprovedFisher(FisherType):
         """Return the norms of the gradients; None with several events, which share a row."""
         if weights.shape[1] > 1:
             return None
-        vectors = self.vectors(likelihood, output, weights, cotangent=cotangent)[0].flatten(1)
+        vectors = self.vectors(likelihood, output, weights, cotangent=cotangent)[0]
+        vectors = per_sample(vectors)
         norm = vectors.square().sum(1)
-        inner = (vectors * cotangent.flatten(1).to(vectors.dtype)).sum(1)
+        inner = (vectors * per_sample(cotangent).to(vectors.dtype)).sum(1)
         share = torch.where(norm > 0, inner / torch.where(norm > 0, norm, 1.0), 0.0)
         return share.unsqueeze(1)
 
@@ -317,7 +319,7 @@ class ImprovedFisher(FisherType):
             gradient = cotangent.to(weights.dtype) / scale
         else:
             raise ValueError("the improved empirical Fisher matrix needs the true targets")
-        weighted = gradient.flatten(1).norm(dim=1)  # w_n √s_n
+        weighted = per_sample(gradient).norm(dim=1)  # w_n √s_n
         scales = torch.where(roots > 0, weighted / roots.square(), torch.zeros_like(weighted))
         return scales, roots * scales
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -37,10 +37,11 @@ def full_precision(method: _Method) -> _Method:
                 f"{type(self).__name__} needs the model's output as a floating-point tensor "
                 f"but got {kind}."
             )
-        if output.dim() < 2:
+        if output.dim() < self.least_dimensions:
             raise ValueError(
                 f"{type(self).__name__} needs an output of shape (samples, outputs, ...) but got "
-                f"{tuple(output.shape)}; give a scalar output a last dimension of size 1."
+                f"{tuple(output.shape)}; give a single sample a first dimension of size 1, and "
+                "numbers, one per sample, a last one."
             )
         if output.dtype in (torch.float16, torch.bfloat16):
             output = output.float()
@@ -75,6 +76,8 @@ class Likelihood(ABC):
     """
 
     reduction: Reduction = "mean"
+    #: Dimensions of an output; 1 where a sample may have a single number, ``(N,)``.
+    least_dimensions: ClassVar[int] = 2
 
     # -- what a likelihood defines ---------------------------------------------------------------
 
@@ -288,7 +291,7 @@ class Likelihood(ABC):
 
     def split_events(self, tensor: Tensor) -> Tensor:
         """Return a tensor of the output's shape as (N, E, C)."""
-        return tensor.flatten(1).unsqueeze(1)
+        return per_sample(tensor).unsqueeze(1)
 
     def merge_events(self, events: Tensor, output: Tensor) -> Tensor:
         """Undo :meth:`split_events`: ``(..., N, E, C)`` becomes ``(..., *output.shape)``."""
@@ -342,6 +345,11 @@ class Likelihood(ABC):
 def _working_dtype(output: Tensor) -> torch.dtype:
     """Return the dtype that :func:`full_precision` gives to an output."""
     return torch.float32 if output.dtype in (torch.float16, torch.bfloat16) else output.dtype
+
+
+def per_sample(tensor: Tensor) -> Tensor:
+    """Return a tensor ``(N, ...)``, or ``(N,)``, as ``(N, C)``."""
+    return tensor.flatten(1) if tensor.dim() > 1 else tensor.unsqueeze(-1)
 
 
 def positive_ratio(numerator: Tensor, denominator: Tensor, otherwise: Tensor) -> Tensor:

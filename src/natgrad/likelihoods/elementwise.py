@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import abstractmethod
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from natgrad.likelihoods.base import (
     FOREIGN,
     Likelihood,
     full_precision,
+    per_sample,
     positive_ratio,
     root_floor,
 )
@@ -42,6 +43,7 @@ class Elementwise(Likelihood):
     """
 
     reduce_outputs: ReduceOutputs = None
+    least_dimensions: ClassVar[int] = 1
 
     def averaging(self) -> Elementwise:
         """Return the likelihood of torch's own loss that averages over outputs."""
@@ -154,7 +156,7 @@ class Elementwise(Likelihood):
         """Return the negative log-likelihood of each sample, (N,); see the base class."""
         target, missing = self._checked(output, target)
         values = self._nll(output, target).masked_fill(missing, 0)
-        return values.flatten(1).sum(1) * self._scale(output)
+        return per_sample(values).sum(1) * self._scale(output)
 
     @full_precision
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
@@ -173,7 +175,7 @@ class Elementwise(Likelihood):
         if target is None or not target.is_floating_point():
             return super().event_weights(output, target)
         _, missing = self._checked(output, target)
-        return _smallest((~missing).flatten(1).to(output.dtype))
+        return _smallest(per_sample(~missing).to(output.dtype))
 
     @full_precision
     def count(self, output: Tensor, target: Tensor | None = None) -> Tensor:
@@ -206,7 +208,7 @@ class Elementwise(Likelihood):
         """Return ``cotangent / √Λ``, (N, C), 0 where an entry is missing; see the base class."""
         self._check_cotangent(output, cotangent)
         root = self._root(output, target)
-        return torch.where(root > 0, cotangent.to(output.dtype) / root, 0).flatten(1)
+        return per_sample(torch.where(root > 0, cotangent.to(output.dtype) / root, 0))
 
     @full_precision
     def infer_event_weights(
@@ -221,10 +223,10 @@ class Elementwise(Likelihood):
         """
         self._check_cotangent(output, cotangent)
         if target is None:
-            weights = _smallest((~self._masked(output, cotangent)).flatten(1).to(output.dtype))
+            weights = _smallest(per_sample(~self._masked(output, cotangent)).to(output.dtype))
             return weights, self._usual_scale(self.seen_count(output, weights))
-        gradient = self.gradient(output, target).flatten(1)
-        cotangent = cotangent.flatten(1)
+        gradient = per_sample(self.gradient(output, target))
+        cotangent = per_sample(cotangent)
         tolerance = max(8 * torch.finfo(cotangent.dtype).eps, 1e-5)
         cotangent = cotangent.to(gradient.dtype)
         weights = self.event_weights(output, target)
@@ -266,7 +268,7 @@ class Elementwise(Likelihood):
         mean = size.sum() / (~zero).sum().clamp_min(1)
         # An entry may vanish by coincidence of output and target, or by underflow.
         chance = info.eps + info.smallest_normal * info.eps / mean.clamp_min(info.tiny)
-        whole = zero.flatten(1).all(1).view(-1, *[1] * (zero.dim() - 1))
+        whole = per_sample(zero).all(1).view(-1, *[1] * (zero.dim() - 1))
         often = zero.double().mean() > 16 * chance
         masked = zero & (often | (whole & (chance ** output[0].numel() < 1e-6)))
         # Saturated outputs are fitted to the last bit, as those of a last ReLU, sigmoid or tanh.

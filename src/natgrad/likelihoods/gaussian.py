@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from natgrad.likelihoods.base import Reduction, full_precision
+from natgrad.likelihoods.base import Reduction, full_precision, per_sample
 from natgrad.likelihoods.elementwise import Elementwise, ReduceOutputs, random_like
 
 
@@ -52,8 +52,8 @@ class Gaussian(Elementwise):
         """
         # Half precision goes with scaled losses, at first by 2^16.
         factor = 2.0**-16 if cotangent.dtype == torch.float16 else 1.0
-        residual = cotangent.to(output.dtype).flatten(1) * (len(output) * self.variance * factor)
-        z = output.flatten(1)
+        residual = per_sample(cotangent.to(output.dtype)) * (len(output) * self.variance * factor)
+        z = per_sample(output)
         centered = z - z.mean(0)
         slope = (residual * centered).sum() / centered.square().sum()
         # The mean of the targets may lie anywhere.

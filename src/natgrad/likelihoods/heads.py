@@ -139,7 +139,7 @@ class JoinedHeads(Likelihood):
 
     def _flat(self, vectors: Sequence[Tensor]) -> Tensor:
         """Lay vectors ``(K, N, ...)`` of every head side by side, ``(K, N, Σ C)``."""
-        return torch.cat([one.flatten(2) for one in vectors], -1)
+        return torch.cat([_flattened(one) for one in vectors], -1)
 
     # -- counts and weights ------------------------------------------------------------------------
 
@@ -229,7 +229,7 @@ class JoinedHeads(Likelihood):
         """Return the root vectors of every head, zero at the others."""
         columns = []
         for index, (part, z, y) in enumerate(self._each(output, target)):
-            own = part.root_vectors(z, y).flatten(2)
+            own = _flattened(part.root_vectors(z, y))
             if y is not None:
                 own = own * (len(z) / part.count(z, y)).sqrt()
             before, after = sum(self.sizes[:index]), sum(self.sizes[index + 1 :])
@@ -274,3 +274,8 @@ class JoinedHeads(Likelihood):
                 for part, z, y in self._each(output, target)
             ]
         )
+
+
+def _flattened(vectors: Tensor) -> Tensor:
+    """Return vectors like outputs, ``(K, N, ...)`` or ``(K, N)``, as ``(K, N, C)``."""
+    return vectors.flatten(2) if vectors.dim() > 2 else vectors.unsqueeze(-1)

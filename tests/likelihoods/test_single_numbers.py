@@ -1,0 +1,92 @@
+"""Outputs of one number per sample, ``(N,)``, are those of shape ``(N, 1)``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import natgrad
+from tests.cases import normal
+
+X, Y = normal(12, 4, seed=1), normal(12, seed=2)
+LOSSES = {
+    "gaussian": lambda z: functional.mse_loss(z, Y),
+    "bernoulli": lambda z: functional.binary_cross_entropy_with_logits(z, (Y > 0).double()),
+    "poisson": lambda z: functional.poisson_nll_loss(z, Y.exp().round()),
+    "masked": lambda z: (z - Y).square()[Y > 0].mean(),
+}
+METHODS = [
+    natgrad.KFAC, natgrad.EKFAC, natgrad.SINGD, natgrad.ExactNGD, natgrad.ImprovedEmpiricalNGD,
+    natgrad.FNGD,
+]  # fmt: skip
+
+
+class Regression(nn.Module):
+    def __init__(self, squeezes: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+        self.squeezes = squeezes
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.layers(x)
+        return out.squeeze(-1) if self.squeezes else out
+
+
+class ActorCritic(nn.Module):
+    def __init__(self, squeezes: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.policy, self.value = nn.Linear(4, 3).double(), Regression(squeezes)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.policy(x), self.value(x)
+
+
+def trained(kind, model, likelihood, loss) -> Tensor:
+    optimizer = kind(model, likelihood)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss(model(X)).backward()
+        optimizer.step()
+    return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+@pytest.mark.parametrize("kind", METHODS)
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_steps(kind, name):
+    likelihood = "gaussian" if name == "masked" else name
+    found = trained(kind, Regression(True), likelihood, LOSSES[name])
+    wanted = trained(kind, Regression(False), likelihood, lambda z: LOSSES[name](z[:, 0]))
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_steps_of_a_head(kind):
+    def loss(out: tuple[Tensor, Tensor]) -> Tensor:
+        policy, value = out
+        label = torch.arange(len(policy)) % 3
+        return functional.cross_entropy(policy, label) + (value.reshape(-1) - Y).square().mean()
+
+    likelihood = {0: "categorical", 1: nn.MSELoss()}
+    found = [trained(kind, ActorCritic(squeezes), likelihood, loss) for squeezes in (True, False)]
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("fisher", ["exact", "mc", "empirical", "improved"])
+@pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli", "poisson"])
+def test_the_matrix(likelihood, fisher):
+    target = (Y > 0).double()
+    found = natgrad.fisher_matrix(Regression(True), (X, target), likelihood, fisher=fisher)
+    wanted = natgrad.fisher_matrix(Regression(False), (X, target[:, None]), likelihood,
+                                   fisher=fisher)  # fmt: skip
+    torch.testing.assert_close(found.to_dense(), wanted.to_dense())
+
+
+def test_classes_without_samples_are_refused():
+    model = nn.Linear(4, 3).double()
+    natgrad.KFAC(model)
+    with pytest.raises(ValueError, match="give a single sample a first dimension of size 1"):
+        functional.cross_entropy(model(X[0]), torch.tensor(1)).backward()
