@@ -586,7 +586,8 @@ class Preconditioner(CopiedByState):
                 f"not updated{meanwhile}: call the model itself (not its parts), pass "
                 "output=lambda out: ... if the output is not the first tensor, or call "
                 "update_fisher(output) before loss.backward() (natgrad.ResidualNGD is there for "
-                "losses of derivatives of the network)",
+                "losses of derivatives of the network; a model that was compiled and has run "
+                "before the optimizer was made needs torch.compiler.reset() in between)",
                 stacklevel=5,
             )
 
