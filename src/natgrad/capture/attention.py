@@ -36,6 +36,11 @@ class AttentionKind(LayerKind):
 
     owned_children: tuple[str, ...] = ("out_proj",)
     own_layout: ClassVar[bool] = True
+    records_inside: ClassVar[bool] = True
+
+    def recorder(self, module: nn.Module, record: Callable[[LayerCall], None]) -> RecordProjections:
+        """Return a mode that records the projections."""
+        return RecordProjections(cast(nn.MultiheadAttention, module), record)
 
     def parameter_groups(self, module: nn.Module) -> list[tuple[str, ...]]:
         """Return the input projections and the output projection."""

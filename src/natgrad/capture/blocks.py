@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from natgrad.capture.convolution import convolution_within
 from natgrad.capture.generic import GenericKind, free_layout
 from natgrad.capture.kinds import LayerKind, find_kind
 from natgrad.capture.likeness import kind_by_trial
@@ -87,7 +88,8 @@ def find_blocks(
             own = [p for p in module.parameters(recurse=False) if p in names]
             uncovered.update((names[p], SCRIPTED) for p in own)
             continue
-        kind = find_kind(module) or kind_within(module) or kind_by_trial(module) or generic
+        kind = find_kind(module) or kind_within(module) or convolution_within(module)
+        kind = kind or kind_by_trial(module) or generic
         owned.update(module.get_submodule(child) for child in kind.owned_children)
         covered: set[nn.Parameter] = set()
         reason = kind.refuse(module)

@@ -7,13 +7,13 @@ import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode
 
-from natgrad.capture.attention import RecordProjections
 from natgrad.capture.blocks import SCRIPTED, Block, find_blocks, names_by_reason
 from natgrad.capture.forward_pass import (
     ForwardPass,
@@ -130,7 +130,7 @@ class Capture:
         self.watching: frozenset[nn.Module] | bool = False
         self._open: ForwardPass | None = None
         self._suspended = False
-        self._modes: list[RecordProjections] = []
+        self._modes: list[tuple[nn.Module, TorchFunctionMode]] = []
         self._products: RecordProducts | None = None
         self._told: set[str] = set()
         self._handles: list[Any] = []
@@ -206,9 +206,9 @@ class Capture:
                 hook = ModelHook(self, _after_batch_norm)
                 self._handles.append(module.register_forward_hook(hook))
         for module, kind in modules.items():
-            if isinstance(module, nn.MultiheadAttention):
-                before = ModelHook(self, functools.partial(_before_attention, kind))
-                after = ModelHook(self, _after_attention)
+            if kind.records_inside:
+                before = ModelHook(self, functools.partial(_before_recorded, kind))
+                after = ModelHook(self, _after_recorded)
                 self._handles.append(module.register_forward_pre_hook(before))
                 self._handles.append(module.register_forward_hook(after, always_call=True))
             else:
@@ -598,15 +598,14 @@ def _stop_products(capture: Capture, module: nn.Module, args: Any, output: Any) 
 
 
 @outside_graphs
-def _before_attention(kind: LayerKind, capture: Capture, module: nn.Module, args: Any) -> None:
+def _before_recorded(kind: LayerKind, capture: Capture, module: nn.Module, args: Any) -> None:
     if capture._active():
-        record = functools.partial(capture._record, kind)
-        mode = RecordProjections(cast(nn.MultiheadAttention, module), record)
+        mode = kind.recorder(module, functools.partial(capture._record, kind))
         mode.__enter__()
-        capture._modes.append(mode)
+        capture._modes.append((module, mode))
 
 
 @outside_graphs
-def _after_attention(capture: Capture, module: nn.Module, args: Any, output: Any) -> None:
-    if capture._modes and capture._modes[-1].module is module:
-        capture._modes.pop().__exit__(None, None, None)
+def _after_recorded(capture: Capture, module: nn.Module, args: Any, output: Any) -> None:
+    if capture._modes and capture._modes[-1][0] is module:
+        capture._modes.pop()[1].__exit__(None, None, None)

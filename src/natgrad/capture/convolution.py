@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, cast
+from functools import cache, partial
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from natgrad.capture.hooks import outside_graphs
 from natgrad.capture.kinds import (
     BlockRecord,
     LayerCall,
@@ -19,6 +21,7 @@ from natgrad.capture.kinds import (
     parameter_shapes,
     register_kind,
 )
+from natgrad.capture.rerun import rerun
 from natgrad.jacobians import LayerJacobian, LinearJacobian
 from natgrad.jacobians.layer import at_least_float32
 from natgrad.layouts import BlockLayout
@@ -104,6 +107,96 @@ class ConvolutionKind(LayerKind):
         return LinearJacobian(layout, inputs, delta, skip_silent=block.skip_silent)
 
 
+class InnerConvolutionKind(ConvolutionKind):
+    """Convolutions with a forward of their own, as one that pads before or crops after."""
+
+    records_inside: ClassVar[bool] = True
+
+    def recorder(
+        self, module: nn.Module, record: Callable[[LayerCall], None]
+    ) -> RecordConvolutions:
+        """Return a mode that records what is convolved with the module's weight."""
+        return RecordConvolutions(module, record)
+
+
+class RecordConvolutions(TorchFunctionMode):
+    """Record every convolution with the weight of a module.
+
+    Args:
+        module: The module.
+        record: Receives one call per convolution.
+    """
+
+    def __init__(self, module: nn.Module, record: Callable[[LayerCall], None]) -> None:
+        super().__init__()
+        self.module = module
+        self.record = record
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run a function, and record it if it is such a convolution."""
+        output = func(*args, **(kwargs or {}))
+        if func in _CONVOLVE:
+            self._convolved(output, *args, **(kwargs or {}))
+        return output
+
+    @outside_graphs
+    def _convolved(
+        self,
+        output: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> None:
+        own = cast(nn.Conv2d, self.module)
+        if weight is own.weight and output.requires_grad:
+            steps = (_hashable(stride), _hashable(padding), _hashable(dilation), groups)
+            layer = _layer(tuple(weight.shape), *steps)
+            options = {"convolution": layer, "has_bias": bias is own.bias}
+            self.record(LayerCall(own, "", (input.detach(),), (output,), options))
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+@cache
+def _layer(shape: tuple[int, ...], stride: Any, padding: Any, dilation: Any, groups: int) -> Any:
+    """Return a convolution without memory."""
+    kind = _CONVOLUTIONS[len(shape) - 3]
+    steps = (stride, padding, dilation, groups)
+    return kind(shape[1] * groups, shape[0], shape[2:], *steps, bias=False, device="meta")
+
+
+def convolution_within(module: nn.Module) -> LayerKind | None:
+    """Return the kind of a convolution that has a forward of its own, or None.
+
+    It is tried on random images.
+    """
+    if not isinstance(module, _CONVOLUTIONS):
+        return None
+    weight, calls = module.weight, list[LayerCall]()
+    pairs = zip(weight.shape[2:], module.dilation, module.stride, strict=True)
+    shape = (2, module.in_channels, *(d * (k - 1) + 1 + 2 * s for k, d, s in pairs))
+    try:
+        with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
+            images = torch.randn(shape, dtype=weight.dtype, device=weight.device)
+            with RecordConvolutions(module, calls.append):
+                rerun(module, {}, (images,), recorded=True)
+    except Exception:  # It takes other inputs.
+        return None
+    return _INNER if [call.options["has_bias"] for call in calls] == [True] else None
+
+
 @dataclass(frozen=True)
 class ConvolutionInputs:
     """What convolutions read: patches where they are needed, products with kernels without them.
@@ -149,7 +242,7 @@ class ConvolutionInputs:
         c, groups, d_out, _ = matrices.shape
         rows = []
         for call in self.calls:
-            module = cast(nn.Conv2d, call.module)
+            module = _convolution(call)
             convolve = _CONVOLVE[len(module.kernel_size) - 1]
             kernels = matrices.transpose(0, 1).reshape(-1, *module.weight.shape[1:])
             images = _padded(module, at_least_float32(call.inputs[0]))
@@ -168,8 +261,13 @@ _CONVOLVE: tuple[Any, ...] = (
 
 def _windows(call: LayerCall, images: Tensor) -> Tensor:
     """Return a view of all windows that a call's kernels meet on images, :func:`patches`."""
-    module = cast(nn.Conv2d, call.module)
+    module = _convolution(call)
     return patches(_padded(module, images), module.kernel_size, module.stride, module.dilation)
+
+
+def _convolution(call: LayerCall) -> nn.Conv2d:
+    """Return a layer that convolves as a call did: mostly its own."""
+    return cast(nn.Conv2d, call.options.get("convolution", call.module))
 
 
 def _padded(module: nn.Conv2d, images: Tensor) -> Tensor:
@@ -305,5 +403,6 @@ def _transposed_inputs(
 
 _CONVOLUTIONS: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED: tuple[Any, ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_INNER = InnerConvolutionKind()
 register_kind(ConvolutionKind(), *_CONVOLUTIONS)
 register_kind(TransposedConvolutionKind(), *_TRANSPOSED)

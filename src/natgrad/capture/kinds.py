@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from natgrad.capture.samples import SampleAxis
 from natgrad.jacobians import DenseJacobian, LayerJacobian, LinearJacobian
@@ -91,6 +92,8 @@ class LayerKind(ABC):
     #: Whether the kind brings the samples of its calls to the front by itself. Otherwise inputs
     #: and output gradients come as ``(N·r, ...)`` and ``(K, N·r, ...)`` whatever the layout.
     own_layout: ClassVar[bool] = False
+    #: Whether calls are recorded while the module runs, by a :meth:`recorder`, not after it has.
+    records_inside: ClassVar[bool] = False
 
     def sample_dims(self, dims: int) -> Sequence[int]:
         """Return which of the dimensions of an output may hold the samples, the likeliest first."""
@@ -120,6 +123,10 @@ class LayerKind(ABC):
         """Turn one forward call into recordings; the default takes the first input."""
         first = args[0] if args else next(iter(kwargs.values()))
         return [LayerCall(module, "", (first.detach(),), (output,))]
+
+    def recorder(self, module: nn.Module, record: Callable[[LayerCall], None]) -> TorchFunctionMode:
+        """Return a mode in which the module runs, and which records its calls."""
+        raise NotImplementedError
 
     def key_of(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """Return the call keys that concern a block with these parameters."""

@@ -181,7 +181,7 @@ def find_product(module: nn.Module, kind: LayerKind) -> WeightedProduct | None:
         return WeightedLinear(module.bias is not None)
     if type(kind) is TransposedLinearKind:
         return WeightedLinear(module.bias is not None, transposed=True)
-    if isinstance(kind, ConvolutionKind):
+    if type(kind) is ConvolutionKind:
         padding = cast(nn.Conv2d, module)._reversed_padding_repeated_twice
         symmetric = list(padding[::2]) == list(padding[1::2])
         plain = cast(nn.Conv2d, module).padding_mode == "zeros"
