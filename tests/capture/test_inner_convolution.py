@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -105,15 +105,17 @@ def rows(model: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) -> Tenso
         return found.to_dense()
 
 
-def expected(model: nn.Module, x: Tensor) -> Tensor:
-    out = model(x)
+def expected(
+    model: nn.Module, x: Tensor, parameters: Sequence[nn.Parameter] | None = None
+) -> Tensor:
+    out, parameters = model(x), parameters or list(model.parameters())
     vectors = normal(2, *out.shape, seed=3)
     found = []
     for n in range(len(x)):
         for vector in vectors:
             own = torch.zeros_like(out)
             own[n] = vector[n]
-            grads = torch.autograd.grad(out, list(model.parameters()), own, retain_graph=True)
+            grads = torch.autograd.grad(out, parameters, own, retain_graph=True)
             found.append(torch.cat([g.flatten() for g in grads]))
     return torch.stack(found)
 
@@ -156,6 +158,40 @@ def test_what_is_no_such_convolution_stays_of_unknown_kind(kind):
     with Capture(kind(3, 4, 2)) as capture:
         (block,) = capture.blocks.values()
         assert type(block.uses[0].kind) is GenericKind
+
+
+class Functional(nn.Module):
+    """Convolves with the kernels of a layer by the function, as state space models do."""
+
+    def __init__(self, again: bool, bias: bool = True) -> None:
+        super().__init__()
+        self.first, self.again = nn.Conv1d(4, 6, 1), again
+        self.layer = nn.Conv1d(6, 6, 3, groups=6, padding=2, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        weight = self.layer.weight.squeeze(1).unsqueeze(1)
+        out = functional.conv1d(h, weight, bias=self.layer.bias, padding=2, groups=6)
+        out = out + self.layer(torch.tanh(h)) if self.again else out
+        return out[..., : x.shape[-1]]
+
+
+@pytest.mark.parametrize("frozen", ["", "weight", "bias"])
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_kernels_used_outside_of_their_layer(again, bias, frozen):
+    torch.manual_seed(0)
+    model, x = Functional(again, bias).double(), normal(3, 4, 7)
+    if frozen and getattr(model.layer, frozen) is not None:
+        getattr(model.layer, frozen).requires_grad_(False)
+    with Capture(model) as capture:
+        out = model(x)
+        found = capture.pull_back(out, normal(2, *out.shape, seed=3))
+        by_products = bool(capture.sources.by_products)
+        names = capture.layout.names
+    trained = [dict(model.named_parameters())[name] for name in names]
+    assert by_products == model.layer.weight.requires_grad
+    torch.testing.assert_close(found.to_dense(), expected(model, x, trained))
 
 
 @pytest.mark.parametrize("method", [natgrad.KFAC, natgrad.FNGD])

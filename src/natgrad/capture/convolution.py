@@ -159,19 +159,22 @@ class RecordConvolutions(TorchFunctionMode):
     ) -> None:
         own = cast(nn.Conv2d, self.module)
         if weight is own.weight and output.requires_grad:
-            steps = (_hashable(stride), _hashable(padding), _hashable(dilation), groups)
-            layer = _layer(tuple(weight.shape), *steps)
+            layer = convolution_like(weight, stride, padding, dilation, groups)
             options = {"convolution": layer, "has_bias": bias is own.bias}
             self.record(LayerCall(own, "", (input.detach(),), (output,), options))
 
 
-def _hashable(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def convolution_like(
+    weight: Tensor, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+) -> nn.Module:
+    """Return a layer without memory that convolves as a call of a function does."""
+    steps = [tuple(v) if isinstance(v, list) else v for v in (stride, padding, dilation)]
+    layer: nn.Module = _layer(tuple(weight.shape), *steps, groups)
+    return layer
 
 
 @cache
 def _layer(shape: tuple[int, ...], stride: Any, padding: Any, dilation: Any, groups: int) -> Any:
-    """Return a convolution without memory."""
     kind = _CONVOLUTIONS[len(shape) - 3]
     steps = (stride, padding, dilation, groups)
     return kind(shape[1] * groups, shape[0], shape[2:], *steps, bias=False, device="meta")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from natgrad.capture.blocks import Block, Use
+from natgrad.capture.convolution import ConvolutionKind
 from natgrad.capture.embedding import EmbeddingKind
 from natgrad.capture.generic import GenericKind, free_layout
 from natgrad.capture.kinds import (
@@ -25,7 +26,9 @@ from natgrad.jacobians import DenseJacobian, LayerJacobian, StackedJacobian
 from natgrad.layouts import BlockLayout
 
 #: Kinds of layers whose parameters are also looked for outside the calls of their modules.
-_WATCHED_KINDS = (LinearKind, TransposedLinearKind, EmbeddingKind, GenericKind)
+_WATCHED_KINDS = (
+    LinearKind, TransposedLinearKind, ConvolutionKind, EmbeddingKind, GenericKind,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,15 @@ class PickedKind(EmbeddingKind):
         )
 
 
+@dataclass(frozen=True)
+class ConvolvedKind(ConvolutionKind):
+    """A convolution with the kernels of a layer, outside of its calls."""
+
+    def key_of(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Return what marks convolutions with a parameter."""
+        return (f"{names[0]}: convolved",)
+
+
 _PRODUCTS = [
     ProductKind(turned, biased, over)
     for over in ("matrix", "folded", "stack", "routed")
@@ -172,7 +184,7 @@ _PRODUCTS = [
 
 def is_product(kind: LayerKind) -> bool:
     """Return whether a kind is one of those of this file."""
-    return isinstance(kind, (ProductKind, AddedKind, PickedKind))
+    return isinstance(kind, (ProductKind, AddedKind, PickedKind, ConvolvedKind))
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,8 +211,8 @@ class WatchedParameter:
 def watched_parameters(model: nn.Module, blocks: Mapping[str, Block]) -> list[WatchedParameter]:
     """Return the parameters whose products would be rows of their blocks.
 
-    Those are weights of linear layers and embeddings, which may be used elsewhere, too, and
-    parameters of modules of unknown kind.
+    Those are weights of linear layers, convolutions and embeddings, which may be used elsewhere,
+    too, and parameters of modules of unknown kind.
     """
     holders = {
         p: (module, local)
@@ -222,6 +234,8 @@ def watched_parameters(model: nn.Module, blocks: Mapping[str, Block]) -> list[Wa
             continue
         kinds: list[LayerKind] = []
         shapes = layout.shapes
+        if layout.has_weight and {type(use.kind) for use in block.uses} == {ConvolutionKind}:
+            kinds.append(ConvolvedKind())
         joint = len(shapes) == 2 and len(shapes[0]) == 2 and shapes[1] == shapes[0][:1]
         if joint:  # A bias is a column of the matrix, which is not used the other way round.
             kinds += [k for k in _PRODUCTS if k.over == "matrix" and not k.turned]

@@ -18,8 +18,15 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from natgrad.capture.contraction import contraction
+from natgrad.capture.convolution import convolution_like
 from natgrad.capture.kinds import LayerCall, LayerKind
-from natgrad.capture.product_kinds import AddedKind, PickedKind, ProductKind, WatchedParameter
+from natgrad.capture.product_kinds import (
+    AddedKind,
+    ConvolvedKind,
+    PickedKind,
+    ProductKind,
+    WatchedParameter,
+)
 
 
 @dataclass(frozen=True)
@@ -263,6 +270,17 @@ def _item(mode: RecordProducts, output: Tensor, given: _Given) -> None:
         mode._picked(output, table, torch.where(numbers < 0, numbers + len(table), numbers))
 
 
+def _convolution(mode: RecordProducts, output: Tensor, given: _Given) -> None:
+    weight, inputs = given.get("w"), given.get("x")
+    watched = mode._of(weight)
+    if watched is not None and isinstance(inputs, Tensor) and isinstance(weight, Tensor):
+        bias = getattr(watched.module, "bias", None)
+        if weight.shape == watched.parameter.shape and given.get("b") is bias:
+            steps = {name: given[name] for name in _STEPS.split() if name in given}
+            options = {"convolution": convolution_like(weight, **steps)}
+            mode._recorded(watched, ConvolvedKind(), inputs, output, options)
+
+
 @dataclass(frozen=True)
 class _Look:
     """What is looked at of a function.
@@ -287,6 +305,8 @@ class _Look:
 
 _ROUTED = _Look(_routed, "mat_a mat_b offs", "x w offs")
 _OPTIONS = "padding_idx max_norm norm_type scale_grad_by_freq sparse"
+_STEPS = "stride padding dilation groups"
+_CONVOLVED = _Look(_convolution, f"input weight bias {_STEPS}", f"x w b {_STEPS}")
 _LOOKS = {
     "linear": _Look(_linear, "input weight bias", "x w b"),
     "matmul": _Look(_product, "input other", "x w"),
@@ -301,5 +321,8 @@ _LOOKS = {
     "add": _Look(_sum, "input other", "x b"),
     "add_": _Look(_sum, "input other", "x b"),
     "embedding": _Look(_embedding, f"input weight {_OPTIONS}", f"numbers w {_OPTIONS}"),
+    "conv1d": _CONVOLVED,
+    "conv2d": _CONVOLVED,
+    "conv3d": _CONVOLVED,
     "__getitem__": _Look(_item, "self index", "w numbers"),
 }
