@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import types
 import warnings
@@ -656,6 +657,48 @@ def test_what_costs_nothing_is_not_told(fisher):
     else:
         assert any("'a.weight' and 'a.bias' (Linear) is used outside" in one for one in told)
         assert any("is of a kind without a formula" in one for one in told)
+
+
+class Mapped(nn.Module):
+    """A model that maps layers over the samples itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.vmap(self.layers)(x)
+
+
+def test_layers_inside_of_vmap():
+    torch.manual_seed(0)
+    model, x = Mapped().double(), normal(5, 3)
+    with Capture(model) as capture, pytest.warns(UserWarning, match="without a call"):
+        found = capture.pull_back(model(x), normal(2, 5, 2, seed=3)).to_dense()
+    with Capture(model.layers) as capture:
+        wanted = capture.pull_back(model.layers(x), normal(2, 5, 2, seed=3)).to_dense()
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("function", [torch.func.jacrev, torch.func.jacfwd, torch.func.hessian])
+def test_transforms_of_a_model_in_training(function):
+    x, y, losses = normal(5, 3).float(), torch.tensor([0, 1, 1, 0, 1]), []
+    for looks in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
+        optimizer = natgrad.KFAC(model)
+        for _ in range(3):
+            optimizer.zero_grad()
+            if looks:
+                state = {name: p.detach() for name, p in model.eval().named_parameters()}
+                call = functools.partial(torch.func.functional_call, model)
+                torch.vmap(function(call), (None, 0))(state, x.unsqueeze(1))
+                model.train()
+            loss = functional.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] == losses[1]
 
 
 class Standardized(nn.Conv2d):

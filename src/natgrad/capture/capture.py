@@ -29,6 +29,7 @@ from natgrad.capture.hooks import (
     ModelHook,
     called_from_graph,
     inside_backward,
+    inside_transform,
     is_pulling_back,
     outside_graphs,
 )
@@ -263,6 +264,7 @@ class Capture:
             and not self._suspended
             and torch.is_grad_enabled()
             and not inside_backward()
+            and not inside_transform()
         )
 
     def _record(self, kind: LayerKind, call: LayerCall) -> None:
@@ -499,7 +501,9 @@ def _after_layer(
 
 @outside_graphs
 def _before_model(capture: Capture, module: nn.Module, args: Any) -> None:
-    if capture._suspended or not torch.is_grad_enabled() or inside_backward():
+    if capture._suspended or not torch.is_grad_enabled():
+        return
+    if inside_backward() or inside_transform():
         return
     if capture.on_forward is not None:
         capture.on_forward()

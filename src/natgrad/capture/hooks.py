@@ -25,6 +25,11 @@ def inside_backward() -> bool:
     return _present_pass() != -1
 
 
+def inside_transform() -> bool:
+    """Return whether a transform of :mod:`torch.func` runs, whose tensors have no memory."""
+    return torch._C._functorch.maybe_current_level() is not None
+
+
 def _present_pass() -> int:
     """Return the number of the backward pass that runs on this thread, -1 for none."""
     return int(torch._C._current_graph_task_id())

@@ -305,9 +305,9 @@ class RowSources:
             named = ", ".join(map(repr, uncalled))
             self.on_finding(
                 f"{named} take part without being called, so that a batch gives one row for each, "
-                "which is right on average but noisy: so are the layers of an exported model, and "
-                "of one compiled and run before it was handed over, if torch.compiler.reset() was "
-                "not called"
+                "which is right on average but noisy: so do layers inside of torch.vmap, those of "
+                "an exported model, and of one compiled and run before it was handed over, if "
+                "torch.compiler.reset() was not called"
             )
 
     def mixing(self, axes: Mapping[Place, SampleAxis | None]) -> list[nn.Module]:
