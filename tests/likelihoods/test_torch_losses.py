@@ -205,3 +205,25 @@ def test_functions_stand_for_their_modules():
         (functional.binary_cross_entropy_with_logits, nn.BCEWithLogitsLoss()),
     ):
         assert as_likelihood(function) == as_likelihood(module)
+
+
+@pytest.mark.parametrize("fisher", ["exact", "mc", "empirical", "improved", "gram"])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_steps_at_log_probabilities_are_those_at_logits(fisher, ignored):
+    """Their gradients do not sum to zero; the network lets through what does."""
+    x, labels = normal(12, 4), torch.arange(12) % 3
+    labels[: 3 * ignored] = -100
+    kind = natgrad.ImprovedFisher(damping_on="gram") if fisher == "gram" else fisher
+    found = []
+    for last, loss in ((None, functional.cross_entropy), (nn.LogSoftmax(1), functional.nll_loss)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+        if last is not None:
+            model.append(last)
+        optimizer = natgrad.ExactNGD(model, fisher=kind)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss(model(x), labels).backward()
+            optimizer.step()
+        found.append(nn.utils.parameters_to_vector(model.parameters()).detach())
+    torch.testing.assert_close(*found)

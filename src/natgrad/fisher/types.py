@@ -259,7 +259,7 @@ class ImprovedFisher(FisherType):
         if target is not None:
             gradient = likelihood.gradient(output, target)
         elif cotangent is not None:
-            gradient = cotangent.to(weights.dtype)
+            gradient = likelihood.passing(output, cotangent.to(weights.dtype))
         else:
             raise ValueError("the improved empirical Fisher matrix needs the true targets")
         weights = _of_events(weights)
@@ -285,7 +285,8 @@ class ImprovedFisher(FisherType):
         vectors = self.vectors(likelihood, output, weights, cotangent=cotangent)[0]
         vectors = per_sample(vectors)
         norm = vectors.square().sum(1)
-        inner = (vectors * per_sample(cotangent).to(vectors.dtype)).sum(1)
+        passing = likelihood.passing(output, cotangent.to(vectors.dtype))
+        inner = (vectors * per_sample(passing)).sum(1)
         share = torch.where(norm > 0, inner / torch.where(norm > 0, norm, 1.0), 0.0)
         return share.unsqueeze(1)
 
@@ -316,7 +317,7 @@ class ImprovedFisher(FisherType):
             gradient = likelihood.gradient(output, target)
         elif cotangent is not None:
             _, scale = likelihood.infer_event_weights(output, cotangent)
-            gradient = cotangent.to(weights.dtype) / scale
+            gradient = likelihood.passing(output, cotangent.to(weights.dtype)) / scale
         else:
             raise ValueError("the improved empirical Fisher matrix needs the true targets")
         weighted = per_sample(gradient).norm(dim=1)  # w_n √s_n

@@ -211,6 +211,10 @@ class Likelihood(ABC):
         found: Tensor = (torch.linalg.pinv(root) @ events.unsqueeze(-1)).flatten(1)
         return found
 
+    def passing(self, output: Tensor, cotangent: Tensor) -> Tensor:
+        """Return of a cotangent what the outputs let through, like z; all of it by default."""
+        return cotangent
+
     @full_precision
     def sampled_vectors(
         self,

@@ -177,6 +177,13 @@ class Categorical(Likelihood):
         return torch.where(scale > 0, events / scale, 0).flatten(1)
 
     @full_precision
+    def passing(self, output: Tensor, cotangent: Tensor) -> Tensor:
+        """Return ``r − p Σ r`` at log-probabilities, else r; see the base class."""
+        p, _ = self._probabilities(output)
+        events = self._at_logits(output, p, self.split_events(cotangent.to(output.dtype)))
+        return self.merge_events(events, output)
+
+    @full_precision
     def sampled_vectors(
         self,
         output: Tensor,

@@ -244,6 +244,11 @@ class JoinedHeads(Likelihood):
             found.append(own if y is None else own / (len(z) / part.count(z, y)).sqrt())
         return torch.cat(found, 1)
 
+    def passing(self, output: Tensor, cotangent: Tensor) -> Tensor:
+        """Return what every head lets through."""
+        pieces = zip(self.parts, self.pieces(output), self.pieces(cotangent), strict=True)
+        return self._flat([part.passing(z, c).unsqueeze(0) for part, z, c in pieces])[0]
+
     def largest_decrement(
         self, output: Tensor, cotangent: Tensor, weights: Tensor, scale: Tensor
     ) -> Tensor:
