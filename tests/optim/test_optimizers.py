@@ -901,6 +901,12 @@ def test_the_fallback_trains_while_no_curvature_is_known(kind):
     train(adamw, [lambda: functional.cross_entropy(twin(x), y)])
     assert not torch.equal(flat(model), flat(twin))
     assert not optimizer._left_out
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # Once it has been seen one pass without is nothing special.
+        train(optimizer, [lambda: partial(model)])
+    assert not optimizer._left_out
 
 
 @pytest.mark.parametrize("depth", [1, 2])

@@ -132,6 +132,7 @@ class Preconditioner(CopiedByState):
         self._updated = False  # Rows of the present step have been taken,
         self._joined = False  # and have become part of the average.
         self._warned = False
+        self._sees = False  # Some step had a pass that was seen.
         #: When curvature is updated, averaged and inverted.
         self.refresh: Refresh = refresh
         #: λ, one value or one per block name.
@@ -568,10 +569,11 @@ class Preconditioner(CopiedByState):
     @property
     def is_blind(self) -> bool:
         """Whether there is no curvature so far, and no pass of this step shows any."""
-        if self.observer.knows_curvature:
-            return False
-        self.observer.see_retained()
-        return not self.replicas.any(bool(self.observer.seen), self.device)
+        if not self._sees and not self.observer.knows_curvature:
+            self.observer.see_retained()
+            self._sees = self.replicas.any(bool(self.observer.seen), self.device)
+            return not self._sees
+        return False
 
     def warn_unseen(self, meanwhile: str = "") -> None:
         """Say once that no pass was seen, though there are gradients.
