@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import pickle
 import types
 import warnings
@@ -699,6 +700,52 @@ def test_transforms_of_a_model_in_training(function):
             optimizer.step()
         losses.append(loss.item())
     assert losses[0] == losses[1]
+
+
+class Scale(nn.Module):
+    """A linear layer of one's own, which torch.fx looks into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight)
+
+
+EXPORTS = {
+    "export": lambda model, x: torch.export.export(model, (x,)).module()(x),
+    "fx": lambda model, x: torch.fx.symbolic_trace(model)(x),
+    "trace": lambda model, x: torch.jit.trace(model, x, check_trace=False)(x),
+}
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_exports_of_a_model_in_training(name):
+    x, y, losses = normal(5, 3).float(), torch.tensor([0, 1, 1, 0, 1]), []
+    for exports in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), Scale(), nn.Tanh(), nn.Linear(4, 2))
+        optimizer = natgrad.KFAC(model)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = functional.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+            if exports:
+                torch.testing.assert_close(EXPORTS[name](model, x), model(x))
+        losses.append(loss.item())
+    assert losses[0] == losses[1]
+
+
+def test_hooks_go_with_their_owner():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    capture = Capture(model)
+    assert any(module._forward_hooks for module in model.modules())
+    del capture
+    gc.collect()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    torch.jit.script(model)
 
 
 class Standardized(nn.Conv2d):

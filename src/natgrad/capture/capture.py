@@ -135,6 +135,7 @@ class Capture:
         self._products: RecordProducts | None = None
         self._told: set[str] = set()
         self._handles: list[Any] = []
+        weakref.finalize(self, _remove, self._handles).atexit = False
         self._find()
 
     # Life cycle.
@@ -225,9 +226,7 @@ class Capture:
 
     def remove(self) -> None:
         """Remove all hooks and forget everything recorded."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        _remove(self._handles)
         self.clear()
 
     def check_covered(self) -> None:
@@ -270,7 +269,8 @@ class Capture:
     def _record(self, kind: LayerKind, call: LayerCall) -> None:
         """Keep a layer call and the autograd edges of its outputs."""
         outputs, call.outputs = call.outputs, ()
-        alive = [one.requires_grad for one in outputs]
+        # Those of torch.fx are no tensors.
+        alive = [isinstance(one, Tensor) and one.requires_grad for one in outputs]
         if not any(alive):
             return
         if self._open is None:
@@ -437,6 +437,12 @@ class Capture:
                 are then in ``sources.inseparable``.
         """
         return self.rows.user_rows(recorded.calls, recorded.samples, scale, skip_silent, separate)
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
 
 
 def _warn(sentence: str) -> None:

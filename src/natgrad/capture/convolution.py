@@ -158,7 +158,7 @@ class RecordConvolutions(TorchFunctionMode):
         groups: int = 1,
     ) -> None:
         own = cast(nn.Conv2d, self.module)
-        if weight is own.weight and output.requires_grad:
+        if weight is own.weight and isinstance(output, Tensor) and output.requires_grad:
             layer = convolution_like(weight, stride, padding, dilation, groups)
             options = {"convolution": layer, "has_bias": bias is own.bias}
             self.record(LayerCall(own, "", (input.detach(),), (output,), options))

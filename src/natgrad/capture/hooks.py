@@ -26,8 +26,8 @@ def inside_backward() -> bool:
 
 
 def inside_transform() -> bool:
-    """Return whether a transform of :mod:`torch.func` runs, whose tensors have no memory."""
-    return torch._C._functorch.maybe_current_level() is not None
+    """Return whether :mod:`torch.func` or an export runs, whose tensors have no memory."""
+    return torch._C._functorch.maybe_current_level() is not None or torch.compiler.is_compiling()
 
 
 def _present_pass() -> int:
