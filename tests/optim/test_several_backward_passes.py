@@ -106,6 +106,41 @@ def test_the_step_is_that_of_the_sum(name, losses, way):
             torch.testing.assert_close(train(way, passes), train(together, passes))
 
 
+def probe(model: nn.Module, before: bool) -> None:
+    """Look at the gradients of some samples, or at a product with the Hessian."""
+    parameters = list(model.parameters())
+    loss = functional.cross_entropy(model(normal(5, 4, seed=9)), torch.arange(5) % 3)
+    found = torch.autograd.grad(loss, parameters, create_graph=not before)
+    if not before:
+        torch.autograd.grad(sum(g.square().sum() for g in found), parameters)
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_gradients_of_other_passes_that_are_only_looked_at_are_no_part(name):
+    def train(probes: bool) -> tuple[Tensor, list[str]]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+        optimizer = METHODS[name](model, "categorical")
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for step in range(3):
+                optimizer.zero_grad()
+                if probes:
+                    probe(model, before=True)
+                one_by_one(halves(model, normal(12, 4, seed=step)), [])
+                if probes:
+                    probe(model, before=False)
+                optimizer.step()
+        return (
+            nn.utils.parameters_to_vector(model.parameters()).detach(),
+            [str(one.message) for one in told],
+        )
+
+    plain, probed = train(False), train(True)
+    assert torch.equal(plain[0], probed[0])
+    assert probed[1] == plain[1]
+
+
 def test_a_backward_pass_that_comes_too_late_is_named():
     model = nn.Sequential(nn.Linear(4, 3)).double()
     optimizer = natgrad.KFAC(model)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from natgrad.capture import Capture, ForwardPass
 from natgrad.capture.hooks import is_pulling_back
 from natgrad.capture.rows import batched_gradients
+from natgrad.optim.purpose import purpose_for
 
 #: Relative difference of two gradients of one graph that counts as rounding.
 ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3}
@@ -52,8 +53,9 @@ class GradientAudit:
     def __init__(self, capture: Capture) -> None:
         self.capture = capture
         self._handles: list[Any] = []
-        self._found: dict[str, Tensor] = {}
-        self._explained: dict[str, Tensor] = {}
+        #: What reaches ``.grad``, and what is only asked for by ``torch.autograd.grad``.
+        self._found: dict[bool, dict[str, Tensor]] = {False: {}, True: {}}
+        self._explained: dict[bool, dict[str, Tensor]] = {False: {}, True: {}}
         self._asked = False
         #: Whether gradients are being collected.
         self.active = False
@@ -62,7 +64,7 @@ class GradientAudit:
         """Collect the gradients that reach the captured parameters from now on."""
         self.drop()
         for name, parameter in self._captured().items():
-            handle = parameter.register_hook(self._collect(name))
+            handle = parameter.register_hook(self._collect(name, parameter))
             # Before hooks of the user, which may change the gradient.
             cast(Any, parameter._backward_hooks).move_to_end(handle.id, last=False)
             self._handles.append(handle)
@@ -75,17 +77,23 @@ class GradientAudit:
         parameters = self.capture.model.named_parameters()
         return {n: p for n, p in parameters if n in names and p.requires_grad}
 
-    def _collect(self, name: str) -> Any:
+    def _collect(self, name: str, parameter: Tensor) -> Any:
         def add(gradient: Tensor) -> None:
             if not is_pulling_back(gradient):
                 gradient = gradient.detach().to_dense()
-                present = self._found.get(name)
-                self._found[name] = gradient.clone() if present is None else present + gradient
+                found = self._found[purpose_for(parameter) == "ask"]
+                present = found.get(name)
+                found[name] = gradient.clone() if present is None else present + gradient
 
         return add
 
-    def explain(self, recorded: ForwardPass) -> None:
-        """Note what the gradient at a pass's output explains, at the start of its backward pass."""
+    def explain(self, recorded: ForwardPass, asked: bool = False) -> None:
+        """Note what the gradient at a pass's output explains, at the start of its backward pass.
+
+        Args:
+            recorded: The pass.
+            asked: Whether the gradients are only asked for.
+        """
         if recorded.output is None or recorded.cotangent is None:
             return
         held = self._captured()
@@ -96,18 +104,21 @@ class GradientAudit:
         for name, part in zip(held, parts, strict=True):
             if part is not None:
                 part = part[0].detach().to_dense()
-                self._explained[name] = self._explained.get(name, torch.zeros_like(part)) + part
+                known = self._explained[asked]
+                known[name] = known.get(name, torch.zeros_like(part)) + part
 
     def drop(self) -> None:
         """Stop collecting, and forget what was collected."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._found, self._explained = [], {}, {}
+        self._handles = []
+        self._found, self._explained = {False: {}, True: {}}, {False: {}, True: {}}
         self.active = self._asked = False
 
     def end(self) -> Findings:
         """Stop collecting, and return what was found; nothing if no pass was explained."""
-        found, explained, asked = self._found, self._explained, self._asked
+        looks = not self._found[False]
+        found, explained, asked = self._found[looks], self._explained[looks], self._asked
         self.drop()
         parameters = dict(self.capture.model.named_parameters())
         names = list(found) if asked else []
@@ -133,7 +144,8 @@ class GradientAudit:
     def forgive(self, names: Set[str]) -> None:
         """Leave out parameters whose backward pass makes another gradient on purpose."""
         for name in names:
-            self._found.pop(name, None)
+            for found in self._found.values():
+                found.pop(name, None)
 
 
 def _shares(gradient: Tensor, explained: Tensor | None, parameter: Tensor) -> Tensor:

@@ -51,6 +51,7 @@ class SeenPass:
         cotangent: Gradient at the output by all backward passes that ``.grad`` is of.
         asked: Whether no gradient was left in ``.grad`` so far: all were asked for by
             ``torch.autograd.grad``, or a loss was told.
+        told: Whether the user told of the pass.
         gradients: What backward passes brought to the layers' outputs.
     """
 
@@ -62,6 +63,7 @@ class SeenPass:
     has_silent: bool = False
     cotangent: Tensor | None = None
     asked: bool = False
+    told: bool = False
     gradients: LayerGradients | None = None
 
 
@@ -135,8 +137,9 @@ class Observer:
         self.failures: list[Tensor] = []
         self.audit: GradientAudit = GradientAudit(capture)
         self._audited = 0  # Checks of rows at the last audit.
-        #: Takes the rows of the last pass back.
+        #: Takes the rows of the last pass back, and those of all passes of the step.
         self._take_back: Callable[[], None] = lambda: None
+        self._take_all_back: Callable[[], None] | None = None
         #: Whether the likelihood has been held against the gradient of the loss.
         self.compared: bool = False
         #: Called before anything of a step changes.
@@ -211,13 +214,19 @@ class Observer:
             self._reached(recorded, purpose == "ask")
 
     def _reached(self, recorded: ForwardPass, asked: bool) -> None:
+        if self.replicas.are_alone and not any(one.told for one in self.seen):
+            trains = any(not one.asked for one in self.seen)
+            if asked and trains and not self.sees(recorded):
+                return  # A look at gradients beside those that train.
+            if not asked and not trains:
+                self._forget_looks(recorded)
         place = [one.recorded for one in self.seen].index(recorded) if self.sees(recorded) else None
         assert recorded.output is not None
         has_samples = recorded.output.numel() > 0
         if recorded.has_edges and place is None and has_samples:
             self.capture.settle(recorded)
         if self.audit.active and has_samples:
-            self.audit.explain(recorded)
+            self.audit.explain(recorded, asked)
         if place is not None:
             self._see_again(place, asked)
             return
@@ -252,7 +261,11 @@ class Observer:
             return
         found = self._weighed(recorded, total)
         self.seen[place] = weighed = replace(
-            found, cotangent=total, asked=known.asked, gradients=present.gradients
+            found,
+            cotangent=total,
+            asked=known.asked,
+            told=known.told,
+            gradients=present.gradients,
         )
         if not recorded.has_edges or torch.equal(weighed.weights, present.weights):
             return
@@ -265,6 +278,15 @@ class Observer:
             return
         self._take_back()
         self._take_rows(weighed)
+
+    def _forget_looks(self, recorded: ForwardPass) -> None:
+        """Forget passes whose gradients were only asked for, as there is one now that trains."""
+        for one in self.seen:
+            if one.recorded is recorded and one.gradients is not None:
+                one.gradients.begin(afresh=True)
+        if self._take_all_back is not None:
+            self._take_all_back()
+        self.seen, self._take_all_back = [], None
 
     def complete(self) -> None:
         """Let gradients at the layers' outputs be those of all backward passes of the step."""
@@ -320,7 +342,11 @@ class Observer:
             self.seen = []  # The loss is made of derivatives, and its pass has freed their graph.
 
     def _see(
-        self, recorded: ForwardPass, cotangent: Tensor | None, asked: bool = False
+        self,
+        recorded: ForwardPass,
+        cotangent: Tensor | None,
+        asked: bool = False,
+        told: bool = False,
     ) -> SeenPass:
         """Note a pass; weigh its events on steps that take rows."""
         assert recorded.output is not None
@@ -330,7 +356,7 @@ class Observer:
             if not self.replicas.are_alone:
                 one = self._placed(one)
         gradients = LayerGradients(recorded)
-        one = replace(one, cotangent=cotangent, asked=asked, gradients=gradients)
+        one = replace(one, cotangent=cotangent, asked=asked, told=told, gradients=gradients)
         self.seen.append(one)
         return one
 
@@ -389,6 +415,7 @@ class Observer:
         likelihood = self.likelihood.of_shapes(one.recorded.heads)
         if self.rows_due or self.isotropy_probe is not None:
             self._take_back = self._as_now()
+            self._take_all_back = self._take_all_back or self._take_back
         if self.isotropy_probe is not None:
             self.isotropy_probe.observe(
                 self.capture, likelihood, output, one.weights, float(one.count),
@@ -412,24 +439,30 @@ class Observer:
             )
 
     def _as_now(self) -> Callable[[], None]:
-        """Return what restores what rows are kept in."""
+        """Return what restores what rows are kept in, any number of times."""
         estimates, random = self.curvature.snapshot(), self.generator.get_state()
-        failures, batch = list(self.failures), copy.copy(self.batch_fisher)
-        if batch is not None:
-            batch._rows = list(batch._rows)
-        probe, signs = copy.copy(self.isotropy_probe), random
-        if probe is not None:
-            probe._gradients, probe._norms = list(probe._gradients), list(probe._norms)
-            signs = probe._generator.get_state()
+        failures, batch, probe = list(self.failures), *self._copies()
+        signs = random if probe is None else probe._generator.get_state()
 
         def restore() -> None:
             self.curvature.rollback(estimates)
             self.generator.set_state(random)
-            self.failures, self.batch_fisher, self.isotropy_probe = failures, batch, probe
-            if probe is not None:
-                probe._generator.set_state(signs)
+            self.batch_fisher, self.isotropy_probe = batch, probe
+            self.batch_fisher, self.isotropy_probe = self._copies()
+            self.failures = list(failures)
+            if self.isotropy_probe is not None:
+                self.isotropy_probe._generator.set_state(signs)
 
         return restore
+
+    def _copies(self) -> tuple[BatchFisher | None, IsotropyProbe | None]:
+        """Return what collects rows beside the curvature, with lists of their own."""
+        batch, probe = copy.copy(self.batch_fisher), copy.copy(self.isotropy_probe)
+        if batch is not None:
+            batch._rows = list(batch._rows)
+        if probe is not None:
+            probe._gradients, probe._norms = list(probe._gradients), list(probe._norms)
+        return batch, probe
 
     @contextmanager
     def _unawaited(self) -> Iterator[None]:
@@ -525,7 +558,7 @@ class Observer:
                         root, output, retain_graph=True, allow_unused=True
                     )
                 cotangent = None if cotangent is None else found.samples_first(cotangent)
-            self._take_rows(self._see(found, cotangent, asked=True))
+            self._take_rows(self._see(found, cotangent, asked=True, told=True))
             if not self.replicas.are_alone:
                 self._begin_sums()
 
@@ -556,7 +589,7 @@ class Observer:
         if self.isotropy_probe is not None:
             self.isotropy_probe.clear()
         self.seen, self.failures, self.batch_fisher = [], [], None
-        self._take_back = lambda: None
+        self._take_back, self._take_all_back = lambda: None, None
         if not self.replicas.are_alone:
             self.curvature.drop_sums()
         if self.audit.active:

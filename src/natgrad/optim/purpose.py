@@ -26,14 +26,14 @@ def purpose_of(model: nn.Module, recorded: ForwardPass) -> Purpose:
     if not inside_backward():
         return "train"
     for parameter in model.parameters():
-        purpose = _purpose_for(parameter) if parameter.requires_grad else None
+        purpose = purpose_for(parameter) if parameter.requires_grad else None
         if purpose is not None:
             return purpose
     own = {id(parameter) for parameter in model.parameters()}
     return "inputs" if any(id(one) in own for one in _leaves(recorded.source)) else "train"
 
 
-def _purpose_for(parameter: Tensor) -> Literal["train", "ask"] | None:
+def purpose_for(parameter: Tensor) -> Literal["train", "ask"] | None:
     """Return what the present backward pass does with the gradient of a parameter, if anything."""
     try:
         kept = torch._C._will_engine_execute_node(get_gradient_edge(parameter).node)
