@@ -340,6 +340,43 @@ def test_improved_fisher_weighs_by_the_norms_at_the_output() -> None:
             dense.assert_same(second[n], weighted(later, n, c), 1e-9)
 
 
+@pytest.mark.parametrize("fisher", ["empirical", "improved"])
+@pytest.mark.parametrize("damping_scale", ["absolute", "relative"])
+@pytest.mark.parametrize("normalization", ["none", "layer", "model"])
+def test_samples_that_do_not_count_change_nothing(
+    normalization: str, damping_scale: str, fisher: str
+) -> None:
+    """Ignored targets and masks leave steps and means as without these samples, in both phases."""
+    x, y = batch("mlp", 9)
+    kept = torch.tensor([0, 2, 3, 7])
+    counts = torch.zeros(9, dtype=torch.bool).index_fill_(0, kept, True)
+    ignored = torch.where(counts, y, -100)
+
+    def masked(model: nn.Module) -> Tensor:
+        losses = functional.cross_entropy(model(x), y, reduction="none")
+        return (losses * counts).sum() / 4
+
+    def run(loss: Callable[[nn.Module], Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+        model = make("mlp")
+        options = {**PLAIN, "normalization": normalization, "damping_scale": damping_scale}
+        optimizer = natgrad.FNGD(
+            model, coefficient_steps=2, share="mean", fisher=fisher, **options, norm_clip=0.5
+        )
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss(model).backward()
+            optimizer.step()
+        return [p.detach() for p in model.parameters()], optimizer.coefficients()
+
+    expected = run(lambda model: functional.cross_entropy(model(x[kept]), y[kept]))
+    for loss in (lambda model: functional.cross_entropy(model(x), ignored), masked):
+        found = run(loss)
+        for value, other in zip(found[0], expected[0], strict=True):
+            dense.assert_same(value, other, 1e-9)
+        for name, mean in expected[1].items():
+            dense.assert_same(found[1][name], mean, 1e-9)
+
+
 def test_batches_of_another_size_take_the_mean() -> None:
     model = make("mlp")
     optimizer = natgrad.FNGD(model, coefficient_steps=1, **PLAIN)

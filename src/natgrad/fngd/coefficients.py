@@ -82,19 +82,24 @@ class SharedCoefficients(BlockDiagonal):
     ) -> Tensor | None:
         """Return the coefficients of some rows, ``(R,)``; None if they are not finite.
 
-        The matrix is ``GᵀG/N``, coordinates are ``u`` with ``∇L = Gᵀu``, ``(R, 1)``. A damped Gram
+        The matrix is ``GᵀG/N``, coordinates are ``u`` with ``∇L = Gᵀu``, ``(R, 1)``, zero for
+        samples that do not count, which get the mean coefficient of those that do. A damped Gram
         matrix that cannot be factorised is a FactorizationError.
         """
         gram = matrix.mean_gram
-        shift: Tensor | float = damping
-        if self.damping_scale == "relative":
-            shift = damping * gram.diagonal().mean()
         u = coordinates.reshape(-1, 1).to(gram.dtype)
         if len(u) != len(gram):
             return None
+        counts = (u != 0)[:, 0]
+        number = counts.sum().clamp(min=1)
+        shift: Tensor | float = damping
+        if self.damping_scale == "relative":
+            shift = damping * gram.diagonal().sum() / number
         factor = linalg.cholesky(linalg.add_to_diagonal(gram, shift))
         solution = torch.cholesky_solve(u, factor)
-        ratio = torch.where(u != 0, solution / u, torch.ones_like(u))[:, 0]
+        ratio = torch.where(counts, (solution / u)[:, 0], 0.0)
+        mean = torch.where(counts.any(), ratio.sum() / number, 1.0)
+        ratio = torch.where(counts, ratio, mean)
         return ratio if bool(ratio.isfinite().all()) else None
 
 

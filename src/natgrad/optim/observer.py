@@ -518,8 +518,9 @@ class Observer:
                 return None
             if one.is_empty:
                 continue
-            if self.fisher.from_user_gradients:
-                found.append(one.scale.expand(output.shape[0], 1))
+            if self.fisher.from_user_gradients:  # The rows of what does not count are zero.
+                counts = (one.weights != 0).flatten(1).any(1, keepdim=True)
+                found.append(one.scale * counts)
                 continue
             likelihood = self.likelihood.of_shapes(one.recorded.heads)
             coordinates = self.fisher.coordinates(
