@@ -80,6 +80,43 @@ def test_bfloat16_mixed_precision():
     assert_curvature_everywhere(optimizer)
 
 
+class WithLoss(torch.nn.Module):
+    """Returns its loss beside its output, as models of Hugging Face do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.Sequential(
+            torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)
+        )
+
+    def forward(self, x, y):
+        out = self.layers(x)
+        return {"loss": functional.cross_entropy(out.float(), y), "logits": out}
+
+
+def test_a_loss_inside_of_an_output_that_is_cast_afterwards_is_seen():
+    """Mixed precision of Accelerate casts what the model returns."""
+    torch.manual_seed(1)
+    x, y = torch.randn(16, 6), torch.arange(16) % 3
+    models = [WithLoss() for _ in range(2)]
+    optimizers = [make("kfac", model) for model in models]
+    for _ in range(4):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = models[0](x, y)["loss"]
+        loss.backward()
+        optimizers[0].step()
+        optimizers[0].zero_grad()
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    model, optimizer = accelerator.prepare(models[1], optimizers[1])
+    for _ in range(4):
+        accelerator.backward(model(x, y)["loss"])
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_curvature_everywhere(optimizers[1])
+    assert torch.equal(flat(models[0]), flat(models[1]))
+
+
 @pytest.mark.parametrize("name", ["kfac", *ROWS, "padam"])
 def test_save_state_and_load_state(name, tmp_path):
     data = batches(6)

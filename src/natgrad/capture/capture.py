@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from natgrad.capture.blocks import SCRIPTED, Block, find_blocks, names_by_reason
 from natgrad.capture.forward_pass import (
     ForwardPass,
+    before_cast,
     call_with_gradient,
     leads_to,
     unviewed,
@@ -32,10 +33,12 @@ from natgrad.capture.hooks import (
     inside_transform,
     is_pulling_back,
     outside_graphs,
+    present_pass,
 )
 from natgrad.capture.kinds import LayerCall, LayerKind
 from natgrad.capture.model_output import (
     check_watched,
+    losses,
     select_output,
     separated,
     side_by_side,
@@ -587,6 +590,7 @@ def _after_model(capture: Capture, module: nn.Module, args: Any, output: Any) ->
             assert returned is not None
             with torch.enable_grad():
                 recorded.output = recorded.samples_first(returned)
+        recorded.task = present_pass()
         # With create_graph=True the user may differentiate the output itself (as in a
         # physics-informed loss); whether training backpropagates is seen at the step.
         recorded.retained = torch.is_grad_enabled()
@@ -594,7 +598,15 @@ def _after_model(capture: Capture, module: nn.Module, args: Any, output: Any) ->
         if found.on_backward is not None and not recorded.retained:
             found.on_backward(recorded)
 
+    def reached_before_cast(cotangent: Tensor) -> None:
+        recorded = waiting()
+        if recorded is None or recorded.task != present_pass():
+            reached(cotangent)
+
     watched.register_hook(reached)
+    made = before_cast(selected) if losses(output) else None
+    if made is not None:
+        call_with_gradient(made, reached_before_cast)
     if heads:
         watch_losses(current, output, heads, reached)
     return replaced

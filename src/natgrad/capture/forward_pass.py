@@ -32,6 +32,7 @@ class ForwardPass:
         output: The same with samples in the first dimension.
         cotangent: Gradient of the user's loss with respect to it, once backpropagated.
         retained: Whether that came from a backward pass with ``create_graph=True``.
+        task: The number of that backward pass.
         target: The true target, where the user told it.
         elements: Total number of entries of all recorded layer outputs.
         heads: Key → shape of the heads that are laid side by side in the output, if it has several.
@@ -49,6 +50,7 @@ class ForwardPass:
     output: Tensor | None = None
     cotangent: Tensor | None = None
     retained: bool = False
+    task: int | None = None
     target: Tensor | None = None
     elements: int = 0
     heads: dict[Any, torch.Size] | None = None
@@ -108,6 +110,18 @@ def unviewed(output: Tensor, inputs: Sequence[Any]) -> Tensor:
         return output
     given = (one.data_ptr() for one in inputs if type(one) is Tensor)
     return output if base.data_ptr() in given else base
+
+
+def before_cast(output: Tensor) -> GradientEdge | None:
+    """Return where an output was before it was cast to another type; None if it was not.
+
+    Mixed precision may cast what a model returns, whose own loss is of what was cast.
+    """
+    node = output.grad_fn
+    if node is None or node.name() != "ToCopyBackward0":
+        return None
+    source, number = node.next_functions[0]
+    return GradientEdge(cast(Any, source), number) if source is not None and number == 0 else None
 
 
 def leads_to(output: Tensor, returned: Tensor | None) -> bool:

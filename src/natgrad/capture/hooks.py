@@ -22,7 +22,7 @@ def inside_backward() -> bool:
     Forward hooks that fire then belong to a recomputation by gradient checkpointing and must not
     be recorded again.
     """
-    return _present_pass() != -1
+    return present_pass() != -1
 
 
 def inside_transform() -> bool:
@@ -30,7 +30,7 @@ def inside_transform() -> bool:
     return torch._C._functorch.maybe_current_level() is not None or torch.compiler.is_compiling()
 
 
-def _present_pass() -> int:
+def present_pass() -> int:
     """Return the number of the backward pass that runs on this thread, -1 for none."""
     return int(torch._C._current_graph_task_id())
 
@@ -60,7 +60,7 @@ def own_backward(output: Tensor, *, fixed_statistics: bool = True) -> Iterator[T
     started: set[int] = set()
 
     def mark(gradient: Tensor) -> None:
-        task = _present_pass()
+        task = present_pass()
         started.add(task)
         _own_passes[task] = fixed_statistics
 
@@ -92,14 +92,14 @@ def is_pulling_back(gradient: Tensor | None = None) -> bool:
 
     It is not if natgrad itself pulls vectors back, or if ``gradient`` is batched by ``vmap``.
     """
-    if _own_passes and _present_pass() in _own_passes:
+    if _own_passes and present_pass() in _own_passes:
         return True
     return gradient is not None and torch._C._functorch.is_batchedtensor(gradient)
 
 
 def holds_statistics() -> bool:
     """Return whether batch norms hold their statistics fixed in the present backward pass."""
-    return bool(_own_passes) and _own_passes.get(_present_pass(), False)
+    return bool(_own_passes) and _own_passes.get(present_pass(), False)
 
 
 _calls_from_graphs = threading.local()
