@@ -376,6 +376,26 @@ def test_kl_clip_bounds_the_predicted_change(structure):
     assert short @ reference.curvature() @ short <= 1e-4
 
 
+def test_kl_clip_is_exact_with_more_rows_than_parameters():
+    """Samples that do not count make rows, of which some number is handled as their sum."""
+    x, y = normal(24, 4, seed=0), torch.arange(24) % 3
+    counts = torch.rand(24, generator=generator(1)) < 0.5
+    kept, ignored = (x[counts], y[counts]), (x, torch.where(counts, y, -100))
+    steps = []
+    for inputs, targets in (kept, ignored):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+        assert (3 * len(inputs) > flat(model.parameters()).numel()) is (inputs is x)
+        origin = copy.deepcopy(model)
+        optimizer = natgrad.ExactNGD(model, fisher="exact", kl_clip=1e-3)
+        train(optimizer, [lambda: functional.cross_entropy(model(inputs), targets)])  # noqa: B023
+        steps.append(flat(model.parameters()) - flat(origin.parameters()))
+    f = dense.fisher(origin, *kept, dense.categorical())
+    for step in steps:
+        torch.testing.assert_close(step @ f @ step, torch.tensor(1e-3, dtype=torch.float64))
+    torch.testing.assert_close(*steps)
+
+
 # -- the gradient may come about in many ways ------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from natgrad.curvature import Curvature
 from natgrad.distributed.shards import own_shard, shard_count, whole
 from natgrad.optim.step.groups import PreconditionedGroups, rate_of
 from natgrad.optim.step.quadratic_model import (
@@ -19,6 +20,7 @@ from natgrad.optim.step.quadratic_model import (
     quadratic_form,
     slopes,
 )
+from natgrad.statistics.rows import RowStatistics
 
 if TYPE_CHECKING:
     from natgrad.optim.preconditioner import Preconditioner
@@ -67,7 +69,7 @@ def measure(
         directions = directions[:1]
     if not rule.uses_model and any(group["kl_clip"] is not None for group in grouped.groups):
         curvature = preconditioner.curvature
-        if rule.graft is None:
+        if rule.graft is None and not _is_summed(curvature):
             measures["quadratic"] = curvature.quadratic(natural, inner)
         else:
             column = curvature.layout.to_column({n: whole(value) for n, value in natural.items()})
@@ -86,6 +88,17 @@ def measure(
         squares = measures.pop("steps"), measures.pop("weights")
         measures["changes"] = _largest_changes(natural, weights, *squares)
     return measures
+
+
+def _is_summed(curvature: Curvature) -> bool:
+    """Return whether the rows of the whole model came as their sum, being many.
+
+    Their quadratic form is then exact as well, and a step's bound the same for any number of rows.
+    """
+    if len(curvature.parts) > 1 or (curvature.shared is not None and curvature.shared.is_spread):
+        return False
+    averages = [present.average for present in curvature.estimates.values()]
+    return any(isinstance(a, RowStatistics) and a.moment is not None for a in averages)
 
 
 def _weights(natural: dict[str, Tensor], grouped: PreconditionedGroups) -> list[list[str]]:
