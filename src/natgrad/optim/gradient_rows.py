@@ -228,4 +228,6 @@ def _factor_since(observer: Observer, gradients: dict[str, Tensor]) -> tuple[Ten
     factor = (found * expected).sum().double() / expected.square().sum()
     known = factor.isfinite() & (factor > 0)
     explained = (found - factor * expected).norm() <= 0.1 * found.norm()
-    return torch.where(known, factor, 1.0), known & explained
+    # Behind a weight that starts at zero both are zero, and nothing else adds to them either.
+    nothing = ~(found.any() | expected.any())
+    return torch.where(known, factor, 1.0), known & explained | nothing

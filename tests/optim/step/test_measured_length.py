@@ -571,6 +571,20 @@ def test_lengths_are_stretched_by_the_formula(kind, momentum):
     assert 2.0 < max(stretch) and stretch[-1] < 0.8 * max(stretch)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_step_behind_a_weight_that_starts_at_zero_promises_no_more_than_the_loss(seed):
+    """The layer that shows by what gradients were multiplied, here the smallest, has none yet."""
+    torch.manual_seed(seed)
+    body, head = nn.Linear(5, 8), nn.Linear(8, 10)
+    nn.init.zeros_(head.weight)
+    model = nn.Sequential(body, nn.Tanh(), head)
+    optimizer = natgrad.KFAC(model)  # With labels that are sampled, which see a part of F alone.
+    loss = take(optimizer, model, "categorical", torch.randn(4, 5), labels(4, 10, seed))
+    assert optimizer.preconditioner.observer.probe_layer == "0"
+    assert body.weight.grad.count_nonzero() == 0
+    assert 0.1 < math.exp(optimizer._length.log_decrement) <= 2.001 * loss
+
+
 def test_bounded_gradients_do_not_bound_the_way():
     """The unit of targets does not matter where only signs of residuals do."""
     torch.manual_seed(0)
