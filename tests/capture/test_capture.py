@@ -766,22 +766,56 @@ def test_many_layers_without_a_formula_are_named_in_one_sentence():
     assert "take 5.1 MiB" in told
 
 
-def test_modules_that_are_programs():
-    part = torch.jit.script(nn.Sequential(nn.Linear(3, 4), nn.Tanh()))
-    traced = torch.jit.trace(nn.Linear(4, 2), torch.ones(1, 4))
-    model = nn.Sequential(nn.Linear(2, 3), part, traced)
-    with Capture(model) as capture:
-        assert list(capture.blocks) == ["0"]
-        assert set(capture.uncovered) == {"1.0.weight", "1.0.bias", "2.weight", "2.bias"}
-        out = model(normal(5, 2).float())
-        rows = capture.pull_back(out, torch.ones(1, *out.shape))
-        truth = torch.autograd.grad(out.sum(), list(model[0].parameters()))
-        torch.testing.assert_close(
-            rows["0"].to_dense().sum(0), torch.cat([g.flatten() for g in truth])
-        )
-    for whole in (part, traced):
-        with pytest.raises(ValueError, match=r"torch.jit made a program"):
-            Capture(whole)
+@pytest.mark.parametrize("make", ["script", "trace"])
+@pytest.mark.parametrize("width", [4, 400])
+def test_modules_that_are_programs(make, width):
+    part: nn.Module = nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.LayerNorm(width)).double()
+    part = torch.jit.script(part) if make == "script" else torch.jit.trace(part, normal(2, 3))
+    model = nn.Sequential(nn.Linear(2, 3), part, nn.Linear(width, 2)).double()
+    with pytest.warns(UserWarning, match=r"a program that torch.jit made \('1'\)") as caught:
+        capture = Capture(model)
+    assert len(caught) == 1
+    with capture:
+        assert not capture.uncovered
+        vectors = normal(2, 5, 2)
+        for _ in range(3):
+            out = model(normal(5, 2))
+            found = capture.pull_back(out, vectors).to_dense()
+            each = [(out[n] @ vectors[k, n]) for n in range(5) for k in range(2)]
+            rows = [
+                torch.autograd.grad(z, list(model.parameters()), retain_graph=True) for z in each
+            ]
+            truth = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+            torch.testing.assert_close(found, truth)
+
+
+def test_a_program_that_shares_a_weight():
+    table = nn.Linear(3, 3).double()
+    traced = torch.jit.trace(nn.Sequential(table), normal(2, 3))
+    model = nn.Sequential(nn.Linear(3, 3, bias=True).double(), traced, nn.Tanh())
+    model[0].weight = next(traced.parameters())
+    with pytest.warns(UserWarning, match="a program that torch.jit made"):
+        capture = Capture(model)
+    with capture:
+        assert not capture.uncovered
+        out, vectors = model(normal(5, 3)), normal(1, 5, 3)
+        found = capture.pull_back(out, vectors).to_dense().sum(0)
+        truth = torch.autograd.grad((out * vectors[0]).sum(), list(model.parameters()))
+        torch.testing.assert_close(found, torch.cat([g.flatten() for g in truth]))
+
+
+def test_a_model_that_is_a_program():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh()).double()
+    with pytest.raises(ValueError, match="hand it over as it was before it was scripted"):
+        Capture(torch.jit.script(model))
+    traced = torch.jit.trace(model, normal(2, 3))
+    with pytest.warns(UserWarning, match=r"a program that torch.jit made \(the model\)"):
+        capture = Capture(traced)
+    with capture:
+        out, vectors = traced(normal(5, 3)), normal(1, 5, 4)
+        found = capture.pull_back(out, vectors).to_dense().sum(0)
+        truth = torch.autograd.grad((out * vectors[0]).sum(), list(traced.parameters()))
+        torch.testing.assert_close(found, torch.cat([g.flatten() for g in truth]))
 
 
 def test_layers_of_ones_own(registry):

@@ -15,11 +15,6 @@ from natgrad.capture.likeness import kind_by_trial
 from natgrad.capture.normalization import kind_within
 from natgrad.layouts import BlockLayout
 
-SCRIPTED = (
-    "torch.jit made a program of its module, whose layers cannot be watched: hand the model over "
-    "as it was before"
-)
-
 
 @dataclass(frozen=True)
 class Use:
@@ -79,14 +74,17 @@ def find_blocks(
     groups: list[tuple[str, nn.Module, LayerKind, tuple[str, ...]]] = []
     uncovered: dict[str, str] = {}
     owned: set[nn.Module] = set()
-    free: dict[nn.Parameter, str] = {}  # Parameters that stand in no formula of their layer.
+    # Parameters whose rows are had at themselves only: those in no formula of their layer.
+    free: list[tuple[str, str, list[nn.Parameter]]] = []
     generic = GenericKind()
     for module_name, module in model.named_modules():
         if module in owned:
             continue
         if isinstance(module, torch.jit.ScriptModule):
-            own = [p for p in module.parameters(recurse=False) if p in names]
-            uncovered.update((names[p], SCRIPTED) for p in own)
+            of = dict(module.named_parameters(recurse=False))
+            for group in generic.parameter_groups(module):
+                own = [of[local] for local in group if of[local] in names]
+                free.append((module_name, type(module).__name__, own))
             continue
         kind = find_kind(module) or kind_within(module) or convolution_within(module)
         kind = kind or kind_by_trial(module) or generic
@@ -109,9 +107,11 @@ def find_blocks(
                     uncovered[names[parameter]] = f"{type(module).__name__}: {reason}"
         for parameter in module.parameters(recurse=False):
             if parameter in names and parameter not in covered:
-                free[parameter] = type(module).__name__
+                free.append((module_name, type(module).__name__, [parameter]))
+    # Uses by layers count at the parameter itself, too.
+    alone = {parameter for *_, members in free for parameter in members}
     for parameter in list(uses):
-        if names[parameter] in uncovered:
+        if parameter in alone or names[parameter] in uncovered:
             del uses[parameter]  # A tied parameter is covered by all its layers or not at all.
 
     blocks: dict[str, Block] = {}
@@ -134,15 +134,14 @@ def find_blocks(
             kinds = "+".join(dict.fromkeys(type(u.module).__name__ for u in shared))
             layout = min(shared, key=_preference).layout
             blocks[name] = Block(name, kinds, layout, shared)
-    for parameter, kind_name in free.items():
-        name = names[parameter]
-        if name not in uncovered:
-            # Uses by layers count at the parameter itself, too.
-            for one in [b for b in blocks.values() if name in b.layout.names]:
-                del blocks[one.name]
-            blocks[name] = Block(
-                name, kind_name, free_layout((name,), (tuple(parameter.shape),)), ()
-            )
+    for module_name, kind_name, members in free:
+        own = [p for p in members if p in alone and names[p] not in uncovered]
+        alone.difference_update(own)
+        if own:
+            qualified = tuple(names[p] for p in own)
+            name = qualified[0] if len(own) == 1 else module_name or kind_name
+            layout = free_layout(qualified, tuple(tuple(p.shape) for p in own))
+            blocks[name] = Block(name, kind_name, layout, ())
     return blocks, uncovered
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from natgrad.capture.blocks import SCRIPTED, Block, find_blocks, names_by_reason
+from natgrad.capture.blocks import Block, find_blocks, names_by_reason
 from natgrad.capture.forward_pass import (
     ForwardPass,
     before_cast,
@@ -157,6 +157,7 @@ class Capture:
         self.row_check: RowCheck = RowCheck(self.rows)
         for sentence in self.sources.costly(products=False):
             self.tell(sentence)
+        self._tell_programs()
         self._present = self._signature()
         self._install()
 
@@ -192,6 +193,20 @@ class Capture:
         if sentence not in self._told:
             self._told.add(sentence)
             self.on_finding(sentence)
+
+    def _tell_programs(self) -> None:
+        """Say which modules torch.jit made programs of, whose layers cannot be watched."""
+        modules = self.model.named_modules()
+        programs = {n: m for n, m in modules if isinstance(m, torch.jit.ScriptModule)}
+        own = [n for n, m in programs.items() if any(p.requires_grad for p in m.parameters())]
+        outer = [repr(n) if n else "the model" for n in own if _parent(n) not in programs]
+        if outer:
+            self.tell(
+                f"a program that torch.jit made ({', '.join(outer)}) has no layers to be watched: "
+                "rows are taken from the gradients at its parameters, exactly, but with a backward "
+                "pass per sample, or as one row per batch where the Fisher type is 'mc'; hand the "
+                "model over as it was before"
+            )
 
     @contextmanager
     def _unrecorded(self) -> Iterator[None]:
@@ -448,6 +463,11 @@ def _remove(handles: list[Any]) -> None:
     handles.clear()
 
 
+def _parent(name: str) -> str | None:
+    """Return the qualified name of the module that holds another; None for the model."""
+    return name.rpartition(".")[0] if name else None
+
+
 def _warn(sentence: str) -> None:
     warnings.warn(f"natgrad: {sentence}", stacklevel=2)
 
@@ -458,8 +478,11 @@ def _check_usable(model: nn.Module) -> None:
     Raises:
         ValueError: If there are some; the message names one.
     """
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError(f"the model itself has no rows: {SCRIPTED}")
+    if isinstance(model, torch.jit.RecursiveScriptModule):  # Which takes no hooks.
+        raise ValueError(
+            "the model itself is a program that torch.jit made, which cannot be watched: hand it "
+            "over as it was before it was scripted"
+        )
     for name, parameter in model.named_parameters():
         if torch.nn.parameter.is_lazy(parameter):
             raise ValueError(

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -231,6 +232,8 @@ def watched_parameters(model: nn.Module, blocks: Mapping[str, Block]) -> list[Wa
         held = [holders[named[n]] for n in layout.names]
         module, names = held[0][0], tuple(local for _, local in held)
         if any(holder is not module for holder, _ in held) or not weight.is_contiguous():
+            continue
+        if isinstance(module, torch.jit.ScriptModule):  # Nothing inside is seen.
             continue
         kinds: list[LayerKind] = []
         shapes = layout.shapes
