@@ -6,8 +6,10 @@ import copy
 import functools
 import gc
 import pickle
+import threading
 import types
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -736,6 +738,46 @@ def test_exports_of_a_model_in_training(name):
                 torch.testing.assert_close(EXPORTS[name](model, x), model(x))
         losses.append(loss.item())
     assert losses[0] == losses[1]
+
+
+class Interrupted(nn.Module):
+    """A model that runs in other threads, too, in the middle of a pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.weight = nn.Linear(3, 4), nn.Parameter(normal(4, 2).float())
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.meanwhile = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).unsqueeze(1)
+        h = torch.cat([h, h.roll(1, -1)], 1)
+        h = self.attention(h, h, h, need_weights=False)[0].sum(1)
+        if self.meanwhile is not None and threading.current_thread() is threading.main_thread():
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(self.meanwhile).result()
+        return torch.tanh(h) @ self.weight
+
+
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_passes_of_other_threads(with_gradients):
+    x, y, found = normal(5, 3).float(), torch.tensor([0, 1, 1, 0, 1]), []
+    for interrupted in (False, True):
+        torch.manual_seed(0)
+        model = Interrupted()
+        optimizer = natgrad.KFAC(model)
+
+        def evaluate(model=model):
+            with torch.set_grad_enabled(with_gradients):
+                model(x[:2])
+
+        model.meanwhile = evaluate if interrupted else None
+        for _ in range(3):
+            optimizer.zero_grad()
+            functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*found)
 
 
 def test_hooks_go_with_their_owner():

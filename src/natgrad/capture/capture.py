@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterator
@@ -132,10 +133,8 @@ class Capture:
         self.on_finding: Callable[[str], None] = _warn
         #: Whether the user's own output gradients are recorded, and for which blocks.
         self.watching: frozenset[nn.Module] | bool = False
-        self._open: ForwardPass | None = None
+        self._running = _Running()
         self._suspended = False
-        self._modes: list[tuple[nn.Module, TorchFunctionMode]] = []
-        self._products: RecordProducts | None = None
         self._told: set[str] = set()
         self._handles: list[Any] = []
         weakref.finalize(self, _remove, self._handles).atexit = False
@@ -263,7 +262,7 @@ class Capture:
     def clear(self) -> None:
         """Forget recorded passes."""
         self.passes.clear()
-        self._open = None
+        self._running.open = None
 
     def __enter__(self) -> Capture:
         """Return the capture itself."""
@@ -291,19 +290,17 @@ class Capture:
         alive = [isinstance(one, Tensor) and one.requires_grad for one in outputs]
         if not any(alive):
             return
-        if self._open is None:
-            self._open_pass()
-        assert self._open is not None
+        current = self._running.open or self._open_pass()
         key, shapes = (call.module, call.key), [one.shape for one in outputs]
-        place = (*key, self._open.numbers[key], len(shapes[0]))
+        place = (*key, current.numbers[key], len(shapes[0]))
         recorded = RecordedCall(call, kind, place, shapes, alive)
-        self._open.numbers[key] += 1
-        self._open.calls.append(recorded)
+        current.numbers[key] += 1
+        current.calls.append(recorded)
         watching = self.watching is True or (self.watching and call.module in self.watching)
         recorded.user_gradients = [None] * len(outputs) if watching else []
         for index, output in enumerate(outputs):
             if alive[index]:
-                self._open.elements += output.numel()
+                current.elements += output.numel()
                 made = unviewed(output, call.inputs) if len(outputs) == 1 else output
                 inside: GradientEdge | None = call.options.pop("edge", None)
                 if self.recording:
@@ -323,14 +320,14 @@ class Capture:
             mode = RecordProducts(wanted, self._record)
             if mode.watched:
                 mode.__enter__()  # type: ignore[no-untyped-call]
-                self._products = mode
+                self._running.products = mode
 
     def _forget_product(self, call: LayerCall) -> None:
         """Forget the product inside a layer's call, which counts as the call."""
-        if self._open is None or not call.inputs:
+        current = self._running.open
+        if current is None or not call.inputs:
             return
-        place = call.inputs[0].data_ptr()
-        calls = self._open.calls
+        place, calls = call.inputs[0].data_ptr(), current.calls
         for number in range(len(calls) - 1, -1, -1):
             one = calls[number].call
             inside = one.module is call.module and is_product(calls[number].kind)
@@ -338,14 +335,15 @@ class Capture:
                 del calls[number]
                 return
 
-    def _open_pass(self) -> None:
-        self._open = ForwardPass(has_edges=self.recording)
-        self.passes.append(self._open)
+    def _open_pass(self) -> ForwardPass:
+        opened = self._running.open = ForwardPass(has_edges=self.recording)
+        self.passes.append(opened)
         number = WAITING_PASSES[self.model.training]
         while len(self.passes) > number:
             if sum(one.elements for one in self.passes) <= WAITING_ELEMENTS:
                 break
             del self.passes[0]
+        return opened
 
     # Pulling back.
 
@@ -463,6 +461,21 @@ def _remove(handles: list[Any]) -> None:
     handles.clear()
 
 
+class _Running(threading.local):
+    """What is under way in a thread, as others may run the same model, to evaluate it or to act.
+
+    Attributes:
+        open: The pass that is recorded.
+        modes: Layers that are recorded while they run, and what records them.
+        products: What records products in the pass.
+    """
+
+    def __init__(self) -> None:
+        self.open: ForwardPass | None = None
+        self.modes: list[tuple[nn.Module, TorchFunctionMode]] = []
+        self.products: RecordProducts | None = None
+
+
 def _parent(name: str) -> str | None:
     """Return the qualified name of the module that holds another; None for the model."""
     return name.rpartition(".")[0] if name else None
@@ -526,7 +539,7 @@ def _after_layer(
     for call in kind.observe(module, args, kwargs, output):
         if capture.shards and type(module) is nn.Linear:
             check_features_spread(module, call.inputs[0], output)
-        if capture._products is not None and not isinstance(kind, GenericKind):
+        if capture._running.products is not None and not isinstance(kind, GenericKind):
             capture._forget_product(call)
         capture._record(kind, call)
 
@@ -539,7 +552,7 @@ def _before_model(capture: Capture, module: nn.Module, args: Any) -> None:
         return
     if capture.on_forward is not None:
         capture.on_forward()
-    capture._open = None
+    capture._running.open = None
     if capture._active():
         capture._open_pass()
         if capture.sources.by_products or not capture.sources.checked:
@@ -549,10 +562,10 @@ def _before_model(capture: Capture, module: nn.Module, args: Any) -> None:
 @outside_graphs
 def _after_model(capture: Capture, module: nn.Module, args: Any, output: Any) -> Any:
     """Watch the output; where it has several heads, return it with heads made of one tensor."""
-    current = capture._open
+    current = capture._running.open
     if current is None or not capture._active():
         return None
-    capture._open = None
+    capture._running.open = None
     selected, replaced = select_output(output, capture.select), None
     heads: dict[Any, Tensor] = {}
     if isinstance(selected, dict):
@@ -637,7 +650,7 @@ def _after_model(capture: Capture, module: nn.Module, args: Any, output: Any) ->
 
 @outside_graphs
 def _stop_products(capture: Capture, module: nn.Module, args: Any, output: Any) -> None:
-    mode, capture._products = capture._products, None
+    mode, capture._running.products = capture._running.products, None
     if mode is not None:
         mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
@@ -647,10 +660,10 @@ def _before_recorded(kind: LayerKind, capture: Capture, module: nn.Module, args:
     if capture._active():
         mode = kind.recorder(module, functools.partial(capture._record, kind))
         mode.__enter__()
-        capture._modes.append((module, mode))
+        capture._running.modes.append((module, mode))
 
 
 @outside_graphs
 def _after_recorded(capture: Capture, module: nn.Module, args: Any, output: Any) -> None:
-    if capture._modes and capture._modes[-1][0] is module:
-        capture._modes.pop()[1].__exit__(None, None, None)
+    if capture._running.modes and capture._running.modes[-1][0] is module:
+        capture._running.modes.pop()[1].__exit__(None, None, None)
