@@ -740,6 +740,41 @@ def test_exports_of_a_model_in_training(name):
     assert losses[0] == losses[1]
 
 
+def test_gradients_at_inputs_alone_are_not_those_of_training():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    with Capture(model) as capture:
+        capture.on_backward = lambda recorded: None
+        x = normal(5, 3).requires_grad_()
+        out, vectors = model(x), normal(2, 5, 2)
+        (recorded,) = capture.passes
+        torch.autograd.grad(out, x, vectors[0], create_graph=True)
+        assert recorded.cotangent is None and not recorded.retained
+        for wanted in ([x, *model.parameters()], list(model.parameters())):
+            torch.autograd.grad(out, wanted, vectors[1], create_graph=True)
+            torch.testing.assert_close(recorded.cotangent, vectors[1])
+            assert recorded.retained
+            recorded.cotangent = None
+
+
+@pytest.mark.parametrize("kind", [natgrad.KFAC, natgrad.ExactNGD])
+def test_a_loss_of_derivatives_whose_graph_is_kept(kind):
+    x, y, found = normal(16, 3).float(), normal(16, 3, seed=1).float(), []
+    for keeps in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+        optimizer = kind(model, "gaussian")
+        with pytest.warns(UserWarning, match="saw no backward pass") as told:
+            for _ in range(3):
+                optimizer.zero_grad()
+                inputs = x.clone().requires_grad_()
+                (score,) = torch.autograd.grad(model(inputs).sum(), inputs, create_graph=True)
+                (score - y).square().sum(1).mean().backward(retain_graph=keeps)
+                optimizer.step()
+        assert len(told) == 1
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*found)
+
+
 class Interrupted(nn.Module):
     """A model that runs in other threads, too, in the middle of a pass."""
 

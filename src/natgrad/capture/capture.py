@@ -49,6 +49,7 @@ from natgrad.capture.model_output import (
 from natgrad.capture.normalization import batch_norms, fix_statistics, run_outside_graph
 from natgrad.capture.product_kinds import is_product, watched_parameters
 from natgrad.capture.products import RecordProducts
+from natgrad.capture.purpose import purpose_of
 from natgrad.capture.row_check import RowCheck
 from natgrad.capture.row_sources import RecordedCall, RowSources
 from natgrad.capture.rows import RowBuilder
@@ -614,6 +615,11 @@ def _after_model(capture: Capture, module: nn.Module, args: Any, output: Any) ->
                 "waited for it"
             )
             return
+        # With create_graph=True the user may differentiate the output itself (as in a
+        # physics-informed loss); whether training backpropagates is seen at the step.
+        retained = torch.is_grad_enabled()
+        if retained and not found.shards and purpose_of(found.model, recorded) == "inputs":
+            return
         source, returned = recorded.source, recorded.returned
         assert source is not None
         changed = returned is not None and source._version != recorded.version
@@ -627,11 +633,9 @@ def _after_model(capture: Capture, module: nn.Module, args: Any, output: Any) ->
             with torch.enable_grad():
                 recorded.output = recorded.samples_first(returned)
         recorded.task = present_pass()
-        # With create_graph=True the user may differentiate the output itself (as in a
-        # physics-informed loss); whether training backpropagates is seen at the step.
-        recorded.retained = torch.is_grad_enabled()
+        recorded.retained = retained
         recorded.cotangent = recorded.samples_first(cotangent.detach().reshape(source.shape))
-        if found.on_backward is not None and not recorded.retained:
+        if found.on_backward is not None and not retained:
             found.on_backward(recorded)
 
     def reached_before_cast(cotangent: Tensor) -> None:

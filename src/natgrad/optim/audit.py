@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from natgrad.capture import Capture, ForwardPass
 from natgrad.capture.hooks import is_pulling_back
+from natgrad.capture.purpose import purpose_for
 from natgrad.capture.rows import batched_gradients
-from natgrad.optim.purpose import purpose_for
 
 #: Relative difference of two gradients of one graph that counts as rounding.
 ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3}

@@ -17,6 +17,7 @@ from natgrad import linalg
 from natgrad.capture import Capture, ForwardPass
 from natgrad.capture.hooks import outside_graphs, own_backward
 from natgrad.capture.model_output import Selection
+from natgrad.capture.purpose import purpose_of
 from natgrad.curvature import Curvature
 from natgrad.distributed import Replicas
 from natgrad.distributed.place import PlacedGenerator
@@ -26,7 +27,6 @@ from natgrad.likelihoods import Likelihood
 from natgrad.optim.audit import Findings, GradientAudit
 from natgrad.optim.layer_gradients import LayerGradients
 from natgrad.optim.options import Refresh
-from natgrad.optim.purpose import purpose_of
 from natgrad.optim.step.isotropic_rate import IsotropyProbe
 from natgrad.optim.step.quadratic_model import BatchFisher, RowReceivers
 

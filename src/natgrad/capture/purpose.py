@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from natgrad.capture import ForwardPass
+from natgrad.capture.forward_pass import ForwardPass
 from natgrad.capture.hooks import inside_backward
 
 Purpose = Literal["train", "ask", "inputs"]
