@@ -396,6 +396,26 @@ def test_kl_clip_is_exact_with_more_rows_than_parameters():
     torch.testing.assert_close(*steps)
 
 
+def test_kl_clip_bounds_steps_where_curvature_vanishes():
+    """A saturated softmax has a gradient and no curvature: all but one weight stay in reach."""
+    x, y = normal(8, 4, seed=0), torch.zeros(8, dtype=torch.long)
+    for clip in (0.1, None):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Linear(6, 3)).double()
+        with torch.no_grad():
+            model[3].bias[1] = 60.0
+        origin = copy.deepcopy(model)
+        optimizer = natgrad.ExactNGD(model, fisher="exact", kl_clip=clip)
+        train(optimizer, [lambda: functional.cross_entropy(model(x), y)])  # noqa: B023
+        pairs = zip(model.parameters(), origin.parameters(), strict=True)
+        changes = sorted(
+            ((p - q).norm() / max(q.norm(), (len(q) / 3) ** 0.5)).item()
+            for p, q in pairs
+            if q.dim() > 1
+        )
+        assert changes[-2] == pytest.approx(1.0) if clip else changes[-2] > 3.0
+
+
 # -- the gradient may come about in many ways ------------------------------------------------------
 
 

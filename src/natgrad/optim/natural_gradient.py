@@ -40,6 +40,7 @@ from natgrad.optim.step.measures import (
     measure,
     on_host,
     scalar_checks,
+    second_largest_change,
 )
 from natgrad.optim.step.noise_to_signal import NoiseToSignal
 from natgrad.optim.step.plan import StepPlan
@@ -85,7 +86,9 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
             :class:`natgrad.fisher.FisherType` with options of its own.
         kl_clip: Bound on ``η² ΔᵀFΔ``, twice the change (Kullback-Leibler divergence) of the
             output distribution that the curvature predicts for a step; larger steps are scaled
-            down to it, before momentum. None for no bound.
+            down to it, before momentum. At a learning rate, with lengths neither measured nor
+            grafted, so are steps that would change two weights, vectors aside, by more than their
+            norms: curvature vanishes where outputs saturate. None for no bound.
         refresh: When curvature is updated, averaged and inverted, a :class:`natgrad.Refresh`.
         step_rule: How a natural gradient becomes a step, a :class:`natgrad.StepRule`: its length,
             the kind of momentum and decay, further bounds, grafting.
@@ -438,10 +441,9 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
             state = state.measured(rule, inner, square, found["scale"], found["largest"])
             if isinstance(self.preconditioner.observer.likelihood, Gaussian):
                 self._noise = self._noise.measured(found["largest"], rule.memory)
-        pairs = zip(grouped.groups, found.get("changes", ()), strict=False)
-        changes = sorted(rate_of(group) * change for group, pair in pairs for change in pair)
+        change = second_largest_change(found, [rate_of(group) for group in grouped.groups])
         lengthened = rule.lengthened(self._noise.ratio)
-        length = state.length(inner, changes[-2] if changes else 0.0, lengthened)
+        length = state.length(inner, change, lengthened)
         rates = [rate_of(group) * (1.0 - group["momentum"]) for group in grouped.groups]
         kept = max((group["momentum"] for group in grouped.groups), default=0.0)
         slope = max(rates, default=0.0) * length * inner + kept * max(0.0, -along)

@@ -25,6 +25,9 @@ from natgrad.statistics.rows import RowStatistics
 if TYPE_CHECKING:
     from natgrad.optim.preconditioner import Preconditioner
 
+#: How far two weights may move, in their norms, where no length is measured.
+LARGEST_MOVE = 1.0
+
 #: Values measured on the device for one step, by name.
 Measures = dict[str, Any]
 
@@ -74,7 +77,8 @@ def measure(
         else:
             column = curvature.layout.to_column({n: whole(value) for n, value in natural.items()})
             measures["quadratic"] = (column * curvature.matrix().multiply(column)).sum()
-    weights = _weights(natural, grouped) if rule.measured is not None else []
+    bounded = rule.measured is not None or _bounds_changes(grouped)
+    weights = _weights(natural, grouped) if bounded else []
     if any(weights):
         held: dict[str, Tensor] = {name: grouped.parameters[name] for name in natural}
         if grouped.replicas.are_alone:  # In tensor parallelism nobody averages shards.
@@ -99,6 +103,28 @@ def _is_summed(curvature: Curvature) -> bool:
         return False
     averages = [present.average for present in curvature.estimates.values()]
     return any(isinstance(a, RowStatistics) and a.moment is not None for a in averages)
+
+
+def _bounds_changes(grouped: PreconditionedGroups) -> bool:
+    """Return whether weights bound a step at a learning rate, where curvature is to do so.
+
+    Where outputs saturate it vanishes, and with it that bound: ``Δ`` is then ``∇L/λ``.
+    """
+    rule = grouped.rule
+    plain = not rule.keeps_steps and rule.graft is None
+    return plain and any(group["kl_clip"] is not None for group in grouped.groups)
+
+
+def second_largest_change(measures: Measures, rates: Sequence[float]) -> float:
+    """Return the second largest ``η‖Δ_W‖/‖W‖`` of all weights W, 0 where none was measured.
+
+    Args:
+        measures: What was measured of the directions.
+        rates: η of every group.
+    """
+    pairs = zip(rates, measures.get("changes", ()), strict=False)
+    changes = sorted(rate * change for rate, pair in pairs for change in pair)
+    return changes[-2] if changes else 0.0
 
 
 def _weights(natural: dict[str, Tensor], grouped: PreconditionedGroups) -> list[list[str]]:
@@ -192,7 +218,8 @@ def clip_scales(
 ) -> list[float]:
     """Return the factor, at most 1, by which the clips shorten every group's step.
 
-    ``kl_clip`` bounds ``η²δᵀFδ``; then ``norm_clip`` the norm of all groups' ηδ together.
+    ``kl_clip`` bounds ``η²δᵀFδ`` and, at a learning rate, ηδ for all weights but one by their
+    norms; then ``norm_clip`` the norm of all groups' ηδ together.
 
     Args:
         measures: What was measured of the directions.
@@ -208,6 +235,11 @@ def clip_scales(
     for index, (group, lr) in enumerate(zip(grouped.groups, rates, strict=True)):
         if group["kl_clip"] is not None and quadratic > 0 and lr:
             scales[index] = min(1.0, (group["kl_clip"] / (quadratic * lr**2)) ** 0.5)
+    if _bounds_changes(grouped):
+        moves = [lr * scale for lr, scale in zip(rates, scales, strict=True)]
+        change = second_largest_change(measures, moves)
+        if change > LARGEST_MOVE:
+            scales = [scale * LARGEST_MOVE / change for scale in scales]
     norm_clip = grouped.rule.norm_clip
     if norm_clip is not None and "grams" in measures:
         squares = [quadratic_form(coefficients, gram) for gram in measures["grams"]]
