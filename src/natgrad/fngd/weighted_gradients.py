@@ -23,7 +23,13 @@ from natgrad.capture.kinds import LayerKind
 from natgrad.capture.linear import LinearKind, TransposedLinearKind
 from natgrad.fngd.coefficients import Coefficients
 from natgrad.layouts import BlockLayout, inner_product
-from natgrad.optim.fused.own_backward import Gradients, LayerProduct, LinearProduct, OwnBackward
+from natgrad.optim.fused.own_backward import (
+    Gradients,
+    LayerProduct,
+    LinearProduct,
+    OwnBackward,
+    leave_with,
+)
 
 # The products of which a backward pass is made, with a weight per sample.
 
@@ -209,7 +215,8 @@ class CoefficientClock:
         self.samples: int = 0
         self.indices: Tensor | None = None
         hook = ModelHook(self, CoefficientClock._before_model)
-        model.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+        handle = model.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+        leave_with(self, [handle])
 
     @outside_graphs
     def _before_model(self, module: nn.Module, args: Any, kwargs: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -333,3 +334,22 @@ def test_structures_without_factored_inverse_are_refused(structure, options, err
 def test_options_that_need_the_plain_gradient_are_refused(options: dict) -> None:
     with pytest.raises(ValueError, match="never forms the plain gradient"):
         make_optimizer(natgrad.KFAC, make_model(), fused=True, **options)
+
+
+@pytest.mark.parametrize("method", ["fused", "coefficients"])
+def test_hooks_go_with_the_optimizer(method: str) -> None:
+    """Whoever exports the model afterwards finds it as it was."""
+    model = make_model()
+    if method == "fused":
+        optimizer = make_optimizer(natgrad.KFAC, model, fused=True, **OPTIONS)
+    else:
+        optimizer = natgrad.FNGD(model, coefficient_steps=1)
+    for seed in range(3):
+        optimizer.zero_grad()
+        backward(model, seed)
+        optimizer.step()
+    assert any(module._forward_hooks for module in model.modules())
+    del optimizer
+    gc.collect()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    torch.jit.script(model)

@@ -9,6 +9,7 @@ gradients are the modified gradients of the sums and averages.
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
@@ -72,6 +73,27 @@ class LinearProduct(LayerProduct):
         return weight.T if self.transposed else weight, d.sum(0)
 
 
+def remove_hooks(handles: list[Any]) -> None:
+    """Take hooks away, once.
+
+    Args:
+        handles: What torch returned for them; none are left.
+    """
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+
+
+def leave_with(owner: object, handles: list[Any]) -> None:
+    """Take hooks out of a model when whom they belong to is gone.
+
+    Args:
+        owner: The object that the hooks are bound to, weakly.
+        handles: What torch returned for them.
+    """
+    weakref.finalize(owner, remove_hooks, handles).atexit = False
+
+
 class OwnBackward(ABC):
     """Lays a backward pass of its own over layers, for parameters that belong together.
 
@@ -92,12 +114,11 @@ class OwnBackward(ABC):
             module.register_forward_hook(hook, prepend=True, with_kwargs=True)
             for module in self.products
         ]
+        leave_with(self, self._handles)
 
     def remove(self) -> None:
         """Give the layers their own backward pass back."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        remove_hooks(self._handles)
 
     def reset(self) -> None:
         """Forget what was accumulated."""
