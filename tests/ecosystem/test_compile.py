@@ -110,11 +110,32 @@ class _Classifier(nn.Module):
         return self.layers(x)
 
 
-def test_models_that_ran_compiled_before():
+@pytest.mark.parametrize("how", ["from outside", "in place", "one of its layers", "another"])
+def test_models_that_ran_compiled_before(how):
+    """They are compiled anew, with the hooks of their layers."""
+    plain, model = _Classifier(), _Classifier()
+    data = batches(3)
+    train(plain, make("kfac", plain), data)
+    compiled = model
+    if how in ("from outside", "another"):
+        compiled = torch.compile(model, backend="eager")
+    else:
+        (model if how == "in place" else model.layers).compile(backend="eager")
+    ran = torch.compile(_Classifier(), backend="eager") if how == "another" else compiled
+    ran(data[0][0])
+    optimizer = make("kfac", model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="natgrad")
+        train(compiled, optimizer, data)
+    torch.testing.assert_close(flat(model), flat(plain), rtol=1e-9, atol=1e-12)
+    assert_curvature_everywhere(optimizer)
+
+
+def test_models_that_ran_inside_of_a_compiled_function_before():
     """The hooks of their layers are not called, and whoever trains them is told."""
     model = _Classifier()
     data = batches(1)
-    compiled = torch.compile(model, backend="eager")
+    compiled = torch.compile(lambda x: model(x), backend="eager")
     compiled(data[0][0])
     optimizer = make("kfac", model)
     with pytest.warns(UserWarning, match=r"torch.compiler.reset\(\)"):

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -145,6 +145,26 @@ def outside_graphs(function: _Function) -> _Function:
     # The compiler makes a few versions at most of what has one code, as all these calls would.
     call.__code__ = call.__code__.replace(co_name=function.__name__)  # type: ignore[attr-defined]
     return call  # type: ignore[return-value]
+
+
+def forget_compiled(model: nn.Module) -> None:
+    """Have what ``torch.compile`` made of a model made again, with the hooks that it has now.
+
+    Compiled code is kept by what it was compiled from, without a look at hooks. As that belongs to
+    all models of a kind, code of another one counts, too; that of a function that calls the model
+    is not known to belong to it.
+    """
+    if "torch._dynamo" not in sys.modules:
+        return
+    from torch._dynamo.convert_frame import input_codes
+    from torch._dynamo.external_utils import wrap_inline
+
+    calls: list[Any] = [nn.Module._wrapped_call_impl, nn.Module._call_impl]
+    calls.append(wrap_inline(_inert))  # All that is compiled from outside has its code.
+    calls += [type(module).forward for module in model.modules()]
+    codes = [getattr(call, "__code__", None) for call in calls]
+    if any(code is not None and code in input_codes for code in codes):
+        torch.compiler.reset()
 
 
 def _inert(*_: Any, **__: Any) -> None:

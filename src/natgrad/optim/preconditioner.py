@@ -14,7 +14,7 @@ from natgrad import linalg
 from natgrad.arguments import check_damping, check_kind, refuse_shards
 from natgrad.capture import Capture
 from natgrad.capture.blocks import find_blocks, names_by_reason
-from natgrad.capture.hooks import outside_graphs
+from natgrad.capture.hooks import forget_compiled, outside_graphs
 from natgrad.capture.model_output import unwrap
 from natgrad.curvature import Curvature, KroneckerFactors, Structure, as_structure
 from natgrad.curvature.curvature import Estimate
@@ -119,6 +119,7 @@ class Preconditioner(CopiedByState):
             sums_coupled=kind.independent and structure.additive and structure.by_layer,
         )  # fmt: skip
         self.model: nn.Module = self.capture.model
+        forget_compiled(self.model)
         self.parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())
         layouts = {name: block.layout for name, block in self.capture.blocks.items()}
         self.curvature: Curvature = Curvature(structure, layouts, self.capture.layout)
@@ -588,8 +589,8 @@ class Preconditioner(CopiedByState):
                 f"not updated{meanwhile}: call the model itself (not its parts), pass "
                 "output=lambda out: ... if the output is not the first tensor, or call "
                 "update_fisher(output) before loss.backward() (natgrad.ResidualNGD is there for "
-                "losses of derivatives of the network; a model that was compiled and has run "
-                "before the optimizer was made needs torch.compiler.reset() in between)",
+                "losses of derivatives of the network; a model that has run inside of a compiled "
+                "function before the optimizer was made needs torch.compiler.reset() in between)",
                 stacklevel=5,
             )
 
