@@ -113,6 +113,7 @@ class Preconditioner(CopiedByState):
             )
         likelihood, kind = as_likelihood(likelihood), as_fisher_type(fisher)
         mesh = mesh_group(unwrap(model))
+        _check_has_values(model)
         self.capture: Capture = Capture(
             model, likelihood.selection(output), excluded=excluded, batch_dim=batch_dim,
             shards=any(map(is_sharded, model.parameters())),
@@ -403,8 +404,9 @@ class Preconditioner(CopiedByState):
             self.distrust(
                 found.foreign,
                 "its gradient does not come through the output that the likelihood looks at (but "
-                "of a second head, which likelihood={...} takes, another term of the loss or "
-                "derivatives of the network)",
+                "of a second head, which likelihood={...} takes, another term of the loss, "
+                "derivatives of the network, or the inside of a checkpoint with "
+                "use_reentrant=True, which use_reentrant=False lets through)",
             )
 
     def blocks_without_rows(self) -> dict[str, str]:
@@ -691,6 +693,20 @@ class Preconditioner(CopiedByState):
             observer.forget()
 
         return restore
+
+
+def _check_has_values(model: nn.Module) -> None:
+    """Refuse parameters without values.
+
+    Raises:
+        ValueError: If one is on the meta device.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.is_meta:
+            raise ValueError(
+                f"parameter {name!r} is on the meta device, without values: initialise or load the "
+                "model first, and then hand it over"
+            )
 
 
 def _listed(names: Collection[str]) -> str:
