@@ -131,6 +131,14 @@ def test_models_that_ran_compiled_before(how):
     assert_curvature_everywhere(optimizer)
 
 
+def test_programs_of_jit_where_the_compiler_is_loaded():
+    plain, data = perceptron(), batches(3)
+    model = torch.jit.trace(perceptron(), data[0][0])
+    for one in (plain, model):
+        train(one, make("exact", one), data)
+    torch.testing.assert_close(flat(model), flat(plain), rtol=1e-7, atol=1e-9)
+
+
 def test_models_that_ran_inside_of_a_compiled_function_before():
     """The hooks of their layers are not called, and whoever trains them is told."""
     model = _Classifier()

@@ -161,7 +161,8 @@ def forget_compiled(model: nn.Module) -> None:
 
     calls: list[Any] = [nn.Module._wrapped_call_impl, nn.Module._call_impl]
     calls.append(wrap_inline(_inert))  # All that is compiled from outside has its code.
-    calls += [type(module).forward for module in model.modules()]
+    # Programs of torch.jit have none.
+    calls += [getattr(type(module), "forward", None) for module in model.modules()]
     codes = [getattr(call, "__code__", None) for call in calls]
     if any(code is not None and code in input_codes for code in codes):
         torch.compiler.reset()
