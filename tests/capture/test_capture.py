@@ -775,6 +775,36 @@ def test_a_loss_of_derivatives_whose_graph_is_kept(kind):
     assert torch.equal(*found)
 
 
+class Pooled(nn.Module):
+    """Sums nodes of graphs, which lie one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor, sizes: list[int]) -> Tensor:
+        graph = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        pooled = x.new_zeros(len(sizes), 5).index_add(0, graph, torch.tanh(self.first(x)))
+        return self.last(pooled)
+
+
+@pytest.mark.parametrize("odd", [[2, 4, 5, 5], [2, 4, 3, 4]])
+def test_graphs_that_are_equally_large_at_first(odd):
+    """Whether or not their nodes could be shared out equally among them."""
+    model = Pooled().double()
+    with Capture(model) as capture:
+        for sizes in ([3] * 4, [3] * 4, [3] * 4, [3] * 4, odd, [2, 4, 3, 3], [5, 1, 4, 2], [3] * 4):
+            out = model(normal(sum(sizes), 3), sizes)
+            vectors = normal(2, *out.shape)
+            found = capture.pull_back(out, vectors).to_dense()
+            each = [out[n] @ vectors[k, n] for n in range(len(out)) for k in range(2)]
+            rows = [
+                torch.autograd.grad(z, list(model.parameters()), retain_graph=True) for z in each
+            ]
+            truth = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+            torch.testing.assert_close(found, truth)
+
+
 class Interrupted(nn.Module):
     """A model that runs in other threads, too, in the middle of a pass."""
 

@@ -384,6 +384,8 @@ class Capture:
             self._check(recorded)
 
     def _check(self, recorded: ForwardPass) -> None:
+        if not self.shards:  # Processes that hold shards look together.
+            self.sources.look_at_sizes(recorded.calls, recorded.samples)
         if not self.sources.knows(recorded.calls):
             assert recorded.output is not None
             self.row_check.check(recorded.calls, recorded.output)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from natgrad.capture.generic import GenericKind
-from natgrad.capture.row_sources import UNCALLED, Place, RecordedCall
+from natgrad.capture.row_sources import COUPLED, UNCALLED, Place, RecordedCall
 from natgrad.capture.rows import (
     SPLIT_ELEMENTS,
     RowBuilder,
@@ -136,7 +136,7 @@ class RowCheck:
         sources.inseparable.update(sources.direct)
         for name, of in of_block.items():
             if any(sources.axis(one, samples) is None for one in of):
-                sources.inseparable[name] = "the samples of a batch are coupled in it or after it"
+                sources.inseparable[name] = COUPLED
 
     def _looks_again(self, calls: Sequence[RecordedCall], output: Tensor) -> bool:
         """Return whether another pass than the first is to be checked in full.

@@ -24,6 +24,7 @@ Gradients = list[Tensor | None]
 SHOWN = 6
 
 UNCALLED = "is used without a call of its module"
+COUPLED = "the samples of a batch are coupled in it or after it"
 
 
 @dataclass(eq=False)
@@ -144,6 +145,8 @@ class RowSources:
         self.checked: bool = False
         self.passes: int = 0
         self.settled: bool = False
+        self._sizes: dict[Place, float] = {}
+        self._resized: set[Place] = set()
 
     def are_of_layers(self, name: str) -> bool:
         """Return whether a block's rows come from calls of its layers alone."""
@@ -216,6 +219,22 @@ class RowSources:
         # Modules that are run again may have become random or coupled since.
         return self.settled and not self._rerun and all(one.place in self.axes for one in recorded)
 
+    def look_at_sizes(self, recorded: Sequence[RecordedCall], samples: int) -> None:
+        """Have samples looked for again when they first take more or fewer entries of an output.
+
+        They may be unequally large then, as graphs are, although those of other passes were not.
+        """
+        for one in recorded:
+            axis = self.axes.get(one.place)
+            if axis is None or not (one.edges and samples) or one.place in self._resized:
+                continue
+            if one.kind.own_layout and not isinstance(one.kind, GenericKind):
+                continue
+            size = one.shapes[0][axis.dim] / samples
+            if self._sizes.setdefault(one.place, size) != size:
+                self._resized.add(one.place)
+                self.passes, self.settled = 0, False
+
     def explained(self) -> list[str]:
         """Return the blocks whose rows are compared with gradients."""
         return [n for n in self.blocks if n not in self.direct and n not in self.unavailable]
@@ -268,6 +287,25 @@ class RowSources:
             laid_out = kind.samples_first(one.call, torch.empty(1, *shape, device="meta"))
             return axis if laid_out is None or laid_out.shape[1] % samples == 0 else None
         return axis if len(shape) > axis.dim and shape[axis.dim] % samples == 0 else None
+
+    def find_axes(self, calls: Sequence[RecordedCall], samples: int) -> None:
+        """Set where the samples of calls lie.
+
+        What has no room for equally large samples in one pass, as the nodes of unlike graphs have
+        not, is coupled from then on: where it has, in another, they need not be equally large.
+        """
+        ragged: dict[Place, SampleAxis | None] = {}
+        for one in calls:
+            one.axis = self.axis(one, samples)
+            known = self.axes.get(one.place) is None or one.call.module in self.whole
+            if one.axis is None and not known:
+                ragged[one.place] = None
+        if ragged:
+            self.axes.update(ragged)
+            for name, of in self.by_block(calls).items():
+                if any(one.place in ragged for one in of):
+                    self.inseparable[name] = COUPLED
+            self.tell_coupled(ragged)
 
     def tried(self, calls: Sequence[RecordedCall]) -> list[tuple[str, list[RecordedCall]]]:
         """Return blocks that have products which are not known to be rows of theirs, and these."""

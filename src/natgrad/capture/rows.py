@@ -71,8 +71,7 @@ class RowBuilder:
         calls = list(dict.fromkeys(one for of in own.values() for one in of))
         layers = sum(prod(shape) for one in recorded for shape in one.shapes)
         self._elements = max(layers, output.numel())
-        for one in calls:
-            one.axis = self.sources.axis(one, samples)
+        self.sources.find_axes(calls, samples)
         coupled = {name for name, of in own.items() if any(one.axis is None for one in of)}
         mixed = list(dict.fromkeys(one for name in coupled for one in own[name]))
         alone = samples > 1 and not independent
@@ -157,11 +156,11 @@ class RowBuilder:
         for one in recorded:
             given = one.user_gradients
             if any(g is not None for g in given):
-                one.axis = self.sources.axis(one, samples)
                 own = [g if g is None or unscaled else g * scale for g in given]
                 one.gradients = [None if g is None else g[None] for g in own]
                 one.apart = one.gradients
                 calls.append(one)
+        self.sources.find_axes(calls, samples)
         found: dict[str, LayerJacobian] = {}
         with self.forming(calls):
             for name, of in self.sources.by_block(calls).items():
