@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 
 import pytest
@@ -14,10 +15,10 @@ import natgrad
 from tests.cases import normal
 
 METHODS = {
-    "kfac": lambda model, likelihood: natgrad.KFAC(model, likelihood),
-    "kfac_exact": lambda model, likelihood: natgrad.KFAC(model, likelihood, fisher="exact"),
-    "kfac_empirical": lambda model, likelihood: natgrad.KFAC(model, likelihood, fisher="empirical"),
-    "isotropic": lambda model, likelihood: natgrad.KFAC(model, likelihood, lr="isotropic"),
+    "kfac": natgrad.KFAC,
+    "kfac_exact": functools.partial(natgrad.KFAC, fisher="exact"),
+    "kfac_empirical": functools.partial(natgrad.KFAC, fisher="empirical"),
+    "isotropic": functools.partial(natgrad.KFAC, lr="isotropic"),
     "ekfac": natgrad.EKFAC,
     "exact_ngd": natgrad.ExactNGD,
     "singd": natgrad.SINGD,

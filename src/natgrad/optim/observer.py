@@ -140,6 +140,10 @@ class Observer:
         #: Takes the rows of the last pass back, and those of all passes of the step.
         self._take_back: Callable[[], None] = lambda: None
         self._take_all_back: Callable[[], None] | None = None
+        #: Whether rows of a pass of the step were taken again, with what further losses count.
+        self._retaken = False
+        #: The random numbers' state before those of the last pass in which nothing counted.
+        self._undrawn: Tensor | None = None
         #: Whether the likelihood has been held against the gradient of the loss.
         self.compared: bool = False
         #: Called before anything of a step changes.
@@ -214,7 +218,7 @@ class Observer:
             self._reached(recorded, purpose == "ask")
 
     def _reached(self, recorded: ForwardPass, asked: bool) -> None:
-        if self.replicas.are_alone and not any(one.told for one in self.seen):
+        if not any(one.told for one in self.seen):
             trains = any(not one.asked for one in self.seen)
             if asked and trains and not self.sees(recorded):
                 return  # A look at gradients beside those that train.
@@ -239,7 +243,8 @@ class Observer:
     def _see_again(self, place: int, asked: bool) -> None:
         """Let a further backward pass through an output count as it does in ``.grad``.
 
-        Every loss may have a pass of its own, which shows the events that it counts alone.
+        Every loss may have a pass of its own, which shows the events that it counts alone. Nobody
+        is asked in other processes, which need not have as many.
 
         Args:
             place: Where among the passes of the step it is.
@@ -257,7 +262,7 @@ class Observer:
         recorded.cotangent = total
         known = replace(present, cotangent=total, asked=asked and present.asked)
         self.seen[place] = known
-        if present.weights is _NOTHING or looks or not self.replicas.are_alone:
+        if present.weights is _NOTHING or looks:
             return
         found = self._weighed(recorded, total)
         self.seen[place] = weighed = replace(
@@ -277,6 +282,11 @@ class Observer:
             )
             return
         self._take_back()
+        self._retaken = True
+        if present.is_empty and self._undrawn is not None:
+            self.generator.set_state(self._undrawn)
+        if weighed.is_empty:
+            self._draw_in_step(recorded)
         self._take_rows(weighed)
 
     def _forget_looks(self, recorded: ForwardPass) -> None:
@@ -289,10 +299,17 @@ class Observer:
         self.seen, self._take_all_back = [], None
 
     def complete(self) -> None:
-        """Let gradients at the layers' outputs be those of all backward passes of the step."""
+        """Let gradients at the layers' outputs be those of all backward passes of the step.
+
+        Sums over processes that are on their way begin anew in all where one has other rows by now.
+        """
         for one in self.seen:
             if one.gradients is not None:
                 one.gradients.complete()
+        shared = self.curvature.shared
+        if shared is not None and shared.begun:
+            if self.replicas.any(self._retaken, self.capture.layout.device):
+                self.curvature.drop_sums()
 
     def _begin_sums(self) -> None:
         """Let the sums over processes be on their way while the user's backward pass runs.
@@ -371,10 +388,17 @@ class Observer:
             len(output), one.has_silent, self.capture.layout.device
         )
         self.generator.place = self.curvature.place = place
-        if one.is_empty and self.rows_due:
-            likelihood = self.likelihood.of_shapes(one.recorded.heads)
-            draw_in_step(likelihood, self.fisher, output.detach(), self.generator)
+        if one.is_empty:
+            self._undrawn = self.generator.get_state()
+            self._draw_in_step(one.recorded)
         return replace(one, has_silent=silent)
+
+    def _draw_in_step(self, recorded: ForwardPass) -> None:
+        """Draw as other processes do for a pass in which nothing counts here."""
+        assert recorded.output is not None
+        if self.rows_due and not self.replicas.are_alone:
+            likelihood = self.likelihood.of_shapes(recorded.heads)
+            draw_in_step(likelihood, self.fisher, recorded.output.detach(), self.generator)
 
     def _weighed(self, recorded: ForwardPass, cotangent: Tensor | None) -> SeenPass:
         """Return a pass with the weights of its events; the one place where it is waited for."""
@@ -590,7 +614,7 @@ class Observer:
         if self.isotropy_probe is not None:
             self.isotropy_probe.clear()
         self.seen, self.failures, self.batch_fisher = [], [], None
-        self._take_back, self._take_all_back = lambda: None, None
+        self._take_back, self._take_all_back, self._retaken = lambda: None, None, False
         if not self.replicas.are_alone:
             self.curvature.drop_sums()
         if self.audit.active:
