@@ -150,12 +150,12 @@ def _compare(rows: LinearJacobian, gradients: dict[str, Tensor]) -> tuple[Tensor
     return share, ~((found - share * expected).norm() <= rounding)
 
 
-def batch_scale(observer: Observer, gradients: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the factor c from the batch's Fisher matrix F to the curvature of the loss.
+def batch_scale(observer: Observer, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the factor c from the batch's Fisher matrix F to the curvature of the loss, "scale".
 
-    With it comes a bound of ``⟨Δ, ∇L⟩²/ΔᵀFΔ`` over all Δ, by the gradients at the output
-    (:meth:`natgrad.likelihoods.Likelihood.largest_decrement`); without rows of the batch both are
-    0.
+    With it comes a bound of ``⟨Δ, ∇L⟩²/ΔᵀFΔ`` over all Δ, "largest", by the gradients at the output
+    (:meth:`natgrad.likelihoods.Likelihood.largest_decrement`), and how many events count, "count";
+    without rows of the batch all are 0.
 
     It is the scale of the user's loss, summed over passes that accumulate, times what the
     gradients were multiplied by since: the inverse of a loss scaler, or what clipping left.
@@ -176,14 +176,15 @@ def batch_scale(observer: Observer, gradients: dict[str, Tensor]) -> tuple[Tenso
         scale = torch.where((scale - 1.0).abs() < 1e-4, 1.0, scale)  # But for rounding it is 1.
         shown = isinstance(observer.likelihood, Categorical)
         scale = torch.where(usual, float(len(each)) if shown else 1.0, scale)
-    largest = _largest_decrement(observer, factor.device) * factor.square()
-    measures = {"scale": scale, "largest": torch.where(explained, largest, UNBOUNDED)}
+    largest, count = _largest_decrement(observer, factor.device)
+    largest = torch.where(explained, largest * factor.square(), UNBOUNDED)
+    measures = {"scale": scale, "largest": largest}
     observer.replicas.average(measures)
-    return measures["scale"], measures["largest"]
+    return {**measures, "count": count}
 
 
-def _largest_decrement(observer: Observer, device: torch.device) -> Tensor:
-    """Return the bound of all passes, with gradients at the output of a mean's size."""
+def _largest_decrement(observer: Observer, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the bound of all passes, with gradients at the output of a mean's size, and N."""
     squares, counts = [], []
     for one in observer.seen:
         output, cotangent = one.recorded.output, one.recorded.cotangent
@@ -199,7 +200,8 @@ def _largest_decrement(observer: Observer, device: torch.device) -> Tensor:
     own["count"] = torch.stack([zero, *counts]).sum()
     observer.replicas.average(own)
     total = (own["square"] * own["count"]).nan_to_num(nan=UNBOUNDED, posinf=UNBOUNDED)
-    return torch.where(total > 0, total, UNBOUNDED).clamp(max=UNBOUNDED)
+    largest = torch.where(total > 0, total, UNBOUNDED).clamp(max=UNBOUNDED)
+    return largest, own["count"] * observer.replicas.number
 
 
 def _factor_since(observer: Observer, gradients: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -438,7 +438,8 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
             terms = zip(grouped.dampings, found["grams"], strict=True)
             damped = found["scale"] * sum(d * gram[0][0] for d, gram in terms)
             square = found["fisher"] + damped
-            state = state.measured(rule, inner, square, found["scale"], found["largest"])
+            bounds = found["scale"], found["largest"], found["count"]
+            state = state.measured(rule, inner, square, *bounds)
             if isinstance(self.preconditioner.observer.likelihood, Gaussian):
                 self._noise = self._noise.measured(found["largest"], rule.memory)
         change = second_largest_change(found, [rate_of(group) for group in grouped.groups])

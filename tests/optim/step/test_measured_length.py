@@ -125,7 +125,7 @@ class Reference:
         self.decays = torch.zeros(size).double()
         self.v = torch.zeros(size).double()
         self.caution, self.ceiling, self.s = length.start, length.start, None
-        self.log_slope = None
+        self.log_slope, self.mean_slope, self.few = None, 0.0, 0.0
         self.log_k, self.measured, self.count, self.taken_back = None, 0, 0, 0
         self.ceiling, self.usual, self.zeta = 1.0, 0.0, 1.0
         self.long_log_k = 0.0
@@ -203,12 +203,14 @@ class Reference:
         slope = float(delta @ g)
         old = math.log(slope) if self.log_slope is None else self.log_slope
         self.log_slope = self.length.memory * old + (1 - self.length.memory) * math.log(slope)
+        self.mean_slope = 0.9 * self.mean_slope + 0.1 * slope if self.mean_slope else slope
         if measures:
             quadratic = float(delta @ (scale * f + scale * damping.diag()) @ delta)
             found = math.log(slope**2 / quadratic)
             if self.likelihood == "categorical":
                 found = min(found, math.log(scale * self.deviance(x, y)))
             self.measured += 1
+            self.few = min(1.0, 4 / len(x))
             memory = min(self.length.memory, 1 - 1 / self.measured)
             old = found if self.log_k is None else self.log_k
             self.log_k = memory * old + (1 - memory) * found
@@ -216,7 +218,7 @@ class Reference:
             self.long_log_k = memory * self.long_log_k + (1 - memory) * found
             if self.likelihood != "categorical":
                 self.follow(self.model(x).detach(), y)
-        usual = max(slope, math.exp(self.log_slope))
+        usual = max(slope, math.exp(self.log_slope), self.few * self.mean_slope)
         alpha = self.caution * self.zeta * self.rho * min(1 / scale, math.exp(self.log_k) / usual)
         alpha *= self.nu**-self.length.lengthening
         changes = sorted(
@@ -583,6 +585,27 @@ def test_a_step_behind_a_weight_that_starts_at_zero_promises_no_more_than_the_lo
     assert optimizer.preconditioner.observer.probe_layer == "0"
     assert body.weight.grad.count_nonzero() == 0
     assert 0.1 < math.exp(optimizer._length.log_decrement) <= 2.001 * loss
+
+
+@pytest.mark.parametrize("method", [natgrad.KFAC, natgrad.EKFAC])
+def test_two_samples_a_step_train(method):
+    """Of most of these the loss is small, and so is the slope, but never the average decrement."""
+    features = normal(512, 12, seed=0)
+    classes = torch.tanh(features @ normal(12, 5, seed=1)).argmax(1)
+    left = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(),
+                              nn.Linear(32, 5)).double()  # fmt: skip
+        optimizer = method(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Steps are taken back.
+            for _ in range(400):
+                some = torch.randint(512, (2,))
+                take(optimizer, model, "categorical", features[some], classes[some])
+        with torch.no_grad():
+            left.append(float(functional.cross_entropy(model(features), classes)))
+    assert sum(left) / 3 < 0.5 * math.log(5)
 
 
 def test_bounded_gradients_do_not_bound_the_way():

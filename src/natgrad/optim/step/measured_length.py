@@ -70,6 +70,9 @@ SURELY_LONGER = 3.0
 #: q̄/C beyond which a step leaves other batches worse than it found them.
 HARMFUL = 0.5
 
+#: How many events make ⟨Δ, g⟩ of a batch as good as its average over batches.
+FEW_EVENTS = 4.0
+
 #: How many q it takes to tell, each time.
 FEWEST_RATIOS = 4
 
@@ -95,8 +98,9 @@ class MeasuredLength:
     counts as no more than twice what the loss can fall (its deviance; of a cross-entropy without
     smoothed labels twice its mean): few labels drawn from confident predictions do not show how
     steep the loss is, and the squared residuals of wrong ones say far too much.
-    ⟨Δ, g⟩ stands for the larger of its present value and of its geometric moving average over
-    steps: a batch that is fitted already would stretch its noise to the decrement of another.
+    ⟨Δ, g⟩ stands for the largest of its present value, its geometric moving average over
+    steps, and min(1, 4/N) of its arithmetic one over some 20, in batches of N: a batch that is
+    fitted already would stretch its noise to the decrement of another, and of few samples most are.
     The learning rate is in the buffer, so that no schedule stretches old steps.
 
     No step is so long that two weights, vectors aside, change by more than 0.3 of their norms:
@@ -217,6 +221,8 @@ class LengthState:
         log_decrement: The average of log K; None before the first measurement.
         usual_log_decrement: The average of log K over more measurements.
         log_slope: The average of log ⟨Δ, g⟩; None before the first step.
+        mean_slope: The average of ⟨Δ, g⟩ over more steps.
+        few: ``min(1, 4/N)`` of batches of N events.
         scale: c, the curvature of the loss in units of the Fisher matrix.
         measurements: How many there were.
         caution: γ.
@@ -240,6 +246,8 @@ class LengthState:
     log_decrement: float | None = None
     usual_log_decrement: float = 0.0
     log_slope: float | None = None
+    mean_slope: float = 0.0
+    few: float = 0.0
     scale: float = 1.0
     measurements: int = 0
     caution: float = 1.0
@@ -265,6 +273,7 @@ class LengthState:
         quadratic: float,
         scale: float,
         largest: float = math.inf,
+        count: float = math.inf,
     ) -> LengthState:
         """Return the state after a measurement.
 
@@ -274,19 +283,22 @@ class LengthState:
             quadratic: ``cΔᵀ(F_b + λI)Δ``.
             scale: c.
             largest: What cK cannot exceed, were F_b not sampled.
+            count: N, how many events count in the batch.
         """
         if not (slope > 0 and quadratic > 0 and scale > 0 and largest > 0):
             return self
-        found, count = 2 * math.log(slope) - math.log(quadratic), self.measurements + 1
+        found, measurements = 2 * math.log(slope) - math.log(quadratic), self.measurements + 1
         if largest < math.inf:
             found = min(found, math.log(largest / scale))
-        long = averaged(self.usual_log_decrement, found, min(LONG_MEMORY, 1 - 1 / count))
-        average = averaged(self.log_decrement, found, min(rule.memory, 1 - 1 / count))
+        earlier = 1 - 1 / measurements
+        long = averaged(self.usual_log_decrement, found, min(LONG_MEMORY, earlier))
+        average = averaged(self.log_decrement, found, min(rule.memory, earlier))
         return replace(
             self,
             log_decrement=average,
             usual_log_decrement=long,
-            measurements=count,
+            measurements=measurements,
+            few=min(1.0, FEW_EVENTS / count) if count > 0 else 1.0,
             scale=scale,
         )
 
@@ -294,7 +306,12 @@ class LengthState:
         """Return the state after a direction with ``⟨Δ, g⟩`` = slope was found."""
         if not slope > 0:
             return self
-        return replace(self, log_slope=averaged(self.log_slope, math.log(slope), rule.memory))
+        log_slope = averaged(self.log_slope, math.log(slope), rule.memory)
+        return replace(
+            self,
+            log_slope=log_slope,
+            mean_slope=averaged(self.mean_slope or None, slope, USUAL),
+        )
 
     def length(self, slope: float, change: float = 0.0, lengthened: float = 1.0) -> float:
         """Return γζραν^{−p} for a direction with ``⟨Δ, g⟩`` = slope; α is at most 1/c.
@@ -306,8 +323,8 @@ class LengthState:
         """
         if self.log_decrement is None or self.log_slope is None or slope <= 0:
             return 0.0
-        log_slope = max(math.log(slope), self.log_slope)
-        alpha = math.exp(min(self.log_decrement - log_slope, -math.log(self.scale)))
+        usual = max(slope, math.exp(self.log_slope), self.few * self.mean_slope)
+        alpha = math.exp(min(self.log_decrement - math.log(usual), -math.log(self.scale)))
         length = self.caution * self.stretch * self.reach * alpha * lengthened
         return length if length * change <= LARGEST_CHANGE else LARGEST_CHANGE / change
 

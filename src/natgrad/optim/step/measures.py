@@ -38,7 +38,7 @@ def measure(
     directions: Sequence[dict[str, Tensor]],
     gradients: dict[str, Tensor],
     source: dict[str, Tensor],
-    scale: tuple[Tensor, Tensor] | None = None,
+    scale: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Return what the size of a step depends on, on the device.
 
@@ -63,7 +63,7 @@ def measure(
     elif rule.measured is not None and len(directions) > 1:
         measures["along"] = preconditioner.inner_product(directions[1], source)
     if scale is not None:
-        measures["scale"], measures["largest"] = scale
+        measures.update(scale)
         gram = fisher_gram(batch, directions, grouped.replicas)
         measures["fisher"] = measures["scale"] * gram[0, 0]
         if len(directions) > 1:
