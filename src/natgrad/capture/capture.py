@@ -33,8 +33,10 @@ from natgrad.capture.hooks import (
     inside_backward,
     inside_transform,
     is_pulling_back,
+    leave_with,
     outside_graphs,
     present_pass,
+    remove_hooks,
 )
 from natgrad.capture.kinds import LayerCall, LayerKind
 from natgrad.capture.model_output import (
@@ -138,7 +140,7 @@ class Capture:
         self._suspended = False
         self._told: set[str] = set()
         self._handles: list[Any] = []
-        weakref.finalize(self, _remove, self._handles).atexit = False
+        leave_with(self, self._handles)
         self._find()
 
     # Life cycle.
@@ -244,7 +246,7 @@ class Capture:
 
     def remove(self) -> None:
         """Remove all hooks and forget everything recorded."""
-        _remove(self._handles)
+        remove_hooks(self._handles)
         self.clear()
 
     def check_covered(self) -> None:
@@ -456,12 +458,6 @@ class Capture:
                 are then in ``sources.inseparable``.
         """
         return self.rows.user_rows(recorded.calls, recorded.samples, scale, skip_silent, separate)
-
-
-def _remove(handles: list[Any]) -> None:
-    for handle in handles:
-        handle.remove()
-    handles.clear()
 
 
 class _Running(threading.local):

@@ -16,6 +16,27 @@ from torch import Tensor, nn
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
+def remove_hooks(handles: list[Any]) -> None:
+    """Take hooks away, once.
+
+    Args:
+        handles: What torch returned for them; none are left.
+    """
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+
+
+def leave_with(owner: object, handles: list[Any]) -> None:
+    """Take hooks out of a model when whom they belong to is gone.
+
+    Args:
+        owner: The object that the hooks are bound to, weakly.
+        handles: What torch returned for them.
+    """
+    weakref.finalize(owner, remove_hooks, handles).atexit = False
+
+
 def inside_backward() -> bool:
     """Return whether autograd is running a backward pass on this thread.
 

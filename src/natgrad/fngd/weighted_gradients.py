@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from natgrad.capture.blocks import Use
 from natgrad.capture.convolution import ConvolutionKind
 from natgrad.capture.embedding import EmbeddingKind
-from natgrad.capture.hooks import ModelHook, inside_backward, outside_graphs
+from natgrad.capture.hooks import ModelHook, inside_backward, leave_with, outside_graphs
 from natgrad.capture.kinds import LayerKind
 from natgrad.capture.linear import LinearKind, TransposedLinearKind
 from natgrad.fngd.coefficients import Coefficients
@@ -28,7 +28,6 @@ from natgrad.optim.fused.own_backward import (
     LayerProduct,
     LinearProduct,
     OwnBackward,
-    leave_with,
 )
 
 # The products of which a backward pass is made, with a weight per sample.

@@ -9,7 +9,6 @@ gradients are the modified gradients of the sums and averages.
 
 from __future__ import annotations
 
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
@@ -22,7 +21,9 @@ from natgrad.capture.hooks import (
     ModelHook,
     holds_statistics,
     is_pulling_back,
+    leave_with,
     outside_graphs,
+    remove_hooks,
 )
 
 #: Gradients at the input (if it is asked for), of the weight and of the bias (if there is one).
@@ -71,27 +72,6 @@ class LinearProduct(LayerProduct):
         d = delta.reshape(-1, delta.shape[-1])
         weight = d.T @ inputs.reshape(-1, inputs.shape[-1]).to(d.dtype)
         return weight.T if self.transposed else weight, d.sum(0)
-
-
-def remove_hooks(handles: list[Any]) -> None:
-    """Take hooks away, once.
-
-    Args:
-        handles: What torch returned for them; none are left.
-    """
-    for handle in handles:
-        handle.remove()
-    handles.clear()
-
-
-def leave_with(owner: object, handles: list[Any]) -> None:
-    """Take hooks out of a model when whom they belong to is gone.
-
-    Args:
-        owner: The object that the hooks are bound to, weakly.
-        handles: What torch returned for them.
-    """
-    weakref.finalize(owner, remove_hooks, handles).atexit = False
 
 
 class OwnBackward(ABC):
