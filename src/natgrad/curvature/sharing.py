@@ -66,6 +66,7 @@ class SharedWork:
 
     Attributes:
         begun: Sums over processes of the statistics of the present step that are under way.
+        outdated: Whether they lack rows that further backward passes have changed here.
 
     Raises:
         ValueError: If a fraction of them is to keep each layer, and that is no whole number.
@@ -75,6 +76,7 @@ class SharedWork:
         self.curvature = curvature
         self.replicas: Replicas = replicas
         self.begun: list[Sum] = []
+        self.outdated: bool = False
         self._grid: Grid | None = None
         self._owners: dict[str, int] = {}
         self._owned: dict[str, Part] | None = None  # Of which parts these are the owners.
@@ -146,7 +148,7 @@ class SharedWork:
         """Forget sums that are under way, as those of some passes of a step."""
         for one in self.begun:
             one.wait()
-        self.begun = []
+        self.begun, self.outdated = [], False
 
     def unite(self) -> None:
         """Make the statistics of the present step those of all processes.
@@ -194,14 +196,20 @@ class SharedWork:
     def agree(self, missed: Mapping[str, Tensor | float]) -> dict[str, Tensor]:
         """Leave out what one process has left out; return the counts that parts missed in all.
 
+        Sums that are on their way begin anew in all where one has other rows by now.
+
         Args:
             missed: Those of this process, by part.
         """
         device, parts = self.curvature.layout.device, self.curvature.estimates
         counts = [torch.as_tensor(missed[name], device=device).double() for name in parts]
         rejected = [torch.tensor(float(o.rejected), device=device).double() for o in parts.values()]
-        total = self.replicas.summed(torch.stack([*counts, *rejected]), device)
-        for name, flag in zip(list(parts), total[len(parts) :].tolist(), strict=True):
+        outdated = torch.tensor(float(self.outdated), device=device).double()
+        total = self.replicas.summed(torch.stack([*counts, *rejected, outdated]), device)
+        *flags, outdated_in = total[len(parts) :].tolist()
+        if outdated_in:
+            self.drop_sums()
+        for name, flag in zip(list(parts), flags, strict=True):
             if flag:
                 parts[name] = replace(parts[name], batch=None, rejected=True)
         return dict(zip(parts, total[: len(parts)], strict=True))

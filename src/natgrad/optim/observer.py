@@ -140,8 +140,6 @@ class Observer:
         #: Takes the rows of the last pass back, and those of all passes of the step.
         self._take_back: Callable[[], None] = lambda: None
         self._take_all_back: Callable[[], None] | None = None
-        #: Whether rows of a pass of the step were taken again, with what further losses count.
-        self._retaken = False
         #: The random numbers' state before those of the last pass in which nothing counted.
         self._undrawn: Tensor | None = None
         #: Whether the likelihood has been held against the gradient of the loss.
@@ -163,11 +161,12 @@ class Observer:
         if self.schedule is not None:
             return self.schedule(self.steps)
         turn = self.refresh.is_turn(self.steps - self.start, self.refresh.factors)
-        return turn or not self.knows_curvature
+        # Of processes that share work, some keep no factor at all: all must agree.
+        return turn or (self.replicas.are_alone and not self.knows_curvature)
 
     @property
     def knows_curvature(self) -> bool:
-        """Whether any step has updated the curvature; the first batches may be empty."""
+        """Whether any step has updated the curvature here; the first batches may be empty."""
         return any(one.average is not None for one in self.curvature.estimates.values())
 
     @property
@@ -282,7 +281,8 @@ class Observer:
             )
             return
         self._take_back()
-        self._retaken = True
+        if self.curvature.shared is not None:
+            self.curvature.shared.outdated = True
         if present.is_empty and self._undrawn is not None:
             self.generator.set_state(self._undrawn)
         if weighed.is_empty:
@@ -299,17 +299,10 @@ class Observer:
         self.seen, self._take_all_back = [], None
 
     def complete(self) -> None:
-        """Let gradients at the layers' outputs be those of all backward passes of the step.
-
-        Sums over processes that are on their way begin anew in all where one has other rows by now.
-        """
+        """Let gradients at the layers' outputs be those of all backward passes of the step."""
         for one in self.seen:
             if one.gradients is not None:
                 one.gradients.complete()
-        shared = self.curvature.shared
-        if shared is not None and shared.begun:
-            if self.replicas.any(self._retaken, self.capture.layout.device):
-                self.curvature.drop_sums()
 
     def _begin_sums(self) -> None:
         """Let the sums over processes be on their way while the user's backward pass runs.
@@ -614,7 +607,7 @@ class Observer:
         if self.isotropy_probe is not None:
             self.isotropy_probe.clear()
         self.seen, self.failures, self.batch_fisher = [], [], None
-        self._take_back, self._take_all_back, self._retaken = lambda: None, None, False
+        self._take_back, self._take_all_back = lambda: None, None
         if not self.replicas.are_alone:
             self.curvature.drop_sums()
         if self.audit.active:

@@ -572,11 +572,12 @@ class Preconditioner(CopiedByState):
     @property
     def is_blind(self) -> bool:
         """Whether there is no curvature so far, and no pass of this step shows any."""
-        if not self._sees and not self.observer.knows_curvature:
-            self.observer.see_retained()
-            self._sees = self.replicas.any(bool(self.observer.seen), self.device)
-            return not self._sees
-        return False
+        if not self._sees:  # Which all processes know alike, but not who keeps curvature.
+            known = self.observer.knows_curvature
+            if not known:
+                self.observer.see_retained()
+            self._sees = self.replicas.any(known or bool(self.observer.seen), self.device)
+        return not self._sees
 
     def warn_unseen(self, meanwhile: str = "") -> None:
         """Say once that no pass was seen, though there are gradients.
