@@ -210,7 +210,7 @@ class Reference:
             if self.likelihood == "categorical":
                 found = min(found, math.log(scale * self.deviance(x, y)))
             self.measured += 1
-            self.few = min(1.0, 4 / len(x))
+            self.few = min(1.0, (4 / len(x)) ** 2)
             memory = min(self.length.memory, 1 - 1 / self.measured)
             old = found if self.log_k is None else self.log_k
             self.log_k = memory * old + (1 - memory) * found

@@ -70,7 +70,7 @@ SURELY_LONGER = 3.0
 #: q̄/C beyond which a step leaves other batches worse than it found them.
 HARMFUL = 0.5
 
-#: How many events make ⟨Δ, g⟩ of a batch as good as its average over batches.
+#: In batches of up to how many events ⟨Δ, g⟩ counts as no less than its mean over batches.
 FEW_EVENTS = 4.0
 
 #: How many q it takes to tell, each time.
@@ -99,7 +99,7 @@ class MeasuredLength:
     smoothed labels twice its mean): few labels drawn from confident predictions do not show how
     steep the loss is, and the squared residuals of wrong ones say far too much.
     ⟨Δ, g⟩ stands for the largest of its present value, its geometric moving average over
-    steps, and min(1, 4/N) of its arithmetic one over some 20, in batches of N: a batch that is
+    steps, and min(1, (4/N)²) of its arithmetic one over some 20, in batches of N: a batch that is
     fitted already would stretch its noise to the decrement of another, and of few samples most are.
     The learning rate is in the buffer, so that no schedule stretches old steps.
 
@@ -222,7 +222,7 @@ class LengthState:
         usual_log_decrement: The average of log K over more measurements.
         log_slope: The average of log ⟨Δ, g⟩; None before the first step.
         mean_slope: The average of ⟨Δ, g⟩ over more steps.
-        few: ``min(1, 4/N)`` of batches of N events.
+        few: ``min(1, (4/N)²)`` of batches of N events.
         scale: c, the curvature of the loss in units of the Fisher matrix.
         measurements: How many there were.
         caution: γ.
@@ -298,7 +298,7 @@ class LengthState:
             log_decrement=average,
             usual_log_decrement=long,
             measurements=measurements,
-            few=min(1.0, FEW_EVENTS / count) if count > 0 else 1.0,
+            few=min(1.0, (FEW_EVENTS / count) ** 2) if count > 0 else 1.0,
             scale=scale,
         )
 
