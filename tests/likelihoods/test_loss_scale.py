@@ -219,15 +219,6 @@ def test_a_loss_that_is_no_likelihood_is_named_once(case):
     assert "ResidualNGD" in sentence and "likelihood=" in sentence
 
 
-def test_probabilities_in_the_place_of_logits_are_named():
-    model = nn.Sequential(network(3), nn.Sigmoid())
-    x, y = normal(16, 6), labels("bernoulli", 16, 3)
-    optimizer = natgrad.KFAC(model, "bernoulli")
-    with pytest.warns(UserWarning, match="not of logits"):
-        functional.binary_cross_entropy(model(x), y).backward()
-    optimizer.step()
-
-
 @pytest.mark.parametrize("soft", [False, True])
 def test_class_weights_of_class_probabilities_need_the_target(soft):
     weight = torch.tensor([0.2, 1.0, 4.0], dtype=torch.float64)

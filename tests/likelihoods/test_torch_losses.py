@@ -188,7 +188,6 @@ def test_half_precision_outputs(dtype):
         (nn.L1Loss(), "second derivative"),
         (nn.SmoothL1Loss(), "curvature where residuals are small"),
         (nn.HuberLoss(), "curvature where residuals are small"),
-        (nn.BCELoss(), "logits"),
     ],
 )
 def test_losses_that_are_no_likelihoods_are_named(criterion, words):
@@ -202,6 +201,7 @@ def test_functions_stand_for_their_modules():
         (functional.mse_loss, nn.MSELoss()),
         (functional.cross_entropy, nn.CrossEntropyLoss()),
         (functional.nll_loss, nn.NLLLoss()),
+        (functional.binary_cross_entropy, nn.BCELoss()),
         (functional.binary_cross_entropy_with_logits, nn.BCEWithLogitsLoss()),
     ):
         assert as_likelihood(function) == as_likelihood(module)

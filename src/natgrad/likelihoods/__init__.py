@@ -5,6 +5,7 @@ One file per likelihood; :mod:`natgrad.likelihoods.base` holds the interface a n
 
 from natgrad.likelihoods.base import Likelihood
 from natgrad.likelihoods.bernoulli import Bernoulli
+from natgrad.likelihoods.binary_probabilities import BinaryProbabilities
 from natgrad.likelihoods.categorical import Categorical
 from natgrad.likelihoods.conversion import LikelihoodLike, as_likelihood, from_loss
 from natgrad.likelihoods.gaussian import Gaussian
@@ -13,6 +14,7 @@ from natgrad.likelihoods.poisson import Poisson
 
 __all__ = [
     "Bernoulli",
+    "BinaryProbabilities",
     "Categorical",
     "Gaussian",
     "Heads",

@@ -9,13 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from natgrad.likelihoods.base import (
-    FOREIGN,
-    Likelihood,
-    Reduction,
-    full_precision,
-    positive_ratio,
-)
+from natgrad.likelihoods.base import Likelihood, Reduction, full_precision, positive_ratio
+from natgrad.likelihoods.binary_probabilities import BinaryProbabilities, hold_probabilities
 from natgrad.likelihoods.elementwise import (
     Elementwise,
     ReduceOutputs,
@@ -28,7 +23,8 @@ from natgrad.likelihoods.elementwise import (
 class Bernoulli(Elementwise):
     """y ~ Bernoulli(σ(z)) for every output: nll = softplus(z) − y z, Λ = diag(σ(z) σ(−z)).
 
-    Targets may be soft, in [0, 1].
+    Targets may be soft, in [0, 1]. Where an optimizer sees the gradient of a loss of probabilities,
+    the likelihood becomes :class:`natgrad.likelihoods.BinaryProbabilities`.
 
     Args:
         reduce_outputs: "sum" or "mean" over the C outputs of a sample; ``nn.BCEWithLogitsLoss()``
@@ -71,19 +67,17 @@ class Bernoulli(Elementwise):
     def seen_with(
         self, output: Tensor, cotangent: Tensor, target: Any = None
     ) -> tuple[Likelihood, list[str]]:
-        """Decide on the reduction, and say so if the output holds probabilities; see the base."""
-        found, said = super().seen_with(output, cotangent, target)
-        if bool(((output > 0) & (output < 1)).all()):
-            cotangent = cotangent.to(output.dtype)
-            wrong = torch.where(cotangent < 0, -1 / output, 1 / (1 - output))
-            wrong = torch.where(cotangent == 0, 0, wrong)
-            wrong = wrong * (cotangent.abs().sum() / wrong.abs().sum())
-            _, right = self._hard_scale(output, cotangent, cotangent.new_ones(()))
-            fits = (cotangent - wrong).abs().sum() <= 1e-3 * cotangent.abs().sum()
-            if bool(fits & ~right):
-                fault = "is that of probabilities, not of logits as the model should return"
-                return self, [FOREIGN.format(fault=fault, name=self)]
-        return found, said
+        """Decide on the reduction, and whether outputs are probabilities; see the base class."""
+        if hold_probabilities(output, cotangent):
+            found = BinaryProbabilities(self.reduce_outputs, self.reduction)
+            return found.seen_with(output, cotangent, target)
+        return super().seen_with(output, cotangent, target)
+
+    def decided(self, decision: Any) -> Likelihood:
+        """Return the likelihood with a :attr:`decision` that was made before."""
+        if isinstance(decision, (tuple, list)):
+            return BinaryProbabilities(self.reduce_outputs, self.reduction).decided(decision)
+        return super().decided(decision)
 
     def _tells_average(self, output: Tensor, cotangent: Tensor, target: Any) -> bool | None:
         if target is not None:

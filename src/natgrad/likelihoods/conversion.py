@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from natgrad.likelihoods.base import Likelihood, Reduction
 from natgrad.likelihoods.bernoulli import Bernoulli
+from natgrad.likelihoods.binary_probabilities import BinaryProbabilities
 from natgrad.likelihoods.categorical import Categorical
 from natgrad.likelihoods.gaussian import Gaussian
 from natgrad.likelihoods.heads import Heads
@@ -39,13 +40,13 @@ FUNCTIONAL_LOSSES: dict[Callable[..., Any], type[nn.Module]] = {
     functional.nll_loss: nn.NLLLoss,
     functional.kl_div: nn.KLDivLoss,
     functional.mse_loss: nn.MSELoss,
+    functional.binary_cross_entropy: nn.BCELoss,
     functional.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
     functional.poisson_nll_loss: nn.PoissonNLLLoss,
 }
 
 #: Losses of torch that are refused → what to do instead.
 NOT_LIKELIHOODS: dict[type[nn.Module], str] = {
-    nn.BCELoss: "let the model return logits and pass nn.BCEWithLogitsLoss()",
     nn.GaussianNLLLoss: (
         "its variance is a second output: pass Gaussian(variance) for a fixed one, or a Likelihood "
         "of your own for both outputs together"
@@ -95,8 +96,8 @@ def from_loss(criterion: nn.Module) -> Likelihood:
 
     Args:
         criterion: ``nn.CrossEntropyLoss``, ``nn.NLLLoss``, ``nn.KLDivLoss``, ``nn.MSELoss``,
-            ``nn.BCEWithLogitsLoss`` or ``nn.PoissonNLLLoss(log_input=True)``, with reduction "mean"
-            or "sum" (or "batchmean").
+            ``nn.BCEWithLogitsLoss``, ``nn.BCELoss`` or ``nn.PoissonNLLLoss(log_input=True)``, with
+            reduction "mean" or "sum" (or "batchmean").
 
     Returns:
         A likelihood with ``loss(output, target)`` equal to the mean-reduced criterion (up to
@@ -141,11 +142,15 @@ def from_loss(criterion: nn.Module) -> Likelihood:
         if criterion.weight is not None or criterion.pos_weight is not None:
             raise ValueError("BCEWithLogitsLoss with weight or pos_weight is not a likelihood.")
         return Bernoulli("mean" if reduction == "mean" else None, reduction)
+    if isinstance(criterion, nn.BCELoss):
+        if criterion.weight is not None:
+            raise ValueError("BCELoss with weight is not a likelihood.")
+        return BinaryProbabilities("mean" if reduction == "mean" else None, reduction)
     if isinstance(criterion, nn.PoissonNLLLoss):
         if not criterion.log_input:
             raise ValueError("PoissonNLLLoss needs log_input=True: the output is the log rate.")
         return Poisson("mean" if reduction == "mean" else None, reduction)
     raise TypeError(
-        "Likelihoods are known for CrossEntropyLoss, NLLLoss, KLDivLoss, MSELoss, "
+        "Likelihoods are known for CrossEntropyLoss, NLLLoss, KLDivLoss, MSELoss, BCELoss, "
         f"BCEWithLogitsLoss and PoissonNLLLoss, not for {name}; pass a Likelihood instead."
     )

@@ -1,0 +1,147 @@
+"""Bernoulli likelihood of outputs that are probabilities: binary cross-entropy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from natgrad.likelihoods.base import FOREIGN, Likelihood, Reduction, full_precision
+from natgrad.likelihoods.elementwise import (
+    Elementwise,
+    ReduceOutputs,
+    plausible_scale,
+    random_like,
+)
+
+#: Least variance of a label, as torch's gradient has it: that of a saturated sigmoid is 0.
+LEAST_VARIANCE = 1e-12
+
+#: Share of labels that must be hard for the gradient to tell its scale.
+MANIFEST = 0.1
+
+
+@dataclass(frozen=True, repr=False)
+class BinaryProbabilities(Elementwise):
+    """y ~ Bernoulli(p) for every output p: nll = −y log p − (1 − y) log(1 − p), Λ = 1/(p(1 − p)).
+
+    For models that end in a sigmoid. The Fisher matrix is that of :class:`natgrad.Bernoulli` at the
+    logits behind it, but for the "improved" one, which normalises gradients at the outputs. Targets
+    may be soft, in [0, 1].
+
+    Args:
+        reduce_outputs: "sum" or "mean" over the C outputs of a sample; ``nn.BCELoss()`` is
+            ``BinaryProbabilities("mean")``. None (default) is "sum" until an optimizer sees a loss
+            that averages over outputs.
+        reduction: How the user's loss reduces over samples, "mean" (default) or "sum".
+
+    Raises:
+        ValueError: If an option is unknown.
+    """
+
+    reduce_outputs: ReduceOutputs = None
+    reduction: Reduction = "mean"
+
+    @property
+    def decision(self) -> Any:
+        """That outputs are probabilities, and what the losses of a sample's are reduced to."""
+        return "probabilities", self.reduce_outputs
+
+    def decided(self, decision: Any) -> Likelihood:
+        """Return the likelihood with a :attr:`decision` that was made before."""
+        return super().decided(decision[1]) if isinstance(decision, (tuple, list)) else self
+
+    @full_precision
+    def seen_with(
+        self, output: Tensor, cotangent: Tensor, target: Any = None
+    ) -> tuple[Likelihood, list[str]]:
+        """Decide on the reduction, and say so if outputs are no probabilities; see the base."""
+        if bool(((output < 0) | (output > 1)).any()):
+            fault = "is at outputs that are no probabilities, as they are not between 0 and 1"
+            return self, [FOREIGN.format(fault=fault, name=self)]
+        return super().seen_with(output, cotangent, target)
+
+    def _tells_average(self, output: Tensor, cotangent: Tensor, target: Any) -> bool | None:
+        if target is not None:
+            return super()._tells_average(output, cotangent, target)
+        share, scale = hard_labels(output, cotangent)
+        if share < MANIFEST:
+            return None
+        averaged, summed = scale * output.numel(), scale * len(output)
+        return plausible_scale(averaged, len(output)) < plausible_scale(summed, len(output))
+
+    @full_precision
+    def infer_event_weights(
+        self, output: Tensor, cotangent: Tensor, target: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Infer the loss scale from hard labels, whose gradients are the largest; see the base."""
+        weights, usual = super().infer_event_weights(output, cotangent, target)
+        if target is not None:
+            return weights, usual
+        share, scale = hard_labels(output, cotangent)
+        return weights, usual if share < MANIFEST else usual.new_tensor(scale / self._scale(output))
+
+    def _nll(self, output: Tensor, target: Tensor) -> Tensor:
+        return functional.binary_cross_entropy(output.clamp(0.0, 1.0), target, reduction="none")
+
+    def _gradient(self, output: Tensor, target: Tensor) -> Tensor:
+        return (output - target) / _variance(output)
+
+    def _hessian(self, output: Tensor) -> Tensor:
+        return _variance(output).reciprocal()
+
+    def _fitted(self, output: Tensor, cotangent: Tensor) -> Tensor:
+        return (output <= 0) | (output >= 1)
+
+    def _deviance(self, output: Tensor, residual: Tensor) -> Tensor:
+        label = (output - residual * _variance(output)).clamp(0.0, 1.0)
+        least = -torch.xlogy(label, label) - torch.xlogy(1 - label, 1 - label)
+        return 2 * (self._nll(output, label) - least)
+
+    def _sample(self, output: Tensor, generator: torch.Generator | None) -> Tensor:
+        return (random_like(output, generator, "uniform") < output).to(output.dtype)
+
+    def _checked(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        target, missing = super()._checked(output, target)
+        if target.device.type == "cpu" and not bool(((target >= 0) & (target <= 1)).all()):
+            raise ValueError("BinaryProbabilities needs targets between 0 and 1.")
+        return target, missing
+
+
+def hard_labels(output: Tensor, cotangent: Tensor, logits: bool = False) -> tuple[float, float]:
+    """Return the share of outputs whose labels are 0 or 1 by the gradient, and its scale.
+
+    A gradient c(p − y)/(p(1 − p)) asks for a c of at least its size times 1 − p, or p, with y in
+    [0, 1], and hard labels all ask for the same. It waits for the device.
+
+    Args:
+        output: Probabilities, or logits.
+        cotangent: Gradient of the loss at them.
+        logits: Whether they are logits, whose gradient is c(p − y).
+    """
+    cotangent = cotangent.to(output.dtype)
+    if logits:
+        least = cotangent / torch.where(cotangent > 0, output.sigmoid(), -(-output).sigmoid())
+    else:
+        least = cotangent * torch.where(cotangent > 0, 1 - output, -output)
+    tolerance = max(1e-3, 4 * torch.finfo(cotangent.dtype).eps)
+    scale = least.max()
+    hard = (least >= (1 - tolerance) * scale) & (cotangent != 0)
+    share = hard.sum() / (cotangent != 0).sum().clamp_min(1)
+    found: list[float] = torch.stack([share.double(), scale.double()]).tolist()
+    return found[0], found[1]
+
+
+def hold_probabilities(output: Tensor, cotangent: Tensor) -> bool:
+    """Return whether a gradient is that of a binary cross-entropy of probabilities, surely."""
+    if not bool(((output >= 0) & (output <= 1)).all() & cotangent.isfinite().all()):
+        return False
+    share, _ = hard_labels(output, cotangent)
+    return share >= MANIFEST and share > 2 * hard_labels(output, cotangent, logits=True)[0]
+
+
+def _variance(output: Tensor) -> Tensor:
+    return (output * (1 - output)).clamp_min(LEAST_VARIANCE)
