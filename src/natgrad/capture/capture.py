@@ -330,11 +330,12 @@ class Capture:
         current = self._running.open
         if current is None or not call.inputs:
             return
-        place, calls = call.inputs[0].data_ptr(), current.calls
+        place, sparse, calls = call.inputs[0].data_ptr(), "sparse" in call.options, current.calls
         for number in range(len(calls) - 1, -1, -1):
             one = calls[number].call
             inside = one.module is call.module and is_product(calls[number].kind)
-            if inside and one.inputs[0].data_ptr() == place:
+            copied = sparse and "sparse" in one.options  # Each has a dense copy of its own.
+            if inside and (copied or one.inputs[0].data_ptr() == place):
                 del calls[number]
                 return
 

@@ -38,6 +38,17 @@ class LayerCall:
     axis: SampleAxis = SampleAxis()  # noqa: RUF009, frozen
 
 
+def dense(tensor: Tensor) -> Tensor:
+    """Return a detached tensor whose entries all have a place, as rows of products need it."""
+    detached = tensor.detach()
+    return detached if detached.layout is torch.strided else detached.to_dense()
+
+
+def sparsity(tensor: Tensor) -> dict[str, Any]:
+    """Return the option that tells a call's inputs were sparse; none for others."""
+    return {} if tensor.layout is torch.strided else {"sparse": True}
+
+
 #: A layer call and the gradients of its outputs, ``(K, *output.shape)``.
 CallGradients = tuple[LayerCall, list[Tensor | None]]
 
@@ -122,7 +133,7 @@ class LayerKind(ABC):
     ) -> list[LayerCall]:
         """Turn one forward call into recordings; the default takes the first input."""
         first = args[0] if args else next(iter(kwargs.values()))
-        return [LayerCall(module, "", (first.detach(),), (output,))]
+        return [LayerCall(module, "", (dense(first),), (output,), sparsity(first))]
 
     def recorder(self, module: nn.Module, record: Callable[[LayerCall], None]) -> TorchFunctionMode:
         """Return a mode in which the module runs, and which records its calls."""

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from natgrad.capture.contraction import contraction
 from natgrad.capture.convolution import convolution_like
-from natgrad.capture.kinds import LayerCall, LayerKind
+from natgrad.capture.kinds import LayerCall, LayerKind, dense, sparsity
 from natgrad.capture.product_kinds import (
     AddedKind,
     ConvolvedKind,
@@ -181,7 +181,8 @@ class RecordProducts(TorchFunctionMode):
     ) -> None:
         (key,) = kind.key_of(watched.names)
         if any(use.keys == (key,) for use in watched.uses):
-            call = LayerCall(watched.module, key, (inputs.detach(),), (output,), options)
+            options = options | sparsity(inputs)
+            call = LayerCall(watched.module, key, (dense(inputs),), (output,), options)
             self.record(kind, call)
 
     def _of(self, operand: Any) -> WatchedParameter | None:
@@ -312,6 +313,8 @@ _LOOKS = {
     "matmul": _Look(_product, "input other", "x w"),
     "__rmatmul__": _Look(_product, "self other", "w x"),
     "mm": _Look(_product, "input mat2", "x w"),
+    "spmm": _Look(_product, "input mat2", "x w"),
+    "_sparse_mm": _Look(_product, "mat1 mat2", "x w"),
     "bmm": _Look(_product, "input mat2", "x w"),
     "addmm": _Look(_product, "input mat1 mat2", "b x w"),
     "baddbmm": _Look(_product, "input batch1 batch2", "b x w"),

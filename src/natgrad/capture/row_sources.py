@@ -321,7 +321,8 @@ class RowSources:
         """Take the rows of a block at the parameters, as its kind cannot make them."""
         if isinstance(error, torch.OutOfMemoryError):
             raise error
-        reason = f"has no rows by its module ({type(error).__name__}: {error})"
+        first = str(error).partition("\n")[0].partition(". ")[0]  # Errors of torch may fill pages.
+        reason = f"has no rows by its module ({type(error).__name__}: {first})"
         self.take_directly(name, reason, always_told=True)
 
     def take_directly(self, name: str, reason: str, always_told: bool = False) -> None:

@@ -357,7 +357,7 @@ def batched_gradients(
         return list(backward(vectors, True, retain_graph))
     except RuntimeError as error:
         said = str(error).lower()
-        if not any(one in said for one in ("vmap", "batching rule", "have storage")):
+        if not any(one in said for one in ("vmap", "batching rule", "have storage", "sparse")):
             raise
     # Some backward functions cannot be batched: one vector at a time.
     last = vectors.shape[0] - 1
