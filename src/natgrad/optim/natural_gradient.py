@@ -27,6 +27,7 @@ from natgrad.optim.options import Fallback, Refresh, StepRule
 from natgrad.optim.parameter_groups import first_order_names
 from natgrad.optim.preconditioner import Preconditioner
 from natgrad.optim.step.compared_step import ComparedStep
+from natgrad.optim.step.deviance import Deviance
 from natgrad.optim.step.grafting import AdamMoments, grafted
 from natgrad.optim.step.groups import PreconditionedGroups, rate_of
 from natgrad.optim.step.isotropic_rate import IsotropyProbe, is_isotropic
@@ -42,7 +43,6 @@ from natgrad.optim.step.measures import (
     scalar_checks,
     second_largest_change,
 )
-from natgrad.optim.step.noise_to_signal import NoiseToSignal
 from natgrad.optim.step.plan import StepPlan
 from natgrad.optim.step.quadratic_model import BatchFisher
 from natgrad.optim.step.reevaluation import Reevaluation, as_float, evaluated
@@ -176,7 +176,7 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
             damping = damping.share
         #: tr F/P at the last factorisation; None until it is known or where nothing depends on it.
         self._mean_eigenvalue: float | None = None
-        self._noise = NoiseToSignal()
+        self._deviance = Deviance()
         self._length = LengthState(caution=rule.measured.start if rule.measured else 1.0)
         params = list(params or [])
         preconditioner = self.preconditioner_type(
@@ -433,18 +433,17 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
         state = self._length
         if "across" in found:
             state = state.crossed(rule, found["across"])
-        state = state.answered(rule, along, grouped.largest_rate).met(rule, inner)
+        state = state.answered(rule, along, grouped.largest_rate, self._deviance.left)
+        state = state.met(rule, inner)
         if "fisher" in found:
             terms = zip(grouped.dampings, found["grams"], strict=True)
             damped = found["scale"] * sum(d * gram[0][0] for d, gram in terms)
             square = found["fisher"] + damped
             bounds = found["scale"], found["largest"], found["count"]
             state = state.measured(rule, inner, square, *bounds)
-            if isinstance(self.preconditioner.observer.likelihood, Gaussian):
-                self._noise = self._noise.measured(found["largest"], rule.memory)
+            self._deviance = self._deviance.measured(found["largest"], rule.memory)
         change = second_largest_change(found, [rate_of(group) for group in grouped.groups])
-        lengthened = rule.lengthened(self._noise.ratio)
-        length = state.length(inner, change, lengthened)
+        length = state.length(inner, change, rule.lengthened(self._noise_to_signal))
         rates = [rate_of(group) * (1.0 - group["momentum"]) for group in grouped.groups]
         kept = max((group["momentum"] for group in grouped.groups), default=0.0)
         slope = max(rates, default=0.0) * length * inner + kept * max(0.0, -along)
@@ -623,10 +622,16 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
         return rule.measured is not None and rule.measured.is_due(step, refresh, follows)
 
     @property
+    def _noise_to_signal(self) -> float:
+        """Of squared errors, whose Fisher matrix does not shrink as they do; elsewhere 1."""
+        likelihood = self.preconditioner.observer.likelihood
+        return self._deviance.noise_to_signal if isinstance(likelihood, Gaussian) else 1.0
+
+    @property
     def _damping_unit(self) -> float:
         """What the groups' damping is multiplied by."""
         rule, known = self._relative_damping, self._mean_eigenvalue
-        return 1.0 if rule is None or not known else rule.unit(known, self._noise)
+        return 1.0 if rule is None or not known else rule.unit(known, self._noise_to_signal)
 
     @property
     def _units(self) -> dict[str, bool]:
@@ -672,7 +677,7 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
             "is_blind": self._is_blind,
             "mean_eigenvalue": self._mean_eigenvalue,
             "length": self._length.state_dict(),
-            "noise": self._noise.state_dict(),
+            "deviance": self._deviance.state_dict(),
         }
 
     def _checked(self, own: Mapping[str, Any], state_dict: Mapping[str, Any]) -> Callable[[], None]:
@@ -689,14 +694,14 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
                 "optimizer's: make it with the step_rule= and damping= it was saved with"
             )
         unit, length = own["mean_eigenvalue"], LengthState.of(own["length"])
-        noise = NoiseToSignal.of(own["noise"])
+        deviance = Deviance.of(own["deviance"])
 
         def restore() -> None:
             loaded = dict(self.state)
             rest()
             self._is_blind = own.get("is_blind", False)
             self._link_fallback()
-            self._mean_eigenvalue, self._length, self._noise = unit, length, noise
+            self._mean_eigenvalue, self._length, self._deviance = unit, length, deviance
             self.state.update(loaded)
             self._link_fallback()
             self._set_damping()

@@ -216,8 +216,7 @@ class Reference:
             self.log_k = memory * old + (1 - memory) * found
             memory = min(0.9, 1 - 1 / self.measured)
             self.long_log_k = memory * self.long_log_k + (1 - memory) * found
-            if self.likelihood != "categorical":
-                self.follow(self.model(x).detach(), y)
+            self.follow(x, y)
         usual = max(slope, math.exp(self.log_slope), self.few * self.mean_slope)
         alpha = self.caution * self.zeta * self.rho * min(1 / scale, math.exp(self.log_k) / usual)
         alpha *= self.nu**-self.length.lengthening
@@ -282,20 +281,27 @@ class Reference:
             elif self.rho < 1:
                 if most < 0.5:
                     self.rho = min(1.0, self.rho * math.exp(kappa * min(1.0, 0.5 - most)))
-            elif min(1.0, float(self.rates.max())) * self.caution * (1 - most) > 3:
-                self.rho *= self.length.reach
-                self.ratios = []
+            elif usual <= 0:
+                beta = min(1.0, float(self.rates.max())) * self.caution * (1 - most)
+                surely = max(0.0, min(1.0, (beta - 2) / (1 + error / self.bend())))
+                left = self.residual / self.largest_residual if self.residual else 1.0
+                self.rho *= self.length.reach ** (left * surely)
 
-    def follow(self, z: Tensor, y: Tensor) -> None:
-        """Let ν follow the squared residuals, N Σ‖∂L/∂z‖² with Λ = I."""
-        z.requires_grad_()
-        (u,) = torch.autograd.grad(loss_of(self.likelihood)(z, y), z)
-        found, memory = len(z) * float(u.square().sum()), self.length.memory
+    def follow(self, x: Tensor, y: Tensor) -> None:
+        """Let R follow the deviance, and ν that of squared errors, N Σ‖∂L/∂z‖² with Λ = I."""
+        memory = self.length.memory
+        if self.likelihood == "categorical":
+            found = self.deviance(x, y)
+        else:
+            z = self.model(x).detach().requires_grad_()
+            (u,) = torch.autograd.grad(loss_of(self.likelihood)(z, y), z)
+            found = len(z) * float(u.square().sum())
         old = found if self.residual is None else self.residual
         self.residual = old**memory * found ** (1 - memory)
         self.largest_residual = max(self.largest_residual, self.residual)
-        signal = self.largest_residual - self.residual
-        self.nu = 1.0 if self.residual >= signal else max(0.01, self.residual / signal)
+        if self.likelihood != "categorical":
+            signal = self.largest_residual - self.residual
+            self.nu = 1.0 if self.residual >= signal else max(0.01, self.residual / signal)
 
     def is_measured(self) -> bool:
         free = self.refresh.factors < self.refresh.inverses
@@ -486,13 +492,13 @@ def student(noise: float, seed: int, **options: float) -> tuple[float, float, fl
 )
 def test_reach_follows_what_the_next_batch_shows_of_a_step(likelihood, kind, size):
     """Batches smaller than the network, whose targets have much in common."""
-    length = MeasuredLength(interval=4)
+    length = MeasuredLength(interval=4, reach=8.0)
     model = network()
     optimizer = optimizer_of(model, kind, likelihood, length, momentum=0.5)
     reference = Reference(network(), kind, likelihood, length, EVERY_STEP)
     reference.momenta.fill_(0.5)
     reach = []
-    for seed in range(40):
+    for seed in range(60):
         x = normal(size, 3, seed=seed)
         y = (x[:, 0] > 0).long()
         if likelihood == "gaussian":

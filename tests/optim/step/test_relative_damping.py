@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from natgrad import KFAC, MeasuredLength, NaturalGradient, Refresh, RelativeDamping, StepRule
 from natgrad.curvature import KroneckerFactors
-from natgrad.optim.step.noise_to_signal import NoiseToSignal
+from natgrad.optim.step.deviance import Deviance
 from tests.cases import labels, normal
 
 KRONECKER = ["kfac", "ekfac", "tkfac", "tekfac", "kpsvd", "kfoc", "two_level"]
@@ -174,13 +174,13 @@ def test_checkpoint_keeps_what_is_known_of_residuals():
     optimizer = regression(0.01, 0.3)
     again = KFAC(nn.Linear(5, 3).double(), nn.MSELoss())
     again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    assert again._noise == optimizer._noise
-    assert 0.01 < again._noise.ratio < 1
+    assert again._deviance == optimizer._deviance
+    assert 0.01 < again._deviance.noise_to_signal < 1
 
 
 def test_residuals_that_are_not_known_change_nothing():
-    known = NoiseToSignal().measured(4.0, 0.5).measured(1.0, 0.5)
-    assert math.isclose(known.ratio, 1.0)  # √4 is half of 4.
+    known = Deviance().measured(4.0, 0.5).measured(1.0, 0.5)
+    assert math.isclose(known.noise_to_signal, 1.0)  # √4 is half of 4.
     for residual in (0.0, -1.0, math.nan, math.inf, 1e300):
         assert known.measured(residual, 0.5) == known
 

@@ -65,7 +65,7 @@ LONGEST = 1e6
 LEAST_NOISE = 0.01
 
 #: How much longer than they are other batches must surely want steps before their reach grows.
-SURELY_LONGER = 3.0
+SURELY_LONGER = 2.0
 
 #: q̄/C beyond which a step leaves other batches worse than it found them.
 HARMFUL = 0.5
@@ -137,9 +137,11 @@ class MeasuredLength:
     it, and too long where each has noise of its own. The next one, which did not choose v, tells:
     ``1 − ⟨v, g⟩/h`` times v would have been best for it, ``h = cvᵀF_b v`` with its own Fisher
     matrix. Of few samples in a network with many directions, v fits what is theirs alone, and that
-    number is 10 or 100. So with the average q̄ of q over some 20 steps, its standard error e, and
-    the geometric average C of h/s over measurements, the reach ρ doubles where
-    ``min(η, 1)γ(1 − (q̄ + 2e)/C) > 3``, and q̄ begins anew; where q̄ > 0 it falls again, down to 1:
+    number is 10 or 100. So with the average q̄ of q over some 20 steps, its standard error e, the
+    geometric average C of h/s over measurements, and the share R/R_max that is left of what the
+    loss can fall by, the reach ρ grows where ``β = min(η, 1)γ(1 − (q̄ + 2e)/C) > 2``, by at most a
+    factor of 2 a step, ``ρ ← ρ 2^{R/R_max min(1, (β − 2)/(1 + e/C))}``: samples predicted with
+    confidence show no curvature until they are crossed. Where q̄ > 0 it falls again, down to 1:
     ``ρ ← ρ exp(−κ min(1, q̄/C))``. C is of steps as long as the present ones. Beyond q̄ = C/2 steps
     raise the losses of other batches. So where ``(q̄ − 2e)/C > 1/2`` and K does not fall, as at the
     start with many classes, ρ falls below 1, ``ρ ← ρ exp(−κ min(1, (q̄ − 2e)/C − 1/2))``, and
@@ -161,7 +163,8 @@ class MeasuredLength:
         annealing: κ, how fast lengths follow q; 0 for never.
         lengthening: p, how much longer steps are where there is little noise, by at most a factor
             of 100^p, 1.6 by default; 0 for no longer.
-        reach: Factor on ρ where other batches want longer steps, at least 1; with 1 it stays 1.
+        reach: Largest factor on ρ in a step where other batches want longer ones, at least 1; with
+            1 it stays 1.
 
     Raises:
         ValueError: If an option is out of range.
@@ -235,7 +238,7 @@ class LengthState:
         ratio: The last q.
         ratio_variance: σ², the noise of q.
         pairs: Of how many pairs of steps.
-        usual_ratio: q̄, the average of q over steps since reach grew.
+        usual_ratio: q̄, the average of q over steps.
         ratios: How many there were.
         reach: ρ.
         log_bend: The average of log C for steps with ηγζρ = 1; None before the first measurement.
@@ -351,13 +354,16 @@ class LengthState:
             return False
         return self.log_decrement < self.usual_log_decrement - FALL
 
-    def answered(self, rule: MeasuredLength, slope: float, rate: float) -> LengthState:
+    def answered(
+        self, rule: MeasuredLength, slope: float, rate: float, left: float = 1.0
+    ) -> LengthState:
         """Return the state after the present gradient answered to the last step, which stays.
 
         Args:
             rule: The rule.
             slope: ``⟨v, g⟩`` with the last step v and the present gradient.
             rate: η.
+            left: R/R_max, the share that is left of what the loss can fall by.
         """
         if self.slope is None:
             return self
@@ -372,9 +378,10 @@ class LengthState:
             usual_ratio=usual,
             ratios=self.ratios + 1,
         )
-        return found if self.log_bend is None or not rate > 0 else found._reached(rule, rate)
+        known = self.log_bend is not None and rate > 0
+        return found._reached(rule, rate, left) if known else found
 
-    def _reached(self, rule: MeasuredLength, rate: float) -> LengthState:
+    def _reached(self, rule: MeasuredLength, rate: float, left: float) -> LengthState:
         """Return the state with ρ as long as other batches want it."""
         bend = self._bend(rate)
         if self.reach > 1.0 and self.usual_ratio > 0:
@@ -390,9 +397,11 @@ class LengthState:
         if self.reach < 1.0:
             reach = min(1.0, self._reach_times(rule, max(0.0, HARMFUL - most)))
             return replace(self, reach=reach)
-        if self.usual_ratio > 0 or min(rate, 1.0) * self.caution * (1 - most) <= SURELY_LONGER:
+        longer = min(rate, 1.0) * self.caution * (1 - most) - SURELY_LONGER
+        if self.usual_ratio > 0 or longer <= 0:
             return self
-        return replace(self, reach=min(LONGEST, self.reach * rule.reach), ratios=0)
+        growth = rule.reach ** (left * min(1.0, longer / (1 + error / bend)))
+        return replace(self, reach=min(LONGEST, self.reach * growth))
 
     def _reach_times(self, rule: MeasuredLength, share: float) -> float:
         """Return ``ρ exp(κ · share)``, with a share of at most 1 either way."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from natgrad.arguments import check_range, is_number
-from natgrad.optim.step.noise_to_signal import NoiseToSignal
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,6 @@ class RelativeDamping:
         if not is_number(self.floor) or not 0 < self.floor <= 1:
             raise ValueError(f"floor must be in (0, 1], got {self.floor!r}")
 
-    def unit(self, mean_eigenvalue: float, noise: NoiseToSignal) -> float:
-        """Return ``ν tr F/P``."""
-        return max(self.floor, noise.ratio) * mean_eigenvalue
+    def unit(self, mean_eigenvalue: float, noise: float) -> float:
+        """Return ``ν tr F/P`` at a ratio of noise to signal in [0, 1]."""
+        return max(self.floor, noise) * mean_eigenvalue
