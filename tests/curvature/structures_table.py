@@ -89,7 +89,7 @@ class Batch:
         return rows_of(self, additive, additive and curvature.by_layer)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache
 def rows_of(batch: Batch, additive: bool, by_layer: bool) -> Rows:
     """Pull back the rows of a batch."""
     likelihood, fisher = as_likelihood(batch.likelihood), fisher_type(batch.kind)
@@ -109,7 +109,7 @@ def rows_of(batch: Batch, additive: bool, by_layer: bool) -> Rows:
     return rows
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache
 def layouts_of(model: torch.nn.Module) -> tuple[dict[str, BlockLayout], ParameterLayout]:
     """Return the layouts of a model's blocks and of its parameters."""
     with Capture(model) as capture:
@@ -184,7 +184,7 @@ class Problem:
         return kronecker.exact_groups(self.size, self.blocks, self.count)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def problem(
     name: str, likelihood: str = "categorical", kind: str = "exact", seed: int = 7
 ) -> Problem:
@@ -234,7 +234,7 @@ def masked(structure: str) -> Definition:
     return matrix
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def factors_of(
     factors: Callable[..., Pairs], problem: Problem, sharing: str, limit: int | None
 ) -> list[Pairs]:
@@ -305,7 +305,7 @@ def assert_diagonalises(basis: Tensor, factor: Tensor) -> None:
     assert off.abs().max() <= 1e-10 * factor.abs().max()
 
 
-@functools.lru_cache(maxsize=16)
+@functools.cache
 def all_products_of(problem: Problem) -> list[list[tuple[Tensor, Tensor]]]:
     """Return all pairs (A, B), (R, d, d) each, of every block's groups, leading ones first."""
     return [
@@ -577,7 +577,7 @@ class Entry:
         return self.solution(problem, found, matrix, shift, columns)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache
 def built(name: str, given: Problem, options: tuple[tuple[str, Any], ...]) -> FisherMatrix:
     """Return an entry's matrix of a problem, which is also what others are compared with."""
     return TABLE[name].build(given.batch, **dict(options))

@@ -118,7 +118,7 @@ def compare(
         assert (matrix - given.exact_groups).norm() <= worse * (1 + 1e-12) + 1e-13
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def distance(name: str, given: Problem, sharing: str | None) -> Tensor:
     """Return how far an entry's matrix is from the exact blocks."""
     entry = TABLE[name]
@@ -152,7 +152,7 @@ def test_random_stacks(case, likelihood, kind, sharing):
         compare(entry, given, sharing if sharing in entry.sharings else None)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.cache
 def masked_problems(name: str, kind: str) -> list[tuple[Problem, dict[int | None, Batch]]]:
     """Return problems with ignored, weighted, and ignored, weighted and smoothed events.
 
@@ -326,7 +326,7 @@ def test_interface(entry, name):
     check_interface(entry, given, entry.build(given))
 
 
-@functools.lru_cache(maxsize=16)
+@functools.cache
 def pulled_back(name: str) -> Jacobians:
     """Return a case's rows for the squared error."""
     case = CASES[name]()
@@ -457,7 +457,7 @@ def check_same_matrix(entry: Entry, found: FisherMatrix, other: FisherMatrix) ->
     dense.assert_same(found.solve(vector, damping), other.solve(vector, damping), 1e-8)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.cache
 def pieces(name: str, kind: str, chunk: int | None) -> list[list[Batch]]:
     """Return the same samples together, in batches in another order, and shuffled."""
     case = CASES[name]()
@@ -521,7 +521,7 @@ def test_batches_that_are_not_finite_are_left_out(entry):
 # -- estimates: refreshing, checkpoints, going back ------------------------------------------------
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def batches_of(name: str, count: int = 1) -> list[Batch]:
     """Return batches of a case that differ in their targets."""
     return [problem(name, "categorical", "empirical", seed).batch for seed in range(count)]
