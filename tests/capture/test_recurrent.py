@@ -281,3 +281,28 @@ def test_optimizers_train_recurrent_layers(kind, dtype):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+class SentenceEncoder(nn.Module):
+    """A classifier by the last hidden state: the outputs of the steps before are not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(12, 24), nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x)[1][0][-1])
+
+
+def test_outputs_that_the_loss_does_not_use():
+    """A float32 layer on a CPU is one node of the graph, to whose other outputs nothing comes."""
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(0)
+        model, x = SentenceEncoder(), torch.randn(10, 128, 12)
+        model, x = model.to(dtype), x.to(dtype)
+        optimizer = natgrad.KFAC(model, fisher="exact")
+        nn.functional.cross_entropy(model(x), torch.arange(128) % 3).backward()
+        optimizer.step()
+        found.append(optimizer.preconditioner.curvature.matrix().to_dense().double())
+    assert (found[0] - found[1]).norm() <= 1e-4 * found[1].norm()

@@ -70,11 +70,13 @@ class ForwardPass:
         return tensor.movedim(self.batch_dim, 0) if fits else tensor
 
 
-def user_hook(recorded: RecordedCall, index: int) -> Callable[[Tensor], None]:
+def user_hook(recorded: RecordedCall, index: int) -> Callable[[Tensor | None], None]:
     """Return what keeps the gradient that the user's backward pass brings to an output."""
     waiting = weakref.ref(recorded)  # Its edges hold the hook: rows would wait for the collector.
 
-    def keep(gradient: Tensor) -> None:
+    def keep(gradient: Tensor | None) -> None:
+        if gradient is None:  # Of an output that the loss does not use, where nodes have several.
+            return
         found = waiting()
         if found is not None and not is_pulling_back(gradient):
             found.user_gradients[index] = gradient.detach().reshape(found.shapes[index])
