@@ -314,6 +314,26 @@ def test_largest_decrement_is_that_of_the_summed_losses():
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("factor", [1.0, 0.5, 8.0])
+@pytest.mark.parametrize("label", ["categorical", "bernoulli"])
+def test_heads_show_by_what_their_losses_are_multiplied(factor, label):
+    """As the sum over samples of a variational autoencoder; a squared error shows nothing."""
+    z, value = normal(8, 3, seed=1).requires_grad_(), normal(8, 2, seed=2).requires_grad_()
+    if label == "categorical":
+        loss = functional.cross_entropy(z, torch.arange(8) % 3)
+    else:
+        y = (normal(8, 3, seed=3) > 0).double()
+        loss = functional.binary_cross_entropy_with_logits(z, y, reduction="sum") / 8
+    (factor * (loss + value.square().sum(1).mean())).backward()
+    heads = natgrad.likelihoods.as_likelihood({"z": label, "value": "gaussian"})
+    joined = heads.of_shapes({"z": z.shape, "value": value.shape})
+    flat, cotangent = torch.cat([z, value], 1).detach(), torch.cat([z.grad, value.grad], 1)
+    _, scale = joined.infer_event_weights(flat, cotangent)
+    torch.testing.assert_close(scale, scale.new_tensor(factor / 8))
+    _, scale = joined.infer_event_weights(flat, torch.cat([0 * z.grad, value.grad], 1))
+    torch.testing.assert_close(scale, scale.new_tensor(1 / 8))
+
+
 def test_ignored_tokens_and_accumulation():
     model, (x, y) = Model(), data()
     y["tokens"][0] = y["tokens"][2, 1] = y["logits"][3] = -100

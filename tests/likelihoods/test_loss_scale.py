@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import natgrad
-from natgrad.likelihoods import Bernoulli, Gaussian, Poisson
+from natgrad.likelihoods import Bernoulli, BinaryProbabilities, Gaussian, Poisson
 from tests import pairwise
 from tests.cases import generator, normal
 from tests.likelihoods.test_torch_losses import assert_same, loss_hessian, seen_by_optimizer
@@ -174,6 +174,31 @@ def test_masks_do_not_hide_it():
         return (values * mask).sum() / mask.sum()
 
     assert_same(seen_by_optimizer(model, "bernoulli", loss), loss_hessian(model, loss))
+
+
+@pytest.mark.parametrize("logits", [True, False])
+@pytest.mark.parametrize("factor", [1.0, 1 / 24, 1 / 48, 300.0])
+def test_some_hard_labels_tell_the_scale(logits, factor):
+    """Pixels of digits: most are 0 or 1, and some between."""
+    z, y = normal(24, 30, seed=2), labels("soft", 24, 30)
+    y = torch.where(y > 0.3, y, 0.0)
+    z = (z if logits else z.sigmoid()).requires_grad_()
+    loss = MEANS["soft"] if logits else functional.binary_cross_entropy
+    (cotangent,) = torch.autograd.grad(factor * loss(z, y, reduction="sum"), z)
+    for average in ("sum", "mean"):
+        likelihood = (Bernoulli if logits else BinaryProbabilities)(average)
+        weights, scale = likelihood.infer_event_weights(z.detach(), cotangent)
+        assert (weights == 1).all()
+        expected = factor * (30 if average == "mean" else 1)
+        torch.testing.assert_close(scale, scale.new_tensor(expected))
+
+
+@pytest.mark.parametrize("factor", [1.0, 300.0])
+def test_soft_labels_leave_the_scale_to_the_reduction(factor):
+    z, y = normal(24, 3, seed=2).requires_grad_(), labels("soft", 24, 3)
+    (cotangent,) = torch.autograd.grad(factor * MEANS["soft"](z, y, reduction="sum"), z)
+    _, scale = Bernoulli().infer_event_weights(z.detach(), cotangent)
+    torch.testing.assert_close(scale, scale.new_tensor(1 / 24))
 
 
 def test_what_was_seen_is_saved():

@@ -10,7 +10,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from natgrad.likelihoods.base import Likelihood, Reduction, full_precision, positive_ratio
-from natgrad.likelihoods.binary_probabilities import BinaryProbabilities, hold_probabilities
+from natgrad.likelihoods.binary_probabilities import (
+    BinaryProbabilities,
+    hard_labels,
+    hold_probabilities,
+)
 from natgrad.likelihoods.elementwise import (
     Elementwise,
     ReduceOutputs,
@@ -45,7 +49,7 @@ class Bernoulli(Elementwise):
     def infer_event_weights(
         self, output: Tensor, cotangent: Tensor, target: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Infer the loss scale from hard labels, which the cotangent's signs show; see the base."""
+        """Infer the loss scale from hard labels, as the cotangent shows them; see the base."""
         weights, usual = super().infer_event_weights(output, cotangent, target)
         if target is not None:
             return weights, usual
@@ -55,13 +59,14 @@ class Bernoulli(Elementwise):
     def _hard_scale(
         self, output: Tensor, cotangent: Tensor, usual: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return the scale of the loss if all labels are hard, and whether they are."""
+        """Return the scale of the loss if all labels are hard, or surely some, and whether so."""
         cotangent = cotangent.to(output.dtype)
         gradient = self.gradient(output, (cotangent < 0).to(output.dtype))
         gradient = torch.where(cotangent == 0, 0, gradient)
         scale = positive_ratio(cotangent.abs().sum(), gradient.abs().sum(), usual)
         hard = (cotangent - scale * gradient).abs().sum() <= 0.05 * cotangent.abs().sum()
-        return scale, hard
+        _, some, least = hard_labels(output, cotangent, logits=True)
+        return torch.where(hard, scale, least / self._scale(output)), hard | some
 
     @full_precision
     def seen_with(

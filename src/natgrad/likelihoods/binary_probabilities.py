@@ -67,10 +67,10 @@ class BinaryProbabilities(Elementwise):
     def _tells_average(self, output: Tensor, cotangent: Tensor, target: Any) -> bool | None:
         if target is not None:
             return super()._tells_average(output, cotangent, target)
-        share, scale = hard_labels(output, cotangent)
-        if share < MANIFEST:
+        _, sure, scale = hard_labels(output, cotangent)
+        if not bool(sure):
             return None
-        averaged, summed = scale * output.numel(), scale * len(output)
+        averaged, summed = float(scale) * output.numel(), float(scale) * len(output)
         return plausible_scale(averaged, len(output)) < plausible_scale(summed, len(output))
 
     @full_precision
@@ -81,8 +81,8 @@ class BinaryProbabilities(Elementwise):
         weights, usual = super().infer_event_weights(output, cotangent, target)
         if target is not None:
             return weights, usual
-        share, scale = hard_labels(output, cotangent)
-        return weights, usual if share < MANIFEST else usual.new_tensor(scale / self._scale(output))
+        _, sure, scale = hard_labels(output, cotangent)
+        return weights, torch.where(sure, scale / self._scale(output), usual)
 
     def _nll(self, output: Tensor, target: Tensor) -> Tensor:
         return functional.binary_cross_entropy(output.clamp(0.0, 1.0), target, reduction="none")
@@ -111,36 +111,39 @@ class BinaryProbabilities(Elementwise):
         return target, missing
 
 
-def hard_labels(output: Tensor, cotangent: Tensor, logits: bool = False) -> tuple[float, float]:
-    """Return the share of outputs whose labels are 0 or 1 by the gradient, and its scale.
+def hard_labels(
+    output: Tensor, cotangent: Tensor, logits: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the share of outputs whose labels are 0 or 1, whether it is sure, and the scale.
 
     A gradient c(p − y)/(p(1 − p)) asks for a c of at least its size times 1 − p, or p, with y in
-    [0, 1], and hard labels all ask for the same. It waits for the device.
+    [0, 1], and hard labels all ask for the same. Some of them, or all, must.
 
     Args:
         output: Probabilities, or logits.
         cotangent: Gradient of the loss at them.
         logits: Whether they are logits, whose gradient is c(p − y).
     """
+    tolerance = max(1e-3, 4 * torch.finfo(cotangent.dtype).eps)
     cotangent = cotangent.to(output.dtype)
     if logits:
         least = cotangent / torch.where(cotangent > 0, output.sigmoid(), -(-output).sigmoid())
     else:
         least = cotangent * torch.where(cotangent > 0, 1 - output, -output)
-    tolerance = max(1e-3, 4 * torch.finfo(cotangent.dtype).eps)
+    least = torch.where(cotangent == 0, 0, least)
     scale = least.max()
-    hard = (least >= (1 - tolerance) * scale) & (cotangent != 0)
-    share = hard.sum() / (cotangent != 0).sum().clamp_min(1)
-    found: list[float] = torch.stack([share.double(), scale.double()]).tolist()
-    return found[0], found[1]
+    number = ((least >= (1 - tolerance) * scale) & (cotangent != 0)).sum()
+    share = number / (cotangent != 0).sum().clamp_min(1)
+    sure = (share >= MANIFEST) & (number >= 4) | (share == 1) & (number >= 2)
+    return share, sure & scale.isfinite(), scale
 
 
 def hold_probabilities(output: Tensor, cotangent: Tensor) -> bool:
     """Return whether a gradient is that of a binary cross-entropy of probabilities, surely."""
-    if not bool(((output >= 0) & (output <= 1)).all() & cotangent.isfinite().all()):
-        return False
-    share, _ = hard_labels(output, cotangent)
-    return share >= MANIFEST and share > 2 * hard_labels(output, cotangent, logits=True)[0]
+    share, sure, _ = hard_labels(output, cotangent)
+    other, *_ = hard_labels(output, cotangent, logits=True)
+    between = ((output >= 0) & (output <= 1)).all()
+    return bool(between & sure & (share > 2 * other))
 
 
 def _variance(output: Tensor) -> Tensor:

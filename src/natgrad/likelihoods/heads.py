@@ -10,6 +10,7 @@ from torch import Tensor
 
 from natgrad.capture.model_output import Selection
 from natgrad.likelihoods.base import Likelihood
+from natgrad.likelihoods.categorical import Categorical
 
 
 class Heads(Likelihood):
@@ -166,13 +167,25 @@ class JoinedHeads(Likelihood):
     def infer_event_weights(
         self, output: Tensor, cotangent: Tensor, target: Any = None
     ) -> tuple[Tensor, Tensor]:
-        """Return the weights read off every head's gradient, and the scale 1/N; see the base."""
-        weights = []
+        """Return the weights read off every head's gradient, and c/N; see the base class.
+
+        c is 1 for losses that are means, and the mean of what those heads show whose gradients
+        show any: a sum over samples, or what a mean was multiplied by.
+        """
+        weights, factors, shown = [], [], []
         for (part, z, y), c in zip(self._each(output, target), self.pieces(cotangent), strict=True):
-            own, _ = part.infer_event_weights(z, c, y)
-            weights.append(self._share(part, z, own, part.seen_count(z, own, y)))
+            own, scale = part.infer_event_weights(z, c, y)
+            count = part.seen_count(z, own, y)
+            weights.append(self._share(part, z, own, count))
+            factors.append(scale.double() * count)
+            unusual = (factors[-1] - 1.0).abs() >= 1e-4
+            tells = torch.ones_like(unusual) if isinstance(part, Categorical) else unusual
+            shown.append(tells & c.any() & (count > 0))
         joined = torch.cat(weights, 1).unsqueeze(1)
-        return joined, joined.new_tensor(1 / max(1, len(output)))
+        factor, tells = torch.stack(factors), torch.stack(shown)
+        mean = torch.where(tells, factor, 0.0).sum() / tells.sum()
+        scale = torch.where(tells.any(), mean, 1.0) / max(1, len(output))
+        return joined, scale.to(joined.dtype)
 
     def seen_with(
         self, output: Tensor, cotangent: Tensor, target: Any = None
