@@ -230,4 +230,4 @@ def test_block(block: str):
             optimizer.step()
     assert all(not torch.equal(p, old) for p, old in zip(trained.parameters(), before, strict=True))
     assert all(bool(p.isfinite().all()) for p in trained.parameters())
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 7
