@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from tests import processes
 from tests.cases import normal
 from tests.optim.test_several_backward_passes import (
     METHODS,
+    Way,
     asked_for,
     looked_at_after,
     looked_at_before,
@@ -22,7 +22,6 @@ from tests.optim.test_several_backward_passes import (
     together,
 )
 
-Way = Callable[[list[Tensor], list[Tensor]], None]
 #: What each of two processes does; the last one leaves the number of passes to each.
 WAYS: dict[str, tuple[Way, Way]] = {
     "one_by_one": (one_by_one, one_by_one),

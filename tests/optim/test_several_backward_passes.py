@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,6 +13,9 @@ from torch.nn import functional
 
 import natgrad
 from tests.cases import normal
+
+Losses = Callable[[nn.Module, Tensor], list[Tensor]]
+Way = Callable[[list[Tensor], list[Tensor]], None]
 
 METHODS = {
     "kfac": natgrad.KFAC,
@@ -81,30 +84,35 @@ def looked_at_after(losses: list[Tensor], parameters: list[Tensor]) -> None:
     torch.autograd.grad(losses[0], parameters, allow_unused=True)
 
 
+def trained(name: str, losses: Losses, way: Way, passes: int) -> Tensor:
+    """Return the weights after three steps."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    model = (TwoHeads() if losses is heads else plain).double()
+    likelihood = {0: "categorical", 1: nn.MSELoss()} if losses is heads else "categorical"
+    optimizer = METHODS[name](model, likelihood)
+    for step in range(3):
+        optimizer.zero_grad()
+        for number in range(passes):
+            x = normal(12, 4, seed=10 * step + number)
+            way(losses(model, x), list(model.parameters()))
+        optimizer.step()
+    return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+@functools.cache
+def trained_together(name: str, losses: Losses, passes: int) -> Tensor:
+    return trained(name, losses, together, passes)
+
+
+@pytest.mark.filterwarnings("ignore:the coefficients of")
 @pytest.mark.parametrize("way", [one_by_one, asked_for, looked_at_before, looked_at_after])
 @pytest.mark.parametrize("losses", [heads, halves])
 @pytest.mark.parametrize("name", list(METHODS))
 def test_the_step_is_that_of_the_sum(name, losses, way):
-    torch.manual_seed(0)
-    plain = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
-    start = (TwoHeads() if losses is heads else plain).double()
-    likelihood = {0: "categorical", 1: nn.MSELoss()} if losses is heads else "categorical"
-
-    def train(way, passes: int) -> Tensor:
-        model = copy.deepcopy(start)
-        optimizer = METHODS[name](model, likelihood)
-        for step in range(3):
-            optimizer.zero_grad()
-            for number in range(passes):
-                x = normal(12, 4, seed=10 * step + number)
-                way(losses(model, x), list(model.parameters()))
-            optimizer.step()
-        return nn.utils.parameters_to_vector(model.parameters()).detach()
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "the coefficients of")
-        for passes in (1, 2):
-            torch.testing.assert_close(train(way, passes), train(together, passes))
+    for passes in (1, 2):
+        found = trained(name, losses, way, passes)
+        torch.testing.assert_close(found, trained_together(name, losses, passes))
 
 
 def probe(model: nn.Module, before: bool) -> None:
