@@ -244,6 +244,23 @@ def test_a_loss_that_is_no_likelihood_is_named_once(case):
     assert "ResidualNGD" in sentence and "likelihood=" in sentence
 
 
+@pytest.mark.parametrize("end", [nn.Softmax(1), nn.LogSoftmax(1), nn.Identity()])
+def test_probabilities_of_classes_are_named(end):
+    """As of policies: the loss takes their logarithm, times whatever reward."""
+    model, reward = nn.Sequential(network(4), end), normal(16, seed=1)
+    optimizer = natgrad.KFAC(model, "categorical")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        output = model(normal(16, 6))
+        named = "probs" if isinstance(end, nn.Softmax) else "logits"
+        actions = torch.distributions.Categorical(**{named: output})
+        (-actions.log_prob(torch.arange(16) % 4) * reward).sum().backward()
+        optimizer.step()
+    found = [str(one.message) for one in said if "natgrad:" in str(one.message)]
+    assert len(found) == isinstance(end, nn.Softmax)
+    assert all("let the model return logits" in one for one in found)
+
+
 @pytest.mark.parametrize("soft", [False, True])
 def test_class_weights_of_class_probabilities_need_the_target(soft):
     weight = torch.tensor([0.2, 1.0, 4.0], dtype=torch.float64)

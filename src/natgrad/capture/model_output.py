@@ -142,7 +142,10 @@ def side_by_side(heads: Mapping[Any, Tensor]) -> Tensor:
     """
     if len({one.shape[:1] for one in heads.values()} | {torch.Size([])}) != 2:
         shapes = {key: tuple(one.shape) for key, one in heads.items()}
-        raise ValueError(f"Heads need outputs of the same number of samples but got {shapes}.")
+        raise ValueError(
+            f"Heads need outputs of the same number of samples but got {shapes}; give a single "
+            "sample a first dimension of size 1."
+        )
     return torch.cat([one.reshape(len(one), -1) for one in heads.values()], 1)
 
 

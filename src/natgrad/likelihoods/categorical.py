@@ -19,6 +19,13 @@ from natgrad.likelihoods.base import (
     root_floor,
 )
 
+#: What is said of a model that ends in a softmax.
+PROBABILITIES = (
+    "the output holds probabilities of classes, of which the loss takes the logarithm, and the "
+    "Fisher matrix takes them for logits: let the model return logits, or their log_softmax, whose "
+    "probabilities are Categorical(logits=output) in torch.distributions"
+)
+
 
 @dataclass(frozen=True, repr=False)
 class Categorical(Likelihood):
@@ -288,7 +295,11 @@ class Categorical(Likelihood):
         sums = events.sum(-1).abs().sum() > tolerance * events.abs().sum()
         if bool(sums & ~self._is_normalized(output, self._class_dim(output))):
             fault = "does not sum to zero over the classes"
-            said.append(FOREIGN.format(fault=fault, name=self))
+            p = self.split_events(output)
+            if bool((p >= 0).all() & ((p.sum(-1) - 1).abs() < 1e-3).all()):
+                said.append(PROBABILITIES)
+            else:
+                said.append(FOREIGN.format(fault=fault, name=self))
         elif self.class_weights is not None and self.label_smoothing == 0 and target is None:
             weights, scale = self.infer_event_weights(output, cotangent)
             labels = torch.where(weights > 0, events.argmin(-1), self.ignore_index)
