@@ -172,6 +172,10 @@ RUNS: dict[str, Run] = {
     "KFAC, tokens ignored": Run("KFAC", network="transformer", ignored={0: 3, 2: 8}),
     **{f"{name}, broad": Run(name, network="broad") for name in ("KFAC", "EKFAC", "TKFAC")},
     "KFAC, broad, sharing memory": Run("KFAC", {"sharing": "memory"}, network="broad"),
+    "KFAC, about means": Run("KFAC", {"max_factor_size": 5}),
+    "KFAC, about means, sharing memory": Run(
+        "KFAC", {"max_factor_size": 5, "sharing": "memory"}, network="transformer"
+    ),
 }
 
 #: With two processes: other runs, in which one has more samples than the other.
@@ -187,6 +191,9 @@ UNEQUAL |= {
     f"{name}, nothing in one": Run(name, {"damping": 0.1}, shares=(0, SAMPLES))
     for name in ("KFAC", "EKFAC", "SINGD", "ExactNGD")
 }
+UNEQUAL["KFAC, about means, unequal"] = Run(
+    "KFAC", {"damping": 0.1, "max_factor_size": 5}, shares=(5, 11)
+)
 
 
 #: What four processes do, too: every way to sum, gather and own what structures keep.

@@ -19,6 +19,13 @@ factors have the size of means that add up over positions, which *expand* misses
 of T, and the rank of deviations, which *reduce* lacks. It is exact where either of them is exact
 for deep linear networks, and right for terms that are independent with mean 0. A group of one unit,
 as in normalisation and depthwise convolutions, has its exact block.
+
+A factor of inputs that would be too large is kept as its diagonal about the mean input μ,
+
+.. math:: A \approx \mu \mu^\top + \operatorname{diag}(E[a^2] - \mu^2),
+
+whose inverse is one product more (Sherman & Morrison 1950): units that are never negative share
+their mean, and no diagonal shows that.
 """
 
 from __future__ import annotations
@@ -56,8 +63,9 @@ class KroneckerFactors(Structure):
         factored_damping: How λ is added: True splits it between the factors, which is cheaper and
             damps somewhat more; False inverts ``B ⊗ A + λI`` exactly, by eigendecompositions (see
             :class:`natgrad.operators.KroneckerOperator`).
-        max_factor_size: Larger factors are kept as their diagonal, and those of outputs from an
-            eighth of it on where they are more than eight times the inputs; None for no limit.
+        max_factor_size: Larger factors are kept as their diagonal, those of outputs from an eighth
+            of it on where they are more than eight times the inputs, and those of inputs, with
+            ``factored_damping``, about the mean; None for no limit.
         rows_per_unit: If a batch has more rows (samples times positions) than this times the size
             of the larger factor, an update of *expand* factors takes a random subset of positions,
             the same for all samples, drawn anew every time: unbiased, and neighbouring positions
@@ -77,6 +85,8 @@ class KroneckerFactors(Structure):
 
     name: ClassVar[str] = "kfac"
     shareable: ClassVar[bool] = True
+    #: Whether factors of inputs that are too large are kept about the mean.
+    keeps_means: ClassVar[bool] = True
     object_options: ClassVar[Mapping[str, Any]] = {
         "weight_sharing": "expand",
         "factored_damping": False,
@@ -113,16 +123,20 @@ class KroneckerFactors(Structure):
         sharing, limit = self.weight_sharing, self.max_factor_size
         products = rows[part.name].product_rows(sharing, self.rows_per_unit, draw)
         sums = [one.kronecker_factors(sharing, limit, continued) for one in products]
-        return KroneckerStatistics.of(count, functools.reduce(KroneckerSums.followed_by, sums))
+        merged = functools.reduce(KroneckerSums.followed_by, sums)
+        return KroneckerStatistics.of(count, merged, self._about_mean)
 
     def operator(self, part: Part, statistics: Statistics | None) -> Operator:
         """Return ``B ⊗ A``."""
         if statistics is None:
-            a, b = zero_factors(part)
+            (a, b), rows = zero_factors(part), None
         else:
             assert isinstance(statistics, KroneckerStatistics)
-            a, b = statistics.mean_factors()
-        return KroneckerOperator(part.block, a, b, self.factored_damping, self.product_dtype)
+            (a, b), rows = statistics.mean_factors(), statistics.mean_rows()
+        left, right = rows or (None, None)
+        return KroneckerOperator(
+            part.block, a, b, self.factored_damping, self.product_dtype, left=left, right=right
+        )
 
     def trace(self, part: Part, statistics: Statistics | None) -> Tensor:
         """Return the trace of ``B ⊗ A``, by the diagonals of the sums."""
@@ -130,6 +144,11 @@ class KroneckerFactors(Structure):
             return super().trace(part, statistics)
         assert isinstance(statistics, KroneckerStatistics)
         return statistics.trace()
+
+    @property
+    def _about_mean(self) -> bool:
+        """Whether large factors of inputs are: the eigenvectors of such are not to be had."""
+        return self.keeps_means and self.factored_damping
 
     def takes_rows(self, block: BlockLayout, rows: int) -> bool:
         """Return whether so many rows are cheaper to precondition than the gradient they sum to."""
@@ -154,6 +173,9 @@ class KroneckerFactors(Structure):
             refresh += 0 if diagonal else block.groups * float(size) ** 3
             multiply += float(entries) * other
             on_rows += float(rows) * entries
+        if self._keeps_mean(block):
+            shapes[0] = f"{shapes[0]} + mean"
+            multiply += 2.0 * block.groups * block.d_augmented * block.d_out
         by_rows = workload.processes == 1 and self.takes_rows(block, rows)
         step = on_rows if by_rows else multiply
         prefix = "" if block.groups == 1 else f"{block.groups} of "
@@ -174,6 +196,9 @@ class KroneckerFactors(Structure):
             triangles += size if diagonal else size * (size + 1) // 2
             dense += 0 if diagonal else size**2
         products = len(rows_by_product(part, workload, self.weight_sharing, self.rows_per_unit))
+        if self._keeps_mean(block):
+            sums, triangles = sums + block.d_augmented, triangles + block.d_augmented
+            kept += 2 * products * block.d_augmented
         inverse = block.groups * (kept if self.factored_damping else dense)
         if not self.factored_damping:
             inverse += block.numel  # One eigenvalue each.
@@ -184,6 +209,11 @@ class KroneckerFactors(Structure):
             rows=0,
             handed_out=inverse,
         )
+
+    def _keeps_mean(self, block: BlockLayout) -> bool:
+        """Return whether the factor of a layer's inputs is kept about their mean."""
+        large = block.large_factors(self.max_factor_size)[0]
+        return self._about_mean and large and block.has_weight and not block.one_hot
 
     def _factors(self, block: BlockLayout) -> list[tuple[int, bool]]:
         """Return the sizes of A and B, and whether they are kept as their diagonals."""

@@ -133,6 +133,7 @@ class TwoLevelKronecker(KroneckerFactors):
         "coarse_space": "nicolaides",
     }
     companion: ClassVar[str | None] = COARSE
+    keeps_means: ClassVar[bool] = False  # The coarse space asks for eigenvectors.
 
     rows_per_unit: float | None = None
     coarse_space: CoarseSpace = "krylov"

@@ -37,12 +37,15 @@ class KroneckerSums:
         further: Those of another product, which is to be added: of uses of the parameter the other
             way round, as of an embedding tied to the output layer, with inputs and outputs
             exchanged, or of what positions add to the means over them; None without any.
+        input_sum: ``Σ a``, ``(G, d_in + bias)``, of a linear layer of whose ``inputs`` this is the
+            diagonal; else None.
     """
 
     inputs: Tensor | None
     positions: Tensor
     outputs: Tensor | None
     further: KroneckerSums | None = None
+    input_sum: Tensor | None = None
 
     def followed_by(self, more: KroneckerSums | None) -> KroneckerSums:
         """Return the same products with further ones."""

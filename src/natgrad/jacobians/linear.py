@@ -447,9 +447,11 @@ class LinearJacobian(LayerJacobian):
         delta = self.output_gradients
         large_outputs = self.layout.large_factors(max_factor_size)[1]
         moment: Tensor | None = None
+        input_sum: Tensor | None = None
         positions = delta.new_zeros(())
         if not continued:
             moment, positions = self.input_factor(weight_sharing, max_factor_size)
+            input_sum = self._input_sum(weight_sharing) if moment.dim() == 2 else None
         if weight_sharing == "reduce" and (continued or self.positions > 1):
             delta = delta.sum(2, keepdim=True)
         flat = delta.permute(3, 0, 1, 2, 4).flatten(1, 3)  # (G, N·K·T, d_out)
@@ -459,7 +461,7 @@ class LinearJacobian(LayerJacobian):
             outputs = linalg.lower_gram(flat[0]).unsqueeze(0)
         else:
             outputs = flat.mT @ flat
-        return KroneckerSums(moment, positions, outputs)
+        return KroneckerSums(moment, positions, outputs, input_sum=input_sum)
 
     def input_factor(
         self, weight_sharing: WeightSharing = "expand", max_factor_size: int | None = None
@@ -477,6 +479,22 @@ class LinearJacobian(LayerJacobian):
         if active is not None:
             return moment, active.sum()
         return moment, self.output_gradients.new_tensor(float(self.samples * self.positions))
+
+    def _input_sum(self, weight_sharing: WeightSharing) -> Tensor | None:
+        """Return ``Σ a`` with the bias coordinate, ``(G, d_in + bias)``."""
+        if self.layout.one_hot or not self.layout.has_weight:
+            return None
+        inputs, weights = self.inputs, self.active_positions
+        if weight_sharing == "reduce" and self.positions > 1:
+            inputs, weights = self._mean_inputs(weights)
+        a = inputs if weights is None else inputs * weights[:, :, None, None]
+        total = a.sum((0, 1))
+        if not self.layout.has_bias:
+            return total
+        number = float(inputs.shape[0] * inputs.shape[1])
+        count = total.new_tensor(number) if weights is None else weights.sum().to(total.dtype)
+        corner = (count * self.bias_value).expand(self.layout.groups, 1)
+        return torch.cat([total, corner], dim=1)
 
     def _reduced_second_moment(
         self, active: Tensor | None, diagonal: bool

@@ -23,11 +23,11 @@ from natgrad.statistics.kronecker import factor_diagonal
 class KroneckerOperator(Operator):
     """``B ⊗ A``: a layer's matrix G becomes ``B G A``, in every group.
 
-    A factor is ``(G, d, d)``, or ``(G, d)`` where it is diagonal.
+    A factor is ``(G, d, d)``, or ``(G, d)`` where it is diagonal, but for a few rows of A.
 
     Attributes:
         layout: Layout of the layer's block.
-        inputs: A.
+        inputs: A, or its diagonal.
         outputs: B.
         factored_damping: How it is damped. False inverts ``B ⊗ A + λI`` exactly through the
             eigenbases; True inverts ``(B + √λ/π I) ⊗ (A + π√λ I)`` with
@@ -36,6 +36,8 @@ class KroneckerOperator(Operator):
         product_dtype: Type of the products with its factors when it preconditions gradients; their
             own by default.
         lower: Whether only the lower triangles of the factors are right, as sums leave them.
+        left: l, ``(G, m, d)``, where A is ``lᵀr`` but for its diagonal, which ``inputs`` is.
+        right: r, ``(G, m, d)``.
     """
 
     layout: BlockLayout
@@ -44,20 +46,39 @@ class KroneckerOperator(Operator):
     factored_damping: bool = False
     product_dtype: torch.dtype | None = None
     lower: bool = True
+    left: Tensor | None = None
+    right: Tensor | None = None
 
     @cached_property
     def factors(self) -> tuple[Tensor, Tensor]:
         """``(A, B)``, whole."""
+        a, b = self._stored
+        if self.left is not None and self.right is not None:
+            a = torch.diag_embed(self._off_rows) + self.left.mT @ self.right
+        return a, b
+
+    @cached_property
+    def _stored(self) -> tuple[Tensor, Tensor]:
+        """``inputs`` and ``outputs``, whole."""
         whole = [
             linalg.symmetric(x) if self.lower and x.dim() == 3 else x
             for x in (self.inputs, self.outputs)
         ]
         return whole[0], whole[1]
 
+    @cached_property
+    def _off_rows(self) -> Tensor:
+        """The diagonal of ``A − lᵀr``."""
+        assert self.left is not None and self.right is not None
+        return self.inputs - (self.left * self.right).sum(1)
+
     def multiply(self, columns: Tensor) -> Tensor:
         """Return ``B V A``."""
-        a, b = self.factors
+        a, b = self._stored
         matrices = multiply_left(b, self.layout.matrix(columns.T))
+        if self.left is not None and self.right is not None:
+            by_rows = (matrices @ self.left.mT) @ self.right
+            return self.layout.flat(matrices * self._off_rows.unsqueeze(-2) + by_rows).T
         return self.layout.flat(multiply_right(matrices, a)).T
 
     def trace(self) -> Tensor:
@@ -72,7 +93,7 @@ class KroneckerOperator(Operator):
 
     def eigenvalues(self) -> Tensor:
         """Return all products of the factors' eigenvalues, negatives cut to 0."""
-        a, b = eigenvalues(self.inputs), eigenvalues(self.outputs)
+        a, b = (eigenvalues(factor) for factor in self.factors)
         return (b.unsqueeze(-1) * a.unsqueeze(-2)).flatten()
 
     def logdet(self, damping: float = 0.0) -> Tensor:
@@ -80,7 +101,7 @@ class KroneckerOperator(Operator):
         check_damping(damping)
         if damping > 0:
             return super().logdet(damping)
-        (_, a), (_, b) = eigenbasis([self.inputs, self.outputs])
+        (_, a), (_, b) = eigenbasis(self.factors)
         log_a, log_b = linalg.log_determinant(a), linalg.log_determinant(b)
         return log_a * b.shape[-1] + log_b * a.shape[-1]
 
@@ -107,6 +128,7 @@ class KroneckerOperator(Operator):
         """Return the inverses of several; factors of one shape are factorised together."""
         factored: list[tuple[int, Tensor]] = []  # Which operator, and a damped factor of it.
         results: list[Operator | None] = [None] * len(operators)
+        by_rows: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         exact: list[int] = []
         for index, (one, damping) in enumerate(zip(operators, dampings, strict=True)):
             if damping == 0 or not one.factored_damping:
@@ -115,6 +137,8 @@ class KroneckerOperator(Operator):
             shifts = pi_shifts(one.inputs, one.outputs, damping)
             for factor, shift in zip((one.inputs, one.outputs), shifts, strict=True):
                 factored.append((index, _shifted(factor, shift)))
+            if one.left is not None:
+                by_rows[index] = one._inverse_rows(shifts[0])
         matrices = [factor for _, factor in factored if factor.dim() == 3]
         inverted = iter(linalg.map_stacked(linalg.inverse, matrices))
         found: dict[int, list[Tensor]] = {}
@@ -122,8 +146,11 @@ class KroneckerOperator(Operator):
             inverse = next(inverted) if factor.dim() == 3 else factor.reciprocal()
             found.setdefault(index, []).append(inverse)
         for index, (a, b) in found.items():
-            results[index] = replace(operators[index], inputs=a, outputs=b, lower=False)
-        pairs = [x for i in exact for x in (operators[i].inputs, operators[i].outputs)]
+            a, left, right = by_rows.get(index, (a, None, None))
+            results[index] = replace(
+                operators[index], inputs=a, outputs=b, lower=False, left=left, right=right
+            )
+        pairs = [x for i in exact for x in operators[i].factors]
         bases = eigenbasis(pairs) if pairs else []
         for place, index in enumerate(exact):
             one, damping = operators[index], dampings[index]
@@ -136,9 +163,20 @@ class KroneckerOperator(Operator):
             results[index] = EigenKroneckerOperator(one.layout, basis_a, basis_b, scale)
         return [result for result in results if result is not None]
 
+    def _inverse_rows(self, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the diagonal, l and r of ``(A + shift I)⁻¹``, by Woodbury's formula."""
+        assert self.left is not None and self.right is not None
+        core = self._off_rows.clamp(min=0) + shift.unsqueeze(-1)
+        right = self.right / core.unsqueeze(-2)
+        eye = torch.eye(right.shape[1], dtype=right.dtype, device=right.device)
+        small = eye + self.left @ right.mT
+        # Never singular; and nothing waits for the device to be told so.
+        left = -torch.linalg.solve_ex(small, self.left / core.unsqueeze(-2))[0]
+        return core.reciprocal() + (left * right).sum(1), left, right
+
     def inverse_root(self, damping: float) -> EigenKroneckerOperator:
         """Divide by the root of the eigenvalues, damped by the damping rule, in the eigenbases."""
-        (basis_a, values_a), (basis_b, values_b) = eigenbasis([self.inputs, self.outputs])
+        (basis_a, values_a), (basis_b, values_b) = eigenbasis(self.factors)
         shifts = self.shifts(damping)
         if shifts is None:
             damped = values_b.unsqueeze(-1) * values_a.unsqueeze(-2) + damping
@@ -153,7 +191,7 @@ class KroneckerOperator(Operator):
     ) -> dict[str, Tensor]:
         """Return ``J'(B̂⁻¹ ⊗ Â⁻¹)Jᵀ``: the Gram matrix of ``J'`` and the preconditioned rows."""
         (name,) = names
-        shifts = self.shifts(damping)
+        shifts = None if self.left is not None else self.shifts(damping)
         left, right = other.get(name), rows.get(name)
         if shifts is None or type(left) is not LinearJacobian or type(right) is not LinearJacobian:
             return map_by_columns(name, rows, other, self.direct_inverse(damping))
@@ -172,7 +210,7 @@ class KroneckerOperator(Operator):
     @cached_property
     def _spectral(self) -> EigenKroneckerOperator:
         """The same matrix in the eigenvectors of its factors."""
-        (basis_a, a), (basis_b, b) = eigenbasis([self.inputs, self.outputs])
+        (basis_a, a), (basis_b, b) = eigenbasis(self.factors)
         scale = b.unsqueeze(-1) * a.unsqueeze(-2)
         return EigenKroneckerOperator(self.layout, basis_a, basis_b, scale)
 

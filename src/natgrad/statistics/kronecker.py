@@ -43,12 +43,15 @@ class KroneckerStatistics(Statistics):
             or one number per group.
         outputs: ``Σ δ δᵀ``, ``(G, d_out, d_out)``, its lower triangles, or its diagonal.
         further: The sums of another product.
+        input_sum: ``Σ a``, ``(G, d_in + bias)``, where ``inputs`` is a diagonal that is kept about
+            the mean; else None.
     """
 
     inputs: Factor | None
     positions: Tensor
     outputs: Factor | None
     further: KroneckerStatistics | None = field(default=None, kw_only=True)
+    input_sum: Tensor | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         """Keep the lower triangles of large matrices."""
@@ -58,12 +61,20 @@ class KroneckerStatistics(Statistics):
                 object.__setattr__(self, name, LowerTriangles.of(factor))
 
     @classmethod
-    def of(cls, count: Tensor, sums: KroneckerSums) -> KroneckerStatistics:
-        """Return the statistics of sums over a batch."""
-        further = None if sums.further is None else cls.of(count, sums.further)
-        return KroneckerStatistics(
-            count, sums.inputs, sums.positions, sums.outputs, further=further
-        )
+    def of(
+        cls, count: Tensor, sums: KroneckerSums, about_mean: bool = False
+    ) -> KroneckerStatistics:
+        """Return the statistics of sums over a batch.
+
+        Args:
+            count: What the mean divides by.
+            sums: The sums.
+            about_mean: Whether diagonals of inputs are kept about their means.
+        """
+        further = None if sums.further is None else cls.of(count, sums.further, about_mean)
+        total = sums.input_sum if about_mean else None
+        own = sums.inputs, sums.positions, sums.outputs
+        return KroneckerStatistics(count, *own, further=further, input_sum=total)
 
     def is_finite(self) -> Tensor:
         """Return whether the diagonals are finite: Σ x xᵀ is exactly if its diagonal is."""
@@ -106,24 +117,35 @@ class KroneckerStatistics(Statistics):
 
     def mean_factors(self) -> tuple[Tensor, Tensor]:
         """Return ``(A, B)``, right in their lower triangles."""
-        products = self._whole_products()
-        pairs = [(whole(one.inputs), whole(one.outputs)) for one in products]
-        if len(pairs) == 1:
-            a, b = pairs[0]
-            number = products[0].positions.clamp(min=1e-30)
-            return _each(number.reciprocal(), a), b * self._per_count(b.dtype)
-        traces = [(_trace(a), _trace(b)) for a, b in pairs]
-        weights = merging_weights(traces, [one.positions for one in products])
+        pairs = [(whole(one.inputs), whole(one.outputs)) for one in self._whole_products()]
         inputs: Tensor | None = None
         outputs: Tensor | None = None
-        for (v, w), (a, b) in zip(weights, pairs, strict=True):
-            inputs, outputs = added(inputs, _each(v, a)), added(outputs, _each(w, b))
+        for (v, w), (a, b) in zip(self._weights(), pairs, strict=True):
+            inputs = added(inputs, _each(v, a))
+            outputs = added(outputs, b if w is None else _each(w, b))
         assert inputs is not None and outputs is not None
         return inputs, outputs * self._per_count(outputs.dtype)
 
+    def mean_rows(self) -> tuple[Tensor, Tensor] | None:
+        """Return l and r, ``(G, m, d)``, with ``A = diag(…) + lᵀr`` for A about the mean inputs.
 
-def _trace(factor: Tensor) -> Tensor:
-    return factor_diagonal(factor).sum(-1)
+        There is one row for each product: ``r = Σ a`` and ``l = r/(Σ 1)²`` of a single one. None
+        where no product has them.
+        """
+        left, right = [], []
+        for one, (v, _) in zip(self._whole_products(), self._weights(), strict=True):
+            if one.input_sum is not None:
+                right.append(one.input_sum)
+                left.append(_each(v * _reciprocal(one.positions), one.input_sum))
+        return (torch.stack(left, 1), torch.stack(right, 1)) if right else None
+
+    def _weights(self) -> list[tuple[Tensor, Tensor | None]]:
+        """Return the weights of every product's sums in A and in B."""
+        products = self._whole_products()
+        if len(products) == 1:
+            return [(products[0].positions.clamp(min=1e-30).reciprocal(), None)]
+        traces = [(_diagonal(x.inputs).sum(-1), _diagonal(x.outputs).sum(-1)) for x in products]
+        return list(merging_weights(traces, [one.positions for one in products]))
 
 
 def _each(weight: Tensor, factor: Tensor) -> Tensor:
