@@ -447,7 +447,7 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
         rates = [rate_of(group) * (1.0 - group["momentum"]) for group in grouped.groups]
         kept = max((group["momentum"] for group in grouped.groups), default=0.0)
         slope = max(rates, default=0.0) * length * inner + kept * max(0.0, -along)
-        self._length = state.taken(rule, slope, grouped.largest_rate)
+        self._length = state.taken(rule, slope, grouped.largest_rate, length * change)
         self._tell_if_slow(grouped.largest_rate)
         return [-length]
 

@@ -133,6 +133,7 @@ class Reference:
         self.rho, self.log_bend, self.seen, self.made_with = 1.0, None, 0, 1.0
         self.mean, self.matrix, self.inverse = None, None, None
         self.residual, self.largest_residual, self.nu = None, 0.0, 1.0
+        self.bound = False
         self.theta = position(model)
         ends = torch.tensor([p.numel() for p in model.parameters()]).cumsum(0).tolist()
         parts = [slice(i, j) for i, j in zip([0, *ends], ends, strict=False)]
@@ -225,7 +226,8 @@ class Reference:
                                                            math.sqrt(outputs / 3))
             for part, outputs in self.weights
         )  # fmt: skip
-        alpha = min(alpha, 0.3 / changes[-2] if changes[-2] else math.inf)
+        most = 0.3 / changes[-2] if changes[-2] else math.inf
+        alpha, self.bound = min(alpha, most), alpha > most
         share = self.rates * (1 - self.momenta)
         kept = float(self.momenta.max())
         self.s = float(share.max()) * alpha * slope + kept * max(0.0, -along)
@@ -281,11 +283,14 @@ class Reference:
             elif self.rho < 1:
                 if most < 0.5:
                     self.rho = min(1.0, self.rho * math.exp(kappa * min(1.0, 0.5 - most)))
-            elif usual <= 0:
+            elif usual <= 0 and not self.bound:
                 beta = min(1.0, float(self.rates.max())) * self.caution * (1 - most)
                 surely = max(0.0, min(1.0, (beta - 2) / (1 + error / self.bend())))
-                left = self.residual / self.largest_residual if self.residual else 1.0
-                self.rho *= self.length.reach ** (left * surely)
+                if not self.residual or self.residual > self.largest_residual / 2:
+                    self.rho *= self.length.reach**surely
+                elif beta > 3:
+                    self.rho *= self.length.reach
+                    self.ratios = []
 
     def follow(self, x: Tensor, y: Tensor) -> None:
         """Let R follow the deviance, and ν that of squared errors, N Σ‖∂L/∂z‖² with Λ = I."""

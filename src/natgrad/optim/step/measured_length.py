@@ -64,8 +64,12 @@ LONGEST = 1e6
 #: Least ratio of noise to signal that lengths follow.
 LEAST_NOISE = 0.01
 
-#: How much longer than they are other batches must surely want steps before their reach grows.
-SURELY_LONGER = 2.0
+#: How much longer than they are other batches must surely want steps before their reach grows:
+#: while nothing is fitted, and later.
+LONGER, SURELY_LONGER = 2.0, 3.0
+
+#: Share of what the loss can fall by below which something is fitted.
+FITTED = 0.5
 
 #: q̄/C beyond which a step leaves other batches worse than it found them.
 HARMFUL = 0.5
@@ -138,10 +142,11 @@ class MeasuredLength:
     ``1 − ⟨v, g⟩/h`` times v would have been best for it, ``h = cvᵀF_b v`` with its own Fisher
     matrix. Of few samples in a network with many directions, v fits what is theirs alone, and that
     number is 10 or 100. So with the average q̄ of q over some 20 steps, its standard error e, the
-    geometric average C of h/s over measurements, and the share R/R_max that is left of what the
-    loss can fall by, the reach ρ grows where ``β = min(η, 1)γ(1 − (q̄ + 2e)/C) > 2``, by at most a
-    factor of 2 a step, ``ρ ← ρ 2^{R/R_max min(1, (β − 2)/(1 + e/C))}``: samples predicted with
-    confidence show no curvature until they are crossed. Where q̄ > 0 it falls again, down to 1:
+    geometric average C of h/s over measurements, and ``β = min(η, 1)γ(1 − (q̄ + 2e)/C)``, the reach
+    ρ grows by at most a factor of 2 a step, ``ρ ← ρ 2^{min(1, (β − 2)/(1 + e/C))}``, where β > 2,
+    while more than half is left of what the loss can fall by. Later samples that are predicted with
+    confidence show no curvature until they are crossed: ρ doubles where β > 3, and q̄ begins anew.
+    Where q̄ > 0 it falls again, down to 1:
     ``ρ ← ρ exp(−κ min(1, q̄/C))``. C is of steps as long as the present ones. Beyond q̄ = C/2 steps
     raise the losses of other batches. So where ``(q̄ − 2e)/C > 1/2`` and K does not fall, as at the
     start with many classes, ρ falls below 1, ``ρ ← ρ exp(−κ min(1, (q̄ − 2e)/C − 1/2))``, and
@@ -234,11 +239,12 @@ class LengthState:
         slope: s, by how much the last step was to lower the loss to first order; None where the
             next gradient is not to be held against it.
         share_of_alpha: ηγζρ of that step.
+        bound: Whether that step was as long as weights may change.
         usual_slope: The average of s over steps.
         ratio: The last q.
         ratio_variance: σ², the noise of q.
         pairs: Of how many pairs of steps.
-        usual_ratio: q̄, the average of q over steps.
+        usual_ratio: q̄, the average of q over steps, since reach doubled.
         ratios: How many there were.
         reach: ρ.
         log_bend: The average of log C for steps with ηγζρ = 1; None before the first measurement.
@@ -258,6 +264,7 @@ class LengthState:
     ceiling: float = 1.0
     slope: float | None = None
     share_of_alpha: float = 1.0
+    bound: bool = False
     usual_slope: float = 0.0
     ratio: float | None = None
     ratio_variance: float = 0.0
@@ -397,10 +404,12 @@ class LengthState:
         if self.reach < 1.0:
             reach = min(1.0, self._reach_times(rule, max(0.0, HARMFUL - most)))
             return replace(self, reach=reach)
-        longer = min(rate, 1.0) * self.caution * (1 - most) - SURELY_LONGER
-        if self.usual_ratio > 0 or longer <= 0:
+        wanted = min(rate, 1.0) * self.caution * (1 - most)
+        if self.bound or self.usual_ratio > 0 or wanted <= (LONGER if left > FITTED else SURELY_LONGER):
             return self
-        growth = rule.reach ** (left * min(1.0, longer / (1 + error / bend)))
+        if left <= FITTED:
+            return replace(self, reach=min(LONGEST, self.reach * rule.reach), ratios=0)
+        growth = rule.reach ** min(1.0, (wanted - LONGER) / (1 + error / bend))
         return replace(self, reach=min(LONGEST, self.reach * growth))
 
     def _reach_times(self, rule: MeasuredLength, share: float) -> float:
@@ -463,8 +472,17 @@ class LengthState:
             taken_back=self.taken_back + 1,
         )
 
-    def taken(self, rule: MeasuredLength, slope: float, rate: float) -> LengthState:
-        """Return the state after a step, at a rate η, that has a slope to first order."""
+    def taken(
+        self, rule: MeasuredLength, slope: float, rate: float, change: float = 0.0
+    ) -> LengthState:
+        """Return the state after a step, at a rate η, that has a slope to first order.
+
+        Args:
+            rule: The rule.
+            slope: By how much the step is to lower the loss.
+            rate: η.
+            change: The second largest ``‖v_W‖/‖W‖`` of all weights W without momentum.
+        """
         fast, slow = self.caution * rule.growth, self.caution * min(rule.growth, SLOW_GROWTH)
         caution = min(1.0, max(slow, min(fast, self.ceiling)))
         usual = USUAL * self.usual_slope + (1 - USUAL) * slope if self.usual_slope else slope
@@ -474,6 +492,7 @@ class LengthState:
             ceiling=max(self.ceiling, caution),
             slope=slope or None,
             share_of_alpha=self._share_of_alpha_at(rate),
+            bound=change >= 0.999 * LARGEST_CHANGE,
             usual_slope=usual,
             steps=self.steps + 1,
         )
