@@ -405,7 +405,8 @@ class LengthState:
             reach = min(1.0, self._reach_times(rule, max(0.0, HARMFUL - most)))
             return replace(self, reach=reach)
         wanted = min(rate, 1.0) * self.caution * (1 - most)
-        if self.bound or self.usual_ratio > 0 or wanted <= (LONGER if left > FITTED else SURELY_LONGER):
+        least = LONGER if left > FITTED else SURELY_LONGER
+        if self.bound or self.usual_ratio > 0 or wanted <= least:
             return self
         if left <= FITTED:
             return replace(self, reach=min(LONGEST, self.reach * rule.reach), ratios=0)
