@@ -146,7 +146,7 @@ class MeasuredLength:
     ρ grows by at most a factor of 2 a step, ``ρ ← ρ 2^{min(1, (β − 2)/(1 + e/C))}``, where β > 2,
     while more than half is left of what the loss can fall by. Later samples that are predicted with
     confidence show no curvature until they are crossed: ρ doubles where β > 3, and q̄ begins anew.
-    Where q̄ > 0 it falls again, down to 1:
+    It does not grow where weights bound the step. Where q̄ > 0 it falls again, down to 1:
     ``ρ ← ρ exp(−κ min(1, q̄/C))``. C is of steps as long as the present ones. Beyond q̄ = C/2 steps
     raise the losses of other batches. So where ``(q̄ − 2e)/C > 1/2`` and K does not fall, as at the
     start with many classes, ρ falls below 1, ``ρ ← ρ exp(−κ min(1, (q̄ − 2e)/C − 1/2))``, and
