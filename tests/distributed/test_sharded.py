@@ -157,6 +157,7 @@ RUNS: dict[str, Run] = {
     "KFAC, sharing memory": Run("KFAC", {"sharing": "memory"}, "transformer"),
     "EKFAC, sharing memory": Run("EKFAC", {"sharing": "memory"}),
     "KFAC, fused": Run("KFAC", {"fused": True}),
+    "KFAC, about means": Run("KFAC", {"max_factor_size": 5}),
     "KFAC, adaptive damping": Run(
         "KFAC", {"damping": natgrad.LevenbergMarquardt(interval=2)}, closure=True, steps=4
     ),

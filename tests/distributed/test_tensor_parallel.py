@@ -32,6 +32,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "KFAC, a layer of AdamW": ("KFAC", {"params": [{"params": "2.*", "preconditioned": False}]}),
     "KFAC, fused": ("KFAC", {"fused": True}),
+    "KFAC, about means": ("KFAC", {"max_factor_size": 5}),
     "KFAC, isotropic": ("KFAC", {"lr": "isotropic", "damping": 0.1}),
     "EKFAC": ("EKFAC", {}),
     "FNGD": ("FNGD", {}),
