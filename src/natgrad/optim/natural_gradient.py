@@ -31,8 +31,9 @@ from natgrad.optim.step.deviance import Deviance
 from natgrad.optim.step.grafting import AdamMoments, grafted
 from natgrad.optim.step.groups import PreconditionedGroups, rate_of
 from natgrad.optim.step.isotropic_rate import IsotropyProbe, is_isotropic
+from natgrad.optim.step.length_state import LengthState
 from natgrad.optim.step.levenberg_marquardt import LevenbergMarquardt
-from natgrad.optim.step.measured_length import LengthState, MeasuredLength
+from natgrad.optim.step.measured_length import MeasuredLength
 from natgrad.optim.step.measures import (
     Measures,
     all_finite,

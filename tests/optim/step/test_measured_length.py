@@ -18,6 +18,7 @@ from torch.nn import functional
 import natgrad
 from natgrad import MeasuredLength, Refresh, RelativeDamping, StepRule
 from natgrad.curvature import KroneckerFactors
+from natgrad.optim.step.length_state import LengthState
 from tests import pairwise
 from tests.cases import labels, normal
 from tests.state import flat, same
@@ -720,7 +721,7 @@ def test_decrement_is_at_most_the_residuals_in_the_metric_of_outputs(kind, likel
 
 
 def test_average_is_in_the_logarithm():
-    rule, state = MeasuredLength(memory=0.75), natgrad.optim.step.measured_length.LengthState()
+    rule, state = MeasuredLength(memory=0.75), LengthState()
     decrements = [4.0, 1.0, 0.25, 8.0, 2.0]
     logs = [math.log(k) for k in decrements]
     weights = [1.0]
@@ -864,7 +865,7 @@ def test_warning_of_many_steps_taken_back_comes_once():
 
 
 def test_caution_grows_fast_up_to_where_steps_went_too_far_and_slowly_beyond():
-    rule, state = MeasuredLength(growth=2.0), natgrad.optim.step.measured_length.LengthState()
+    rule, state = MeasuredLength(growth=2.0), LengthState()
     state = dataclasses.replace(state.taken(rule, 1.0, rate=1.0), caution=0.8, ceiling=1.0)
     state = state.shortened(0.5, rate=1.0)
     assert state.caution == state.ceiling == 0.4
@@ -888,7 +889,7 @@ def test_caution_grows_fast_up_to_where_steps_went_too_far_and_slowly_beyond():
 
 @pytest.mark.parametrize(("rate", "least"), [(0.1, 0.01), (1.0, 0.01), (2.0, 0.005), (1e3, 1e-5)])
 def test_caution_never_falls_to_a_standstill(rate, least):
-    state = natgrad.optim.step.measured_length.LengthState()
+    state = LengthState()
     for _ in range(40):
         state = state.shortened(0.5, rate)
     assert math.isclose(state.caution, least)

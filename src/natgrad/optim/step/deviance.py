@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from natgrad.optim.step.measured_length import averaged
+from natgrad.optim.step.length_state import averaged
 
 #: A deviance as large stands for one that is not known.
 UNKNOWN = 1e200

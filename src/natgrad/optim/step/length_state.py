@@ -1,0 +1,357 @@
+"""What is known of the lengths of steps that are measured, and how it goes on from step to step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from natgrad.optim.step.measured_length import MeasuredLength
+
+#: Least ηγ, or γ where η is below 1: what one bad batch after the other may cost.
+LEAST_LENGTH = 0.01
+
+#: Share of a step kept below which no noise explains that the rest went too far.
+UNMISTAKABLE = 0.25
+
+#: How many standard deviations of q its noise explains, up to which q; and what q counts as at most
+#: in σ, either way.
+NOISE, LARGEST_OVERSHOOT, OUTLIER = 2.0, 1.5, 3.0
+
+#: Share of their norms by which two weights may change in one step.
+LARGEST_CHANGE = 0.3
+
+#: Weight of the past in the average of slopes.
+USUAL = 0.9
+
+#: Average ratio of slopes q up to which lengths are not annealed: what early speed is worth.
+TOLERATED = 0.05
+
+#: Weight of the past in the longer average of log K, and how far below it K counts as falling.
+LONG_MEMORY, FALL = 0.9, 0.5
+
+#: Share of its slope that a step of a learning rate of 1 must use up, else lengths are stretched.
+LEAST_SHARE = 0.8
+
+#: Largest part that a single ratio of slopes plays, either way.
+LARGEST_RATIO = 0.5
+
+#: Largest ζ and ρ, and 1 over the least C: whatever unit a residual is in.
+LONGEST = 1e6
+
+#: How much longer than they are other batches must surely want steps before their reach grows:
+#: while nothing is fitted, and later.
+LONGER, SURELY_LONGER = 2.0, 3.0
+
+#: Share of what the loss can fall by below which something is fitted.
+FITTED = 0.5
+
+#: q̄/C beyond which a step leaves other batches worse than it found them.
+HARMFUL = 0.5
+
+#: In batches of up to how many events ⟨Δ, g⟩ counts as no less than its mean over batches.
+FEW_EVENTS = 4.0
+
+#: How many q it takes to tell, each time.
+FEWEST_RATIOS = 4
+
+#: Factor on the caution after a step that went well, where such lengths went too far before.
+SLOW_GROWTH = 1.05
+
+
+@dataclass(frozen=True)
+class LengthState:
+    """What is known of the lengths of steps.
+
+    Attributes:
+        log_decrement: The average of log K; None before the first measurement.
+        usual_log_decrement: The average of log K over more measurements.
+        log_slope: The average of log ⟨Δ, g⟩; None before the first step.
+        mean_slope: The average of ⟨Δ, g⟩ over more steps.
+        few: ``min(1, (4/N)²)`` of batches of N events.
+        scale: c, the curvature of the loss in units of the Fisher matrix.
+        measurements: How many there were.
+        caution: γ.
+        stretch: ζ, below 1 where lengths are annealed.
+        ceiling: Up to which γ grows quickly: its value where a step last went too far.
+        slope: s, by how much the last step was to lower the loss to first order; None where the
+            next gradient is not to be held against it.
+        share_of_alpha: ηγζρ of that step.
+        bound: Whether that step was as long as weights may change.
+        usual_slope: The average of s over steps.
+        ratio: The last q.
+        ratio_variance: σ², the noise of q.
+        pairs: Of how many pairs of steps.
+        usual_ratio: q̄, the average of q over steps, since reach doubled.
+        ratios: How many there were.
+        reach: ρ.
+        log_bend: The average of log C for steps with ηγζρ = 1; None before the first measurement.
+        steps: Steps taken or taken back.
+        taken_back: How many of them were.
+    """
+
+    log_decrement: float | None = None
+    usual_log_decrement: float = 0.0
+    log_slope: float | None = None
+    mean_slope: float = 0.0
+    few: float = 0.0
+    scale: float = 1.0
+    measurements: int = 0
+    caution: float = 1.0
+    stretch: float = 1.0
+    ceiling: float = 1.0
+    slope: float | None = None
+    share_of_alpha: float = 1.0
+    bound: bool = False
+    usual_slope: float = 0.0
+    ratio: float | None = None
+    ratio_variance: float = 0.0
+    pairs: int = 0
+    usual_ratio: float = 0.0
+    ratios: int = 0
+    reach: float = 1.0
+    log_bend: float | None = None
+    steps: int = 0
+    taken_back: int = 0
+
+    def measured(
+        self,
+        rule: MeasuredLength,
+        slope: float,
+        quadratic: float,
+        scale: float,
+        largest: float = math.inf,
+        count: float = math.inf,
+    ) -> LengthState:
+        """Return the state after a measurement.
+
+        Args:
+            rule: The rule.
+            slope: ``⟨Δ, g⟩``.
+            quadratic: ``cΔᵀ(F_b + λI)Δ``.
+            scale: c.
+            largest: What cK cannot exceed, were F_b not sampled.
+            count: N, how many events count in the batch.
+        """
+        if not (slope > 0 and quadratic > 0 and scale > 0 and largest > 0):
+            return self
+        found, measurements = 2 * math.log(slope) - math.log(quadratic), self.measurements + 1
+        if largest < math.inf:
+            found = min(found, math.log(largest / scale))
+        earlier = 1 - 1 / measurements
+        long = averaged(self.usual_log_decrement, found, min(LONG_MEMORY, earlier))
+        average = averaged(self.log_decrement, found, min(rule.memory, earlier))
+        return replace(
+            self,
+            log_decrement=average,
+            usual_log_decrement=long,
+            measurements=measurements,
+            few=min(1.0, (FEW_EVENTS / count) ** 2) if count > 0 else 1.0,
+            scale=scale,
+        )
+
+    def met(self, rule: MeasuredLength, slope: float) -> LengthState:
+        """Return the state after a direction with ``⟨Δ, g⟩`` = slope was found."""
+        if not slope > 0:
+            return self
+        log_slope = averaged(self.log_slope, math.log(slope), rule.memory)
+        return replace(
+            self,
+            log_slope=log_slope,
+            mean_slope=averaged(self.mean_slope or None, slope, USUAL),
+        )
+
+    def length(self, slope: float, change: float = 0.0, lengthened: float = 1.0) -> float:
+        """Return γζραν^{−p} for a direction with ``⟨Δ, g⟩`` = slope; α is at most 1/c.
+
+        Args:
+            slope: ``⟨Δ, g⟩``.
+            change: The second largest ``η‖Δ_W‖/‖W‖`` of all weights W.
+            lengthened: ν^{−p}.
+        """
+        if self.log_decrement is None or self.log_slope is None or slope <= 0:
+            return 0.0
+        usual = max(slope, math.exp(self.log_slope), self.few * self.mean_slope)
+        alpha = math.exp(min(self.log_decrement - math.log(usual), -math.log(self.scale)))
+        length = self.caution * self.stretch * self.reach * alpha * lengthened
+        return length if length * change <= LARGEST_CHANGE else LARGEST_CHANGE / change
+
+    def share_kept(self, rule: MeasuredLength, slope: float) -> float:
+        """Return the share of the last step that stays, 1 for all of it.
+
+        Args:
+            rule: The rule.
+            slope: ``⟨v, g⟩`` with the last step v and the present gradient.
+        """
+        ratio, noise = self._ratio(slope), NOISE * math.sqrt(self.ratio_variance)
+        most = max(rule.overshoot, min(rule.overshoot + noise, LARGEST_OVERSHOOT))
+        return 1.0 / (1.0 + ratio) if ratio > most else 1.0
+
+    def _ratio(self, slope: float) -> float:
+        """Return q; 0 where there is no step to hold the slope against."""
+        if self.slope is None:
+            return 0.0
+        expected = max(self.slope, self.usual_slope)
+        return slope / expected if math.isfinite(slope) else math.inf
+
+    def _decrement_falls(self) -> bool:
+        if self.log_decrement is None:
+            return False
+        return self.log_decrement < self.usual_log_decrement - FALL
+
+    def answered(
+        self, rule: MeasuredLength, slope: float, rate: float, left: float = 1.0
+    ) -> LengthState:
+        """Return the state after the present gradient answered to the last step, which stays.
+
+        Args:
+            rule: The rule.
+            slope: ``⟨v, g⟩`` with the last step v and the present gradient.
+            rate: η.
+            left: R/R_max, the share that is left of what the loss can fall by.
+        """
+        if self.slope is None:
+            return self
+        ratio = min(OUTLIER, max(-OUTLIER, self._ratio(slope)))
+        usual = averaged(self.usual_ratio, ratio, min(USUAL, 1 - 1 / (self.ratios + 1)))
+        found = replace(
+            self,
+            stretch=self._stretched(rule, ratio, rate),
+            ratio=ratio,
+            ratio_variance=self._noisier(ratio),
+            pairs=self.pairs + (self.ratio is not None),
+            usual_ratio=usual,
+            ratios=self.ratios + 1,
+        )
+        known = self.log_bend is not None and rate > 0
+        return found._reached(rule, rate, left) if known else found
+
+    def _reached(self, rule: MeasuredLength, rate: float, left: float) -> LengthState:
+        """Return the state with ρ as long as other batches want it."""
+        bend = self._bend(rate)
+        if self.reach > 1.0 and self.usual_ratio > 0:
+            return replace(self, reach=max(1.0, self._reach_times(rule, -self.usual_ratio / bend)))
+        if self.ratios < FEWEST_RATIOS or rule.reach == 1.0:
+            return self
+        variance = self.ratio_variance / (1 - USUAL**self.pairs)
+        error = math.sqrt(variance / min(self.ratios, (1 + USUAL) / (1 - USUAL)))
+        least, most = ((self.usual_ratio + sign * 2 * error) / bend for sign in (-1, 1))
+        if least > HARMFUL:
+            reach = max(LEAST_LENGTH, self._reach_times(rule, HARMFUL - least))
+            return self if self._decrement_falls() else replace(self, reach=reach)
+        if self.reach < 1.0:
+            reach = min(1.0, self._reach_times(rule, max(0.0, HARMFUL - most)))
+            return replace(self, reach=reach)
+        wanted = min(rate, 1.0) * self.caution * (1 - most)
+        enough = LONGER if left > FITTED else SURELY_LONGER
+        if self.bound or self.usual_ratio > 0 or wanted <= enough:
+            return self
+        if left <= FITTED:
+            return replace(self, reach=min(LONGEST, self.reach * rule.reach), ratios=0)
+        growth = rule.reach ** min(1.0, (wanted - LONGER) / (1 + error / bend))
+        return replace(self, reach=min(LONGEST, self.reach * growth))
+
+    def _reach_times(self, rule: MeasuredLength, share: float) -> float:
+        """Return ``ρ exp(κ · share)``, with a share of at most 1 either way."""
+        return self.reach * math.exp(rule.annealing * max(-1.0, min(1.0, share)))
+
+    def _bend(self, rate: float) -> float:
+        """Return C of steps at a rate η, measured before."""
+        return max(1 / LONGEST, math.exp(self.log_bend or 0.0) * self._share_of_alpha_at(rate))
+
+    def _share_of_alpha_at(self, rate: float) -> float:
+        """Return ηγζρ of a step at a rate η."""
+        return rate * self.caution * self.stretch * self.reach
+
+    def crossed(self, rule: MeasuredLength, curvature: float) -> LengthState:
+        """Return the state after another batch measured the curvature along the last step.
+
+        Args:
+            rule: The rule.
+            curvature: ``h = cvᵀF_b v`` with the last step v.
+        """
+        if self.slope is None or not (self.slope > 0 and curvature > 0 and self.share_of_alpha > 0):
+            return self  # At a rate of 0 only momentum moves.
+        bend = curvature / max(self.slope, self.usual_slope)
+        of_alpha = math.log(bend / self.share_of_alpha)
+        return replace(self, log_bend=averaged(self.log_bend, of_alpha, rule.memory))
+
+    def _noisier(self, ratio: float) -> float:
+        """Return σ² with another q."""
+        if self.ratio is None:
+            return self.ratio_variance
+        return USUAL * self.ratio_variance + (1 - USUAL) * (ratio - self.ratio) ** 2 / 2
+
+    def _stretched(self, rule: MeasuredLength, ratio: float, rate: float) -> float:
+        """Return ζ after a step with a ratio of slopes."""
+        ratio = min(LARGEST_RATIO, max(-LARGEST_RATIO, ratio))
+        too_short = LEAST_SHARE * min(rate, 1.0) - 1.0
+        if self.stretch > 1.0 or (self.stretch == 1.0 and ratio < too_short):
+            if self.caution < 1.0:  # That is why.
+                ratio = max(ratio, too_short)
+            stretch = self.stretch * math.exp(-rule.annealing * (ratio - too_short))
+            return min(LONGEST, max(1.0, stretch))
+        if self._decrement_falls():
+            return self.stretch
+        stretch = self.stretch * math.exp(-rule.annealing * (ratio - TOLERATED))
+        return min(1.0, max(LEAST_LENGTH, stretch))
+
+    def shortened(self, share: float, rate: float) -> LengthState:
+        """Return the state after the last step, at a rate η, was cut to a share of it."""
+        cut = share if share < UNMISTAKABLE else max(share, 0.5)
+        least = min(self.caution, LEAST_LENGTH / max(1.0, rate))
+        caution = max(self.caution * cut, least)
+        return replace(
+            self,
+            caution=caution,
+            ceiling=caution,
+            slope=None,
+            usual_slope=self.usual_slope * share,
+            steps=self.steps + 1,
+            taken_back=self.taken_back + 1,
+        )
+
+    def taken(
+        self, rule: MeasuredLength, slope: float, rate: float, change: float = 0.0
+    ) -> LengthState:
+        """Return the state after a step, at a rate η, that has a slope to first order.
+
+        Args:
+            rule: The rule.
+            slope: By how much the step is to lower the loss.
+            rate: η.
+            change: The second largest ``‖v_W‖/‖W‖`` of all weights W without momentum.
+        """
+        fast, slow = self.caution * rule.growth, self.caution * min(rule.growth, SLOW_GROWTH)
+        caution = min(1.0, max(slow, min(fast, self.ceiling)))
+        usual = USUAL * self.usual_slope + (1 - USUAL) * slope if self.usual_slope else slope
+        return replace(
+            self,
+            caution=caution,
+            ceiling=max(self.ceiling, caution),
+            slope=slope or None,
+            share_of_alpha=self._share_of_alpha_at(rate),
+            bound=change >= 0.999 * LARGEST_CHANGE,
+            usual_slope=usual,
+            steps=self.steps + 1,
+        )
+
+    def is_troubled(self) -> bool:
+        """Return whether more than a tenth of the steps were taken back, and several."""
+        return self.taken_back >= 6 and self.taken_back > 0.1 * self.steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return dict(vars(self))
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> LengthState:
+        """Return the state that :meth:`state_dict` described."""
+        return cls(**values)
+
+
+def averaged(old: float | None, found: float, memory: float) -> float:
+    """Return a moving average after another value, which is the first one where old is None."""
+    return found if old is None else memory * old + (1 - memory) * found
