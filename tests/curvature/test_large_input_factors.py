@@ -155,6 +155,28 @@ def test_batches_add_up_and_average(sharing):
     assert all(torch.equal(x, y) for x, y in zip(restored.factors, found.factors, strict=True))
 
 
+def test_two_uses_of_a_layer_have_one_mean():
+    """That of the inputs of both."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(7, 7), nn.Linear(7, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.last(torch.tanh(self.first(torch.sigmoid(self.first(x)))))
+            return out
+
+    torch.manual_seed(6)
+    model, x = Twice().double(), normal(6, 7) + 0.5
+    found, _ = operators(model, x, "expand")
+    with torch.no_grad():
+        rows = torch.cat([x, torch.sigmoid(model.first(x))])
+    rows = functional.pad(rows, (0, 1), value=1.0)
+    expected = about_mean(rows.T @ rows / len(rows), rows.mean(0))
+    torch.testing.assert_close(found.factors[0][0], expected)
+
+
 def test_matrices_as_objects_keep_the_diagonal_alone():
     """Their inverse is exact, by eigenvectors."""
     torch.manual_seed(5)

@@ -45,16 +45,9 @@ class Bernoulli(Elementwise):
     reduce_outputs: ReduceOutputs = None
     reduction: Reduction = "mean"
 
-    @full_precision
-    def infer_event_weights(
-        self, output: Tensor, cotangent: Tensor, target: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Infer the loss scale from hard labels, as the cotangent shows them; see the base."""
-        weights, usual = super().infer_event_weights(output, cotangent, target)
-        if target is not None:
-            return weights, usual
+    def _shown_scale(self, output: Tensor, cotangent: Tensor, usual: Tensor) -> Tensor:
         scale, hard = self._hard_scale(output, cotangent, usual)
-        return weights, torch.where(hard, scale, usual)
+        return torch.where(hard, scale, usual)
 
     def _hard_scale(
         self, output: Tensor, cotangent: Tensor, usual: Tensor

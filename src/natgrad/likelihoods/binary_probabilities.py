@@ -73,16 +73,9 @@ class BinaryProbabilities(Elementwise):
         averaged, summed = float(scale) * output.numel(), float(scale) * len(output)
         return plausible_scale(averaged, len(output)) < plausible_scale(summed, len(output))
 
-    @full_precision
-    def infer_event_weights(
-        self, output: Tensor, cotangent: Tensor, target: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Infer the loss scale from hard labels, whose gradients are the largest; see the base."""
-        weights, usual = super().infer_event_weights(output, cotangent, target)
-        if target is not None:
-            return weights, usual
+    def _shown_scale(self, output: Tensor, cotangent: Tensor, usual: Tensor) -> Tensor:
         _, sure, scale = hard_labels(output, cotangent)
-        return weights, torch.where(sure, scale / self._scale(output), usual)
+        return torch.where(sure, scale / self._scale(output), usual)
 
     def _nll(self, output: Tensor, target: Tensor) -> Tensor:
         return functional.binary_cross_entropy(output.clamp(0.0, 1.0), target, reduction="none")

@@ -224,7 +224,8 @@ class Elementwise(Likelihood):
         self._check_cotangent(output, cotangent)
         if target is None:
             weights = _smallest(per_sample(~self._masked(output, cotangent)).to(output.dtype))
-            return weights, self._usual_scale(self.seen_count(output, weights))
+            usual = self._usual_scale(self.seen_count(output, weights))
+            return weights, self._shown_scale(output, cotangent, usual)
         gradient = per_sample(self.gradient(output, target))
         cotangent = per_sample(cotangent)
         tolerance = max(8 * torch.finfo(cotangent.dtype).eps, 1e-5)
@@ -259,6 +260,10 @@ class Elementwise(Likelihood):
         pearson = residual.square() / self._hessian(output).clamp_min(root_floor(output.dtype))
         least = torch.minimum(pearson, self._deviance(output, residual))
         return scale.double().square() * (each * least).sum()
+
+    def _shown_scale(self, output: Tensor, cotangent: Tensor, usual: Tensor) -> Tensor:
+        """Return the scale that the cotangent shows without a target; the usual one if none."""
+        return usual
 
     def _masked(self, output: Tensor, cotangent: Tensor) -> Tensor:
         """Return which entries are exactly zero in the cotangent for no reason of rounding."""

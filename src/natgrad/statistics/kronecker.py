@@ -132,12 +132,15 @@ class KroneckerStatistics(Statistics):
         There is one row for each product: ``r = Σ a`` and ``l = r/(Σ 1)²`` of a single one. None
         where no product has them.
         """
+        products = self._whole_products()
+        if all(one.input_sum is None for one in products):
+            return None
         left, right = [], []
-        for one, (v, _) in zip(self._whole_products(), self._weights(), strict=True):
+        for one, (v, _) in zip(products, self._weights(), strict=True):
             if one.input_sum is not None:
                 right.append(one.input_sum)
                 left.append(_each(v * _reciprocal(one.positions), one.input_sum))
-        return (torch.stack(left, 1), torch.stack(right, 1)) if right else None
+        return torch.stack(left, 1), torch.stack(right, 1)
 
     def _weights(self) -> list[tuple[Tensor, Tensor | None]]:
         """Return the weights of every product's sums in A and in B."""
