@@ -19,11 +19,9 @@ from natgrad.experiments.claims.claim import (
     Source,
     mean_and_error,
 )
-from natgrad.experiments.claims.console import as_values, print_claims
-from natgrad.experiments.claims.page import render_page
+from natgrad.experiments.claims.page import as_values, print_claims, render_page
 from natgrad.experiments.claims.registry import SOURCES, choose
-from natgrad.experiments.claims.results import read_result, result_path
-from natgrad.experiments.claims.run import run_claims
+from natgrad.experiments.claims.run import read_result, result_path, run_claims
 from natgrad.experiments.claims.translation import TEXTS
 from natgrad.experiments.config import ConfigError
 from natgrad.experiments.data import DATASETS
@@ -109,7 +107,7 @@ class Counting:
             self.add(name)
 
     def add(self, name: str) -> None:
-        @self.source.claim(name, where="here", says="It holds.", expects=[Expect("x", at_most=2)])
+        @self.source.claim(name, where="here", says="It holds.", rule="x ≤ 2")
         def measure(setting):
             """The parts."""
 

@@ -16,11 +16,9 @@ from natgrad.cli.invocation import (
     make_console,
 )
 from natgrad.experiments.claims.claim import Setting
-from natgrad.experiments.claims.console import as_values, print_claims
-from natgrad.experiments.claims.page import render_page
+from natgrad.experiments.claims.page import as_values, print_claims, render_page
 from natgrad.experiments.claims.registry import SOURCES, choose
-from natgrad.experiments.claims.results import read_result, result_path
-from natgrad.experiments.claims.run import run_claims
+from natgrad.experiments.claims.run import read_result, result_path, run_claims
 from natgrad.experiments.console import PartBars
 from natgrad.experiments.pages import check_output, write_whole
 

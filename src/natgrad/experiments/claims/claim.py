@@ -8,7 +8,9 @@ nothing.
 from __future__ import annotations
 
 import functools
+import inspect
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -55,6 +57,24 @@ class Expect:
     at_least: float = -math.inf
     at_most: float = math.inf
     because: str = ""
+
+    @classmethod
+    def read(cls, rule: str) -> tuple[Expect, ...]:
+        """Return what a rule expects: a line each as the page has it, ``figure ≤ 1 (because)``.
+
+        Bounds are ``≤ 1``, ``≥ 1`` or ``1 to 2``; lines that are indented go on with the last.
+        """
+        return tuple(map(cls._line, re.sub(r"\n +", " ", inspect.cleandoc(rule)).splitlines()))
+
+    @classmethod
+    def _line(cls, line: str) -> Expect:
+        number = r"(-?[\d.e-]+)"
+        bounds = rf"(?:≤ {number}|≥ {number}|{number} to {number})"
+        found = re.fullmatch(rf"(.+?) {bounds}(?: \((.*)\))?", line)
+        assert found is not None, line
+        figure, most, least, low, high, because = found.groups()
+        at_least, at_most = float(least or low or -math.inf), float(most or high or math.inf)
+        return cls(figure, at_least, at_most, because or "")
 
     def judge(self, draws: Draws) -> Verdict:
         """Judge one figure: its mean must clear the bounds by two standard errors, if it has any.
@@ -248,11 +268,12 @@ class Source:
         self.claims: list[Claim] = []
 
     def claim(
-        self, name: str, *, where: str, says: str, expects: Sequence[Expect], **fields: Any
+        self, name: str, *, where: str, says: str, rule: str, **fields: Any
     ) -> Callable[[Measure], Callable[[Setting], Figures]]:
         """Register the decorated function as the measurement of a claim, its docstring as `about`.
 
-        The rest are fields of :class:`Claim`; `published_data` is `data` if that is given alone.
+        The rule is read by :meth:`Expect.read`. The rest are fields of :class:`Claim`;
+        `published_data` is `data` if that is given alone.
         """
 
         def register(measure: Measure) -> Callable[[Setting], Figures]:
@@ -264,7 +285,7 @@ class Source:
             about = " ".join((measure.__doc__ or "").split())
             full_name = f"{self.name}.{name}"
             self.claims.append(
-                Claim(full_name, where, says, tuple(expects), figures, about, **fields)
+                Claim(full_name, where, says, Expect.read(rule), figures, about, **fields)
             )
             return figures
 

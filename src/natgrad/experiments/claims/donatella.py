@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import natgrad
 from natgrad.curvature import Full
-from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source, ratios
+from natgrad.experiments.claims.claim import Figures, Setting, Source, ratios
 from natgrad.experiments.claims.side_by_side import Make, Methods, Task, at_rate
 from natgrad.experiments.theory.by_width import exponent
 from natgrad.operators import FisherMatrix
@@ -54,14 +54,10 @@ def _process(relaxation_times: float, **options: object) -> Thermodynamic:
     where="method",
     says="The mean of the process tends to the natural gradient exponentially in time, within a "
     "few relaxation times 1/λ.",
-    expects=[
-        Expect(
-            "error over e^(−λt)",
-            at_most=1.1,
-            because="the slowest mode decays by λ at least; λ_max is estimated",
-        ),
-        Expect("error after 10/λ", at_most=1e-3, because="e⁻¹⁰ is 5e-5"),
-    ],
+    rule="""
+        error over e^(−λt) ≤ 1.1 (the slowest mode decays by λ at least; λ_max is estimated)
+        error after 10/λ ≤ 0.001 (e⁻¹⁰ is 5e-5)
+    """,
 )
 def error(setting: Setting) -> Iterator[dict[str, float]]:
     """Relative error of the simulated solution of (F + λI)x = ∇L, without noise, from x = 0.
@@ -85,7 +81,9 @@ def error(setting: Setting) -> Iterator[dict[str, float]]:
     where="method",
     says="With thermal noise the average over time tends to the natural gradient, its error like "
     "one over the square root of the time.",
-    expects=[Expect("exponent of the time", -0.65, -0.35, "theory says −½")],
+    rule="""
+        exponent of the time -0.65 to -0.35 (theory says −½)
+    """,
 )
 def noise(setting: Setting) -> Iterator[dict[str, float]]:
     """Error of averages over 10, 40 and 160 relaxation times, after five to burn in.
@@ -127,15 +125,11 @@ def _distance(model: nn.Module, other: nn.Module) -> float:
     where="method",
     says="With the time that the process is given, from the gradient on, training goes over from "
     "gradient descent to natural gradient descent.",
-    expects=[
-        Expect("distance from gradient descent, t = 0", at_most=1e-9, because="the gradient"),
-        Expect("distance from NGD, t = 300", at_most=0.05, because="ten and more times 1/λ"),
-        Expect(
-            "largest ratio of distances from NGD at successive times",
-            at_most=1.0,
-            because="longer is closer",
-        ),
-    ],
+    rule="""
+        distance from gradient descent, t = 0 ≤ 1e-09 (the gradient)
+        distance from NGD, t = 300 ≤ 0.05 (ten and more times 1/λ)
+        largest ratio of distances from NGD at successive times ≤ 1 (longer is closer)
+    """,
 )
 def interpolation(setting: Setting) -> Iterator[dict[str, float]]:
     """Distance of the weights after 20 steps of rate 0.3, over that of the two limits.
@@ -168,13 +162,9 @@ def interpolation(setting: Setting) -> Iterator[dict[str, float]]:
     "delay",
     where="experiments",
     says="That the process runs on old matrices for a small part of the time does no harm.",
-    expects=[
-        Expect(
-            "loss with a delay of a tenth of the time, over that without",
-            at_most=1.05,
-            because="no harm, to a twentieth",
-        )
-    ],
+    rule="""
+        loss with a delay of a tenth of the time, over that without ≤ 1.05 (no harm, to a twentieth)
+    """,
     remark="Runs at this rate differ from draw to draw by more than a delay does, even one of half "
     "the time.",
 )
@@ -198,10 +188,10 @@ def delay(setting: Setting) -> Iterator[dict[str, float]]:
     where="abstract",
     says="Thermodynamic natural gradient descent lowers the loss faster, step by step, than Adam "
     "and no worse than natural gradient descent with exact solutions.",
-    expects=[
-        Expect("training loss over Adam's", at_most=1.0, because="faster"),
-        Expect("training loss over NGD's", at_most=1.1, because="no worse, to a tenth"),
-    ],
+    rule="""
+        training loss over Adam's ≤ 1 (faster)
+        training loss over NGD's ≤ 1.1 (no worse, to a tenth)
+    """,
     remark="Starting where the last solution ended, with simulations of t = 20, is not the same as "
     "exact solutions; where the process has time enough, it is (`donatella.interpolation`).",
 )

@@ -11,7 +11,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 import natgrad
-from natgrad.experiments.claims.claim import Expect, Setting, Source
+from natgrad.experiments.claims.claim import Setting, Source
 from natgrad.experiments.claims.side_by_side import Task, at_rate, mlp
 from natgrad.experiments.data import Dataset
 
@@ -64,10 +64,10 @@ def _nll(probabilities: Tensor, labels: Tensor) -> float:
     where="abstract",
     says="The posterior of the generalised Gauss-Newton matrix is one of the linearised model: "
     "predictions by that are better than those of the network at sampled weights, which underfit.",
-    expects=[
-        Expect("test NLL, sampled weights − linearised", at_least=0.0, because="better"),
-        Expect("training NLL, sampled weights − linearised", at_least=0.0, because="underfits"),
-    ],
+    rule="""
+        test NLL, sampled weights − linearised ≥ 0 (better)
+        training NLL, sampled weights − linearised ≥ 0 (underfits)
+    """,
 )
 def linearised(setting: Setting) -> Iterator[dict[str, float]]:
     """Negative log-likelihoods (NLL) of 200 training and 200 test images.
@@ -102,10 +102,10 @@ def _probabilities(posterior: natgrad.Laplace, x: Tensor) -> Tensor:
     says="With the prior precision of each chosen on held-out data, predictions of the linearised "
     "model are at least as good as those of the network at its maximum a posteriori, and better "
     "than those at sampled weights.",
-    expects=[
-        Expect("test NLL, linearised − maximum a posteriori", at_most=0.0, because="as good"),
-        Expect("test NLL, sampled weights − linearised", at_least=0.0, because="better"),
-    ],
+    rule="""
+        test NLL, linearised − maximum a posteriori ≤ 0 (as good)
+        test NLL, sampled weights − linearised ≥ 0 (better)
+    """,
     remark="With one prior precision for training and posterior, predictions of the linearised "
     "model are behind those at the maximum a posteriori by half a nat here.",
 )

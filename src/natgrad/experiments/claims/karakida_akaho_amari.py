@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad import fisher_matrix, ntk
-from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source, ratios
+from natgrad.experiments.claims.claim import Figures, Setting, Source, ratios
 from natgrad.experiments.claims.side_by_side import Task, at_rate
 from natgrad.experiments.objectives import squared_error
 from natgrad.experiments.theory.by_width import ByWidth
@@ -89,12 +89,12 @@ def _measured_and_theory(
     says="With the width M of a random network, the mean eigenvalue of its Fisher matrix vanishes "
     "like 1/M, the mean square does not change, and the largest grows like M: flat in most "
     "directions, very steep in a few.",
-    expects=[
-        Expect("exponent of the width, mean", -1.1, -0.9, "theory says −1"),
-        Expect("exponent of the width, second moment", -0.15, 0.15, "theory says 0"),
-        Expect("exponent of the width, largest", 0.9, 1.1, "theory says 1"),
-        Expect("measured / theory", 0.9, 1.1, "O(1/√M) is 0.03 at M = 1024"),
-    ],
+    rule="""
+        exponent of the width, mean -1.1 to -0.9 (theory says −1)
+        exponent of the width, second moment -0.15 to 0.15 (theory says 0)
+        exponent of the width, largest 0.9 to 1.1 (theory says 1)
+        measured / theory 0.9 to 1.1 (O(1/√M) is 0.03 at M = 1024)
+    """,
     remark="The largest is the first of ten outliers that theory has at one place; they are spread "
     "about it, the less the wider the network, so that its exponent is somewhat below 1.",
 )
@@ -125,11 +125,11 @@ def width(setting: Setting) -> Figures:
     "depth",
     where="2019, statistics of eigenvalues",
     says="The same formulas hold for every number of layers.",
-    expects=[
-        Expect("measured / theory, mean", 0.9, 1.1, "O(1/√M), growing with the depth"),
-        Expect("measured / theory, second moment", 0.8, 1.2, "a square errs twice as much"),
-        Expect("measured / theory, largest", 0.8, 1.2, "as the square root of the second moment"),
-    ],
+    rule="""
+        measured / theory, mean 0.9 to 1.1 (O(1/√M), growing with the depth)
+        measured / theory, second moment 0.8 to 1.2 (a square errs twice as much)
+        measured / theory, largest 0.8 to 1.2 (as the square root of the second moment)
+    """,
     remark="At a width of 512 deep networks differ too much from draw to draw to tell: from five "
     "layers on, the largest eigenvalue is above the place of the outliers by a quarter and more.",
 )
@@ -146,14 +146,11 @@ def depth(setting: Setting) -> Iterator[dict[str, float]]:
     "samples",
     where="2019, statistics of eigenvalues",
     says="The largest eigenvalue does not vanish however many the samples: it tends to ακ₂M.",
-    expects=[
-        Expect("measured / theory", 0.9, 1.1, "O(1/√M) is 0.03 at M = 1024"),
-        Expect(
-            "largest eigenvalue of all samples, over that of ten",
-            at_least=0.5,
-            because="(κ₂ + (κ₁ − κ₂)/N)/(κ₂ + (κ₁ − κ₂)/10), with κ₂ about half of κ₁",
-        ),
-    ],
+    rule="""
+        measured / theory 0.9 to 1.1 (O(1/√M) is 0.03 at M = 1024)
+        largest eigenvalue of all samples, over that of ten ≥ 0.5 ((κ₂ + (κ₁ − κ₂)/N)/(κ₂ + (κ₁ −
+            κ₂)/10), with κ₂ about half of κ₁)
+    """,
 )
 def samples(setting: Setting) -> Iterator[dict[str, float]]:
     """The largest eigenvalue for 10, 30, 100, 300 and 1000 samples, width 1024 (4096), C = 1."""
@@ -174,14 +171,11 @@ def samples(setting: Setting) -> Iterator[dict[str, float]]:
     where="2019, abstract and experiments",
     says="Gradient descent from random weights converges below the learning rate 2/λ_max, which "
     "theory gives without training, and explodes above it.",
-    expects=[
-        Expect("loss below the bound", at_most=1.0, because="it must fall"),
-        Expect(
-            "loss above the bound",
-            at_least=1.0,
-            because="in the linear regime the leading residual grows by 1.2 and more a step",
-        ),
-    ],
+    rule="""
+        loss below the bound ≤ 1 (it must fall)
+        loss above the bound ≥ 1 (in the linear regime the leading residual grows by 1.2 and more a
+            step)
+    """,
     remark="As in `karakida-osawa.divergence-from-start`, a finite network leaves the steep region "
     "before the growth ruins it: up to three times the bound, the loss after 100 steps is a "
     "fraction of the first. Rates below the bound all converge.",
@@ -213,19 +207,13 @@ def learning_rate(setting: Setting) -> Iterator[dict[str, float]]:
     where="2021, abstract",
     says="With linear outputs the C largest eigenvalues are outliers far from the bulk; softmax "
     "outputs disperse them, so that a tail spreads from the bulk.",
-    expects=[
-        Expect(
-            "largest over C-th largest, linear outputs",
-            at_most=1.5,
-            because="theory says C times the same, up to O(1/√M)",
-        ),
-        Expect("largest over C-th largest, softmax, over linear", at_least=2.0, because="a tail"),
-        Expect(
-            "widest gap among the leading 3C, linear outputs, over softmax",
-            at_least=2.0,
-            because="ratio of neighbours: outliers are apart from the bulk, a tail is not",
-        ),
-    ],
+    rule="""
+        largest over C-th largest, linear outputs ≤ 1.5 (theory says C times the same, up to
+            O(1/√M))
+        largest over C-th largest, softmax, over linear ≥ 2 (a tail)
+        widest gap among the leading 3C, linear outputs, over softmax ≥ 2 (ratio of neighbours:
+            outliers are apart from the bulk, a tail is not)
+    """,
 )
 def softmax(setting: Setting) -> Iterator[dict[str, float]]:
     """Ratios of leading eigenvalues of the exact Fisher matrices, Gaussian and categorical.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from natgrad import ntk
-from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
+from natgrad.experiments.claims.claim import Figures, Setting, Source
 from natgrad.experiments.theory.by_width import ByWidth
 from natgrad.experiments.theory.methods import METHODS
 from natgrad.experiments.theory.problem import Problem
@@ -69,18 +69,11 @@ def _last_and_exponents(found: dict[str, ByWidth], last: str, exponent: str) -> 
     where="theorem 3.1, figure 2",
     says="Block-diagonal, block-tridiagonal, K-FAC and unit-wise approximations train a wide "
     "network on the same curve as the exact Fisher matrix, each at its own learning rate c/α.",
-    expects=[
-        Expect(
-            "exponent of the width",
-            at_most=VANISHES,
-            because="the departure vanishes like 1/√M, but constants differ by method",
-        ),
-        Expect(
-            "departure from (1 − ηα)^t, Exact NGD",
-            at_most=0.1,
-            because="O(1/√M) is 0.03 at M = 1024",
-        ),
-    ],
+    rule="""
+        exponent of the width ≤ -0.25 (the departure vanishes like 1/√M, but constants differ by
+            method)
+        departure from (1 − ηα)^t, Exact NGD ≤ 0.1 (O(1/√M) is 0.03 at M = 1024)
+    """,
 )
 def dynamics(setting: Setting) -> Figures:
     """Largest distance, over six steps at η = ½/α, of √(loss/first loss) from ½^t."""
@@ -98,14 +91,9 @@ def dynamics(setting: Setting) -> Figures:
     where="section 4, table 1",
     says="α is 1, L, the sum of the inverse tri-diagonal matrix, about NL and about γM(L − 1) for "
     "exact, block-diagonal, block-tridiagonal, K-FAC and unit-wise curvature.",
-    expects=[
-        Expect(
-            "α measured / theory",
-            at_least=0.95,
-            at_most=1.05,
-            because="unit-wise α has an error O(1/√M), the others none",
-        ),
-    ],
+    rule="""
+        α measured / theory 0.95 to 1.05 (unit-wise α has an error O(1/√M), the others none)
+    """,
     remark="α of K-FAC is N(L − 1) + 1 with factors that are means, not NL: the last layer's "
     "output factor is the identity, so that this layer counts 1. Unit-wise α is γM(L − 1)/C + 1.",
 )
@@ -126,25 +114,12 @@ def alpha(setting: Setting) -> Figures:
     "best-rate",
     where="section 4",
     says="The best learning rate is 1/α.",
-    expects=[
-        Expect(
-            "best learning rate × α, Exact NGD",
-            at_least=0.9,
-            at_most=1.1,
-            because="O(1/√M) is 0.03 at M = 1024",
-        ),
-        Expect(
-            "best learning rate × α, Block",
-            at_least=0.9,
-            at_most=1.1,
-            because="as for the exact matrix",
-        ),
-        Expect(
-            "exponent of the width of |best learning rate × α − 1|",
-            at_most=VANISHES,
-            because="the departure vanishes like 1/√M, but constants differ by method",
-        ),
-    ],
+    rule="""
+        best learning rate × α, Exact NGD 0.9 to 1.1 (O(1/√M) is 0.03 at M = 1024)
+        best learning rate × α, Block 0.9 to 1.1 (as for the exact matrix)
+        exponent of the width of |best learning rate × α − 1| ≤ -0.25 (the departure vanishes like
+            1/√M, but constants differ by method)
+    """,
     remark="At widths that are used, K-FAC and unit-wise curvature want larger rates than 1/α: "
     "what a step leaves is due to the change of the Jacobian, which a longer step makes up for. "
     "Whether that ends at larger widths than 1024 is open; from 1 % of the residual, in the linear "
@@ -172,14 +147,10 @@ def best_rate(setting: Setting) -> Figures:
     "divergence",
     where="section 3",
     says="Learning rates up to 2/α converge, those beyond it diverge.",
-    expects=[
-        Expect(
-            "growth of the loss per step at 1.8/α", at_most=0.9, because="theory says 0.8² = 0.64"
-        ),
-        Expect(
-            "growth of the loss per step at 2.2/α", at_least=1.1, because="theory says 1.2² = 1.44"
-        ),
-    ],
+    rule="""
+        growth of the loss per step at 1.8/α ≤ 0.9 (theory says 0.8² = 0.64)
+        growth of the loss per step at 2.2/α ≥ 1.1 (theory says 1.2² = 1.44)
+    """,
 )
 def divergence(setting: Setting) -> Iterator[dict[str, float]]:
     """Growth of the loss in the linear regime.
@@ -204,18 +175,10 @@ def divergence(setting: Setting) -> Iterator[dict[str, float]]:
     where="section 3",
     says="The training of a real network from its random start converges up to 2/α and diverges "
     "beyond.",
-    expects=[
-        Expect(
-            "loss after 10 steps at 1.8/α, relative to the first",
-            at_most=0.5,
-            because="theory leaves 0.8²⁰ = 0.01",
-        ),
-        Expect(
-            "loss after 10 steps at 2.2/α, relative to the first",
-            at_least=1.0,
-            because="theory makes it grow by 1.2²⁰ = 38",
-        ),
-    ],
+    rule="""
+        loss after 10 steps at 1.8/α, relative to the first ≤ 0.5 (theory leaves 0.8²⁰ = 0.01)
+        loss after 10 steps at 2.2/α, relative to the first ≥ 1 (theory makes it grow by 1.2²⁰ = 38)
+    """,
     remark="A finite network moves out of the linear regime before the growth shows, into regions "
     "in which the step is stable: the rates beyond 2/α are worse, yet the loss mostly falls. The "
     "bound holds near a solution (`karakida-osawa.divergence`).",
@@ -236,16 +199,12 @@ def divergence_from_start(setting: Setting) -> Iterator[dict[str, float]]:
     where="section 5",
     says="The entry-wise diagonal of the Fisher matrix is not isotropic in function space, at any "
     "width, while the layer-wise and unit-wise approximations become so.",
-    expects=[
-        Expect("deviation, Diagonal", at_least=0.5, because="far beyond rounding and O(1/√M)"),
-        Expect(
-            "exponent of the width, Diagonal",
-            at_least=-0.1,
-            because="the deviation must not vanish; 1/√M would be −0.5",
-        ),
-        Expect("deviation, ", at_most=0.1, because="O(1/√M) of the unit-wise one"),
-        Expect("exponent of the width, Unit-wise", at_most=VANISHES, because="theory says −0.5"),
-    ],
+    rule="""
+        deviation, Diagonal ≥ 0.5 (far beyond rounding and O(1/√M))
+        exponent of the width, Diagonal ≥ -0.1 (the deviation must not vanish; 1/√M would be −0.5)
+        deviation,  ≤ 0.1 (O(1/√M) of the unit-wise one)
+        exponent of the width, Unit-wise ≤ -0.25 (theory says −0.5)
+    """,
 )
 def diagonal(setting: Setting) -> Figures:
     """‖M − αI‖/‖αI‖ of the coefficients M = JF⁻¹Jᵀ/N at the largest width, and how it falls."""
@@ -265,19 +224,12 @@ def diagonal(setting: Setting) -> Figures:
     "one-step",
     where="section 3, figure 1",
     says="At η = 1/α training fits the data in one step, the better the wider the network.",
-    expects=[
-        Expect(
-            "loss after one step, relative to the first, Exact NGD",
-            at_most=0.05,
-            because="the outputs err by O(1/√M), the loss by its square",
-        ),
-        Expect(
-            "exponent of the width",
-            at_most=VANISHES,
-            because="theory says −1 in the limit; the constants of K-FAC and unit-wise curvature "
-            "are so large that they are not there yet",
-        ),
-    ],
+    rule="""
+        loss after one step, relative to the first, Exact NGD ≤ 0.05 (the outputs err by O(1/√M),
+            the loss by its square)
+        exponent of the width ≤ -0.25 (theory says −1 in the limit; the constants of K-FAC and
+            unit-wise curvature are so large that they are not there yet)
+    """,
 )
 def one_step(setting: Setting) -> Figures:
     """The training loss after one step at 1/α, and the power of the width with which it falls."""
@@ -295,24 +247,13 @@ def one_step(setting: Setting) -> Figures:
     where="section 3",
     says="Gradient descent is slow in the directions of small eigenvalues of the tangent kernel, "
     "in which natural gradient descent is as fast as in the others.",
-    expects=[
-        Expect(
-            "log of the residual left, over theory, gradient descent",
-            at_least=0.8,
-            at_most=1.25,
-            because="(1 − λ_min/λ_max)^t up to O(1/√M)",
-        ),
-        Expect(
-            "residual left after one step, Exact NGD",
-            at_most=0.2,
-            because="theory leaves nothing; a finite network O(1/√M)",
-        ),
-        Expect(
-            "steps of gradient descent to halve it",
-            at_least=10.0,
-            because="one step does it for natural gradient descent",
-        ),
-    ],
+    rule="""
+        log of the residual left, over theory, gradient descent 0.8 to 1.25 ((1 − λ_min/λ_max)^t up
+            to O(1/√M))
+        residual left after one step, Exact NGD ≤ 0.2 (theory leaves nothing; a finite network
+            O(1/√M))
+        steps of gradient descent to halve it ≥ 10 (one step does it for natural gradient descent)
+    """,
 )
 def gradient_descent(setting: Setting) -> Iterator[dict[str, float]]:
     """What is left of a residual along the eigenvector of λ_min, at η = 1/λ_max and η = 1.
@@ -349,24 +290,15 @@ def gradient_descent(setting: Setting) -> Iterator[dict[str, float]]:
     where="section 4, figure 3",
     says="Predictions on test inputs follow in closed form; exact natural gradient descent ends at "
     "those of gradient descent, the layer-wise approximations elsewhere.",
-    expects=[
-        Expect(
-            "distance of test outputs from theory, exponent of the width",
-            at_most=VANISHES,
-            because="the distance vanishes like 1/√M",
-        ),
-        Expect(
-            "distance of test outputs from theory, Exact NGD",
-            at_most=0.15,
-            because="O(1/√M) with the larger constant of inputs that are not trained on",
-        ),
-        Expect("limit of Exact NGD, from that of gradient descent", at_most=1e-4),
-        Expect(
-            "limit of Block-diagonal, from that of gradient descent",
-            at_least=1e-3,
-            because="a mean of per-layer regressors is not the regressor of the sum",
-        ),
-    ],
+    rule="""
+        distance of test outputs from theory, exponent of the width ≤ -0.25 (the distance vanishes
+            like 1/√M)
+        distance of test outputs from theory, Exact NGD ≤ 0.15 (O(1/√M) with the larger constant of
+            inputs that are not trained on)
+        limit of Exact NGD, from that of gradient descent ≤ 0.0001
+        limit of Block-diagonal, from that of gradient descent ≥ 0.001 (a mean of per-layer
+            regressors is not the regressor of the sum)
+    """,
 )
 def test(setting: Setting) -> Figures:
     """Distance of test outputs after six steps at ½/α from the infinite-width prediction.

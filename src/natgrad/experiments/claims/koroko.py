@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import natgrad
 from natgrad.curvature import KroneckerProducts, TwoLevelKronecker
-from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source, ratios
+from natgrad.experiments.claims.claim import Figures, Setting, Source, ratios
 from natgrad.experiments.claims.side_by_side import Make, Task, Tuned, at_rate
 from natgrad.experiments.objectives import squared_error
 from natgrad.operators.coarse_level import CoarseSpace
@@ -63,10 +63,10 @@ def block_error(model: nn.Module, x: Tensor, structure: str, **options: Any) -> 
     where="2022, abstract",
     says="The nearest Kronecker product (KPSVD) approximates the blocks of the Fisher matrix "
     "better than K-FAC's product, and two products (deflation) better than one.",
-    expects=[
-        Expect("error of KPSVD over that of K-FAC", at_most=1.0, because="nearest by definition"),
-        Expect("error of deflation over that of KPSVD", at_most=1.0, because="one term more"),
-    ],
+    rule="""
+        error of KPSVD over that of K-FAC ≤ 1 (nearest by definition)
+        error of deflation over that of KPSVD ≤ 1 (one term more)
+    """,
 )
 def block_errors(setting: Setting) -> Iterator[dict[str, float]]:
     """Frobenius error of all blocks of an autoencoder with 16, 8 and 16 tanh units.
@@ -114,10 +114,10 @@ def _compared(setting: Setting, methods: dict[str, Make]) -> dict[str, Tuned]:
     where="2022, abstract",
     says="With nearest Kronecker products autoencoders train to lower losses than with K-FAC in "
     "as many steps, and reach K-FAC's loss in less time.",
-    expects=[
-        Expect("training loss over K-FAC's", at_most=1.0, because="lower"),
-        Expect("processor time to K-FAC's loss over K-FAC's", at_most=1.0, because="less"),
-    ],
+    rule="""
+        training loss over K-FAC's ≤ 1 (lower)
+        processor time to K-FAC's loss over K-FAC's ≤ 1 (less)
+    """,
     remark="All end within a few hundredths of K-FAC's loss, at the same damping: a nearer matrix "
     "makes no difference here. One draw that stops just above that loss makes the mean time ∞.",
 )
@@ -148,13 +148,9 @@ def training(setting: Setting) -> Figures:
     where="2023, abstract",
     says="Coarse corrections that couple the layers do not really improve on K-FAC, whatever the "
     "coarse space.",
-    expects=[
-        Expect(
-            "training loss over K-FAC's",
-            at_least=0.9,
-            because="an improvement by less than a tenth is none",
-        )
-    ],
+    rule="""
+        training loss over K-FAC's ≥ 0.9 (an improvement by less than a tenth is none)
+    """,
     remark="Here they are behind K-FAC, each at its best damping, of which K-FAC takes the least "
     "that was tried.",
 )

@@ -16,7 +16,7 @@ import natgrad
 from natgrad.curvature import InverseFactors, KroneckerFactors
 from natgrad.curvature.structure import Part
 from natgrad.experiments.calibration import step_of
-from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source, ratios
+from natgrad.experiments.claims.claim import Figures, Setting, Source, ratios
 from natgrad.experiments.claims.side_by_side import Make, Methods, Task, at_rate
 from natgrad.experiments.theory.by_width import exponent
 from natgrad.jacobians import Jacobians
@@ -144,7 +144,9 @@ def _recursion(rate: float) -> InverseFactors:
     where="inverse-free update",
     says="With dense factors a step of the inverse-free recursion (IKFAC) is that of K-FAC's "
     "moving average, up to the square of its step size.",
-    expects=[Expect("exponent of the step size", 1.8, 2.2, "theory says 2")],
+    rule="""
+        exponent of the step size 1.8 to 2.2 (theory says 2)
+    """,
     remark="A first measurement, with β₁ from 0.1 to 0.0125, gave an exponent of 0.56 ± 0.06, as "
     "β₁ times the largest eigenvalue of A, for 64 pixels of unit variance, was not small. These "
     "are smaller steps and other draws (seed 1); the rule is the same.",
@@ -207,15 +209,11 @@ def _ends(setting: Setting, dtype: torch.dtype, methods: Methods) -> dict[str, l
     where="abstract",
     says="In bfloat16 inverse-free K-FAC and SINGD train as stably as in float32, where K-FAC in "
     "bfloat16 does not, and SINGD reaches lower losses than AdamW.",
-    expects=[
-        Expect(
-            "training loss in bfloat16 over that in float32, SINGD", at_most=1.1, because="stable"
-        ),
-        Expect(
-            "training loss in bfloat16 over that in float32, K-FAC", at_least=1.5, because="not so"
-        ),
-        Expect("training loss in bfloat16, SINGD over AdamW", at_most=1.0, because="lower"),
-    ],
+    rule="""
+        training loss in bfloat16 over that in float32, SINGD ≤ 1.1 (stable)
+        training loss in bfloat16 over that in float32, K-FAC ≥ 1.5 (not so)
+        training loss in bfloat16, SINGD over AdamW ≤ 1 (lower)
+    """,
     remark="At its best damping K-FAC with rounded factors and inverses is stable, too, and loses "
     "somewhat more to rounding than SINGD and AdamW. A first measurement, with λ = 0.001 and the "
     "best of four rates from 0.01 on, told nothing: K-FAC and SINGD diverged in float32, too. Now "
@@ -277,10 +275,10 @@ def state_entries(model: nn.Module, make: Make, x: Tensor, y: Tensor) -> int:
     where="abstract",
     says="With structured factors SINGD keeps no more than AdamW does, and trains as well as with "
     "dense ones.",
-    expects=[
-        Expect("numbers kept, over AdamW's", at_most=1.1, because="no more, to a tenth"),
-        Expect("training loss over that of dense factors", at_most=1.1, because="to a tenth"),
-    ],
+    rule="""
+        numbers kept, over AdamW's ≤ 1.1 (no more, to a tenth)
+        training loss over that of dense factors ≤ 1.1 (to a tenth)
+    """,
     remark="Measured for the second time, for the reason given in `lin.bfloat16`. Factors with "
     "dense corners come closest.",
 )

@@ -1,13 +1,48 @@
-"""The page of all claims: what was measured, where, and what follows."""
+"""What is known of the claims, in the terminal, as JSON, and on a page of all of them."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from natgrad.experiments.claims.claim import Claim, Draws, Expect, Source, mean_and_error
-from natgrad.experiments.claims.results import Result, read_result, result_path
+from natgrad.experiments.claims.run import Result, read_result, result_path
+
+
+def print_claims(console: Console, found: Sequence[tuple[Claim, Result | None]]) -> None:
+    """Print the claims and their verdicts, a dash for what is not measured."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("claim", "verdict", "says"):
+        table.add_column(heading, no_wrap=heading != "says")
+    for claim, result in found:
+        table.add_row(claim.name, _verdict(claim, result), escape(claim.says))
+    console.print(table)
+    for claim, result in found:
+        if result is not None and result.error:
+            console.print(f"{claim.name} failed: {escape(result.error)}", highlight=False)
+
+
+def as_values(claim: Claim, result: Result | None) -> dict[str, Any]:
+    """Return a claim, its rule, and what is known of it, as JSON values."""
+    final = result if result is not None and result.is_final else None
+    return {
+        "name": claim.name,
+        "where": claim.where,
+        "says": claim.says,
+        "measured": claim.about,
+        "rule": [f"{expect.figure} {expect}" for expect in claim.expects],
+        "verdict": final and final.verdict(claim),
+        "result": final and json.loads(final.to_json()),
+    }
+
 
 _INTRODUCTION = """\
 # The claims of the sources, measured

@@ -4,39 +4,28 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from importlib import import_module
 
-from natgrad.experiments.claims import (
-    chen,
-    donatella,
-    gao,
-    immer,
-    karakida_akaho_amari,
-    karakida_osawa,
-    korbit,
-    koroko,
-    li_chen_huang,
-    lin,
-    ou,
-    wu,
-    zhang_martens_grosse,
-)
 from natgrad.experiments.claims.claim import Claim, Source
 from natgrad.experiments.config import ConfigError
 
-SOURCES: tuple[Source, ...] = (
-    karakida_osawa.SOURCE,
-    zhang_martens_grosse.SOURCE,
-    ou.SOURCE,
-    gao.SOURCE,
-    karakida_akaho_amari.SOURCE,
-    wu.SOURCE,
-    donatella.SOURCE,
-    immer.SOURCE,
-    koroko.SOURCE,
-    korbit.SOURCE,
-    lin.SOURCE,
-    li_chen_huang.SOURCE,
-    chen.SOURCE,
+SOURCES: tuple[Source, ...] = tuple(
+    import_module(f"{__package__}.{name}").SOURCE
+    for name in (
+        "karakida_osawa",
+        "zhang_martens_grosse",
+        "ou",
+        "gao",
+        "karakida_akaho_amari",
+        "wu",
+        "donatella",
+        "immer",
+        "koroko",
+        "korbit",
+        "lin",
+        "li_chen_huang",
+        "chen",
+    )  # fmt: skip
 )
 """The sources; to add one, write a module with a `SOURCE` and name it here."""
 

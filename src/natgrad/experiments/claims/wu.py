@@ -14,7 +14,7 @@ from torch.nn import functional
 
 import natgrad
 from natgrad.experiments.calibration import step_of
-from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source, ratios
+from natgrad.experiments.claims.claim import Figures, Setting, Source, ratios
 from natgrad.experiments.claims.side_by_side import Make, Methods, Task, accuracies, at_rate
 from natgrad.fisher import FisherType, ImprovedFisher
 
@@ -99,10 +99,11 @@ def _mean_quality(stage: Stage, fisher: str | FisherType, damping: float = NEAR_
     says="At every stage of training the update of the improved empirical Fisher matrix is closer "
     "to the exact natural gradient than the gradient, and than the updates of the empirical and "
     "the sampled Fisher matrices.",
-    expects=[
-        Expect(f"γ of iEF over that of {other}", at_most=1.0, because="the smaller the better")
-        for other in ("the gradient", "EF", "sampled Fisher")
-    ],
+    rule="""
+        γ of iEF over that of the gradient ≤ 1 (the smaller the better)
+        γ of iEF over that of EF ≤ 1 (the smaller the better)
+        γ of iEF over that of sampled Fisher ≤ 1 (the smaller the better)
+    """,
     remark="Refuted by the first epoch alone, in which the losses of all samples are much the same "
     "and with them the weights that tell iEF from the empirical Fisher matrix: there the two are "
     "within two hundredths. Later iEF is the better, by far in the end.",
@@ -130,10 +131,10 @@ def quality_over_training(setting: Setting) -> Iterator[dict[str, float]]:
     where="the inversely-scaled projection",
     says="The empirical Fisher matrix favours samples that are fitted already, so that its update "
     "is worse than the gradient itself, and gets worse as training goes on.",
-    expects=[
-        Expect("γ of EF over that of the gradient", at_least=1.0, because="worse than it"),
-        Expect("γ relative to the gradient's, last over first", at_least=1.0, because="it grows"),
-    ],
+    rule="""
+        γ of EF over that of the gradient ≥ 1 (worse than it)
+        γ relative to the gradient's, last over first ≥ 1 (it grows)
+    """,
     remark="Refuted by the first epoch alone, before any sample is fitted.",
 )
 def empirical_over_training(setting: Setting) -> Iterator[dict[str, float]]:
@@ -150,15 +151,11 @@ def empirical_over_training(setting: Setting) -> Iterator[dict[str, float]]:
     where="abstract",
     says="The quality of iEF does not depend on a well chosen damping: next to none is nearly as "
     "good as the best, which it is not for the empirical and the sampled Fisher matrices.",
-    expects=[
-        Expect("γ at next to no damping over the least γ, iEF", at_most=1.25, because="nearly"),
-        Expect("γ at next to no damping over the least γ, EF, over iEF", 1.25, because="it is not"),
-        Expect(
-            "γ at next to no damping over the least γ, sampled Fisher, over iEF",
-            1.25,
-            because="it is not",
-        ),
-    ],
+    rule="""
+        γ at next to no damping over the least γ, iEF ≤ 1.25 (nearly)
+        γ at next to no damping over the least γ, EF, over iEF ≥ 1.25 (it is not)
+        γ at next to no damping over the least γ, sampled Fisher, over iEF ≥ 1.25 (it is not)
+    """,
 )
 def damping(setting: Setting) -> Iterator[dict[str, float]]:
     """The worst of three stages, of dampings of 10⁻⁶, 10⁻⁴, 10⁻², 1 and 100 mean eigenvalues."""
@@ -188,13 +185,11 @@ METHODS: Methods = {
     where="abstract",
     says="Used as an optimizer, exact iEF reaches a lower training loss than the empirical Fisher "
     "matrix and well-tuned AdamW, and no worse test performance.",
-    expects=[
-        Expect("training loss, iEF over EF", at_most=1.0, because="lower"),
-        Expect("training loss, iEF over AdamW", at_most=1.0, because="lower"),
-        Expect(
-            "test accuracy, iEF − AdamW", at_least=-0.005, because="no worse, to half a percent"
-        ),
-    ],
+    rule="""
+        training loss, iEF over EF ≤ 1 (lower)
+        training loss, iEF over AdamW ≤ 1 (lower)
+        test accuracy, iEF − AdamW ≥ -0.005 (no worse, to half a percent)
+    """,
     remark="The source fine-tunes large pre-trained networks; this is a small one from random "
     "weights. Of the rates tried the largest were the best, for iEF and for AdamW.",
 )

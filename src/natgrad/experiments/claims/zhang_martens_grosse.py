@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from natgrad import ntk
-from natgrad.experiments.claims.claim import Expect, Figures, Setting, Source
+from natgrad.experiments.claims.claim import Figures, Setting, Source
 from natgrad.experiments.theory.by_width import ByWidth
 from natgrad.experiments.theory.methods import build_optimizer
 from natgrad.experiments.theory.problem import Problem
@@ -52,15 +52,10 @@ def _largest_ratio(losses: list[float]) -> float:
     where="condition 1, theorem 4",
     says="The Jacobian of a wide two-layer ReLU network at random weights has full row rank, and "
     "the smallest eigenvalue of its Gram matrix tends to that of the limit.",
-    expects=[
-        Expect("rank J / N", at_least=1.0, because="full row rank"),
-        Expect(
-            "λ_min(G) / λ_min(G∞)",
-            at_least=0.75,
-            at_most=1.25,
-            because="the theorem asks for ¾ of it at the start",
-        ),
-    ],
+    rule="""
+        rank J / N ≥ 1 (full row rank)
+        λ_min(G) / λ_min(G∞) 0.75 to 1.25 (the theorem asks for ¾ of it at the start)
+    """,
 )
 def full_rank(setting: Setting) -> Figures:
     """Rank and smallest eigenvalue of the Gram matrix at the largest width."""
@@ -83,18 +78,11 @@ def full_rank(setting: Setting) -> Figures:
     where="condition 2, theorem 4",
     says="The Jacobian changes little along training, the less the wider the network, so that "
     "‖J(w) − J(w₀)‖₂ stays below a share of √λ_min.",
-    expects=[
-        Expect(
-            "exponent of the width",
-            at_most=-0.15,
-            because="−¼ for ReLU: the share of units that change sides falls like m^−½",
-        ),
-        Expect(
-            "largest δ over training, natural gradient descent",
-            at_most=0.2,
-            because="C = 2δ/(1 − δ) < ½",
-        ),
-    ],
+    rule="""
+        exponent of the width ≤ -0.15 (−¼ for ReLU: the share of units that change sides falls like
+            m^−½)
+        largest δ over training, natural gradient descent ≤ 0.2 (C = 2δ/(1 − δ) < ½)
+    """,
     remark="The theorem's width is of order n⁴/λ₀⁴. Convergence at the predicted rate does not "
     "wait for the condition, which is sufficient and not necessary (`zhang-martens-grosse.rate`).",
 )
@@ -129,13 +117,10 @@ def stability(setting: Setting) -> Figures:
     "rate",
     where="theorem 3",
     says="Natural gradient descent shrinks ‖u − y‖² by 1 − η at least in every step.",
-    expects=[
-        Expect(
-            "largest share left by a step, over 1 − η",
-            at_most=1.05,
-            because="the bound itself, with room for the rounding of what is left at the end",
-        )
-    ],
+    rule="""
+        largest share left by a step, over 1 − η ≤ 1.05 (the bound itself, with room for the
+            rounding of what is left at the end)
+    """,
 )
 def rate(setting: Setting) -> Iterator[dict[str, float]]:
     """The largest ratio of successive losses over 12 steps, at the largest width."""
@@ -158,19 +143,12 @@ def _closer(task: Problem, shift: float) -> Problem:
     where="section 3, after theorem 3",
     says="The number of steps that natural gradient descent takes does not depend on λ_min of the "
     "Gram matrix, while that of gradient descent grows like its inverse.",
-    expects=[
-        Expect(
-            "slope of log steps against log 1/λ_min, natural gradient descent",
-            at_least=-0.15,
-            at_most=0.15,
-            because="no dependence",
-        ),
-        Expect(
-            "slope of log steps against log 1/λ_min, gradient descent",
-            at_least=0.5,
-            because="proportional for a residual along its eigenvector, less for a mixture",
-        ),
-    ],
+    rule="""
+        slope of log steps against log 1/λ_min, natural gradient descent -0.15 to 0.15 (no
+            dependence)
+        slope of log steps against log 1/λ_min, gradient descent ≥ 0.5 (proportional for a residual
+            along its eigenvector, less for a mixture)
+    """,
 )
 def conditioning(setting: Setting) -> Figures:
     """Steps to 1 % of the loss, with inputs moved towards their mean by 0, ½, 1 and 2.
@@ -207,18 +185,11 @@ def conditioning(setting: Setting) -> Figures:
     "step-size",
     where="abstract, theorem 3",
     says="Learning rates of order 1 can be used, whatever the size of the kernel.",
-    expects=[
-        Expect(
-            "loss after 5 steps, relative to the first, η = 1.0",
-            at_most=0.05,
-            because="one step is enough in the limit",
-        ),
-        Expect(
-            "loss after 5 steps, relative to the first, η = 0.5",
-            at_most=0.05,
-            because="¼⁵ = 0.001 in the limit, 0.03 guaranteed",
-        ),
-    ],
+    rule="""
+        loss after 5 steps, relative to the first, η = 1.0 ≤ 0.05 (one step is enough in the limit)
+        loss after 5 steps, relative to the first, η = 0.5 ≤ 0.05 (¼⁵ = 0.001 in the limit, 0.03
+            guaranteed)
+    """,
 )
 def step_size(setting: Setting) -> Iterator[dict[str, float]]:
     """The training loss after 5 steps at the largest width."""
@@ -234,18 +205,11 @@ def step_size(setting: Setting) -> Iterator[dict[str, float]]:
     where="theorem 5",
     says="K-FAC converges linearly on the two-layer network at a rate that depends on the inputs' "
     "conditioning only, and like exact natural gradient descent where inputs are independent.",
-    expects=[
-        Expect(
-            "largest loss over its bound",
-            at_most=1.1,
-            because="the bound is that of the limit, to which O(1/√m) comes",
-        ),
-        Expect(
-            "largest distance of √(loss/first) from ½^t, independent inputs",
-            at_most=0.15,
-            because="P_X = I: the same map of residuals as for the exact matrix",
-        ),
-    ],
+    rule="""
+        largest loss over its bound ≤ 1.1 (the bound is that of the limit, to which O(1/√m) comes)
+        largest distance of √(loss/first) from ½^t, independent inputs ≤ 0.15 (P_X = I: the same map
+            of residuals as for the exact matrix)
+    """,
 )
 def kfac_rate(setting: Setting) -> Iterator[dict[str, float]]:
     """Losses over 12 steps at half the largest guaranteed rate, width 1024 (4096).
@@ -283,16 +247,11 @@ def _in_leading_components(task: Problem, dim: int) -> Problem:
     where="theorem 6",
     says="The error on new inputs of the network that natural gradient descent finds is below "
     "√(2yᵀ(G∞)⁻¹y/n) up to a term that falls with n.",
-    expects=[
-        Expect(
-            "bound − test loss", at_least=0.0, because="the bound itself, its last term left out"
-        ),
-        Expect(
-            "bound of random labels / bound of true labels",
-            at_least=1.2,
-            because="a bound that tells learnable labels from noise must be larger for noise",
-        ),
-    ],
+    rule="""
+        bound − test loss ≥ 0 (the bound itself, its last term left out)
+        bound of random labels / bound of true labels ≥ 1.2 (a bound that tells learnable labels
+            from noise must be larger for noise)
+    """,
     remark="The bound is beside the error only in that it is above it: for these data it is "
     "several times as large. It tells true labels from random ones.",
 )
@@ -331,13 +290,10 @@ def generalisation(setting: Setting) -> Figures:
     where="section 3.3",
     says="For losses that are strongly convex and smooth in the outputs, natural gradient descent "
     "converges linearly as gradient descent on the outputs would.",
-    expects=[
-        Expect(
-            "largest share of ‖u − y‖² left by a step, over its bound",
-            at_most=1.1,
-            because="the bound is that of a constant Jacobian, to which O(1/√m) comes",
-        )
-    ],
+    rule="""
+        largest share of ‖u − y‖² left by a step, over its bound ≤ 1.1 (the bound is that of a
+            constant Jacobian, to which O(1/√m) comes)
+    """,
 )
 def general_loss(setting: Setting) -> Iterator[dict[str, float]]:
     """Eight steps of rate 2/(μ + κ) on ½r² + log cosh r, μ = 1 and κ = 2, at the largest width."""
