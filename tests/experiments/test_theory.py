@@ -15,10 +15,10 @@ from natgrad.cli import run
 from natgrad.experiments.config import ConfigError
 from natgrad.experiments.formats import DataError
 from natgrad.experiments.theory import run as runner
-from natgrad.experiments.theory.by_width import ByWidth
 from natgrad.experiments.theory.config import SECTIONS, TheoryConfig
 from natgrad.experiments.theory.problem import Problem
 from natgrad.experiments.theory.report import format_number
+from natgrad.experiments.theory.results import ByWidth
 from natgrad.experiments.theory.run import run_theory
 from tests.experiments.schema import check
 

@@ -15,7 +15,7 @@ import natgrad
 from natgrad.curvature import Full
 from natgrad.experiments.claims.claim import Figures, Setting, Source, ratios
 from natgrad.experiments.claims.side_by_side import Make, Methods, Task, at_rate
-from natgrad.experiments.theory.by_width import exponent
+from natgrad.experiments.theory.results import exponent
 from natgrad.operators import FisherMatrix
 from natgrad.solvers import Thermodynamic
 from natgrad.solvers.thermodynamic import MARGIN

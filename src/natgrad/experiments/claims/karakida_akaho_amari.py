@@ -13,7 +13,7 @@ from natgrad import fisher_matrix, ntk
 from natgrad.experiments.claims.claim import Figures, Setting, Source, ratios
 from natgrad.experiments.claims.side_by_side import Task, at_rate
 from natgrad.experiments.objectives import squared_error
-from natgrad.experiments.theory.by_width import ByWidth
+from natgrad.experiments.theory.results import ByWidth
 
 SOURCE = Source(
     "karakida-akaho-amari",

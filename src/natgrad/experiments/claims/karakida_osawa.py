@@ -10,9 +10,9 @@ import torch
 
 from natgrad import ntk
 from natgrad.experiments.claims.claim import Figures, Setting, Source
-from natgrad.experiments.theory.by_width import ByWidth
 from natgrad.experiments.theory.methods import METHODS
 from natgrad.experiments.theory.problem import Problem
+from natgrad.experiments.theory.results import ByWidth
 
 SOURCE = Source(
     "karakida-osawa",

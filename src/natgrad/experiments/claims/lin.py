@@ -18,7 +18,7 @@ from natgrad.curvature.structure import Part
 from natgrad.experiments.calibration import step_of
 from natgrad.experiments.claims.claim import Figures, Setting, Source, ratios
 from natgrad.experiments.claims.side_by_side import Make, Methods, Task, at_rate
-from natgrad.experiments.theory.by_width import exponent
+from natgrad.experiments.theory.results import exponent
 from natgrad.jacobians import Jacobians
 from natgrad.operators.structured_factors import FactorStructure
 from natgrad.statistics import KroneckerStatistics

@@ -12,9 +12,9 @@ from torch.nn import functional
 
 from natgrad import ntk
 from natgrad.experiments.claims.claim import Figures, Setting, Source
-from natgrad.experiments.theory.by_width import ByWidth
 from natgrad.experiments.theory.methods import build_optimizer
 from natgrad.experiments.theory.problem import Problem
+from natgrad.experiments.theory.results import ByWidth
 
 SOURCE = Source(
     "zhang-martens-grosse",

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import torch
 from torch import nn
 
 from natgrad import ntk
@@ -24,47 +23,34 @@ FLOOR = 1e-16
 
 @dataclass(frozen=True)
 class _Theory:
-    """What theory says of one method on one network.
+    """What theory says of one method on one network: in the limit of infinite width.
 
-    That is the infinite-width limit, where the optimizer's damping is there for rounding only and λ
-    is 0, or the linearised network where there is none. The learning rate is 1/α, for gradient
-    descent, which has no α, 1/λ_max.
+    The optimizer's damping is there for rounding only, and 0 in the limit. The learning rate is
+    1/α, for gradient descent, which has no α, 1/λ_max.
     """
 
     network: ntk.NetworkInFunctionSpace
-    damping: float
     lr: float
     alpha: float | None
+    damping: float = 0.0
 
 
 def dynamics(problem: Problem, progress: Callable[[float], None]) -> Section:
     """Run the section."""
-    config = problem.config
-    section = Section(
-        "dynamics",
-        "Training curves, predicted and trained",
-        "Does a wide network follow the curves of its infinite-width limit, for gradient descent "
-        "and for natural gradient descent with each approximate Fisher matrix?",
-    )
-    model = problem.network()
+    config, model = problem.config, problem.network()
     theories = _theories(problem, model)
-    runs = len(theories) * len(FACTORS)
-    train_panel, test_panel = Panel("training loss"), Panel("test loss")
+    curves = {name: Panel(f"{name} loss") for name in ("training", "test")}
     rate_panels: list[Panel] = []
     rows: list[list[Cell]] = []
     converged: list[str] = []
     for name, theory in theories.items():
         title = METHODS[name].title
         panel = Panel(title)
-        for factor in FACTORS:
+        rate_panels.append(panel)
+        for index, factor in enumerate(FACTORS, start=1):
             lr = factor * theory.lr
             predicted = ntk.predict(
-                theory.network,
-                problem.y,
-                name,
-                steps=STEPS,
-                lr=lr,
-                damping=theory.damping,
+                theory.network, problem.y, name, steps=STEPS, lr=lr, damping=theory.damping
             )
             run = problem.train(model, name, lr, STEPS)
             losses = [_at_least_floor(loss) for loss in predicted.train_loss.tolist()]
@@ -75,16 +61,16 @@ def dynamics(problem: Problem, progress: Callable[[float], None]) -> Section:
                 converged.append(title)
             if factor == 1.0:
                 test = predicted.test_loss(problem.y_test).tolist()
-                train_panel.compare(title, losses, measured, name)
-                test_panel.compare(title, test, run.test_loss, name)
+                curves["training"].compare(title, losses, measured, name)
+                curves["test"].compare(title, test, run.test_loss, name)
                 expected, trained = predicted.train_loss[1:3].tolist(), run.train_loss[1:4]
                 ends = test[-1], run.test_loss[-1]
                 rows.append([title, theory.alpha, theory.lr, *expected, *trained, *ends])
                 first = run.train_loss[0]
-            progress((len(rate_panels) * len(FACTORS) + len(panel.lines) // 2) / runs)
-        rate_panels.append(panel)
+            done = (len(rate_panels) - 1) * len(FACTORS) + index
+            progress(done / (len(theories) * len(FACTORS)))
     width = f"width {config.width}, depth {config.depth}, N = {problem.samples}"
-    section.plots = [
+    plots = [
         Plot(
             "dynamics",
             "Training at η = 1/α",
@@ -92,7 +78,7 @@ def dynamics(problem: Problem, progress: Callable[[float], None]) -> Section:
             f"Markers: networks of {width}, trained by natgrad's optimizers. Natural gradients fit "
             "the data in one predicted step; what is left after it is the finite width. Losses "
             "below 1e-16 are rounding and drawn there.",
-            [train_panel, test_panel],
+            [*curves.values()],
             "step",
             "½‖f − y‖², mean",
             y_log=True,
@@ -109,28 +95,14 @@ def dynamics(problem: Problem, progress: Callable[[float], None]) -> Section:
             "training loss",
             y_log=True,
         ),
+        _cross_entropy(problem, model, theories),
     ]
-    section.plots.append(_cross_entropy(problem, model, theories))
-    section.tables = [
-        Table(
-            f"At η = 1/α, {width}. Loss before training: {first:.3g}.",
-            [
-                "method",
-                "α",
-                "η",
-                "predicted, step 1",
-                "step 2",
-                "trained, step 1",
-                "step 2",
-                "step 3",
-                f"test predicted, step {STEPS}",
-                "test trained",
-            ],
-            rows,
-        )
-    ]
+    headings = (
+        "method|α|η|predicted, step 1|step 2|trained, step 1|step 2|step 3|test predicted, step "
+        f"{STEPS}|test trained"
+    )
     exact = next(row for row in rows if row[0] == METHODS["full"].title)
-    section.findings = [
+    findings = [
         f"Exact natural gradient descent with η = 1 takes the training loss from "
         f"{first:.3g} to {exact[5]:.2g} in one step and to {exact[6]:.2g} in two.",
         f"No method fits the data at {max(FACTORS):g}/α, beyond the limit 2/α."
@@ -139,31 +111,34 @@ def dynamics(problem: Problem, progress: Callable[[float], None]) -> Section:
         f"{', '.join(converged)} still converge at this width: the step leaves the linear regime.",
     ]
     if config.depth % 3 == 2:
-        section.findings.append(
+        findings.append(
             f"The block tri-diagonal matrix of {config.depth} = 3s + 2 layers is singular, so it "
             "has no α and is left out."
         )
-    return section
+    caption = f"At η = 1/α, {width}. Loss before training: {first:.3g}."
+    return Section(
+        "dynamics",
+        "Training curves, predicted and trained",
+        "Does a wide network follow the curves of its infinite-width limit, for gradient descent "
+        "and for natural gradient descent with each approximate Fisher matrix?",
+        findings=findings,
+        plots=plots,
+        tables=[Table(caption, headings.split("|"), rows)],
+    )
 
 
 def _cross_entropy(problem: Problem, model: nn.Module, theories: dict[str, _Theory]) -> Plot:
     """Predict and train with cross-entropy, at the learning rates of the squared loss."""
-    panel = Panel("cross-entropy")
+    panel, likelihood = Panel("cross-entropy"), problem.cross_entropy
     for name, theory in theories.items():
         if name == "unit_wise":  # It has no map for this loss in the limit.
             continue
+        lr = None if name == "gd" else theory.lr
         predicted = ntk.predict(
-            theory.network,
-            problem.labels,
-            name,
-            steps=STEPS,
-            lr=None if name == "gd" else theory.lr,
-            likelihood=problem.cross_entropy,
+            theory.network, problem.labels, name, steps=STEPS, lr=lr, likelihood=likelihood
         )
-        lr = predicted.learning_rate
-        run = problem.train(model, name, lr, STEPS, likelihood=problem.cross_entropy)
-        losses = predicted.train_loss.tolist()
-        panel.compare(METHODS[name].title, losses, run.train_loss, name)
+        run = problem.train(model, name, predicted.learning_rate, STEPS, likelihood=likelihood)
+        panel.compare(METHODS[name].title, predicted.train_loss.tolist(), run.train_loss, name)
     return Plot(
         "cross-entropy",
         "Training with cross-entropy",
@@ -177,19 +152,14 @@ def _cross_entropy(problem: Problem, model: nn.Module, theories: dict[str, _Theo
     )
 
 
-def _theories(problem: Problem, model: nn.Module) -> dict[str, _Theory]:
+def _theories(problem: Problem, model: ntk.MLP) -> dict[str, _Theory]:
     infinite = ntk.InfiniteNetwork(model, problem.x, problem.x_test)
-    result: dict[str, _Theory] = {}
-    kernel, _ = infinite.maps("gd")
-    lr = 1.0 / float(torch.linalg.eigvalsh(kernel)[-1])
-    result["gd"] = _Theory(infinite, 0.0, lr, None)
+    result = {"gd": _Theory(infinite, problem.full_rate(infinite, "gd"), None)}
     for name in problem.structures:
-        alpha = problem.alpha(name)
-        result[name] = _Theory(infinite, 0.0, 1.0 / alpha, alpha)
-        if name == "unit_wise":
-            linearized = ntk.LinearizedNetwork(model, problem.x, problem.x_test)
-            damping = damping_of(name, model, problem.x)
-            result[name] = _Theory(linearized, damping, 1.0 / alpha, alpha)
+        result[name] = _Theory(infinite, problem.full_rate(infinite, name), problem.alpha(name))
+    linearized = ntk.LinearizedNetwork(model, problem.x, problem.x_test)
+    damping = damping_of("unit_wise", model, problem.x)  # Whose limit has no closed form.
+    result["unit_wise"] = replace(result["unit_wise"], network=linearized, damping=damping)
     return result
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -102,6 +103,12 @@ class Problem:
         least = max(1, min(64, largest // 4))
         return [largest // 2**power for power in range(4, -1, -1) if largest // 2**power >= least]
 
+    def each_width(self, progress: Callable[[float], None], factor: int = 1) -> Iterator[int]:
+        """Yield so many times the widths, and tell the share that is done after each."""
+        for done, width in enumerate(self.widths, start=1):
+            yield factor * width
+            progress(done / len(self.widths))
+
     @property
     def structures(self) -> list[str]:
         """The structures whose theory gives a learning rate at this depth."""
@@ -130,6 +137,14 @@ class Problem:
             width=self.config.width if width is None else width,
             active_fraction=ntk.ACTIVATIONS[self.config.activation].active_fraction,
         )
+
+    def full_rate(
+        self, infinite: ntk.InfiniteNetwork, name: str, width: int | None = None
+    ) -> float:
+        """Return 1/α, for gradient descent 1/λ_max of the limit."""
+        if name == "gd":
+            return 1.0 / float(torch.linalg.eigvalsh(infinite.maps("gd")[0])[-1])
+        return 1.0 / self.alpha(name, width)
 
     @property
     def cross_entropy(self) -> str:

@@ -7,10 +7,9 @@ from collections.abc import Callable
 import torch
 
 from natgrad import ntk
-from natgrad.experiments.theory.by_width import ByWidth, plot_by_width
 from natgrad.experiments.theory.methods import METHODS
 from natgrad.experiments.theory.problem import Problem
-from natgrad.experiments.theory.results import Panel, Section, Table
+from natgrad.experiments.theory.results import ByWidth, Cell, Panel, Section, Table, plot_by_width
 
 #: Draws of the random weights; kernels alone are cheap enough for more.
 DRAWS, KERNEL_DRAWS = 4, 8
@@ -20,19 +19,12 @@ GD_STEPS, NGD_STEPS = 100, 8
 
 def width(problem: Problem, progress: Callable[[float], None]) -> Section:
     """Run the section."""
-    section = Section(
-        "width",
-        "Wider networks",
-        "The theory is about infinite width. How fast do kernels, trained outputs and the loss "
-        "after one step approach it, and how much does the Jacobian change on the way?",
-    )
-    sizes = problem.widths
-    kernels = ByWidth()
+    sizes, kernels = problem.widths, ByWidth()
     one_step = {name: ByWidth() for name in problem.structures}
     errors = {name: ByWidth() for name in ("gd", *problem.structures)}
     change = {name: ByWidth() for name in ("gd", "full")}
     limit = ntk.infinite_kernel(problem.network(), problem.x).total
-    for index, size in enumerate(sizes):
+    for size in problem.each_width(progress):
         for draw in range(KERNEL_DRAWS):
             model = problem.network(size, draw)
             kernel = ntk.empirical_kernel(model, problem.x, outputs="trace") / problem.outputs
@@ -41,19 +33,18 @@ def width(problem: Problem, progress: Callable[[float], None]) -> Section:
                 continue
             infinite = ntk.InfiniteNetwork(model, problem.x, problem.x_test)
             for name in errors:
-                lr = _rate(problem, infinite, name, size)
+                lr = problem.full_rate(infinite, name, size)
                 errors[name].add(size, _output_error(problem, model, infinite, name, lr))
                 if name in one_step:
                     one_step[name].add(size, problem.train(model, name, lr, 1).train_loss[1])
             for name in change:
                 change[name].add(size, _jacobian_change(problem, model, name))
-        progress((index + 1) / len(sizes))
 
     def by_method(title: str, values: dict[str, ByWidth], exponent: float) -> list[Panel]:
         lines = [quantity.line(METHODS[name].title, name) for name, quantity in values.items()]
         return [Panel(title, [*lines, values["full"].power_law(exponent)])]
 
-    section.plots = [
+    plots = [
         plot_by_width(
             "kernel-width",
             "The empirical kernel approaches the infinite-width kernel",
@@ -94,33 +85,30 @@ def width(problem: Problem, progress: Callable[[float], None]) -> Section:
         **{f"loss after one step, {METHODS[n].title}": (v, "−1") for n, v in one_step.items()},
         **{f"change of the Jacobian, {METHODS[n].title}": (v, "") for n, v in change.items()},
     }
-    section.tables = [
-        Table(
-            "Exponents of the width, fitted to all points of a curve.",
-            ["quantity", "theory", "fitted", f"at M = {sizes[0]}", f"at M = {sizes[-1]}"],
-            [
-                [name, theory, values.exponent(), values.mean(sizes[0]), values.mean(sizes[-1])]
-                for name, (values, theory) in quantities.items()
-            ],
-        )
+    narrow, wide = sizes[0], sizes[-1]
+    rows: list[list[Cell]] = [
+        [name, theory, values.exponent(), values.mean(narrow), values.mean(wide)]
+        for name, (values, theory) in quantities.items()
     ]
-    fall = {name: values.mean(sizes[0]) / values.mean(sizes[-1]) for name, values in change.items()}
-    section.findings = [
-        f"The error of the tangent kernel falls like M^{kernels.exponent():.2f}; theory says −0.5.",
-        f"The loss after one step of exact natural gradient descent falls like "
-        f"M^{one_step['full'].exponent():.2f}; theory says −1.",
-        f"From width {sizes[0]} to {sizes[-1]} the change of the Jacobian falls by a factor of "
-        f"{fall['gd']:.1f} under gradient descent and {fall['full']:.1f} under exact natural "
-        "gradient descent.",
-    ]
-    return section
-
-
-def _rate(problem: Problem, infinite: ntk.InfiniteNetwork, name: str, size: int) -> float:
-    """Return 1/α, for gradient descent 1/λ_max."""
-    if name == "gd":
-        return 1.0 / float(torch.linalg.eigvalsh(infinite.maps("gd")[0])[-1])
-    return 1.0 / problem.alpha(name, size)
+    headings = ["quantity", "theory", "fitted", f"at M = {narrow}", f"at M = {wide}"]
+    fall = {name: values.mean(narrow) / values.mean(wide) for name, values in change.items()}
+    return Section(
+        "width",
+        "Wider networks",
+        "The theory is about infinite width. How fast do kernels, trained outputs and the loss "
+        "after one step approach it, and how much does the Jacobian change on the way?",
+        findings=[
+            f"The error of the tangent kernel falls like M^{kernels.exponent():.2f}; theory says "
+            "−0.5.",
+            f"The loss after one step of exact natural gradient descent falls like "
+            f"M^{one_step['full'].exponent():.2f}; theory says −1.",
+            f"From width {narrow} to {wide} the change of the Jacobian falls by a factor of "
+            f"{fall['gd']:.1f} under gradient descent and {fall['full']:.1f} under exact natural "
+            "gradient descent.",
+        ],
+        plots=plots,
+        tables=[Table("Exponents of the width, fitted to all points of a curve.", headings, rows)],
+    )
 
 
 def _output_error(
