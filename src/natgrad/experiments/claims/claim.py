@@ -43,14 +43,10 @@ ERRORS = 2.0
 
 @dataclass(frozen=True)
 class Expect:
-    """What a claim says of a figure.
+    """What a claim says of a figure, and why the bounds are where they are.
 
-    Attributes:
-        figure: Its name, or the beginning of the names of several that all must comply. A figure
-            that fits several expectations of a claim belongs to the first.
-        at_least: Lower bound.
-        at_most: Upper bound.
-        because: Why the bound is where it is.
+    The figure is a name, or the beginning of several, which all must comply. One that fits several
+    expectations of a claim belongs to the first.
     """
 
     figure: str
@@ -136,15 +132,9 @@ def _problem(config: TheoryConfig) -> Problem:
 class Setting:
     """What a measurement runs with; equal to another apart from what either has found.
 
-    Attributes:
-        full: Whether to measure at the published size instead of one for two cores.
-        seed: Seed of everything random.
-        data: Name of the data set.
-        data_dir: Folder with its files.
-        device: auto, cpu, cuda or cuda:N.
-        parts: What finished parts of the measurement found, by name.
-        store: Called after every part that finishes.
-        progress: Told the share that is done.
+    `full` says whether it is at the published size instead of one for two cores, `parts` what
+    finished parts of it found, by name. `store` is called after every one that finishes, `progress`
+    told the share that is done.
     """
 
     full: bool = False
@@ -177,24 +167,13 @@ class Setting:
 
     def dataset(self, train_samples: int | None = None, **options: Any) -> Dataset:
         """Load the data set on the device; see `load_dataset`."""
-        data = load_dataset(
-            self.data, self.data_dir, train_samples=train_samples, seed=self.seed, **options
-        )
-        return data.to(self.torch_device())
+        options |= {"train_samples": train_samples, "seed": self.seed}
+        return load_dataset(self.data, self.data_dir, **options).to(self.torch_device())
 
     def problem(self, samples: int, width: int, depth: int = 3) -> Problem:
         """Return two classes of images with targets ±½, and networks in NTK parameterisation."""
-        return _problem(
-            TheoryConfig(
-                data=self.data,
-                data_dir=self.data_dir,
-                train_samples=samples,
-                width=width,
-                depth=depth,
-                seed=self.seed,
-                device=self.device,
-            )
-        )
+        own = {name: getattr(self, name) for name in ("data", "data_dir", "seed", "device")}
+        return _problem(TheoryConfig(train_samples=samples, width=width, depth=depth, **own))
 
     def part(self, name: str, compute: Callable[[], Value]) -> Value:
         """Return what a part of the measurement finds, computed once and kept if interrupted.
@@ -210,19 +189,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim.
+    """One claim, ``source.claim``: what is said where in the source, and what is measured.
 
-    Attributes:
-        name: Its name, ``source.claim``.
-        where: Section, theorem or figure of the source.
-        says: The claim, in one sentence.
-        expects: The rule: reproduced if all bounds hold, refuted if one is broken.
-        measure: Measures the figures.
-        about: What is measured, in one sentence.
-        data: Data set at the small size; another than "digits" gives way to it where no folder of
-            data is known.
-        published_data: That at the published size.
-        remark: What to make of the outcome.
+    `expects` are the rule: reproduced if all bounds hold, refuted if one is broken. `data` is the
+    data set at the small size, the digits where no folder of data is known.
     """
 
     name: str

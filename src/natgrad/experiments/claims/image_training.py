@@ -19,23 +19,24 @@ Curves = dict[str, list[float]]
 ``seconds`` (of training until then, without what measuring took), one entry an epoch."""
 
 
+def _convolution(d_in: int, d_out: int, size: int, stride: int = 1) -> list[nn.Module]:
+    """Return a convolution that keeps the resolution, but for its stride, and a BatchNorm."""
+    padding = size // 2
+    convolution = nn.Conv2d(d_in, d_out, size, stride=stride, padding=padding, bias=False)
+    return [convolution, nn.BatchNorm2d(d_out)]
+
+
 class ResidualBlock(nn.Module):
     """Two 3×3 convolutions with BatchNorm, and a shortcut past them (He et al. 2016)."""
 
     def __init__(self, d_in: int, d_out: int, stride: int) -> None:
         super().__init__()
-        self.body: nn.Sequential = nn.Sequential(
-            nn.Conv2d(d_in, d_out, 3, stride=stride, padding=1, bias=False),
-            nn.BatchNorm2d(d_out),
-            nn.ReLU(),
-            nn.Conv2d(d_out, d_out, 3, padding=1, bias=False),
-            nn.BatchNorm2d(d_out),
+        first, second = _convolution(d_in, d_out, 3, stride), _convolution(d_out, d_out, 3)
+        self.body: nn.Sequential = nn.Sequential(*first, nn.ReLU(), *second)
+        changes = d_in != d_out or stride > 1
+        self.shortcut: nn.Module = nn.Sequential(
+            *(_convolution(d_in, d_out, 1, stride) if changes else ())
         )
-        self.shortcut: nn.Module = nn.Identity()
-        if d_in != d_out or stride > 1:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(d_in, d_out, 1, stride=stride, bias=False), nn.BatchNorm2d(d_out)
-            )
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, d_in, H, W) to (N, d_out, H / stride, W / stride)."""
@@ -51,12 +52,8 @@ class ResNet(nn.Module):
 
     def __init__(self, channels: int, classes: int, widths: Sequence[int], blocks: int) -> None:
         super().__init__()
-        layers: list[nn.Module] = [
-            nn.Conv2d(channels, widths[0], 3, padding=1, bias=False),
-            nn.BatchNorm2d(widths[0]),
-            nn.ReLU(),
-        ]
         d_in = widths[0]
+        layers: list[nn.Module] = [*_convolution(channels, d_in, 3), nn.ReLU()]
         for stage, width in enumerate(widths):
             for block in range(blocks):
                 layers.append(ResidualBlock(d_in, width, 2 if stage and not block else 1))
@@ -104,13 +101,9 @@ class VGG(nn.Module):
 
 @dataclass(frozen=True)
 class ImageTask:
-    """A network and images to train it on.
+    """Images to train a network on, which is made of channels, classes and side.
 
-    Attributes:
-        data: The images.
-        network: Makes the network of channels, classes and side.
-        epochs: Epochs of training.
-        batch_size: Images a batch; a last incomplete one is left out.
+    Of every epoch's batches a last incomplete one is left out.
     """
 
     data: Dataset
@@ -150,11 +143,8 @@ def images(setting: Setting, train_samples: int, classes: int) -> Dataset:
     found = setting.dataset(
         train_samples, test_samples=train_samples // 2, classes=tuple(range(classes))
     )
-    return replace(
-        found,
-        train_inputs=functional.avg_pool2d(found.train_inputs, 2),
-        test_inputs=functional.avg_pool2d(found.test_inputs, 2),
-    )
+    train, test = (functional.avg_pool2d(x, 2) for x in (found.train_inputs, found.test_inputs))
+    return replace(found, train_inputs=train, test_inputs=test)
 
 
 def processor_time(device: torch.device) -> float:
@@ -175,9 +165,9 @@ def train(task: ImageTask, make: Callable[[nn.Module], torch.optim.Optimizer], d
     model = task.model(draw)
     optimizer = make(model)
     generator = torch.Generator().manual_seed(draw)
-    curves: Curves = {"loss": [], "accuracy": [], "seconds": []}
+    found: list[tuple[float, float, float]] = []
     seconds = 0.0
-    for _ in range(task.epochs):
+    while len(found) < task.epochs:
         order = torch.randperm(len(data.train_labels), generator=generator)
         model.train()
         losses: list[Tensor] = []
@@ -192,15 +182,13 @@ def train(task: ImageTask, make: Callable[[nn.Module], torch.optim.Optimizer], d
         seconds += processor_time(device) - began
         mean = float(torch.stack(losses).mean())
         if not math.isfinite(mean):
-            missing = task.epochs - len(curves["loss"])
-            curves["loss"] += [math.inf] * missing
-            curves["accuracy"] += [1.0 / data.classes] * missing
-            curves["seconds"] += [seconds] * missing
-            break
-        curves["loss"].append(mean)
-        curves["accuracy"].append(_accuracy(model, data))
-        curves["seconds"].append(seconds)
-    return curves
+            found += [(math.inf, 1.0 / data.classes, seconds)] * (task.epochs - len(found))
+        else:
+            found.append((mean, _accuracy(model, data), seconds))
+    columns = zip(*found, strict=True)
+    return {
+        name: [*one] for name, one in zip(("loss", "accuracy", "seconds"), columns, strict=True)
+    }
 
 
 @torch.no_grad()

@@ -186,8 +186,7 @@ def accuracy(setting: Setting) -> Figures:
     errors: dict[str, list[float]] = {}
     best: dict[str, float] = {}
     for title, tried in setting.each(rates.items()):
-        losses = {rate: _run(setting, title, rate, DRAWS)[0] for rate in tried}
-        best[title] = min(losses, key=losses.__getitem__)
+        best[title] = min(tried, key=lambda rate: _run(setting, title, rate, DRAWS)[0])  # noqa: B023
         errors[title] = [_run(setting, title, best[title], draw)[1] for draw in range(DRAWS)]
     return {
         "error of u, implicit over Adam": ratios(errors["implicit"], errors["Adam"]),

@@ -275,8 +275,8 @@ def translation(setting: Setting) -> Figures:
     found: dict[str, list[dict[str, float]]] = {}
     rates: dict[str, float] = {}
     for name, (_, trials) in setting.each(TRANSLATORS.items()):
-        searched = {rate: run(name, rate, 0)["loss"] for rate in trials}
-        rates[name] = min(searched, key=searched.__getitem__) if searched else rates["FNGD"]
+        search = min(trials, key=lambda rate: run(name, rate, 0)["loss"], default=None)  # noqa: B023
+        rates[name] = rates["FNGD"] if search is None else search
         found[name] = [run(name, rates[name], d) for d in range(1, TRANSLATION_DRAWS + 1)]
     scores = {name: [one["BLEU"] for one in runs] for name, runs in found.items()}
     figures: Figures = {

@@ -26,7 +26,7 @@ def rates(*numbers: float) -> tuple[Trial, ...]:
 class Method:
     """A way to train: what figures call it, what makes its optimizer, and the trials.
 
-    `make` takes a model, a trial, and the batches of an epoch and of all.
+    The optimizer is made of a model, a trial, and the batches of an epoch and of all.
     """
 
     title: str
@@ -46,14 +46,13 @@ class Race:
     draws: int = 3
 
     def _run(self, setting: Setting, name: str, trial: Trial, draw: int) -> Curves:
-        compute = functools.partial(_trained, self, setting, name, trial, draw)
-        return setting.part(f"{name} {trial} {draw}", compute)
+        key = f"{name} {trial} {draw}"
+        return setting.part(key, lambda: _trained(self, setting, name, trial, draw))
 
     def best(self, setting: Setting, name: str) -> Trial:
         """Return a method's trial with the lowest training loss at the end."""
         trials = self.methods[name].trials
-        found = {trial: self._run(setting, name, trial, 0)["loss"][-1] for trial in trials}
-        return min(found, key=found.__getitem__)
+        return min(trials, key=lambda trial: self._run(setting, name, trial, 0)["loss"][-1])
 
     def runs(self, setting: Setting, name: str, trial: Trial) -> list[Curves]:
         """Return a method's curves with a trial, draw by draw."""
@@ -82,9 +81,8 @@ def _task(race: Race, setting: Setting) -> ImageTask:
 @functools.cache
 def _trained(race: Race, setting: Setting, name: str, trial: Trial, draw: int) -> Curves:
     task, make = _task(race, setting), race.methods[name].make
-    total = task.steps * task.epochs
-    seed = setting.seed_of(draw)
-    return train(task, lambda model: make(model, trial, task.steps, total), seed)
+    steps = task.steps, task.steps * task.epochs
+    return train(task, lambda model: make(model, trial, *steps), setting.seed_of(draw))
 
 
 def ends(runs: Mapping[str, Sequence[Curves]], figure: str) -> dict[str, list[float]]:
@@ -95,9 +93,8 @@ def ends(runs: Mapping[str, Sequence[Curves]], figure: str) -> dict[str, list[fl
 def _times(curves: Curves, figure: str) -> list[float]:
     """Return when a figure is what it is: a loss, the mean over an epoch, in the middle of it."""
     ends = curves["seconds"]
-    if figure != "loss":
-        return ends
-    return [(begin + end) / 2 for begin, end in zip([0.0, *ends[:-1]], ends, strict=True)]
+    starts = [0.0, *ends[:-1]] if figure == "loss" else ends
+    return [(begin + end) / 2 for begin, end in zip(starts, ends, strict=True)]
 
 
 def at_equal_time(runs: Sequence[Curves], figure: str) -> list[float]:

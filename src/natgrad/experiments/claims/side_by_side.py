@@ -71,14 +71,10 @@ def mlp(
 
 @dataclass(frozen=True)
 class Run:
-    """One run of training.
+    """One run of training: losses of all training data, the first before any step.
 
-    Attributes:
-        losses: Loss of all training data before the first step and after every `every` steps;
-            infinite from where it is not finite on.
-        seconds: Processor time of the steps until then, without that of measuring.
-        every: Steps between measurements.
-        model: The trained network.
+    One is measured every so many steps; from where one is not finite on they are infinite. The
+    seconds are processor time of the steps until then, without that of measuring.
     """
 
     losses: list[float]
@@ -88,10 +84,8 @@ class Run:
 
     def reaching(self, loss: float) -> tuple[float, float]:
         """Return steps and seconds until a loss was first measured; infinite if it never was."""
-        for index, value in enumerate(self.losses):
-            if value <= loss:
-                return float(index * self.every), self.seconds[index]
-        return math.inf, math.inf
+        index = next((i for i, value in enumerate(self.losses) if value <= loss), None)
+        return (math.inf, math.inf) if index is None else (index * self.every, self.seconds[index])
 
 
 @dataclass(frozen=True)
@@ -127,14 +121,9 @@ def accuracies(
 
 @dataclass(frozen=True)
 class Task:
-    """What networks are trained for.
+    """What networks are trained for: inputs ``(N, …)``, targets ``(N, …)``, and their mean loss.
 
-    Attributes:
-        x: Training inputs, ``(N, …)``.
-        y: Their targets, ``(N, …)``.
-        loss: The loss of outputs and targets, a mean over samples.
-        batch_size: Samples a batch; None for all.
-        decays: Whether learning rates fall linearly, to a hundredth at the end.
+    A batch is all samples by default; `decays` lets rates fall linearly to a hundredth at the end.
     """
 
     x: Tensor
@@ -145,16 +134,11 @@ class Task:
 
     @classmethod
     def of(
-        cls,
-        data: Dataset,
-        batch_size: int | None,
-        dtype: torch.dtype = torch.float64,
-        *,
-        decays: bool = False,
+        cls, data: Dataset, batch_size: int, dtype: torch.dtype = torch.float64, **options: bool
     ) -> Task:
         """Return the task of telling the classes of flattened training images, by cross-entropy."""
         x = data.train_inputs.flatten(1).to(dtype)
-        return cls(x, data.train_labels, functional.cross_entropy, batch_size, decays)
+        return cls(x, data.train_labels, functional.cross_entropy, batch_size, **options)
 
     def network(
         self,
@@ -235,15 +219,14 @@ class Task:
         That is chosen on network number `draws`, which is not among them; see :meth:`train` for
         `every`.
         """
+
+        def run(make: Make, rate: float, draw: int, every: int) -> Run:
+            model = network(draw)
+            return self.train(model, lambda m: make(m, rate), steps, every=every, seed=draw)
+
         found = {}
-        for index, (title, (make, rates)) in enumerate(methods.items()):
-
-            def run(rate: float, draw: int, every: int, make: Make = make) -> Run:
-                model = network(draw)
-                return self.train(model, lambda m: make(m, rate), steps, every=every, seed=draw)
-
-            ends = {rate: run(rate, draws, 0).losses[-1] for rate in rates}
-            best = min(ends, key=ends.__getitem__)
-            found[title] = Tuned(best, [run(best, draw, every) for draw in range(draws)])
-            progress((index + 1) / len(methods))
+        for title, (make, rates) in methods.items():
+            best = min(rates, key=lambda rate: run(make, rate, draws, 0).losses[-1])  # noqa: B023
+            found[title] = Tuned(best, [run(make, best, draw, every) for draw in range(draws)])
+            progress(len(found) / len(methods))
         return found
