@@ -7,6 +7,7 @@ from natgrad.likelihoods.base import Likelihood
 from natgrad.likelihoods.bernoulli import Bernoulli
 from natgrad.likelihoods.binary_probabilities import BinaryProbabilities
 from natgrad.likelihoods.categorical import Categorical
+from natgrad.likelihoods.class_probabilities import ClassProbabilities
 from natgrad.likelihoods.conversion import LikelihoodLike, as_likelihood, from_loss
 from natgrad.likelihoods.gaussian import Gaussian
 from natgrad.likelihoods.heads import Heads
@@ -16,6 +17,7 @@ __all__ = [
     "Bernoulli",
     "BinaryProbabilities",
     "Categorical",
+    "ClassProbabilities",
     "Gaussian",
     "Heads",
     "Likelihood",

@@ -40,8 +40,8 @@ def full_precision(method: _Method) -> _Method:
         if output.dim() < self.least_dimensions:
             raise ValueError(
                 f"{type(self).__name__} needs an output of shape (samples, outputs, ...) but got "
-                f"{tuple(output.shape)}; give a single sample a first dimension of size 1, and "
-                "numbers, one per sample, a last one."
+                f"{tuple(output.shape)}; give a single sample a first dimension of size 1, and say "
+                "what single numbers mean by likelihood='bernoulli', 'gaussian' or 'poisson'."
             )
         if output.dtype in (torch.float16, torch.bfloat16):
             output = output.float()

@@ -18,12 +18,16 @@ from natgrad.likelihoods.base import (
     positive_ratio,
     root_floor,
 )
+from natgrad.likelihoods.class_probabilities import (
+    ClassProbabilities,
+    hold_class_probabilities,
+)
 
-#: What is said of a model that ends in a softmax.
-PROBABILITIES = (
-    "the output holds probabilities of classes, of which the loss takes the logarithm, and the "
-    "Fisher matrix takes them for logits: let the model return logits, or their log_softmax, whose "
-    "probabilities are Categorical(logits=output) in torch.distributions"
+#: What is said of a single class.
+ONE_CLASS = (
+    "the output holds a single class, which is certain, so that the Fisher matrix is zero and "
+    "steps are those of plain gradient descent: say what the numbers mean by "
+    "likelihood='bernoulli', 'gaussian' or 'poisson', or by the loss"
 )
 
 
@@ -39,7 +43,9 @@ class Categorical(Likelihood):
     that are not ignored (the number of events for class probabilities).
 
     Outputs may also be log-probabilities, as ``F.nll_loss`` and ``F.kl_div`` take them: softmax
-    leaves them as they are, so Λ is that of the logits they came from.
+    leaves them as they are, so Λ is that of the logits they came from. Where an optimizer sees in
+    the gradient that they are probabilities, it takes
+    :class:`natgrad.likelihoods.ClassProbabilities`.
 
     Args:
         ignore_index: Label of the events to leave out, default -100.
@@ -271,6 +277,8 @@ class Categorical(Likelihood):
 
     def decided(self, decision: Any) -> Likelihood:
         """Return the likelihood with a :attr:`decision` that was made before."""
+        if isinstance(decision, (tuple, list)):
+            return ClassProbabilities(self).decided(decision)
         return self if decision is None else replace(self, class_dim=decision)
 
     @full_precision
@@ -279,27 +287,27 @@ class Categorical(Likelihood):
     ) -> tuple[Likelihood, list[str]]:
         """Take the classes along the dimension that the gradient shows; see the base class.
 
-        A criterion is often applied to ``output.flatten(0, 1)``. Say so if the gradient does not
-        sum to zero over classes, or if class weights meet class probabilities, whose weights only
-        the target tells.
+        A criterion is often applied to ``output.flatten(0, 1)``. Outputs may turn out to be
+        probabilities of which the loss takes the logarithm. Say so if the gradient does not sum to
+        zero over classes, if there is one class only, or if class weights meet class probabilities,
+        whose weights only the target tells.
         """
         shown = self._misfit(output, cotangent)
         if shown is not None:
             return replace(self, class_dim=shown[1]).seen_with(output, cotangent, target)
-        # What vanishes in float16 is missing in the sum.
-        if cotangent.dtype == torch.float16 or output.shape[self._class_dim(output)] == 1:
+        if output.shape[self._class_dim(output)] == 1:
+            return self, [ONE_CLASS] if bool(cotangent.any()) else []
+        if cotangent.dtype == torch.float16:  # What vanishes in it is missing in the sum.
             return self, []
         said = []
         events = self.split_events(cotangent.to(output.dtype))
         tolerance = max(0.01, 2 * torch.finfo(cotangent.dtype).eps)
         sums = events.sum(-1).abs().sum() > tolerance * events.abs().sum()
         if bool(sums & ~self._is_normalized(output, self._class_dim(output))):
+            if hold_class_probabilities(self.split_events(output)):
+                return ClassProbabilities(self), []
             fault = "does not sum to zero over the classes"
-            p = self.split_events(output)
-            if bool((p >= 0).all() & ((p.sum(-1) - 1).abs() < 1e-3).all()):
-                said.append(PROBABILITIES)
-            else:
-                said.append(FOREIGN.format(fault=fault, name=self))
+            said.append(FOREIGN.format(fault=fault, name=self))
         elif self.class_weights is not None and self.label_smoothing == 0 and target is None:
             weights, scale = self.infer_event_weights(output, cotangent)
             labels = torch.where(weights > 0, events.argmin(-1), self.ignore_index)
