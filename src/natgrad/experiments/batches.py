@@ -25,11 +25,7 @@ _UNKNOWN_LENGTH = 100  # batches that count as an epoch where the loader does no
 
 
 class Batches(ABC):
-    """Training and held-out data, in batches.
-
-    `whole` says whether every training batch is the whole training set, `epoch` in how many batches
-    every training sample is seen once.
-    """
+    """Training and held-out data in batches: all samples, if `whole`, or so many an `epoch`."""
 
     whole: bool
     epoch: int
@@ -105,9 +101,7 @@ class LoaderBatches(Batches):
         seed: int = 0,
     ) -> None:
         self.specification: str = specification
-        self._device = device
-        self._dtype = dtype
-        self._source = find(specification)
+        self._device, self._dtype, self._source = device, dtype, find(specification)
         with reproducible(seed):
             self._train, held_out = self._make()
         self._generators = [(generator, generator.get_state()) for generator in self._own()]
@@ -157,9 +151,8 @@ class LoaderBatches(Batches):
     def _as_batches(self, part: Any) -> Iterable[Any]:
         if isinstance(part, tuple) and len(part) == 2 and isinstance(part[0], Tensor):
             return [part]
-        if isinstance(part, torch.utils.data.Dataset) and not isinstance(
-            part, torch.utils.data.IterableDataset
-        ):
+        streams = isinstance(part, torch.utils.data.IterableDataset)
+        if isinstance(part, torch.utils.data.Dataset) and not streams:
             raise FactoryError(
                 f"{self.specification} gives a Dataset, which yields samples: "
                 "give torch.utils.data.DataLoader(dataset, batch_size=..., shuffle=True)."

@@ -107,7 +107,6 @@ class _Comparison:
     ) -> None:
         self.config, self.observer, self._command, self._keep = config, observer, command, keep
         self._created, self._began = datetime.now(timezone.utc), time.perf_counter()
-        self._earlier_seconds = 0.0
         self._device = config.torch_device()
         self._problems = Problems(config)
         #: The problem of the first seed.
@@ -126,12 +125,10 @@ class _Comparison:
         target = _target(self.config, self.methods)
         for result in self.methods:
             for run in result.runs:
-                reached = None if target.loss is None else run.train.first_below(target.loss)
-                run.steps_to_target = None if reached is None else run.train.step[reached]
-                run.seconds_to_target = None if reached is None else run.train.seconds[reached]
+                run.steps_to_target, run.seconds_to_target = run.train.until(target.loss)
         return Results(
             created=self._created.isoformat(timespec="seconds"),
-            seconds=self._earlier_seconds + time.perf_counter() - self._began,
+            seconds=time.perf_counter() - self._began,
             interrupted=self.interrupted,
             command=self._command,
             config=self.config.as_dict(),
@@ -155,7 +152,7 @@ class _Comparison:
                     f"What is there is another comparison, as its {what} differs in "
                     f"{', '.join(differ)}: leave out --resume, or give another --output."
                 )
-        self._earlier_seconds = earlier.seconds
+        self._began -= earlier.seconds
         whole = ("completed", "diverged")
         for index, result in enumerate(earlier.methods):
             result.repeats = [run for run in result.repeats if run.status in whole]
@@ -167,13 +164,12 @@ class _Comparison:
                 self.methods[index].learning_rate_seconds = result.learning_rate_seconds
 
     def _described_model(self) -> dict[str, object]:
-        model = self.problem.model
         return {
             "name": self.config.factory or self.config.model,
             "width": self.config.effective_width,
             "depth": self.config.depth,
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "text": str(model),
+            "parameters": sum(one.numel() for one in self.problem.model.parameters()),
+            "text": str(self.problem.model),
             "loss": self.problem.objective.title,
         }
 
@@ -279,23 +275,20 @@ class _Comparison:
         result.learning_rate = self.config.learning_rates.get(result.name)
         result.learning_rate_source = rule if result.learning_rate is None else "given"
         try:
-            if result.learning_rate is None:
-                result.learning_rate = self._learning_rate(method, rule, result)
+            if result.learning_rate is not None:
+                return
+            if rule == "search":
+                result.learning_rate = best_learning_rate(self._search(method, result))
+            elif rule == "default":
+                result.learning_rate = method.default_rate()
+            elif rule == "theory":
+                result.learning_rate = result.theory_learning_rate
+            elif math.isfinite(measured := result.measured_learning_rate or math.nan):
+                result.learning_rate = method.scale * measured
+            else:
+                raise ValueError("no learning rate follows from its first direction.")
         finally:
             result.learning_rate_seconds += time.perf_counter() - began
-
-    def _learning_rate(self, method: Method, rule: str, result: MethodResult) -> float | None:
-        """Return the learning rate that a rule gives."""
-        if rule == "search":
-            return best_learning_rate(self._search(method, result))
-        if rule == "default":
-            return method.default_rate()
-        if rule == "theory":
-            return result.theory_learning_rate
-        measured = result.measured_learning_rate
-        if measured is None or not math.isfinite(measured):
-            raise ValueError("no learning rate follows from its first direction.")
-        return method.scale * measured
 
     def _search(self, method: Method, result: MethodResult) -> Search:
         """Try learning rates on short runs."""
@@ -354,18 +347,10 @@ class _Comparison:
                 self._snapshots[int(taken)] = copy.deepcopy(model.state_dict())
             report(taken, loss, metric)
 
+        objective, batches, closure = problem.objective, problem.batches, method.takes_closure
         with reproducible(schedule.seed):
-            likelihood = problem.objective.likelihood
-            optimizer = method.build(model, rate, likelihood, problem.setting)
-            return train(
-                model,
-                optimizer,
-                problem.objective,
-                problem.batches,
-                schedule,
-                observe,
-                method.takes_closure,
-            )
+            optimizer = method.build(model, rate, objective.likelihood, problem.setting)
+            return train(model, optimizer, objective, batches, schedule, observe, closure)
 
     def _trial(self, method: Method) -> Schedule:
         """Return how long a trial of a search trains."""
@@ -382,44 +367,38 @@ class _Comparison:
             assert config.seconds is not None
             pause = config.seconds / _EVALUATIONS
             return Schedule(None, seconds=config.seconds, pause=pause, seed=seed)
-        if config.eval_every is not None:
-            evaluations = set(range(0, steps, config.eval_every))
-        elif config.full_batch:  # also dense at the start, where most happens
+        if config.full_batch and config.eval_every is None:  # Also dense at the start.
             evaluations = {round(steps * part / _EVALUATIONS) for part in range(_EVALUATIONS)}
             evaluations |= {round(steps ** (part / _EVALUATIONS)) for part in range(_EVALUATIONS)}
         else:
-            often = max(1, steps // _EVALUATIONS)
-            if not config.own_data:
-                often = min(often, self.problem.batches.epoch)
+            epoch = steps if config.own_data else self.problem.batches.epoch
+            often = config.eval_every or min(max(1, steps // _EVALUATIONS), epoch)
             evaluations = set(range(0, steps, often))
         return Schedule(steps, frozenset(evaluations), seed=seed)
 
     def measure_quality(self) -> None:
         """Measure the updates of all approximations at the snapshots, if asked for."""
         if self.config.quality and self._snapshots:
-            assert isinstance(self.problem.batches, TensorBatches)
-            self._quality = measure_quality(
-                self.problem.model,
-                self._snapshots,
-                self.problem.objective,
-                *self.problem.batches.first(QUALITY_SAMPLES),
-                self.config.seed,
-            )
+            problem, batches = self.problem, self.problem.batches
+            assert isinstance(batches, TensorBatches)
+            what = problem.model, self._snapshots, problem.objective
+            data = batches.first(QUALITY_SAMPLES)
+            self._quality = measure_quality(*what, *data, self.config.seed)
 
 
 def _target(config: CompareConfig, methods: list[MethodResult]) -> Target:
     if config.target_loss is not None:
         return Target(config.target_loss, "as given")
-    lowest = {
-        result.title: min(filter(math.isfinite, result.train.loss), default=math.inf)
-        for result in methods
-    }
-    first_order = [result.title for result in methods if result.family == "first-order"]
-    best = min(first_order, key=lowest.__getitem__, default=None)
-    if best is not None and math.isfinite(lowest[best]):
-        rule = f"the lowest training loss of {best}, the best first-order method"
-        return Target(lowest[best], rule)
-    completed = [lowest[result.title] for result in methods if result.status == "completed"]
+
+    def lowest(result: MethodResult) -> float:
+        return min(filter(math.isfinite, result.train.loss), default=math.inf)
+
+    first_order = [result for result in methods if result.family == "first-order"]
+    best = min(first_order, key=lowest, default=None)
+    if best is not None and math.isfinite(lowest(best)):
+        rule = f"the lowest training loss of {best.title}, the best first-order method"
+        return Target(lowest(best), rule)
+    completed = [lowest(result) for result in methods if result.status == "completed"]
     if completed:
         return Target(max(completed), "the loss that every completed method reached")
     return Target(None, "none, since no method completed")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,15 +61,8 @@ class CompareConfig(Config):
     """Options of one comparison: those of ``natgrad compare``, whose help explains them.
 
     None stands for the default that the help states, for `batch_size` for full batches. Where the
-    default is the same for all comparisons of a kind, `__post_init__` puts it in the place of None.
-
-    Attributes:
-        factory: ``package.module:factory`` of a user's model; None for a built-in network, which
-            `model`, `width` and `depth` describe.
-        data: Name of a built-in data set, or ``package.module:loader``.
-
-    Raises:
-        ConfigError: If an option is out of range or they do not go together.
+    default is the same for all comparisons of a kind, `__post_init__` puts it in the place of None,
+    and raises a `ConfigError` if an option is out of range or they do not go together.
     """
 
     factory: str | None = None
@@ -113,21 +107,20 @@ class CompareConfig(Config):
         for option, default in defaults.items():
             if getattr(self, option) is None:
                 object.__setattr__(self, option, default)
-        if self.factory is None:
-            check_choice("model", self.model, MODELS)
-            check_choice("loss", self.loss, OBJECTIVES)
-        if not self.own_data:
-            check_choice("data set", self.data, DATASETS)
-        if self.likelihood is not None:
-            check_choice("likelihood", self.likelihood, LIKELIHOODS)
-        if self.fisher is not None:
-            check_choice("Fisher type", self.fisher, FISHER_TYPES)
-        if self.dtype is not None:
-            check_choice("floating-point type", self.dtype, ("float32", "float64"))
+        named: list[tuple[str, str | None, Iterable[str]]] = [
+            ("model", self.model, MODELS),
+            ("loss", self.loss if self.factory is None else None, OBJECTIVES),
+            ("data set", None if self.own_data else self.data, DATASETS),
+            ("likelihood", self.likelihood, LIKELIHOODS),
+            ("Fisher type", self.fisher, FISHER_TYPES),
+            ("floating-point type", self.dtype, ("float32", "float64")),
+            *(("method", name, METHODS) for name in (*(self.methods or ()), *self.learning_rates)),
+        ]
+        for what, value, choices in named:
+            if value is not None:
+                check_choice(what, value, choices)
         if not self.methods:
             raise ConfigError("At least one method is needed.")
-        for method in self.methods:
-            check_choice("method", method, METHODS)
         if len(set(self.methods)) < len(self.methods):
             raise ConfigError("Every method can be named only once.")
         for option, value in vars(self).items():
@@ -138,7 +131,6 @@ class CompareConfig(Config):
         if self.damping is not None and not 0 <= self.damping < float("inf"):
             raise ConfigError(f"The damping must be a number of at least 0, not {self.damping}.")
         for method, rate in self.learning_rates.items():
-            check_choice("method", method, METHODS)
             _positive(f"learning rate of {method}", rate)
         if "block-tridiagonal" in self.methods and self.depth is not None and self.depth % 3 == 2:
             raise ConfigError(
@@ -150,19 +142,19 @@ class CompareConfig(Config):
 
     def _check_kind(self) -> None:
         """Refuse options of built-in networks and data where these are the user's."""
+        if self.factory is None and self.own_data:
+            raise ConfigError(
+                "Data of your own take a model of your own: natgrad compare "
+                f"package.module:factory --data {self.data}."
+            )
+        if self.factory is not None and self.data is None:
+            raise ConfigError(
+                "A model of your own takes data: give --data package.module:loader, or the name of "
+                f"a built-in data set ({', '.join(DATASETS)})."
+            )
         if self.factory is None:
-            if self.own_data:
-                raise ConfigError(
-                    "Data of your own take a model of your own: natgrad compare "
-                    f"package.module:factory --data {self.data}."
-                )
             self._refuse("is for a model of your own.", "likelihood", "metric")
         else:
-            if self.data is None:
-                raise ConfigError(
-                    "A model of your own takes data: give --data package.module:loader, or the "
-                    f"name of a built-in data set ({', '.join(DATASETS)})."
-                )
             self._refuse("describes a built-in network, not your own.", "model", "width", "depth")
             if self.quality:
                 raise ConfigError("--quality is measured for built-in networks only.")
@@ -212,7 +204,8 @@ class CompareConfig(Config):
 
     def torch_dtype(self) -> torch.dtype | None:
         """Return the floating-point type of weights and inputs; None for the user's own."""
-        return {None: None, "float32": torch.float32, "float64": torch.float64}[self.dtype]
+        found: torch.dtype | None = getattr(torch, self.dtype or "", None)
+        return found
 
 
 def find_device(name: str) -> torch.device:
@@ -227,10 +220,9 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def check_choice(what: str, value: str | None, choices: object) -> None:
+def check_choice(what: str, value: str, choices: Iterable[str]) -> None:
     """Raise a ConfigError that lists the choices unless the value is one of them."""
-    names = list(choices)  # type: ignore[call-overload]
-    if value not in names:
+    if value not in (names := list(choices)):
         raise ConfigError(f"Unknown {what} {value!r}: choose one of {', '.join(names)}.")
 
 

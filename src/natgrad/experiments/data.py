@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,16 +30,10 @@ from natgrad.experiments.formats import (
 
 @dataclass(frozen=True)
 class Dataset:
-    """A classification data set in memory.
+    """A classification data set in memory; its name is a key of `DATASETS`.
 
-    Attributes:
-        name: Its name, a key of `DATASETS`.
-        train_inputs: (N, channels, height, width) float32, normalised.
-        train_labels: (N,) int64, in [0, classes).
-        test_inputs: (M, channels, height, width) float32, normalised with the statistics of the
-            training inputs.
-        test_labels: (M,) int64.
-        classes: The number of classes.
+    Inputs are (N, channels, height, width) float32, normalised with the statistics of the training
+    inputs; labels (N,) int64, from 0 to `classes` − 1.
     """
 
     name: str
@@ -56,13 +51,9 @@ class Dataset:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = torch.float32) -> Dataset:
         """Return the data set on another device, the inputs in another floating-point type."""
-        return replace(
-            self,
-            train_inputs=self.train_inputs.to(device, dtype),
-            train_labels=self.train_labels.to(device),
-            test_inputs=self.test_inputs.to(device, dtype),
-            test_labels=self.test_labels.to(device),
-        )
+        tensors: dict[str, Any] = {n: v for n, v in vars(self).items() if isinstance(v, Tensor)}
+        kinds = {n: dtype if v.is_floating_point() else None for n, v in tensors.items()}
+        return replace(self, **{n: v.to(device, kinds[n]) for n, v in tensors.items()})
 
 
 @dataclass(frozen=True)
@@ -70,14 +61,16 @@ class DatasetKind:
     """What is known of a data set before its files are opened.
 
     Images are (height, width, channels); `folders` are sub-folders of the data folder to look in,
-    too.
+    too. `batches` are the files of a CIFAR set, those to train on and the test batch; of the binary
+    version names end in ``.bin`` and `label_bytes` precede each image.
     """
 
     title: str
     image_shape: tuple[int, int, int]
     classes: int
     folders: tuple[str, ...] = ()
-    cifar: CifarFiles | None = None
+    batches: tuple[str, ...] = ()
+    label_bytes: int = 0
 
     @property
     def archives(self) -> tuple[str, str]:
@@ -86,38 +79,17 @@ class DatasetKind:
         return f"{name}-python.tar.gz", f"{name}-binary.tar.gz"
 
 
-@dataclass(frozen=True)
-class CifarFiles:
-    """Names of the files of a CIFAR set: training batches in order, and test batch.
-
-    In the binary version names end in ``.bin`` and `label_bytes` precede each image.
-    """
-
-    train: tuple[str, ...]
-    test: str
-    label_bytes: int
-
+_GREY, _COLOUR = (28, 28, 1), (32, 32, 3)
+_CIFAR_10 = *(f"data_batch_{i}" for i in range(1, 6)), "test_batch"
+_FOLDERS_10 = "cifar10", "cifar-10-batches-py", "cifar-10-batches-bin"
+_FOLDERS_100 = "cifar100", "cifar-100-python", "cifar-100-binary"
 
 DATASETS: dict[str, DatasetKind] = {
     "digits": DatasetKind("scikit-learn digits", (8, 8, 1), 10),
-    "mnist": DatasetKind("MNIST", (28, 28, 1), 10, ("mnist", "MNIST")),
-    "fashion_mnist": DatasetKind(
-        "Fashion-MNIST", (28, 28, 1), 10, ("fashion_mnist", "FashionMNIST")
-    ),
-    "cifar10": DatasetKind(
-        "CIFAR-10",
-        (32, 32, 3),
-        10,
-        ("cifar10", "cifar-10-batches-py", "cifar-10-batches-bin"),
-        CifarFiles(tuple(f"data_batch_{i}" for i in range(1, 6)), "test_batch", label_bytes=1),
-    ),
-    "cifar100": DatasetKind(
-        "CIFAR-100",
-        (32, 32, 3),
-        100,
-        ("cifar100", "cifar-100-python", "cifar-100-binary"),
-        CifarFiles(("train",), "test", label_bytes=2),
-    ),
+    "mnist": DatasetKind("MNIST", _GREY, 10, ("mnist", "MNIST")),
+    "fashion_mnist": DatasetKind("Fashion-MNIST", _GREY, 10, ("fashion_mnist", "FashionMNIST")),
+    "cifar10": DatasetKind("CIFAR-10", _COLOUR, 10, _FOLDERS_10, _CIFAR_10, 1),
+    "cifar100": DatasetKind("CIFAR-100", _COLOUR, 100, _FOLDERS_100, ("train", "test"), 2),
 }
 """The data sets that `load_dataset` knows, by name."""
 
@@ -174,15 +146,10 @@ def load_dataset(
     test = _keep_classes(_checked(test, kind, "test"), classes)
     train = _subset(train, train_samples, rng, "training")
     test = _subset(test, test_samples, rng, "test")
-    train_inputs, test_inputs = normalise(_to_tensor(train[0]), _to_tensor(test[0]))
-    return Dataset(
-        name,
-        train_inputs,
-        torch.from_numpy(train[1]),
-        test_inputs,
-        torch.from_numpy(test[1]),
-        kind.classes if classes is None else len(classes),
-    )
+    inputs = normalise(_to_tensor(train[0]), _to_tensor(test[0]))
+    labels = torch.from_numpy(train[1]), torch.from_numpy(test[1])
+    count = kind.classes if classes is None else len(classes)
+    return Dataset(name, inputs[0], labels[0], inputs[1], labels[1], count)
 
 
 def normalise(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
@@ -236,21 +203,21 @@ def _read_files(name: str, data_dir: Path | str | None) -> tuple[Arrays, Arrays]
     if not base.exists():
         raise DataError(f"The data folder {base} does not exist.")
     if base.is_file():
-        if kind.cifar is None:
+        if not kind.batches:
             raise DataError(
                 f"{base} is a file: --data-dir must name the folder with the files of {kind.title}."
             )
-        return _read_cifar(base, kind.cifar)
+        return _read_cifar(base, kind)
     for folder in _candidates(base, kind.folders):
         if (folder / "train.npz").exists() or (folder / "test.npz").exists():
             return read_npz(folder / "train.npz"), read_npz(folder / "test.npz")
-        if kind.cifar is not None:
+        if kind.batches:
             for source in (folder, *(folder / archive for archive in kind.archives)):
-                if _holds_cifar(source, kind.cifar):
-                    return _read_cifar(source, kind.cifar)
+                if _holds_cifar(source, kind):
+                    return _read_cifar(source, kind)
         elif any(_idx_path(folder, stem) is not None for stem in _IDX_FILES):
             return _read_idx_files(folder)
-    expected = "their original IDX files" if kind.cifar is None else " or ".join(kind.archives)
+    expected = " or ".join(kind.archives) if kind.batches else "their original IDX files"
     raise DataError(
         f"No files of {kind.title} in {base}: expected train.npz and test.npz, or {expected}."
     )
@@ -258,11 +225,7 @@ def _read_files(name: str, data_dir: Path | str | None) -> tuple[Arrays, Arrays]
 
 def _candidates(base: Path, folders: Sequence[str]) -> list[Path]:
     roots = [base, *(base / folder for folder in folders)]
-    every = [
-        path
-        for root in roots
-        for path in (root, root / "raw", *(root / folder for folder in folders))
-    ]
+    every = [root / name for root in roots for name in (".", "raw", *folders)]
     return [path for path in dict.fromkeys(every) if path.is_dir()]
 
 
@@ -281,17 +244,14 @@ def _read_idx_files(folder: Path) -> tuple[Arrays, Arrays]:
     return (arrays[0], arrays[1]), (arrays[2], arrays[3])
 
 
-def _holds_cifar(source: Path, files: CifarFiles) -> bool:
-    if not source.is_dir():
-        return source.is_file()
-    names = (*files.train, files.test)
-    return any((source / (name + end)).is_file() for name in names for end in ("", ".bin"))
+def _holds_cifar(source: Path, kind: DatasetKind) -> bool:
+    names = (name + end for name in kind.batches for end in ("", ".bin"))
+    return source.is_file() or any((source / name).is_file() for name in names)
 
 
-def _read_cifar(source: Path, files: CifarFiles) -> tuple[Arrays, Arrays]:
-    names = (*files.train, files.test)
-    members = read_members(source, {*names, *(f"{name}.bin" for name in names)})
-    binary = not any(name in members for name in names)
+def _read_cifar(source: Path, kind: DatasetKind) -> tuple[Arrays, Arrays]:
+    members = read_members(source, {n + end for n in kind.batches for end in ("", ".bin")})
+    binary = not any(name in members for name in kind.batches)
 
     def batch(name: str) -> Arrays:
         name = f"{name}.bin" if binary else name
@@ -299,11 +259,12 @@ def _read_cifar(source: Path, files: CifarFiles) -> tuple[Arrays, Arrays]:
             raise DataError(f"{source} is incomplete: it has no file {name}.")
         where = f"{source}/{name}"
         if binary:
-            return read_cifar_binary(members[name], where, files.label_bytes)
+            return read_cifar_binary(members[name], where, kind.label_bytes)
         return read_cifar_pickle(members[name], where)
 
-    images, labels = zip(*(batch(name) for name in files.train), strict=True)
-    return (np.concatenate(images), np.concatenate(labels)), batch(files.test)
+    *train, test = map(batch, kind.batches)
+    images, labels = map(np.concatenate, zip(*train, strict=True))
+    return (images, labels), test
 
 
 def _checked(arrays: Arrays, kind: DatasetKind, part: str) -> Arrays:
@@ -317,9 +278,9 @@ def _checked(arrays: Arrays, kind: DatasetKind, part: str) -> Arrays:
             f"The {part} images have shape {images.shape}, but those of {kind.title} are "
             f"(N, {height}, {width}{f', {channels}' if channels > 1 else ''})."
         )
-    if not (np.issubdtype(images.dtype, np.floating) or np.issubdtype(images.dtype, np.integer)):
+    if images.dtype.kind not in "fiu":
         raise DataError(f"The {part} images have type {images.dtype}, but must be numbers.")
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise DataError(
             f"The {part} labels have shape {labels.shape} and type {labels.dtype}, "
             "but must be (N,) integers."
@@ -333,8 +294,7 @@ def _checked(arrays: Arrays, kind: DatasetKind, part: str) -> Arrays:
             f"The {part} labels reach from {labels.min()} to {labels.max()}, "
             f"but {kind.title} has classes 0 to {kind.classes - 1}."
         )
-    if np.issubdtype(images.dtype, np.floating) and not np.isfinite(images).all():
-        bad = int((~np.isfinite(images).all(axis=(1, 2, 3))).sum())
+    if bad := int((~np.isfinite(images).all(axis=(1, 2, 3))).sum()):
         raise DataError(f"{bad} of the {len(images)} {part} images hold NaN or infinite values.")
     return images, labels.astype(np.int64)
 

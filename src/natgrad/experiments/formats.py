@@ -25,13 +25,9 @@ _IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0
 _CIFAR_PIXELS = 3 * 32 * 32
 # The globals that a pickled CIFAR batch refers to, under every name NumPy has given them.
 _PICKLE_GLOBALS = {
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy.core.numeric", "_frombuffer"),
-    ("numpy._core.numeric", "_frombuffer"),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("_codecs", "encode"),
+    *(f"numpy.{core}.multiarray._reconstruct" for core in ("core", "_core")),
+    *(f"numpy.{core}.numeric._frombuffer" for core in ("core", "_core")),
+    *("numpy.ndarray", "numpy.dtype", "_codecs.encode"),
 }
 
 
@@ -63,9 +59,8 @@ def read_idx(path: Path) -> np.ndarray:
         raise DataError(
             f"{path} is {word}: its header promises {promised} bytes and it has {len(content)}."
         )
-    return (
-        np.frombuffer(content, dtype, offset=start).reshape(shape).astype(dtype.newbyteorder("="))
-    )
+    found = np.frombuffer(content, dtype, offset=start).reshape(shape)
+    return found.astype(dtype.newbyteorder("="))
 
 
 def read_npz(path: Path) -> Arrays:
@@ -150,7 +145,7 @@ class _CifarUnpickler(pickle.Unpickler):
     """An unpickler that builds containers, numbers, strings and NumPy arrays, nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _PICKLE_GLOBALS:
+        if f"{module}.{name}" not in _PICKLE_GLOBALS:
             raise DataError(f"it refers to {module}.{name}, which no CIFAR batch needs.")
         return super().find_class(module, name)
 

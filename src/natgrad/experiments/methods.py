@@ -28,33 +28,20 @@ WIDE_OPTIONS: dict[str, dict[str, Any]] = {
     "cross_entropy": {"damping": 1e-5, "momentum": 0.0, "kl_clip": 0.1},
 }
 """Options of every natural method on the MLP with full batches, by loss. In wide networks the
-squared error is nearly quadratic, so that plain steps converge; cross-entropy is not, and its steps
-are bounded."""
+squared error is nearly quadratic; cross-entropy is not, and its steps are bounded."""
 
 BATCH_OPTIONS: dict[str, Any] = {"damping": 1e-3}
-"""Options of every natural method on the MLP with mini-batches: its outputs are small, and so is
-its Fisher matrix, which wants less damping than the optimizers' defaults. Methods whose damping is
-relative to it keep theirs."""
+"""Options of every natural method on the MLP with mini-batches, whose Fisher matrix is small."""
 
 
 @dataclass(frozen=True)
 class Setting:
     """What learning rates and options depend on.
 
-    Attributes:
-        model: Name of the built-in network; None for a user's model, of which no more is asked
-            than `epoch`, `damping`, `fisher` and `seed`.
-        loss: Name of the loss.
-        depth: The number of weight layers L.
-        width: Units of the hidden layers.
-        input_dim: Numbers per input.
-        outputs: Outputs of the network.
-        samples: Samples N per step.
-        full_batch: Whether every step sees the whole training set.
-        epoch: Steps in which every training sample is seen once.
-        damping: Damping asked for; None for each method's own.
-        fisher: Fisher type asked for; None for "exact" where `is_wide`, else each method's own.
-        seed: Seed of sampled labels.
+    `model` is None for a user's, of which no more is known than `epoch` (steps in which every
+    sample is seen once), `damping`, `fisher` and `seed` (of sampled labels). None stands for each
+    method's own damping and Fisher type, which is "exact" where `is_wide`. `depth` is the number of
+    weight layers, `samples` those per step.
     """
 
     model: str | None = None
@@ -90,19 +77,18 @@ class Method:
         title: The name to print.
         description: What it does, in one sentence.
         optimizer: Its class, or what makes the optimizer likewise.
-        rule: Where the learning rate comes from: "search" tries a grid; "theory" takes 1/α;
-            "measured" takes the step that minimises the quadratic model of the loss along the
-            first direction; "default" takes that of the optimizer.
+        rule: Where the learning rate comes from: a "search" on a grid, "theory" (1/α), the
+            "measured" minimum of the quadratic model along the first direction, or the "default" of
+            the optimizer.
         structure: For a natural method, the structure of its Fisher matrix, by default that of its
             optimizer; None for a first-order method.
         options: Options of the optimizer, of a natural one on top of `WIDE_OPTIONS`.
         cross_entropy_options: Further ones for the cross-entropy loss.
         batch_options: Options of the optimizer with mini-batches, on top of `BATCH_OPTIONS`.
-        alone: Whether it takes neither `WIDE_OPTIONS` nor `BATCH_OPTIONS` and no Fisher type, but
-            on every built-in network its own `options` alone.
+        alone: Whether it takes on every built-in network its own `options` alone, and no Fisher
+            type.
         epoch_option: Option that is given the number of steps of an epoch.
-        takes_closure: Whether its steps take a closure that returns the loss, as those that search
-            along the step.
+        takes_closure: Whether its steps take a closure that returns the loss.
         scale: Factor on the measured learning rate.
         grid: For "search", the exponents of ten between which the search begins.
     """
@@ -132,23 +118,21 @@ class Method:
         return self.structure is not None
 
     def build(
-        self,
-        model: nn.Module,
-        learning_rate: float,
-        likelihood: str | natgrad.Likelihood,
-        setting: Setting,
+        self, model: nn.Module, lr: float, likelihood: str | natgrad.Likelihood, setting: Setting
     ) -> torch.optim.Optimizer:
         """Build the optimizer of a model, of a likelihood or its name, in a setting."""
         if not self.is_natural:
-            return self.optimizer(model.parameters(), lr=learning_rate, **self.options)
+            return self.optimizer(model.parameters(), lr=lr, **self.options)
         options = {"seed": setting.seed, **self._options(setting)}
         if setting.damping is not None:
-            options["damping"] = self._starting_at(setting.damping)
+            own, options["damping"] = self._default("damping"), setting.damping
+            if isinstance(own, natgrad.LevenbergMarquardt):  # A rule, which begins there.
+                options["damping"] = dataclasses.replace(own, initial=setting.damping)
         if setting.fisher is not None and not self.alone:
             options["fisher"] = setting.fisher
         if self.epoch_option is not None:
             options[self.epoch_option] = setting.epoch
-        return self.optimizer(model, likelihood, lr=learning_rate, **options)
+        return self.optimizer(model, likelihood, lr=lr, **options)
 
     def damping(self, setting: Setting) -> float | None:
         """Return the damping that the method runs with; None for a first-order method.
@@ -181,14 +165,8 @@ class Method:
         if not setting.is_wide or self.structure not in ISOTROPIC_STRUCTURES:
             return None
         assert self.structure is not None
-        return 1 / isotropic_constant(
-            self.structure,
-            setting.depth,
-            setting.samples,
-            outputs=setting.outputs,
-            input_dim=setting.input_dim,
-            width=setting.width,
-        )
+        sizes = {name: getattr(setting, name) for name in ("outputs", "input_dim", "width")}
+        return 1 / isotropic_constant(self.structure, setting.depth, setting.samples, **sizes)
 
     def _options(self, setting: Setting) -> dict[str, Any]:
         if setting.model is None:
@@ -201,12 +179,6 @@ class Method:
             return {**BATCH_OPTIONS, **self.batch_options}
         options = {**WIDE_OPTIONS[setting.loss], **self.options, "fisher": "exact"}
         return options if setting.loss == "mse" else {**options, **self.cross_entropy_options}
-
-    def _starting_at(self, damping: float) -> Any:
-        """Return a damping in the form the method has: a number, or a rule that begins there."""
-        own = self._default("damping")
-        is_rule = isinstance(own, natgrad.LevenbergMarquardt)
-        return dataclasses.replace(own, initial=damping) if is_rule else damping
 
     def _default(self, option: str) -> Any:
         return inspect.signature(self.optimizer).parameters[option].default
@@ -360,15 +332,7 @@ METHODS: dict[str, Method] = {
 }
 """Every method by name. Learning rates and options of natural methods are tuned here."""
 
-DEFAULT_METHODS = (
-    "sgd",
-    "adamw",
-    "exact",
-    "block-diagonal",
-    "block-tridiagonal",
-    "kfac",
-    "unit-wise",
-)
+DEFAULT_METHODS = (*"sgd adamw exact block-diagonal block-tridiagonal kfac unit-wise".split(),)
 """The methods of a comparison that names none."""
 
 OWN_METHODS = ("sgd", "adamw", "kfac")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -63,13 +64,8 @@ METRICS = ("accuracy", "mean_absolute_error", "none")
 class Objective:
     """A loss over a batch, and what natural gradient methods need to know of it.
 
-    Attributes:
-        title: The name to print.
-        likelihood: The likelihood whose negative logarithm the loss is: what an optimizer takes.
-        function: (outputs (N, C), targets) → scalar, the mean over the N samples; None for a model
-            whose output holds its loss.
-        encode: (labels (N,), classes) → targets, of a built-in data set.
-        metric: What is measured beside the loss.
+    `function` maps outputs (N, C) and targets to a mean over the N samples; None stands for a model
+    whose output holds its loss. `encode` makes targets of labels (N,) and the number of classes.
     """
 
     title: str
@@ -150,12 +146,12 @@ def choose_objective(
     try:
         behind = as_likelihood(loss if likelihood is None else likelihood)
     except (TypeError, ValueError) as error:
+        told = f"{described(error)}."
         if likelihood is None:
-            raise ObjectiveError(
-                f"The likelihood behind the loss cannot be told: give --likelihood "
-                f"({described(error)})."
-            ) from error
-        raise ObjectiveError(f"{described(error)}.") from error
+            told = (
+                f"The likelihood behind the loss cannot be told: give --likelihood ({told[:-1]})."
+            )
+        raise ObjectiveError(told) from error
     function = None if own else loss.loss if isinstance(loss, Likelihood) else loss
     title = "the model's own" if own else _title(loss)
     objective = Objective(title, behind, function)
@@ -209,17 +205,12 @@ def find_loss(name: str) -> nn.Module | Likelihood:
 
     An ObjectiveError says that there is none.
     """
-    try:
+    with contextlib.suppress(ValueError):
         return as_likelihood(name)
-    except ValueError:
-        pass
     losses = {_plain(key): made for key, made in vars(nn).items() if key.endswith("Loss")}
-    if _plain(name) in losses:
-        try:
-            made: nn.Module = losses[_plain(name)]()
-            return made
-        except TypeError:
-            pass
+    with contextlib.suppress(KeyError, TypeError):  # None of the name, or one that takes arguments.
+        made: nn.Module = losses[_plain(name)]()
+        return made
     raise ObjectiveError(
         f"Unknown loss {name!r}: give a loss of torch, such as cross_entropy, mse or "
         "bce_with_logits, or categorical, gaussian, bernoulli or poisson."

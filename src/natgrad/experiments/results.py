@@ -35,14 +35,13 @@ class Curve:
 
     def append(self, step: int, seconds: float, loss: float, accuracy: float) -> None:
         """Add one measurement."""
-        self.step.append(step)
-        self.seconds.append(seconds)
-        self.loss.append(loss)
-        self.accuracy.append(accuracy)
+        for values, value in zip(vars(self).values(), (step, seconds, loss, accuracy), strict=True):
+            values.append(value)
 
-    def first_below(self, target: float) -> int | None:
-        """Return the index of the first measurement with a loss of at most `target`, or None."""
-        return next((i for i, loss in enumerate(self.loss) if loss <= target), None)
+    def until(self, target: float | None) -> tuple[int, float] | tuple[None, None]:
+        """Return steps and seconds until a loss of at most `target` is first measured, if it is."""
+        found = (i for i, loss in enumerate(self.loss) if target is not None and loss <= target)
+        return next(((self.step[i], self.seconds[i]) for i in found), (None, None))
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -26,23 +27,15 @@ def search_learning_rate(
     """
     losses: dict[int, float] = {}
     known = {round(_PER_DECADE * math.log10(t.learning_rate)): t.loss for t in search.trials}
-
-    def try_rate(key: int) -> None:
+    decades = range(grid[0] * _PER_DECADE, grid[1] * _PER_DECADE + 1, _PER_DECADE)
+    for key in itertools.chain(decades, iter(lambda: _next_key(losses), None)):
+        if len(losses) == BUDGET:
+            break
         rate = 10 ** (key / _PER_DECADE)
         losses[key] = known[key] if key in known else run(rate)
         if key not in known:
             search.trials.append(Trial(rate, losses[key]))
             search.trials.sort(key=lambda trial: trial.learning_rate)
-
-    low, high = grid
-    for key in range(low * _PER_DECADE, high * _PER_DECADE + 1, _PER_DECADE):
-        if len(losses) < BUDGET:
-            try_rate(key)
-    while len(losses) < BUDGET:
-        following = _next_key(losses)
-        if following is None:
-            break
-        try_rate(following)
     return search
 
 

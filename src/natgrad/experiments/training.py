@@ -27,16 +27,12 @@ _DIVERGED = 1e6  # a loss this many times the initial one counts as divergence
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long to train, and when to measure.
+    """How long to train, in steps or seconds, and when to measure.
 
-    Attributes:
-        steps: The number of steps; None for no limit but `seconds`.
-        evaluations: Numbers of steps after which the model is evaluated, 0 for before the first.
-            After the last step it is evaluated in any case, but without any here on the training
-            loss alone.
-        seconds: Seconds of training after which no further step is taken; None for no limit.
-        pause: Seconds of training between evaluations instead; None for `evaluations`.
-        seed: Seed of the order of the samples.
+    The model is evaluated after numbers of steps that are among `evaluations`, 0 for before the
+    first, or instead every `pause` seconds of training. After the last step it is evaluated in any
+    case, but without any of these on the training loss alone. The seed is that of the order of the
+    samples.
     """
 
     steps: int | None
