@@ -14,6 +14,7 @@ import natgrad
 from natgrad.likelihoods import (
     Bernoulli,
     BinaryProbabilities,
+    Categorical,
     ClassProbabilities,
     Gaussian,
     Poisson,
@@ -265,6 +266,20 @@ def test_probabilities_of_classes_are_taken_for_what_they_are(end):
     assert not [one for one in said if "natgrad:" in str(one.message)]
     found = optimizer.preconditioner.observer.likelihood
     assert isinstance(found, ClassProbabilities) == isinstance(end, nn.Softmax)
+
+
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("weight", [None, (0.2, 1.0, 4.0)])
+def test_the_scale_at_log_probabilities_is_that_of_the_loss(told, weight):
+    """Whether the target is told or not, and however sure the predictions are."""
+    y, weights = torch.arange(8) % 3, None if weight is None else torch.tensor(weight).double()
+    z = (normal(8, 3) + 3 * functional.one_hot(y)).log_softmax(1).requires_grad_()
+    (gradient,) = torch.autograd.grad(0.25 * functional.nll_loss(z, y, weights), z)
+    likelihood = Categorical(class_weights=weight)
+    seen = likelihood.infer_event_weights(z.detach(), gradient, y if told else None)
+    expected = Categorical(class_weights=weight).event_weights(z.detach(), y)
+    torch.testing.assert_close(seen[0], expected)
+    torch.testing.assert_close(seen[1], 0.25 / expected.sum())
 
 
 @pytest.mark.parametrize("soft", [False, True])

@@ -225,7 +225,7 @@ class Categorical(Likelihood):
         self._check_cotangent(output, cotangent)
         self._check_class_dim(output, cotangent)
         if target is not None:
-            return super().infer_event_weights(output, cotangent, target)
+            return super().infer_event_weights(output, self.passing(output, cotangent), target)
         if self.class_weights is not None and self.label_smoothing > 0:
             raise ValueError(
                 "Class weights together with label smoothing cannot be read off the gradient of "
