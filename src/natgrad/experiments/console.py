@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from fractions import Fraction
-from typing import Any
+from typing import Any, Literal
 
 from rich import box
 from rich.console import Console
@@ -49,14 +49,10 @@ class _Bars(Progress):
     def __init__(
         self, console: Console, *columns: ProgressColumn, shows_rest: bool = False
     ) -> None:
-        super().__init__(
-            *columns,
-            TimeElapsedColumn(),
-            *((TextColumn("left"), TimeRemainingColumn()) if shows_rest else ()),
-            console=console,
-            refresh_per_second=5,
-            disable=not console.is_terminal,
-        )
+        rest = (TextColumn("left"), TimeRemainingColumn()) if shows_rest else ()
+        live = console.is_terminal
+        every = (*columns, TimeElapsedColumn(), *rest)
+        super().__init__(*every, console=console, refresh_per_second=5, disable=not live)
         self._current: TaskID | None = None
 
     def _begin(self, description: str, total: float, **fields: Any) -> None:
@@ -156,10 +152,9 @@ def make_table(
     """Return a table of numbers, which may not wrap; columns that are in `text` are flush left."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, **options)
     for heading in headings:
-        if heading in text:
-            table.add_column(heading)
-        else:
-            table.add_column(heading, justify="right", no_wrap=no_wrap)
+        number = heading not in text
+        justify: Literal["right", "left"] = "right" if number else "left"
+        table.add_column(heading, justify=justify, no_wrap=number and no_wrap)
     for row in rows:
         table.add_row(*row)
     return table
@@ -256,7 +251,7 @@ def print_spectrum(console: Console, spectrum: Spectrum) -> None:
     )
     rows = []
     for one in spectrum.top:
-        part = format_percent(one.value / spectrum.trace if spectrum.trace else math.nan)
+        part = format_percent(one.value / spectrum.trace if spectrum.trace else None)
         rows.append([f"{one.value:.3g}", part, escape(one.layer), format_percent(one.share)])
     headings = "largest", "of the trace", "eigenvector in", "share"
     console.print(make_table(headings, rows, text=("eigenvector in",)))
@@ -268,9 +263,7 @@ def print_spectrum(console: Console, spectrum: Spectrum) -> None:
         for name, count in counts.items()
     ]
     console.print(make_table(("eigenvalues of", "about", ""), rows, text=("eigenvalues of", "")))
-    rows = [
-        [f"{damping:g}", f"{size:,.1f}"] for damping, size in spectrum.effective_dimension.items()
-    ]
+    rows = [[f"{at:g}", f"{size:,.1f}"] for at, size in spectrum.effective_dimension.items()]
     console.print(make_table(("damping", "effective dimension"), rows))
     console.print("Counts and dimensions are estimates by random vectors; bars are logarithmic.")
 
@@ -321,27 +314,21 @@ def print_plan(console: Console, plan: Plan) -> None:
         f"every {options.factors} steps, a factorisation every {options.inverses}.",
         highlight=False,
     )
+    rates = f"at {options.bandwidth:g} GB/s and {options.throughput:g} TFLOP/s"
     sizes = _BYTES_OF_SHARDS if options.shards else _BYTES
-    _print_works(console, plan, "Kept, and sent per step, by each process", sizes)
-    _print_works(
-        console,
-        plan,
-        f"Work per step of each process, at {options.bandwidth:g} GB/s and {options.throughput:g} "
-        "TFLOP/s",
-        _WORK,
-    )
+    for title, columns in (
+        ("Kept, and sent per step, by each process", sizes),
+        (f"Work per step of each process, {rates}", _WORK),
+    ):
+        rows = []
+        for work in plan.works:
+            mark = " *" if work == best(plan, work.ranks) else ""
+            sharing = work.sharing if isinstance(work.sharing, str) else str(Fraction(work.sharing))
+            rows.append([f"{work.ranks:,}", sharing + mark, *(of(work) for of in columns.values())])
+        headings, form = ["ranks", "sharing", *columns], {"title": title, "title_justify": "left"}
+        table = make_table(headings, rows, ["sharing"], no_wrap=True, **form)
+        console.print(table, highlight=False)
     console.print(advice(plan), highlight=False)
-
-
-def _print_works(console: Console, plan: Plan, title: str, columns: _Columns) -> None:
-    rows = []
-    for work in plan.works:
-        mark = " *" if work == best(plan, work.ranks) else ""
-        sharing = work.sharing if isinstance(work.sharing, str) else str(Fraction(work.sharing))
-        rows.append([f"{work.ranks:,}", sharing + mark, *(of(work) for of in columns.values())])
-    options = {"title": title, "title_justify": "left"}
-    table = make_table(["ranks", "sharing", *columns], rows, ["sharing"], no_wrap=True, **options)
-    console.print(table, highlight=False)
 
 
 def _bytes(size: float) -> str:

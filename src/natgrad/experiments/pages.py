@@ -61,22 +61,25 @@ def render_page(
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.filters |= {
-        "megabytes": format_megabytes,
-        "loss": format_loss,
-        "percent": format_percent,
-        "rate": format_rate,
-        "seconds": format_seconds,
-        **(filters or {}),
-    }
+    known = format_megabytes, format_loss, format_percent, format_rate, format_seconds
+    names = "megabytes", "loss", "percent", "rate", "seconds"
+    environment.filters |= {**dict(zip(names, known, strict=True)), **(filters or {})}
     return environment.get_template(template).render(**values)
 
 
-def format_loss(value: float | None) -> str:
-    """Format a loss with three significant digits; a dash for none."""
-    if value is None or not math.isfinite(value):
-        return DASH
-    return f"{value:.3g}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.2e}"
+def _or_dash(form: Callable[[float], str]) -> Callable[[float | None], str]:
+    """Return what formats a number; a dash stands for none and for one that is not finite."""
+    return lambda value: DASH if value is None or not math.isfinite(value) else form(value)
+
+
+#: Three significant digits.
+format_rate = _or_dash("{:.3g}".format)
+format_loss = _or_dash(lambda v: f"{v:.3g}" if 1e-3 <= abs(v) < 1e4 or v == 0 else f"{v:.2e}")
+#: A fraction as a percentage.
+format_percent = _or_dash(lambda value: f"{100 * value:.1f} %")
+format_seconds = _or_dash(lambda value: f"{value:.2f} s" if value < 100 else f"{value:.0f} s")
+#: Bytes in MB (10⁶ bytes).
+format_megabytes = _or_dash(lambda value: f"{value / 1e6:.0f} MB")
 
 
 def format_or_dash(value: float | None, specification: str = "") -> str:
@@ -84,35 +87,10 @@ def format_or_dash(value: float | None, specification: str = "") -> str:
     return DASH if value is None else format(value, specification)
 
 
-def format_rate(value: float | None) -> str:
-    """Format a learning rate or damping with three significant digits; a dash for none."""
-    return DASH if value is None or not math.isfinite(value) else f"{value:.3g}"
-
-
-def format_percent(value: float | None) -> str:
-    """Format a fraction as a percentage; a dash for none."""
-    return DASH if value is None or not math.isfinite(value) else f"{100 * value:.1f} %"
-
-
-def format_seconds(value: float | None) -> str:
-    """Format a duration in seconds; a dash for none."""
-    if value is None or not math.isfinite(value):
-        return DASH
-    return f"{value:.2f} s" if value < 100 else f"{value:.0f} s"
-
-
-def format_megabytes(value: int | None) -> str:
-    """Format a number of bytes in MB (10⁶ bytes); a dash for none."""
-    return DASH if value is None else f"{value / 1e6:.0f} MB"
-
-
 def inline_svg(svg: str, prefix: str, title: str) -> Markup:
     """Prepare an SVG file for an HTML page: no prologue or metadata, identifiers of its own."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
-    svg = re.sub(r'href="#', f'href="#{prefix}-', svg)
-    svg = re.sub(r"url\(#", f"url(#{prefix}-", svg)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{prefix}-", svg)
     return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1))
 
 

@@ -39,11 +39,7 @@ from natgrad.optim import EKFAC, KFAC, KPSVD, TEKFAC, TKFAC, NaturalGradient
 
 #: Name → optimizer of the methods whose curvature processes can share.
 METHODS: dict[str, type[NaturalGradient]] = {
-    "kfac": KFAC,
-    "ekfac": EKFAC,
-    "tkfac": TKFAC,
-    "tekfac": TEKFAC,
-    "kpsvd": KPSVD,
+    method.__name__.lower(): method for method in (KFAC, EKFAC, TKFAC, TEKFAC, KPSVD)
 }
 
 #: Fractions of the processes that keep each layer, which are planned for where they are some.
@@ -60,26 +56,11 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True)
 class Options:
-    """What a plan is made for.
+    """What a plan is made for: options of ``natgrad plan``, whose help explains them.
 
-    Attributes:
-        method: Name of the method, of :data:`METHODS`.
-        ranks: Numbers of processes, at least 1 each.
-        samples: Samples per process and step.
-        positions: Positions of a sample that share each weight: tokens, pixels. Those of
-            convolutions are at least two.
-        factors: Steps between updates of the curvature; None for the method's own.
-        inverses: Steps between factorisations; None for the method's own.
-        bandwidth: Of each process's link, in GB/s (10⁹ bytes).
-        throughput: Of each process's arithmetic, in TFLOP/s.
-        memory: Most that factors and inverses may take in a process, in GiB; None for no limit.
-        shards: Whether parameters are in shards of ``fully_shard`` over all processes, along their
-            first dimension; otherwise each process has all of them.
-        replicas: How many replicas of the shards there are (HSDP), each of as many processes, of
-            ranks one after the other. A parameter is cut over the processes of one replica.
-
-    Raises:
-        PlanError: If an option is out of range.
+    None stands for the method's own interval, and for no limit of the memory. Positions of
+    convolutions are at least two. Shards are cut along the first dimension, over the processes of
+    one replica, of ranks one after the other. A `PlanError` says that an option is out of range.
     """
 
     method: str = "kfac"
@@ -101,12 +82,10 @@ class Options:
         if not self.ranks or min(self.ranks) < 1:
             raise PlanError(f"The ranks must be positive numbers, not {self.ranks}.")
         for name in ("samples", "positions", "factors", "inverses", "replicas"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
+            if (value := getattr(self, name)) is not None and value < 1:
                 raise PlanError(f"The number of {name} must be at least 1, not {value}.")
         for name in ("bandwidth", "throughput", "memory"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
+            if (value := getattr(self, name)) is not None and not 0 < value < float("inf"):
                 raise PlanError(f"The {name} must be positive, not {value:g}.")
         if self.replicas > 1 and not self.shards:
             raise PlanError("Replicas are of parameters in shards, which --shards plans for.")
@@ -144,32 +123,19 @@ class Message:
 class SharedWork:
     """What one sharing mode takes with one number of processes.
 
-    Attributes:
-        ranks: Number of processes.
-        sharing: The mode, of :func:`sharings`.
-        memory: Bytes of factors and inverses in the process that keeps most.
-        model: Bytes of trained parameters, their gradients and momentum in the process that keeps
-            most.
-        owned: Bytes of natural gradients, and with shards of whole gradients, that the process with
-            most of them has for a moment.
-        sums: Sums over the batch, of symmetric matrices the triangles, at an update.
-        rows: Rows of the batch, at an update, of methods that keep them.
-        column_sums: What a fraction of the processes then adds up for the layers it keeps.
-        column_rows: Likewise the rows it hands on.
-        inverses: What a factorisation makes.
-        whole_gradients: Gradients in shards that become whole, at every step.
-        natural_gradients: Natural gradients, at every step.
-        parameters: The trained parameters of rank 0, after a factorisation.
-        gradients: What the model's wrapper averages at every step, which is none of natgrad's; so
-            are the parameters that it gathers from shards.
-        replica_gradients: What it then averages over replicas of shards.
-        factorisation: Floating-point operations per step of the process that factorises most: two
-            per multiplication of :class:`natgrad.curvature.cost.Cost`, which counts d³ for any
-            factorisation of a factor; eigendecompositions take several times as much.
-        statistics: Likewise of statistics.
-        preconditioning: Likewise of natural gradients.
-        communication: Predicted seconds per step of natgrad's messages.
-        computation: Predicted seconds per step of natgrad's arithmetic.
+    Bytes are those of the process with most: `memory` of factors and inverses, `model` of trained
+    parameters, their gradients and momentum, `owned` of the natural gradients (with shards of whole
+    gradients, too) that it has for a moment. An update takes `sums` over the batch, of symmetric
+    matrices the triangles, and `rows` of methods that keep them; then a fraction of the processes
+    adds up and hands on those of the layers it keeps. After a factorisation come `inverses`, and
+    the trained `parameters` of rank 0. `gradients` are what the model's wrapper averages at every
+    step, which is none of natgrad's, as are the parameters that it gathers from shards.
+
+    `factorisation`, `statistics` and `preconditioning` are floating-point operations per step of
+    the process that has most to do: two per multiplication of
+    :class:`natgrad.curvature.cost.Cost`, which counts d³ for any factorisation of a factor, though
+    eigendecompositions take several times as much. `communication` and `computation` are predicted
+    seconds per step of natgrad's own.
     """
 
     ranks: int
@@ -196,9 +162,8 @@ class SharedWork:
     @property
     def messages(self) -> tuple[Message, ...]:
         """All of natgrad's messages."""
-        statistics = self.sums, self.rows, self.column_sums, self.column_rows
-        every_step = self.whole_gradients, self.natural_gradients
-        return (*statistics, self.inverses, *every_step, self.parameters)
+        found = [value for value in vars(self).values() if isinstance(value, Message)]
+        return tuple(found[:-2])  # But for those of the wrapper.
 
     @property
     def sent(self) -> float:
@@ -280,12 +245,9 @@ def plan_model(model: nn.Module, options: Options) -> Plan:
             curvature = Curvature(structure, layouts, capture.layout)
     except ValueError as error:
         raise InspectionError(f"{str(error).rstrip('.')}.") from error
-    refresh, parameters = method.refresh, list(model.parameters())
-    options = replace(
-        options,
-        factors=options.factors or refresh.factors,
-        inverses=options.inverses or refresh.inverses,
-    )
+    own, parameters = method.refresh, list(model.parameters())
+    updates, turns = options.factors or own.factors, options.inverses or own.inverses
+    options = replace(options, factors=updates, inverses=turns)
     trained = [(p.dtype.itemsize, p.shape) for p in parameters if p.requires_grad]
     positions = dict.fromkeys(curvature.parts, options.positions)
     positions |= dict.fromkeys(convolutions, max(2, options.positions))
@@ -388,6 +350,11 @@ def _shared_work(
         handed_back = options.replicas * owned
         natural = message("all_to_all", max(handed_back, _in_shards(shapes, cut)))
     everywhere = _in_shards(trained, 1)
+    sent = everywhere if shares and height > 1 and not shards else 0
+    averaged = message("all_reduce", everywhere)
+    if shards:
+        averaged = message("reduce_scatter", everywhere, among=cut)
+    replicated = _in_shards(trained, cut) if shards else 0
 
     # Sums are made of a process's own samples, what takes the rows of all is made of all.
     own = sum(costs[name].refresh - factorisation[name] - joint[name] for name in parts) / ranks
@@ -411,15 +378,9 @@ def _shared_work(
             inverses=message(kind, made if shares else 0, turns, height),
             whole_gradients=whole,
             natural_gradients=natural,
-            parameters=message(
-                "broadcast", everywhere if shares and height > 1 and not shards else 0, turns
-            ),
-            gradients=message("reduce_scatter", everywhere, among=cut)
-            if shards
-            else message("all_reduce", everywhere),
-            replica_gradients=message(
-                "all_reduce", _in_shards(trained, cut) if shards else 0, among=options.replicas
-            ),
+            parameters=message("broadcast", sent, turns),
+            gradients=averaged,
+            replica_gradients=message("all_reduce", replicated, among=options.replicas),
             factorisation=factorising,
             statistics=summing,
             preconditioning=preconditioning,
@@ -446,12 +407,9 @@ def best(plan: Plan, ranks: int) -> SharedWork | None:
     Of equals the first of :func:`sharings` is taken; None stands for none that fits.
     """
     limit = plan.options.memory
-    fitting = [
-        work
-        for work in plan.works
-        if work.ranks == ranks and (limit is None or work.memory <= limit * 2**30)
-    ]
-    return min(fitting, key=lambda work: work.seconds) if fitting else None
+    most = float("inf") if limit is None else limit * 2**30
+    fitting = (work for work in plan.works if work.ranks == ranks and work.memory <= most)
+    return min(fitting, key=lambda work: work.seconds, default=None)
 
 
 def advice(plan: Plan) -> str:

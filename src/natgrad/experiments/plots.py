@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -55,15 +56,10 @@ def draw(results: Results, plot: Plot) -> Figure:
         index = list(METHODS).index(result.name)  # a method looks the same in every comparison
         done = result.status == "completed"
         label = result.title if done else f"{result.title} ({result.status})"
+        style = line_style(index) | {"linewidth": 1.6 if len(result.runs) == 1 else 0.9}
+        style |= {"markevery": (0.0, 0.12), "markerfacecolor": "white"}  # By distance along it.
         for points in _of_method(plot, result):
-            axes.plot(
-                *zip(*points, strict=True),
-                label=label,
-                **line_style(index),
-                markevery=(0.0, 0.12),  # by distance along the line
-                markerfacecolor="white",
-                linewidth=1.6 if len(result.runs) == 1 else 0.9,
-            )
+            axes.plot(*zip(*points, strict=True), label=label, **style)
             label = ""  # Further seeds share the entry of the first.
     _decorate(axes, plot, results)
     return figure
@@ -85,15 +81,12 @@ def _points(curve: Curve, plot: Plot) -> Iterator[tuple[float, float]]:
 
 def _decorate(axes: Axes, plot: Plot, results: Results) -> None:
     where = "training" if plot.curve == "train" else "test"
-    if plot.quantity == "loss":
-        axes.set_ylabel(f"{where} loss (log scale)")
-        axes.set_yscale("log")
-    else:
-        axes.set_ylabel(f"{where} {results.metric.replace('_', ' ')}")
+    is_loss = plot.quantity == "loss"
+    what = "loss (log scale)" if is_loss else results.metric.replace("_", " ")
+    axes.set(ylabel=f"{where} {what}", yscale="log" if is_loss else "linear")
     taken = [result.train.step[-1] for result in results.methods if len(result.train.step) > 1]
     if plot.against == "seconds":
-        axes.set_xlabel("seconds of training (log scale)")
-        axes.set_xscale("log")
+        axes.set(xlabel="seconds of training (log scale)", xscale="log")
     elif not taken or max(taken) <= 3 * min(taken):
         axes.set_xlabel("step")
     else:  # Some methods took many more steps than others.
@@ -102,17 +95,10 @@ def _decorate(axes: Axes, plot: Plot, results: Results) -> None:
         axes.set_xlim(left=0.0)
         axes.xaxis.set_major_formatter(ScalarFormatter())
     target = results.target.loss
-    if target is not None and target > 0 and plot.curve == "train" and plot.quantity == "loss":
+    if target is not None and target > 0 and plot.curve == "train" and is_loss:
         axes.axhline(target, color="#555555", linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
-        axes.annotate(
-            "target",
-            (0.0, target),
-            xycoords=("axes fraction", "data"),
-            xytext=(3, 3),
-            textcoords="offset points",
-            ha="left",
-            fontsize=8.5,
-            color="#555555",
-        )
+        place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "xytext": (3, 3)}
+        place |= {"textcoords": "offset points", "ha": "left"}
+        axes.annotate("target", (0.0, target), fontsize=8.5, color="#555555", **place)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=3.4)

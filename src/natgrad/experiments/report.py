@@ -26,9 +26,8 @@ from natgrad.experiments.search import BUDGET, best_learning_rate
 def write_report(results: Results, directory: Path) -> list[Path]:
     """Write the report, the results and the plots; see `pages.write_report`."""
     figures = {plot.name: draw(results, plot) for plot in plots_of(results)}
-    return pages.write_report(
-        directory, results.to_json(), figures, lambda svg: render_html(results, svg)
-    )
+    render = lambda svg: render_html(results, svg)  # noqa: E731
+    return pages.write_report(directory, results.to_json(), figures, render)
 
 
 def render_html(results: Results, plots: dict[str, str]) -> str:
@@ -103,10 +102,9 @@ def over_seeds(
 
 def outcome(result: MethodResult) -> str:
     """Return how a method ended, with several seeds how often."""
-    states = [run.status for run in result.runs]
-    if len(states) == 1:
-        return states[0]
-    return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    first, *others = states = [run.status for run in result.runs]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    return counts if others else first
 
 
 def headline(results: Results) -> str:

@@ -26,22 +26,18 @@ def write_theory_report(results: TheoryResults, directory: Path) -> list[Path]:
 
 def render_html(results: TheoryResults, plots: dict[str, str]) -> str:
     """Render the report as one HTML page that loads nothing from anywhere."""
-    figures = {
-        plot.name: inline_svg(plots[plot.name], plot.name, plot.title)
-        for section in results.sections
-        for plot in section.plots
-    }
-    return render_page(
-        "theory.html.j2", filters={"number": format_number}, results=results, figures=figures
-    )
+    every = [plot for section in results.sections for plot in section.plots]
+    figures = {one.name: inline_svg(plots[one.name], one.name, one.title) for one in every}
+    filters = {"number": format_number}
+    return render_page("theory.html.j2", filters=filters, results=results, figures=figures)
 
 
 def format_number(value: float | None) -> str:
     """Format a number of a table with three significant digits; a dash for none."""
-    if value is None or not math.isfinite(value):
-        return DASH
     if isinstance(value, int):
         return f"{value:,}"
+    if value is None or not math.isfinite(value):
+        return DASH
     return f"{value:.3g}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.1e}"
 
 
@@ -64,14 +60,10 @@ def draw(plot: Plot) -> Figure:
 
 def _draw_panel(axes: Axes, plot: Plot, panel: Panel) -> None:
     for line in panel.lines:
-        points = [
-            (x, y)
-            for x, y in zip(line.x, line.y, strict=True)
-            if math.isfinite(y) and (y > 0 or not plot.y_log)
-        ]
+        pairs = zip(line.x, line.y, strict=True)
+        points = [(x, y) for x, y in pairs if math.isfinite(y) and (y > 0 or not plot.y_log)]
         if points:
-            x, y = zip(*points, strict=True)
-            axes.plot(x, y, label=line.label or None, **_style(line))
+            axes.plot(*zip(*points, strict=True), label=line.label or None, **_style(line))
     axes.set_xlabel(plot.x_label)
     if plot.y_label:
         axes.set_ylabel(plot.y_label)
@@ -93,13 +85,8 @@ def _draw_panel(axes: Axes, plot: Plot, panel: Panel) -> None:
 def _style(line: Line) -> dict[str, Any]:
     if line.style == "reference":
         return {"color": "#b0b0b0", "linestyle": "-", "linewidth": 3.0, "zorder": 1, "alpha": 0.6}
-    style = line_style(_index(line.method))
-    style["markerfacecolor"] = "white"
-    if line.style == "line":
-        style["marker"] = ""
-    if line.style == "markers":
-        style["linestyle"] = ""
-    return style
+    without = {"line": {"marker": ""}, "markers": {"linestyle": ""}}.get(line.style, {})
+    return {**line_style(_index(line.method)), "markerfacecolor": "white", **without}
 
 
 def _index(method: str) -> int:
