@@ -55,26 +55,21 @@ def generalisation(setting: Setting) -> Figures:
     200 steps with batches of 50, rates falling linearly, each the best of four for another network
     by the training loss; decoupled weight decay of 5e-4 (for SGD the same in the gradient).
     """
-    data = images(setting, IMAGES, 10)
-    task = Task(
-        data.train_inputs, data.train_labels, functional.cross_entropy, BATCH_SIZE, decays=True
-    )
-    steps = setting.of(STEPS, 100 * STEPS)
+    data, steps = images(setting, IMAGES, 10), setting.of(STEPS, 100 * STEPS)
+    pairs, loss = (data.train_inputs, data.train_labels), functional.cross_entropy
+    task, every = Task(*pairs, loss, BATCH_SIZE, decays=True), max(1, steps // 2)
 
     def network(draw: int) -> nn.Module:
         seed = setting.seed_of(draw)
         return build_model("cnn", data.input_shape, data.classes, width=WIDTH, depth=4, seed=seed)
 
-    found = task.compare(
-        METHODS, network, DRAWS, steps, every=max(1, steps // 2), progress=setting.progress
-    )
+    progress = setting.progress
+    found = task.compare(METHODS, network, DRAWS, steps, every=every, progress=progress)
     halfway = {title: [run.losses[1] for run in tuned.runs] for title, tuned in found.items()}
     return {
         "loss halfway, Padam over SGD": ratios(halfway["Padam"], halfway["SGD"]),
         "loss halfway, Padam over AMSGrad": ratios(halfway["Padam"], halfway["AMSGrad"]),
-        **accuracies(
-            found, data.test_inputs, data.test_labels, of="Padam", others=("AMSGrad", "SGD")
-        ),
+        **accuracies(found, data, of="Padam", others=("AMSGrad", "SGD")),
         **{f"training loss, {title}": tuned.ends for title, tuned in found.items()},
         **{f"learning rate, {title}": tuned.rate for title, tuned in found.items()},
     }

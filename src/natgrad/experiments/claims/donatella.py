@@ -95,8 +95,7 @@ def noise(setting: Setting) -> Iterator[dict[str, float]]:
         exact = matrix.solve(gradient, damping)
         spread = float((matrix.eigenvalues() + damping).reciprocal().sum())  # tr A⁻¹
         temperature = (float(exact.norm()) / 3.0) ** 2 / spread
-        times = (10.0, 40.0, 160.0)
-        found = []
+        times, found = (10.0, 40.0, 160.0), []
         for time in times:
             burn_in = 5.0 * CONDITION * MARGIN
             process = _process(time + 5.0, temperature=temperature, seed=draw, burn_in=burn_in)
@@ -145,17 +144,15 @@ def interpolation(setting: Setting) -> Iterator[dict[str, float]]:
 
         plain = trained(partial(at_rate(torch.optim.SGD), rate=0.3))
         natural = trained(partial(_exact, rate=0.3))
-        whole = _distance(plain, natural)
-        figures, distances = {}, []
+        whole, distances = _distance(plain, natural), []
         for time in TIMES:
             found = trained(partial(_thermodynamic(time=time, start="gradient"), rate=0.3))
             distances.append(_distance(found, natural) / whole)
-            figures[f"distance from NGD, t = {time:g}"] = distances[-1]
+            yield {f"distance from NGD, t = {time:g}": distances[-1]}
             if time == 0:
-                distance = _distance(found, plain) / whole
-                figures["distance from gradient descent, t = 0"] = distance
+                yield {"distance from gradient descent, t = 0": _distance(found, plain) / whole}
         largest = max(b / a for a, b in pairwise(distances))
-        yield {**figures, "largest ratio of distances from NGD at successive times": largest}
+        yield {"largest ratio of distances from NGD at successive times": largest}
 
 
 @SOURCE.claim(
@@ -207,13 +204,8 @@ def training(setting: Setting) -> Figures:
         "Adam": (at_rate(torch.optim.Adam), (3e-3, 1e-2, 3e-2, 0.1)),
         "SGD": (at_rate(torch.optim.SGD), (0.1, 0.3, 1.0, 3.0)),
     }
-    found = task.compare(
-        methods,
-        lambda draw: task.network(setting, draw, (HIDDEN,)),
-        DRAWS,
-        setting.of(5 * STEPS, 100 * STEPS),
-        progress=setting.progress,
-    )
+    network, steps = partial(task.network, setting, hidden=(HIDDEN,)), (5 * STEPS, 100 * STEPS)
+    found = task.compare(methods, network, DRAWS, setting.of(*steps), progress=setting.progress)
     own = found["TNGD"].ends
     return {
         **{f"training loss over {o}'s": ratios(own, found[o].ends) for o in ("Adam", "NGD", "SGD")},

@@ -38,10 +38,8 @@ def _tasks(setting: Setting) -> dict[str, Task]:
     classes = Task.of(setting.dataset(), BATCH_SIZE)
     numbers = classes.y.double().unsqueeze(1)
     numbers = (numbers - numbers.mean()) / numbers.std()
-    return {
-        "gaussian": replace(classes, y=numbers, loss=squared_error),
-        "categorical": classes,
-    }
+    numbers_task = replace(classes, y=numbers, loss=squared_error)
+    return {"gaussian": numbers_task, "categorical": classes}
 
 
 def _gauss_newton(likelihood: str) -> Methods:
@@ -123,16 +121,10 @@ def generalisation(setting: Setting) -> Figures:
         "SGD": (at_rate(torch.optim.SGD, momentum=0.9), (0.01, 0.03, 0.1, 0.3)),
         "Adam": (at_rate(torch.optim.Adam), (1e-3, 3e-3, 1e-2, 3e-2)),
     }
-    found = task.compare(
-        methods,
-        partial(task.network, setting, hidden=HIDDEN),
-        DRAWS,
-        setting.of(STEPS, 20 * STEPS),
-        progress=setting.progress,
-    )
-    x = data.test_inputs.flatten(1).double()
+    network, steps = partial(task.network, setting, hidden=HIDDEN), setting.of(STEPS, 20 * STEPS)
+    found = task.compare(methods, network, DRAWS, steps, progress=setting.progress)
     others = [title for title in methods if title != "EGN"]
     return {
-        **accuracies(found, x, data.test_labels, of="EGN", others=others),
+        **accuracies(found, data, of="EGN", others=others),
         **{f"damping or rate, {title}": tuned.rate for title, tuned in found.items()},
     }

@@ -99,14 +99,9 @@ def _compared(setting: Setting, methods: dict[str, Make]) -> dict[str, Tuned]:
     """Train by every method at the best of three dampings, found on another network."""
     task, steps = _task(setting), setting.of(STEPS, 100 * STEPS)
     hidden = setting.of(HIDDEN, (1000, 500, 250, 30, 250, 500, 1000))
-    return task.compare(
-        {title: (make, DAMPINGS) for title, make in methods.items()},
-        lambda draw: task.network(setting, draw, hidden),
-        DRAWS,
-        steps,
-        every=max(1, steps // MEASUREMENTS),
-        progress=setting.progress,
-    )
+    network, every = partial(task.network, setting, hidden=hidden), max(1, steps // MEASUREMENTS)
+    tried = {title: (make, DAMPINGS) for title, make in methods.items()}
+    return task.compare(tried, network, DRAWS, steps, every=every, progress=setting.progress)
 
 
 @SOURCE.claim(
@@ -133,8 +128,7 @@ def training(setting: Setting) -> Figures:
         methods[title] = _at_damping(natgrad.KPSVD, "gaussian", structure=structure)
     found = _compared(setting, methods)
     kfac, figures = found["K-FAC"], Figures()
-    for title in PRODUCTS:
-        one = found[title]
+    for title, one in list(found.items())[1:]:
         figures[f"training loss over K-FAC's, {title}"] = ratios(one.ends, kfac.ends)
         pairs = zip(one.runs, kfac.runs, strict=True)
         figures[f"processor time to K-FAC's loss over K-FAC's, {title}"] = [
@@ -166,10 +160,8 @@ def two_level(setting: Setting) -> Figures:
         methods[space] = _at_damping(natgrad.TwoLevelKFAC, "gaussian", structure=structure)
     found = _compared(setting, methods)
     kfac, figures = found["K-FAC"], Figures()
-    for space in COARSE_SPACES:
-        figures[f"training loss over K-FAC's, {space}"] = ratios(found[space].ends, kfac.ends)
-        key = "processor time of all steps over K-FAC's"
-        figures[f"{key}, {space}"] = ratios(
-            [run.seconds[-1] for run in found[space].runs], [run.seconds[-1] for run in kfac.runs]
-        )
+    for title, one in list(found.items())[1:]:
+        figures[f"training loss over K-FAC's, {title}"] = ratios(one.ends, kfac.ends)
+        times = ([run.seconds[-1] for run in tuned.runs] for tuned in (one, kfac))
+        figures[f"processor time of all steps over K-FAC's, {title}"] = ratios(*times)
     return figures | {f"damping, {title}": one.rate for title, one in found.items()}

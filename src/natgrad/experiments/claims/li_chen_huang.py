@@ -47,8 +47,7 @@ class StiffPoisson:
 
     def solution(self, x: Tensor) -> Tensor:
         """Return u."""
-        k = 2.0 * math.pi * self.frequency
-        return torch.sin(2.0 * math.pi * x) + 0.1 * torch.sin(k * x)
+        return torch.sin(2.0 * math.pi * x) + 0.1 * torch.sin(2.0 * math.pi * self.frequency * x)
 
     def source(self, x: Tensor) -> Tensor:
         """Return f."""

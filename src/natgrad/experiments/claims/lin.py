@@ -20,6 +20,7 @@ from natgrad.experiments.claims.claim import Figures, Setting, Source, ratios
 from natgrad.experiments.claims.side_by_side import Make, Methods, Task, at_rate
 from natgrad.experiments.theory.results import exponent
 from natgrad.jacobians import Jacobians
+from natgrad.operators import KroneckerOperator
 from natgrad.operators.structured_factors import FactorStructure
 from natgrad.statistics import KroneckerStatistics
 
@@ -105,25 +106,19 @@ def inverse_of_average(model: nn.Module, x: Tensor, y: Tensor, rate: float) -> T
     gradients = torch.autograd.grad(functional.cross_entropy(model(x), y), list(model.parameters()))
     by_name = dict(zip(dict(model.named_parameters()), gradients, strict=True))
     found = []
-    for name in matrix.parts:
-        layer = model.get_submodule(name)
+    for name, part in matrix.parts.items():
+        assert isinstance(part, KroneckerOperator)
+        a, b = (_averaged(factor[0], rate) for factor in (part.inputs, part.outputs))
         weight, bias = by_name[f"{name}.weight"], by_name[f"{name}.bias"]
-        a, b = (_averaged(factor, rate) for factor in _factors(matrix.parts[name]))
         gradient = torch.cat([weight, bias.unsqueeze(1)], 1)
         natural = torch.linalg.solve(b, torch.linalg.solve(a, gradient.T).T)
-        assert isinstance(layer, nn.Linear)
         found += [natural[:, :-1].flatten(), natural[:, -1]]
     return torch.cat(found)
 
 
-def _factors(operator: Any) -> tuple[Tensor, Tensor]:
-    """Return A and B of a layer's operator, whole."""
-    inputs, outputs = operator.inputs[0], operator.outputs[0]
-    return tuple(torch.tril(f) + torch.tril(f, -1).T for f in (inputs, outputs))  # type: ignore[return-value]
-
-
-def _averaged(factor: Tensor, rate: float) -> Tensor:
-    identity = torch.eye(len(factor), dtype=factor.dtype)
+def _averaged(triangle: Tensor, rate: float) -> Tensor:
+    """Return the average with the identity of a factor whose lower triangle is known."""
+    factor, identity = triangle.tril() + triangle.tril(-1).T, torch.eye(len(triangle)).to(triangle)
     return (1.0 - rate) * identity + rate * (factor + DAMPING * identity)
 
 
@@ -227,38 +222,29 @@ def bfloat16(setting: Setting) -> Figures:
     steps; rate 0.03, momentum 0.9 and the best of four dampings, 0.001 to 1, for another network.
     AdamW has the best of four rates.
     """
-    half = torch.bfloat16
-    ends: dict[str, list[float]] = {}
-    for dtype in setting.each((torch.float32, half)):
-        kfac = RoundedFactors() if dtype == half else KroneckerFactors()
+    ends = []
+    for dtype, kfac in setting.each(
+        ((torch.float32, KroneckerFactors()), (torch.bfloat16, RoundedFactors()))
+    ):
         methods: Methods = {
             "SINGD": (_singd("dense"), DAMPINGS),
             "K-FAC": (_kfac(kfac), DAMPINGS),
             "AdamW": (_adamw, (1e-3, 3e-3, 1e-2, 3e-2)),
         }
-        kind = "bfloat16" if dtype == half else "float32"
-        found = _ends(setting, dtype, methods)
-        ends |= {f"{title}, {kind}": values for title, values in found.items()}
-    key = "training loss in bfloat16 over that in float32"
+        ends.append(_ends(setting, dtype, methods))
+    whole, half = ends
+    key = "training loss in bfloat16"
     return {
-        **{
-            f"{key}, {title}": ratios(ends[f"{title}, bfloat16"], ends[f"{title}, float32"])
-            for title in ("SINGD", "K-FAC", "AdamW")
-        },
-        "training loss in bfloat16, SINGD over AdamW": ratios(
-            ends["SINGD, bfloat16"], ends["AdamW, bfloat16"]
-        ),
-        **{f"training loss, {title}": values for title, values in ends.items()},
+        **{f"{key} over that in float32, {t}": ratios(half[t], whole[t]) for t in methods},
+        f"{key}, SINGD over AdamW": ratios(half["SINGD"], half["AdamW"]),
+        **{f"training loss, {title}, float32": values for title, values in whole.items()},
+        **{f"training loss, {title}, bfloat16": values for title, values in half.items()},
     }
 
 
 #: Structures whose entries grow like the width, not its square.
-SPARSE: tuple[FactorStructure, ...] = (
-    "diagonal",
-    "block_diagonal",
-    "upper_toeplitz",
-    "hierarchical",
-)
+SPARSE: tuple[FactorStructure, ...]
+SPARSE = "diagonal", "block_diagonal", "upper_toeplitz", "hierarchical"
 
 
 def state_entries(model: nn.Module, make: Make, x: Tensor, y: Tensor) -> int:
@@ -299,11 +285,9 @@ def structures(setting: Setting) -> Figures:
     ends = _ends(setting, torch.float32, {s: (make, DAMPINGS) for s, make in singd.items()})
     setting.progress(1.0)
     titles = {s: s.replace("_", " ") for s in SPARSE}
+    key = "training loss over that of dense factors"
     return {
         **{f"numbers kept, over AdamW's, {titles[s]}": memory[s] for s in SPARSE},
         "numbers kept by dense factors, over AdamW's": memory["dense"],
-        **{
-            f"training loss over that of dense factors, {titles[s]}": ratios(ends[s], ends["dense"])
-            for s in SPARSE
-        },
+        **{f"{key}, {titles[s]}": ratios(ends[s], ends["dense"]) for s in SPARSE},
     }

@@ -103,16 +103,19 @@ class Tuned:
 
 @torch.no_grad()
 def accuracies(
-    found: Mapping[str, Tuned], x: Tensor, labels: Tensor, *, of: str, others: Sequence[str]
+    found: Mapping[str, Tuned], data: Dataset, *, of: str, others: Sequence[str]
 ) -> dict[str, list[float]]:
-    """Return shares of samples whose largest output is that of the label, network by network.
+    """Return shares of test images whose largest output is that of the label, run by run.
 
     The differences of one method's from others' come first, then the shares of all.
     """
-    right = {
-        title: [float((run.model(x).argmax(1) == labels).double().mean()) for run in tuned.runs]
-        for title, tuned in found.items()
-    }
+
+    def share(model: nn.Module) -> float:
+        first = next(model.parameters())  # A matrix where images are seen as vectors.
+        x = data.test_inputs.flatten(1) if first.dim() == 2 else data.test_inputs
+        return float((model(x.to(first.dtype)).argmax(1) == data.test_labels).double().mean())
+
+    right = {title: [share(run.model) for run in tuned.runs] for title, tuned in found.items()}
     return {
         **{f"test accuracy, {of} − {o}": differences(right[of], right[o]) for o in others},
         **{f"test accuracy, {title}": shares for title, shares in right.items()},

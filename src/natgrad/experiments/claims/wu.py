@@ -116,12 +116,12 @@ def quality_over_training(setting: Setting) -> Iterator[dict[str, float]]:
     """
     for draw in setting.each(range(DRAWS)):
         for stage in _stages(setting, draw):
-            found = {title: _mean_quality(stage, fisher) for title, fisher in TYPES.items()}
+            own, ef, sampled = (_mean_quality(stage, fisher) for fisher in TYPES.values())
             ratios = {
-                "iEF over that of the gradient": found["iEF"],
-                "iEF over that of EF": found["iEF"] / found["EF"],
-                "iEF over that of sampled Fisher": found["iEF"] / found["sampled Fisher"],
-                "sampled Fisher over that of the gradient": found["sampled Fisher"],
+                "iEF over that of the gradient": own,
+                "iEF over that of EF": own / ef,
+                "iEF over that of sampled Fisher": own / sampled,
+                "sampled Fisher over that of the gradient": sampled,
             }
             yield {f"γ of {n}, {stage.epochs} epochs": ratio for n, ratio in ratios.items()}
 
@@ -199,17 +199,13 @@ def training(setting: Setting) -> Figures:
     Each method at the best of four rates for another network. Damping is 10⁻⁶.
     """
     data = setting.dataset()
-    task, x_test = Task.of(data, 50, decays=True), data.test_inputs.flatten(1).double()
-    found = task.compare(
-        METHODS,
-        lambda draw: task.network(setting, draw, HIDDEN, nn.ReLU),
-        DRAWS,
-        setting.of(STEPS, 10 * (len(task.x) // 50)),
-        progress=setting.progress,
-    )
+    task = Task.of(data, 50, decays=True)
+    network = partial(task.network, setting, hidden=HIDDEN, activation=nn.ReLU)
+    steps = setting.of(STEPS, 10 * (len(task.x) // 50))
+    found = task.compare(METHODS, network, DRAWS, steps, progress=setting.progress)
     own = found["iEF"].ends
     return {
         **{f"training loss, iEF over {o}": ratios(own, found[o].ends) for o in ("EF", "AdamW")},
-        **accuracies(found, x_test, data.test_labels, of="iEF", others=("AdamW",)),
+        **accuracies(found, data, of="iEF", others=("AdamW",)),
         **{f"learning rate, {title}": tuned.rate for title, tuned in found.items()},
     }
