@@ -95,10 +95,13 @@ class RowCheck:
             return  # Something overflowed: what is zero cannot be told.
         with torch.enable_grad():
             later = output.transpose(0, 1) if output.dim() > 2 and output.shape[1] > 1 else None
-        if later is not None and not sources.time_first and sources.mixing(axes):
+        mixing = len(sources.mixing(axes))
+        if later is not None and not sources.time_first and mixing:
             moved = self._find_axes(calls, later)
             # Rows of an output laid out as it is are still right, but several times as dear.
-            sources.time_first = self._turned = moved is not None and not sources.mixing(moved)
+            # Some layers may mix samples in both, as experts do to which tokens are routed.
+            fewer = moved is not None and len(sources.mixing(moved)) < mixing
+            sources.time_first = self._turned = fewer
         coupled = {place for place, axis in sources.axes.items() if axis is None}
         sources.axes.update({p: axis for p, axis in axes.items() if p not in coupled})
         for one in calls:
