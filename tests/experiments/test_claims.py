@@ -107,9 +107,14 @@ class Counting:
             self.add(name)
 
     def add(self, name: str) -> None:
-        @self.source.claim(name, where="here", says="It holds.", rule="x ≤ 2")
+        @self.source.claim(name, "here")
         def measure(setting):
-            """The parts."""
+            """The parts.
+
+            Says: It holds.
+            Rule:
+                x ≤ 2
+            """
 
             def part(label):
                 def compute():

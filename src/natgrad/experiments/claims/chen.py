@@ -36,24 +36,19 @@ METHODS: Methods = {
 }
 
 
-@SOURCE.claim(
-    "generalisation",
-    where="abstract",
-    says="Padam (p = 1/8) trains as fast as the adaptive methods and generalises as well as SGD "
-    "with momentum, which generalises better than they do.",
-    rule="""
-        loss halfway, Padam over SGD ≤ 1 (faster than SGD)
-        test accuracy, Padam − AMSGrad ≥ 0 (better than Adam's)
-        test accuracy, Padam − SGD ≥ -0.01 (as well, to a hundredth)
-    """,
-    data="fashion_mnist",
-    published_data="cifar10",
-)
+@SOURCE.claim("generalisation", "abstract", data="fashion_mnist", published_data="cifar10")
 def generalisation(setting: Setting) -> Figures:
     """A small convolutional network on 1000 images of ten classes, shrunk to 14×14.
 
     200 steps with batches of 50, rates falling linearly, each the best of four for another network
     by the training loss; decoupled weight decay of 5e-4 (for SGD the same in the gradient).
+
+    Says: Padam (p = 1/8) trains as fast as the adaptive methods and generalises as well as SGD with
+    momentum, which generalises better than they do.
+    Rule:
+        loss halfway, Padam over SGD ≤ 1 (faster than SGD)
+        test accuracy, Padam − AMSGrad ≥ 0 (better than Adam's)
+        test accuracy, Padam − SGD ≥ -0.01 (as well, to a hundredth)
     """
     data, steps = images(setting, IMAGES, 10), setting.of(STEPS, 100 * STEPS)
     pairs, loss = (data.train_inputs, data.train_labels), functional.cross_entropy

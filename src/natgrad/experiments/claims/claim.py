@@ -12,6 +12,7 @@ import inspect
 import math
 import re
 import statistics
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,7 +61,8 @@ class Expect:
 
         Bounds are ``≤ 1``, ``≥ 1`` or ``1 to 2``; lines that are indented go on with the last.
         """
-        return tuple(map(cls._line, re.sub(r"\n +", " ", inspect.cleandoc(rule)).splitlines()))
+        lines = re.sub(r"\n +", " ", textwrap.dedent(rule).strip("\n")).splitlines()
+        return tuple(map(cls._line, lines))
 
     @classmethod
     def _line(cls, line: str) -> Expect:
@@ -201,9 +203,9 @@ class Claim:
     expects: tuple[Expect, ...]
     measure: Callable[[Setting], Figures]
     about: str
+    remark: str = ""
     data: str = "digits"
     published_data: str = "mnist"
-    remark: str = ""
 
     def data_for(self, full: bool, data_dir: Path | None) -> str:
         """Return the name of the data set to use."""
@@ -238,12 +240,13 @@ class Source:
         self.claims: list[Claim] = []
 
     def claim(
-        self, name: str, *, where: str, says: str, rule: str, **fields: Any
+        self, name: str, where: str, *, rule: str = "", remark: str = "", **data: str
     ) -> Callable[[Measure], Callable[[Setting], Figures]]:
-        """Register the decorated function as the measurement of a claim, its docstring as `about`.
+        """Register the decorated function as the measurement of a claim.
 
-        The rule is read by :meth:`Expect.read`. The rest are fields of :class:`Claim`;
-        `published_data` is `data` if that is given alone.
+        Its docstring tells what is measured, what the source ``Says:``, the ``Rule:``, see
+        :meth:`Expect.read`, and a ``Remark:``. What several claims share of these is given here.
+        `data` is that at the published size, too, unless `published_data` is given.
         """
 
         def register(measure: Measure) -> Callable[[Setting], Figures]:
@@ -251,12 +254,16 @@ class Source:
                 found = measure(setting)
                 return found if isinstance(found, dict) else draw_by_draw(found)
 
-            fields.setdefault("published_data", fields.get("data", "mnist"))
-            about = " ".join((measure.__doc__ or "").split())
-            full_name = f"{self.name}.{name}"
-            self.claims.append(
-                Claim(full_name, where, says, Expect.read(rule), figures, about, **fields)
+            told = re.split(r"^(Says|Rule|Remark):", inspect.getdoc(measure) or "", flags=re.M)
+            parts = dict(zip(told[1::2], told[2::2], strict=True))
+            expects = Expect.read(rule + parts.get("Rule", ""))
+            texts = told[0], parts["Says"], remark + parts.get("Remark", "")
+            about, says, remarks = (" ".join(text.split()) for text in texts)
+            data.setdefault("published_data", data.get("data", "mnist"))
+            made = Claim(
+                f"{self.name}.{name}", where, says, expects, figures, about, remarks, **data
             )
+            self.claims.append(made)
             return figures
 
         return register

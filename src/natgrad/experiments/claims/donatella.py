@@ -49,20 +49,17 @@ def _process(relaxation_times: float, **options: object) -> Thermodynamic:
     return Thermodynamic(**{"start": "zero", "time": time, **options})  # type: ignore[arg-type]
 
 
-@SOURCE.claim(
-    "error",
-    where="method",
-    says="The mean of the process tends to the natural gradient exponentially in time, within a "
-    "few relaxation times 1/λ.",
-    rule="""
-        error over e^(−λt) ≤ 1.1 (the slowest mode decays by λ at least; λ_max is estimated)
-        error after 10/λ ≤ 0.001 (e⁻¹⁰ is 5e-5)
-    """,
-)
+@SOURCE.claim("error", "method")
 def error(setting: Setting) -> Iterator[dict[str, float]]:
     """Relative error of the simulated solution of (F + λI)x = ∇L, without noise, from x = 0.
 
     One batch of 50 images, a network with 16 hidden tanh units, λ = λ_max/30.
+
+    Says: The mean of the process tends to the natural gradient exponentially in time, within a few
+    relaxation times 1/λ.
+    Rule:
+        error over e^(−λt) ≤ 1.1 (the slowest mode decays by λ at least; λ_max is estimated)
+        error after 10/λ ≤ 0.001 (e⁻¹⁰ is 5e-5)
     """
     for draw in setting.each(range(DRAWS)):
         matrix, damping, gradient = _system(setting, draw)
@@ -76,19 +73,16 @@ def error(setting: Setting) -> Iterator[dict[str, float]]:
         yield dict(sorted(figures.items()))
 
 
-@SOURCE.claim(
-    "noise",
-    where="method",
-    says="With thermal noise the average over time tends to the natural gradient, its error like "
-    "one over the square root of the time.",
-    rule="""
-        exponent of the time -0.65 to -0.35 (theory says −½)
-    """,
-)
+@SOURCE.claim("noise", "method")
 def noise(setting: Setting) -> Iterator[dict[str, float]]:
     """Error of averages over 10, 40 and 160 relaxation times, after five to burn in.
 
     The temperature makes the noise at equilibrium a third of the solution.
+
+    Says: With thermal noise the average over time tends to the natural gradient, its error like one
+    over the square root of the time.
+    Rule:
+        exponent of the time -0.65 to -0.35 (theory says −½)
     """
     for draw in setting.each(range(DRAWS)):
         matrix, damping, gradient = _system(setting, draw)
@@ -119,21 +113,18 @@ def _distance(model: nn.Module, other: nn.Module) -> float:
     return float((here - there).norm())
 
 
-@SOURCE.claim(
-    "interpolation",
-    where="method",
-    says="With the time that the process is given, from the gradient on, training goes over from "
-    "gradient descent to natural gradient descent.",
-    rule="""
-        distance from gradient descent, t = 0 ≤ 1e-09 (the gradient)
-        distance from NGD, t = 300 ≤ 0.05 (ten and more times 1/λ)
-        largest ratio of distances from NGD at successive times ≤ 1 (longer is closer)
-    """,
-)
+@SOURCE.claim("interpolation", "method")
 def interpolation(setting: Setting) -> Iterator[dict[str, float]]:
     """Distance of the weights after 20 steps of rate 0.3, over that of the two limits.
 
     λ = 0.1, batches of 50, times t in units of 1/λ_max: 0, 1, 3, 10, 30, 100 and 300.
+
+    Says: With the time that the process is given, from the gradient on, training goes over from
+    gradient descent to natural gradient descent.
+    Rule:
+        distance from gradient descent, t = 0 ≤ 1e-09 (the gradient)
+        distance from NGD, t = 300 ≤ 0.05 (ten and more times 1/λ)
+        largest ratio of distances from NGD at successive times ≤ 1 (longer is closer)
     """
     task = Task.of(setting.dataset(), BATCH_SIZE)
     for draw in setting.each(range(DRAWS)):
@@ -155,18 +146,16 @@ def interpolation(setting: Setting) -> Iterator[dict[str, float]]:
         yield {"largest ratio of distances from NGD at successive times": largest}
 
 
-@SOURCE.claim(
-    "delay",
-    where="experiments",
-    says="That the process runs on old matrices for a small part of the time does no harm.",
-    rule="""
-        loss with a delay of a tenth of the time, over that without ≤ 1.05 (no harm, to a twentieth)
-    """,
-    remark="Runs at this rate differ from draw to draw by more than a delay does, even one of half "
-    "the time.",
-)
+@SOURCE.claim("delay", "experiments")
 def delay(setting: Setting) -> Iterator[dict[str, float]]:
-    """Training loss after 40 steps of rate 1, λ = 0.1, each from where the last ended; t = 20."""
+    """Training loss after 40 steps of rate 1, λ = 0.1, each from where the last ended; t = 20.
+
+    Says: That the process runs on old matrices for a small part of the time does no harm.
+    Rule:
+        loss with a delay of a tenth of the time, over that without ≤ 1.05 (no harm, to a twentieth)
+    Remark: Runs at this rate differ from draw to draw by more than a delay does, even one of half
+    the time.
+    """
     task = Task.of(setting.dataset(), BATCH_SIZE)
     for draw in setting.each(range(DRAWS)):
         model = task.network(setting, draw, (HIDDEN,))
@@ -180,22 +169,19 @@ def delay(setting: Setting) -> Iterator[dict[str, float]]:
         }
 
 
-@SOURCE.claim(
-    "training",
-    where="abstract",
-    says="Thermodynamic natural gradient descent lowers the loss faster, step by step, than Adam "
-    "and no worse than natural gradient descent with exact solutions.",
-    rule="""
-        training loss over Adam's ≤ 1 (faster)
-        training loss over NGD's ≤ 1.1 (no worse, to a tenth)
-    """,
-    remark="Starting where the last solution ended, with simulations of t = 20, is not the same as "
-    "exact solutions; where the process has time enough, it is (`donatella.interpolation`).",
-)
+@SOURCE.claim("training", "abstract")
 def training(setting: Setting) -> Figures:
     """Training loss after 100 steps with batches of 50, each at the best of four rates.
 
     λ = 0.1, t = 20 from where the last solution ended. Rates are chosen on another network.
+
+    Says: Thermodynamic natural gradient descent lowers the loss faster, step by step, than Adam and
+    no worse than natural gradient descent with exact solutions.
+    Rule:
+        training loss over Adam's ≤ 1 (faster)
+        training loss over NGD's ≤ 1.1 (no worse, to a tenth)
+    Remark: Starting where the last solution ended, with simulations of t = 20, is not the same as
+    exact solutions; where the process has time enough, it is (`donatella.interpolation`).
     """
     task = Task.of(setting.dataset(), BATCH_SIZE)
     methods: Methods = {

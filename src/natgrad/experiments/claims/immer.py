@@ -59,21 +59,18 @@ def _nll(probabilities: Tensor, labels: Tensor) -> float:
     return float(functional.nll_loss(probabilities.clamp(min=1e-30).log(), labels))
 
 
-@SOURCE.claim(
-    "linearised",
-    where="abstract",
-    says="The posterior of the generalised Gauss-Newton matrix is one of the linearised model: "
-    "predictions by that are better than those of the network at sampled weights, which underfit.",
-    rule="""
-        test NLL, sampled weights − linearised ≥ 0 (better)
-        training NLL, sampled weights − linearised ≥ 0 (underfits)
-    """,
-)
+@SOURCE.claim("linearised", "abstract")
 def linearised(setting: Setting) -> Iterator[dict[str, float]]:
     """Negative log-likelihoods (NLL) of 200 training and 200 test images.
 
     A network with 32 hidden tanh units, at δ = 1 and its maximum a posteriori; 50 samples of
     weights, and the probit approximation of the linearised model.
+
+    Says: The posterior of the generalised Gauss-Newton matrix is one of the linearised model:
+    predictions by that are better than those of the network at sampled weights, which underfit.
+    Rule:
+        test NLL, sampled weights − linearised ≥ 0 (better)
+        training NLL, sampled weights − linearised ≥ 0 (underfits)
     """
     data = _data(setting)
     sets = {
@@ -96,23 +93,20 @@ def _probabilities(posterior: natgrad.Laplace, x: Tensor) -> Tensor:
     return found
 
 
-@SOURCE.claim(
-    "tuned",
-    where="experiments",
-    says="With the prior precision of each chosen on held-out data, predictions of the linearised "
-    "model are at least as good as those of the network at its maximum a posteriori, and better "
-    "than those at sampled weights.",
-    rule="""
-        test NLL, linearised − maximum a posteriori ≤ 0 (as good)
-        test NLL, sampled weights − linearised ≥ 0 (better)
-    """,
-    remark="With one prior precision for training and posterior, predictions of the linearised "
-    "model are behind those at the maximum a posteriori by half a nat here.",
-)
+@SOURCE.claim("tuned", "experiments")
 def tuned(setting: Setting) -> Iterator[dict[str, float]]:
     """Test NLL with δ of 0.1, 1, 10 and 100 chosen on half of 200 test images.
 
     The network is trained anew for every δ; the other half is judged.
+
+    Says: With the prior precision of each chosen on held-out data, predictions of the linearised
+    model are at least as good as those of the network at its maximum a posteriori, and better than
+    those at sampled weights.
+    Rule:
+        test NLL, linearised − maximum a posteriori ≤ 0 (as good)
+        test NLL, sampled weights − linearised ≥ 0 (better)
+    Remark: With one prior precision for training and posterior, predictions of the linearised model
+    are behind those at the maximum a posteriori by half a nat here.
     """
     data = _data(setting)
     train = data.train_inputs.flatten(1).double(), data.train_labels

@@ -83,26 +83,23 @@ def _measured_and_theory(
     }
 
 
-@SOURCE.claim(
-    "width",
-    where="2019, statistics of eigenvalues",
-    says="With the width M of a random network, the mean eigenvalue of its Fisher matrix vanishes "
-    "like 1/M, the mean square does not change, and the largest grows like M: flat in most "
-    "directions, very steep in a few.",
-    rule="""
-        exponent of the width, mean -1.1 to -0.9 (theory says −1)
-        exponent of the width, second moment -0.15 to 0.15 (theory says 0)
-        exponent of the width, largest 0.9 to 1.1 (theory says 1)
-        measured / theory 0.9 to 1.1 (O(1/√M) is 0.03 at M = 1024)
-    """,
-    remark="The largest is the first of ten outliers that theory has at one place; they are spread "
-    "about it, the less the wider the network, so that its exponent is somewhat below 1.",
-)
+@SOURCE.claim("width", "2019, statistics of eigenvalues")
 def width(setting: Setting) -> Figures:
     """Exponents, and the statistics at the largest width over those of infinite width.
 
     ReLU networks of three weight layers with ten linear outputs, in standard parameterisation; the
     inputs are random, of the dimension M and as many as the sample size.
+
+    Says: With the width M of a random network, the mean eigenvalue of its Fisher matrix vanishes
+    like 1/M, the mean square does not change, and the largest grows like M: flat in most
+    directions, very steep in a few.
+    Rule:
+        exponent of the width, mean -1.1 to -0.9 (theory says −1)
+        exponent of the width, second moment -0.15 to 0.15 (theory says 0)
+        exponent of the width, largest 0.9 to 1.1 (theory says 1)
+        measured / theory 0.9 to 1.1 (O(1/√M) is 0.03 at M = 1024)
+    Remark: The largest is the first of ten outliers that theory has at one place; they are spread
+    about it, the less the wider the network, so that its exponent is somewhat below 1.
     """
     widths, samples = _widths(setting), _samples(setting)
     found = {name: ByWidth() for name in STATISTICS}
@@ -121,20 +118,18 @@ def width(setting: Setting) -> Figures:
     }
 
 
-@SOURCE.claim(
-    "depth",
-    where="2019, statistics of eigenvalues",
-    says="The same formulas hold for every number of layers.",
-    rule="""
+@SOURCE.claim("depth", "2019, statistics of eigenvalues")
+def depth(setting: Setting) -> Iterator[dict[str, float]]:
+    """The statistics at a width of 512 (2048) over those of infinite width, L = 2 to 8.
+
+    Says: The same formulas hold for every number of layers.
+    Rule:
         measured / theory, mean 0.9 to 1.1 (O(1/√M), growing with the depth)
         measured / theory, second moment 0.8 to 1.2 (a square errs twice as much)
         measured / theory, largest 0.8 to 1.2 (as the square root of the second moment)
-    """,
-    remark="At a width of 512 deep networks differ too much from draw to draw to tell: from five "
-    "layers on, the largest eigenvalue is above the place of the outliers by a quarter and more.",
-)
-def depth(setting: Setting) -> Iterator[dict[str, float]]:
-    """The statistics at a width of 512 (2048) over those of infinite width, L = 2 to 8."""
+    Remark: At a width of 512 deep networks differ too much from draw to draw to tell: from five
+    layers on, the largest eigenvalue is above the place of the outliers by a quarter and more.
+    """
     size, samples = _widths(setting)[-2], _samples(setting)
     for one in setting.each(DEPTHS):
         for draw in range(2 * DRAWS):
@@ -142,18 +137,16 @@ def depth(setting: Setting) -> Iterator[dict[str, float]]:
             yield {f"measured / theory, {n}, L = {one}": a / b for n, (a, b) in values.items()}
 
 
-@SOURCE.claim(
-    "samples",
-    where="2019, statistics of eigenvalues",
-    says="The largest eigenvalue does not vanish however many the samples: it tends to ακ₂M.",
-    rule="""
+@SOURCE.claim("samples", "2019, statistics of eigenvalues")
+def samples(setting: Setting) -> Iterator[dict[str, float]]:
+    """The largest eigenvalue for 10, 30, 100, 300 and 1000 samples, width 1024 (4096), C = 1.
+
+    Says: The largest eigenvalue does not vanish however many the samples: it tends to ακ₂M.
+    Rule:
         measured / theory 0.9 to 1.1 (O(1/√M) is 0.03 at M = 1024)
         largest eigenvalue of all samples, over that of ten ≥ 0.5 ((κ₂ + (κ₁ − κ₂)/N)/(κ₂ + (κ₁ −
             κ₂)/10), with κ₂ about half of κ₁)
-    """,
-)
-def samples(setting: Setting) -> Iterator[dict[str, float]]:
-    """The largest eigenvalue for 10, 30, 100, 300 and 1000 samples, width 1024 (4096), C = 1."""
+    """
     size = _widths(setting)[-1]
     largest: dict[int, list[float]] = {count: [] for count in COUNTS}
     for count, found in setting.each(largest.items()):
@@ -166,24 +159,21 @@ def samples(setting: Setting) -> Iterator[dict[str, float]]:
         yield {"largest eigenvalue of all samples, over that of ten": change}
 
 
-@SOURCE.claim(
-    "learning-rate",
-    where="2019, abstract and experiments",
-    says="Gradient descent from random weights converges below the learning rate 2/λ_max, which "
-    "theory gives without training, and explodes above it.",
-    rule="""
-        loss below the bound ≤ 1 (it must fall)
-        loss above the bound ≥ 1 (in the linear regime the leading residual grows by 1.2 and more a
-            step)
-    """,
-    remark="As in `karakida-osawa.divergence-from-start`, a finite network leaves the steep region "
-    "before the growth ruins it: up to three times the bound, the loss after 100 steps is a "
-    "fraction of the first. Rates below the bound all converge.",
-)
+@SOURCE.claim("learning-rate", "2019, abstract and experiments")
 def learning_rate(setting: Setting) -> Iterator[dict[str, float]]:
     """The training loss after 100 steps of full batches, relative to the first.
 
     Targets are the outputs of another random network of width 512 (2048).
+
+    Says: Gradient descent from random weights converges below the learning rate 2/λ_max, which
+    theory gives without training, and explodes above it.
+    Rule:
+        loss below the bound ≤ 1 (it must fall)
+        loss above the bound ≥ 1 (in the linear regime the leading residual grows by 1.2 and more a
+            step)
+    Remark: As in `karakida-osawa.divergence-from-start`, a finite network leaves the steep region
+    before the growth ruins it: up to three times the bound, the loss after 100 steps is a fraction
+    of the first. Rates below the bound all converge.
     """
     size, samples = _widths(setting)[-2], _samples(setting)
     for draw in setting.each(range(DRAWS)):
@@ -202,23 +192,20 @@ def learning_rate(setting: Setting) -> Iterator[dict[str, float]]:
             yield {f"loss {side} the bound, at {factor:g} of it": last}
 
 
-@SOURCE.claim(
-    "softmax",
-    where="2021, abstract",
-    says="With linear outputs the C largest eigenvalues are outliers far from the bulk; softmax "
-    "outputs disperse them, so that a tail spreads from the bulk.",
-    rule="""
+@SOURCE.claim("softmax", "2021, abstract")
+def softmax(setting: Setting) -> Iterator[dict[str, float]]:
+    """Ratios of leading eigenvalues of the exact Fisher matrices, Gaussian and categorical.
+
+    Width 1024 (4096), three weight layers, ten outputs.
+
+    Says: With linear outputs the C largest eigenvalues are outliers far from the bulk; softmax
+    outputs disperse them, so that a tail spreads from the bulk.
+    Rule:
         largest over C-th largest, linear outputs ≤ 1.5 (theory says C times the same, up to
             O(1/√M))
         largest over C-th largest, softmax, over linear ≥ 2 (a tail)
         widest gap among the leading 3C, linear outputs, over softmax ≥ 2 (ratio of neighbours:
             outliers are apart from the bulk, a tail is not)
-    """,
-)
-def softmax(setting: Setting) -> Iterator[dict[str, float]]:
-    """Ratios of leading eigenvalues of the exact Fisher matrices, Gaussian and categorical.
-
-    Width 1024 (4096), three weight layers, ten outputs.
     """
     size, samples = _widths(setting)[-1], _samples(setting)
     for draw in setting.each(range(DRAWS)):

@@ -22,8 +22,6 @@ SOURCE = Source(
 
 #: Draws of the random weights.
 DRAWS = 5
-#: Least fall with the width that counts as vanishing; the theory's O(1/√M) is −½.
-VANISHES = -0.25
 
 
 def _widths(setting: Setting) -> tuple[int, ...]:
@@ -64,19 +62,17 @@ def _last_and_exponents(found: dict[str, ByWidth], last: str, exponent: str) -> 
     return figures
 
 
-@SOURCE.claim(
-    "dynamics",
-    where="theorem 3.1, figure 2",
-    says="Block-diagonal, block-tridiagonal, K-FAC and unit-wise approximations train a wide "
-    "network on the same curve as the exact Fisher matrix, each at its own learning rate c/α.",
-    rule="""
+@SOURCE.claim("dynamics", "theorem 3.1, figure 2")
+def dynamics(setting: Setting) -> Figures:
+    """Largest distance, over six steps at η = ½/α, of √(loss/first loss) from ½^t.
+
+    Says: Block-diagonal, block-tridiagonal, K-FAC and unit-wise approximations train a wide network
+    on the same curve as the exact Fisher matrix, each at its own learning rate c/α.
+    Rule:
         exponent of the width ≤ -0.25 (the departure vanishes like 1/√M, but constants differ by
             method)
         departure from (1 − ηα)^t, Exact NGD ≤ 0.1 (O(1/√M) is 0.03 at M = 1024)
-    """,
-)
-def dynamics(setting: Setting) -> Figures:
-    """Largest distance, over six steps at η = ½/α, of √(loss/first loss) from ½^t."""
+    """
 
     def departure(task: Problem, model: ntk.MLP, name: str) -> float:
         left = task.train_at(0.5, model, name, 6).left
@@ -86,19 +82,17 @@ def dynamics(setting: Setting) -> Figures:
     return _last_and_exponents(found, "departure from (1 − ηα)^t", "exponent of the width")
 
 
-@SOURCE.claim(
-    "alpha",
-    where="section 4, table 1",
-    says="α is 1, L, the sum of the inverse tri-diagonal matrix, about NL and about γM(L − 1) for "
-    "exact, block-diagonal, block-tridiagonal, K-FAC and unit-wise curvature.",
-    rule="""
-        α measured / theory 0.95 to 1.05 (unit-wise α has an error O(1/√M), the others none)
-    """,
-    remark="α of K-FAC is N(L − 1) + 1 with factors that are means, not NL: the last layer's "
-    "output factor is the identity, so that this layer counts 1. Unit-wise α is γM(L − 1)/C + 1.",
-)
+@SOURCE.claim("alpha", "section 4, table 1")
 def alpha(setting: Setting) -> Figures:
-    """α = tr(JF⁻¹Jᵀ/N)/N of networks of three and four layers."""
+    """α = tr(JF⁻¹Jᵀ/N)/N of networks of three and four layers.
+
+    Says: α is 1, L, the sum of the inverse tri-diagonal matrix, about NL and about γM(L − 1) for
+    exact, block-diagonal, block-tridiagonal, K-FAC and unit-wise curvature.
+    Rule:
+        α measured / theory 0.95 to 1.05 (unit-wise α has an error O(1/√M), the others none)
+    Remark: α of K-FAC is N(L − 1) + 1 with factors that are means, not NL: the last layer's output
+    factor is the identity, so that this layer counts 1. Unit-wise α is γM(L − 1)/C + 1.
+    """
     figures: Figures = {}
     for depth in setting.each((3, 4)):
         task = _problem(setting, depth=depth)
@@ -110,23 +104,21 @@ def alpha(setting: Setting) -> Figures:
     return figures
 
 
-@SOURCE.claim(
-    "best-rate",
-    where="section 4",
-    says="The best learning rate is 1/α.",
-    rule="""
+@SOURCE.claim("best-rate", "section 4")
+def best_rate(setting: Setting) -> Figures:
+    """Vertex of the parabola through the losses after one step at ¾, 1 and 1¼ of 1/α.
+
+    Says: The best learning rate is 1/α.
+    Rule:
         best learning rate × α, Exact NGD 0.9 to 1.1 (O(1/√M) is 0.03 at M = 1024)
         best learning rate × α, Block 0.9 to 1.1 (as for the exact matrix)
         exponent of the width of |best learning rate × α − 1| ≤ -0.25 (the departure vanishes like
             1/√M, but constants differ by method)
-    """,
-    remark="At widths that are used, K-FAC and unit-wise curvature want larger rates than 1/α: "
-    "what a step leaves is due to the change of the Jacobian, which a longer step makes up for. "
-    "Whether that ends at larger widths than 1024 is open; from 1 % of the residual, in the linear "
-    "regime, the best rate is 1.01/α and less for every method.",
-)
-def best_rate(setting: Setting) -> Figures:
-    """Vertex of the parabola through the losses after one step at ¾, 1 and 1¼ of 1/α."""
+    Remark: At widths that are used, K-FAC and unit-wise curvature want larger rates than 1/α: what
+    a step leaves is due to the change of the Jacobian, which a longer step makes up for. Whether
+    that ends at larger widths than 1024 is open; from 1 % of the residual, in the linear regime,
+    the best rate is 1.01/α and less for every method.
+    """
 
     def best(task: Problem, model: ntk.MLP, name: str) -> float:
         low, middle, high = (
@@ -143,20 +135,17 @@ def best_rate(setting: Setting) -> Figures:
     return figures
 
 
-@SOURCE.claim(
-    "divergence",
-    where="section 3",
-    says="Learning rates up to 2/α converge, those beyond it diverge.",
-    rule="""
-        growth of the loss per step at 1.8/α ≤ 0.9 (theory says 0.8² = 0.64)
-        growth of the loss per step at 2.2/α ≥ 1.1 (theory says 1.2² = 1.44)
-    """,
-)
+@SOURCE.claim("divergence", "section 3")
 def divergence(setting: Setting) -> Iterator[dict[str, float]]:
     """Growth of the loss in the linear regime.
 
     Its geometric mean over six steps from a residual of 1 % of that at random, near which a network
     of moderate width is as linear as an infinite one is from its start.
+
+    Says: Learning rates up to 2/α converge, those beyond it diverge.
+    Rule:
+        growth of the loss per step at 1.8/α ≤ 0.9 (theory says 0.8² = 0.64)
+        growth of the loss per step at 2.2/α ≥ 1.1 (theory says 1.2² = 1.44)
     """
     task = _problem(setting)
     for name in setting.each(task.structures):
@@ -170,21 +159,19 @@ def divergence(setting: Setting) -> Iterator[dict[str, float]]:
                 yield {f"growth of the loss per step at {factor}/α, {_title(name)}": growth}
 
 
-@SOURCE.claim(
-    "divergence-from-start",
-    where="section 3",
-    says="The training of a real network from its random start converges up to 2/α and diverges "
-    "beyond.",
-    rule="""
+@SOURCE.claim("divergence-from-start", "section 3")
+def divergence_from_start(setting: Setting) -> Iterator[dict[str, float]]:
+    """The training loss after ten steps below and above 2/α.
+
+    Says: The training of a real network from its random start converges up to 2/α and diverges
+    beyond.
+    Rule:
         loss after 10 steps at 1.8/α, relative to the first ≤ 0.5 (theory leaves 0.8²⁰ = 0.01)
         loss after 10 steps at 2.2/α, relative to the first ≥ 1 (theory makes it grow by 1.2²⁰ = 38)
-    """,
-    remark="A finite network moves out of the linear regime before the growth shows, into regions "
-    "in which the step is stable: the rates beyond 2/α are worse, yet the loss mostly falls. The "
-    "bound holds near a solution (`karakida-osawa.divergence`).",
-)
-def divergence_from_start(setting: Setting) -> Iterator[dict[str, float]]:
-    """The training loss after ten steps below and above 2/α."""
+    Remark: A finite network moves out of the linear regime before the growth shows, into regions in
+    which the step is stable: the rates beyond 2/α are worse, yet the loss mostly falls. The bound
+    holds near a solution (`karakida-osawa.divergence`).
+    """
     task = _problem(setting, setting.of(512, 4096))
     for name in setting.each(task.structures):
         for factor in (1.8, 2.2):
@@ -194,20 +181,18 @@ def divergence_from_start(setting: Setting) -> Iterator[dict[str, float]]:
                 yield {key: last if math.isfinite(last) else math.inf}
 
 
-@SOURCE.claim(
-    "diagonal",
-    where="section 5",
-    says="The entry-wise diagonal of the Fisher matrix is not isotropic in function space, at any "
-    "width, while the layer-wise and unit-wise approximations become so.",
-    rule="""
+@SOURCE.claim("diagonal", "section 5")
+def diagonal(setting: Setting) -> Figures:
+    """‖M − αI‖/‖αI‖ of the coefficients M = JF⁻¹Jᵀ/N at the largest width, and how it falls.
+
+    Says: The entry-wise diagonal of the Fisher matrix is not isotropic in function space, at any
+    width, while the layer-wise and unit-wise approximations become so.
+    Rule:
         deviation, Diagonal ≥ 0.5 (far beyond rounding and O(1/√M))
         exponent of the width, Diagonal ≥ -0.1 (the deviation must not vanish; 1/√M would be −0.5)
         deviation,  ≤ 0.1 (O(1/√M) of the unit-wise one)
         exponent of the width, Unit-wise ≤ -0.25 (theory says −0.5)
-    """,
-)
-def diagonal(setting: Setting) -> Figures:
-    """‖M − αI‖/‖αI‖ of the coefficients M = JF⁻¹Jᵀ/N at the largest width, and how it falls."""
+    """
 
     def deviation(task: Problem, model: ntk.MLP, name: str) -> float:
         return task.isotropy(model, name).deviation
@@ -220,19 +205,17 @@ def diagonal(setting: Setting) -> Figures:
     return figures
 
 
-@SOURCE.claim(
-    "one-step",
-    where="section 3, figure 1",
-    says="At η = 1/α training fits the data in one step, the better the wider the network.",
-    rule="""
+@SOURCE.claim("one-step", "section 3, figure 1")
+def one_step(setting: Setting) -> Figures:
+    """The training loss after one step at 1/α, and the power of the width with which it falls.
+
+    Says: At η = 1/α training fits the data in one step, the better the wider the network.
+    Rule:
         loss after one step, relative to the first, Exact NGD ≤ 0.05 (the outputs err by O(1/√M),
             the loss by its square)
         exponent of the width ≤ -0.25 (theory says −1 in the limit; the constants of K-FAC and
             unit-wise curvature are so large that they are not there yet)
-    """,
-)
-def one_step(setting: Setting) -> Figures:
-    """The training loss after one step at 1/α, and the power of the width with which it falls."""
+    """
 
     def left(task: Problem, model: ntk.MLP, name: str) -> float:
         return task.train_at(1.0, model, name, 1).left[1]
@@ -242,24 +225,21 @@ def one_step(setting: Setting) -> Figures:
     return _last_and_exponents(found, key, "exponent of the width")
 
 
-@SOURCE.claim(
-    "gradient-descent",
-    where="section 3",
-    says="Gradient descent is slow in the directions of small eigenvalues of the tangent kernel, "
-    "in which natural gradient descent is as fast as in the others.",
-    rule="""
-        log of the residual left, over theory, gradient descent 0.8 to 1.25 ((1 − λ_min/λ_max)^t up
-            to O(1/√M))
-        residual left after one step, Exact NGD ≤ 0.2 (theory leaves nothing; a finite network
-            O(1/√M))
-        steps of gradient descent to halve it ≥ 10 (one step does it for natural gradient descent)
-    """,
-)
+@SOURCE.claim("gradient-descent", "section 3")
 def gradient_descent(setting: Setting) -> Iterator[dict[str, float]]:
     """What is left of a residual along the eigenvector of λ_min, at η = 1/λ_max and η = 1.
 
     Its length is 1 % of that which the residual of the targets has along an eigenvector on average,
     at which a network of moderate width is linear; the whole of it is measured for information.
+
+    Says: Gradient descent is slow in the directions of small eigenvalues of the tangent kernel, in
+    which natural gradient descent is as fast as in the others.
+    Rule:
+        log of the residual left, over theory, gradient descent 0.8 to 1.25 ((1 − λ_min/λ_max)^t up
+            to O(1/√M))
+        residual left after one step, Exact NGD ≤ 0.2 (theory leaves nothing; a finite network
+            O(1/√M))
+        steps of gradient descent to halve it ≥ 10 (one step does it for natural gradient descent)
     """
     task, steps = _problem(setting), setting.of(200, 1000)
     for draw in setting.each(range(DRAWS)):
@@ -285,12 +265,15 @@ def gradient_descent(setting: Setting) -> Iterator[dict[str, float]]:
         }
 
 
-@SOURCE.claim(
-    "test",
-    where="section 4, figure 3",
-    says="Predictions on test inputs follow in closed form; exact natural gradient descent ends at "
-    "those of gradient descent, the layer-wise approximations elsewhere.",
-    rule="""
+@SOURCE.claim("test", "section 4, figure 3")
+def test(setting: Setting) -> Figures:
+    """Distance of test outputs after six steps at ½/α from the infinite-width prediction.
+
+    It is relative to the prediction; unit-wise curvature has none.
+
+    Says: Predictions on test inputs follow in closed form; exact natural gradient descent ends at
+    those of gradient descent, the layer-wise approximations elsewhere.
+    Rule:
         distance of test outputs from theory, exponent of the width ≤ -0.25 (the distance vanishes
             like 1/√M)
         distance of test outputs from theory, Exact NGD ≤ 0.15 (O(1/√M) with the larger constant of
@@ -298,12 +281,6 @@ def gradient_descent(setting: Setting) -> Iterator[dict[str, float]]:
         limit of Exact NGD, from that of gradient descent ≤ 0.0001
         limit of Block-diagonal, from that of gradient descent ≥ 0.001 (a mean of per-layer
             regressors is not the regressor of the sum)
-    """,
-)
-def test(setting: Setting) -> Figures:
-    """Distance of test outputs after six steps at ½/α from the infinite-width prediction.
-
-    It is relative to the prediction; unit-wise curvature has none.
     """
 
     def distance_from_theory(task: Problem, model: ntk.MLP, name: str) -> float:

@@ -58,20 +58,17 @@ def block_error(model: nn.Module, x: Tensor, structure: str, **options: Any) -> 
     return math.sqrt(squares / whole)
 
 
-@SOURCE.claim(
-    "block-error",
-    where="2022, abstract",
-    says="The nearest Kronecker product (KPSVD) approximates the blocks of the Fisher matrix "
-    "better than K-FAC's product, and two products (deflation) better than one.",
-    rule="""
-        error of KPSVD over that of K-FAC ≤ 1 (nearest by definition)
-        error of deflation over that of KPSVD ≤ 1 (one term more)
-    """,
-)
+@SOURCE.claim("block-error", "2022, abstract")
 def block_errors(setting: Setting) -> Iterator[dict[str, float]]:
     """Frobenius error of all blocks of an autoencoder with 16, 8 and 16 tanh units.
 
     Exact Fisher matrix of 50 images, before and after 100 and 500 steps of Adam.
+
+    Says: The nearest Kronecker product (KPSVD) approximates the blocks of the Fisher matrix better
+    than K-FAC's product, and two products (deflation) better than one.
+    Rule:
+        error of KPSVD over that of K-FAC ≤ 1 (nearest by definition)
+        error of deflation over that of KPSVD ≤ 1 (one term more)
     """
     task = _task(setting)
     for draw in setting.each(range(DRAWS)):
@@ -104,23 +101,20 @@ def _compared(setting: Setting, methods: dict[str, Make]) -> dict[str, Tuned]:
     return task.compare(tried, network, DRAWS, steps, every=every, progress=setting.progress)
 
 
-@SOURCE.claim(
-    "training",
-    where="2022, abstract",
-    says="With nearest Kronecker products autoencoders train to lower losses than with K-FAC in "
-    "as many steps, and reach K-FAC's loss in less time.",
-    rule="""
-        training loss over K-FAC's ≤ 1 (lower)
-        processor time to K-FAC's loss over K-FAC's ≤ 1 (less)
-    """,
-    remark="All end within a few hundredths of K-FAC's loss, at the same damping: a nearer matrix "
-    "makes no difference here. One draw that stops just above that loss makes the mean time ∞.",
-)
+@SOURCE.claim("training", "2022, abstract")
 def training(setting: Setting) -> Figures:
     """The loss after 200 steps with batches of 100, each at the best of three dampings.
 
     The autoencoder of `koroko.block-error`; natgrad's defaults for all else. A loss that is not
     reached takes infinite time.
+
+    Says: With nearest Kronecker products autoencoders train to lower losses than with K-FAC in as
+    many steps, and reach K-FAC's loss in less time.
+    Rule:
+        training loss over K-FAC's ≤ 1 (lower)
+        processor time to K-FAC's loss over K-FAC's ≤ 1 (less)
+    Remark: All end within a few hundredths of K-FAC's loss, at the same damping: a nearer matrix
+    makes no difference here. One draw that stops just above that loss makes the mean time ∞.
     """
     methods = {"K-FAC": _at_damping(natgrad.KFAC, "gaussian")}
     for title, rank in PRODUCTS.items():
@@ -137,21 +131,18 @@ def training(setting: Setting) -> Figures:
     return figures | {f"damping, {title}": one.rate for title, one in found.items()}
 
 
-@SOURCE.claim(
-    "two-level",
-    where="2023, abstract",
-    says="Coarse corrections that couple the layers do not really improve on K-FAC, whatever the "
-    "coarse space.",
-    rule="""
-        training loss over K-FAC's ≥ 0.9 (an improvement by less than a tenth is none)
-    """,
-    remark="Here they are behind K-FAC, each at its best damping, of which K-FAC takes the least "
-    "that was tried.",
-)
+@SOURCE.claim("two-level", "2023, abstract")
 def two_level(setting: Setting) -> Figures:
     """The loss after 200 steps, as in `koroko.training`; K-FAC updates as often as the others.
 
     Two-level K-FAC updates curvature at every step and factorises every 20 steps.
+
+    Says: Coarse corrections that couple the layers do not really improve on K-FAC, whatever the
+    coarse space.
+    Rule:
+        training loss over K-FAC's ≥ 0.9 (an improvement by less than a tenth is none)
+    Remark: Here they are behind K-FAC, each at its best damping, of which K-FAC takes the least
+    that was tried.
     """
     refresh = natgrad.TwoLevelKFAC.method.refresh
     methods = {"K-FAC": _at_damping(natgrad.KFAC, "gaussian", refresh=refresh)}

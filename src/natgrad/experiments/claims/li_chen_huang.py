@@ -136,25 +136,22 @@ def _run(setting: Setting, title: str, rate: float, draw: int) -> tuple[float, f
     return last / first, problem.error(model) if math.isfinite(last) else math.inf
 
 
-@SOURCE.claim(
-    "stability",
-    where="method",
-    says="On stiff physics-informed networks implicit steps are stable at large rates, at which "
-    "explicit gradient descent diverges.",
-    rule="""
-        loss, relative to the first, implicit ≤ 1 (stable)
-        loss, relative to the first, explicit ≥ 1 (it diverges)
-    """,
-    remark="A first measurement took rates up to 1, which for this loss are all below 2/λ_max: "
-    "explicit steps were stable, too. Now rates are in units of 2/λ_max and the draws are others "
-    "(seed 1); the rule is the same.",
-)
+@SOURCE.claim("stability", "method")
 def stability(setting: Setting) -> Iterator[dict[str, float]]:
     """The loss after 1000 evaluations of the gradient, at ten and a thousand times 2/λ_max.
 
     λ_max is that of the Hessian at random weights. Poisson's equation in one dimension, no images,
     with a solution sin 2πx + 0.1 sin 20πx; two hidden layers of 32 tanh units. Inner problems take
     at most 20 iterations of L-BFGS.
+
+    Says: On stiff physics-informed networks implicit steps are stable at large rates, at which
+    explicit gradient descent diverges.
+    Rule:
+        loss, relative to the first, implicit ≤ 1 (stable)
+        loss, relative to the first, explicit ≥ 1 (it diverges)
+    Remark: A first measurement took rates up to 1, which for this loss are all below 2/λ_max:
+    explicit steps were stable, too. Now rates are in units of 2/λ_max and the draws are others
+    (seed 1); the rule is the same.
     """
     for title in setting.each(("implicit", "explicit")):
         for draw in range(DRAWS):
@@ -164,22 +161,19 @@ def stability(setting: Setting) -> Iterator[dict[str, float]]:
             yield {f"loss at half of 2/λ_max, {title}": _run(setting, title, SMALL, draw)[0]}
 
 
-@SOURCE.claim(
-    "accuracy",
-    where="experiments",
-    says="With implicit steps physics-informed networks learn solutions of several scales that "
-    "Adam fails to learn with as many evaluations.",
-    rule="""
-        error of u, implicit over Adam ≤ 1 (more accurate)
-    """,
-    remark="Neither method learns this solution with so few evaluations: errors of 1 are those of "
-    "u = 0.",
-)
+@SOURCE.claim("accuracy", "experiments")
 def accuracy(setting: Setting) -> Figures:
     """Relative error of u after 1000 evaluations of the gradient, equation as in `stability`.
 
     Each method at the rate of the lowest loss for another network: half, ten or a thousand times
     2/λ_max for implicit steps, 0.001, 0.003, 0.01 or 0.03 for Adam.
+
+    Says: With implicit steps physics-informed networks learn solutions of several scales that Adam
+    fails to learn with as many evaluations.
+    Rule:
+        error of u, implicit over Adam ≤ 1 (more accurate)
+    Remark: Neither method learns this solution with so few evaluations: errors of 1 are those of u
+    = 0.
     """
     rates = {"implicit": (SMALL, *LARGE), "Adam": (1e-3, 3e-3, 1e-2, 3e-2)}
     errors: dict[str, list[float]] = {}

@@ -134,22 +134,19 @@ def _recursion(rate: float) -> InverseFactors:
     )
 
 
-@SOURCE.claim(
-    "inverse-free",
-    where="inverse-free update",
-    says="With dense factors a step of the inverse-free recursion (IKFAC) is that of K-FAC's "
-    "moving average, up to the square of its step size.",
-    rule="""
-        exponent of the step size 1.8 to 2.2 (theory says 2)
-    """,
-    remark="A first measurement, with β₁ from 0.1 to 0.0125, gave an exponent of 0.56 ± 0.06, as "
-    "β₁ times the largest eigenvalue of A, for 64 pixels of unit variance, was not small. These "
-    "are smaller steps and other draws (seed 1); the rule is the same.",
-)
+@SOURCE.claim("inverse-free", "inverse-free update")
 def inverse_free(setting: Setting) -> Iterator[dict[str, float]]:
     """How the relative error of the natural gradient falls with β₁, 0.001 and three times half.
 
     One step from the identity in float64, λ = 0.001, a batch of 64 images.
+
+    Says: With dense factors a step of the inverse-free recursion (IKFAC) is that of K-FAC's moving
+    average, up to the square of its step size.
+    Rule:
+        exponent of the step size 1.8 to 2.2 (theory says 2)
+    Remark: A first measurement, with β₁ from 0.1 to 0.0125, gave an exponent of 0.56 ± 0.06, as β₁
+    times the largest eigenvalue of A, for 64 pixels of unit variance, was not small. These are
+    smaller steps and other draws (seed 1); the rule is the same.
     """
     task = _task(setting, torch.float64)
     for draw in setting.each(range(DRAWS)):
@@ -199,21 +196,7 @@ def _ends(setting: Setting, dtype: torch.dtype, methods: Methods) -> dict[str, l
     return {title: tuned.ends for title, tuned in found.items()}
 
 
-@SOURCE.claim(
-    "bfloat16",
-    where="abstract",
-    says="In bfloat16 inverse-free K-FAC and SINGD train as stably as in float32, where K-FAC in "
-    "bfloat16 does not, and SINGD reaches lower losses than AdamW.",
-    rule="""
-        training loss in bfloat16 over that in float32, SINGD ≤ 1.1 (stable)
-        training loss in bfloat16 over that in float32, K-FAC ≥ 1.5 (not so)
-        training loss in bfloat16, SINGD over AdamW ≤ 1 (lower)
-    """,
-    remark="At its best damping K-FAC with rounded factors and inverses is stable, too, and loses "
-    "somewhat more to rounding than SINGD and AdamW. A first measurement, with λ = 0.001 and the "
-    "best of four rates from 0.01 on, told nothing: K-FAC and SINGD diverged in float32, too. Now "
-    "dampings are searched, and the draws are others (seed 1); the rule is the same.",
-)
+@SOURCE.claim("bfloat16", "abstract")
 def bfloat16(setting: Setting) -> Figures:
     """The loss after 150 steps with batches of 64, rates falling linearly.
 
@@ -221,6 +204,17 @@ def bfloat16(setting: Setting) -> Figures:
     float32, rounds factors and inverses. Curvature is of the empirical Fisher matrix, every five
     steps; rate 0.03, momentum 0.9 and the best of four dampings, 0.001 to 1, for another network.
     AdamW has the best of four rates.
+
+    Says: In bfloat16 inverse-free K-FAC and SINGD train as stably as in float32, where K-FAC in
+    bfloat16 does not, and SINGD reaches lower losses than AdamW.
+    Rule:
+        training loss in bfloat16 over that in float32, SINGD ≤ 1.1 (stable)
+        training loss in bfloat16 over that in float32, K-FAC ≥ 1.5 (not so)
+        training loss in bfloat16, SINGD over AdamW ≤ 1 (lower)
+    Remark: At its best damping K-FAC with rounded factors and inverses is stable, too, and loses
+    somewhat more to rounding than SINGD and AdamW. A first measurement, with λ = 0.001 and the best
+    of four rates from 0.01 on, told nothing: K-FAC and SINGD diverged in float32, too. Now dampings
+    are searched, and the draws are others (seed 1); the rule is the same.
     """
     ends = []
     for dtype, kfac in setting.each(
@@ -256,22 +250,19 @@ def state_entries(model: nn.Module, make: Make, x: Tensor, y: Tensor) -> int:
     return sum(one.numel() for one in kept if one.is_floating_point() and one.numel() > 1)
 
 
-@SOURCE.claim(
-    "structures",
-    where="abstract",
-    says="With structured factors SINGD keeps no more than AdamW does, and trains as well as with "
-    "dense ones.",
-    rule="""
-        numbers kept, over AdamW's ≤ 1.1 (no more, to a tenth)
-        training loss over that of dense factors ≤ 1.1 (to a tenth)
-    """,
-    remark="Measured for the second time, for the reason given in `lin.bfloat16`. Factors with "
-    "dense corners come closest.",
-)
+@SOURCE.claim("structures", "abstract")
 def structures(setting: Setting) -> Figures:
     """Numbers kept for a network 64-256-256-10, and the loss as in `lin.bfloat16`, in float32.
 
     Block-diagonal factors have blocks of 32, hierarchical ones dense corners of 16.
+
+    Says: With structured factors SINGD keeps no more than AdamW does, and trains as well as with
+    dense ones.
+    Rule:
+        numbers kept, over AdamW's ≤ 1.1 (no more, to a tenth)
+        training loss over that of dense factors ≤ 1.1 (to a tenth)
+    Remark: Measured for the second time, for the reason given in `lin.bfloat16`. Factors with dense
+    corners come closest.
     """
     task = _task(setting, torch.float32)
     x, y = task.x[:BATCH_SIZE], task.y[:BATCH_SIZE]

@@ -47,18 +47,16 @@ def _largest_ratio(losses: list[float]) -> float:
     return max(after / before for before, after in zip(losses[:-1], losses[1:], strict=True))
 
 
-@SOURCE.claim(
-    "full-rank",
-    where="condition 1, theorem 4",
-    says="The Jacobian of a wide two-layer ReLU network at random weights has full row rank, and "
-    "the smallest eigenvalue of its Gram matrix tends to that of the limit.",
-    rule="""
+@SOURCE.claim("full-rank", "condition 1, theorem 4")
+def full_rank(setting: Setting) -> Figures:
+    """Rank and smallest eigenvalue of the Gram matrix at the largest width.
+
+    Says: The Jacobian of a wide two-layer ReLU network at random weights has full row rank, and the
+    smallest eigenvalue of its Gram matrix tends to that of the limit.
+    Rule:
         rank J / N ≥ 1 (full row rank)
         λ_min(G) / λ_min(G∞) 0.75 to 1.25 (the theorem asks for ¾ of it at the start)
-    """,
-)
-def full_rank(setting: Setting) -> Figures:
-    """Rank and smallest eigenvalue of the Gram matrix at the largest width."""
+    """
     task = _problem(setting)
     limit = ntk.two_layer_kernel(task.x)
     found = [
@@ -73,21 +71,19 @@ def full_rank(setting: Setting) -> Figures:
     }
 
 
-@SOURCE.claim(
-    "stability",
-    where="condition 2, theorem 4",
-    says="The Jacobian changes little along training, the less the wider the network, so that "
-    "‖J(w) − J(w₀)‖₂ stays below a share of √λ_min.",
-    rule="""
+@SOURCE.claim("stability", "condition 2, theorem 4")
+def stability(setting: Setting) -> Figures:
+    """Largest δ = ‖J(w) − J(w₀)‖₂/√λ_min(G(w₀)) after each of 12 steps of rate ½.
+
+    Says: The Jacobian changes little along training, the less the wider the network, so that ‖J(w)
+    − J(w₀)‖₂ stays below a share of √λ_min.
+    Rule:
         exponent of the width ≤ -0.15 (−¼ for ReLU: the share of units that change sides falls like
             m^−½)
         largest δ over training, natural gradient descent ≤ 0.2 (C = 2δ/(1 − δ) < ½)
-    """,
-    remark="The theorem's width is of order n⁴/λ₀⁴. Convergence at the predicted rate does not "
-    "wait for the condition, which is sufficient and not necessary (`zhang-martens-grosse.rate`).",
-)
-def stability(setting: Setting) -> Figures:
-    """Largest δ = ‖J(w) − J(w₀)‖₂/√λ_min(G(w₀)) after each of 12 steps of rate ½."""
+    Remark: The theorem's width is of order n⁴/λ₀⁴. Convergence at the predicted rate does not wait
+    for the condition, which is sufficient and not necessary (`zhang-martens-grosse.rate`).
+    """
     task = _problem(setting)
     changes = {"gd": ByWidth(), "full": ByWidth()}
     for width in setting.each(_widths(setting)):
@@ -113,17 +109,15 @@ def stability(setting: Setting) -> Figures:
     }
 
 
-@SOURCE.claim(
-    "rate",
-    where="theorem 3",
-    says="Natural gradient descent shrinks ‖u − y‖² by 1 − η at least in every step.",
-    rule="""
+@SOURCE.claim("rate", "theorem 3")
+def rate(setting: Setting) -> Iterator[dict[str, float]]:
+    """The largest ratio of successive losses over 12 steps, at the largest width.
+
+    Says: Natural gradient descent shrinks ‖u − y‖² by 1 − η at least in every step.
+    Rule:
         largest share left by a step, over 1 − η ≤ 1.05 (the bound itself, with room for the
             rounding of what is left at the end)
-    """,
-)
-def rate(setting: Setting) -> Iterator[dict[str, float]]:
-    """The largest ratio of successive losses over 12 steps, at the largest width."""
+    """
     task, width = _problem(setting), _widths(setting)[-1]
     for lr in (0.25, 0.5, 0.75):
         for draw in range(DRAWS):
@@ -138,22 +132,19 @@ def _closer(task: Problem, shift: float) -> Problem:
     return dataclasses.replace(task, x=x / x.norm(dim=1, keepdim=True))
 
 
-@SOURCE.claim(
-    "conditioning",
-    where="section 3, after theorem 3",
-    says="The number of steps that natural gradient descent takes does not depend on λ_min of the "
-    "Gram matrix, while that of gradient descent grows like its inverse.",
-    rule="""
-        slope of log steps against log 1/λ_min, natural gradient descent -0.15 to 0.15 (no
-            dependence)
-        slope of log steps against log 1/λ_min, gradient descent ≥ 0.5 (proportional for a residual
-            along its eigenvector, less for a mixture)
-    """,
-)
+@SOURCE.claim("conditioning", "section 3, after theorem 3")
 def conditioning(setting: Setting) -> Figures:
     """Steps to 1 % of the loss, with inputs moved towards their mean by 0, ½, 1 and 2.
 
     Natural gradient descent with η = ½, gradient descent with η = 2/(λ_min + λ_max).
+
+    Says: The number of steps that natural gradient descent takes does not depend on λ_min of the
+    Gram matrix, while that of gradient descent grows like its inverse.
+    Rule:
+        slope of log steps against log 1/λ_min, natural gradient descent -0.15 to 0.15 (no
+            dependence)
+        slope of log steps against log 1/λ_min, gradient descent ≥ 0.5 (proportional for a residual
+            along its eigenvector, less for a mixture)
     """
     base = _problem(setting, 10)
     width, limit = setting.of(4096, 65536), setting.of(20000, 200000)
@@ -181,18 +172,16 @@ def conditioning(setting: Setting) -> Figures:
     return figures
 
 
-@SOURCE.claim(
-    "step-size",
-    where="abstract, theorem 3",
-    says="Learning rates of order 1 can be used, whatever the size of the kernel.",
-    rule="""
+@SOURCE.claim("step-size", "abstract, theorem 3")
+def step_size(setting: Setting) -> Iterator[dict[str, float]]:
+    """The training loss after 5 steps at the largest width.
+
+    Says: Learning rates of order 1 can be used, whatever the size of the kernel.
+    Rule:
         loss after 5 steps, relative to the first, η = 1.0 ≤ 0.05 (one step is enough in the limit)
         loss after 5 steps, relative to the first, η = 0.5 ≤ 0.05 (¼⁵ = 0.001 in the limit, 0.03
             guaranteed)
-    """,
-)
-def step_size(setting: Setting) -> Iterator[dict[str, float]]:
-    """The training loss after 5 steps at the largest width."""
+    """
     task, width = _problem(setting), _widths(setting)[-1]
     for lr in (0.5, 1.0):
         for draw in range(DRAWS):
@@ -200,21 +189,18 @@ def step_size(setting: Setting) -> Iterator[dict[str, float]]:
             yield {f"loss after 5 steps, relative to the first, η = {lr}": share}
 
 
-@SOURCE.claim(
-    "kfac-rate",
-    where="theorem 5",
-    says="K-FAC converges linearly on the two-layer network at a rate that depends on the inputs' "
-    "conditioning only, and like exact natural gradient descent where inputs are independent.",
-    rule="""
-        largest loss over its bound ≤ 1.1 (the bound is that of the limit, to which O(1/√m) comes)
-        largest distance of √(loss/first) from ½^t, independent inputs ≤ 0.15 (P_X = I: the same map
-            of residuals as for the exact matrix)
-    """,
-)
+@SOURCE.claim("kfac-rate", "theorem 5")
 def kfac_rate(setting: Setting) -> Iterator[dict[str, float]]:
     """Losses over 12 steps at half the largest guaranteed rate, width 1024 (4096).
 
     The dependent inputs are four times as many as their dimensions.
+
+    Says: K-FAC converges linearly on the two-layer network at a rate that depends on the inputs'
+    conditioning only, and like exact natural gradient descent where inputs are independent.
+    Rule:
+        largest loss over its bound ≤ 1.1 (the bound is that of the limit, to which O(1/√m) comes)
+        largest distance of √(loss/first) from ½^t, independent inputs ≤ 0.15 (P_X = I: the same map
+            of residuals as for the exact matrix)
     """
     task, width = _problem(setting), setting.of(1024, 4096)
     few = _in_leading_components(task, task.samples // 4)
@@ -242,21 +228,19 @@ def _in_leading_components(task: Problem, dim: int) -> Problem:
     return dataclasses.replace(task, x=x, x_test=x_test)
 
 
-@SOURCE.claim(
-    "generalisation",
-    where="theorem 6",
-    says="The error on new inputs of the network that natural gradient descent finds is below "
-    "√(2yᵀ(G∞)⁻¹y/n) up to a term that falls with n.",
-    rule="""
+@SOURCE.claim("generalisation", "theorem 6")
+def generalisation(setting: Setting) -> Figures:
+    """Mean of min(1, |f − y|) on test inputs after 15 steps of rate 1 from weights of size 0.1.
+
+    Says: The error on new inputs of the network that natural gradient descent finds is below
+    √(2yᵀ(G∞)⁻¹y/n) up to a term that falls with n.
+    Rule:
         bound − test loss ≥ 0 (the bound itself, its last term left out)
         bound of random labels / bound of true labels ≥ 1.2 (a bound that tells learnable labels
             from noise must be larger for noise)
-    """,
-    remark="The bound is beside the error only in that it is above it: for these data it is "
-    "several times as large. It tells true labels from random ones.",
-)
-def generalisation(setting: Setting) -> Figures:
-    """Mean of min(1, |f − y|) on test inputs after 15 steps of rate 1 from weights of size 0.1."""
+    Remark: The bound is beside the error only in that it is above it: for these data it is several
+    times as large. It tells true labels from random ones.
+    """
     figures: Figures = {}
     width = setting.of(4096, 65536)
     for samples in setting.of((20, 40), (100, 400, 1600)):
@@ -285,18 +269,16 @@ def generalisation(setting: Setting) -> Figures:
     return figures
 
 
-@SOURCE.claim(
-    "general-loss",
-    where="section 3.3",
-    says="For losses that are strongly convex and smooth in the outputs, natural gradient descent "
-    "converges linearly as gradient descent on the outputs would.",
-    rule="""
+@SOURCE.claim("general-loss", "section 3.3")
+def general_loss(setting: Setting) -> Iterator[dict[str, float]]:
+    """Eight steps of rate 2/(μ + κ) on ½r² + log cosh r, μ = 1 and κ = 2, at the largest width.
+
+    Says: For losses that are strongly convex and smooth in the outputs, natural gradient descent
+    converges linearly as gradient descent on the outputs would.
+    Rule:
         largest share of ‖u − y‖² left by a step, over its bound ≤ 1.1 (the bound is that of a
             constant Jacobian, to which O(1/√m) comes)
-    """,
-)
-def general_loss(setting: Setting) -> Iterator[dict[str, float]]:
-    """Eight steps of rate 2/(μ + κ) on ½r² + log cosh r, μ = 1 and κ = 2, at the largest width."""
+    """
     task = _problem(setting)
     bound = ntk.convergence_bounds(method="ngd", strong_convexity=1.0, smoothness=2.0)
     for draw in range(DRAWS):
