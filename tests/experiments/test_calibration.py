@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from natgrad.experiments.calibration import measured_learning_rate
+from natgrad.experiments.learning_rates import measured_learning_rate
 from natgrad.experiments.objectives import OBJECTIVES
 
 

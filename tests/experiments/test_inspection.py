@@ -7,10 +7,10 @@ from natgrad.experiments.factories import FactoryError, find, load_model
 from natgrad.experiments.inspection import (
     InspectionError,
     example_input,
+    fisher_spectrum,
     inspect_model,
     shared_positions,
 )
-from natgrad.experiments.spectrum import fisher_spectrum
 
 FACTORIES = """
 import torch

@@ -10,7 +10,7 @@ import pytest
 from natgrad.experiments import pages, report
 from natgrad.experiments.compare import compare
 from natgrad.experiments.config import CompareConfig
-from natgrad.experiments.plots import PLOTS
+from natgrad.experiments.report import PLOTS
 from natgrad.experiments.results import Repeat
 from tests.experiments.schema import check
 

@@ -2,8 +2,8 @@ import math
 
 import pytest
 
+from natgrad.experiments.learning_rates import BUDGET, best_learning_rate, search_learning_rate
 from natgrad.experiments.results import Search
-from natgrad.experiments.search import BUDGET, best_learning_rate, search_learning_rate
 
 
 def bowl(best, ceiling=math.inf):

@@ -24,13 +24,13 @@ from natgrad.experiments.compare import compare as run_comparison
 from natgrad.experiments.config import EVAL_SAMPLES, CompareConfig, ConfigError
 from natgrad.experiments.console import ProgressBars, print_results
 from natgrad.experiments.data import DATASETS, FILE_DATASETS
+from natgrad.experiments.learning_rates import BUDGET
 from natgrad.experiments.methods import DEFAULT_METHODS, METHODS, OWN_METHODS, method_name
 from natgrad.experiments.models import MODELS
 from natgrad.experiments.objectives import METRICS, OBJECTIVES
 from natgrad.experiments.pages import check_output, write_whole
 from natgrad.experiments.report import write_report
 from natgrad.experiments.results import Results, read_results
-from natgrad.experiments.search import BUDGET
 from natgrad.likelihoods.conversion import LIKELIHOODS
 
 

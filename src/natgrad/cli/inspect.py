@@ -16,11 +16,11 @@ from natgrad.experiments.factories import load_model
 from natgrad.experiments.inspection import (
     InspectionError,
     example_input,
+    fisher_spectrum,
     inspect_model,
     shared_positions,
     summary_values,
 )
-from natgrad.experiments.spectrum import fisher_spectrum
 
 
 def inspect(
