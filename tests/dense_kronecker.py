@@ -197,3 +197,17 @@ def exact_groups(size: int, found: Sequence[DenseBlock], count: float) -> Tensor
             rows = block.rows[:, group].flatten(1)
             place(result, index, rows.T @ rows / count)
     return result
+
+
+def damped_inputs(dense: Tensor, d_out: int, share: float) -> Tensor:
+    """Return ``F + share · (tr_inputs F/d_a) ⊗ I`` of a block of weight and bias, in that order."""
+    d_in = len(dense) // d_out
+    order = torch.cat([
+        torch.arange(d_out * (d_in - 1)).view(d_out, -1),
+        d_out * (d_in - 1) + torch.arange(d_out).view(d_out, 1),
+    ], 1).flatten()  # fmt: skip
+    matrix = dense[order][:, order].view(d_out, d_in, d_out, d_in)
+    means = matrix.diagonal(dim1=1, dim2=3).mean(-1)
+    added = torch.kron(means, torch.eye(d_in, dtype=dense.dtype))
+    back = order.argsort()
+    return dense + share * added[back][:, back]

@@ -134,6 +134,7 @@ class RecordProjections(TorchFunctionMode):
             key, offset = found
             options = {"batch": self.batch, "offset": offset}
             call = LayerCall(self.module, key, (inputs.detach(),), (output,), options)
+            call.of_data = inputs.requires_grad is False
             self.record(call)
         return output
 

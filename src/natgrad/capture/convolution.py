@@ -161,7 +161,9 @@ class RecordConvolutions(TorchFunctionMode):
         if weight is own.weight and isinstance(output, Tensor) and output.requires_grad:
             layer = convolution_like(weight, stride, padding, dilation, groups)
             options = {"convolution": layer, "has_bias": bias is own.bias}
-            self.record(LayerCall(own, "", (input.detach(),), (output,), options))
+            call = LayerCall(own, "", (input.detach(),), (output,), options)
+            call.of_data = input.requires_grad is False
+            self.record(call)
 
 
 def convolution_like(

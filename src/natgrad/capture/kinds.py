@@ -28,6 +28,8 @@ class LayerCall:
         outputs: Output tensors; dropped by the capture once their gradient edges are taken.
         options: Keyword inputs or other facts about the call.
         axis: Where the samples lie, or lay before they were brought to the front.
+        of_data: Whether a linear map's inputs are data, or what frozen layers make of them: no
+            gradient goes there.
     """
 
     module: nn.Module
@@ -36,6 +38,7 @@ class LayerCall:
     outputs: tuple[Tensor, ...]
     options: dict[str, Any] = field(default_factory=dict)
     axis: SampleAxis = SampleAxis()  # noqa: RUF009, frozen
+    of_data: bool = False
 
 
 def dense(tensor: Tensor) -> Tensor:
@@ -133,7 +136,9 @@ class LayerKind(ABC):
     ) -> list[LayerCall]:
         """Turn one forward call into recordings; the default takes the first input."""
         first = args[0] if args else next(iter(kwargs.values()))
-        return [LayerCall(module, "", (dense(first),), (output,), sparsity(first))]
+        call = LayerCall(module, "", (dense(first),), (output,), sparsity(first))
+        call.of_data = first.requires_grad is False
+        return [call]
 
     def recorder(self, module: nn.Module, record: Callable[[LayerCall], None]) -> TorchFunctionMode:
         """Return a mode in which the module runs, and which records its calls."""

@@ -183,6 +183,7 @@ class RecordProducts(TorchFunctionMode):
         if any(use.keys == (key,) for use in watched.uses):
             options = options | sparsity(inputs)
             call = LayerCall(watched.module, key, (dense(inputs),), (output,), options)
+            call.of_data = inputs.requires_grad is False
             self.record(kind, call)
 
     def _of(self, operand: Any) -> WatchedParameter | None:

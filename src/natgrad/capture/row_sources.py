@@ -145,12 +145,29 @@ class RowSources:
         self.checked: bool = False
         self.passes: int = 0
         self.settled: bool = False
+        self._of_data: dict[tuple[nn.Module, str], bool] = {}
         self._sizes: dict[Place, float] = {}
         self._resized: set[Place] = set()
 
     def are_of_layers(self, name: str) -> bool:
         """Return whether a block's rows come from calls of its layers alone."""
         return name not in self.direct and name not in self.by_products
+
+    def note_inputs(self, recorded: Sequence[RecordedCall]) -> None:
+        """Note whether the inputs of calls are data; once they were not, they no longer count."""
+        for call in (one.call for one in recorded):
+            key = call.module, call.key
+            self._of_data[key] = call.of_data and self._of_data.get(key, True)
+
+    def reading_data(self) -> set[str]:
+        """Return the blocks whose inputs are data, in all calls that rows were made of."""
+        found = set()
+        for name, uses in self.uses.items():
+            keys = [(use.module, key) for use in uses for key in use.keys]
+            seen = [self._of_data[key] for key in keys if key in self._of_data]
+            if seen and all(seen):
+                found.add(name)
+        return found
 
     def forget_products(self) -> None:
         """Make rows without products from now on, as of a model that has been compiled."""

@@ -64,6 +64,7 @@ class RowBuilder:
         See :meth:`natgrad.capture.Capture.pull_back`.
         """
         samples, directions = int(output.shape[0]), int(vectors.shape[0])
+        self.sources.note_inputs(recorded)
         if samples == 0 or not output.requires_grad:
             return Jacobians(self.layout, {}, samples, directions)
         own = self.sources.by_block([one for one in recorded if one.edges])
@@ -151,6 +152,7 @@ class RowBuilder:
         summed their rows. Otherwise the sum is their only row.
         """
         self.sources.look_at_modes()
+        self.sources.note_inputs(recorded)
         unscaled = isinstance(scale, float) and scale == 1.0
         calls = []
         for one in recorded:

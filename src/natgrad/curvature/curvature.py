@@ -17,7 +17,7 @@ from natgrad.curvature.sharing import SharedWork, Sharing
 from natgrad.curvature.structure import Part, Structure
 from natgrad.distributed import Replicas
 from natgrad.distributed.place import WHOLE_BATCH, Place
-from natgrad.jacobians import Draw, Jacobians
+from natgrad.jacobians import Draw, Jacobians, LinearJacobian
 from natgrad.jacobians.collection import in_type
 from natgrad.layouts import BlockLayout, ParameterLayout
 from natgrad.linalg import FactorizationError
@@ -50,6 +50,8 @@ class Estimate:
         missed: Count of the samples of the present step whose pass had no rows of the part.
         absent: Count of batches of a sum in which the part had no rows.
         rejected: Whether rows of the present step were left out, as not finite.
+        positions: How many positions of the last batch share an event, as those of an image do.
+        batches: Sum of the weights of the batches in the average, over these positions.
     """
 
     average: Statistics | None = None
@@ -60,6 +62,8 @@ class Estimate:
     missed: Tensor | float = 0.0
     absent: Tensor | float = 0.0
     rejected: bool = False
+    positions: Tensor | float = 1.0
+    batches: Tensor | float = 0.0
 
 
 class Curvature:
@@ -82,6 +86,9 @@ class Curvature:
         place: Which samples of the present batch are this process's.
         sharing: What processes share of the work, where the structure is made for that; a number is
             the fraction of them that keeps what is known of a layer.
+        reads_data: Names of the blocks whose inputs are data.
+        data_damping: What their factors of inputs are damped by when they are inverted, in units of
+            ``tr A/N`` for batches of N; see :class:`natgrad.RelativeDamping`.
         rows_stay: Whether rows stay with the processes that have made them, so that what is made of
             them must be asked for by all together; otherwise they are gathered.
     """
@@ -102,6 +109,8 @@ class Curvature:
         self.place: Place = WHOLE_BATCH
         self.sharing: Sharing | float = "inverses"
         self.rows_stay: bool = False
+        self.reads_data: Collection[str] = ()
+        self.data_damping: float = 0.0
         self._warned: set[str] = set()
         self._direct = structure.solver == "direct"
         #: Whether rows may come in chunks.
@@ -151,8 +160,9 @@ class Curvature:
                 if entry["weight"] > LEAST_WEIGHT_IN_USE:
                     staying.add(name)
                 elif found.average is not None:
-                    average = found.average.scaled(entry["weight"])
-                    found = replace(found, average=average, inverse=None)
+                    weight: float = entry["weight"]
+                    average, batches = found.average.scaled(weight), found.batches * weight
+                    found = replace(found, average=average, batches=batches, inverse=None)
                 fresh.estimates[name] = found
         self.drop_sums()
         self.layout, self.blocks = layout, fresh.blocks
@@ -202,7 +212,8 @@ class Curvature:
                 self.estimates[name] = replace(present, rejected=True)
                 continue
             batch = found if present.batch is None else present.batch.followed_by(found)
-            self.estimates[name] = replace(present, batch=batch, draws=draws)
+            positions = present.positions if continued else _positions_per_event(rows, weight)
+            self.estimates[name] = replace(present, batch=batch, draws=draws, positions=positions)
         jacobians.moments.clear()
 
     # Statistics to their average.
@@ -240,9 +251,11 @@ class Curvature:
                 continue
             if isinstance(missed[name], Tensor):
                 batch = batch.with_count(batch.count + missed[name])
+            batches = 1.0 / present.positions
             if average is not None:
                 batch = average.followed_by(batch, decay)
-            self.estimates[name] = replace(present, average=batch)
+                batches = batches + present.batches * decay
+            self.estimates[name] = replace(present, average=batch, batches=batches)
 
     def update(self, jacobians: Jacobians, count: Tensor | float) -> None:
         """Add the rows of a batch to a sum over batches."""
@@ -366,7 +379,7 @@ class Curvature:
         try:
             parts, structure = [self.parts[name] for name in names], self.structure
             averages = structure.renewed(parts, [e.average for e in estimates], dampings)
-            operators = [self.read(name, a) for name, a in zip(names, averages, strict=True)]
+            operators = [self.to_invert(n, a) for n, a in zip(names, averages, strict=True)]
             inner = [structure.inverse_damping(value) for value in dampings]
             if self._direct:
                 inverses = inverses_together(operators, inner)
@@ -390,6 +403,16 @@ class Curvature:
                 self.estimates[name], average=average, inverse=inverse, damping=value
             )
 
+    def to_invert(self, name: str, average: Statistics | None) -> Operator:
+        """Return what an average stands for, its factor of inputs damped where these are data."""
+        operator, batches = self.read(name, average), self.estimates[name].batches
+        if not (self.data_damping and name in self.reads_data and average is not None):
+            return operator
+        block = self.parts[name].block
+        rows = (average.count / batches).clamp(min=1.0)
+        damping = 0.0 if block.one_hot else self.data_damping * block.d_augmented
+        return operator.with_damped_inputs(damping / rows)
+
     def warn_kept(self, name: str, error: FactorizationError) -> None:
         """Warn, once per part, that an old factorisation stays in use."""
         if name not in self._warned:
@@ -408,7 +431,7 @@ class Curvature:
         """
         for name, present in self.estimates.items():
             if present.inverse is not None and name not in factorised:
-                inverse = self.operator(name).inverse(present.damping)
+                inverse = self.to_invert(name, self._settled(name)).inverse(present.damping)
                 self.estimates[name] = replace(self.estimates[name], inverse=inverse)
 
     def staggered(self, slots: int) -> list[list[str]]:
@@ -552,7 +575,17 @@ class Curvature:
             for key in ("average", "inverse")
         )
         self.structure.check_restored(part, average)
-        return Estimate(average, None, inverse, entry["damping"], entry["draws"])
+        return Estimate(
+            average, None, inverse, entry["damping"], entry["draws"], batches=entry["batches"]
+        )
+
+
+def _positions_per_event(rows: Jacobians, count: Tensor) -> Tensor | float:
+    """Return how many positions an event of a pass is seen at; 1 where each has events."""
+    block = next(iter(rows.values()))
+    if not isinstance(block, LinearJacobian) or block.positions == 1:
+        return 1.0
+    return torch.where(count > block.samples, 1.0, float(block.positions))
 
 
 def _packed(part: Part, estimate: Estimate) -> dict[str, Any]:
@@ -566,6 +599,7 @@ def _packed(part: Part, estimate: Estimate) -> dict[str, Any]:
         "inverse": None if inverse is None else inverse.state_dict(),
         "damping": estimate.damping,
         "draws": estimate.draws,
+        "batches": estimate.batches,
         "sizes": _sizes(part),
     }
 

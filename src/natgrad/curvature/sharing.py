@@ -259,7 +259,7 @@ class SharedWork:
         if entry["renewal"] is not None:
             average = average.with_renewal(entry["renewal"])
         if entry["inverse"] is None:
-            read = curvature.read(part.name, average)
+            read = curvature.to_invert(part.name, average)
             inverse = read.inverse(structure.inverse_damping(damping))
         else:
             layout = structure.vector_layout(part)

@@ -82,6 +82,10 @@ class EigenKroneckerOperator(Operator):
         weights = torch.einsum("goi,ngi->ngo", self.scale, a.square())
         return scaled_forms(delta.flatten(2), weights.flatten(1), diagonal)
 
+    def with_damped_inputs(self, share: Tensor) -> EigenKroneckerOperator:
+        """Return the matrix with ``s + share · (mean of s over inputs)``."""
+        return replace(self, scale=self.scale + (share * self.scale.mean(-1, True)).to(self.dtype))
+
     def direct_inverse(self, damping: float) -> Operator:
         """Divide by ``s + damping``; zero damping is the pseudo-inverse."""
         if not self.orthogonal:

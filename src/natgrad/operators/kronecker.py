@@ -111,6 +111,11 @@ class KroneckerOperator(Operator):
 
         return KroneckerSumOperator.of(self, other) or super().__add__(other)
 
+    def with_damped_inputs(self, share: Tensor) -> KroneckerOperator:
+        """Return ``B ⊗ (A + share · (tr A/d_a) I)``."""
+        shift = (share * factor_diagonal(self.inputs).mean(-1)).to(self.inputs.dtype)
+        return replace(self, inputs=_shifted(self.inputs, shift))
+
     # Inverses.
 
     def shifts(self, damping: float) -> tuple[Tensor, Tensor] | None:

@@ -111,6 +111,12 @@ class KroneckerSumOperator(Operator):
             return self._leading().logdet(damping)
         return linalg.log_determinant(self.eigenvalues(), damping, positive=False)
 
+    def with_damped_inputs(self, share: Tensor) -> KroneckerSumOperator:
+        """Return ``Σ_r B_r ⊗ (A_r + share · (tr A_r/d_a) I)``."""
+        means = self.inputs.diagonal(dim1=-2, dim2=-1).mean(-1)
+        shift = (share * means).to(self.inputs.dtype)
+        return replace(self, inputs=linalg.add_to_diagonal(self.inputs, shift))
+
     # Inverses.
 
     def direct_inverse(self, damping: float) -> Operator:

@@ -107,6 +107,13 @@ class Operator(Record, ABC):
 
         return DenseOperator(self.layout, self.to_dense()).direct_inverse(damping)
 
+    def with_damped_inputs(self, share: Tensor) -> Operator:
+        """Return the matrix with ``A + share · (tr A/d_a) I`` in place of a factor A of inputs.
+
+        Matrices that have no such factor stay as they are.
+        """
+        return self
+
     def inverse_root(self, damping: float) -> Operator:
         """Return the symmetric ``(F + damping I)^(−1/2)``, for ``damping > 0``.
 

@@ -186,6 +186,8 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
             excluded=first_order_names(unwrap(model), params), process_group=process_group,
         )  # fmt: skip
         preconditioner.observer.fisher.check_method(method)
+        if self._relative_damping is not None:
+            preconditioner.curvature.data_damping = self._relative_damping.data
         defaults = {
             "lr": lr, "momentum": method.momentum, "weight_decay": method.weight_decay,
             "damping": damping, "kl_clip": method.kl_clip, "preconditioned": True,

@@ -436,6 +436,7 @@ class Preconditioner(CopiedByState):
     def _invert(self) -> None:
         """Factorise what is due at this step, and let the other inverses follow an update."""
         step, interval = self.observer.steps - self.observer.start, self.refresh.inverses
+        self.curvature.reads_data = self.capture.sources.reading_data()
         due: Collection[str] = ()
         if self._slots and step >= interval:
             due = self._slots[step % interval]

@@ -82,8 +82,11 @@ def rows_of(model: nn.Module, x: Tensor, likelihood: str) -> Tensor:
     return torch.einsum("ncp,nck->nkp", jacobian(model, x), output_roots(likelihood, z))
 
 
-def kronecker(model: nn.Sequential, x: Tensor, rows: Tensor) -> Tensor:
-    """Return K-FAC's matrix of a chain of linear layers, in the order of ``parameters()``."""
+def kronecker(model: nn.Sequential, x: Tensor, rows: Tensor, data: float = 0.0) -> Tensor:
+    """Return K-FAC's matrix of a chain of linear layers, in the order of ``parameters()``.
+
+    The factor of the data themselves is ``A + data · tr A/N I``.
+    """
     result = torch.zeros(rows.shape[2], rows.shape[2], dtype=torch.float64)
     start, inputs = 0, x
     for layer in model:
@@ -93,9 +96,10 @@ def kronecker(model: nn.Sequential, x: Tensor, rows: Tensor) -> Tensor:
             ones = torch.ones(len(x), 1, dtype=torch.float64)
             a = torch.cat([inputs, ones], dim=1)
             g = rows[:, :, start + out * ins : start + size]  # The bias' rows are G's.
-            matrix = torch.kron(
-                torch.einsum("nki,nkj->ij", g, g) / len(x), a.T.contiguous() @ a / len(x)
-            )
+            moment = a.T.contiguous() @ a / len(x)
+            if inputs is x:
+                moment = moment + data * moment.trace() / len(x) * torch.eye(ins + 1).double()
+            matrix = torch.kron(torch.einsum("nki,nkj->ij", g, g) / len(x), moment)
             weight = torch.arange(out * (ins + 1)).reshape(out, ins + 1)
             order = torch.cat([weight[:, :ins].flatten(), weight[:, ins]])
             result[start : start + size, start : start + size] = matrix[order][:, order]
@@ -133,6 +137,7 @@ class Reference:
         self.q, self.pairs, self.ratios = None, 0.0, []
         self.rho, self.log_bend, self.seen, self.made_with = 1.0, None, 0, 1.0
         self.mean, self.matrix, self.inverse = None, None, None
+        self.damped = None  # The matrix as it is inverted, but for λ.
         self.residual, self.largest_residual, self.nu = None, 0.0, 1.0
         self.bound = False
         self.theta = position(model)
@@ -153,16 +158,18 @@ class Reference:
         loss = scale * loss_of(self.likelihood)(self.model(x), y)
         g = flat(torch.autograd.grad(loss, list(self.model.parameters())))
         rows = rows_of(self.model, x, self.likelihood)
-        saved = self.mean, self.matrix, self.inverse
+        saved = self.mean, self.matrix, self.damped, self.inverse
         if self.count % self.refresh.factors == 0:
-            self.matrix = self.estimate(x, rows)
+            self.matrix = self.damped = self.estimate(x, rows)
+            if self.kind == "kfac":
+                self.damped = kronecker(self.model, x, rows, data=1.0)
         if self.mean is None:
             self.mean = float(self.matrix.trace()) / len(g)
         damping = self.shares * self.nu * self.mean
         if self.count % self.refresh.inverses == 0:
             joint = self.kind == "full"  # One λ, the largest.
             used = damping.max().expand_as(damping) if joint else damping
-            self.inverse = torch.linalg.inv(self.matrix + used.diag())
+            self.inverse = torch.linalg.inv(self.damped + used.diag())
             self.mean = float(self.matrix.trace()) / len(g)
         delta = self.inverse @ g
         along = float(self.v @ g)
@@ -170,7 +177,7 @@ class Reference:
         sigma = math.sqrt(self.pairs)
         most = max(self.length.overshoot, min(1.5, self.length.overshoot + 2 * sigma))
         if self.s is not None and along > most * expected:
-            self.mean, self.matrix, self.inverse = saved
+            self.mean, self.matrix, self.damped, self.inverse = saved
             kept = expected / (expected + along)
             self.usual *= kept
             self.theta = self.theta - (1 - kept) * self.v
@@ -456,9 +463,9 @@ def test_damping_falls_with_squared_residuals_by_the_formula(kind):
 def test_lengths_are_annealed_by_the_formula(kind, momentum):
     """Targets are noise, so that steps end uphill for the next batch."""
     length = MeasuredLength(interval=4, start=1.0, overshoot=math.inf)
-    model = network()
+    model = network(2)
     optimizer = optimizer_of(model, kind, "gaussian", length, momentum=momentum)
-    reference = Reference(network(), kind, "gaussian", length, EVERY_STEP)
+    reference = Reference(network(2), kind, "gaussian", length, EVERY_STEP)
     reference.momenta.fill_(momentum)
     annealed = []
     for x, y in batches("gaussian", 40):

@@ -125,7 +125,10 @@ def test_clipped_gradients_make_no_step_longer_than_their_natural_gradient(likel
     """α is at most 1, however small clipping leaves ``⟨Δ, g⟩``."""
     model = network()
     rule = StepRule(length=MeasuredLength(start=1.0))
-    optimizer = KFAC(model, likelihood, lr=rate, momentum=0.0, fisher="exact", step_rule=rule)
+    optimizer = KFAC(
+        model, likelihood, lr=rate, momentum=0.0, fisher="exact", step_rule=rule,
+        damping=RelativeDamping(data=0.0),
+    )  # fmt: skip
     for seed in range(15):
         optimizer.zero_grad()
         plain(model, mean_loss(likelihood), *batch(likelihood, seed))

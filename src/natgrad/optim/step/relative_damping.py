@@ -28,20 +28,34 @@ class RelativeDamping:
     likelihood where lengths are measured (:class:`natgrad.MeasuredLength`). Elsewhere ν is 1.
     Targets that are noise for the most part are damped by all of ε.
 
+    A layer that reads the data itself, or what frozen layers make of them, meets d inputs that it
+    did not choose. Whitened by ``A⁻¹``, those that hardly vary count as much as what the data have
+    in common, which costs generalisation (Wadia et al. 2021), and a step on N samples says no more
+    of d white inputs than noise does. So a Kronecker factor of such inputs is inverted as
+
+    .. math:: A + \kappa rac{\operatorname{tr} A}{N} I,
+
+    as ridge regression damps with d/N at a given ratio of signal to noise (Dobriban & Wager 2018).
+    Inputs that are few beside the batch, as the patches of images, are hardly damped.
+
     Attributes:
         share: ε. A group's ``"damping"`` is its ε.
         floor: Least ν, in (0, 1]; 1 for a constant ε.
+        data: κ; 0 for all inputs alike. Other structures than Kronecker products do not use it,
+            nor does :class:`natgrad.SINGD`.
 
     Raises:
-        ValueError: If ε is negative or not finite, or the floor out of range.
+        ValueError: If ε or κ is negative or not finite, or the floor out of range.
     """
 
     share: float = 0.2
     floor: float = 0.01
+    data: float = 1.0
 
     def __post_init__(self) -> None:
         """Check the options."""
         check_range("share", self.share)
+        check_range("data", self.data)
         if not is_number(self.floor) or not 0 < self.floor <= 1:
             raise ValueError(f"floor must be in (0, 1], got {self.floor!r}")
 
