@@ -15,10 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.experiments.batches import TensorBatches
-from natgrad.experiments.calibration import measured_learning_rate
 from natgrad.experiments.config import CompareConfig, ConfigError
 from natgrad.experiments.environment import describe_environment
 from natgrad.experiments.factories import described
+from natgrad.experiments.learning_rates import (
+    BUDGET,
+    best_learning_rate,
+    measured_learning_rate,
+    search_learning_rate,
+)
 from natgrad.experiments.memory import PeakMemory
 from natgrad.experiments.methods import METHODS, Method
 from natgrad.experiments.problems import Problem, Problems
@@ -33,7 +38,6 @@ from natgrad.experiments.results import (
     Search,
     Target,
 )
-from natgrad.experiments.search import BUDGET, best_learning_rate, search_learning_rate
 from natgrad.experiments.training import Schedule, train
 
 _EVALUATIONS = 20  # per run, unless asked for otherwise

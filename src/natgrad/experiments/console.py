@@ -24,6 +24,7 @@ from rich.progress import (
 from rich.table import Table
 
 from natgrad.experiments.compare import Observer
+from natgrad.experiments.inspection import Spectrum
 from natgrad.experiments.methods import METHODS
 from natgrad.experiments.pages import (
     DASH,
@@ -38,7 +39,6 @@ from natgrad.experiments.plan import Plan, SharedWork, advice, best
 from natgrad.experiments.progress import Progress as Parts
 from natgrad.experiments.report import format_metric, headline, last, outcome, over_seeds
 from natgrad.experiments.results import MethodResult, Results
-from natgrad.experiments.spectrum import Spectrum
 from natgrad.experiments.theory.results import TheoryResults
 from natgrad.optim.summary import Summary, format_bytes
 

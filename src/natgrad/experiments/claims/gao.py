@@ -43,26 +43,18 @@ CHECKPOINTS = (0, 20, 200)
 
 def _matrix_networks(setting: Setting) -> dict[str, Callable[[int, int, int], nn.Module]]:
     """Return networks whose layers are small enough for dense blocks, by title."""
-    width = setting.of(4, 8)
+    w = setting.of(4, 8)
 
-    def mlp(channels: int, classes: int, side: int) -> nn.Module:
-        return nn.Sequential(
-            nn.Flatten(),
-            nn.AvgPool1d(channels * side**2 // 64),
-            nn.Linear(64, 8 * width),
-            nn.ReLU(),
-            nn.Linear(8 * width, 4 * width),
-            nn.ReLU(),
-            nn.Linear(4 * width, classes),
-        )
+    def perceptron(channels: int, classes: int, side: int) -> nn.Module:
+        first = nn.Flatten(), nn.AvgPool1d(channels * side**2 // 64), nn.Linear(64, 8 * w)
+        second, third = nn.Linear(8 * w, 4 * w), nn.Linear(4 * w, classes)
+        return nn.Sequential(*first, nn.ReLU(), second, nn.ReLU(), third)
 
-    def vgg(channels: int, classes: int, side: int) -> nn.Module:
-        return VGG(channels, classes, [(width,), (2 * width,), (4 * width, 4 * width)], side)
-
-    def resnet(channels: int, classes: int, side: int) -> nn.Module:
-        return ResNet(channels, classes, (width, 2 * width, 4 * width), 1)
-
-    return {"MLP": mlp, "VGG": vgg, "ResNet": resnet}
+    return {
+        "MLP": perceptron,
+        "VGG": lambda c, k, side: VGG(c, k, [(w,), (2 * w,), (4 * w, 4 * w)], side),
+        "ResNet": lambda c, k, side: ResNet(c, k, (w, 2 * w, 4 * w), 1),
+    }
 
 
 def _trained_models(setting: Setting, title: str, draw: int) -> list[tuple[int, nn.Module, Any]]:
@@ -72,18 +64,18 @@ def _trained_models(setting: Setting, title: str, draw: int) -> list[tuple[int, 
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     generator = torch.Generator().manual_seed(draw)
     seen = slice(setting.of(50, 200))
+    pair = data.train_inputs[seen].double(), data.train_labels[seen]
     found = []
     for step in range(CHECKPOINTS[-1] + 1):
         chosen = torch.randint(0, len(data.train_labels), (100,), generator=generator)
-        output = model(data.train_inputs[chosen])
-        if step == 0:  # Means and variances of a network with BatchNorm before any step.
-            for _ in range(50):
-                model(data.train_inputs[chosen])
+        x, labels = data.train_inputs[chosen], data.train_labels[chosen]
+        output = model(x)
+        for _ in range(0 if step else 50):  # Means and variances of BatchNorm before any step.
+            model(x)
         if step in CHECKPOINTS:
-            pair = data.train_inputs[seen].double(), data.train_labels[seen]
             found.append((step, copy.deepcopy(model).double().eval(), pair))
         optimizer.zero_grad()
-        functional.cross_entropy(output, data.train_labels[chosen]).backward()
+        functional.cross_entropy(output, labels).backward()
         optimizer.step()
     return found
 
@@ -131,20 +123,21 @@ def trace(setting: Setting) -> Figures:
     natgrad's authors, from others' accounts: with it the identity holds without weight sharing
     only.
     """
+    structures: dict[str, str | Structure] = {
+        "largest |tr TKFAC / tr F − 1|": "tkfac",
+        "the same with the source's coefficient of convolutions": _PositionsApart(),
+        "the same of K-FAC": "kfac",
+    }
     figures: Figures = {}
     for title in setting.each(_matrix_networks(setting)):
-        largest: dict[str, float] = {}
-        for _, model, pair in _trained_models(setting, title, 0):
-            exact = _traces(model, pair, "diagonal")
-            for key, structure in (
-                ("largest |tr TKFAC / tr F − 1|", "tkfac"),
-                ("the same with the source's coefficient of convolutions", _PositionsApart()),
-                ("the same of K-FAC", "kfac"),
-            ):
-                found = _traces(model, pair, structure)
-                departure = max(abs(found[name] / exact[name] - 1.0) for name in exact)
-                largest[key] = max(largest.get(key, 0.0), departure)
-        figures |= {f"{key}, {title}": value for key, value in largest.items()}
+        models = _trained_models(setting, title, 0)
+        exact = [_traces(model, pair, "diagonal") for _, model, pair in models]
+        for key, structure in structures.items():
+            figures[f"{key}, {title}"] = max(
+                abs(found / whole[name] - 1.0)
+                for (_, model, pair), whole in zip(models, exact, strict=True)
+                for name, found in _traces(model, pair, structure).items()
+            )
     return figures
 
 
@@ -164,11 +157,6 @@ def _errors(setting: Setting, title: str, draw: int) -> dict[int, dict[str, list
     return errors
 
 
-def _ratio(errors: dict[str, list[float]], one: str, other: str) -> float:
-    """Return the geometric mean over layers of the ratio of two structures' errors."""
-    return statistics.geometric_mean(ratios(errors[one], errors[other]))
-
-
 @SOURCE.claim("tekfac-error", "TEKFAC, abstract", data="cifar10")
 def tekfac_error(setting: Setting) -> Figures:
     """Frobenius errors to the exact blocks of all layers of three networks along training.
@@ -183,17 +171,13 @@ def tekfac_error(setting: Setting) -> Figures:
     """
     figures: Figures = {}
     for title in setting.each(_matrix_networks(setting)):
-        found = [_errors(setting, title, draw) for draw in range(DRAWS)]
+        found = [e for draw in range(DRAWS) for e in _errors(setting, title, draw).values()]
         for one, other, name in (
             ("tekfac", "tkfac", "largest ‖F − TEKFAC‖ / ‖F − TKFAC‖"),
             ("ekfac", "kfac", "for comparison, largest ‖F − EKFAC‖ / ‖F − K-FAC‖"),
         ):
-            figures[f"{name}, {title}"] = max(
-                a / b
-                for by_step in found
-                for errors in by_step.values()
-                for a, b in zip(errors[one], errors[other], strict=True)
-            )
+            largest = max(max(ratios(errors[one], errors[other])) for errors in found)
+            figures[f"{name}, {title}"] = largest
     return figures
 
 
@@ -217,9 +201,8 @@ def tkfac_error(setting: Setting) -> Figures:
                 ("tkfac", "kfac", "‖F − TKFAC‖ / ‖F − K-FAC‖"),
                 ("tekfac", "ekfac", "TEKFAC's beside EKFAC's"),
             ):
-                figures[f"{name}, {title} after {step} steps"] = [
-                    _ratio(each, one, other) for each in errors
-                ]
+                means = [statistics.geometric_mean(ratios(e[one], e[other])) for e in errors]
+                figures[f"{name}, {title} after {step} steps"] = means
     return figures
 
 
@@ -227,28 +210,19 @@ def tkfac_error(setting: Setting) -> Figures:
 
 
 def _damped(
-    optimizer: type[natgrad.NaturalGradient],
-    own: Structure | None,
-    plain: Structure | None = None,
+    optimizer: Callable[..., torch.optim.Optimizer],
+    damping: Callable[[float], Any] = natgrad.RelativeDamping,
+    **structure: Any,
 ) -> Callable[[nn.Module, Trial, int, int], torch.optim.Optimizer]:
     """Return a maker of the sources' steps, rate times direction, with momentum.
 
-    `own` is a structure with damping in units of each layer, `plain` one with one damping for all,
-    where it is not the optimizer's.
+    One damping is for all layers, unless the structure takes a plain number for a share of its own.
     """
-    chosen = own or plain
-    structure: dict[str, Any] = {} if chosen is None else {"structure": chosen}
+    plain: dict[str, Any] = {"momentum": 0.9, "step_rule": natgrad.StepRule(length="lr")}
 
     def make(model: nn.Module, trial: Trial, *_: int) -> torch.optim.Optimizer:
         rate, share = trial
-        return optimizer(
-            model,
-            lr=rate,
-            momentum=0.9,
-            damping=natgrad.RelativeDamping(share) if own is None else share,
-            step_rule=natgrad.StepRule(length="lr"),
-            **structure,
-        )
+        return optimizer(model, lr=rate, damping=damping(share), **plain, **structure)
 
     return make
 
@@ -262,19 +236,21 @@ METHODS = {
     "ekfac": Method("EKFAC", at_rate(natgrad.EKFAC), _NATURAL),
     "tkfac": Method("TKFAC", at_rate(natgrad.TKFAC), _NATURAL),
     "tekfac": Method("TEKFAC", at_rate(natgrad.TEKFAC), _NATURAL),
-    "kfac-one": Method("K-FAC, one damping", _damped(natgrad.KFAC, None, EXPANDED), _BOTH),
-    "kfac-own": Method("K-FAC, own damping", _damped(natgrad.KFAC, LayerDampedKFAC()), _BOTH),
-    "tkfac-one": Method("TKFAC, one damping", _damped(natgrad.TKFAC, None), _BOTH),
-    "tkfac-own": Method("TKFAC, own damping", _damped(natgrad.TKFAC, LayerDampedTKFAC()), _BOTH),
+    "kfac-one": Method("K-FAC, one damping", _damped(natgrad.KFAC, structure=EXPANDED), _BOTH),
+    "kfac-own": Method(
+        "K-FAC, own damping", _damped(natgrad.KFAC, float, structure=LayerDampedKFAC()), _BOTH
+    ),
+    "tkfac-one": Method("TKFAC, one damping", _damped(natgrad.TKFAC), _BOTH),
+    "tkfac-own": Method(
+        "TKFAC, own damping", _damped(natgrad.TKFAC, float, structure=LayerDampedTKFAC()), _BOTH
+    ),
 }
 
 
 def _vgg(setting: Setting) -> ImageTask:
     """Return six convolutions, or VGG-16."""
-    groups = setting.of(
-        ((8, 8), (16, 16), (32, 32)),
-        ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3),
-    )
+    published = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)
+    groups: Any = setting.of(((8, 8), (16, 16), (32, 32)), published)
     network = lambda c, k, side: VGG(c, k, groups, side)  # noqa: E731
     return ImageTask(images(setting, 2560, 20), network, setting.of(6, 200))
 
@@ -290,27 +266,25 @@ ORDER = ("sgd", "adam", "ekfac", "tkfac", "tekfac")
 def _order(setting: Setting, race: Race, equal: str) -> Figures:
     """Return TEKFAC's figures beside those of the others, at the end or after equal time."""
     trials, runs = race.race(setting, ORDER)
-    values: dict[tuple[str, str], list[float]] = {}
-    for figure in ("loss", "accuracy"):
-        draws = zip(*runs.values(), strict=True)
-        read = [
-            at_equal_time(draw, figure) if equal == "seconds" else [one[figure][-1] for one in draw]
-            for draw in draws
-        ]
-        for name, found in zip(ORDER, zip(*read, strict=True), strict=True):
-            values[name, figure] = list(found)
-    figures: Figures = {}
+
+    def read(figure: str) -> dict[str, list[float]]:
+        if equal != "seconds":
+            return ends(runs, figure)
+        by_draw = [at_equal_time(draw, figure) for draw in zip(*runs.values(), strict=True)]
+        return dict(zip(ORDER, map(list, zip(*by_draw, strict=True)), strict=True))
+
+    losses, right = read("loss"), read("accuracy")
     titles = {name: METHODS[name].title for name in ORDER}
-    for comparison, figure, compared in (
-        ("training loss, TEKFAC /", "loss", ratios),
-        ("test accuracy, TEKFAC −", "accuracy", differences),
+    figures: Figures = {}
+    for comparison, values, compared in (
+        ("training loss, TEKFAC /", losses, ratios),
+        ("test accuracy, TEKFAC −", right, differences),
     ):
         for name in ORDER[:-1]:
-            both = values["tekfac", figure], values[name, figure]
-            figures[f"{comparison} {titles[name]}"] = compared(*both)
+            figures[f"{comparison} {titles[name]}"] = compared(values["tekfac"], values[name])
     for name, title in titles.items():
-        figures[f"training loss of {title}"] = values[name, "loss"]
-        figures[f"test accuracy of {title}"] = values[name, "accuracy"]
+        figures[f"training loss of {title}"] = losses[name]
+        figures[f"test accuracy of {title}"] = right[name]
         if equal == "seconds":
             epochs = len(runs[name][0]["seconds"])
             figures[f"seconds an epoch, {title}"] = [r["seconds"][-1] / epochs for r in runs[name]]

@@ -102,19 +102,17 @@ def width(setting: Setting) -> Figures:
     about it, the less the wider the network, so that its exponent is somewhat below 1.
     """
     widths, samples = _widths(setting), _samples(setting)
-    found = {name: ByWidth() for name in STATISTICS}
-    shares: dict[str, list[float]] = {name: [] for name in STATISTICS}
+    found, shares = ({name: ByWidth() for name in STATISTICS} for _ in range(2))
     for one in setting.each(widths):
         for draw in range(DRAWS):
             generator = _seed(setting, draw)
             values = _measured_and_theory(one, DEPTH, samples, OUTPUTS, generator)
             for name, (measured, theory) in values.items():
                 found[name].add(one, measured)
-                if one == widths[-1]:
-                    shares[name].append(measured / theory)
+                shares[name].add(one, measured / theory)
     return {
         **{f"exponent of the width, {name}": found[name].exponents() for name in STATISTICS},
-        **{f"measured / theory, {name}": shares[name] for name in STATISTICS},
+        **{f"measured / theory, {name}": shares[name][widths[-1]] for name in STATISTICS},
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -36,20 +36,22 @@ def _title(name: str) -> str:
     return METHODS[name].title
 
 
+Quantity = Callable[[Problem, ntk.MLP, str], float]
+"""What is measured of a problem, a random network and a method."""
+
+
 def _by_width(
-    setting: Setting,
-    names: Iterable[str],
-    measure: Callable[[Problem, ntk.MLP, str], float],
-    draws: int,
+    setting: Setting, quantity: Quantity, draws: int = 0, *, without: str = "", also: str = ""
 ) -> dict[str, ByWidth]:
-    """Return a quantity of a problem, a random network and each of some methods, by width."""
-    found = {name: ByWidth() for name in names}
+    """Return a quantity of all methods that theory has a rate for, but for one, and of another."""
+    structures = [name for name in _problem(setting).structures if name != without]
+    found = {name: ByWidth() for name in (also, *structures) if name}
     for width in setting.each(_widths(setting)):
         task = _problem(setting, width)
-        for draw in range(draws):
+        for draw in range(draws or DRAWS):
             model = task.network(draw=draw)
             for name, values in found.items():
-                values.add(width, measure(task, model, name))
+                values.add(width, quantity(task, model, name))
     return found
 
 
@@ -78,7 +80,7 @@ def dynamics(setting: Setting) -> Figures:
         left = task.train_at(0.5, model, name, 6).left
         return max(abs(math.sqrt(loss) - 0.5**step) for step, loss in enumerate(left))
 
-    found = _by_width(setting, _problem(setting).structures, departure, DRAWS)
+    found = _by_width(setting, departure)
     return _last_and_exponents(found, "departure from (1 − ηα)^t", "exponent of the width")
 
 
@@ -127,7 +129,7 @@ def best_rate(setting: Setting) -> Figures:
         return 1.0 + 0.125 * (low - high) / (low - 2.0 * middle + high)
 
     figures: Figures = {}
-    for name, found in _by_width(setting, _problem(setting).structures, best, 2 * DRAWS).items():
+    for name, found in _by_width(setting, best, 2 * DRAWS).items():
         figures[f"best learning rate × α, {_title(name)}"] = found[max(found)]
         departures = ByWidth({w: [abs(one - 1.0) for one in ones] for w, ones in found.items()})
         key = "exponent of the width of |best learning rate × α − 1|"
@@ -197,8 +199,7 @@ def diagonal(setting: Setting) -> Figures:
     def deviation(task: Problem, model: ntk.MLP, name: str) -> float:
         return task.isotropy(model, name).deviation
 
-    names = ("diagonal", *_problem(setting).structures)
-    deviations = _by_width(setting, names, deviation, DRAWS)
+    deviations = _by_width(setting, deviation, also="diagonal")
     figures: Figures = {f"deviation, {_title(n)}": d[max(d)] for n, d in deviations.items()}
     for name in ("diagonal", "unit_wise"):
         figures[f"exponent of the width, {_title(name)}"] = deviations[name].exponents()
@@ -220,8 +221,7 @@ def one_step(setting: Setting) -> Figures:
     def left(task: Problem, model: ntk.MLP, name: str) -> float:
         return task.train_at(1.0, model, name, 1).left[1]
 
-    found = _by_width(setting, _problem(setting).structures, left, 2 * DRAWS)
-    key = "loss after one step, relative to the first"
+    found, key = _by_width(setting, left, 2 * DRAWS), "loss after one step, relative to the first"
     return _last_and_exponents(found, key, "exponent of the width")
 
 
@@ -292,8 +292,7 @@ def test(setting: Setting) -> Figures:
         with torch.no_grad():
             return float((trained(task.x_test) - theory[0]).norm() / theory[0].norm())
 
-    names = [name for name in _problem(setting).structures if name != "unit_wise"]
-    found = _by_width(setting, names, distance_from_theory, DRAWS)
+    found = _by_width(setting, distance_from_theory, without="unit_wise")
     key = "distance of test outputs from theory"
     figures = _last_and_exponents(found, key, f"{key}, exponent of the width")
     task = _problem(setting)

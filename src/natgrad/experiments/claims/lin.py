@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 import natgrad
 from natgrad.curvature import InverseFactors, KroneckerFactors
 from natgrad.curvature.structure import Part
-from natgrad.experiments.calibration import step_of
 from natgrad.experiments.claims.claim import Figures, Setting, Source, ratios
 from natgrad.experiments.claims.side_by_side import Make, Methods, Task, at_rate
+from natgrad.experiments.learning_rates import step_of
 from natgrad.experiments.theory.results import exponent
 from natgrad.jacobians import Jacobians
 from natgrad.operators import KroneckerOperator

@@ -34,7 +34,7 @@ def _fngd(
 
 
 _RATES = rates(0.02, 0.06, 0.2)
-_ALWAYS = natgrad.Refresh(factors=1, inverses=1)
+_ALWAYS, _ALWAYS_TITLE = natgrad.Refresh(factors=1, inverses=1), "K-FAC renewed at every step"
 
 
 _kfac = partial(at_rate, natgrad.KFAC, structure=EXPANDED)
@@ -46,7 +46,7 @@ RACE = Race(  # Of a ResNet-8 of width 8, or ResNet-18.
         "mean": Method("FNGD with mean coefficients", partial(_fngd, share="mean")),
         "own": Method("FNGD with own coefficients", partial(_fngd, own=True)),
         "kfac": Method("K-FAC", _kfac(), rates(0.375, 0.75, 1.5)),
-        "kfac-always": Method("K-FAC renewed at every step", _kfac(refresh=_ALWAYS)),
+        "kfac-always": Method(_ALWAYS_TITLE, _kfac(refresh=_ALWAYS)),
     },
 )
 
@@ -85,16 +85,12 @@ def epoch_time(setting: Setting) -> Figures:
     first = {name: [one["seconds"][0] for one in found] for name, found in runs.items()}
     whole = ends(runs, "seconds")
     return {
-        "seconds of an epoch, K-FAC renewed at every step / FNGD": ratios(
-            later["kfac-always"], later["fngd"]
-        ),
+        f"seconds of an epoch, {_ALWAYS_TITLE} / FNGD": ratios(later["kfac-always"], later["fngd"]),
         "seconds of an epoch, FNGD / SGD": ratios(later["fngd"], later["sgd"]),
         "the same of K-FAC renewed now and then / FNGD": ratios(later["kfac"], later["fngd"]),
         "the first epoch, FNGD / SGD": ratios(first["fngd"], first["sgd"]),
         "all epochs, FNGD / SGD": ratios(whole["fngd"], whole["sgd"]),
-        "all epochs, K-FAC renewed at every step / FNGD": ratios(
-            whole["kfac-always"], whole["fngd"]
-        ),
+        f"all epochs, {_ALWAYS_TITLE} / FNGD": ratios(whole["kfac-always"], whole["fngd"]),
         "seconds of an epoch of SGD": later["sgd"],
     }
 
@@ -123,13 +119,11 @@ def time_to_accuracy(setting: Setting) -> Figures:
     }
     excess = [one["seconds"][0] for one in runs["fngd"]]
     excess = differences(excess, _later_epochs(runs["fngd"]))
-    rest = differences(times["fngd"], excess)
+    rest, always = differences(times["fngd"], excess), times["kfac-always"]
     losses, accuracies = ends(runs, "loss"), ends(runs, "accuracy")
     figures: Figures = {
-        "seconds to the accuracy, K-FAC renewed at every step / FNGD": ratios(
-            times["kfac-always"], times["fngd"]
-        ),
-        "the same, FNGD's first epoch as long as its others": ratios(times["kfac-always"], rest),
+        f"seconds to the accuracy, {_ALWAYS_TITLE} / FNGD": ratios(always, times["fngd"]),
+        "the same, FNGD's first epoch as long as its others": ratios(always, rest),
         "the same of K-FAC renewed now and then / FNGD": ratios(times["kfac"], times["fngd"]),
         "the same of SGD / FNGD": ratios(times["sgd"], times["fngd"]),
         "the accuracy": targets,
@@ -168,16 +162,13 @@ def coefficients(setting: Setting) -> Figures:
     trials, runs = RACE.race(setting, likes)
     runs[same] = at_same_rate
     losses, right = ends(runs, "loss"), ends(runs, "accuracy")
+    shared = losses["fngd"]
     figures: Figures = {
-        "training loss, shared / own coefficients": ratios(losses["fngd"], losses["own"]),
+        "training loss, shared / own coefficients": ratios(shared, losses["own"]),
         "test accuracy, shared − own coefficients": differences(right["fngd"], right["own"]),
-        "training loss, shared coefficients / SGD at the same rate": ratios(
-            losses["fngd"], losses[same]
-        ),
-        "the same / SGD at its best rate": ratios(losses["fngd"], losses["sgd"]),
-        "the same, shared by position / shared as their mean": ratios(
-            losses["fngd"], losses["mean"]
-        ),
+        "training loss, shared coefficients / SGD at the same rate": ratios(shared, losses[same]),
+        "the same / SGD at its best rate": ratios(shared, losses["sgd"]),
+        "the same, shared by position / shared as their mean": ratios(shared, losses["mean"]),
         "the same, own coefficients / SGD at its best rate": ratios(losses["own"], losses["sgd"]),
         "best rate of FNGD": trials["fngd"][0],
         "best rate of SGD": trials["sgd"][0],
@@ -236,19 +227,15 @@ def translation(setting: Setting) -> Figures:
     width, depth, seconds = setting.of((64, 1, 10.0), (256, 3, 3600.0))
 
     def run(name: str, rate: float, draw: int) -> dict[str, float]:
+        seed, epoch = setting.seed_of(draw), len(corpus.train) // 32
+        make = lambda model, loss: TRANSLATORS[name][0](model, rate, epoch, loss)  # noqa: E731
+
         def compute() -> dict[str, float]:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(setting.seed_of(draw))
+                torch.manual_seed(seed)
                 model = Translator(len(corpus.german), len(corpus.english), width, depth)
                 model.to(setting.torch_device())
-                loss, steps = train_for(
-                    seconds,
-                    model,
-                    lambda m, loss: TRANSLATORS[name][0](m, rate, len(corpus.train) // 32, loss),
-                    corpus,
-                    32,
-                    setting.seed_of(draw),
-                )
+                loss, steps = train_for(seconds, model, make, corpus, 32, seed)
             return {"loss": loss, "steps": float(steps), "BLEU": bleu(model, corpus)}
 
         return setting.part(f"{name} {rate} {draw}", compute)

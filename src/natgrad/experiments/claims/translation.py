@@ -28,10 +28,9 @@ Words = list[str]
 
 @dataclass(frozen=True)
 class Corpus:
-    """German sentences and their English translations as numbers of words.
+    """German sentences and their English translations as numbers of words, which are in lists.
 
-    `german` and `english` are the words that have numbers; `train` are pairs, `test` German
-    sentences, and `references` their translations as words.
+    Those to train on are pairs; `references` are the translations of the test sentences as words.
     """
 
     train: list[tuple[Tensor, Tensor]]
@@ -62,14 +61,9 @@ def read_corpus(folder: Path | None, train: int | None, test: int, least: int) -
         raise RuntimeError(
             "Multi30K is read from files: give --data-dir, the folder that holds multi30k/."
         )
-    german, english, test_german, references = (
-        _sentences(folder, name)[:count]
-        for name, count in (
-            ("train.de", train),
-            ("train.en", train),
-            ("test_2016_flickr.de", test),
-            ("test_2016_flickr.en", test),
-        )
+    german, english = (_sentences(folder, f"train.{one}")[:train] for one in ("de", "en"))
+    test_german, references = (
+        _sentences(folder, f"test_2016_flickr.{one}")[:test] for one in ("de", "en")
     )
     if len(german) != len(english) or len(test_german) != len(references):
         raise RuntimeError(
@@ -82,8 +76,8 @@ def read_corpus(folder: Path | None, train: int | None, test: int, least: int) -
 
 
 def _sentences(folder: Path, name: str) -> list[Words]:
-    places = [base / (name + end) for base in (folder / "multi30k", folder) for end in ("", ".gz")]
-    path = next((place for place in places if place.is_file()), None)
+    names = (f"{base}{name}{end}" for base in ("multi30k/", "") for end in ("", ".gz"))
+    path = next(filter(Path.is_file, map(folder.joinpath, names)), None)
     if path is None:
         raise RuntimeError(
             f"There is no {name} or {name}.gz of Multi30K in {folder} or {folder / 'multi30k'}."
@@ -125,10 +119,9 @@ class Translator(nn.Module):
         sizes = width, 4, 4 * width, 0.1  # The last is dropout.
         encoder = nn.TransformerEncoderLayer(*sizes, batch_first=True, norm_first=True)
         decoder = nn.TransformerDecoderLayer(*sizes, batch_first=True, norm_first=True)
-        self.encoder: nn.Module = nn.TransformerEncoder(
-            encoder, depth, nn.LayerNorm(width), enable_nested_tensor=False
-        )
-        self.decoder: nn.Module = nn.TransformerDecoder(decoder, depth, nn.LayerNorm(width))
+        norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.encoder: nn.Module = nn.TransformerEncoder(encoder, depth, norm[0], False)
+        self.decoder: nn.Module = nn.TransformerDecoder(decoder, depth, norm[1])
         self.output: nn.Linear = nn.Linear(width, english)
         for parameter in self.parameters():
             if parameter.dim() > 1:
@@ -150,20 +143,14 @@ class Translator(nn.Module):
         return found + self.get_buffer("positions")[: words.shape[1]]
 
     def _encode(self, german: Tensor) -> tuple[Tensor, Tensor]:
-        padding = german == PAD
-        return self.encoder(self._embedded(self.german, german), src_key_padding_mask=padding), (
-            padding
-        )
+        padding, embedded = german == PAD, self._embedded(self.german, german)
+        return self.encoder(embedded, src_key_padding_mask=padding), padding
 
     def _decode(self, memory: Tensor, padding: Tensor, english: Tensor) -> Tensor:
         length = english.shape[1]
         future = torch.ones(length, length, dtype=torch.bool, device=english.device).triu(1)
-        found = self.decoder(
-            self._embedded(self.english, english),
-            memory,
-            tgt_mask=future,
-            memory_key_padding_mask=padding,
-        )
+        masks = {"tgt_mask": future, "memory_key_padding_mask": padding}
+        found = self.decoder(self._embedded(self.english, english), memory, **masks)
         logits: Tensor = self.output(found)
         return logits
 

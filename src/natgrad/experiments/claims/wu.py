@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import natgrad
-from natgrad.experiments.calibration import step_of
 from natgrad.experiments.claims.claim import Figures, Setting, Source, ratios
 from natgrad.experiments.claims.side_by_side import Make, Methods, Task, accuracies, at_rate
+from natgrad.experiments.learning_rates import step_of
 from natgrad.fisher import FisherType, ImprovedFisher
 
 SOURCE = Source(

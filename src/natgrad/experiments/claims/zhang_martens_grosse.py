@@ -35,11 +35,9 @@ def _problem(setting: Setting, samples: int | None = None) -> Problem:
 
 
 def _network(task: Problem, width: int, draw: int = 0, std: float = 1.0) -> ntk.TwoLayerNetwork:
-    generator = torch.Generator().manual_seed(1000 * task.config.seed + draw)
-    network = ntk.TwoLayerNetwork(
-        task.x.shape[1], width, weight_std=std, generator=generator, dtype=torch.float64
-    )
-    return network.to(task.x.device)
+    inputs, random = task.x.shape[1], torch.Generator().manual_seed(1000 * task.config.seed + draw)
+    made = ntk.TwoLayerNetwork(inputs, width, weight_std=std, generator=random, dtype=torch.float64)
+    return made.to(task.x.device)
 
 
 def _largest_ratio(losses: list[float]) -> float:
@@ -59,10 +57,8 @@ def full_rank(setting: Setting) -> Figures:
     """
     task = _problem(setting)
     limit = ntk.two_layer_kernel(task.x)
-    found = [
-        ntk.jacobian_conditions(_network(task, _widths(setting)[-1], draw), task.x, kernel=limit)
-        for draw in range(DRAWS)
-    ]
+    networks = [_network(task, _widths(setting)[-1], draw) for draw in range(DRAWS)]
+    found = [ntk.jacobian_conditions(one, task.x, kernel=limit) for one in networks]
     smallest = float(torch.linalg.eigvalsh(limit)[0])
     return {
         "rank J / N": [conditions.rank / task.samples for conditions in found],
@@ -211,13 +207,11 @@ def kfac_rate(setting: Setting) -> Iterator[dict[str, float]]:
         bounded = few.train(_network(few, width, draw), "kfac", lr, STEPS, damping=0.0).left
         lr = 0.5 / task.samples
         plain = task.train(_network(task, width, draw), "kfac", lr, 6, damping=0.0).left
+        most = max(v / factor**t for t, v in enumerate(bounded))
+        distance = max(abs(math.sqrt(v) - 0.5**t) for t, v in enumerate(plain))
         yield {
-            "largest loss over its bound, dependent inputs": max(
-                v / factor**t for t, v in enumerate(bounded)
-            ),
-            "largest distance of √(loss/first) from ½^t, independent inputs": max(
-                abs(math.sqrt(v) - 0.5**t) for t, v in enumerate(plain)
-            ),
+            "largest loss over its bound, dependent inputs": most,
+            "largest distance of √(loss/first) from ½^t, independent inputs": distance,
         }
 
 
@@ -248,24 +242,21 @@ def generalisation(setting: Setting) -> Figures:
         kernel = ntk.two_layer_kernel(task.x)
         bound = ntk.generalization_bound(kernel, task.y)
         generator = torch.Generator().manual_seed(setting.seed)
-        noise = [
-            ntk.generalization_bound(
-                kernel, 0.5 * torch.randn(samples, generator=generator).sign().to(task.y)
-            )
-            for _ in range(10)
-        ]
+        labels = [0.5 * torch.randn(samples, generator=generator).sign() for _ in range(10)]
+        noise = [ntk.generalization_bound(kernel, one.to(task.y)) for one in labels]
         errors = []
         for draw in range(DRAWS):
             run = task.train(_network(task, width, draw, 0.1), "full", 1.0, 15)
             with torch.no_grad():
                 wrong = (run.model(task.x_test) - task.y_test).abs().clamp(max=1.0)
             errors.append(float(wrong.mean()))
-        figures[f"bound − test loss, n = {samples}"] = [bound - error for error in errors]
-        figures[f"bound of random labels / bound of true labels, n = {samples}"] = [
-            value / bound for value in noise
-        ]
-        figures[f"bound, n = {samples}"] = bound
-        figures[f"test loss, n = {samples}"] = errors
+        found: Figures = {
+            "bound − test loss": [bound - error for error in errors],
+            "bound of random labels / bound of true labels": [value / bound for value in noise],
+            "bound": bound,
+            "test loss": errors,
+        }
+        figures |= {f"{name}, n = {samples}": value for name, value in found.items()}
     return figures
 
 

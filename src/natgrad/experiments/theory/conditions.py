@@ -29,7 +29,12 @@ KFAC_WIDTH = 1024
 
 
 def conditions(problem: Problem, progress: Callable[[float], None]) -> Section:
-    """Run the section."""
+    """Conditions and bounds.
+
+    Natural gradient descent converges linearly, whatever the conditioning of the kernel, if the
+    Jacobian has full row rank and changes little (Zhang, Martens & Grosse 2019). Do the conditions
+    hold for a two-layer ReLU network on these data, and what do the bounds say?
+    """
     notes = []
     if problem.outputs > 1:
         notes = ["The two-layer network has one output: only the first is learnt."]
@@ -117,11 +122,6 @@ def conditions(problem: Problem, progress: Callable[[float], None]) -> Section:
         "converges at the predicted rate all the same."
     )  # fmt: skip
     return Section(
-        "conditions",
-        "Conditions and bounds",
-        "Natural gradient descent converges linearly, whatever the conditioning of the kernel, if "
-        "the Jacobian has full row rank and changes little (Zhang, Martens & Grosse 2019). Do the "
-        "conditions hold for a two-layer ReLU network on these data, and what do the bounds say?",
         findings=[
             str(ntk.jacobian_conditions(model, x)),
             f"The change of the Jacobian under natural gradient descent falls like "

@@ -36,7 +36,11 @@ class _Theory:
 
 
 def dynamics(problem: Problem, progress: Callable[[float], None]) -> Section:
-    """Run the section."""
+    """Training curves, predicted and trained.
+
+    Does a wide network follow the curves of its infinite-width limit, for gradient descent and for
+    natural gradient descent with each approximate Fisher matrix?
+    """
     config, model = problem.config, problem.network()
     theories = _theories(problem, model)
     curves = {name: Panel(f"{name} loss") for name in ("training", "test")}
@@ -117,10 +121,6 @@ def dynamics(problem: Problem, progress: Callable[[float], None]) -> Section:
         )
     caption = f"At η = 1/α, {width}. Loss before training: {first:.3g}."
     return Section(
-        "dynamics",
-        "Training curves, predicted and trained",
-        "Does a wide network follow the curves of its infinite-width limit, for gradient descent "
-        "and for natural gradient descent with each approximate Fisher matrix?",
         findings=findings,
         plots=plots,
         tables=[Table(caption, headings.split("|"), rows)],

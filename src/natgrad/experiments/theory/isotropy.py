@@ -24,7 +24,11 @@ SHOWN = 30
 
 
 def isotropy(problem: Problem, progress: Callable[[float], None]) -> Section:
-    """Run the section."""
+    """Isotropy.
+
+    Seen in function space, is a natural-gradient step a multiple α of the gradient with respect to
+    the outputs? If so, 1/α is the learning rate that fits the data in one step.
+    """
     names, sizes = [*problem.structures, "diagonal"], problem.widths
     deviations = {name: ByWidth() for name in names}
     rows: list[list[Cell]] = []
@@ -66,10 +70,6 @@ def isotropy(problem: Problem, progress: Callable[[float], None]) -> Section:
     headings = "structure|α, theory|α, measured|deviation|1/α|largest stable η|verdict"
     narrow, wide = (100 * deviations["diagonal"].mean(size) for size in (sizes[0], sizes[-1]))
     return Section(
-        "isotropy",
-        "Isotropy",
-        "Seen in function space, is a natural-gradient step a multiple α of the gradient with "
-        "respect to the outputs? If so, 1/α is the learning rate that fits the data in one step.",
         findings=[
             "Unit-wise curvature deviates from isotropy like "
             f"M^{deviations['unit_wise'].exponent():.2f}; theory says −0.5.",

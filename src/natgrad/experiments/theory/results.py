@@ -82,11 +82,11 @@ class Table:
 
 @dataclass
 class Section:
-    """One part of the report."""
+    """One part of the report; title and question are those of the docstring of what makes it."""
 
-    name: str
-    title: str
-    question: str
+    name: str = ""
+    title: str = ""
+    question: str = ""
     status: Status = "not run"
     findings: list[str] = field(default_factory=list)
     plots: list[Plot] = field(default_factory=list)

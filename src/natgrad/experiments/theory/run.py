@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 import warnings
 from collections.abc import Callable
@@ -22,11 +23,7 @@ from natgrad.experiments.theory.width import width
 SectionFunction = Callable[[Problem, Callable[[float], None]], Section]
 
 _SECTIONS: dict[str, SectionFunction] = {
-    "dynamics": dynamics,
-    "width": width,
-    "isotropy": isotropy,
-    "conditions": conditions,
-    "spectrum": spectrum,
+    one.__name__: one for one in (dynamics, width, isotropy, conditions, spectrum)
 }
 
 
@@ -51,6 +48,9 @@ def run_theory(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # Skipped steps of diverging runs.
                 section = _SECTIONS[name](problem, observer.progress)
+            told = inspect.getdoc(_SECTIONS[name]) or ""
+            section.title, _, question = told.partition(".\n")
+            section.name, section.question = name, " ".join(question.split())
             section.status = "completed"
         except KeyboardInterrupt:
             section = Section(name, name.capitalize(), "", "interrupted")

@@ -24,7 +24,11 @@ TITLES = {"mean": "mean m_λ", "second": "second moment s_λ", "largest": "large
 
 
 def spectrum(problem: Problem, progress: Callable[[float], None]) -> Section:
-    """Run the section."""
+    """Spectrum of the Fisher matrix.
+
+    In standard parameterisation, where are the eigenvalues of the Fisher matrix of a random wide
+    network, and what learning rate does the largest allow gradient descent?
+    """
     # With ‖x‖² = M_0 the pre-activations of all layers have the same size.
     x = problem.x * problem.x.shape[1] ** 0.5
     measured, predicted, limit = ({name: ByWidth() for name in TITLES} for _ in range(3))
@@ -77,10 +81,6 @@ def spectrum(problem: Problem, progress: Callable[[float], None]) -> Section:
         "width|parameters|m_λ|from κ|limit|s_λ|from κ|limit|λ_max|from κ|limit|largest η of GD"
     )
     return Section(
-        "spectrum",
-        "Spectrum of the Fisher matrix",
-        "In standard parameterisation, where are the eigenvalues of the Fisher matrix of a random "
-        "wide network, and what learning rate does the largest allow gradient descent?",
         findings=[
             f"The largest eigenvalue grows like M^{measured['largest'].exponent():.2f} (theory: "
             "1), so the learning rate of gradient descent must fall like 1/M; the mean eigenvalue "

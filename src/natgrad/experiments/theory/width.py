@@ -18,7 +18,11 @@ GD_STEPS, NGD_STEPS = 100, 8
 
 
 def width(problem: Problem, progress: Callable[[float], None]) -> Section:
-    """Run the section."""
+    """Wider networks.
+
+    The theory is about infinite width. How fast do kernels, trained outputs and the loss after one
+    step approach it, and how much does the Jacobian change on the way?
+    """
     sizes, kernels = problem.widths, ByWidth()
     one_step = {name: ByWidth() for name in problem.structures}
     errors = {name: ByWidth() for name in ("gd", *problem.structures)}
@@ -93,10 +97,6 @@ def width(problem: Problem, progress: Callable[[float], None]) -> Section:
     headings = ["quantity", "theory", "fitted", f"at M = {narrow}", f"at M = {wide}"]
     fall = {name: values.mean(narrow) / values.mean(wide) for name, values in change.items()}
     return Section(
-        "width",
-        "Wider networks",
-        "The theory is about infinite width. How fast do kernels, trained outputs and the loss "
-        "after one step approach it, and how much does the Jacobian change on the way?",
         findings=[
             f"The error of the tangent kernel falls like M^{kernels.exponent():.2f}; theory says "
             "−0.5.",
