@@ -87,6 +87,21 @@ def test_normalising_again_makes_no_difference():
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize("classes", [2, 5])
+@pytest.mark.parametrize("spread", [0.0, 1e-3, 0.1])
+def test_a_single_state_of_an_untrained_policy_will_do(classes, spread):
+    """With its first, nearly equal probabilities the gradient nearly sums to zero."""
+    model = nn.Sequential(nn.Linear(4, classes), nn.Softmax(-1)).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(spread)
+    optimizer = natgrad.KFAC(model)
+    chosen = torch.distributions.Categorical(probs=model(normal(1, 4))).log_prob(torch.zeros(1))
+    (-2.5 * chosen).sum().backward()
+    optimizer.step()
+    assert isinstance(optimizer.preconditioner.observer.likelihood, ClassProbabilities)
+
+
 def test_a_softmax_before_cross_entropy_stays_as_it_is():
     """Its outputs are logits to the loss, which takes another softmax of them."""
     model = nn.Sequential(nn.Linear(4, 3), nn.Softmax(-1)).double()
