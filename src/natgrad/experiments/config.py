@@ -23,16 +23,8 @@ FULL_BATCH_FIRST_ORDER_FACTOR = 10
 EVAL_SAMPLES = 2000
 
 #: Defaults of a comparison on a built-in network, and on a model of the user's.
-_BUILT_IN_NETWORK: dict[str, Any] = {
-    "data": "digits",
-    "model": "mlp",
-    "depth": 3,
-    "loss": "mse",
-    "methods": DEFAULT_METHODS,
-    "steps": 30,
-    "quality": True,
-    "dtype": "float32",
-}
+_BUILT_IN_NETWORK: dict[str, Any] = dict(data="digits", model="mlp", depth=3, loss="mse", steps=30)
+_BUILT_IN_NETWORK |= {"methods": DEFAULT_METHODS, "quality": True, "dtype": "float32"}
 _OWN_MODEL: dict[str, Any] = {"methods": OWN_METHODS, "steps": 200, "quality": False}
 
 

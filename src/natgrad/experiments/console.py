@@ -72,14 +72,9 @@ class ProgressBars(_Bars, Observer):
     """One bar for all, and one per method and search with loss and metric of the last step."""
 
     def __init__(self, console: Console) -> None:
-        super().__init__(
-            console,
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[measured]}"),
-            shows_rest=True,
-        )
+        title, bar = TextColumn("{task.description}"), BarColumn(bar_width=24)
+        measured = TextColumn("{task.fields[measured]}")
+        super().__init__(console, title, bar, MofNCompleteColumn(), measured, shows_rest=True)
         self._method = ""
         self._all: TaskID | None = None
         #: What is spent of the total, and what the present bar will have spent of it.
@@ -120,12 +115,8 @@ class PartBars(_Bars, Parts):
     """One bar per part of a job; where there is no terminal, a line when it has ended."""
 
     def __init__(self, console: Console) -> None:
-        super().__init__(
-            console,
-            TextColumn("{task.description:<12}"),
-            BarColumn(bar_width=32),
-            TextColumn("{task.percentage:>3.0f} %"),
-        )
+        title, share = "{task.description:<12}", "{task.percentage:>3.0f} %"
+        super().__init__(console, TextColumn(title), BarColumn(bar_width=32), TextColumn(share))
 
     def begin(self, part: str) -> None:
         """Show a new bar."""

@@ -104,17 +104,11 @@ class Eigenpair:
 
 @dataclass(frozen=True)
 class Spectrum:
-    """What the eigenvalues of a Fisher matrix are like.
+    """What the eigenvalues of a Fisher matrix of so many samples are like; the trace is their sum.
 
-    Attributes:
-        samples: Samples that it is of.
-        parameters: P, how many eigenvalues there are.
-        trace: Their sum.
-        top: The largest, from the largest on.
-        decades: Exponent k → estimate of the eigenvalues from 10ᵏ to 10ᵏ⁺¹, largest first, from
-            random vectors.
-        rest: Estimate of those below all of these: zero, or zero to rounding.
-        effective_dimension: λ → ``Σ μ/(μ + λ)``, estimated likewise, for λ above rounding.
+    `top` are the largest. `decades` maps exponents k to how many there are from 10ᵏ to 10ᵏ⁺¹,
+    largest first, estimated by random vectors; `rest` are those below: zero, or zero to rounding.
+    `effective_dimension` maps λ above rounding to ``Σ μ/(μ + λ)``, estimated likewise.
     """
 
     samples: int

@@ -70,7 +70,6 @@ def _reset_high_water_mark() -> int | None:
 
 def _peak_bytes() -> int | None:
     with contextlib.suppress(OSError):
-        for line in _STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return 1024 * int(line.split()[1])
+        lines = _STATUS.read_text().splitlines()
+        return next((1024 * int(one.split()[1]) for one in lines if one.startswith("VmHWM:")), None)
     return None

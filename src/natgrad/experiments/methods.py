@@ -75,8 +75,8 @@ class Method:
 
     Attributes:
         title: The name to print.
-        description: What it does, in one sentence.
         optimizer: Its class, or what makes the optimizer likewise.
+        description: What it does, in one sentence.
         rule: Where the learning rate comes from: a "search" on a grid, "theory" (1/α), the
             "measured" minimum of the quadratic model along the first direction, or the "default" of
             the optimizer.
@@ -94,8 +94,8 @@ class Method:
     """
 
     title: str
-    description: str
     optimizer: Callable[..., torch.optim.Optimizer]
+    description: str
     rule: LearningRateRule
     structure: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -186,95 +186,85 @@ class Method:
 
 # Curvature is that of the step's own batch.
 _EVERY_STEP = {"refresh": natgrad.Refresh(factors=1, inverses=1, decay=0.0)}
+_PLAIN_STEP = natgrad.StepRule(length="lr")
 
+_searched = functools.partial(Method, rule="search")
+_by_theory = functools.partial(Method, rule="theory")
+_measured = functools.partial(Method, rule="measured")
 _kronecker = functools.partial(
-    Method,
-    rule="measured",
-    options={**_EVERY_STEP, "momentum": 0.5, "step_rule": natgrad.StepRule(length="lr")},
+    _measured,
+    options={**_EVERY_STEP, "momentum": 0.5, "step_rule": _PLAIN_STEP},
     batch_options={"damping": natgrad.RelativeDamping()},
 )
 """A method with Kronecker factors: on wide networks it takes plain steps, as in the theory."""
 
 METHODS: dict[str, Method] = {
-    "sgd": Method(
-        "SGD",
-        "Gradient descent with momentum 0.9.",
-        torch.optim.SGD,
-        "search",
-        options={"momentum": 0.9},
+    "sgd": _searched(
+        "SGD", torch.optim.SGD, "Gradient descent with momentum 0.9.", options={"momentum": 0.9}
     ),
-    "adamw": Method(
+    "adamw": _searched(
         "AdamW",
-        "Adam with its default moments and no weight decay.",
         torch.optim.AdamW,
-        "search",
+        "Adam with its default moments and no weight decay.",
         options={"weight_decay": 0.0},
         grid=(-4, 0),
     ),
-    "exact": Method(
-        "Exact NGD",
-        "The full Fisher matrix, inverted in sample space.",
-        natgrad.ExactNGD,
-        "theory",
+    "exact": _by_theory(
+        "Exact NGD", natgrad.ExactNGD, "The full Fisher matrix, inverted in sample space."
     ),
-    "block-diagonal": Method(
+    "block-diagonal": _by_theory(
         "Block-diagonal NGD",
-        "One exact Fisher block per layer; no coupling between layers.",
         natgrad.BlockDiagonalNGD,
-        "theory",
+        "One exact Fisher block per layer; no coupling between layers.",
     ),
-    "block-tridiagonal": Method(
+    "block-tridiagonal": _by_theory(
         "Block-tridiagonal NGD",
-        "Exact Fisher blocks of each layer and of neighbouring layers.",
         natgrad.BlockTridiagonalNGD,
-        "theory",
+        "Exact Fisher blocks of each layer and of neighbouring layers.",
         cross_entropy_options={"damping": 1e-2},  # less is singular: the matrix is indefinite
     ),
     "kfac": _kronecker(
         "K-FAC",
-        "One Kronecker product per layer: covariance of inputs times that of output gradients.",
         natgrad.KFAC,
+        "One Kronecker product per layer: covariance of inputs times that of output gradients.",
     ),
-    "unit-wise": Method(
+    "unit-wise": _measured(
         "Unit-wise NGD",
-        "One exact Fisher block per output unit of each layer.",
         natgrad.UnitWiseNGD,
-        "measured",
+        "One exact Fisher block per output unit of each layer.",
         options={**_EVERY_STEP, "momentum": 0.5},
         cross_entropy_options={"damping": 1e-4, "kl_clip": 1e-2},
     ),
-    "diagonal": Method(
+    "diagonal": _measured(
         "Diagonal NGD",
-        "Only the diagonal of the Fisher matrix.",
         natgrad.DiagonalNGD,
-        "measured",
+        "Only the diagonal of the Fisher matrix.",
         options={**_EVERY_STEP, "damping": 1e-3, "momentum": 0.9},
         scale=0.5,
     ),
     "ekfac": _kronecker(
-        "EKFAC", "Second moments measured in the eigenbases of K-FAC's factors.", natgrad.EKFAC
+        "EKFAC", natgrad.EKFAC, "Second moments measured in the eigenbases of K-FAC's factors."
     ),
     "tkfac": _kronecker(
         "TKFAC",
-        "One Kronecker product per layer that keeps the trace of the layer's exact block.",
         natgrad.TKFAC,
+        "One Kronecker product per layer that keeps the trace of the layer's exact block.",
     ),
     "tekfac": _kronecker(
-        "TEKFAC", "Second moments measured in the eigenbases of TKFAC's factors.", natgrad.TEKFAC
+        "TEKFAC", natgrad.TEKFAC, "Second moments measured in the eigenbases of TKFAC's factors."
     ),
     "kpsvd": _kronecker(
-        "KPSVD", "The Kronecker product nearest to each layer's exact block.", natgrad.KPSVD
+        "KPSVD", natgrad.KPSVD, "The Kronecker product nearest to each layer's exact block."
     ),
     "two-level": _kronecker(
         "Two-level K-FAC",
-        "K-FAC with a correction between layers on a coarse space.",
         natgrad.TwoLevelKFAC,
+        "K-FAC with a correction between layers on a coarse space.",
     ),
-    "singd": Method(
+    "singd": _searched(
         "SINGD",
-        "Kronecker factors of the inverse, kept up to date by products alone.",
         natgrad.SINGD,
-        "search",
+        "Kronecker factors of the inverse, kept up to date by products alone.",
         options={
             "refresh": natgrad.Refresh(factors=1, inverses=1),
             "damping": 1e-4,
@@ -284,50 +274,43 @@ METHODS: dict[str, Method] = {
         },
         alone=True,
     ),
-    "fngd": Method(
+    "fngd": _searched(
         "FNGD",
-        "Samples weighed by coefficients of the first epoch, at the cost of SGD.",
         natgrad.FNGD,
-        "search",
+        "Samples weighed by coefficients of the first epoch, at the cost of SGD.",
         structure="shared_coefficients",
         alone=True,
         epoch_option="coefficient_steps",
     ),
     "egn": Method(
         "EGN",
-        "Exact Gauss-Newton steps with line search and adaptive damping.",
         natgrad.EGN,
+        "Exact Gauss-Newton steps with line search and adaptive damping.",
         "default",
         options={"damping": natgrad.LevenbergMarquardt(0.1, interval=1, decay=0.5)},
         alone=True,
         takes_closure=True,
     ),
-    "improved": Method(
+    "improved": _measured(
         "Improved empirical NGD",
-        "The improved empirical Fisher matrix, inverted in sample space.",
         natgrad.ImprovedEmpiricalNGD,
-        "measured",
+        "The improved empirical Fisher matrix, inverted in sample space.",
         options={"damping": 1e-6, "kl_clip": None},
         alone=True,
     ),
-    "conjugate-gradient": Method(
+    "conjugate-gradient": _measured(
         "Conjugate-gradient NGD",
-        "The full Fisher matrix by products alone, solved by conjugate gradients.",
         natgrad.ConjugateGradientNGD,
-        "measured",
+        "The full Fisher matrix by products alone, solved by conjugate gradients.",
     ),
-    "thermodynamic": Method(
+    "thermodynamic": _measured(
         "Thermodynamic NGD",
-        "The full Fisher matrix by products alone, solved by a simulated thermal equilibrium.",
         natgrad.ThermodynamicNGD,
-        "measured",
+        "The full Fisher matrix by products alone, solved by a simulated thermal equilibrium.",
         options={"structure": Full(solver=Thermodynamic(time=100.0))},
     ),
-    "padam": Method(
-        "Padam",
-        "Adam with a power of its second moments between SGD's and its own.",
-        natgrad.Padam,
-        "search",
+    "padam": _searched(
+        "Padam", natgrad.Padam, "Adam with a power of its second moments between SGD's and its own."
     ),
 }
 """Every method by name. Learning rates and options of natural methods are tuned here."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -56,30 +56,25 @@ class Problems:
         assert config.model is not None and config.loss is not None
         assert config.depth is not None and config.effective_width is not None
         data, objective = self._dataset(seed), OBJECTIVES[config.loss]
-        model = build_model(
-            config.model,
-            data.input_shape,
-            data.classes,
-            width=config.effective_width,
-            depth=config.depth,
-            seed=seed,
-        ).to(self._device, self._dtype)
+        sizes: dict[str, Any] = {"width": config.effective_width, "depth": config.depth}
+        model = build_model(config.model, data.input_shape, data.classes, **sizes, seed=seed)
         batches = TensorBatches(data, objective.encode, config.batch_size)
-        setting = Setting(
+        setting = replace(
+            self._setting(batches, seed),
             model=config.model,
             loss=config.loss,
-            depth=config.depth,
-            width=config.effective_width,
             input_dim=data.train_inputs[0].numel(),
             outputs=data.classes,
             samples=batches.batch_size,
             full_batch=config.full_batch,
-            epoch=batches.epoch,
-            damping=config.damping,
-            fisher=config.fisher,
-            seed=seed,
+            **sizes,
         )
+        model = model.to(self._device, self._dtype)
         return Problem(model, batches, objective, setting, _described_dataset(data))
+
+    def _setting(self, batches: Batches, seed: int) -> Setting:
+        asked = self.config.damping, self.config.fisher
+        return Setting(epoch=batches.epoch, damping=asked[0], fisher=asked[1], seed=seed)
 
     def _own(self, seed: int) -> Problem:
         config = self.config
@@ -102,14 +97,10 @@ class Problems:
             objective = choose_objective(trial, first, loss, config.likelihood, config.metric)
             outputs = require_output(call_model(trial, first[0]), None)
         behind = objective.likelihood
-        classes = (
-            behind.split_events(outputs).shape[-1] if isinstance(behind, Categorical) else None
-        )
-        data.setdefault("classes", classes)
-        setting = Setting(
-            epoch=batches.epoch, damping=config.damping, fisher=config.fisher, seed=seed
-        )
-        return Problem(model, batches, objective, setting, data)
+        data.setdefault("classes", None)
+        if data["classes"] is None and isinstance(behind, Categorical):
+            data["classes"] = behind.split_events(outputs).shape[-1]
+        return Problem(model, batches, objective, self._setting(batches, seed), data)
 
     def _own_batches(self) -> tuple[Batches, dict[str, Any]]:
         """Return the batches of the user's loader, which is called once for all seeds."""
@@ -129,12 +120,9 @@ class Problems:
     def _dataset(self, seed: int) -> Dataset:
         config = self.config
         assert config.data is not None
+        train, test = config.effective_train_samples, config.test_samples
         data = load_dataset(
-            config.data,
-            config.data_dir,
-            train_samples=config.effective_train_samples,
-            test_samples=config.test_samples,
-            seed=seed,
+            config.data, config.data_dir, train_samples=train, test_samples=test, seed=seed
         )
         return data.to(self._device, self._dtype)
 

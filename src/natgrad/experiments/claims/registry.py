@@ -9,23 +9,12 @@ from importlib import import_module
 from natgrad.experiments.claims.claim import Claim, Source
 from natgrad.experiments.config import ConfigError
 
+_MODULES = (
+    "karakida_osawa zhang_martens_grosse ou gao karakida_akaho_amari wu donatella immer koroko "
+    "korbit lin li_chen_huang chen"
+)
 SOURCES: tuple[Source, ...] = tuple(
-    import_module(f"{__package__}.{name}").SOURCE
-    for name in (
-        "karakida_osawa",
-        "zhang_martens_grosse",
-        "ou",
-        "gao",
-        "karakida_akaho_amari",
-        "wu",
-        "donatella",
-        "immer",
-        "koroko",
-        "korbit",
-        "lin",
-        "li_chen_huang",
-        "chen",
-    )  # fmt: skip
+    import_module(f"{__package__}.{name}").SOURCE for name in _MODULES.split()
 )
 """The sources; to add one, write a module with a `SOURCE` and name it here."""
 

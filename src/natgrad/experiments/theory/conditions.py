@@ -117,10 +117,12 @@ def conditions(problem: Problem, progress: Callable[[float], None]) -> Section:
         "Bound on the population loss of a 1-Lipschitz loss, √(2 yᵀ(G∞)⁻¹y/n); 1 or more says "
         "nothing."
     )
-    holds = "condition 2 holds." if stable.stable else (
-        "condition 2, which is sufficient but not necessary, does not hold yet, and training "
+    holds = (
+        "condition 2 holds."
+        if stable.stable
+        else "condition 2, which is sufficient but not necessary, does not hold yet, and training "
         "converges at the predicted rate all the same."
-    )  # fmt: skip
+    )
     return Section(
         findings=[
             str(ntk.jacobian_conditions(model, x)),

@@ -121,9 +121,7 @@ def dynamics(problem: Problem, progress: Callable[[float], None]) -> Section:
         )
     caption = f"At η = 1/α, {width}. Loss before training: {first:.3g}."
     return Section(
-        findings=findings,
-        plots=plots,
-        tables=[Table(caption, headings.split("|"), rows)],
+        findings=findings, plots=plots, tables=[Table(caption, headings.split("|"), rows)]
     )
 
 

@@ -14,16 +14,12 @@ import natgrad
 
 @dataclass(frozen=True)
 class TheoryMethod:
-    """One method.
+    """One method, by its title and its optimizer; None for gradient descent.
 
-    Attributes:
-        title: The name to print.
-        optimizer: Its class; None for gradient descent.
-        relative_damping: Damping in units of the mean eigenvalue of the Fisher matrix on the
-            samples' directions. 0 where the optimizer inverts on the range of F at no cost; else as
-            little as leaves a Cholesky factorisation in float64 accurate, and for unit-wise
-            curvature what keeps units with nearly vanishing gradients from moving far.
-        options: Further options of the optimizer.
+    Damping is in units of the mean eigenvalue of the Fisher matrix on the samples' directions. It
+    is 0 where the optimizer inverts on the range of F at no cost; else as little as leaves a
+    Cholesky factorisation in float64 accurate, and for unit-wise curvature what keeps units with
+    nearly vanishing gradients from moving far.
     """
 
     title: str

@@ -39,15 +39,9 @@ class Trajectory:
 class Problem:
     """The data of a run and the networks on it, all in float64.
 
-    Attributes:
-        config: The options.
-        x: Training inputs of norm 1, ``(N, M_0)``.
-        y: Their targets, ``(N, C)``.
-        x_test: Test inputs of norm 1.
-        y_test: Their targets.
-        labels: The training targets of cross-entropy: 0 and 1, ``(N, 1)``, for two classes, else
-            class numbers, ``(N,)``.
-        notes: What had to be done to the data, one sentence each.
+    Inputs ``(N, M_0)`` have norm 1, targets are ``(N, C)``; `labels` are those of cross-entropy: 0
+    and 1, ``(N, 1)``, for two classes, else class numbers, ``(N,)``. `notes` say what had to be
+    done to the data.
     """
 
     config: TheoryConfig
@@ -72,13 +66,11 @@ class Problem:
         x, x_test = map(nn.functional.normalize, inputs)
         x_test, test_labels = x_test[: config.test_samples], data.test_labels[: config.test_samples]
         _refuse_duplicates(x)
-        notes = []
+        notes: list[str] = []
         rank = int(torch.linalg.matrix_rank(x, rtol=1e-6))
         if rank < len(x):
-            x, x_test, note = _spread_evenly(x, x_test, rank)
-            notes.append(note)
-        y = _targets(data.train_labels, config.outputs)
-        y_test = _targets(test_labels, config.outputs)
+            x, x_test, *notes = _spread_evenly(x, x_test, rank)
+        y, y_test = (_targets(one, config.outputs) for one in (data.train_labels, test_labels))
         labels = y + 0.5 if config.outputs == 1 else data.train_labels
         return cls(config, x, y, x_test, y_test, labels, tuple(notes))
 
@@ -128,14 +120,15 @@ class Problem:
 
     def alpha(self, structure: str, width: int | None = None) -> float:
         """Return α of a structure on networks of a width, by theory."""
+        config = self.config
         return ntk.isotropic_constant(
             structure,
-            self.config.depth,
+            config.depth,
             self.samples,
             outputs=self.outputs,
             input_dim=self.x.shape[1],
-            width=self.config.width if width is None else width,
-            active_fraction=ntk.ACTIVATIONS[self.config.activation].active_fraction,
+            width=config.width if width is None else width,
+            active_fraction=ntk.ACTIVATIONS[config.activation].active_fraction,
         )
 
     def full_rate(
@@ -236,10 +229,9 @@ def _spread_evenly(x: Tensor, x_test: Tensor, rank: int) -> tuple[Tensor, Tensor
     dim = rank
     while dim > 1:
         kept = basis[:dim].T
+        projected = nn.functional.normalize(x @ kept)
         try:
-            spread, spread_test = ntk.forster_transform(
-                nn.functional.normalize(x @ kept), x_test @ kept
-            )
+            spread, spread_test = ntk.forster_transform(projected, x_test @ kept)
         except ValueError:
             dim = dim * 3 // 4
             continue
