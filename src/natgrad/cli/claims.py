@@ -8,13 +8,7 @@ from typing import Annotated
 
 import typer
 
-from natgrad.cli.invocation import (
-    DeviceOption,
-    Interrupted,
-    JsonOption,
-    data_folder,
-    make_console,
-)
+from natgrad.cli.invocation import DeviceOption, Interrupted, JsonOption, data_folder, make_console
 from natgrad.experiments.claims.claim import Setting
 from natgrad.experiments.claims.page import as_values, print_claims, render_page
 from natgrad.experiments.claims.registry import SOURCES, choose

@@ -13,7 +13,7 @@ from natgrad.capture import Capture
 from natgrad.capture.evaluation import count_samples
 from natgrad.capture.model_output import require_output
 from natgrad.experiments.batches import LoaderBatches
-from natgrad.experiments.factories import described
+from natgrad.experiments.factories import described, evaluating
 from natgrad.fisher import fisher_matrix
 from natgrad.jacobians import LayerJacobian, SumJacobian
 from natgrad.layouts import ParameterLayout
@@ -31,16 +31,12 @@ def shared_positions(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, int
 
     Block name → T: pixels of a convolution, tokens of a sequence, 1 for a plain layer.
     """
-    training = model.training
-    model.eval()
     try:
-        with Capture(model) as capture:
+        with evaluating(model), Capture(model) as capture:
             output = require_output(model(*inputs), None)
             jacobians = capture.pull_back(output, torch.ones_like(output).unsqueeze(0))
     except Exception as error:
         raise InspectionError(f"The model fails on the example: {described(error)}.") from error
-    finally:
-        model.train(training)
     return {name: _positions(jacobian) for name, jacobian in jacobians.items()}
 
 
@@ -138,14 +134,11 @@ def fisher_spectrum(
     Raises `FactoryError` if the data cannot be read, `InspectionError` if there is no such matrix.
     """
     batches = list(LoaderBatches(data, torch.device("cpu"), samples=samples).measured())
-    training = model.training
-    model.eval()
     try:
-        matrix = fisher_matrix(model, batches, likelihood, structure, fisher)
+        with evaluating(model):
+            matrix = fisher_matrix(model, batches, likelihood, structure, fisher)
     except Exception as error:  # A user's model may raise anything.
         raise InspectionError(f"{described(error)}.") from error
-    finally:
-        model.train(training)
     parameters = matrix.shape[0]
     if parameters < 2:
         raise InspectionError("A spectrum needs at least two parameters.")

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from natgrad import ntk
+from natgrad.experiments.random_state import reproducible
 
 OUTPUT_VARIANCE = 0.1
 """σ_w² of the last layer of the MLP."""
+
+
+def fully_connected(
+    sizes: Sequence[int],
+    layer: Callable[[int, int], nn.Module] = nn.Linear,
+    activation: Callable[[], nn.Module] = nn.Tanh,
+) -> nn.Sequential:
+    """Return layers between sizes: inputs, units of every hidden layer, and outputs."""
+    pairs = itertools.pairwise(sizes)
+    layers = [one for d_in, d_out in pairs for one in (layer(d_in, d_out), activation())]
+    return nn.Sequential(*layers[:-1])
 
 
 class MLP(ntk.MLP):
@@ -86,6 +99,5 @@ def build_model(
         raise ValueError(
             f"The depth of a {name} must be at least {least} weight layers, not {depth}."
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with reproducible(seed):
         return MODELS[name](input_shape, classes, width=width, depth=depth)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from natgrad.capture.evaluation import count_samples
 from natgrad.experiments.batches import Batch, Batches
-from natgrad.experiments.factories import described
+from natgrad.experiments.factories import described, evaluating
 from natgrad.experiments.objectives import Objective
 from natgrad.experiments.results import Curve, Run
 
@@ -166,17 +166,14 @@ def evaluate(
 
     Batches count by their samples.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     total = loss = metric = 0.0
-    for inputs, targets in batches:
-        outputs, value = objective.forward(model, inputs, targets)
-        samples = count_samples(inputs)
-        loss += value.item() * samples
-        metric += objective.metric(outputs, targets) * samples
-        total += samples
-    for module, training in modes:
-        module.training = training
+    with evaluating(model):
+        for inputs, targets in batches:
+            outputs, value = objective.forward(model, inputs, targets)
+            samples = count_samples(inputs)
+            loss += value.item() * samples
+            metric += objective.metric(outputs, targets) * samples
+            total += samples
     return loss / total, metric / total
 
 

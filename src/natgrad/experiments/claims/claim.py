@@ -257,7 +257,7 @@ class Source:
             told = re.split(r"^(Says|Rule|Remark):", inspect.getdoc(measure) or "", flags=re.M)
             parts = dict(zip(told[1::2], told[2::2], strict=True))
             expects = Expect.read(rule + parts.get("Rule", ""))
-            texts = told[0], parts["Says"], remark + parts.get("Remark", "")
+            texts = told[0], parts.get("Says", ""), remark + parts.get("Remark", "")
             about, says, remarks = (" ".join(text.split()) for text in texts)
             data.setdefault("published_data", data.get("data", "mnist"))
             made = Claim(

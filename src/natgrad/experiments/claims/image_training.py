@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from natgrad.experiments.claims.claim import Setting
 from natgrad.experiments.data import Dataset
+from natgrad.experiments.random_state import reproducible
 
 Curves = dict[str, list[float]]
 """``loss`` (mean over the batches of an epoch), ``accuracy`` (on test images after it) and
@@ -119,8 +120,7 @@ class ImageTask:
     def model(self, draw: int) -> nn.Module:
         """Return the network at random weights, numbered by `draw`."""
         channels, side, _ = self.data.input_shape
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(draw)
+        with reproducible(draw):
             model = self.network(channels, self.data.classes, side)
         return model.to(self.data.train_inputs.device)
 

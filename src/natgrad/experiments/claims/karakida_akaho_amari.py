@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from natgrad import fisher_matrix, ntk
 from natgrad.experiments.claims.claim import Figures, Setting, Source, ratios
 from natgrad.experiments.claims.side_by_side import Task, at_rate
+from natgrad.experiments.models import fully_connected
 from natgrad.experiments.objectives import squared_error
 from natgrad.experiments.theory.results import ByWidth
 
@@ -61,12 +62,13 @@ def _network(
     The first is in standard parameterisation, with weights of variance 2/fan-in and no biases.
     """
     sizes = [width] * depth + [outputs]
-    layers: list[nn.Module] = []
-    for d_in, d_out in zip(sizes[:-1], sizes[1:], strict=True):
-        layer = nn.Linear(d_in, d_out, bias=False, dtype=torch.float64)
-        nn.init.normal_(layer.weight, std=math.sqrt(2.0 / d_in), generator=generator)
-        layers += [layer, nn.ReLU()]
-    return nn.Sequential(*layers[:-1]), ntk.MLP(sizes, dtype=torch.float64)
+
+    def layer(d_in: int, d_out: int) -> nn.Module:
+        made = nn.Linear(d_in, d_out, bias=False, dtype=torch.float64)
+        nn.init.normal_(made.weight, std=math.sqrt(2.0 / d_in), generator=generator)
+        return made
+
+    return fully_connected(sizes, layer, nn.ReLU), ntk.MLP(sizes, dtype=torch.float64)
 
 
 def _measured_and_theory(

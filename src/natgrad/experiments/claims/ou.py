@@ -15,6 +15,7 @@ from natgrad.experiments.claims.image_training import Curves, residual
 from natgrad.experiments.claims.race import Method, Race, Trial, ends, rates, time_to
 from natgrad.experiments.claims.side_by_side import EXPANDED, Methods, at_rate
 from natgrad.experiments.claims.translation import Corpus, Translator, bleu, read_corpus, train_for
+from natgrad.experiments.random_state import reproducible
 
 SOURCE = Source(
     "ou",
@@ -231,8 +232,7 @@ def translation(setting: Setting) -> Figures:
         make = lambda model, loss: TRANSLATORS[name][0](model, rate, epoch, loss)  # noqa: E731
 
         def compute() -> dict[str, float]:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
+            with reproducible(seed):
                 model = Translator(len(corpus.german), len(corpus.english), width, depth)
                 model.to(setting.torch_device())
                 loss, steps = train_for(seconds, model, make, corpus, 32, seed)

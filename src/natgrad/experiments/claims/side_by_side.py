@@ -17,6 +17,8 @@ from torch.optim.lr_scheduler import LinearLR
 from natgrad.curvature import KroneckerFactors
 from natgrad.experiments.claims.claim import Setting, differences
 from natgrad.experiments.data import Dataset
+from natgrad.experiments.models import fully_connected
+from natgrad.experiments.random_state import reproducible
 from natgrad.optim import NaturalGradient
 
 Make = Callable[..., torch.optim.Optimizer]
@@ -61,12 +63,8 @@ def mlp(
 
     `sizes` are inputs, units of every hidden layer, and outputs.
     """
-    layers: list[nn.Module] = []
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for d_in, d_out in zip(sizes[:-1], sizes[1:], strict=True):
-            layers += [nn.Linear(d_in, d_out), activation()]
-    return nn.Sequential(*layers[:-1]).to(dtype=dtype)
+    with reproducible(seed):
+        return fully_connected(sizes, activation=activation).to(dtype=dtype)
 
 
 @dataclass(frozen=True)

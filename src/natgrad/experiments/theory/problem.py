@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from natgrad import ntk
 from natgrad.experiments.data import DATASETS, load_dataset
 from natgrad.experiments.formats import DataError
+from natgrad.experiments.random_state import reproducible
 from natgrad.experiments.theory.config import TheoryConfig
 from natgrad.experiments.theory.methods import METHODS, build_optimizer, damping_of
 from natgrad.likelihoods import as_likelihood
@@ -113,8 +114,7 @@ class Problem:
         Its width is that of the options by default; `draw` numbers draws of the random weights.
         """
         hidden = [self.config.width if width is None else width] * (self.config.depth - 1)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1000 * self.config.seed + draw)
+        with reproducible(1000 * self.config.seed + draw):
             model = ntk.MLP([self.x.shape[1], *hidden, self.outputs], self.config.activation)
         return model.double().to(self.x.device)
 

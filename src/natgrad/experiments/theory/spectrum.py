@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import nn
 
 from natgrad import ntk
+from natgrad.experiments.models import fully_connected
+from natgrad.experiments.random_state import reproducible
 from natgrad.experiments.theory.problem import Problem
 from natgrad.experiments.theory.results import (
     ByWidth,
@@ -98,11 +99,11 @@ def _network(problem: Problem, size: int) -> nn.Module:
     """Return a ReLU network in standard parameterisation, weights of variance 2/fan-in."""
     sizes = [problem.x.shape[1], *[size] * (problem.config.depth - 1), problem.outputs]
     activation = ntk.ACTIVATIONS[problem.config.activation]
-    layers: list[nn.Module] = []
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(problem.config.seed)
-        for d_in, d_out in zip(sizes[:-1], sizes[1:], strict=True):
-            layer = nn.Linear(d_in, d_out, bias=False)
-            nn.init.normal_(layer.weight, std=(2.0 / d_in) ** 0.5)
-            layers += [layer, activation.module()]
-    return nn.Sequential(*layers[:-1]).double().to(problem.x.device)
+
+    def layer(d_in: int, d_out: int) -> nn.Module:
+        made = nn.Linear(d_in, d_out, bias=False)
+        nn.init.normal_(made.weight, std=(2.0 / d_in) ** 0.5)
+        return made
+
+    with reproducible(problem.config.seed):
+        return fully_connected(sizes, layer, activation.module).double().to(problem.x.device)
