@@ -67,19 +67,22 @@ def render_page(
     return environment.get_template(template).render(**values)
 
 
-def _or_dash(form: Callable[[float], str]) -> Callable[[float | None], str]:
-    """Return what formats a number; a dash stands for none and for one that is not finite."""
+Form = Callable[[float | None], str]
+"""Formats a number; a dash stands for none and for one that is not finite."""
+
+
+def _or_dash(form: Callable[[float], str]) -> Form:
     return lambda value: DASH if value is None or not math.isfinite(value) else form(value)
 
 
 #: Three significant digits.
-format_rate = _or_dash("{:.3g}".format)
-format_loss = _or_dash(lambda v: f"{v:.3g}" if 1e-3 <= abs(v) < 1e4 or v == 0 else f"{v:.2e}")
+format_rate: Form = _or_dash("{:.3g}".format)
+format_loss: Form = _or_dash(lambda v: f"{v:.3g}" if 1e-3 <= abs(v) < 1e4 or v == 0 else f"{v:.2e}")
 #: A fraction as a percentage.
-format_percent = _or_dash(lambda value: f"{100 * value:.1f} %")
-format_seconds = _or_dash(lambda value: f"{value:.2f} s" if value < 100 else f"{value:.0f} s")
+format_percent: Form = _or_dash(lambda value: f"{100 * value:.1f} %")
+format_seconds: Form = _or_dash(lambda value: f"{value:.2f} s" if value < 100 else f"{value:.0f} s")
 #: Bytes in MB (10⁶ bytes).
-format_megabytes = _or_dash(lambda value: f"{value / 1e6:.0f} MB")
+format_megabytes: Form = _or_dash(lambda value: f"{value / 1e6:.0f} MB")
 
 
 def format_or_dash(value: float | None, specification: str = "") -> str:
