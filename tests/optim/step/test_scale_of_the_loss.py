@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -158,3 +159,22 @@ def test_norm_clip_bounds_new_directions(norm_clip):
         optimizer.step()
         after = torch.cat([p.detach().flatten() for p in model.parameters()])
         assert (after - before).norm() <= norm_clip * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("way", [plain, added_up, accumulated])
+def test_probabilities_of_classes_show_the_scale_that_logits_do(way):
+    paths = []
+    for ends in (False, True):
+        model = network()
+        if ends:
+            model.append(nn.Softmax(-1))
+        optimizer = KFAC(model, fisher="exact")
+        own = (lambda p, y: functional.nll_loss(p.log(), y)) if ends else functional.cross_entropy
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for seed in range(4):
+                optimizer.zero_grad()
+                way(model, own, *batch("categorical", seed))
+                optimizer.step()
+        paths.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(paths[0], paths[1], rtol=1e-7, atol=1e-8)
