@@ -33,7 +33,7 @@ class RelativeDamping:
     in common, which costs generalisation (Wadia et al. 2021), and a step on N samples says no more
     of d white inputs than noise does. So a Kronecker factor of such inputs is inverted as
 
-    .. math:: A + \kappa rac{\operatorname{tr} A}{N} I,
+    .. math:: A + \kappa \frac{\operatorname{tr} A}{N} I,
 
     as ridge regression damps with d/N at a given ratio of signal to noise (Dobriban & Wager 2018).
     Inputs that are few beside the batch, as the patches of images, are hardly damped.
