@@ -159,8 +159,13 @@ class RowSources:
             key = call.module, call.key
             self._of_data[key] = call.of_data and self._of_data.get(key, True)
 
-    def reading_data(self) -> set[str]:
-        """Return the blocks whose inputs are data, in all calls that rows were made of."""
+    def reading_data(self) -> set[str] | None:
+        """Return the blocks whose inputs are data, in all calls that rows were made of.
+
+        None while there were none.
+        """
+        if not self._of_data:
+            return None
         found = set()
         for name, uses in self.uses.items():
             keys = [(use.module, key) for use in uses for key in use.keys]

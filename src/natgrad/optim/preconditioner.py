@@ -436,7 +436,9 @@ class Preconditioner(CopiedByState):
     def _invert(self) -> None:
         """Factorise what is due at this step, and let the other inverses follow an update."""
         step, interval = self.observer.steps - self.observer.start, self.refresh.inverses
-        self.curvature.reads_data = self.capture.sources.reading_data()
+        reading = self.capture.sources.reading_data()
+        if reading is not None:  # A run that goes on may invert before it has seen rows.
+            self.curvature.reads_data = reading
         due: Collection[str] = ()
         if self._slots and step >= interval:
             due = self._slots[step % interval]
@@ -647,6 +649,7 @@ class Preconditioner(CopiedByState):
             "curvature": self.curvature.state_dict(),
             "resting": dict(self.curvature.resting),
             "untrusted": dict(self.untrusted),
+            "reads_data": sorted(self.curvature.reads_data),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -679,13 +682,14 @@ class Preconditioner(CopiedByState):
         estimates = curvature.restored(state["curvature"])
         likelihood = observer.given.decided(state.get("likelihood"))
         steps, warmup, random = state["steps"], state["warmup"], state["generator"].cpu()
-        start = state.get("start", 0)
+        start, reading = state.get("start", 0), state.get("reads_data", ())
 
         def restore() -> None:
             self.untrusted = untrusted
             if curvature is not self.curvature:
                 self.find_layers()
             self.curvature.estimates, self.curvature.resting = estimates, resting
+            self.curvature.reads_data = reading
             observer.steps, observer.warmup, observer.likelihood = steps, warmup, likelihood
             observer.start = start
             # Generators of other kinds of devices have states of another size, and other numbers.

@@ -182,7 +182,8 @@ def whole(factor: Factor) -> Tensor:
 
 
 def _diagonal(factor: Factor) -> Tensor:
-    return factor_diagonal(factor) if isinstance(factor, Tensor) else factor.diagonal()
+    diagonal = factor_diagonal(factor) if isinstance(factor, Tensor) else factor.diagonal()
+    return diagonal.contiguous()  # Sums round by how entries lie in memory.
 
 
 def factor_diagonal(factor: Tensor) -> Tensor:
