@@ -649,7 +649,7 @@ class Preconditioner(CopiedByState):
             "curvature": self.curvature.state_dict(),
             "resting": dict(self.curvature.resting),
             "untrusted": dict(self.untrusted),
-            "reads_data": sorted(self.curvature.reads_data),
+            "reads_data": sorted(self.curvature.reads_data) if self.observer.steps else [],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
