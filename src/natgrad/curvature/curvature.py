@@ -37,6 +37,28 @@ BATCHED_PARAMETERS = 2**15
 LEAST_WEIGHT, LEAST_WEIGHT_IN_USE = 1e-6, 0.5
 
 
+@dataclass(frozen=True)
+class PositionsMean:
+    """How many positions of samples batches have rows of, on average.
+
+    Attributes:
+        total: Their sum, decayed.
+        batches: That of the batches.
+    """
+
+    total: Tensor | float = 0.0
+    batches: float = 0.0
+
+    def followed_by(self, positions: Tensor | float, decay: float) -> PositionsMean:
+        """Return the mean with another batch."""
+        return PositionsMean(self.total * decay + positions, self.batches * decay + 1.0)
+
+    def value(self) -> Tensor:
+        """Return the mean, at least 1."""
+        mean = self.total / max(self.batches, 1e-300)
+        return torch.as_tensor(mean, dtype=torch.float64).clamp(min=1.0)
+
+
 @dataclass(frozen=True, eq=False)
 class Estimate:
     """What is known of one part.
@@ -50,8 +72,8 @@ class Estimate:
         missed: Count of the samples of the present step whose pass had no rows of the part.
         absent: Count of batches of a sum in which the part had no rows.
         rejected: Whether rows of the present step were left out, as not finite.
-        positions: How many positions of the last batch share an event, as those of an image do.
-        batches: Sum of the weights of the batches in the average, over these positions.
+        positions: How many positions of samples the present step has rows of, in all.
+        mean_positions: The average of that, over the batches of the average.
     """
 
     average: Statistics | None = None
@@ -62,8 +84,8 @@ class Estimate:
     missed: Tensor | float = 0.0
     absent: Tensor | float = 0.0
     rejected: bool = False
-    positions: Tensor | float = 1.0
-    batches: Tensor | float = 0.0
+    positions: float = 0.0
+    mean_positions: PositionsMean = PositionsMean()  # noqa: RUF009, frozen
 
 
 class Curvature:
@@ -160,9 +182,8 @@ class Curvature:
                 if entry["weight"] > LEAST_WEIGHT_IN_USE:
                     staying.add(name)
                 elif found.average is not None:
-                    weight: float = entry["weight"]
-                    average, batches = found.average.scaled(weight), found.batches * weight
-                    found = replace(found, average=average, batches=batches, inverse=None)
+                    average = found.average.scaled(entry["weight"])
+                    found = replace(found, average=average, inverse=None)
                 fresh.estimates[name] = found
         self.drop_sums()
         self.layout, self.blocks = layout, fresh.blocks
@@ -212,7 +233,7 @@ class Curvature:
                 self.estimates[name] = replace(present, rejected=True)
                 continue
             batch = found if present.batch is None else present.batch.followed_by(found)
-            positions = present.positions if continued else _positions_per_event(rows, weight)
+            positions = present.positions + (0 if continued else _positions(rows))
             self.estimates[name] = replace(present, batch=batch, draws=draws, positions=positions)
         jacobians.moments.clear()
 
@@ -238,12 +259,15 @@ class Curvature:
         for entry in self.resting.values():
             entry["weight"] = max(entry["weight"] * decay, LEAST_WEIGHT)
         missed = {name: one.missed for name, one in self.estimates.items()}
+        positions: dict[str, Tensor | float] = {n: o.positions for n, o in self.estimates.items()}
         if self.shared is not None:
-            missed.update(self.shared.agree(missed))
+            both = self.shared.agree(missed, positions)
+            missed.update(both[0])
+            positions.update(both[1])
             self.shared.unite()
         for name, present in self.estimates.items():
             average, batch = present.average, present.batch
-            present = replace(present, batch=None, missed=0.0, rejected=False)
+            present = replace(present, batch=None, missed=0.0, rejected=False, positions=0.0)
             if batch is None:
                 counts = counts_absent and not self.estimates[name].rejected
                 count = present.absent + missed[name] if counts else present.absent
@@ -251,11 +275,10 @@ class Curvature:
                 continue
             if isinstance(missed[name], Tensor):
                 batch = batch.with_count(batch.count + missed[name])
-            batches = 1.0 / present.positions
+            mean = present.mean_positions.followed_by(positions[name], decay)
             if average is not None:
                 batch = average.followed_by(batch, decay)
-                batches = batches + present.batches * decay
-            self.estimates[name] = replace(present, average=batch, batches=batches)
+            self.estimates[name] = replace(present, average=batch, mean_positions=mean)
 
     def update(self, jacobians: Jacobians, count: Tensor | float) -> None:
         """Add the rows of a batch to a sum over batches."""
@@ -405,13 +428,12 @@ class Curvature:
 
     def to_invert(self, name: str, average: Statistics | None) -> Operator:
         """Return what an average stands for, its factor of inputs damped where these are data."""
-        operator, batches = self.read(name, average), self.estimates[name].batches
+        operator, mean = self.read(name, average), self.estimates[name].mean_positions
         if not (self.data_damping and name in self.reads_data and average is not None):
             return operator
         block = self.parts[name].block
-        rows = (average.count / batches).clamp(min=1.0)
         damping = 0.0 if block.one_hot else self.data_damping * block.d_augmented
-        return operator.with_damped_inputs(damping / rows)
+        return operator.with_damped_inputs((damping / mean.value()).to(self.layout.device))
 
     def warn_kept(self, name: str, error: FactorizationError) -> None:
         """Warn, once per part, that an old factorisation stays in use."""
@@ -575,17 +597,16 @@ class Curvature:
             for key in ("average", "inverse")
         )
         self.structure.check_restored(part, average)
+        mean = PositionsMean(*entry.get("positions", ()))
         return Estimate(
-            average, None, inverse, entry["damping"], entry["draws"], batches=entry["batches"]
+            average, None, inverse, entry["damping"], entry["draws"], mean_positions=mean
         )
 
 
-def _positions_per_event(rows: Jacobians, count: Tensor) -> Tensor | float:
-    """Return how many positions an event of a pass is seen at; 1 where each has events."""
+def _positions(rows: Jacobians) -> int:
+    """Return how many positions of samples a part has rows of."""
     block = next(iter(rows.values()))
-    if not isinstance(block, LinearJacobian) or block.positions == 1:
-        return 1.0
-    return torch.where(count > block.samples, 1.0, float(block.positions))
+    return block.samples * (block.positions if isinstance(block, LinearJacobian) else 1)
 
 
 def _packed(part: Part, estimate: Estimate) -> dict[str, Any]:
@@ -599,7 +620,7 @@ def _packed(part: Part, estimate: Estimate) -> dict[str, Any]:
         "inverse": None if inverse is None else inverse.state_dict(),
         "damping": estimate.damping,
         "draws": estimate.draws,
-        "batches": estimate.batches,
+        "positions": (estimate.mean_positions.total, estimate.mean_positions.batches),
         "sizes": _sizes(part),
     }
 

@@ -193,26 +193,34 @@ class SharedWork:
         assert isinstance(total, RowStatistics) and (own is None or isinstance(own, RowStatistics))
         return total.with_shares(own, rows, self.replicas, part)
 
-    def agree(self, missed: Mapping[str, Tensor | float]) -> dict[str, Tensor]:
-        """Leave out what one process has left out; return the counts that parts missed in all.
+    def agree(
+        self, missed: Mapping[str, Tensor | float], positions: Mapping[str, Tensor | float]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Leave out what one process has left out; return what parts missed, and had, in all.
 
         Sums that are on their way begin anew in all where one has other rows by now.
 
         Args:
-            missed: Those of this process, by part.
+            missed: Counts that parts of this process missed.
+            positions: How many positions they had rows of.
         """
         device, parts = self.curvature.layout.device, self.curvature.estimates
-        counts = [torch.as_tensor(missed[name], device=device).double() for name in parts]
+        counts = [
+            torch.as_tensor(each[name], device=device).double()
+            for each in (missed, positions)
+            for name in parts
+        ]
         rejected = [torch.tensor(float(o.rejected), device=device).double() for o in parts.values()]
         outdated = torch.tensor(float(self.outdated), device=device).double()
         total = self.replicas.summed(torch.stack([*counts, *rejected, outdated]), device)
-        *flags, outdated_in = total[len(parts) :].tolist()
+        *flags, outdated_in = total[2 * len(parts) :].tolist()
         if outdated_in:
             self.drop_sums()
         for name, flag in zip(list(parts), flags, strict=True):
             if flag:
                 parts[name] = replace(parts[name], batch=None, rejected=True)
-        return dict(zip(parts, total[: len(parts)], strict=True))
+        lost, had = total[: len(parts)], total[len(parts) : 2 * len(parts)]
+        return dict(zip(parts, lost, strict=True)), dict(zip(parts, had, strict=True))
 
     # Inverses.
 
