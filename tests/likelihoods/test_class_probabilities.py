@@ -190,3 +190,18 @@ def test_a_single_class_is_named():
             model(torch.randn(9, 4)), torch.rand(9, 1)
         ).backward()
     optimizer.step()
+
+
+def test_heads_of_probabilities_show_the_scale_that_heads_of_logits_do():
+    """The other head's gradient is three times that of its likelihood, which is unusual."""
+    value, z, y = normal(6, 2, seed=3), normal(6, 4, seed=4), normal(6, 4, seed=5).argmax(-1)
+    scales = []
+    for head, own in ((Categorical(), z), (ClassProbabilities(Categorical()), z.softmax(-1))):
+        heads = natgrad.likelihoods.Heads({"value": natgrad.Bernoulli(), "class": head})
+        joined = heads.of_shapes({"value": value.shape, "class": own.shape})
+        hard = (value > 0).double()
+        gradient = torch.cat([3 * (value.sigmoid() - hard), head.gradient(own, y)], -1) / 6
+        output = torch.cat([value, own], -1)
+        scales.append(joined.infer_event_weights(output, gradient)[1])
+    torch.testing.assert_close(scales[0], torch.tensor(2 / 6, dtype=torch.float64))
+    torch.testing.assert_close(scales[1], scales[0])

@@ -78,6 +78,8 @@ class Likelihood(ABC):
     reduction: Reduction = "mean"
     #: Dimensions of an output; 1 where a sample may have a single number, ``(N,)``.
     least_dimensions: ClassVar[int] = 2
+    #: Whether the gradient at the outputs shows what the loss is multiplied by, whatever targets.
+    shows_scale: ClassVar[bool] = False
 
     # -- what a likelihood defines ---------------------------------------------------------------
 

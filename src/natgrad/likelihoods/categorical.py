@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -65,6 +65,8 @@ class Categorical(Likelihood):
     Source: Martens, New insights and perspectives on the natural gradient method (2020), §9; the
     square root Λ = S Sᵀ with S = diag(√p) − p √pᵀ.
     """
+
+    shows_scale: ClassVar[bool] = True
 
     ignore_index: int = -100
     class_weights: Sequence[float] | Tensor | None = None

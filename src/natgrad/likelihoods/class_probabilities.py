@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ class ClassProbabilities(Likelihood):
         logarithms: The likelihood of the outputs' logarithms, as ``Categorical()``; its options say
             where classes lie and what is left out.
     """
+
+    shows_scale: ClassVar[bool] = True
 
     logarithms: Categorical
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from natgrad.capture.model_output import Selection
 from natgrad.likelihoods.base import Likelihood
-from natgrad.likelihoods.categorical import Categorical
 
 
 class Heads(Likelihood):
@@ -179,8 +178,7 @@ class JoinedHeads(Likelihood):
             weights.append(self._share(part, z, own, count))
             factors.append(scale.double() * count)
             unusual = (factors[-1] - 1.0).abs() >= 1e-4
-            tells = torch.ones_like(unusual) if isinstance(part, Categorical) else unusual
-            shown.append(tells & c.any() & (count > 0))
+            shown.append((unusual | part.shows_scale) & c.any() & (count > 0))
         joined = torch.cat(weights, 1).unsqueeze(1)
         factor, tells = torch.stack(factors), torch.stack(shown)
         mean = torch.where(tells, factor, 0.0).sum() / tells.sum()

@@ -12,7 +12,6 @@ from natgrad.distributed.shards import whole
 from natgrad.jacobians import LayerJacobian, LinearJacobian
 from natgrad.jacobians.layer import at_least_float32
 from natgrad.layouts import BlockLayout
-from natgrad.likelihoods import Categorical, ClassProbabilities
 from natgrad.optim.observer import Observer
 
 #: Largest relative difference between ``.grad`` and ``δᵀa`` that counts as rounding, and what terms
@@ -174,8 +173,8 @@ def batch_scale(observer: Observer, gradients: dict[str, Tensor]) -> dict[str, T
         usual = (each - 1.0).abs().max() < 1e-4
         scale = each.sum() * factor
         scale = torch.where((scale - 1.0).abs() < 1e-4, 1.0, scale)  # But for rounding it is 1.
-        shown = isinstance(observer.likelihood, Categorical | ClassProbabilities)
-        scale = torch.where(usual, float(len(each)) if shown else 1.0, scale)
+        total = float(len(each)) if observer.likelihood.shows_scale else 1.0
+        scale = torch.where(usual, total, scale)
     largest, count = _largest_decrement(observer, factor.device)
     largest = torch.where(explained, largest * factor.square(), UNBOUNDED)
     measures = {"scale": scale, "largest": largest}
