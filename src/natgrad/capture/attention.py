@@ -21,6 +21,7 @@ from natgrad.capture.kinds import (
     BlockRecord,
     LayerCall,
     LayerKind,
+    is_data,
     register_kind,
 )
 from natgrad.jacobians import LayerJacobian
@@ -133,9 +134,8 @@ class RecordProjections(TorchFunctionMode):
         if found is not None and output.requires_grad:
             key, offset = found
             options = {"batch": self.batch, "offset": offset}
-            call = LayerCall(self.module, key, (inputs.detach(),), (output,), options)
-            call.of_data = inputs.requires_grad is False
-            self.record(call)
+            own, of_data = (inputs.detach(),), is_data(inputs)
+            self.record(LayerCall(self.module, key, own, (output,), options, of_data=of_data))
         return output
 
     def _identify(self, weight: Tensor) -> tuple[str, int] | None:

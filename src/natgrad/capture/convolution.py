@@ -17,6 +17,7 @@ from natgrad.capture.kinds import (
     LayerCall,
     LayerKind,
     fold_gradients,
+    is_data,
     of_samples,
     parameter_shapes,
     register_kind,
@@ -161,9 +162,8 @@ class RecordConvolutions(TorchFunctionMode):
         if weight is own.weight and isinstance(output, Tensor) and output.requires_grad:
             layer = convolution_like(weight, stride, padding, dilation, groups)
             options = {"convolution": layer, "has_bias": bias is own.bias}
-            call = LayerCall(own, "", (input.detach(),), (output,), options)
-            call.of_data = input.requires_grad is False
-            self.record(call)
+            of_data = is_data(input)
+            self.record(LayerCall(own, "", (input.detach(),), (output,), options, of_data=of_data))
 
 
 def convolution_like(

@@ -47,6 +47,11 @@ def dense(tensor: Tensor) -> Tensor:
     return detached if detached.layout is torch.strided else detached.to_dense()
 
 
+def is_data(inputs: Tensor) -> bool:
+    """Return whether no gradient goes to inputs; False for those of torch.fx, which cannot tell."""
+    return inputs.requires_grad is False
+
+
 def sparsity(tensor: Tensor) -> dict[str, Any]:
     """Return the option that tells a call's inputs were sparse; none for others."""
     return {} if tensor.layout is torch.strided else {"sparse": True}
@@ -136,9 +141,8 @@ class LayerKind(ABC):
     ) -> list[LayerCall]:
         """Turn one forward call into recordings; the default takes the first input."""
         first = args[0] if args else next(iter(kwargs.values()))
-        call = LayerCall(module, "", (dense(first),), (output,), sparsity(first))
-        call.of_data = first.requires_grad is False
-        return [call]
+        options, of_data = sparsity(first), is_data(first)
+        return [LayerCall(module, "", (dense(first),), (output,), options, of_data=of_data)]
 
     def recorder(self, module: nn.Module, record: Callable[[LayerCall], None]) -> TorchFunctionMode:
         """Return a mode in which the module runs, and which records its calls."""

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from natgrad.capture.contraction import contraction
 from natgrad.capture.convolution import convolution_like
-from natgrad.capture.kinds import LayerCall, LayerKind, dense, sparsity
+from natgrad.capture.kinds import LayerCall, LayerKind, dense, is_data, sparsity
 from natgrad.capture.product_kinds import (
     AddedKind,
     ConvolvedKind,
@@ -181,9 +181,9 @@ class RecordProducts(TorchFunctionMode):
     ) -> None:
         (key,) = kind.key_of(watched.names)
         if any(use.keys == (key,) for use in watched.uses):
-            options = options | sparsity(inputs)
-            call = LayerCall(watched.module, key, (dense(inputs),), (output,), options)
-            call.of_data = inputs.requires_grad is False
+            options, own = options | sparsity(inputs), (dense(inputs),)
+            of_data = is_data(inputs)
+            call = LayerCall(watched.module, key, own, (output,), options, of_data=of_data)
             self.record(kind, call)
 
     def _of(self, operand: Any) -> WatchedParameter | None:

@@ -261,9 +261,7 @@ class Curvature:
         missed = {name: one.missed for name, one in self.estimates.items()}
         positions: dict[str, Tensor | float] = {n: o.positions for n, o in self.estimates.items()}
         if self.shared is not None:
-            both = self.shared.agree(missed, positions)
-            missed.update(both[0])
-            positions.update(both[1])
+            missed, positions = self.shared.agree(missed, positions)
             self.shared.unite()
         for name, present in self.estimates.items():
             average, batch = present.average, present.batch
@@ -428,12 +426,12 @@ class Curvature:
 
     def to_invert(self, name: str, average: Statistics | None) -> Operator:
         """Return what an average stands for, its factor of inputs damped where these are data."""
-        operator, mean = self.read(name, average), self.estimates[name].mean_positions
-        if not (self.data_damping and name in self.reads_data and average is not None):
+        operator = self.read(name, average)
+        if not self.data_damping or name not in self.reads_data or self.parts[name].block.one_hot:
             return operator
-        block = self.parts[name].block
-        damping = 0.0 if block.one_hot else self.data_damping * block.d_augmented
-        return operator.with_damped_inputs((damping / mean.value()).to(self.layout.device))
+        samples = self.estimates[name].mean_positions.value().to(self.layout.device)
+        share = self.data_damping * self.parts[name].block.d_augmented / samples
+        return operator.with_damped_inputs(share)
 
     def warn_kept(self, name: str, error: FactorizationError) -> None:
         """Warn, once per part, that an old factorisation stays in use."""

@@ -195,7 +195,7 @@ class SharedWork:
 
     def agree(
         self, missed: Mapping[str, Tensor | float], positions: Mapping[str, Tensor | float]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    ) -> tuple[dict[str, Tensor | float], dict[str, Tensor | float]]:
         """Leave out what one process has left out; return what parts missed, and had, in all.
 
         Sums that are on their way begin anew in all where one has other rows by now.

@@ -436,9 +436,6 @@ class Preconditioner(CopiedByState):
     def _invert(self) -> None:
         """Factorise what is due at this step, and let the other inverses follow an update."""
         step, interval = self.observer.steps - self.observer.start, self.refresh.inverses
-        reading = self.capture.sources.reading_data()
-        if reading is not None:  # A run that goes on may invert before it has seen rows.
-            self.curvature.reads_data = reading
         due: Collection[str] = ()
         if self._slots and step >= interval:
             due = self._slots[step % interval]
@@ -447,9 +444,14 @@ class Preconditioner(CopiedByState):
         # Parts that are new, or back, are not left without an inverse until it is their turn.
         ready = {n for n, one in self.curvature.estimates.items() if one.average is not None}
         fresh = {n for n in ready - set(due) if self.curvature.estimates[n].inverse is None}
+        follows = self._with_update is not None and self.curvature.structure.follows_updates
+        if due or fresh or follows:
+            reading = self.capture.sources.reading_data()
+            if reading is not None:  # A run that goes on may invert before it has seen rows.
+                self.curvature.reads_data = reading
         if due or fresh:
             self.curvature.refresh(self.damping, [*due, *sorted(fresh)])
-        if self._with_update is not None and self.curvature.structure.follows_updates:
+        if follows:
             self.curvature.follow_update(due)
 
     def _repair(self) -> None:
