@@ -55,7 +55,7 @@ from natgrad.capture.purpose import purpose_of
 from natgrad.capture.row_check import RowCheck
 from natgrad.capture.row_sources import RecordedCall, RowSources
 from natgrad.capture.rows import RowBuilder
-from natgrad.distributed.shards import check_features_spread
+from natgrad.distributed.shards import check_features_spread, is_linear
 from natgrad.jacobians import Jacobians
 from natgrad.layouts import ParameterLayout
 
@@ -537,7 +537,7 @@ def _after_layer(
         capture.tell(f"a {type(module).__name__} layer is not recorded in this mode: {reason}")
         return
     for call in kind.observe(module, args, kwargs, output):
-        if capture.shards and type(module) is nn.Linear:
+        if capture.shards and is_linear(module):
             check_features_spread(module, call.inputs[0], output)
         if capture._running.products is not None and not isinstance(kind, GenericKind):
             capture._forget_product(call)

@@ -10,14 +10,14 @@ from math import prod
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from natgrad.capture.hooks import own_backward, without_hooks
 from natgrad.capture.kinds import BlockRecord, CallGradients, LayerCall, LayerKind
 from natgrad.capture.row_sources import Gradients, RecordedCall, RowSources
 from natgrad.capture.samples import SampleAxis
-from natgrad.distributed.shards import features_gathered, whole
+from natgrad.distributed.shards import features_gathered, is_linear, whole
 from natgrad.jacobians import DenseJacobian, Jacobians, LayerJacobian, SumJacobian
 from natgrad.layouts import BlockLayout, ParameterLayout
 
@@ -230,7 +230,7 @@ class RowBuilder:
                 for one in calls
                 if one.is_of(use) and any(g is not None for g in one.gradients)
             ]
-            if self.shards and type(use.module) is nn.Linear:  # As in tensor parallelism.
+            if self.shards and is_linear(use.module):  # As in tensor parallelism.
                 own = [_with_all_features(call, given, use.layout.d_out) for call, given in own]
             if own:
                 # Layers of one kind that share a parameter are calls of one layer.

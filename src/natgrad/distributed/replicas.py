@@ -31,10 +31,13 @@ class Replicas:
     Attributes:
         group: Their process group, or None for no others.
         outlines: Of values they have exchanged.
+        everyone: These and those that have other pieces of the same layers and the same samples,
+            in tensor parallelism; None for these alone.
     """
 
     group: Any = None
     outlines: Outlines = field(default_factory=dict, compare=False, repr=False)
+    everyone: Any = None
 
     @classmethod
     def of(cls, model: nn.Module, process_group: Any = None) -> Replicas:
@@ -99,14 +102,18 @@ class Replicas:
         return self.number == 1
 
     def average(self, values: Mapping[str, Tensor]) -> None:
-        """Average values over the replicas in place, so that they stay equal."""
+        """Average values over the replicas in place, so that they stay equal.
+
+        Over all that have a piece of the model, as of those in shards each measures its own.
+        """
         if self.are_alone or not values:
             return
-        number, each = self.number, list(values.values())
+        group = self.group if self.everyone is None else self.everyone
+        number, each = torch.distributed.get_world_size(group), list(values.values())
         for dtype in sorted({value.dtype for value in each}, key=str):
             own = [value for value in each if value.dtype == dtype]
             flat = torch.cat([value.reshape(-1).to(own[0].device) for value in own])
-            torch.distributed.all_reduce(flat, group=self.group)
+            torch.distributed.all_reduce(flat, group=group)
             pieces = flat.div_(number).split([value.numel() for value in own])
             for value, piece in zip(own, pieces, strict=True):
                 value.copy_(piece.view_as(value))

@@ -18,63 +18,119 @@ from torch import Tensor, nn
 
 from natgrad.distributed.exchange import swapped
 
+#: Why tensor parallelism is refused beside other processes.
+BESIDE_REPLICAS = (
+    "the model is in tensor parallelism and in DistributedDataParallel, or in a process_group= "
+    "with processes of the same samples, and natgrad takes it beside fully_shard (FSDP2) over "
+    "another dimension of the mesh: use that, or name as process_group= those that have the same "
+    "pieces and other samples"
+)
+
+
+def is_cut(placement: Any) -> bool:
+    """Return whether a tensor is cut along a dimension of its mesh, by stripes, too."""
+    return not (placement.is_replicate() or placement.is_partial())
+
 
 def is_sharded(tensor: Tensor) -> bool:
     """Return whether a tensor is kept in shards."""
     return hasattr(tensor, "device_mesh")
 
 
-def mesh_group(model: nn.Module) -> Any:
-    """Return the processes that a model's parameters are sharded over, each with its own samples.
+def mesh_groups(model: nn.Module) -> tuple[Any, Any]:
+    """Return the processes that each have samples of their own, and all that hold some piece.
 
-    None if they are not, or in tensor parallelism, where all processes have the same samples. Those
-    that a forward pass has left whole are sharded again, as they tell nothing.
+    They differ where layers of shards are in tensor parallelism, too, as processes that have the
+    pieces of a layer have the same samples. Those that a forward pass has left whole are sharded
+    again, as they tell nothing.
+
+    Returns:
+        Both groups; None for the first in tensor parallelism alone, for both without shards.
 
     Raises:
-        ValueError: If they are sharded otherwise than by FSDP2 over one mesh: of one dimension, or
-            of two, in replicas of shards, that hold all processes; or than linear layers are in
-            tensor parallelism.
+        ValueError: If parameters are sharded otherwise than by FSDP2 over one mesh: of one
+            dimension, or of two, in replicas of shards, that hold all processes; or than linear
+            layers are in tensor parallelism.
     """
+    if any(hasattr(parameter, "_st_info") for parameter in model.parameters()):
+        raise ValueError(BESIDE_REPLICAS)  # DistributedDataParallel has put pieces in their place.
     units: list[Any] = [module for module in model.modules() if hasattr(module, "unshard")]
     for unit in units:
         unit.reshard()
-    sharded: dict[str, Any] = {n: p for n, p in model.named_parameters() if is_sharded(p)}
-    if not sharded:
-        return None
+    if not any(map(is_sharded, model.parameters())):
+        return None, None
     if not units:
-        _check_tensor_parallel(model)
-        return None
+        _check_pieces(model, 0)
+        return None, None
     held = {p for unit in units for p in unit.parameters()}
-    mesh = next(iter(sharded.values())).device_mesh
-    for name, parameter in sharded.items():
-        kinds = [placement.is_shard() for placement in parameter.placements]
-        of_all = mesh.size() == torch.distributed.get_world_size()
-        known = kinds == [True] or (kinds == [False, True] and of_all)
-        if parameter not in held or parameter.device_mesh != mesh or not known:
-            raise ValueError(
-                f"parameter {name!r} is spread over {parameter.device_mesh} as "
-                f"{parameter.placements}, and natgrad takes whole parameters, or those that "
-                "fully_shard (FSDP2) has sharded over one mesh, in one dimension or in replicas: "
-                "shard the model with fully_shard alone, without tensor parallelism"
-            )
-    return mesh.get_group() if mesh.ndim == 1 else torch.distributed.group.WORLD
+    mesh, *others = {group.mesh_info.mesh for unit in units for group in _groups(unit)}
+    world, everyone = torch.distributed.get_world_size(), torch.distributed.group.WORLD
+    for name, parameter in model.named_parameters():
+        if is_sharded(parameter):
+            cut: Any = parameter
+            kinds = [is_cut(one) for one in cut.placements[: mesh.ndim]]
+            beyond = cut.device_mesh.ndim - mesh.ndim
+            of_all = cut.device_mesh.size() == world
+            known = kinds == [True] and (of_all or not beyond)
+            known = known or (kinds == [False, True] and of_all and not beyond)
+            if parameter not in held or others or not known:
+                raise ValueError(
+                    f"parameter {name!r} is spread over {cut.device_mesh} as {cut.placements}, and "
+                    "natgrad takes whole parameters, or those that fully_shard (FSDP2) has sharded "
+                    "over one mesh, in one dimension or in replicas, beside which there may be one "
+                    "of tensor parallelism: shard the whole model with fully_shard, over one mesh"
+                )
+    pieces = _check_pieces(model, mesh.ndim)
+    group = mesh.get_group() if mesh.ndim == 1 else everyone
+    return group, everyone if pieces else group
 
 
-def _check_tensor_parallel(model: nn.Module) -> None:
-    """Raise a ValueError for shards of another module than a linear layer, or of several meshes."""
+def _check_pieces(model: nn.Module, before: int) -> bool:
+    """Return whether layers are in tensor parallelism, in the dimension after some of the mesh.
+
+    Raises:
+        ValueError: If that is another module than a linear layer, or over several meshes.
+    """
     meshes = set()
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix, recurse=False):
-            if is_sharded(parameter):
-                cut: Any = parameter
-                meshes.add(cut.device_mesh)
-                if type(module) is not nn.Linear or len(meshes) > 1 or cut.device_mesh.ndim > 1:
-                    raise ValueError(
-                        f"parameter {name!r} of a {type(module).__name__} is spread over "
-                        f"{cut.device_mesh} as {cut.placements}, and in tensor parallelism natgrad "
-                        "takes linear layers over one mesh of one dimension: leave other modules "
-                        "out of parallelize_module, or shard the model with fully_shard alone"
-                    )
+            cut: Any = parameter
+            if not is_sharded(parameter) or cut.device_mesh.ndim == before:
+                continue
+            meshes.add(cut.device_mesh)
+            more = cut.device_mesh.ndim > before + 1
+            if not is_linear(module) or len(meshes) > 1 or more:
+                raise ValueError(
+                    f"parameter {name!r} of a {type(module).__name__} is spread over "
+                    f"{cut.device_mesh} as {cut.placements}, and in tensor parallelism natgrad "
+                    "takes linear layers over one mesh of one dimension: leave other modules "
+                    "out of parallelize_module, or shard the model with fully_shard alone"
+                )
+    return bool(meshes)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Return whether a module is a linear layer, of whose class ``fully_shard`` makes its own."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
+def everyone_beside(model: nn.Module, group: Any) -> Any:
+    """Return all processes, of which those of a group have other samples than this one.
+
+    Args:
+        model: The model, in tensor parallelism.
+        group: The processes that have the same pieces as this one.
+
+    Raises:
+        ValueError: If they are not one of each mesh of pieces.
+    """
+    cut: Any = next(parameter for parameter in model.parameters() if is_sharded(parameter))
+    ranks = set(torch.distributed.get_process_group_ranks(group))
+    pieces = set(cut.device_mesh.mesh.flatten().tolist())
+    world = torch.distributed.get_world_size()
+    if ranks & pieces != {torch.distributed.get_rank()} or len(ranks) * len(pieces) != world:
+        raise ValueError(BESIDE_REPLICAS)
+    return torch.distributed.group.WORLD
 
 
 def check_features_spread(module: nn.Module, inputs: Tensor, output: Tensor) -> None:
@@ -100,10 +156,13 @@ def features_gathered(value: Tensor, size: int, parameter: Tensor) -> Tensor:
         return value
     from torch.distributed.tensor import DTensor, Shard
 
-    mesh: Any = parameter
+    held: Any = parameter
+    mesh = held.device_mesh
+    if mesh.ndim > 1:  # In shards of pieces.
+        mesh = mesh[mesh.mesh_dim_names[-1]]
     shape = torch.Size((*value.shape[:-1], size))
     cut: Any = DTensor.from_local(
-        value.contiguous(), mesh.device_mesh, [Shard(value.dim() - 1)], run_check=False,
+        value.contiguous(), mesh, [Shard(value.dim() - 1)], run_check=False,
         shape=shape, stride=torch.empty(shape, device="meta").stride(),
     )  # fmt: skip
     found: Tensor = cut.full_tensor()
@@ -128,7 +187,7 @@ def shard_count(tensor: Tensor) -> int:
     if not is_sharded(tensor):
         return 1
     sizes = zip(cut.device_mesh.shape, cut.placements, strict=True)
-    return math.prod(size for size, placement in sizes if placement.is_shard())
+    return math.prod(size for size, placement in sizes if is_cut(placement))
 
 
 def sharded_like(value: Tensor, parameter: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from natgrad.capture.model_output import unwrap
 from natgrad.curvature import Curvature, Structure, as_structure
 from natgrad.distributed import Replicas
 from natgrad.distributed.place import PlacedGenerator
-from natgrad.distributed.shards import mesh_group
+from natgrad.distributed.shards import mesh_groups
 from natgrad.fisher.types import FisherType, as_fisher_type
 from natgrad.jacobians import Jacobians, LinearJacobian
 from natgrad.jacobians.scaled import ScaledRows
@@ -263,7 +263,7 @@ def curvature_of(
     Raises:
         ValueError: If the data is empty, or a parameter cannot be covered.
     """
-    mesh = mesh_group(unwrap(model))
+    mesh, _ = mesh_groups(unwrap(model))
     replicas = Replicas.of(model, process_group or mesh)
     with Capture(
         model, likelihood.selection(output), batch_dim=batch_dim, shards=mesh is not None

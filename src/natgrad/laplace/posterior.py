@@ -30,7 +30,7 @@ from natgrad.capture.evaluation import call_model, undisturbed
 from natgrad.capture.model_output import Selection, require_output, unwrap
 from natgrad.curvature import Curvature, Structure, as_structure
 from natgrad.distributed import Replicas
-from natgrad.distributed.shards import mesh_group
+from natgrad.distributed.shards import mesh_groups
 from natgrad.fisher import Batch, FisherType, as_fisher_type
 from natgrad.fisher.estimation import batches_of, curvature_of
 from natgrad.laplace.evidence import Evidence
@@ -108,7 +108,7 @@ class Laplace(LinearizedPosterior):
                 f"parameters must be 'all', 'last_layer' or a list of names, got {parameters!r}"
             )
         self.model: nn.Module = unwrap(model)
-        mesh = mesh_group(self.model)
+        mesh, _ = mesh_groups(self.model)
         self._shards, self._group = mesh is not None, process_group or mesh
         self._wrapped = model
         self.likelihood: Likelihood = as_likelihood(likelihood)

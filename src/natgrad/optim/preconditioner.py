@@ -19,7 +19,13 @@ from natgrad.capture.model_output import unwrap
 from natgrad.curvature import Curvature, KroneckerFactors, Structure, as_structure
 from natgrad.curvature.curvature import Estimate
 from natgrad.distributed.replicas import Replicas
-from natgrad.distributed.shards import is_sharded, mesh_group, sharded_like, whole
+from natgrad.distributed.shards import (
+    everyone_beside,
+    is_sharded,
+    mesh_groups,
+    sharded_like,
+    whole,
+)
 from natgrad.fisher import FisherType, as_fisher_type
 from natgrad.layouts import inner_product
 from natgrad.likelihoods import LikelihoodLike, as_likelihood
@@ -112,7 +118,7 @@ class Preconditioner(CopiedByState):
                 f"{structure.name!r} couples them"
             )
         likelihood, kind = as_likelihood(likelihood), as_fisher_type(fisher)
-        mesh = mesh_group(unwrap(model))
+        mesh, self._everyone = mesh_groups(unwrap(model))
         _check_has_values(model)
         self.capture: Capture = Capture(
             model, likelihood.selection(output), excluded=excluded, batch_dim=batch_dim,
@@ -144,7 +150,7 @@ class Preconditioner(CopiedByState):
         )
         self.observer.before_change = self._open
         self.gradient_rows: GradientRows = GradientRows(self.observer)
-        self._in_tensor_parallel = self.capture.shards and mesh is None
+        self._in_pieces = self.capture.shards and (mesh is None or mesh is not self._everyone)
         #: Processes that have a share of every batch each, and take the same steps.
         self.replicas: Replicas
         self._share_with(Replicas.of(model, process_group or mesh))
@@ -160,12 +166,9 @@ class Preconditioner(CopiedByState):
             raise
 
     def _share_with(self, replicas: Replicas) -> None:
-        if self._in_tensor_parallel and not replicas.are_alone:
-            raise ValueError(
-                "the model is in tensor parallelism and in data parallelism, of which natgrad "
-                "takes one: leave out parallelize_module, or DistributedDataParallel (and "
-                "process_group=)"
-            )
+        if self._in_pieces and not replicas.are_alone:
+            everyone = self._everyone or everyone_beside(self.model, replicas.group)
+            replicas = Replicas(replicas.group, everyone=everyone)
         self.replicas = self.curvature.replicas = self.observer.replicas = replicas
 
     # Layers that come and go.
@@ -238,7 +241,8 @@ class Preconditioner(CopiedByState):
     def keeps_shards(self) -> bool:
         """Whether gradients stay in shards, and are whole for the owners of layers alone."""
         coupled = self.curvature.structure.companion is not None or bool(self.own_backward)
-        return self.capture.shards and self.curvature.is_divided and not coupled
+        several = coupled or self._in_pieces
+        return self.capture.shards and self.curvature.is_divided and not several
 
     def newly_untrusted(self) -> dict[str, str]:
         """Return those untrusted parameters that had rows until now, which they lose."""
