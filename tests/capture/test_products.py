@@ -58,6 +58,14 @@ FUNCTIONS = {
     "matrices of a stack": (lambda h, w: h @ w[2] + functional.linear(h, w[0]), STACK),
     "bmm": (lambda h, w: torch.bmm(h.expand(3, -1, -1), w).sum(0), STACK),
     "matmul of all": (lambda h, w: torch.matmul(h, w.mT).prod(0), STACK),
+    "matmul of own inputs": (
+        lambda h, w: (torch.stack([h, h * h], 1)[:, None] @ w).prod(1).sum(1),
+        STACK,
+    ),
+    "matmul of own inputs from the left": (
+        lambda h, w: (w @ torch.stack([h, h * h], 2)[:, None]).prod(1).sum(2),
+        STACK,
+    ),
     "baddbmm": (lambda h, w: torch.baddbmm(h.new_ones(1), h.expand(3, -1, -1), w).sum(0), STACK),
     "w @ x": (lambda h, w: (w @ h.T).T, SQUARE),
     "w.T @ x of positions": (lambda h, w: (w.mT @ torch.stack([h, h * h], 2)).sum(2), SQUARE),

@@ -107,8 +107,8 @@ class RecordProducts(TorchFunctionMode):
             added = bias is not None and bias is place.watched.bias
             over = "routed" if ends is not None else "stack" if place.whole else "matrix"
             if over == "stack":
-                inputs = inputs.expand(*weight.shape[:1], *inputs.shape[-2:])
-            if over != "stack" or output.dim() == 3:
+                inputs = inputs.expand(*output.shape[:-2], *inputs.shape[-2:])
+            if over != "stack" or output.dim() > 2:  # Less where the input is a vector.
                 apart = (-3, features) if over == "stack" else (features,)
                 kind = ProductKind(place.transposed == by_rows, added, over, apart)
                 self._record_product(place, kind, inputs, output, ends=ends)
