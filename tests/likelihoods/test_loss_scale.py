@@ -349,3 +349,26 @@ def test_each_head_is_seen():
         functional.mse_loss(model(x)[0], y).backward()
     optimizer.step()
     assert optimizer.preconditioner.observer.likelihood.heads[0] == Gaussian(0.5, "mean")
+
+
+def overlap(z: Tensor, y: Tensor) -> Tensor:
+    """Return the loss of Sudre et al. (2017), as segmentation takes it."""
+    p = torch.sigmoid(z)
+    return (1 - (2 * (p * y).sum(1) + 1) / (p.sum(1) + y.sum(1) + 1)).mean()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_losses_of_overlaps_are_of_the_size_of_a_mean(share: float):
+    model, x = nn.Linear(6, 400).double(), normal(16, 6)
+    y = (normal(16, 400, seed=3) > 1).double()
+    z = model(x)
+    crossed = functional.binary_cross_entropy_with_logits(z, y)
+    (cotangent,) = torch.autograd.grad(share * crossed + overlap(z, y), z)
+    found, said = Bernoulli().seen_with(z.detach(), cotangent)
+    assert found == Bernoulli("mean")
+    assert "mean over the 400" in said[0]
+    summed = functional.binary_cross_entropy_with_logits(
+        z, torch.sigmoid(3 * y - 1), reduction="sum"
+    )
+    (cotangent,) = torch.autograd.grad(summed / 16, z)
+    assert Bernoulli().seen_with(z.detach(), cotangent) == (Bernoulli("sum"), [])

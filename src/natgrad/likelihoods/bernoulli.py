@@ -90,10 +90,19 @@ class Bernoulli(Elementwise):
         return plausible_scale(averaged, len(output)) < plausible_scale(summed, len(output))
 
     def _looks_average(self, output: Tensor, cotangent: Tensor) -> bool:
-        """Return whether soft labels of a mean would lie between 0 and 1."""
-        labels = torch.sigmoid(output) - cotangent.to(output.dtype) * output.numel()
-        tolerance = 16 * torch.finfo(cotangent.dtype).eps
-        return bool((labels >= -tolerance).all() & (labels <= 1 + tolerance).all())
+        """Return whether a mean is likelier than a sum, by labels between 0 and 1 or errors.
+
+        Losses that are none of labels, as of overlaps, have gradients of the size of errors all the
+        same: those of a model that is not trained yet, far above 1/C.
+        """
+        predicted = torch.sigmoid(output)
+        errors = cotangent.to(output.dtype) * output.numel()
+        labels, tolerance = predicted - errors, 16 * torch.finfo(cotangent.dtype).eps
+        between = (labels >= -tolerance).all() & (labels <= 1 + tolerance).all()
+        factor = 2.0**-16 if cotangent.dtype == torch.float16 else 1.0  # Of scaled losses.
+        sizes = predicted * (1 - predicted)  # Of errors on average, where labels are as predicted.
+        small = errors.abs().mean() * factor < 2 * sizes.mean() * output[0].numel() ** 0.5
+        return bool(between | small)
 
     def _fitted(self, output: Tensor, cotangent: Tensor) -> Tensor:
         info = torch.finfo(cotangent.dtype)
