@@ -47,6 +47,12 @@ def check_parameters(parameters: Mapping[str, Tensor], shards: bool = False) -> 
                 f"parameter {name!r} is {parameter.dtype}, and natgrad takes real parameters only: "
                 "hold real and imaginary part as two (torch.view_as_real), or freeze it"
             )
+        if hasattr(parameter, "_fsdp_flattened"):
+            raise ValueError(
+                f"parameter {name!r} is part of a flat vector of FullyShardedDataParallel (FSDP1), "
+                "of which no part is a matrix to be preconditioned: shard the model with "
+                "fully_shard (FSDP2)"
+            )
         if hasattr(parameter, "device_mesh") and not shards:
             refuse_shards(f"parameter {name!r}")
 

@@ -149,8 +149,8 @@ class Capture:
         """Find the blocks of the model as it is now, and watch their layers."""
         self.blocks: dict[str, Block]
         self.uncovered: dict[str, str]
-        self.blocks, self.uncovered = find_blocks(self.model, self.excluded)
         self.layout: ParameterLayout = ParameterLayout.of(self.model, self.shards)
+        self.blocks, self.uncovered = find_blocks(self.model, self.excluded)
         self._watched = watched_parameters(self.model, self.blocks)
         self.sources: RowSources = RowSources(
             self.model, self.blocks, self._watched, self.tell, tells_coupled=not self.sums_coupled

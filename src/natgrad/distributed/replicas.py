@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -33,11 +34,14 @@ class Replicas:
         outlines: Of values they have exchanged.
         everyone: These and those that have other pieces of the same layers and the same samples,
             in tensor parallelism; None for these alone.
+        by_wrapper: Whether passes that they make together run inside DistributedDataParallel, and
+            others are those of this process alone.
     """
 
     group: Any = None
     outlines: Outlines = field(default_factory=dict, compare=False, repr=False)
     everyone: Any = None
+    by_wrapper: bool = False
 
     @classmethod
     def of(cls, model: nn.Module, process_group: Any = None) -> Replicas:
@@ -49,31 +53,39 @@ class Replicas:
         """
         while process_group is None:
             if isinstance(model, nn.parallel.DistributedDataParallel):
-                return cls(model.process_group)
+                return cls._of_wrapper(model)
             inner = getattr(model, "_orig_mod", None)
             if not isinstance(inner, nn.Module):
                 break
             model = inner
         return cls(process_group)
 
-    def found_around(self, model: nn.Module) -> Replicas:
+    @classmethod
+    def _of_wrapper(cls, wrapper: Any) -> Replicas:
+        # Without the reducer of C++ no pass tells whether it is one of the wrapper.
+        return cls(wrapper.process_group, by_wrapper=not wrapper._use_python_reducer)
+
+    def found_around(self, model: nn.Module) -> Replicas | None:
         """Return the replicas that the present forward pass of a model tells of.
 
-        It may have been wrapped after the optimizer was made.
+        It may have been wrapped after the optimizer was made. None if the pass goes past the
+        wrapper, as where the first process evaluates.
 
         Raises:
-            ValueError: If it runs inside :class:`torch.distributed.algorithms.Join`.
+            ValueError: If it runs inside :class:`torch.distributed.algorithms.Join`, or is that of
+                a stage of a pipeline.
         """
+        _refuse_stages()
         wrapper = _wrapper_around(model)
         if wrapper is None:
-            return self
+            return None if self.by_wrapper else self
         if wrapper._join_config.enable:
             raise ValueError(
                 "inside torch's Join some processes stop earlier than others, and curvature needs "
                 "all of them in every step: give them equal numbers of batches, of any sizes "
                 "(DistributedSampler does), and leave Join out"
             )
-        return self if self.group is not None else Replicas(wrapper.process_group)
+        return self if self.group is not None else self._of_wrapper(wrapper)
 
     @staticmethod
     def average_after(model: nn.Module) -> bool:
@@ -191,23 +203,49 @@ class Replicas:
         torch.distributed.all_reduce(total, group=self.group)
         return total
 
-    def placed(self, samples: int, flag: bool, device: torch.device) -> tuple[Place, bool]:
-        """Return which samples of a batch are those of this process, and whether any flag is up.
+    def placed(
+        self, samples: int, flags: Sequence[bool], device: torch.device
+    ) -> tuple[Place, list[list[bool]]]:
+        """Return which samples of a batch are those of this process, and the flags of each.
 
         Args:
             samples: How many it has.
-            flag: What the others are to know of.
+            flags: What the others are to know of.
             device: Where the group sends from.
         """
         if self.are_alone:
-            return WHOLE_BATCH, flag
-        numbers, flags = zip(*self.told([samples, int(flag)], device), strict=True)
+            return WHOLE_BATCH, [list(flags)]
+        each = self.told([samples, *map(int, flags)], device)
+        numbers = [one[0] for one in each]
         place = Place(sum(numbers[: self.rank]), samples, sum(numbers))
-        return place, any(flags)
+        return place, [[bool(flag) for flag in one[1:]] for one in each]
+
+
+def _refuse_stages() -> None:
+    """Raise a ValueError in a forward pass of a stage of torch's pipelines."""
+    package = "torch.distributed.pipelining."
+    frame = sys._getframe() if f"{package}stage" in sys.modules else None
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith(package):
+            raise ValueError(
+                "the model is a stage of a pipeline (torch.distributed.pipelining), of which the "
+                "last one alone has the output that curvature is of: share the layers with "
+                "fully_shard or parallelize_module in place of stages"
+            )
+        frame = frame.f_back
 
 
 def _wrapper_around(model: nn.Module) -> Any:
-    """Return the wrapper whose forward pass runs and holds a model; None if none does."""
+    """Return the wrapper whose forward pass runs and holds a model; None if none does.
+
+    Raises:
+        ValueError: If it is no module, which begins after those who watch the model.
+    """
+    if hasattr(model, "set_requires_gradient_sync") and not hasattr(model, "unshard"):
+        raise ValueError(
+            "the model is replicated by replicate() of torch.distributed._composable, which shows "
+            "no one that its passes are of several processes: wrap it in DistributedDataParallel"
+        )
     wrapper = nn.parallel.DistributedDataParallel._active_ddp_module
     holds = wrapper is not None and any(module is model for module in wrapper.modules())
     return wrapper if holds else None

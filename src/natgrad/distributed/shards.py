@@ -71,7 +71,7 @@ def mesh_groups(model: nn.Module) -> tuple[Any, Any]:
             kinds = [is_cut(one) for one in cut.placements[: mesh.ndim]]
             beyond = cut.device_mesh.ndim - mesh.ndim
             of_all = cut.device_mesh.size() == world
-            known = kinds == [True] and (of_all or not beyond)
+            known = len(kinds) == 1 and (of_all or not beyond)  # Cut, or a replica in each.
             known = known or (kinds == [False, True] and of_all and not beyond)
             if parameter not in held or others or not known:
                 raise ValueError(
@@ -311,10 +311,10 @@ def _places(tensor: Tensor, group: Any) -> Sequence[tuple[Any, int]]:
 def _places_in(
     mesh: Any, placements: tuple[Any, ...], ranks: tuple[int, ...]
 ) -> list[tuple[Any, int]]:
-    (cut,) = (i for i, one in enumerate(placements) if one.is_shard())
+    cut = next((i for i, one in enumerate(placements) if one.is_shard()), len(placements))
     found = []
     for rank in ranks:
-        seat = (mesh.mesh == rank).nonzero()[0].tolist()
+        seat = [*(mesh.mesh == rank).nonzero()[0].tolist(), 0]
         found.append((tuple(seat[:cut]), seat[cut]))
     return found
 

@@ -305,7 +305,7 @@ def _take_batch(
     """
     replicas, home = curvature.replicas, capture.layout.device
     if batch is None:
-        replicas.placed(0, False, home)
+        replicas.placed(0, [False], home)
         return
     inputs, target = batch
     with evaluated(capture, inputs) as found:
@@ -319,7 +319,8 @@ def _take_batch(
         is_empty = detached.numel() == 0
         weights = None if is_empty else own.event_weights(detached, target)
         silent = weights is not None and bool((weights == 0).any())
-        place, silent = replicas.placed(len(found), silent, home)
+        place, flags = replicas.placed(len(found), [silent], home)
+        silent = any(flag for (flag,) in flags)
         generator.place = curvature.place = place
         if weights is None:
             draw_in_step(own, fisher, detached, generator)

@@ -148,6 +148,9 @@ class Observer:
         self.before_change: Callable[[], None] = lambda: None
         #: Whether the wrapper averages gradients after the last forward pass.
         self.last_pass = True
+        self._others_go_on = False  # Other processes make passes after the last one of this.
+        #: Whether some process knows curvature, of those that share work; some keep none at all.
+        self.known_together = False
         capture.on_forward = self._on_forward
         capture.on_backward = self._on_backward
 
@@ -161,8 +164,8 @@ class Observer:
         if self.schedule is not None:
             return self.schedule(self.steps)
         turn = self.refresh.is_turn(self.steps - self.start, self.refresh.factors)
-        # Of processes that share work, some keep no factor at all: all must agree.
-        return turn or (self.replicas.are_alone and not self.knows_curvature)
+        known = self.knows_curvature if self.replicas.are_alone else self.known_together
+        return turn or not known
 
     @property
     def knows_curvature(self) -> bool:
@@ -237,6 +240,7 @@ class Observer:
         if recorded.has_edges:
             self._take_rows(one)
         if not self.replicas.are_alone:
+            self._take_part_in_others()
             self._begin_sums()
 
     def _see_again(self, place: int, asked: bool) -> None:
@@ -376,22 +380,45 @@ class Observer:
         What one of them leaves out is left out by all.
         """
         assert one.recorded.output is not None
-        output = one.recorded.output
-        place, silent = self.replicas.placed(
-            len(output), one.has_silent, self.capture.layout.device
+        device, own = self.capture.layout.device, len(one.recorded.output)
+        place, each = self.replicas.placed(
+            own, [one.has_silent, not one.is_empty, self.last_pass], device
         )
+        silent, counts, last = zip(*each, strict=True)
         self.generator.place = self.curvature.place = place
         if one.is_empty:
             self._undrawn = self.generator.get_state()
-            self._draw_in_step(one.recorded)
-        return replace(one, has_silent=silent)
+            if any(counts):
+                self._draw_in_step(one.recorded)
+        self._others_go_on = self.last_pass and not all(last)
+        return replace(one, has_silent=any(silent))
 
-    def _draw_in_step(self, recorded: ForwardPass) -> None:
-        """Draw as other processes do for a pass in which nothing counts here."""
+    def _take_part_in_others(self) -> None:
+        """After the last pass of this process, take part in those that others make besides."""
+        present, device = self.generator.place, self.capture.layout.device
+        while self._others_go_on:
+            place, each = self.replicas.placed(0, [False, False, True], device)
+            _, counts, last = zip(*each, strict=True)
+            self.generator.place = place
+            if any(counts):
+                self._draw_in_step(self.seen[-1].recorded, samples=0)
+                for name, one in self.curvature.estimates.items():
+                    self.curvature.estimates[name] = replace(one, draws=one.draws + 1)
+            self._others_go_on = not all(last)
+        self.generator.place = present
+
+    def _draw_in_step(self, recorded: ForwardPass, samples: int | None = None) -> None:
+        """Draw as other processes do for a pass in which nothing counts here.
+
+        Args:
+            recorded: The pass, or one whose outputs are of that form.
+            samples: How many of the samples of its output are of the batch; all by default.
+        """
         assert recorded.output is not None
         if self.rows_due and not self.replicas.are_alone:
             likelihood = self.likelihood.of_shapes(recorded.heads)
-            draw_in_step(likelihood, self.fisher, recorded.output.detach(), self.generator)
+            output = recorded.output.detach()[:samples]
+            draw_in_step(likelihood, self.fisher, output, self.generator)
 
     def _weighed(self, recorded: ForwardPass, cotangent: Tensor | None) -> SeenPass:
         """Return a pass with the weights of its events; the one place where it is waited for."""
@@ -578,6 +605,7 @@ class Observer:
                 cotangent = None if cotangent is None else found.samples_first(cotangent)
             self._take_rows(self._see(found, cotangent, asked=True, told=True))
             if not self.replicas.are_alone:
+                self._take_part_in_others()
                 self._begin_sums()
 
     def _see_later(self, recorded: ForwardPass) -> Callable[[Tensor], None]:
@@ -600,6 +628,9 @@ class Observer:
             self.warmup -= 1
         else:
             self.steps += 1
+        if not (self.replicas.are_alone or self.known_together):
+            device = self.capture.layout.device
+            self.known_together = self.replicas.any(self.knows_curvature, device)
         self.forget()
 
     def forget(self) -> None:

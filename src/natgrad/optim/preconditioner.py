@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad import linalg
-from natgrad.arguments import check_damping, check_kind, refuse_shards
+from natgrad.arguments import check_damping, check_kind, check_parameters, refuse_shards
 from natgrad.capture import Capture
 from natgrad.capture.blocks import find_blocks, names_by_reason
 from natgrad.capture.hooks import forget_compiled, outside_graphs
@@ -176,7 +176,11 @@ class Preconditioner(CopiedByState):
     def _before_pass(self) -> None:
         """Look at the model as a forward pass finds it."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
+            check_parameters(dict([next(iter(self.parameters.items()))]), shards=True)
             replicas = self.replicas.found_around(self.model)
+            if replicas is None:  # Nobody else makes this pass, and nobody averages its gradient.
+                self.capture.recording = self.capture.watching = False
+                return
             if replicas is not self.replicas:
                 self._share_with(replicas)
             self.observer.last_pass = replicas.average_after(self.model)
@@ -689,6 +693,7 @@ class Preconditioner(CopiedByState):
         likelihood = observer.given.decided(state.get("likelihood"))
         steps, warmup, random = state["steps"], state["warmup"], state["generator"].cpu()
         start, reading = state.get("start", 0), state.get("reads_data", ())
+        known = any(entry["average"] is not None for entry in state["curvature"].values())
 
         def restore() -> None:
             self.untrusted = untrusted
@@ -698,6 +703,7 @@ class Preconditioner(CopiedByState):
             self.curvature.reads_data = reading
             observer.steps, observer.warmup, observer.likelihood = steps, warmup, likelihood
             observer.start = start
+            observer.known_together = known
             # Generators of other kinds of devices have states of another size, and other numbers.
             if random.shape == observer.generator.get_state().shape:
                 observer.generator.set_state(random)
