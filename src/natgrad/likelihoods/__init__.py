@@ -12,6 +12,7 @@ from natgrad.likelihoods.conversion import LikelihoodLike, as_likelihood, from_l
 from natgrad.likelihoods.gaussian import Gaussian
 from natgrad.likelihoods.heads import Heads
 from natgrad.likelihoods.poisson import Poisson
+from natgrad.likelihoods.poisson_rates import PoissonRates
 
 __all__ = [
     "Bernoulli",
@@ -23,6 +24,7 @@ __all__ = [
     "Likelihood",
     "LikelihoodLike",
     "Poisson",
+    "PoissonRates",
     "as_likelihood",
     "from_loss",
 ]

@@ -15,6 +15,7 @@ from natgrad.likelihoods.categorical import Categorical
 from natgrad.likelihoods.gaussian import Gaussian
 from natgrad.likelihoods.heads import Heads
 from natgrad.likelihoods.poisson import Poisson
+from natgrad.likelihoods.poisson_rates import PoissonRates
 
 #: What :func:`as_likelihood` takes.
 LikelihoodLike: TypeAlias = str | Likelihood | nn.Module | Callable[..., Any] | Mapping[Any, Any]
@@ -96,8 +97,8 @@ def from_loss(criterion: nn.Module) -> Likelihood:
 
     Args:
         criterion: ``nn.CrossEntropyLoss``, ``nn.NLLLoss``, ``nn.KLDivLoss``, ``nn.MSELoss``,
-            ``nn.BCEWithLogitsLoss``, ``nn.BCELoss`` or ``nn.PoissonNLLLoss(log_input=True)``, with
-            reduction "mean" or "sum" (or "batchmean").
+            ``nn.BCEWithLogitsLoss``, ``nn.BCELoss`` or ``nn.PoissonNLLLoss``, with reduction "mean"
+            or "sum" (or "batchmean").
 
     Returns:
         A likelihood with ``loss(output, target)`` equal to the mean-reduced criterion (up to
@@ -147,9 +148,8 @@ def from_loss(criterion: nn.Module) -> Likelihood:
             raise ValueError("BCELoss with weight is not a likelihood.")
         return BinaryProbabilities("mean" if reduction == "mean" else None, reduction)
     if isinstance(criterion, nn.PoissonNLLLoss):
-        if not criterion.log_input:
-            raise ValueError("PoissonNLLLoss needs log_input=True: the output is the log rate.")
-        return Poisson("mean" if reduction == "mean" else None, reduction)
+        rates = Poisson if criterion.log_input else PoissonRates
+        return rates("mean" if reduction == "mean" else None, reduction)
     raise TypeError(
         "Likelihoods are known for CrossEntropyLoss, NLLLoss, KLDivLoss, MSELoss, BCELoss, "
         f"BCEWithLogitsLoss and PoissonNLLLoss, not for {name}; pass a Likelihood instead."

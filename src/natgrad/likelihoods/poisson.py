@@ -9,13 +9,17 @@ import torch
 from torch import Tensor
 
 from natgrad.distributed.place import drawn
-from natgrad.likelihoods.base import Reduction
+from natgrad.likelihoods.base import Likelihood, Reduction, full_precision
 from natgrad.likelihoods.elementwise import Elementwise, ReduceOutputs
+from natgrad.likelihoods.poisson_rates import PoissonRates, hold_rates
 
 
 @dataclass(frozen=True, repr=False)
 class Poisson(Elementwise):
     """y ~ Poisson(exp z) for every output: nll = exp(z) − y z, Λ = diag(exp z).
+
+    Where an optimizer sees the gradient of counts at their rates, the likelihood becomes
+    :class:`natgrad.likelihoods.PoissonRates`.
 
     Args:
         reduce_outputs: "sum" or "mean" over the C outputs of a sample; ``nn.PoissonNLLLoss()`` is
@@ -31,6 +35,23 @@ class Poisson(Elementwise):
 
     reduce_outputs: ReduceOutputs = None
     reduction: Reduction = "mean"
+
+    @full_precision
+    def seen_with(
+        self, output: Tensor, cotangent: Tensor, target: Any = None
+    ) -> tuple[Likelihood, list[str]]:
+        """Decide on the reduction, and whether outputs are rates; see the base class."""
+        told = self._tells_average(output, cotangent, None)
+        if told is None and hold_rates(output, cotangent):
+            found = PoissonRates(self.reduce_outputs, self.reduction)
+            return found.seen_with(output, cotangent, target)
+        return super().seen_with(output, cotangent, target)
+
+    def decided(self, decision: Any) -> Likelihood:
+        """Return the likelihood with a :attr:`decision` that was made before."""
+        if isinstance(decision, (tuple, list)):
+            return PoissonRates(self.reduce_outputs, self.reduction).decided(decision)
+        return super().decided(decision)
 
     def _tells_average(self, output: Tensor, cotangent: Tensor, target: Any) -> bool | None:
         """Return by which factor the gradient is that of counts."""
