@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.util.inspect import signature, stringify_signature
+
 import natgrad
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -19,7 +23,6 @@ version = release = natgrad.__version__
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
@@ -48,6 +51,7 @@ sphinx_gallery_conf = {
 html_theme = "furo"
 html_title = f"natgrad {version}"
 html_theme_options = {"source_repository": "https://github.com/natgrad/natgrad"}
+html_math_renderer = "mathml"  # Every browser draws it itself, without a script from elsewhere.
 templates_path, html_static_path = ["_templates"], ["_static"]
 html_css_files, html_js_files = ["site.css"], ["versions.js"]
 
@@ -67,8 +71,23 @@ def on_site(text: str) -> str:
     return re.sub(r"\]\((\.\./)?docs/", "](", text)
 
 
+def write_formula(page: Any, node: Any) -> None:
+    """Write a formula as MathML."""
+    page.body.append(tex2mathml(node.astext(), as_block=isinstance(node, nodes.math_block)))
+    raise nodes.SkipNode
+
+
+def of_class(
+    app: Any, what: str, name: str, thing: Any, options: Any, shown: str, returned: str
+) -> tuple[str, str] | None:
+    """Return the arguments of a class whose ``__new__`` would hide them."""
+    if what != "class" or shown != "(*args, **kwargs)":
+        return None
+    return stringify_signature(signature(thing), show_annotation=False), ""
+
+
 def setup(app: Any) -> None:
-    """Rewrite links as pages are read, and put the messages where they belong."""
+    """Rewrite links as pages are read, put messages where they belong, and write formulas."""
 
     def read(app: Any, name: str, content: list[str]) -> None:
         content[0] = on_site(content[0])
@@ -78,5 +97,7 @@ def setup(app: Any) -> None:
     def included(app: Any, path: Any, parent: str, content: list[str]) -> None:
         content[0] = on_site(content[0])
 
+    app.add_html_math_renderer("mathml", (write_formula, None), (write_formula, None))
+    app.connect("autodoc-process-signature", of_class)
     app.connect("source-read", read)
     app.connect("include-read", included)

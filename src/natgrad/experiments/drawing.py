@@ -42,10 +42,19 @@ def line_style(index: int) -> dict[str, Any]:
 def new_figure(panels: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
     """Return an empty figure and its axes, row by row, so many columns beside each other."""
     rows = -(-panels // columns)
-    size = (7.6, 4.2) if columns == 1 else (10.4, 0.5 + 3.1 * rows)
+    size = (6.4, 4.6) if columns == 1 else (10.4, 0.5 + 3.1 * rows)
     with rc_context(_STYLE):
         figure = Figure(figsize=size, layout="constrained")
         return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(panels)]
+
+
+def add_legend(figure: Figure, axes: Axes) -> None:
+    """Name the curves of ``axes``, if they have names, below the figure: phones show it, too."""
+    handles, labels = axes.get_legend_handles_labels()
+    columns = 3 if figure.get_figwidth() < 8 else 4
+    if labels:
+        place: dict[str, Any] = {"loc": "outside lower center", "ncols": columns}
+        figure.legend(handles, labels, handlelength=3.4, frameon=False, **place)
 
 
 def save_figure(figure: Figure, file_format: str) -> bytes:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
 from natgrad.experiments import pages
-from natgrad.experiments.drawing import line_style, new_figure
+from natgrad.experiments.drawing import add_legend, line_style, new_figure
 from natgrad.experiments.learning_rates import BUDGET, best_learning_rate
 from natgrad.experiments.methods import METHODS
 from natgrad.experiments.pages import (
@@ -206,6 +206,7 @@ def draw(results: Results, plot: Plot) -> Figure:
             axes.plot(*zip(*points, strict=True), label=label, **style)
             label = ""  # Further seeds share the entry of the first.
     _decorate(axes, plot, results)
+    add_legend(figure, axes)
     return figure
 
 
@@ -244,5 +245,3 @@ def _decorate(axes: Axes, plot: Plot, results: Results) -> None:
         place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "xytext": (3, 3)}
         place |= {"textcoords": "offset points", "ha": "left"}
         axes.annotate("target", (0.0, target), fontsize=8.5, color="#555555", **place)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=3.4)

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from natgrad.experiments.drawing import line_style, new_figure
+from natgrad.experiments.drawing import add_legend, line_style, new_figure
 from natgrad.experiments.pages import DASH, inline_svg, render_page, write_report
 from natgrad.experiments.theory.dynamics import FACTORS
 from natgrad.experiments.theory.methods import METHODS
@@ -53,8 +53,8 @@ def draw(plot: Plot) -> Figure:
             place.set_axis_off()
             continue
         _draw_panel(place, plot, panel)
-        if index == columns - 1 and place.get_legend_handles_labels()[0]:  # Beside the first row.
-            place.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=3.2)
+        if index == columns - 1:
+            add_legend(figure, place)
     return figure
 
 
