@@ -372,3 +372,56 @@ def test_losses_of_overlaps_are_of_the_size_of_a_mean(share: float):
     )
     (cotangent,) = torch.autograd.grad(summed / 16, z)
     assert Bernoulli().seen_with(z.detach(), cotangent) == (Bernoulli("sum"), [])
+
+
+# -- what is taken where the name stands for classes and the loss has none -------------------------
+
+
+def triplets(z: Tensor) -> Tensor:
+    return functional.triplet_margin_loss(z, z.roll(1, 0), z.roll(2, 0), margin=5.0)
+
+
+def binary(z: Tensor) -> Tensor:
+    y = (normal(*z.shape, seed=3) > 0.5).double()
+    return functional.binary_cross_entropy_with_logits(z, y)
+
+
+def squares(z: Tensor) -> Tensor:
+    return functional.mse_loss(z, normal(*z.shape, seed=3))
+
+
+def penalised(z: Tensor) -> Tensor:
+    y = torch.arange(len(z)) % z.shape[1]
+    return functional.cross_entropy(z, y) + 0.05 * z.logsumexp(1).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("loss", "size", "expected"),
+    [
+        (triplets, 6, Gaussian(reduce_outputs="sum")),
+        (binary, 6, Bernoulli("mean")),
+        (binary, 1, Bernoulli("sum")),
+        (squares, 64, Gaussian(0.5, "mean")),
+        (squares, 1, Gaussian(reduce_outputs="sum")),
+        (penalised, 6, Categorical()),
+    ],
+)
+def test_a_loss_without_classes_is_not_taken_for_one_of_classes(loss, size, expected):
+    model, x = network(size), normal(24, 6)
+    optimizer = natgrad.KFAC(model)
+    with pytest.warns(UserWarning, match=r"no loss of Categorical\(\)|a single class"):
+        loss(model(x)).backward()
+    optimizer.step()
+    assert optimizer.preconditioner.observer.likelihood == expected
+    other = natgrad.KFAC(copy.deepcopy(model))
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert other.preconditioner.observer.likelihood == expected
+
+
+def test_a_criterion_that_is_given_is_kept():
+    model, x = network(6), normal(24, 6)
+    optimizer = natgrad.KFAC(model, nn.CrossEntropyLoss(label_smoothing=0.1))
+    with pytest.warns(UserWarning, match="does not belong"):
+        triplets(model(x)).backward()
+    optimizer.step()
+    assert isinstance(optimizer.preconditioner.observer.likelihood, Categorical)

@@ -71,9 +71,16 @@ class Bernoulli(Elementwise):
             return found.seen_with(output, cotangent, target)
         return super().seen_with(output, cotangent, target)
 
+    @property
+    def decision(self) -> Any:
+        """That outputs are logits, and what the losses of a sample's are reduced to."""
+        return "logits", self.reduce_outputs
+
     def decided(self, decision: Any) -> Likelihood:
         """Return the likelihood with a :attr:`decision` that was made before."""
         if isinstance(decision, (tuple, list)):
+            if decision[0] == "logits":
+                return super().decided(decision[1])
             return BinaryProbabilities(self.reduce_outputs, self.reduction).decided(decision)
         return super().decided(decision)
 

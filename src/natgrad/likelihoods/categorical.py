@@ -18,17 +18,35 @@ from natgrad.likelihoods.base import (
     positive_ratio,
     root_floor,
 )
+from natgrad.likelihoods.bernoulli import Bernoulli
+from natgrad.likelihoods.binary_probabilities import hard_labels
 from natgrad.likelihoods.class_probabilities import (
     ClassProbabilities,
     hold_class_probabilities,
 )
+from natgrad.likelihoods.elementwise import Elementwise
+from natgrad.likelihoods.gaussian import Gaussian
 
 #: What is said of a single class.
 ONE_CLASS = (
-    "the output holds a single class, which is certain, so that the Fisher matrix is zero and "
-    "steps are those of plain gradient descent: say what the numbers mean by "
-    "likelihood='bernoulli', 'gaussian' or 'poisson', or by the loss"
+    "the output holds a single class, which is certain, so that the Fisher matrix of {name!r} is "
+    "zero and that of {found!r} is taken: say what the numbers mean by likelihood='bernoulli', "
+    "'gaussian' or 'poisson', or by the loss"
 )
+
+#: What is said where another likelihood is taken instead.
+TAKEN = (
+    "the gradient of the loss does not sum to zero over the classes, so it is no loss of {name!r} "
+    "(but perhaps a contrastive, an adversarial or a residual one), and the Fisher matrix of "
+    "{found!r} is taken{why}: say what the output means by likelihood=..., or train losses made of "
+    "residuals by ResidualNGD"
+)
+
+#: Share of a gradient that no labels explain, from which on it is none of classes.
+UNEXPLAINED = 0.5
+
+#: Share of outputs whose labels must be 0 or 1 for a gradient to be that of binary labels.
+BINARY = 0.9
 
 
 @dataclass(frozen=True, repr=False)
@@ -279,7 +297,11 @@ class Categorical(Likelihood):
 
     def decided(self, decision: Any) -> Likelihood:
         """Return the likelihood with a :attr:`decision` that was made before."""
+        if isinstance(decision, str):
+            return Gaussian(reduction=self.reduction).decided(decision)
         if isinstance(decision, (tuple, list)):
+            if decision[0] == "logits":
+                return Bernoulli(reduction=self.reduction).decided(decision)
             return ClassProbabilities(self).decided(decision)
         return self if decision is None else replace(self, class_dim=decision)
 
@@ -290,15 +312,19 @@ class Categorical(Likelihood):
         """Take the classes along the dimension that the gradient shows; see the base class.
 
         A criterion is often applied to ``output.flatten(0, 1)``. Outputs may turn out to be
-        probabilities of which the loss takes the logarithm. Say so if the gradient does not sum to
-        zero over classes, if there is one class only, or if class weights meet class probabilities,
-        whose weights only the target tells.
+        probabilities of which the loss takes the logarithm. Where the gradient is none of classes,
+        or there is one class only, the plain likelihood makes room for that of binary labels, if it
+        shows such, and else for squared errors, which measure how far outputs move. Say so, and if
+        class weights meet class probabilities, whose weights only the target tells.
         """
         shown = self._misfit(output, cotangent)
         if shown is not None:
             return replace(self, class_dim=shown[1]).seen_with(output, cotangent, target)
         if output.shape[self._class_dim(output)] == 1:
-            return self, [ONE_CLASS] if bool(cotangent.any()) else []
+            if not bool(cotangent.any()):
+                return self, []
+            found = self._instead(output, cotangent)
+            return found, [ONE_CLASS.format(name=self, found=found)]
         if cotangent.dtype == torch.float16:  # What vanishes in it is missing in the sum.
             return self, []
         said = []
@@ -314,6 +340,11 @@ class Categorical(Likelihood):
                 return ClassProbabilities(self), []
         foreign = sums > max(0.01, 2 * eps) * size
         if bool(foreign & ~self._is_normalized(output, self._class_dim(output))):
+            if self._is_plain and self._unexplained(output, events) > UNEXPLAINED:
+                found = self._instead(output, cotangent)
+                moves = ", which measures how far outputs move"
+                why = moves if isinstance(found, Gaussian) else ""
+                return found, [TAKEN.format(name=self, found=found, why=why)]
             fault = "does not sum to zero over the classes"
             said.append(FOREIGN.format(fault=fault, name=self))
         elif self.class_weights is not None and self.label_smoothing == 0 and target is None:
@@ -329,6 +360,29 @@ class Categorical(Likelihood):
                     "which tells the target"
                 )
         return self, said
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether it is what the name stands for, so that no one has said more."""
+        return replace(self, class_dim=None, reduction="mean") == Categorical()
+
+    def _unexplained(self, output: Tensor, events: Tensor) -> float:
+        """Return the share of a gradient's square that is not of the likeliest labels."""
+        p, _ = self._probabilities(output)
+        hard = p - torch.zeros_like(p).scatter_(-1, events.argmin(-1, keepdim=True), 1)
+        scale = (events * hard).sum() / hard.square().sum().clamp_min(torch.finfo(p.dtype).tiny)
+        return float((events - scale * hard).square().sum() / events.square().sum())
+
+    def _instead(self, output: Tensor, cotangent: Tensor) -> Likelihood:
+        """Return the likelihood that a gradient which is none of classes is taken to be of."""
+        share, sure, _ = hard_labels(output, cotangent, logits=True)
+        found: Elementwise = Gaussian(reduction=self.reduction)
+        if bool(sure & (share > BINARY)):
+            found = Bernoulli(reduction=self.reduction)
+        decided, _ = found.seen_with(output, cotangent)
+        if isinstance(decided, Gaussian) and not decided.is_shown(output, cotangent):
+            return found.decided("sum")
+        return decided
 
     # -- layout ------------------------------------------------------------------------------------
 

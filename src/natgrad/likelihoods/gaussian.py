@@ -63,6 +63,17 @@ class Gaussian(Elementwise):
         small = residual.square().mean().sqrt() < between * extent
         return bool(small & ~(slope.abs() >= between))  # There is no slope if z is constant.
 
+    def is_shown(self, output: Tensor, cotangent: Tensor) -> bool:
+        """Return whether the gradient grows with the outputs as that of squared errors does.
+
+        Errors of a model that is not trained yet grow with its outputs at a rate of about 1.
+        """
+        residual = per_sample(cotangent.to(output.dtype)) * len(output)
+        centered = per_sample(output) - per_sample(output).mean(0)
+        slope = (residual * centered).sum() / centered.square().sum()
+        slope = slope * (self.variance / self._scale(output))
+        return bool((slope > 0.5) & (slope < 2.0))
+
     @full_precision
     def root_vectors(self, output: Tensor, target: Tensor | None = None) -> Tensor:
         """Return the scaled unit vectors, a view without a copy per sample; see the base."""
