@@ -508,3 +508,56 @@ def test_wrong_heads_are_named():
     with pytest.raises(ValueError, match="'value' is computed from the model's output"):
         model(x)
     del optimizer
+
+
+class OverTime(nn.Module):
+    """Two heads of a recurrent network, ``(T, N, 3)`` and ``(T, N)``, or samples first."""
+
+    def __init__(self, time_first: bool) -> None:
+        super().__init__()
+        self.rnn, self.pi, self.v = nn.GRU(4, 5), nn.Linear(5, 3), nn.Linear(5, 1)
+        self.time_first = time_first
+        self.double()
+        for index, p in enumerate(self.parameters()):
+            p.data = normal(*p.shape, seed=index) / 2
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h, _ = self.rnn(x)
+        heads = {"logits": self.pi(h), "value": self.v(h).squeeze(-1)}
+        return heads if self.time_first else {k: v.transpose(0, 1) for k, v in heads.items()}
+
+
+@pytest.mark.parametrize("fisher", ["exact", "mc", "empirical"])
+@pytest.mark.parametrize("told", [True, False])
+def test_samples_in_the_second_dimension_of_all_heads(fisher, told):
+    """Whether that is told or found out: the steps are those of samples in the first."""
+    x, found = normal(6, 7, 4), []
+    y, v = torch.arange(42).view(6, 7) % 3, normal(6, 7, seed=2)
+    for time_first in (True, False):
+        model = OverTime(time_first)
+        optimizer = natgrad.KFAC(
+            model,
+            {"logits": "categorical", "value": Gaussian(reduce_outputs="sum")},
+            fisher=fisher,
+            batch_dim=1 if told and time_first else None,
+        )
+        for _ in range(3):
+            optimizer.zero_grad()
+            out = model(x)
+            out = out if time_first else {k: z.transpose(0, 1) for k, z in out.items()}
+            loss = functional.cross_entropy(out["logits"].flatten(0, 1), y.flatten())
+            (loss + (out["value"] - v).square().sum() / 14).backward()
+            optimizer.step()
+        found.append(nn.utils.parameters_to_vector(model.parameters()).detach())
+    torch.testing.assert_close(*found)
+
+
+def test_the_matrix_of_heads_with_samples_in_the_second_dimension():
+    x, heads = normal(6, 7, 4), {"logits": "categorical", "value": "gaussian"}
+    turned = {"batch_dim": 1}
+    data, same = [(x, None)], [(x, None)]
+    found = natgrad.fisher_matrix(OverTime(True), data, heads, "full", **turned).to_dense()
+    wanted = natgrad.fisher_matrix(OverTime(False), same, heads, "full").to_dense()
+    torch.testing.assert_close(found, wanted)
+    with pytest.raises(ValueError, match=r"batch_dim=2 is no dimension of .*\(6, 7\)"):
+        natgrad.fisher_matrix(OverTime(True), data, heads, "full", batch_dim=2)

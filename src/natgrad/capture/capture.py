@@ -367,7 +367,9 @@ class Capture:
                 "pull back"
             )
         last = self.passes[-1]
-        last.source, last.batch_dim = output, self.batch_dim or 0
+        last.source = output
+        if last.heads is None:
+            last.batch_dim = self.batch_dim or 0
         last.output = last.samples_first(output)
         return last
 
@@ -379,7 +381,7 @@ class Capture:
         assert recorded.output is not None
         self._check(recorded)
         if self.sources.time_first and self.batch_dim is None and recorded.batch_dim == 0:
-            recorded.batch_dim = 1
+            recorded.lay_samples(1)
             with torch.enable_grad():  # Backward passes run their hooks without.
                 recorded.output = recorded.samples_first(recorded.output)
             if recorded.cotangent is not None:
@@ -391,7 +393,7 @@ class Capture:
             self.sources.look_at_sizes(recorded.calls, recorded.samples)
         if not self.sources.knows(recorded.calls):
             assert recorded.output is not None
-            self.row_check.check(recorded.calls, recorded.output)
+            self.row_check.check(recorded.calls, recorded.output, recorded.turned)
 
     def pull_back(
         self,
@@ -431,7 +433,7 @@ class Capture:
         found = self.find_pass(output)
         assert found.output is not None
         if found.output is not output:
-            vectors = vectors.movedim(1 + found.batch_dim, 1)
+            vectors = torch.stack([found.samples_first(one) for one in vectors])
         self._check(found)
         return self.rows.pull_back(
             found.calls,
@@ -587,13 +589,8 @@ def _after_model(capture: Capture, module: nn.Module, args: Any, output: Any) ->
             "pick it"
         )
     time_first = capture.sources.time_first and selected.dim() > 1
-    current.batch_dim = int(time_first) if capture.batch_dim is None else capture.batch_dim
-    if not current.batch_dim < selected.dim():
-        raise ValueError(
-            f"batch_dim={current.batch_dim} is no dimension of an output of shape "
-            f"{tuple(selected.shape)}: give that of the samples, from 0 on"
-        )
     current.source = selected
+    current.lay_samples(int(time_first) if capture.batch_dim is None else capture.batch_dim)
     current.output = current.samples_first(selected)
     if capture.on_backward is None:
         return None

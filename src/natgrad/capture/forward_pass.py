@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -35,7 +35,8 @@ class ForwardPass:
         task: The number of that backward pass.
         target: The true target, where the user told it.
         elements: Total number of entries of all recorded layer outputs.
-        heads: Key → shape of the heads that are laid side by side in the output, if it has several.
+        heads: Key → shape, samples first, of the heads that are laid side by side in the output, if
+            it has several.
         parts: Key → the heads themselves.
         losses: Losses that the model returned beside them.
         numbers: How often every part of a layer was called.
@@ -66,8 +67,60 @@ class ForwardPass:
 
     def samples_first(self, tensor: Tensor) -> Tensor:
         """Return a tensor laid out like the model's output with samples in the first dimension."""
-        fits = self.batch_dim and tensor.dim() > self.batch_dim
-        return tensor.movedim(self.batch_dim, 0) if fits else tensor
+        dim = self.batch_dim
+        if self.heads is not None:
+            return tensor if dim == 0 else self._heads_turned(tensor, _turned(self.heads, dim), dim)
+        return tensor.movedim(dim, 0) if dim and tensor.dim() > dim else tensor
+
+    def lay_samples(self, dim: int) -> None:
+        """Note that samples, taken to lie in the first dimension, lie in another one.
+
+        Raises:
+            ValueError: If the model's output, or one of its heads, has no such dimension.
+        """
+        assert self.source is not None
+        shapes = [self.source.shape] if self.heads is None else list(self.heads.values())
+        lacking = [tuple(one) for one in shapes if len(one) <= dim]
+        if lacking:
+            raise ValueError(
+                f"batch_dim={dim} is no dimension of an output of shape {lacking[0]}: give that of "
+                "the samples, from 0 on"
+            )
+        self.batch_dim = dim
+        if self.heads is not None and dim:
+            self.heads = {
+                key: torch.Size([one[dim], *one[:dim], *one[dim + 1 :]])
+                for key, one in self.heads.items()
+            }
+
+    @torch.enable_grad()
+    def turned(self) -> Tensor | None:
+        """Return the output with its second dimension first, or None if no samples lie there."""
+        assert self.output is not None
+        if self.heads is None:
+            later = self.output.dim() > 2 and self.output.shape[1] > 1
+            return self.output.transpose(0, 1) if later else None
+        shapes = list(self.heads.values())
+        sizes = {one[1] if len(one) > 1 else 1 for one in shapes}
+        if len(sizes) > 1 or 1 in sizes or max(map(len, shapes)) < 3:
+            return None
+        return self._heads_turned(self.output, self.heads, 1)
+
+    def _heads_turned(self, joined: Tensor, heads: Mapping[Any, torch.Size], dim: int) -> Tensor:
+        """Lay heads of given shapes side by side by another dimension of theirs."""
+        pieces = joined.split([one[1:].numel() for one in heads.values()], 1)
+        moved = [
+            piece.reshape(shape).movedim(dim, 0)
+            for piece, shape in zip(pieces, heads.values(), strict=True)
+        ]
+        return torch.cat([one.reshape(len(one), -1) for one in moved], 1)
+
+
+def _turned(heads: Mapping[Any, torch.Size], dim: int) -> dict[Any, torch.Size]:
+    """Return shapes with their first dimension back where it was."""
+    return {
+        key: torch.Size([*one[1 : dim + 1], one[0], *one[dim + 1 :]]) for key, one in heads.items()
+    }
 
 
 def user_hook(recorded: RecordedCall, index: int) -> Callable[[Tensor | None], None]:

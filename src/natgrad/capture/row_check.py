@@ -54,19 +54,30 @@ class RowCheck:
         self._last: Callable[[], Tensor | None] = lambda: None
         self._unverified: set[str] = set()  # Blocks whose gradients have all been zero.
 
-    def check(self, recorded: Sequence[RecordedCall], output: Tensor) -> None:
+    def check(
+        self,
+        recorded: Sequence[RecordedCall],
+        output: Tensor,
+        turned: Callable[[], Tensor | None],
+    ) -> None:
         """Find out where samples lie and whether rows explain the gradient, if it is not known.
 
         Args:
             recorded: The calls of a pass.
             output: Its output, ``(N, ...)``, with its graph, which is kept.
+            turned: Returns it with another dimension first, where samples may lie, too.
         """
         try:
-            self._check(recorded, output)
+            self._check(recorded, output, turned)
         finally:
             release(recorded)
 
-    def _check(self, recorded: Sequence[RecordedCall], output: Tensor) -> None:
+    def _check(
+        self,
+        recorded: Sequence[RecordedCall],
+        output: Tensor,
+        turned: Callable[[], Tensor | None],
+    ) -> None:
         sources, calls = self.sources, self.sources.available(recorded)
         if not (len(output) and output.requires_grad):
             return
@@ -93,10 +104,9 @@ class RowCheck:
         axes = self._find_axes(calls, output)
         if axes is None or not _finite(truth.values()):
             return  # Something overflowed: what is zero cannot be told.
-        with torch.enable_grad():
-            later = output.transpose(0, 1) if output.dim() > 2 and output.shape[1] > 1 else None
         mixing = len(sources.mixing(axes))
-        if later is not None and not sources.time_first and mixing:
+        later = None if sources.time_first or not mixing else turned()
+        if later is not None:
             moved = self._find_axes(calls, later)
             # Rows of an output laid out as it is are still right, but several times as dear.
             # Some layers may mix samples in both, as experts do to which tokens are routed.
