@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 import natgrad
+from natgrad.distributed.shards import whole
 from tests import processes
 from tests.cases import generator
 from tests.distributed.networks import SAMPLES, batch, make, soon, summed_loss, weights
@@ -104,6 +105,56 @@ def nothing_at_first(rank: int | None, samples: int, **options: Any) -> Tensor:
             x, y = x[:samples], torch.full_like(y, -100)[:samples]
         program.backward(x, y)
     return weights(program.plain)
+
+
+def ignored_by_one(rank: int | None, at: int, name: str) -> Tensor:
+    """No sample of the second process counts in a step that updates curvature."""
+    program = Program(rank, name)
+    for step in program.train():
+        x, y = own(step, rank)
+        if step == at and rank != 0:
+            y = y.clone()
+            y[-SAMPLES // 2 :] = -100
+        program.backward(x, y)
+    return weights(program.plain)
+
+
+def unused_found(model: nn.Module) -> nn.Module:
+    return DistributedDataParallel(model, find_unused_parameters=True)
+
+
+def in_shards(model: Any, **options: Any) -> Any:
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    for layer in (model[0], model[2], model):
+        fully_shard(layer, mesh=mesh, **options)
+    return model
+
+
+def offloaded(model: Any) -> Any:
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    return in_shards(model, offload_policy=CPUOffloadPolicy(pin_memory=False))
+
+
+def but_for_the_last_layer(model: Any) -> Any:
+    return in_shards(model, ignored_params=set(model[4].parameters()))
+
+
+def frozen_meanwhile(rank: int | None, wrap: Callable[[nn.Module], Any], **options: Any) -> Tensor:
+    """A layer is frozen for some steps, and comes back to what was known of it."""
+    program = Program(rank, wrap=wrap, **options)
+    layers: Any = program.plain
+    for step in program.train(6):
+        if step in (2, 4):
+            layers[2].requires_grad_(step == 4)
+        program.backward(*own(step, rank))
+        if rank is not None and wrap is but_for_the_last_layer:  # Whose gradients are local.
+            for parameter in layers[4].parameters():
+                torch.distributed.all_reduce(parameter.grad)
+                parameter.grad /= 2
+    return torch.cat([whole(p).detach().flatten() for p in program.plain.parameters()])
 
 
 def looked_at_by_the_first(rank: int | None) -> Tensor:
@@ -211,9 +262,7 @@ def replicated_by_shards(rank: int | None) -> Tensor:
     program = Program(rank, wrap=wrap)
     for step in program.train():
         program.backward(*own(step, rank))
-    parameters: list[Any] = list(program.plain.parameters())
-    full = [p if rank is None else p.full_tensor() for p in parameters]
-    return torch.cat([p.detach().flatten() for p in full])
+    return torch.cat([whole(p).detach().flatten() for p in program.plain.parameters()])
 
 
 def has_replicas_by_shards() -> bool:
@@ -237,12 +286,27 @@ def programs() -> dict[str, Callable[[int | None], Tensor]]:
         "none that counts at first, memory": lambda rank: nothing_at_first(
             rank, 8, sharing="memory"
         ),
+        **{
+            f"all ignored by one in step {at}, {name}": lambda rank, at=at, name=name: (
+                ignored_by_one(rank, at, name)
+            )
+            for at, name in ((0, "KFAC"), (2, "KFAC"), (0, "EKFAC"), (2, "ExactNGD"))
+        },
+        "frozen meanwhile": lambda rank: frozen_meanwhile(rank, unused_found),
+        "frozen meanwhile, memory": lambda rank: frozen_meanwhile(
+            rank, unused_found, sharing="memory"
+        ),
         "looked at by the first": looked_at_by_the_first,
         "accumulated and reduced": accumulated_and_reduced,
         "scaled": scaled,
         "adversaries": adversaries,
         "compiled": compiled,
     }
+    if hasattr(torch.cpu.Stream, "record_event"):  # As for `shards_on_cpus`.
+        for wrap in (in_shards, offloaded, but_for_the_last_layer):
+            found[f"frozen meanwhile, {wrap.__name__}"] = lambda rank, wrap=wrap: frozen_meanwhile(
+                rank, wrap, sharing="memory"
+            )
     if has_replicas_by_shards():
         found["replicated by shards"] = replicated_by_shards
     return found
@@ -252,28 +316,26 @@ def flat(rank: int, late: bool, original: bool) -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     plain = make("mlp")
-    if late:
-        natgrad.KFAC(plain)
+    optimizer = natgrad.KFAC(plain) if late else None
     model = FullyShardedDataParallel(plain, use_orig_params=original, device_id=torch.device("cpu"))
-    if not late:
-        natgrad.KFAC(model)
+    optimizer = optimizer or natgrad.KFAC(model)
     functional.cross_entropy(model(own(0, rank)[0]), own(0, rank)[1]).backward()
+    optimizer.step()
 
 
 def composed(rank: int, late: bool) -> None:
     from torch.distributed._composable import replicate
 
     model = make("mlp")
-    if late:
-        natgrad.KFAC(model)
+    optimizer = natgrad.KFAC(model) if late else None
     replicate(model)
-    if not late:
-        natgrad.KFAC(model)
+    optimizer = optimizer or natgrad.KFAC(model)
     model(own(0, rank)[0])
+    optimizer.step()
 
 
 def staged(rank: int) -> None:
-    from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+    from torch.distributed.pipelining import PipelineStage
 
     model: Any = make("mlp")
     layers = model[:2] if rank == 0 else model[2:]
@@ -282,9 +344,9 @@ def staged(rank: int) -> None:
         input_args=(torch.zeros(8, 5 if rank == 0 else 8, dtype=torch.float64),),
         output_args=(torch.zeros(8, 8 if rank == 0 else 3, dtype=torch.float64),),
     )  # fmt: skip
-    natgrad.KFAC(layers)
+    optimizer = natgrad.KFAC(layers)
     stage.forward_maybe_with_nosync(torch.zeros(8, 5 if rank == 0 else 8, dtype=torch.float64))
-    ScheduleGPipe(stage, 2)
+    optimizer.step()
 
 
 def given_parameters(rank: int) -> None:

@@ -73,6 +73,8 @@ class Estimate:
         absent: Count of batches of a sum in which the part had no rows.
         rejected: Whether rows of the present step were left out, as not finite.
         positions: How many positions of samples the present step has rows of, in all.
+        samples: How many samples that are.
+        silent: Further samples of its passes, none of which counts in this process.
         mean_positions: The average of that, over the batches of the average.
     """
 
@@ -85,6 +87,8 @@ class Estimate:
     absent: Tensor | float = 0.0
     rejected: bool = False
     positions: float = 0.0
+    samples: float = 0.0
+    silent: float = 0.0
     mean_positions: PositionsMean = PositionsMean()  # noqa: RUF009, frozen
 
 
@@ -233,9 +237,21 @@ class Curvature:
                 self.estimates[name] = replace(present, rejected=True)
                 continue
             batch = found if present.batch is None else present.batch.followed_by(found)
-            positions = present.positions + (0 if continued else _positions(rows))
-            self.estimates[name] = replace(present, batch=batch, draws=draws, positions=positions)
+            present = replace(present, batch=batch, draws=draws)
+            if not continued:
+                samples, positions = _sizes_of(rows)
+                present = replace(
+                    present,
+                    samples=present.samples + samples,
+                    positions=present.positions + positions,
+                )
+            self.estimates[name] = present
         jacobians.moments.clear()
+
+    def pass_over(self, samples: int) -> None:
+        """Note samples of a pass of which none counts here, though some do in other processes."""
+        for name, present in self.estimates.items():
+            self.estimates[name] = replace(present, silent=present.silent + samples)
 
     # Statistics to their average.
 
@@ -261,11 +277,12 @@ class Curvature:
         missed = {name: one.missed for name, one in self.estimates.items()}
         positions: dict[str, Tensor | float] = {n: o.positions for n, o in self.estimates.items()}
         if self.shared is not None:
-            missed, positions = self.shared.agree(missed, positions)
+            missed, positions = self.shared.agree()
             self.shared.unite()
         for name, present in self.estimates.items():
             average, batch = present.average, present.batch
-            present = replace(present, batch=None, missed=0.0, rejected=False, positions=0.0)
+            present = replace(present, batch=None, missed=0.0, rejected=False)
+            present = replace(present, positions=0.0, samples=0.0, silent=0.0)
             if batch is None:
                 counts = counts_absent and not self.estimates[name].rejected
                 count = present.absent + missed[name] if counts else present.absent
@@ -459,18 +476,29 @@ class Curvature:
         names = [name for name in self.parts if name != self.structure.companion]
         return self.balanced(names, slots)
 
-    def balanced(self, names: Sequence[str], slots: int) -> list[list[str]]:
+    def balanced(
+        self, names: Sequence[str], slots: int, held: Sequence[Sequence[str]] = ()
+    ) -> list[list[str]]:
         """Return some parts in ``slots`` lists that cost about the same to factorise.
 
         The dearest parts come first, each into the list that is cheapest so far.
+
+        Args:
+            names: The parts.
+            slots: How many lists there are.
+            held: Parts that the lists begin with; none by default.
         """
-        lists: list[list[str]] = [[] for _ in range(slots)]
-        totals, none = [0.0] * slots, Workload(0, 1, {})
-        costs = {n: self.structure.cost(self.parts[n], none).refresh for n in names}
+        none = Workload(0, 1, {})
+
+        def cost(name: str) -> float:
+            return max(self.structure.cost(self.parts[name], none).refresh, 1.0)
+
+        lists = [list(one) for one in held] or [[] for _ in range(slots)]
+        costs, totals = {n: cost(n) for n in names}, [sum(map(cost, one)) for one in lists]
         for name in sorted(costs, key=lambda n: -costs[n]):
             cheapest = totals.index(min(totals))
             lists[cheapest].append(name)
-            totals[cheapest] += max(costs[name], 1.0)
+            totals[cheapest] += costs[name]
         return lists
 
     # Directions.
@@ -557,6 +585,13 @@ class Curvature:
             found = self.shared.of_all(found)
         return {name: found[name] for name in self.parts}
 
+    def resting_state(self) -> dict[str, dict[str, Any]]:
+        """Return what is known of parts that the model had, likewise."""
+        found = {n: entry for n, entry in self.resting.items() if entry["average"] is not None}
+        if self.shared is not None:
+            found = self.shared.of_all(found)
+        return {name: found.get(name, entry) for name, entry in self.resting.items()}
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned; see :meth:`restored`."""
         self.estimates = self.restored(state)
@@ -601,10 +636,11 @@ class Curvature:
         )
 
 
-def _positions(rows: Jacobians) -> int:
-    """Return how many positions of samples a part has rows of."""
+def _sizes_of(rows: Jacobians) -> tuple[int, int]:
+    """Return how many samples a part has rows of, and how many positions of samples."""
     block = next(iter(rows.values()))
-    return block.samples * (block.positions if isinstance(block, LinearJacobian) else 1)
+    each = block.positions if isinstance(block, LinearJacobian) else 1
+    return block.samples, block.samples * each
 
 
 def _packed(part: Part, estimate: Estimate) -> dict[str, Any]:

@@ -9,7 +9,7 @@ One column of all stands for sharing the inverses, columns of one process for sh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -67,6 +67,8 @@ class SharedWork:
     Attributes:
         begun: Sums over processes of the statistics of the present step that are under way.
         outdated: Whether they lack rows that further backward passes have changed here.
+        own_reading: Parts whose inputs are data, as this process has found.
+        reading_data: Those that are so as some process has found; None before they have met.
 
     Raises:
         ValueError: If a fraction of them is to keep each layer, and that is no whole number.
@@ -77,8 +79,11 @@ class SharedWork:
         self.replicas: Replicas = replicas
         self.begun: list[Sum] = []
         self.outdated: bool = False
+        self.own_reading: Collection[str] = ()
+        self.reading_data: set[str] | None = None
         self._grid: Grid | None = None
         self._owners: dict[str, int] = {}
+        self._columns: dict[str, int] = {}  # Of parts that there were, too.
         self._owned: dict[str, Part] | None = None  # Of which parts these are the owners.
         self._directions: list[dict[str, Tensor]] = []  # Natural gradients of columns, on meta.
         #: Whether each factorisation is made by one process, for all of them.
@@ -102,9 +107,14 @@ class SharedWork:
         """Part → rank of the process that makes its natural gradient where one is to."""
         parts, balanced = self.curvature.parts, self.curvature.balanced
         if self._owned is not parts:
-            columns = balanced(list(parts), self.replicas.number // self.holders)
+            # What is known of parts that stay, or come back, stays where it is.
+            kept = {n: c for n, c in self._columns.items() if n in parts and self.is_spread}
+            number = self.replicas.number // self.holders
+            held = [[name for name in kept if kept[name] == column] for column in range(number)]
+            columns = balanced([name for name in parts if name not in kept], number, held)
             lists = [own for names in columns for own in balanced(names, self.holders)]
             self._owners = {name: rank for rank, names in enumerate(lists) for name in names}
+            self._columns |= {name: rank // self.holders for name, rank in self._owners.items()}
             self._directions = [_directions([parts[n] for n in names]) for names in columns]
             self._owned = parts
         return self._owners
@@ -193,33 +203,34 @@ class SharedWork:
         assert isinstance(total, RowStatistics) and (own is None or isinstance(own, RowStatistics))
         return total.with_shares(own, rows, self.replicas, part)
 
-    def agree(
-        self, missed: Mapping[str, Tensor | float], positions: Mapping[str, Tensor | float]
-    ) -> tuple[dict[str, Tensor | float], dict[str, Tensor | float]]:
+    def agree(self) -> tuple[dict[str, Tensor | float], dict[str, Tensor | float]]:
         """Leave out what one process has left out; return what parts missed, and had, in all.
 
         Sums that are on their way begin anew in all where one has other rows by now.
 
-        Args:
-            missed: Counts that parts of this process missed.
-            positions: How many positions they had rows of.
+        Returns:
+            Counts that parts missed, and how many positions they had rows of; those of a process
+            in which nothing counts are as many for each sample as in the others.
         """
         device, parts = self.curvature.layout.device, self.curvature.estimates
-        counts = [
-            torch.as_tensor(each[name], device=device).double()
-            for each in (missed, positions)
-            for name in parts
-        ]
-        rejected = [torch.tensor(float(o.rejected), device=device).double() for o in parts.values()]
-        outdated = torch.tensor(float(self.outdated), device=device).double()
-        total = self.replicas.summed(torch.stack([*counts, *rejected, outdated]), device)
-        *flags, outdated_in = total[2 * len(parts) :].tolist()
-        if outdated_in:
+        each = list(parts.values())
+        missed = [torch.as_tensor(one.missed, device=device).double() for one in each]
+        numbers = [one.positions for one in each] + [one.samples for one in each]
+        numbers += [one.silent for one in each] + [one.rejected for one in each]
+        numbers += [name in self.own_reading for name in parts]
+        told = torch.tensor([*numbers, self.outdated], dtype=torch.float64, device=device)
+        total = self.replicas.summed(torch.cat([torch.stack(missed), told]), device)
+        lost, positions, samples, silent, *flags = total[:-1].view(6, len(parts))
+        *found, had_rows, outdated = torch.cat([*flags, samples.sum()[None], total[-1:]]).tolist()
+        if outdated:
             self.drop_sums()
-        for name, flag in zip(list(parts), flags, strict=True):
+        rejected, reading = found[: len(parts)], found[len(parts) :]
+        if had_rows:
+            self.reading_data = {name for name, one in zip(parts, reading, strict=True) if one}
+        for name, flag in zip(list(parts), rejected, strict=True):
             if flag:
                 parts[name] = replace(parts[name], batch=None, rejected=True)
-        lost, had = total[: len(parts)], total[len(parts) : 2 * len(parts)]
+        had = positions * (1.0 + silent / samples.clamp(min=1.0))
         return dict(zip(parts, lost, strict=True)), dict(zip(parts, had, strict=True))
 
     # Inverses.

@@ -148,7 +148,8 @@ class Observer:
         self.before_change: Callable[[], None] = lambda: None
         #: Whether the wrapper averages gradients after the last forward pass.
         self.last_pass = True
-        self._others_go_on = False  # Other processes make passes after the last one of this.
+        self._others_count = False  # Samples of the last pass count in other processes,
+        self._others_go_on = False  # which make further passes after the last one of this.
         #: Whether some process knows curvature, of those that share work; some keep none at all.
         self.known_together = False
         capture.on_forward = self._on_forward
@@ -386,6 +387,7 @@ class Observer:
         )
         silent, counts, last = zip(*each, strict=True)
         self.generator.place = self.curvature.place = place
+        self._others_count = any(counts)
         if one.is_empty:
             self._undrawn = self.generator.get_state()
             if any(counts):
@@ -452,10 +454,15 @@ class Observer:
     def _take_rows(self, one: SeenPass) -> None:
         """Pull the Fisher's vectors back through a pass, if this step wants them."""
         self._take_back = lambda: None
-        if one.is_empty:
-            return
         output = one.recorded.output
         assert output is not None
+        if one.is_empty:
+            if self._others_count and self.update_due:
+                self._take_back = self._as_now()
+                self._take_all_back = self._take_all_back or self._take_back
+                self.before_change()
+                self.curvature.pass_over(len(output))
+            return
         likelihood = self.likelihood.of_shapes(one.recorded.heads)
         if self.rows_due or self.isotropy_probe is not None:
             self._take_back = self._as_now()
@@ -667,9 +674,13 @@ class ModelWatch:
     def _present(self) -> Iterator[Any]:
         return chain.from_iterable(map(dict.values, self._tables))
 
+    def sees_frozen(self) -> bool:
+        """Return whether parameters were frozen or unfrozen."""
+        return [p.requires_grad for p in self._parameters] != self._flags
+
     def sees_change(self) -> bool:
         """Return whether anything is not as it was."""
-        if [p.requires_grad for p in self._parameters] != self._flags:
+        if self.sees_frozen():
             return True
         if list(map(id, self._present())) == self._identities:
             return False

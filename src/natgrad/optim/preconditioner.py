@@ -188,8 +188,11 @@ class Preconditioner(CopiedByState):
             # Frozen as a whole, as a discriminator while the generator is trained: not its pass.
             self.capture.recording = self.capture.watching = False
             return
-        # Sharded modules lend other parameters for every pass.
-        if not self.capture.shards and self.observer.model.sees_change():
+        if self.capture.shards:  # They lend other parameters for every pass.
+            if self.observer.model.sees_frozen():
+                mesh_groups(self.model)  # In shards again.
+                self.find_layers()
+        elif self.observer.model.sees_change():
             self.find_layers()
         self.observer._on_forward()
 
@@ -356,6 +359,8 @@ class Preconditioner(CopiedByState):
         if not self.observer.update_due:
             return
         self._joined = True
+        if self.curvature.shared is not None:
+            self.curvature.shared.own_reading = self.capture.sources.reading_data() or ()
         if self.observer.seen or not self.replicas.are_alone:
             self.curvature.join(self.refresh.decay)
             self._with_update = self.curvature.snapshot()
@@ -455,6 +460,8 @@ class Preconditioner(CopiedByState):
         follows = self._with_update is not None and self.curvature.structure.follows_updates
         if due or fresh or follows:
             reading = self.capture.sources.reading_data()
+            if self.curvature.shared is not None:
+                reading = self.curvature.shared.reading_data
             if reading is not None:  # A run that goes on may invert before it has seen rows.
                 self.curvature.reads_data = reading
         if due or fresh:
@@ -657,7 +664,7 @@ class Preconditioner(CopiedByState):
             "generator": self.observer.generator.get_state(),
             "likelihood": self.observer.likelihood.decision,
             "curvature": self.curvature.state_dict(),
-            "resting": dict(self.curvature.resting),
+            "resting": self.curvature.resting_state(),
             "untrusted": dict(self.untrusted),
             "reads_data": sorted(self.curvature.reads_data) if self.observer.steps else [],
         }
