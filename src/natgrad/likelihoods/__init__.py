@@ -11,6 +11,7 @@ from natgrad.likelihoods.class_probabilities import ClassProbabilities
 from natgrad.likelihoods.conversion import LikelihoodLike, as_likelihood, from_loss
 from natgrad.likelihoods.gaussian import Gaussian
 from natgrad.likelihoods.heads import Heads
+from natgrad.likelihoods.mean_and_scale import MeanAndScale
 from natgrad.likelihoods.poisson import Poisson
 from natgrad.likelihoods.poisson_rates import PoissonRates
 
@@ -23,6 +24,7 @@ __all__ = [
     "Heads",
     "Likelihood",
     "LikelihoodLike",
+    "MeanAndScale",
     "Poisson",
     "PoissonRates",
     "as_likelihood",

@@ -12,8 +12,10 @@ from natgrad.likelihoods.base import Likelihood, Reduction
 from natgrad.likelihoods.bernoulli import Bernoulli
 from natgrad.likelihoods.binary_probabilities import BinaryProbabilities
 from natgrad.likelihoods.categorical import Categorical
+from natgrad.likelihoods.elementwise import ReduceOutputs
 from natgrad.likelihoods.gaussian import Gaussian
 from natgrad.likelihoods.heads import Heads
+from natgrad.likelihoods.mean_and_scale import MeanAndScale
 from natgrad.likelihoods.poisson import Poisson
 from natgrad.likelihoods.poisson_rates import PoissonRates
 
@@ -44,14 +46,11 @@ FUNCTIONAL_LOSSES: dict[Callable[..., Any], type[nn.Module]] = {
     functional.binary_cross_entropy: nn.BCELoss,
     functional.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
     functional.poisson_nll_loss: nn.PoissonNLLLoss,
+    functional.gaussian_nll_loss: nn.GaussianNLLLoss,
 }
 
 #: Losses of torch that are refused → what to do instead.
 NOT_LIKELIHOODS: dict[type[nn.Module], str] = {
-    nn.GaussianNLLLoss: (
-        "its variance is a second output: pass Gaussian(variance) for a fixed one, or a Likelihood "
-        "of your own for both outputs together"
-    ),
     nn.L1Loss: "its second derivative is zero: pass Gaussian() to precondition by squared error",
     nn.SmoothL1Loss: "pass Gaussian(beta), its curvature where residuals are small",
     nn.HuberLoss: "pass Gaussian(1.0), its curvature where residuals are small",
@@ -97,8 +96,8 @@ def from_loss(criterion: nn.Module) -> Likelihood:
 
     Args:
         criterion: ``nn.CrossEntropyLoss``, ``nn.NLLLoss``, ``nn.KLDivLoss``, ``nn.MSELoss``,
-            ``nn.BCEWithLogitsLoss``, ``nn.BCELoss`` or ``nn.PoissonNLLLoss``, with reduction "mean"
-            or "sum" (or "batchmean").
+            ``nn.BCEWithLogitsLoss``, ``nn.BCELoss``, ``nn.PoissonNLLLoss`` or
+            ``nn.GaussianNLLLoss``, with reduction "mean" or "sum" (or "batchmean").
 
     Returns:
         A likelihood with ``loss(output, target)`` equal to the mean-reduced criterion (up to
@@ -150,7 +149,11 @@ def from_loss(criterion: nn.Module) -> Likelihood:
     if isinstance(criterion, nn.PoissonNLLLoss):
         rates = Poisson if criterion.log_input else PoissonRates
         return rates("mean" if reduction == "mean" else None, reduction)
+    if isinstance(criterion, nn.GaussianNLLLoss):
+        averages: ReduceOutputs = "mean" if reduction == "mean" else None
+        return MeanAndScale("variance", reduce_outputs=averages, reduction=reduction)
     raise TypeError(
         "Likelihoods are known for CrossEntropyLoss, NLLLoss, KLDivLoss, MSELoss, BCELoss, "
-        f"BCEWithLogitsLoss and PoissonNLLLoss, not for {name}; pass a Likelihood instead."
+        f"BCEWithLogitsLoss, PoissonNLLLoss and GaussianNLLLoss, not for {name}; pass a "
+        "Likelihood instead."
     )

@@ -175,7 +175,7 @@ class Elementwise(Likelihood):
         if target is None or not target.is_floating_point():
             return super().event_weights(output, target)
         _, missing = self._checked(output, target)
-        return _smallest(per_sample(~missing).to(output.dtype))
+        return alike(per_sample(~missing).to(output.dtype))
 
     @full_precision
     def count(self, output: Tensor, target: Tensor | None = None) -> Tensor:
@@ -223,7 +223,7 @@ class Elementwise(Likelihood):
         """
         self._check_cotangent(output, cotangent)
         if target is None:
-            weights = _smallest(per_sample(~self._masked(output, cotangent)).to(output.dtype))
+            weights = alike(per_sample(~self._masked(output, cotangent)).to(output.dtype))
             usual = self._usual_scale(self.seen_count(output, weights))
             return weights, self._shown_scale(output, cotangent, usual)
         gradient = per_sample(self.gradient(output, target))
@@ -246,7 +246,7 @@ class Elementwise(Likelihood):
         for ratio in (samples.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0), entries):
             if explains(ratio):
                 scale = ratio.sum() / (ratio > 0).sum()
-                return _smallest((ratio / scale).expand_as(gradient)), scale
+                return alike((ratio / scale).expand_as(gradient)), scale
         return weights, scale
 
     @full_precision
@@ -325,14 +325,14 @@ class Elementwise(Likelihood):
         return target.masked_fill(missing, 0), missing
 
 
-def _smallest(weights: Tensor) -> Tensor:
+def alike(weights: Tensor, tolerance: float = 1e-6) -> Tensor:
     """Return weights of entries, (N, C), as (N, 1) where those of a sample agree, else (N, 1, C).
 
     It waits for the device.
     """
     first = weights[:, :1]
-    alike = (weights - first).abs().max() <= 1e-6 * first.abs().max() if len(weights) else True
-    return first if bool(alike) else weights.unsqueeze(1)
+    same = (weights - first).abs().max() <= tolerance * first.abs().max() if len(weights) else True
+    return first if bool(same) else weights.unsqueeze(1)
 
 
 def plausible_scale(scale: float, samples: int) -> float:
