@@ -10,7 +10,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 from natgrad import Capture, fisher_matrix
 from natgrad.curvature import STRUCTURES
-from natgrad.jacobians import DenseJacobian, StackedJacobian
+from natgrad.jacobians import DenseJacobian, LinearJacobian, StackedJacobian
 from tests.cases import normal
 
 SIZE = 40  # 40 × 40 entries are too many for a dense block.
@@ -65,6 +65,14 @@ FUNCTIONS = {
     "matmul of own inputs from the left": (
         lambda h, w: (w @ torch.stack([h, h * h], 2)[:, None]).prod(1).sum(2),
         STACK,
+    ),
+    "straight through": (lambda h, w: functional.linear(h, w + (w.round() - w).detach()), SQUARE),
+    "straight through, a bias, positions": (
+        lambda h, w, b: functional.linear(
+            torch.stack([h, h * h], 1), w + (w.sign() - w).detach(), b
+        ).sum(1),
+        SQUARE,
+        VECTOR,
     ),
     "baddbmm": (lambda h, w: torch.baddbmm(h.new_ones(1), h.expand(3, -1, -1), w).sum(0), STACK),
     "w @ x": (lambda h, w: (w @ h.T).T, SQUARE),
@@ -124,6 +132,19 @@ def test_rows(name):
         independent = capture.pull_back(model(x), vectors, independent=True)
         total = independent.to_dense().unflatten(0, (-1, 2)).sum(0)
         torch.testing.assert_close(total, wanted.unflatten(0, (-1, 2)).sum(0))
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_weights_that_are_made_of_parameters(scale):
+    """Their products are rows where the parameter has the gradient of the weight, not elsewhere."""
+    noise = normal(SIZE, SIZE, seed=4)
+    model = Bare(lambda h, w, r: functional.linear(h, scale * w + r.exp() * noise), SQUARE, SQUARE)
+    model, x, vectors = model.double(), normal(5, 3), normal(2, 5, 2, seed=7)
+    with Capture(model) as capture:
+        found = capture.pull_back(model(x), vectors)
+    assert isinstance(found["own.0"], LinearJacobian) == (scale == 1)
+    assert not isinstance(found["own.1"], LinearJacobian)
+    torch.testing.assert_close(found.to_dense(), rows_by_autograd(model, x, vectors))
 
 
 class TiedHead(nn.Module):

@@ -199,6 +199,7 @@ class WatchedParameter:
         parameter: The parameter.
         bias: The bias of the same block, if there is one.
         uses: All products it may take part in.
+        free: Whether it stands in no formula of a layer.
     """
 
     block: str
@@ -207,6 +208,7 @@ class WatchedParameter:
     parameter: nn.Parameter
     bias: nn.Parameter | None
     uses: tuple[Use, ...]
+    free: bool
 
 
 def watched_parameters(model: nn.Module, blocks: Mapping[str, Block]) -> list[WatchedParameter]:
@@ -259,7 +261,7 @@ def watched_parameters(model: nn.Module, blocks: Mapping[str, Block]) -> list[Wa
         )
         if uses:
             bias = named[layout.names[1]] if len(names) > 1 else None
-            found.append(WatchedParameter(name, module, names, weight, bias, uses))
+            found.append(WatchedParameter(name, module, names, weight, bias, uses, not known))
     return found
 
 

@@ -8,7 +8,7 @@ it begins and its strides say which.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,13 @@ from natgrad.capture.product_kinds import (
     ProductKind,
     WatchedParameter,
 )
+
+#: How many nodes of the graph are looked at behind an operand.
+MOST_NODES = 24
+
+#: Parts of the names of nodes behind which entries are mixed.
+_MIXING = ("mm", "Mm", "Linear", "Convolution", "Embedding", "Index", "Gather", "Sum", "Norm",
+           "Mean", "View", "T0", "Transpose", "Permute", "Mv", "Einsum", "Softmax")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,9 @@ class RecordProducts(TorchFunctionMode):
         number = Counter(address for address, _ in found)
         self.watched: dict[int, WatchedParameter] = {
             address: one for address, one in found if address and number[address] == 1
+        }
+        self._free_shapes: set[torch.Size] = {
+            one.parameter.shape for one in self.watched.values() if one.free
         }
 
     def __torch_function__(
@@ -192,10 +202,36 @@ class RecordProducts(TorchFunctionMode):
             return None
         return self.watched.get(_address(operand))
 
+    def _behind(self, operand: Any) -> WatchedParameter | None:
+        """Return the parameter of no known layer that an operand is made of, entry by entry."""
+        if not isinstance(operand, Tensor) or operand.grad_fn is None or operand.dim() < 2:
+            return None
+        if operand.shape not in self._free_shapes:
+            return None
+        waiting, number = deque([operand.grad_fn]), 0
+        while waiting and number < MOST_NODES:
+            node, number = waiting.popleft(), number + 1
+            if any(part in node.name() for part in _MIXING):
+                return None
+            leaf = getattr(node, "variable", None)
+            if isinstance(leaf, Tensor) and leaf.shape == operand.shape:
+                found = self.watched.get(_address(leaf))
+                if found is not None and found.free:
+                    return found
+            waiting.extend(one for one, _ in node.next_functions if one is not None)
+        return None
+
     def _place(self, operand: Any) -> _Place | None:
-        """Return which part of a parameter an operand is."""
+        """Return which part of a parameter an operand is, or that it is made of one entry by entry.
+
+        A weight that is quantised, binarised or drawn around a parameter often has its gradient
+        (straight-through estimators, noise). Whether it does is checked with the rows.
+        """
         watched = self._of(operand)
-        if watched is None or operand.dim() < 2 or watched.parameter.dim() < 2:
+        if watched is None:
+            watched = self._behind(operand)
+            return None if watched is None else _Place(watched, False, 0, 0, 0, operand.dim() == 3)
+        if operand.dim() < 2 or watched.parameter.dim() < 2:
             return None
         parameter = watched.parameter
         rows, columns = parameter.shape[-2:]
