@@ -42,6 +42,7 @@ from natgrad.capture.kinds import LayerCall, LayerKind
 from natgrad.capture.model_output import (
     check_watched,
     losses,
+    samples_lie_second,
     select_output,
     separated,
     side_by_side,
@@ -393,7 +394,8 @@ class Capture:
             self.sources.look_at_sizes(recorded.calls, recorded.samples)
         if not self.sources.knows(recorded.calls):
             assert recorded.output is not None
-            self.row_check.check(recorded.calls, recorded.output, recorded.turned)
+            likely = recorded.like_inputs and self.batch_dim is None
+            self.row_check.check(recorded.calls, recorded.output, recorded.turned, likely)
 
     def pull_back(
         self,
@@ -590,6 +592,7 @@ def _after_model(capture: Capture, module: nn.Module, args: Any, output: Any) ->
         )
     time_first = capture.sources.time_first and selected.dim() > 1
     current.source = selected
+    current.like_inputs = samples_lie_second(args, heads or {None: selected})
     current.lay_samples(int(time_first) if capture.batch_dim is None else capture.batch_dim)
     current.output = current.samples_first(selected)
     if capture.on_backward is None:

@@ -29,6 +29,7 @@ class ForwardPass:
         returned: An alias of it with the graph it had when the model returned it.
         version: How often it had been changed in place by then.
         batch_dim: The dimension of it that holds the samples.
+        like_inputs: Whether it is the second one that has as many as the inputs, not the first.
         output: The same with samples in the first dimension.
         cotangent: Gradient of the user's loss with respect to it, once backpropagated.
         retained: Whether that came from a backward pass with ``create_graph=True``.
@@ -48,6 +49,7 @@ class ForwardPass:
     returned: Tensor | None = None
     version: int = 0
     batch_dim: int = 0
+    like_inputs: bool = False
     output: Tensor | None = None
     cotangent: Tensor | None = None
     retained: bool = False

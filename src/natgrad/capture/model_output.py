@@ -134,6 +134,19 @@ def _pick(output: Any, key: Any) -> Tensor:
     return found
 
 
+def samples_lie_second(inputs: Any, heads: Mapping[Any, Tensor]) -> bool:
+    """Return whether outputs have as many entries as the inputs in their second dimension alone.
+
+    So do those of several members, draws or times, one behind the other.
+    """
+    given = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
+    numbers = {len(one) for one in given if isinstance(one, Tensor) and one.dim()}
+    if len(numbers) != 1:
+        return False
+    (samples,) = numbers
+    return all(one.dim() > 2 and one.shape[1] == samples != one.shape[0] for one in heads.values())
+
+
 def side_by_side(heads: Mapping[Any, Tensor]) -> Tensor:
     """Return outputs ``(N, ...)`` flattened and concatenated, ``(N, Σ C)``.
 

@@ -59,6 +59,7 @@ class RowCheck:
         recorded: Sequence[RecordedCall],
         output: Tensor,
         turned: Callable[[], Tensor | None],
+        likely: bool = False,
     ) -> None:
         """Find out where samples lie and whether rows explain the gradient, if it is not known.
 
@@ -66,9 +67,10 @@ class RowCheck:
             recorded: The calls of a pass.
             output: Its output, ``(N, ...)``, with its graph, which is kept.
             turned: Returns it with another dimension first, where samples may lie, too.
+            likely: Whether they lie there if nothing speaks against it.
         """
         try:
-            self._check(recorded, output, turned)
+            self._check(recorded, output, turned, likely)
         finally:
             release(recorded)
 
@@ -77,6 +79,7 @@ class RowCheck:
         recorded: Sequence[RecordedCall],
         output: Tensor,
         turned: Callable[[], Tensor | None],
+        likely: bool,
     ) -> None:
         sources, calls = self.sources, self.sources.available(recorded)
         if not (len(output) and output.requires_grad):
@@ -84,6 +87,7 @@ class RowCheck:
         sources.look_at_modes()
         if self._turned:  # Coupled were samples along another dimension.
             sources.axes.clear()
+            sources.inseparable = dict(sources.direct)
             self._turned = False
         if sources.checked and all(one.place in sources.axes for one in calls):
             if self._last() is output or not self._looks_again(calls, output):
@@ -105,12 +109,12 @@ class RowCheck:
         if axes is None or not _finite(truth.values()):
             return  # Something overflowed: what is zero cannot be told.
         mixing = len(sources.mixing(axes))
-        later = None if sources.time_first or not mixing else turned()
+        later = None if sources.time_first or not (mixing or likely) else turned()
         if later is not None:
             moved = self._find_axes(calls, later)
             # Rows of an output laid out as it is are still right, but several times as dear.
             # Some layers may mix samples in both, as experts do to which tokens are routed.
-            fewer = moved is not None and len(sources.mixing(moved)) < mixing
+            fewer = moved is not None and len(sources.mixing(moved)) < mixing + likely
             sources.time_first = self._turned = fewer
         coupled = {place for place, axis in sources.axes.items() if axis is None}
         sources.axes.update({p: axis for p, axis in axes.items() if p not in coupled})
@@ -126,7 +130,7 @@ class RowCheck:
             for name in explained:
                 of = of_block.get(name, [])
                 self._compare(name, of, truth, 1)
-                split = all(one.axis is not None for one in of)
+                split = all(one.axis is not None for one in of) and not self._turned
                 if sources.reruns(name) and split and name not in sources.direct:
                     self._compare(name, of, truth, len(output))
         sources.checked = not self._turned
