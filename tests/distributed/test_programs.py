@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -157,6 +158,32 @@ def frozen_meanwhile(rank: int | None, wrap: Callable[[nn.Module], Any], **optio
     return torch.cat([whole(p).detach().flatten() for p in program.plain.parameters()])
 
 
+def resumed(
+    rank: int | None, wrap: Callable[[nn.Module], Any], broadcast: bool, **options: Any
+) -> Tensor:
+    """A full state is saved by ``torch.save`` in the middle, and loaded by all or by the first."""
+    from torch.distributed.checkpoint import state_dict as states
+
+    program = Program(rank, wrap=wrap, **options)
+    for step in program.train(3):
+        program.backward(*own(step, rank))
+    if rank is not None:
+        kind = states.StateDictOptions(full_state_dict=True, cpu_offload=broadcast)
+        saved = io.BytesIO()
+        torch.save(states.get_state_dict(program.model, program.optimizer, options=kind), saved)
+        saved.seek(0)
+        model, optimizer = torch.load(saved, weights_only=True)
+        if broadcast and rank:
+            assert not model and not optimizer  # Another process has them.
+        program = Program(rank, wrap=wrap, **options)
+        kind = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=broadcast)
+        states.set_model_state_dict(program.model, model, options=kind)
+        states.set_optimizer_state_dict(program.model, program.optimizer, optimizer, options=kind)
+    for step in program.train(3):
+        program.backward(*own(step + 3, rank))
+    return torch.cat([whole(p).detach().flatten() for p in program.plain.parameters()])
+
+
 def looked_at_by_the_first(rank: int | None) -> Tensor:
     """The first process looks at gradients and evaluates, past the wrapper and in its own time."""
     program = Program(rank)
@@ -296,6 +323,12 @@ def programs() -> dict[str, Callable[[int | None], Tensor]]:
         "frozen meanwhile, memory": lambda rank: frozen_meanwhile(
             rank, unused_found, sharing="memory"
         ),
+        **{
+            f"resumed, {broadcast=}": lambda rank, broadcast=broadcast: resumed(
+                rank, DistributedDataParallel, broadcast
+            )
+            for broadcast in (False, True)
+        },
         "looked at by the first": looked_at_by_the_first,
         "accumulated and reduced": accumulated_and_reduced,
         "scaled": scaled,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,7 +20,8 @@ class Carried(int):
 
     It takes dicts apart and restores those of their entries only that a fresh optimizer has, too,
     while which tensors make up a curvature is not known before the first update. Numbers it leaves
-    alone. Copied or pickled this one is a plain dict.
+    alone. Copied or pickled this one is a tensor of one number that has the record as an attribute,
+    which it leaves alone as well.
 
     Args:
         record: What is carried.
@@ -36,16 +36,18 @@ class Carried(int):
         return carried
 
     def __eq__(self, other: object) -> bool:
-        """Compare bit by bit with another one, or with the dict it becomes."""
-        return _same(self.record, other.record if isinstance(other, Carried) else other)
+        """Compare bit by bit with another one, or with what it becomes."""
+        return _same(self.record, getattr(other, "record", other))
 
     def __hash__(self) -> int:
         """Return the hash of the number it stands for."""
         return super().__hash__()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Become a dict that ``torch.load(weights_only=True)`` knows."""
-        return OrderedDict, (), None, None, iter(self.record.items())
+        """Become a tensor that ``torch.load(weights_only=True)`` knows."""
+        number: Any = torch.ones(())
+        number.record = self.record
+        return number.__reduce_ex__(protocol)
 
 
 class CheckpointedOptimizer(EagerOptimizer):
@@ -192,7 +194,7 @@ def _found(state_dict: Mapping[str, Any]) -> Mapping[str, Any] | None:
     entries = [state_dict, *state_dict["state"].values()]
     for entry in entries:
         own = entry.get(ENTRY) if isinstance(entry, Mapping) else None
-        own = own.record if isinstance(own, Carried) else own
+        own = getattr(own, "record", own)
         if isinstance(own, Mapping):
             return own
     return None
