@@ -24,6 +24,9 @@ pytestmark = pytest.mark.slow
 
 Piece = tuple[Tensor, Tensor]
 
+#: Whether this torch keeps parameters in shards on CPUs.
+KEEPS_SHARDS = hasattr(torch.cpu.Stream, "record_event")
+
 
 def shares(step: int) -> list[Piece]:
     x, y = batch("mlp", step)
@@ -335,7 +338,7 @@ def programs() -> dict[str, Callable[[int | None], Tensor]]:
         "adversaries": adversaries,
         "compiled": compiled,
     }
-    if hasattr(torch.cpu.Stream, "record_event"):  # As for `shards_on_cpus`.
+    if KEEPS_SHARDS:
         for wrap in (in_shards, offloaded, but_for_the_last_layer):
             found[f"frozen meanwhile, {wrap.__name__}"] = lambda rank, wrap=wrap: frozen_meanwhile(
                 rank, wrap, sharing="memory"
@@ -389,6 +392,21 @@ def given_parameters(rank: int) -> None:
     ZeroRedundancyOptimizer(model.parameters(), optimizer_class=natgrad.KFAC, lr=0.1)
 
 
+def posterior(rank: int) -> None:
+    model = DistributedDataParallel(make("mlp"))
+    natgrad.VariationalLaplace(model, own(0, rank), "categorical")
+
+
+def scored(rank: int) -> None:
+    natgrad.tools.influence(DistributedDataParallel(make("mlp")), own(0, rank), own(1, rank))
+
+
+def anchored(rank: int) -> None:
+    model = make("mlp")
+    matrix = natgrad.fisher_matrix(model, own(0, None), structure="diagonal")
+    natgrad.tools.ewc_penalty(matrix, in_shards(model))
+
+
 #: What is refused → who does it, and what is said.
 REFUSED: dict[str, tuple[Callable[[int], None], str]] = {
     **{
@@ -407,6 +425,9 @@ REFUSED: dict[str, tuple[Callable[[int], None], str]] = {
         for late in (False, True)
     },
     "pipeline": (staged, "the model is a stage of a pipeline"),
+    "VariationalLaplace": (posterior, "is made of the data of one process"),
+    "influence": (scored, "is made of the data of one process"),
+    **({"tools": (anchored, "is sharded")} if KEEPS_SHARDS else {}),
     "ZeroRedundancyOptimizer": (given_parameters, "takes the model itself, not its parameters"),
 }
 

@@ -221,6 +221,21 @@ class Replicas:
         return place, [[bool(flag) for flag in one[1:]] for one in each]
 
 
+def check_alone(model: nn.Module, what: str) -> None:
+    """Raise a ValueError for a model of several processes, of which each would see its own data.
+
+    Args:
+        model: The model, perhaps inside DistributedDataParallel.
+        what: What is made of one process's data.
+    """
+    if not Replicas.of(model).are_alone:
+        raise ValueError(
+            f"{what} is made of the data of one process, and the model is in "
+            "DistributedDataParallel: pass model.module, and all of the data, in one process or in "
+            "each"
+        )
+
+
 def _refuse_stages() -> None:
     """Raise a ValueError in a forward pass of a stage of torch's pipelines."""
     package = "torch.distributed.pipelining."

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from natgrad.capture import Capture
 from natgrad.capture.evaluation import evaluated
 from natgrad.curvature import Structure, as_structure
+from natgrad.distributed.replicas import check_alone
 from natgrad.fisher import Batch, ExactFisher, FisherType, as_fisher_type, fisher_matrix
 from natgrad.fisher.estimation import batches_of
 from natgrad.jacobians import (
@@ -116,6 +117,7 @@ def influence(
     if not memory > 0:
         raise ValueError(f"memory must be a positive number of bytes, got {memory!r}")
     if matrix is None:
+        check_alone(model, "influence without matrix=")
         chosen, kind = as_structure(structure, **structure_options), as_fisher_type(fisher)
         make = functools.partial(
             fisher_matrix, model, train, likelihood, chosen, kind, seed=seed, output=output

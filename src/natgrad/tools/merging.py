@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from natgrad.arguments import check_damping
+from natgrad.capture.model_output import unwrap
 from natgrad.operators import FisherMatrix
 from natgrad.optim import RelativeDamping
 from natgrad.tools.linear_system import solved
@@ -73,6 +74,7 @@ def merge(
     if min(numbers) < 0 or not sum(numbers) > 0:
         raise ValueError(f"weights must be at least 0 and not all of them 0, got {numbers}")
     shares = [w / sum(numbers) for w in numbers]
+    models = [cast("Model", unwrap(model)) for model in models]
     layout = matrices[0].layout
     for matrix in matrices:
         if matrix.layout.shapes != layout.shapes:

@@ -7,15 +7,23 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
+from natgrad.arguments import check_parameters
 from natgrad.capture import Capture
+from natgrad.capture.model_output import unwrap
 from natgrad.layouts import BlockLayout, ParameterLayout
 
 
 def values_of(
     layout: ParameterLayout, source: nn.Module | Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return the tensors of a layout's parameters, by name; a ValueError if one does not fit."""
-    values = dict(source.named_parameters()) if isinstance(source, nn.Module) else source
+    """Return the tensors of a layout's parameters, by name.
+
+    Raises:
+        ValueError: If one does not fit, or is in shards.
+    """
+    model = unwrap(source) if isinstance(source, nn.Module) else None
+    values = source if model is None else dict(model.named_parameters())
+    assert isinstance(values, Mapping)
     for name in layout.names:
         shape = tuple(values[name].shape) if name in values else None
         if shape != layout.shapes[name]:
@@ -24,7 +32,9 @@ def values_of(
                 f"but the model has {'none' if shape is None else f'one of shape {shape}'}: make "
                 "the matrix of the same parameters"
             )
-    return {name: values[name] for name in layout.names}
+    found = {name: values[name] for name in layout.names}
+    check_parameters(found)
+    return found
 
 
 def block_layouts(model: nn.Module) -> dict[str, BlockLayout]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad import linalg
+from natgrad.capture.model_output import unwrap
 from natgrad.layouts import BlockLayout
 from natgrad.operators import (
     DiagonalOperator,
@@ -46,7 +47,7 @@ class Pruning:
 
     def apply(self, model: nn.Module) -> None:
         """Set what was removed to zero again, as after a step of training."""
-        values = dict(model.named_parameters())
+        values = dict(unwrap(model).named_parameters())
         with torch.no_grad():
             for name, mask in self.kept.items():
                 values[name].mul_(mask)
@@ -121,7 +122,7 @@ def prune(
         change = change + _adjustment(matrix, shifts, change, ~removed, tolerance, max_iterations)
     increase = 0.5 * float(torch.dot(change, matrix @ change))
     kept = {name: value != 0 for name, value in layout.to_dict((~removed).to(theta)).items()}
-    values = dict(model.named_parameters())
+    values = dict(unwrap(model).named_parameters())
     with torch.no_grad():
         for name, value in layout.to_dict(theta + change).items():
             values[name].copy_(value)

@@ -44,6 +44,7 @@ from natgrad.arguments import check_choice, check_interval, check_range
 from natgrad.capture import Capture
 from natgrad.capture.evaluation import count_samples, evaluated, output_rows
 from natgrad.capture.model_output import unwrap
+from natgrad.distributed.replicas import check_alone
 from natgrad.fisher import Batch, FisherType
 from natgrad.fisher.estimation import batches_of, update_from_output
 from natgrad.fisher.types import as_fisher_type
@@ -130,6 +131,7 @@ class VariationalLaplace(LinearizedPosterior):
         check_choice("outputs", outputs, "all", "one")
         if steps is not None and steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
+        check_alone(model, "VariationalLaplace")
         self.model: nn.Module = unwrap(model)
         self.likelihood: Likelihood = as_likelihood(likelihood)
         self.output: Callable[[Any], Any] | None = self.likelihood.selection(output)
