@@ -83,13 +83,13 @@ def printed(arguments: list[str]) -> list[str]:
     return re.findall(r"epoch 1: (loss \S+, test accuracy \S+)", done.stdout)
 
 
-def torchrun(function: Any, *arguments: Any) -> list[Any]:
+def torchrun(function: Any, *arguments: Any, restarts: int = 0) -> list[Any]:
     """Do what ``torchrun --standalone --nproc_per_node 2`` does, with a function for a script."""
     handled = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     kept = {number: signal.getsignal(number) for number in handled}
     config = LaunchConfig(
         1, 1, 2, run_id="guide", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-        start_method="forkserver", max_restarts=0, local_addr="localhost",
+        start_method="forkserver", max_restarts=restarts, local_addr="localhost",
     )  # fmt: skip
     try:
         found = elastic_launch(config, function)(*arguments)
