@@ -108,6 +108,20 @@ def test_steps_do_not_depend_on_what_it_is(fisher, method):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("errors", [1.0, 100.0])
+def test_it_is_seen_in_low_precision(form, errors):
+    """Though targets lie a hundred deviations from their means, as at the start of training."""
+    z = torch.cat([normal(32, 3), FORMS[form][0](normal(32, 3, seed=1))], -1)
+    z, y = z.bfloat16().requires_grad_(), z[:, :3] + errors * normal(32, 3, seed=2)
+    loss = functional.gaussian_nll_loss(z[:, :3], y.bfloat16(), FORMS[form][1](z[:, 3:]))
+    (1024 * loss).backward()
+    found, said = MeanAndScale(keys=None).seen_with(z.detach(), z.grad)
+    assert found == MeanAndScale(form, None, "mean") and not said
+    _, scale = found.infer_event_weights(z.detach(), z.grad)
+    torch.testing.assert_close(scale, scale.new_tensor(1024 / 32), rtol=0.03, atol=0.0)
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_weights_and_scale_are_seen_without_a_target(form):
     z = torch.cat([normal(8, 3), FORMS[form][0](normal(8, 3, seed=1))], -1).requires_grad_()
     y, likelihood = normal(8, 3, seed=2), MeanAndScale(form, None, "sum")

@@ -18,8 +18,8 @@ from natgrad.likelihoods.elementwise import ReduceOutputs, alike, plausible_scal
 
 Scale = Literal["variance", "deviation", "log_variance", "log_deviation"] | None
 
-#: Least variance, that of ``nn.GaussianNLLLoss``.
-LEAST_VARIANCE = 1e-6
+#: Least variance, that of ``nn.GaussianNLLLoss``, and least deviation, which has none there.
+LEAST_VARIANCE = LEAST_DEVIATION = 1e-6
 
 #: Relative spread of what the loss is multiplied by, beyond which it is no loss of the likelihood.
 SPREAD = 0.5
@@ -157,8 +157,9 @@ class MeanAndScale(Likelihood):
         variance, slope = _FORMS[form](s)
         of_mean, of_scale = cotangent.to(output.dtype).chunk(2, -1)
         a, b = of_mean * variance.sqrt(), 2 * of_scale / slope
-        c: Tensor = (b + (b.square() + 4 * a.square()).sqrt()) / 2
-        return c
+        root = torch.hypot(b, 2 * a)
+        # Each where nothing cancels.
+        return torch.where(b < 0, 2 * a.square() / (root - b), (b + root) / 2)
 
     @full_precision
     def infer_event_weights(
@@ -277,7 +278,7 @@ def _as_variance(s: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _as_deviation(s: Tensor) -> tuple[Tensor, Tensor]:
-    deviation = s.clamp_min(math.sqrt(LEAST_VARIANCE))
+    deviation = s.clamp_min(LEAST_DEVIATION)
     return deviation.square(), 2 / deviation
 
 
