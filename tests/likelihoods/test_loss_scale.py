@@ -418,6 +418,14 @@ def test_a_loss_without_classes_is_not_taken_for_one_of_classes(loss, size, expe
     assert other.preconditioner.observer.likelihood == expected
 
 
+def test_losses_of_pixels_are_means():
+    z, y = normal(16, 1, 20, 20), (normal(16, 400, seed=3) > 1).double()
+    z = z.requires_grad_()
+    overlap(z.flatten(1), y).backward()
+    found, (sentence,) = Categorical().seen_with(z.detach(), z.grad)
+    assert found == Gaussian(0.5, "mean") and "a single class" in sentence
+
+
 def test_a_criterion_that_is_given_is_kept():
     model, x = network(6), normal(24, 6)
     optimizer = natgrad.KFAC(model, nn.CrossEntropyLoss(label_smoothing=0.1))

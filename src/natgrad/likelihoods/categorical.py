@@ -380,9 +380,10 @@ class Categorical(Likelihood):
         if bool(sure & (share > BINARY)):
             found = Bernoulli(reduction=self.reduction)
         decided, _ = found.seen_with(output, cotangent)
-        if isinstance(decided, Gaussian) and not decided.is_shown(output, cotangent):
-            return found.decided("sum")
-        return decided
+        # Losses of images are means over pixels. Of embeddings the size of a gradient says little.
+        if output.dim() > 2 or not isinstance(decided, Gaussian):
+            return decided
+        return decided if decided.is_shown(output, cotangent) else found.decided("sum")
 
     # -- layout ------------------------------------------------------------------------------------
 
