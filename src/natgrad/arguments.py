@@ -61,7 +61,7 @@ def refuse_shards(what: str) -> NoReturn:
     """Raise a ValueError for something that is spread over processes."""
     raise ValueError(
         f"{what} is sharded, as by fully_shard (FSDP2), and whole parameters are needed here on "
-        "every process; optimizers of natgrad take such models, made after fully_shard"
+        "every process; optimizers of natgrad take such models"
     )
 
 

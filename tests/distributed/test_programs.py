@@ -187,6 +187,24 @@ def resumed(
     return torch.cat([whole(p).detach().flatten() for p in program.plain.parameters()])
 
 
+def sharded_later(rank: int | None, outermost: bool, **options: Any) -> Tensor:
+    """Parameters are sharded after the optimizer was made, and perhaps put in their places."""
+    program = Program(rank, wrap=lambda model: model, **options)
+    groups = program.optimizer.param_groups
+    if rank is not None and outermost:
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(program.plain, mesh=torch.distributed.init_device_mesh("cpu", (2,)))
+        present = dict(program.plain.named_parameters())
+        for group in groups:  # As Accelerate does it.
+            group["params"] = [present[name] for name in group["param_names"]]
+    elif rank is not None:
+        in_shards(program.plain)
+    for step in program.train():
+        program.backward(*own(step, rank))
+    return torch.cat([whole(p).detach().flatten() for p in program.plain.parameters()])
+
+
 def looked_at_by_the_first(rank: int | None) -> Tensor:
     """The first process looks at gradients and evaluates, past the wrapper and in its own time."""
     program = Program(rank)

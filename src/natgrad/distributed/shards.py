@@ -57,6 +57,9 @@ def mesh_groups(model: nn.Module) -> tuple[Any, Any]:
     units: list[Any] = [module for module in model.modules() if hasattr(module, "unshard")]
     for unit in units:
         unit.reshard()
+        for group in _groups(unit):  # In a forward pass the outermost one stays whole.
+            if group.is_unsharded:
+                group._to_sharded()
     if not any(map(is_sharded, model.parameters())):
         return None, None
     if not units:
@@ -330,6 +333,12 @@ def reduces_gradients(model: nn.Module) -> bool:
     """Return whether the next backward pass reduces the gradients of parameters in shards."""
     units = [module for module in model.modules() if hasattr(module, "unshard")]
     return all(group.reduce_grads for unit in units for group in _groups(unit))
+
+
+def left_whole(model: nn.Module) -> list[Any]:
+    """Return the sharded modules whose parameters are whole at present, as in a forward pass."""
+    units: list[Any] = [module for module in model.modules() if hasattr(module, "unshard")]
+    return [unit for unit in units if any(group.is_unsharded for group in _groups(unit))]
 
 
 @contextmanager

@@ -184,14 +184,14 @@ class GroupedOptimizer(CheckpointedOptimizer):
     def _follow_model(self) -> None:
         """Take up parameters that are trainable now, and those that replaced others."""
         present = self.preconditioner.parameters
+        names = {p: n for n, p in present.items()}
+        self._names = {**self._names, **names}
         for group in self.param_groups:  # A parameter of the same name takes an old one's place.
             pairs = [(p, present.get(self._names[p], p)) for p in group["params"]]
             for old, new in pairs:
                 if new is not old:
                     self.state.pop(old, None)
             group["params"] = [new for _, new in pairs]
-        names = {p: n for n, p in present.items()}
-        self._names = {**self._names, **names}
         held = {p for group in self.param_groups for p in group["params"]}
         joining = [p for p in names if p.requires_grad and p not in held]
         if joining:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad import linalg
-from natgrad.arguments import check_damping, check_kind, check_parameters, refuse_shards
+from natgrad.arguments import check_damping, check_kind, check_parameters
 from natgrad.capture import Capture
 from natgrad.capture.blocks import find_blocks, names_by_reason
 from natgrad.capture.hooks import forget_compiled, outside_graphs
@@ -22,6 +22,7 @@ from natgrad.distributed.replicas import Replicas
 from natgrad.distributed.shards import (
     everyone_beside,
     is_sharded,
+    left_whole,
     mesh_groups,
     sharded_like,
     whole,
@@ -118,7 +119,7 @@ class Preconditioner(CopiedByState):
                 f"{structure.name!r} couples them"
             )
         likelihood, kind = as_likelihood(likelihood), as_fisher_type(fisher)
-        mesh, self._everyone = mesh_groups(unwrap(model))
+        self._mesh, self._everyone = mesh_groups(unwrap(model))
         _check_has_values(model)
         self.capture: Capture = Capture(
             model, likelihood.selection(output), excluded=excluded, batch_dim=batch_dim,
@@ -150,10 +151,12 @@ class Preconditioner(CopiedByState):
         )
         self.observer.before_change = self._open
         self.gradient_rows: GradientRows = GradientRows(self.observer)
-        self._in_pieces = self.capture.shards and (mesh is None or mesh is not self._everyone)
+        in_shards = self._mesh is not None and self._mesh is self._everyone
+        self._in_pieces = self.capture.shards and not in_shards
+        self._is_unit = hasattr(self.model, "unshard")
         #: Processes that have a share of every batch each, and take the same steps.
         self.replicas: Replicas
-        self._share_with(Replicas.of(model, process_group or mesh))
+        self._share_with(Replicas.of(model, process_group or self._mesh))
         self.capture.on_forward = self._before_pass
         #: Called when the model has other parameters or blocks than before.
         self.on_change: Callable[[], None] = lambda: None
@@ -189,8 +192,8 @@ class Preconditioner(CopiedByState):
             self.capture.recording = self.capture.watching = False
             return
         if self.capture.shards:  # They lend other parameters for every pass.
-            if self.observer.model.sees_frozen():
-                mesh_groups(self.model)  # In shards again.
+            is_unit = hasattr(self.model, "unshard")
+            if self.observer.model.sees_frozen() or is_unit is not self._is_unit:
                 self.find_layers()
         elif self.observer.model.sees_change():
             self.find_layers()
@@ -202,9 +205,10 @@ class Preconditioner(CopiedByState):
         Raises:
             ValueError: If it has no parameter left that a structure can cover, or is sharded.
         """
-        for name, module in self.model.named_modules() if not self.capture.shards else ():
-            if hasattr(module, "unshard"):  # In a forward pass the parameters are whole.
-                refuse_shards(f"module {name!r}" if name else "the model")
+        present = left_whole(self.model)  # In a forward pass that has begun.
+        self._is_unit = hasattr(self.model, "unshard")
+        if any(hasattr(module, "unshard") for module in self.model.modules()):
+            self._take_shards()
         self.parameters = dict(self.model.named_parameters())
         if self.capture.rescan(self.excluded | set(self.untrusted)):
             layouts = {name: block.layout for name, block in self.capture.blocks.items()}
@@ -224,6 +228,16 @@ class Preconditioner(CopiedByState):
             self._plan_layers()
         self.observer.model = ModelWatch(self.model)
         self.on_change()
+        for unit in present:
+            unit.unshard()
+
+    def _take_shards(self) -> None:
+        """Take shards that the model is in, perhaps since the optimizer was made."""
+        mesh, self._everyone = mesh_groups(self.model)
+        if mesh is not self._mesh:
+            self.capture.shards, self._mesh = True, mesh
+            self._in_pieces = mesh is not self._everyone
+            self._share_with(Replicas.of(self.model, mesh))
 
     def _plan_layers(self) -> None:
         """Choose how each layer is preconditioned, and when."""
