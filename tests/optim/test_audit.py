@@ -299,3 +299,33 @@ def test_parameters_lent_for_a_pass_that_trains_are_seen():
     out = torch.func.functional_call(model, lent, normal(8, 3))
     functional.cross_entropy(out, torch.arange(8) % 2).backward()
     assert len(optimizer.preconditioner.observer.seen) == 1
+
+
+class Embedded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.other = nn.Linear(20, 32), nn.Linear(32, 16)
+        self.head = nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.relu(self.body(x))
+        return self.head(h), self.other(h)
+
+
+@pytest.mark.parametrize("term", [0.0, 0.3])
+def test_sums_in_half_precision_are_no_findings(term):
+    """Autocast adds those of several passes in its type; of a triplet's biases they cancel."""
+    torch.manual_seed(0)
+    model = Embedded()
+    optimizer = natgrad.KFAC(model, natgrad.Gaussian(reduce_outputs="sum"))
+    inputs = [torch.randn(64, 20) for _ in range(3)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        pairs = [model(x) for x in inputs]
+        loss = functional.triplet_margin_loss(*(embedding for embedding, _ in pairs))
+        loss = loss + term * pairs[0][1].square().sum(1).mean()
+    assert pairs[0][0].dtype == torch.bfloat16
+    said = [one for one in step(optimizer, loss) if "a part of the gradients" in one]
+    if not term:
+        assert said == []
+    else:  # What really comes from elsewhere is named as before.
+        assert len(said) == 1 and "'body.weight'" in said[0]

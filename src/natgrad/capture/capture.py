@@ -297,7 +297,7 @@ class Capture:
         current = self._running.open or self._open_pass()
         key, shapes = (call.module, call.key), [one.shape for one in outputs]
         place = (*key, current.numbers[key], len(shapes[0]))
-        recorded = RecordedCall(call, kind, place, shapes, alive)
+        recorded = RecordedCall(call, kind, place, shapes, alive, [one.dtype for one in outputs])
         current.numbers[key] += 1
         current.calls.append(recorded)
         watching = self.watching is True or (self.watching and call.module in self.watching)

@@ -37,6 +37,7 @@ class RecordedCall:
         place: What tells it from the other calls of a pass.
         shapes: Shapes of the outputs.
         alive: Which of them have a graph.
+        dtypes: Their types, and those of their gradients.
         edges: Where the gradients of these can be had, shaped as what they are views of; empty if
             vectors cannot be pulled back.
         user_gradients: What the user's backward pass brought to the outputs, where it is watched.
@@ -51,6 +52,7 @@ class RecordedCall:
     place: Place
     shapes: list[torch.Size]
     alive: list[bool]
+    dtypes: list[torch.dtype]
     edges: list[GradientEdge] = field(default_factory=list)
     user_gradients: Gradients = field(default_factory=list)
     axis: SampleAxis | None = SampleAxis()  # noqa: RUF009, frozen

@@ -14,9 +14,11 @@ from natgrad.capture.hooks import is_pulling_back
 from natgrad.capture.purpose import purpose_for
 from natgrad.capture.rows import batched_gradients
 
-#: Relative difference of two gradients of one graph that counts as rounding.
+#: Relative difference of two gradients of one graph that counts as rounding. That of half precision
+#: counts where gradients at a layer's outputs are of it: autocast rounds the sums they make, too.
 ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3}
 HALF_ROUNDING = 3e-2
+HALF = {torch.float16, torch.bfloat16}
 
 #: A gradient so much smaller than the largest one is nothing but rounding.
 NOTHING = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -56,7 +58,10 @@ class GradientAudit:
         #: What reaches ``.grad``, and what is only asked for by ``torch.autograd.grad``.
         self._found: dict[bool, dict[str, Tensor]] = {False: {}, True: {}}
         self._explained: dict[bool, dict[str, Tensor]] = {False: {}, True: {}}
+        #: Sums of the sizes of its parts, pass by pass, which may cancel.
+        self._sizes: dict[bool, dict[str, Tensor]] = {False: {}, True: {}}
         self._asked = False
+        self._halved: set[str] = set()  # Parameters of gradients summed in half precision.
         #: Whether gradients are being collected.
         self.active = False
 
@@ -97,6 +102,7 @@ class GradientAudit:
         if recorded.output is None or recorded.cotangent is None:
             return
         held = self._captured()
+        self._note_precision(recorded)
         # As in the user's own pass, statistics of batch norms are differentiated.
         vectors, targets = recorded.cotangent.unsqueeze(0), list(held.values())
         parts = batched_gradients(recorded.output, targets, vectors, True, fixed_statistics=False)
@@ -104,8 +110,19 @@ class GradientAudit:
         for name, part in zip(held, parts, strict=True):
             if part is not None:
                 part = part[0].detach().to_dense()
-                known = self._explained[asked]
+                known, sizes = self._explained[asked], self._sizes[asked]
                 known[name] = known.get(name, torch.zeros_like(part)) + part
+                size = torch.linalg.vector_norm(part, dtype=_at_least_float32(part))
+                sizes[name] = sizes.get(name, torch.zeros_like(size)) + size
+
+    def _note_precision(self, recorded: ForwardPass) -> None:
+        sources = self.capture.sources
+        own = sources.by_block(recorded.calls)
+        for name, block in self.capture.blocks.items():
+            # Away from calls of layers anything may have been multiplied.
+            calls = own[name] if name in own and name not in sources.direct else recorded.calls
+            if any(dtype in HALF for one in calls for dtype in one.dtypes):
+                self._halved.update(block.layout.names)
 
     def drop(self) -> None:
         """Stop collecting, and forget what was collected."""
@@ -113,27 +130,33 @@ class GradientAudit:
             handle.remove()
         self._handles = []
         self._found, self._explained = {False: {}, True: {}}, {False: {}, True: {}}
+        self._sizes = {False: {}, True: {}}
         self.active = self._asked = False
+        self._halved = set()
 
     def end(self) -> Findings:
         """Stop collecting, and return what was found; nothing if no pass was explained."""
         looks = not self._found[False]
         found, explained, asked = self._found[looks], self._explained[looks], self._asked
+        sizes, halved = self._sizes[looks], self._halved
         self.drop()
         parameters = dict(self.capture.model.named_parameters())
         names = list(found) if asked else []
         if not names:
             return Findings()
-        shares = [_shares(found[n], explained.get(n), parameters[n].detach()) for n in names]
+        shares = [
+            _shares(found[n], explained.get(n), sizes.get(n), parameters[n].detach()) for n in names
+        ]
         shares = [one.to(shares[0].device) for one in shares]
         findings = Findings()
         # One wait for all.
         told = dict(zip(names, torch.stack(shares).tolist(), strict=True))
         largest = max(size for size, *_ in told.values())
         for name, (size, cosine, *rests) in told.items():
-            tolerance = ROUNDING.get(parameters[name].dtype, HALF_ROUNDING)
+            dtype = torch.bfloat16 if name in halved else parameters[name].dtype
+            tolerance = ROUNDING.get(dtype, HALF_ROUNDING)
             # Before a norm, say, gradients may be zero but for rounding.
-            if size <= NOTHING.get(parameters[name].dtype, HALF_NOTHING) * largest:
+            if size <= NOTHING.get(dtype, HALF_NOTHING) * largest:
                 continue
             if parameters[name].numel() == 1:  # Any number is a multiple of any other.
                 rests = [1.0 - abs(cosine)]
@@ -148,13 +171,20 @@ class GradientAudit:
                 found.pop(name, None)
 
 
-def _shares(gradient: Tensor, explained: Tensor | None, parameter: Tensor) -> Tensor:
+def _at_least_float32(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _shares(
+    gradient: Tensor, explained: Tensor | None, terms: Tensor | None, parameter: Tensor
+) -> Tensor:
     """Return what tells whether a gradient is explained, ``(5,)`` in float64.
 
     Its size, its cosine with the explained part, and the share of it that is left without that
-    part, without any multiples of it, and without multiples of the parameter, too.
+    part, without any multiples of it, and without multiples of the parameter, too. Shares are of
+    the gradient and of the terms of the explained part, whose sizes are summed in ``terms``.
     """
-    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    dtype = _at_least_float32(gradient)
     gradient, tiny = gradient.to(dtype), torch.finfo(dtype).tiny
     known = torch.zeros_like(gradient) if explained is None else explained.to(dtype)
     size, length = gradient.norm(), known.norm()
@@ -167,5 +197,5 @@ def _shares(gradient: Tensor, explained: Tensor | None, parameter: Tensor) -> Te
     for direction in (unit, own / own.norm().clamp(min=tiny)):
         rest = rest - (direction * rest).sum() * direction
         lengths.append(rest.norm())
-    scale = (size + length).clamp(min=tiny)
+    scale = (size + (length if terms is None else terms.to(dtype))).clamp(min=tiny)
     return torch.stack([size, cosine, *(one / scale for one in lengths)]).double()
