@@ -44,7 +44,7 @@ def check_parameters(parameters: Mapping[str, Tensor], shards: bool = False) -> 
     for name, parameter in parameters.items():
         if parameter.is_complex():
             raise ValueError(
-                f"parameter {name!r} is {parameter.dtype}, and natgrad takes real parameters only: "
+                f"parameter {name!r} is {parameter.dtype}, and this takes real parameters only: "
                 "hold real and imaginary part as two (torch.view_as_real), or freeze it"
             )
         if hasattr(parameter, "_fsdp_flattened"):

@@ -211,17 +211,23 @@ class ParameterLayout:
         return tuple(prod(self.shapes[name]) for name in self.names)
 
     @classmethod
-    def of(cls, model: torch.nn.Module, shards: bool = False) -> ParameterLayout:
+    def of(
+        cls, model: torch.nn.Module, shards: bool = False, leaves_complex: bool = False
+    ) -> ParameterLayout:
         """Return the layout of a model's trainable parameters.
 
         Args:
             model: The model.
             shards: Whether its parameters may be spread over processes.
+            leaves_complex: Whether complex parameters are left out where there are real ones.
 
         Raises:
             ValueError: If one is complex or sharded.
         """
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if leaves_complex:
+            real = {n: p for n, p in parameters.items() if not p.is_complex()}
+            parameters = real or parameters
         check_parameters(parameters, shards)
         dtype = torch.float32
         for parameter in parameters.values():

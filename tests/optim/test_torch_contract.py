@@ -6,7 +6,6 @@ import copy
 import functools
 import io
 import pickle
-import re
 from typing import Any
 
 import pytest
@@ -256,18 +255,49 @@ def test_types_are_those_of_a_uniform_model():
         assert float((found[0] - found[1]).norm() / found[0].norm()) < 1e-4
 
 
-def test_complex_parameters_are_refused_by_name(name: str):
+class Filter(nn.Module):
+    """Multiplies every frequency of its inputs by a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        values = torch.linspace(0.5, 1.5, 4) * torch.exp(torch.tensor(0.5j))
+        self.weight = nn.Parameter(values.to(torch.complex128))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fft.irfft(torch.fft.rfft(x) * self.weight, n=6)
+
+
+def make_filtering() -> nn.Sequential:
     model = make_model()
-    model.add_module("phase", nn.Linear(3, 3).to(torch.complex128))
-    with pytest.raises(ValueError, match=re.escape("complex128, and natgrad takes real")):
-        KINDS[name].make(model)
-    if name == "KFAC":
-        with pytest.raises(ValueError, match=re.escape("'phase.weight'")):
+    model.insert(1, Filter())
+    return model
+
+
+def test_complex_parameters_are_left_to_the_fallback(name: str):
+    model = make_filtering()
+    before = float(loss(model).detach())
+    if not KINDS[name].is_natural:
+        with pytest.raises(ValueError, match=r"is torch\.complex128, .* real parameters only"):
             KINDS[name].make(model)
-        with pytest.raises(ValueError, match=re.escape("'phase.weight'")):
-            natgrad.fisher_matrix(model, (torch.zeros(2, 5).double(), torch.zeros(2, 3)))
-        model.phase.requires_grad_(False)
-        KINDS[name].make(model)
+        return
+    with pytest.warns(UserWarning, match="1.weight .complex: only real") as told:
+        optimizer = KINDS[name].make(model)
+    assert len([one for one in told if "1.weight" in str(one.message)]) == 1
+    assert "complex: only real parameters are preconditioned" in str(optimizer.summary())
+    start = [p.detach().clone() for p in model.parameters()]
+    for _ in range(5):
+        KINDS[name].step(optimizer, model)
+    for parameter, old in zip(model.parameters(), start, strict=True):
+        assert parameter.dtype == old.dtype and not torch.equal(parameter, old)
+    assert float(loss(model).detach()) < before
+
+
+def test_models_of_complex_parameters_alone_are_refused():
+    model = nn.Linear(3, 3, dtype=torch.complex128)
+    with pytest.raises(ValueError, match=r"'weight' is torch\.complex128, .* real"):
+        natgrad.KFAC(model)
+    with pytest.raises(ValueError, match=r"'1.weight' is torch\.complex128"):
+        natgrad.fisher_matrix(make_filtering(), (torch.zeros(2, 5).double(), torch.zeros(2, 3)))
 
 
 @pytest.mark.parametrize("name", FREE)

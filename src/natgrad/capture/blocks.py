@@ -15,6 +15,8 @@ from natgrad.capture.likeness import kind_by_trial
 from natgrad.capture.normalization import kind_within
 from natgrad.layouts import BlockLayout
 
+COMPLEX = "complex: only real parameters are preconditioned"
+
 
 @dataclass(frozen=True)
 class Use:
@@ -70,9 +72,10 @@ def find_blocks(
         for n, p in model.named_parameters()
         if p.requires_grad and p.numel() and n not in excluded
     }
+    uncovered: dict[str, str] = {n: COMPLEX for p, n in names.items() if p.is_complex()}
+    names = {p: n for p, n in names.items() if n not in uncovered}
     uses: dict[nn.Parameter, list[tuple[str, nn.Module, LayerKind, str]]] = {}
     groups: list[tuple[str, nn.Module, LayerKind, tuple[str, ...]]] = []
-    uncovered: dict[str, str] = {}
     owned: set[nn.Module] = set()
     # Parameters whose rows are had at themselves only: those in no formula of their layer.
     free: list[tuple[str, str, list[nn.Parameter]]] = []

@@ -89,11 +89,13 @@ class Capture:
             are made.
         sums_coupled: Whether the rows of samples that a layer couples are only ever added up
             (``independent`` in :meth:`pull_back`), so that there is nothing to say of them.
+        leaves_complex: Whether complex parameters are uncovered where there are real ones, and not
+            refused.
 
     Attributes:
         blocks: Block name → :class:`Block`, in the order of ``model.named_modules()``.
         uncovered: Parameter name → why no block covers it.
-        layout: Order of all trainable parameters.
+        layout: Order of all trainable parameters, without those that are complex.
         sources: What rows are made of, as far as it is known.
         rows: Makes rows from what a pass recorded.
         row_check: Finds their sources, and that rows are right.
@@ -115,10 +117,12 @@ class Capture:
         batch_dim: int | None = None,
         shards: bool = False,
         sums_coupled: bool = False,
+        leaves_complex: bool = False,
     ) -> None:
         self.model: nn.Module = unwrap(model)
         self.shards: bool = shards
         self.sums_coupled: bool = sums_coupled
+        self.leaves_complex: bool = leaves_complex
         if batch_dim is not None and not (isinstance(batch_dim, int) and batch_dim >= 0):
             raise ValueError(
                 f"batch_dim must be None or a dimension of the output, from 0 on, got {batch_dim!r}"
@@ -150,7 +154,9 @@ class Capture:
         """Find the blocks of the model as it is now, and watch their layers."""
         self.blocks: dict[str, Block]
         self.uncovered: dict[str, str]
-        self.layout: ParameterLayout = ParameterLayout.of(self.model, self.shards)
+        self.layout: ParameterLayout = ParameterLayout.of(
+            self.model, self.shards, self.leaves_complex
+        )
         self.blocks, self.uncovered = find_blocks(self.model, self.excluded)
         self._watched = watched_parameters(self.model, self.blocks)
         self.sources: RowSources = RowSources(
@@ -589,6 +595,12 @@ def _after_model(capture: Capture, module: nn.Module, args: Any, output: Any) ->
             "the output that the likelihood looks at is a single number, as a loss is: let the "
             "model return what the loss is computed of, too, and pass output=lambda out: ... to "
             "pick it"
+        )
+    if selected.is_complex():
+        raise ValueError(
+            f"the output that the likelihood looks at is {selected.dtype}, and likelihoods are of "
+            "real numbers: let the model return real and imaginary part as two, by "
+            "torch.view_as_real"
         )
     time_first = capture.sources.time_first and selected.dim() > 1
     current.source = selected

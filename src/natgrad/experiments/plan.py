@@ -238,7 +238,7 @@ def plan_model(model: nn.Module, options: Options) -> Plan:
     method = METHODS[options.method].method
     _give_values_to_unknown(model)
     try:
-        with Capture(model) as capture:
+        with Capture(model, leaves_complex=True) as capture:
             layouts = {name: block.layout for name, block in capture.blocks.items()}
             convolutions = {name for name, block in capture.blocks.items() if "Conv" in block.kind}
             structure = as_structure(method.structure, training=True)

@@ -72,7 +72,10 @@ class GroupedOptimizer(CheckpointedOptimizer):
             self._tell_first_order(uncovered)
 
     def _gradients(self, preconditioned: bool) -> dict[str, Tensor]:
-        """Return parameter name → ``.grad`` of the preconditioned or of all other parameters."""
+        """Return parameter name → ``.grad`` of the preconditioned or of all other parameters.
+
+        Of complex ones, which are among the others, absolute values.
+        """
         preconditioner, found = self.preconditioner, {}
         gathers = preconditioner.capture.shards
         if gathers and preconditioned:
@@ -86,7 +89,8 @@ class GroupedOptimizer(CheckpointedOptimizer):
                 if natural is preconditioned and p.grad is not None and p.requires_grad:
                     if p.grad.is_sparse:
                         p.grad = p.grad.to_dense()
-                    found[name] = whole(p.grad) if gathers else p.grad
+                    gradient = whole(p.grad) if gathers else p.grad
+                    found[name] = gradient.abs() if gradient.is_complex() else gradient
         return found
 
     def _link_fallback(self) -> None:

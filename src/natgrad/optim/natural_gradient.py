@@ -63,8 +63,8 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
         \theta \leftarrow (1 - \eta w) \theta - \eta m
 
     A step whose gradient is not finite is skipped: parameters, momentum and curvature stay as they
-    were. Parameters no layer kind covers are trained by a first-order fallback and reported once,
-    by name. Named methods are subclasses that say nothing but their defaults.
+    were. Parameters no layer kind covers, and complex ones, are trained by a first-order fallback
+    and reported once, by name. Named methods are subclasses that say nothing but their defaults.
 
     Args:
         model: The model to train (not its parameters: curvature comes from its layers).

@@ -125,6 +125,7 @@ class Preconditioner(CopiedByState):
             model, likelihood.selection(output), excluded=excluded, batch_dim=batch_dim,
             shards=any(map(is_sharded, model.parameters())),
             sums_coupled=kind.independent and structure.additive and structure.by_layer,
+            leaves_complex=True,
         )  # fmt: skip
         self.model: nn.Module = self.capture.model
         forget_compiled(self.model)
@@ -179,7 +180,8 @@ class Preconditioner(CopiedByState):
     def _before_pass(self) -> None:
         """Look at the model as a forward pass finds it."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            check_parameters(dict([next(iter(self.parameters.items()))]), shards=True)
+            real = ((n, p) for n, p in self.parameters.items() if not p.is_complex())
+            check_parameters(dict([next(real)]), shards=True)
             replicas = self.replicas.found_around(self.model)
             if replicas is None:  # Nobody else makes this pass, and nobody averages its gradient.
                 self.capture.recording = self.capture.watching = False
