@@ -136,6 +136,8 @@ class Reference:
         self.long_log_k = 0.0
         self.q, self.pairs, self.ratios = None, 0.0, []
         self.rho, self.log_bend, self.seen, self.made_with = 1.0, None, 0, 1.0
+        self.taken_at: list[float] = []
+        self.begun: list[float] = []
         self.mean, self.matrix, self.inverse = None, None, None
         self.damped = None  # The matrix as it is inverted, but for λ.
         self.residual, self.largest_residual, self.nu = None, 0.0, 1.0
@@ -199,6 +201,8 @@ class Reference:
                 self.seen += 1
             self.q = q
             self.ratios.append(q)
+            if self.log_bend is not None:
+                self.begun.append(math.exp(self.log_bend) * self.made_with - q)
             ratio, kappa = min(0.5, max(-0.5, along / expected)), self.length.annealing
             short = 0.8 * min(1.0, float(self.rates.max())) - 1
             if self.zeta > 1 or (self.zeta == 1 and ratio < short):
@@ -244,6 +248,7 @@ class Reference:
         self.v = self.momenta * self.v - share * alpha * delta
         self.theta = (1 - self.rates * self.decays) * self.theta + self.v
         self.made_with = float(self.rates.max()) * self.caution * self.zeta * self.rho
+        self.taken_at.append(float(self.rates.max()))
         fast, slow = (self.caution * min(self.length.growth, f) for f in (math.inf, 1.05))
         self.caution = min(1.0, max(slow, min(fast, self.ceiling)))
         self.ceiling = max(self.ceiling, self.caution)
@@ -285,12 +290,16 @@ class Reference:
         elif count >= 4 and self.length.reach > 1:
             error = math.sqrt(self.pairs / (1 - 0.9**self.seen) / min(count, 19))
             least, most = (usual - 2 * error) / self.bend(), (usual + 2 * error) / self.bend()
-            if least > 0.5:
-                if self.log_k > self.long_log_k - 0.5:
-                    self.rho = max(0.01, self.rho * math.exp(-kappa * min(1.0, least - 0.5)))
+            steady = len(self.taken_at) > 10 and len(set(self.taken_at[-11:])) == 1
+            limit = self.sustained() if steady else 1.0
+            if least > 0.5 and self.log_k > self.long_log_k - 0.5:
+                self.rho = max(0.01, self.rho * math.exp(-kappa * min(1.0, least - 0.5)))
+            elif limit < self.rho <= 1:
+                time = self.count + self.taken_back
+                self.rho = max(limit, self.rho * (time / (time + 1)) ** (5 * kappa))
             elif self.rho < 1:
                 if most < 0.5:
-                    self.rho = min(1.0, self.rho * math.exp(kappa * min(1.0, 0.5 - most)))
+                    self.rho = min(limit, self.rho * math.exp(kappa * min(1.0, 0.5 - most)))
             elif usual <= 0 and not self.bound:
                 beta = min(1.0, float(self.rates.max())) * self.caution * (1 - most)
                 surely = max(0.0, min(1.0, (beta - 2) / (1 + error / self.bend())))
@@ -298,7 +307,19 @@ class Reference:
                     self.rho *= self.length.reach**surely
                 elif beta > 3:
                     self.rho *= self.length.reach
-                    self.ratios = []
+                    self.ratios, self.begun = [], []
+
+    def sustained(self) -> float:
+        """Return the ρ that r and a constant rate allow."""
+        agreement = math.exp(self.log_bend)
+        if agreement >= 2 / 3:
+            return 1.0
+        shared = 0.0
+        for count, begun in enumerate(self.begun, start=1):
+            memory = min(0.9, 1 - 1 / count)
+            shared = memory * shared + (1 - memory) * begun
+        length = float(self.rates.max()) * self.caution * self.zeta
+        return min(1.0, max(0.01, shared / (agreement * length * (1 - 1.5 * agreement))))
 
     def follow(self, x: Tensor, y: Tensor) -> None:
         """Let R follow the deviance, and ν that of squared errors, N Σ‖∂L/∂z‖² with Λ = I."""
@@ -553,9 +574,35 @@ def test_reach_stays_where_batches_say_all():
     """With more samples than parameters, a batch is as good a judge of its steps as the next."""
     model = network()
     optimizer = optimizer_of(model, "full", "gaussian", MeasuredLength(interval=4))
-    for x, y in batches("gaussian", 40, size=200):
+    for step, (x, y) in enumerate(batches("gaussian", 40, size=200)):
+        optimizer.param_groups[0]["lr"] = 1.0 - 0.001 * step
         take(optimizer, model, "gaussian", x, y)
     assert optimizer._length.measurements > 8 and optimizer._length.reach == 1.0
+
+
+@pytest.mark.parametrize("falling", [False, True])
+def test_reach_falls_at_a_constant_rate_as_far_as_the_next_batch_asks(falling):
+    """Targets have noise, so that what a batch says is its own for the most part."""
+    length = MeasuredLength(interval=4, overshoot=math.inf)
+    model = network()
+    optimizer = optimizer_of(model, "kfac", "gaussian", length, momentum=0.5)
+    reference = Reference(network(), "kfac", "gaussian", length, EVERY_STEP)
+    reference.momenta.fill_(0.5)
+    reach = []
+    for step in range(60):
+        rate = 1.0 - 0.001 * step * falling
+        reference.rates.fill_(rate)
+        optimizer.param_groups[0]["lr"] = rate
+        x = normal(12, 3, seed=step)
+        y = x.cumsum(1) + normal(12, 3, seed=999 + step)
+        reference.step(x, y)
+        take(optimizer, model, "gaussian", x, y)
+        reach.append(optimizer._length.reach)
+        close(torch.tensor(reach[-1]).double(), torch.tensor(reference.rho).double(), 1e-8)
+        close(position(model), reference.theta, 1e-8)
+    assert (min(reach) < 0.9) == (not falling)
+    for step, (earlier, later) in enumerate(itertools.pairwise(reach), start=1):
+        assert later >= earlier * (1 - 1 / (step + 1)) * (1 - 1e-12)  # No faster than 1/t.
 
 
 def test_noise_that_stays_anneals_lengths_at_a_constant_rate():

@@ -57,6 +57,10 @@ FEW_EVENTS = 4.0
 #: How many q it takes to tell, each time.
 FEWEST_RATIOS = 4
 
+#: Steps at one learning rate after which it counts as constant, the power of 1/t that lengths then
+#: fall with at most, in units of κ, and how far they go beyond the best for others, in those of C₁.
+STEADY, FASTEST_FALL, BEYOND = 10, 5.0, 1.5
+
 #: Factor on the caution after a step that went well, where such lengths went too far before.
 SLOW_GROWTH = 1.05
 
@@ -88,6 +92,10 @@ class LengthState:
         ratios: How many there were.
         reach: ρ.
         log_bend: The average of log C for steps with ηγζρ = 1; None before the first measurement.
+        shared: r, the average of C − q over steps: the share of its slope that the next batch has
+            where a step begins; None before the first.
+        rate: η of the last step.
+        steady: Steps since η changed.
         steps: Steps taken or taken back.
         taken_back: How many of them were.
     """
@@ -113,6 +121,9 @@ class LengthState:
     ratios: int = 0
     reach: float = 1.0
     log_bend: float | None = None
+    shared: float | None = None
+    rate: float = 0.0
+    steady: int = 0
     steps: int = 0
     taken_back: int = 0
 
@@ -215,7 +226,11 @@ class LengthState:
         if self.slope is None:
             return self
         ratio = min(OUTLIER, max(-OUTLIER, self._ratio(slope)))
-        usual = averaged(self.usual_ratio, ratio, min(USUAL, 1 - 1 / (self.ratios + 1)))
+        memory = min(USUAL, 1 - 1 / (self.ratios + 1))
+        usual, shared = averaged(self.usual_ratio, ratio, memory), self.shared
+        if self.log_bend is not None:
+            begun = math.exp(self.log_bend) * self.share_of_alpha - ratio
+            shared = averaged(shared, begun, memory)
         found = replace(
             self,
             stretch=self._stretched(rule, ratio, rate),
@@ -224,6 +239,7 @@ class LengthState:
             pairs=self.pairs + (self.ratio is not None),
             usual_ratio=usual,
             ratios=self.ratios + 1,
+            shared=shared,
         )
         known = self.log_bend is not None and rate > 0
         return found._reached(rule, rate, left) if known else found
@@ -238,11 +254,15 @@ class LengthState:
         variance = self.ratio_variance / (1 - USUAL**self.pairs)
         error = math.sqrt(variance / min(self.ratios, (1 + USUAL) / (1 - USUAL)))
         least, most = ((self.usual_ratio + sign * 2 * error) / bend for sign in (-1, 1))
-        if least > HARMFUL:
+        if least > HARMFUL and not self._decrement_falls():
             reach = max(LEAST_LENGTH, self._reach_times(rule, HARMFUL - least))
-            return self if self._decrement_falls() else replace(self, reach=reach)
+            return replace(self, reach=reach)
+        limit = self._sustained(bend) if self.steady >= STEADY else 1.0
+        if limit < self.reach <= 1.0:
+            fall = (self.steps / (self.steps + 1)) ** (FASTEST_FALL * rule.annealing)
+            return replace(self, reach=max(limit, self.reach * fall))
         if self.reach < 1.0:
-            reach = min(1.0, self._reach_times(rule, max(0.0, HARMFUL - most)))
+            reach = min(limit, self._reach_times(rule, max(0.0, HARMFUL - most)))
             return replace(self, reach=reach)
         wanted = min(rate, 1.0) * self.caution * (1 - most)
         enough = LONGER if left > FITTED else SURELY_LONGER
@@ -252,6 +272,14 @@ class LengthState:
             return replace(self, reach=min(LONGEST, self.reach * rule.reach), ratios=0)
         growth = rule.reach ** min(1.0, (wanted - LONGER) / (1 + error / bend))
         return replace(self, reach=min(LONGEST, self.reach * growth))
+
+    def _sustained(self, bend: float) -> float:
+        """Return the ρ, at most 1, that a constant rate can stay at, with C of the present ρ."""
+        left = 1.0 - BEYOND * math.exp(self.log_bend or 0.0)
+        if self.shared is None or left <= 0.0:
+            return 1.0
+        wanted = self.reach * self.shared / (bend * left)
+        return min(1.0, max(LEAST_LENGTH, wanted))
 
     def _reach_times(self, rule: MeasuredLength, share: float) -> float:
         """Return ``ρ exp(κ · share)``, with a share of at most 1 either way."""
@@ -334,6 +362,8 @@ class LengthState:
             slope=slope or None,
             share_of_alpha=self._share_of_alpha_at(rate),
             bound=change >= 0.999 * LARGEST_CHANGE,
+            rate=rate,
+            steady=self.steady + 1 if rate == self.rate else 0,
             usual_slope=usual,
             steps=self.steps + 1,
         )

@@ -101,6 +101,15 @@ class MeasuredLength:
     start with many classes, ρ falls below 1, ``ρ ← ρ exp(−κ min(1, (q̄ − 2e)/C − 1/2))``, and
     rises again, up to 1, by the same formula where ``(q̄ + 2e)/C < 1/2``.
 
+    Nothing else shortens the steps of a constant rate. C − q is the share of its slope that the
+    next batch has where a step begins, and r its average, so that ``r/C`` times the step would have
+    been best for that batch. Where η has been the same for ten steps, ρ ≤ 1 falls towards
+    ``ρ′ = ρr/(C(1 − 3C₁/2))``, with C₁ of a step as long as α, no faster than 1/t (Robbins & Monro
+    1951), ``ρ ← max(ρ′, ρ(t/(t + 1))^{5κ})``, and rises as above, up to ρ′. Where batches agree, C₁
+    is large, and going beyond the best does no harm: from C₁ = 2/3 on, ρ stays 1. Under a schedule
+    what is best for the next batch is too short: steps that gain little now are worth more once
+    they get shorter (Wu et al. 2018).
+
     Squared errors show which it is by the ratio ν of what is left to what has been explained
     (:class:`natgrad.RelativeDamping`): all lengths are multiplied by ``ν^{−p}``, ν at least 0.01.
     Steps beyond the minimum are usual for solvers of consistent equations (over-relaxation).
