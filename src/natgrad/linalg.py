@@ -60,6 +60,11 @@ def unawaited() -> Iterator[list[Tensor]]:
         _pending.failures = outer
 
 
+def constant(values: Any, beside: Tensor) -> Tensor:
+    """Return numbers as a tensor of another one's type and device, without waiting for that."""
+    return torch.tensor(values, dtype=beside.dtype).to(beside.device, non_blocking=True)
+
+
 def _succeeded(failed: Tensor) -> bool:
     """Return whether a factorisation did not fail; True for now where nobody waits for that."""
     failures: list[Tensor] | None = getattr(_pending, "failures", None)

@@ -66,8 +66,11 @@ def _window_rows(
     """
     dims = (windows.dim() - 2) // 2
     if positions is not None and windows.shape[0] == samples:
-        places = torch.unravel_index(positions, windows.shape[2 : 2 + dims])
-        index: Any = (slice(None), slice(None), *places)
+        places = []  # torch.unravel_index would wait for the device.
+        for size in reversed(windows.shape[2 : 2 + dims]):
+            places.append(positions % size)
+            positions = positions // size
+        index: Any = (slice(None), slice(None), *reversed(places))
         windows = windows[index]  # (N, C, T', *kernel)
         dims, positions = 1, None
     moved = windows.movedim(1, 1 + dims)  # (N·r, *positions, C, *kernel)

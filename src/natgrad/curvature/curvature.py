@@ -446,7 +446,8 @@ class Curvature:
         operator = self.read(name, average)
         if not self.data_damping or name not in self.reads_data or self.parts[name].block.one_hot:
             return operator
-        samples = self.estimates[name].mean_positions.value().to(self.layout.device)
+        samples = self.estimates[name].mean_positions.value()
+        samples = samples.to(self.layout.device, non_blocking=True)
         share = self.data_damping * self.parts[name].block.d_augmented / samples
         return operator.with_damped_inputs(share)
 

@@ -88,7 +88,7 @@ class DenseJacobian(LayerJacobian):
         large_inputs, large_outputs = layout.large_factors(max_factor_size)
         diagonal = layout.one_hot or large_inputs
         rows = layout.matrix(self._rows.flatten(0, 1)).transpose(0, 1)  # (G, R, d_out, d_in + bias)
-        count = rows.new_tensor(float(self.samples))
+        count = rows.new_full((), self.samples)
         units = rows.flatten(1, 2)
         if diagonal or (layout.d_out == 1 and self.summed):
             inputs = units.square().sum(1)

@@ -138,7 +138,7 @@ def _linear_terms(rows: LinearJacobian, sharing: WeightSharing, continued: bool)
         bias = rows.bias_value if rows.layout.has_bias else None
         mask = None if kept is None else kept.flatten()
         inputs = (FactorTerm(a.permute(2, 0, 1, 3).flatten(1, 2), bias, mask),)
-        positions = delta.new_tensor(float(a.shape[0] * a.shape[1])) if kept is None else kept.sum()
+        positions = delta.new_full((), a.shape[0] * a.shape[1]) if kept is None else kept.sum()
     if reduced:
         delta = delta.sum(2, keepdim=True)
     outputs = FactorTerm(delta.permute(3, 0, 1, 2, 4).flatten(1, 3))

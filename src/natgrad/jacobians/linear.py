@@ -319,7 +319,7 @@ class LinearJacobian(LayerJacobian):
         layout = self.layout
         a = inputs.permute(2, 0, 1, 3).flatten(1, 2)  # (G, N·T, d_in)
         scaled = a if weights is None else a * weights.reshape(1, -1, 1)
-        count = a.new_tensor(float(a.shape[1])) if weights is None else weights.sum().to(a.dtype)
+        count = a.new_full((), a.shape[1]) if weights is None else weights.sum().to(a.dtype)
         if diagonal:
             moment = (scaled * a).sum(1)
             if not layout.has_bias:
@@ -478,7 +478,7 @@ class LinearJacobian(LayerJacobian):
         moment = self._input_second_moment(active, diagonal)
         if active is not None:
             return moment, active.sum()
-        return moment, self.output_gradients.new_tensor(float(self.samples * self.positions))
+        return moment, self.output_gradients.new_full((), self.samples * self.positions)
 
     def _input_sum(self, weight_sharing: WeightSharing) -> Tensor | None:
         """Return ``Σ a`` with the bias coordinate, ``(G, d_in + bias)``."""
@@ -491,8 +491,8 @@ class LinearJacobian(LayerJacobian):
         total = a.sum((0, 1))
         if not self.layout.has_bias:
             return total
-        number = float(inputs.shape[0] * inputs.shape[1])
-        count = total.new_tensor(number) if weights is None else weights.sum().to(total.dtype)
+        number = inputs.shape[0] * inputs.shape[1]
+        count = total.new_full((), number) if weights is None else weights.sum().to(total.dtype)
         corner = (count * self.bias_value).expand(self.layout.groups, 1)
         return torch.cat([total, corner], dim=1)
 
@@ -500,7 +500,7 @@ class LinearJacobian(LayerJacobian):
         self, active: Tensor | None, diagonal: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         mean, weights = self._mean_inputs(active)
-        positions = mean.new_tensor(float(self.samples)) if weights is None else weights.sum()
+        positions = mean.new_full((), self.samples) if weights is None else weights.sum()
         return mean, self._second_moment_of(mean, weights, diagonal), positions
 
 

@@ -31,7 +31,8 @@ FIRST_DRAW = Draw()
 def random_subset(size: int, count: int, seed: int, device: torch.device) -> Tensor:
     """Return ``count`` of the indices below ``size``, drawn uniformly, in ascending order."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(size, generator=generator)[:count].sort().values.to(device)
+    chosen = torch.randperm(size, generator=generator)[:count].sort().values
+    return chosen.to(device, non_blocking=True)
 
 
 def random_samples(samples: int, limit: int, draw: Draw) -> tuple[list[int] | None, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from natgrad.likelihoods.class_probabilities import (
 )
 from natgrad.likelihoods.elementwise import Elementwise
 from natgrad.likelihoods.gaussian import Gaussian
+from natgrad.linalg import constant
 
 #: What is said of a single class.
 ONE_CLASS = (
@@ -186,7 +187,7 @@ class Categorical(Likelihood):
         """Return what ``F.cross_entropy(reduction="mean")`` divides by, a scalar tensor."""
         if self.divisor != "events":
             self._check_class_dim(output)
-            return output.new_tensor(len(output) if self.divisor == "samples" else output.numel())
+            return output.new_full((), len(output) if self.divisor == "samples" else output.numel())
         if target is None or target.is_floating_point():
             return super().event_weights(output).sum()
         labels, kept = self._labels(output, target)
@@ -425,7 +426,7 @@ class Categorical(Likelihood):
                 f"There are {len(self.class_weights)} class_weights but {classes} classes along "
                 f"dimension {self._class_dim(output)} of the output."
             )
-        return output.new_tensor(cast("tuple[float, ...]", self.class_weights))
+        return constant(self.class_weights, output)
 
     def _label_weights(self, output: Tensor, labels: Tensor) -> Tensor:
         """Return (1 − s) ω_y + s mean(ω) for labels of any shape."""

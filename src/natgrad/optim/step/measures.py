@@ -11,6 +11,7 @@ from torch import Tensor
 
 from natgrad.curvature import Curvature
 from natgrad.distributed.shards import own_shard, shard_count, whole
+from natgrad.linalg import constant
 from natgrad.optim.step.groups import PreconditionedGroups, rate_of
 from natgrad.optim.step.quadratic_model import (
     BatchFisher,
@@ -137,7 +138,7 @@ def _squares(parameters: Mapping[str, Tensor], weights: list[list[str]]) -> Tens
     """Return ``‖W‖²`` of all weights; see :func:`inner_product`."""
     chosen = [parameters[name] for names in weights for name in names]
     norms = torch.stack(torch._foreach_norm([own_shard(w) for w in chosen])).double()
-    return norms.square() * norms.new_tensor([shard_count(w) for w in chosen])
+    return norms.square() * constant([shard_count(w) for w in chosen], norms)
 
 
 def _largest_changes(
@@ -149,7 +150,7 @@ def _largest_changes(
     1/(3·inputs): those that begin at zero, as of LoRA, have to leave it.
     """
     chosen = [natural[name] for names in weights for name in names]
-    least = squares.new_tensor([max(1, step.shape[0]) / 3 for step in chosen])
+    least = constant([max(1, step.shape[0]) / 3 for step in chosen], squares)
     ratios = (steps / torch.maximum(squares, least)).sqrt().split([len(names) for names in weights])
     return torch.stack([torch.cat([one, one.new_zeros(2)]).topk(2).values for one in ratios])
 
@@ -161,8 +162,11 @@ def on_host(values: dict[str, Tensor]) -> Measures:
         ValueError: If there are none.
     """
     device = next((v.device for v in values.values() if v.device.type != "cpu"), None)
-    flat = [value.detach().to(device, torch.float64).reshape(-1) for value in values.values()]
-    numbers: list[float] = torch.cat(flat).tolist()
+    flat = [
+        value.detach().to(device, torch.float64, non_blocking=value.device.type == "cpu")
+        for value in values.values()
+    ]
+    numbers: list[float] = torch.cat([value.reshape(-1) for value in flat]).tolist()
     result: Measures = {}
     for name, value in values.items():
         piece, numbers = numbers[: value.numel()], numbers[value.numel() :]
