@@ -72,6 +72,8 @@ def kind_alike(module: nn.Module, inputs: Tensor, output: Tensor) -> LayerKind |
         return None
     if not (inputs.is_floating_point() and inputs.numel() and isinstance(output, Tensor)):
         return None
+    if output.is_complex():
+        return None
     weight, bias, features = own["weight"], own.get("bias"), inputs.shape[-1]
     found: LayerKind | None = None
     try:

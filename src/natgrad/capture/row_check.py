@@ -285,6 +285,8 @@ class RowCheck:
         if all(gradient is None for gradient in true):
             return True  # Nothing depends on it, or a backward pass of its own hides it.
         given = [g for one in calls for g in one.gradients if g is not None]
+        if any(g.is_complex() for g in given):  # As after a hook on a layer's output.
+            return TypeError("its output is complex")
         dtypes = [g.dtype for g in (*given, *true) if g is not None]
         relative, floor = max(ROUNDING.get(dtype, (0.1, 1e-2)) for dtype in dtypes)
         try:
