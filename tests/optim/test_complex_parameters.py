@@ -14,7 +14,7 @@ from torch.nn import functional
 
 import natgrad
 from natgrad.capture import Capture
-from tests import dense
+from tests import dense, processes
 from tests.cases import normal
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*trains these parameters by")
@@ -318,3 +318,53 @@ def test_a_complex_output_is_refused():
     natgrad.KFAC(model, "gaussian")
     with pytest.raises(ValueError, match=r"the output .* is torch\.complex128, .*view_as_real"):
         model(normal(5, 3))
+
+
+class Filtering(nn.Module):
+    """Its first parameter is complex."""
+
+    def __init__(self, channels: int = 4) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(channels, 1, dtype=torch.complex128))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fft.irfft(torch.fft.rfft(x) * self.scale, n=x.shape[-1])
+
+
+def make_filtering() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = (Filtering(1), nn.Conv1d(1, 4, 1), Filtering(), nn.GELU(), nn.Conv1d(4, 1, 1))
+    return nn.Sequential(*layers, nn.Flatten()).double()
+
+
+def train_share(rank: int, way: str) -> Tensor:
+    """Train on a share of the data, or on all of it."""
+    trained: nn.Module = make_filtering()
+    model = trained
+    if way == "replicas":
+        trained = nn.parallel.DistributedDataParallel(model)
+    elif way == "shards":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (2,))
+        for module in [m for m in model.modules() if isinstance(m, Filtering)] + [model]:
+            fully_shard(module, mesh=mesh)
+    optimizer = natgrad.KFAC(trained, nn.MSELoss(), fisher="exact")
+    own = slice(None) if way == "alone" else slice(8 * rank, 8 * rank + 8)
+    for _ in range(3):
+        optimizer.zero_grad()
+        functional.mse_loss(trained(X[own]), Y[own]).backward()
+        optimizer.step()
+    held = [p.full_tensor() if way == "shards" else p for p in model.parameters()]
+    parts = [torch.view_as_real(p.detach()) if p.is_complex() else p.detach() for p in held]
+    return torch.cat([part.flatten() for part in parts])
+
+
+@pytest.mark.parametrize(
+    "way", ["replicas", pytest.param("shards", marks=processes.shards_on_cpus)]
+)
+def test_processes_take_the_steps_of_one(way: str):
+    expected = train_share(0, "alone")
+    for found in processes.run(train_share, way):
+        dense.assert_same(found, expected, 1e-10)
