@@ -291,6 +291,7 @@ class Observer:
         if present.is_empty and self._undrawn is not None:
             self.generator.set_state(self._undrawn)
         if weighed.is_empty:
+            self._undrawn = self.generator.get_state()
             self._draw_in_step(recorded)
         self._take_rows(weighed)
 
@@ -458,7 +459,7 @@ class Observer:
         assert output is not None
         if one.is_empty:
             if self._others_count and self.update_due:
-                self._take_back = self._as_now()
+                self._take_back = self._as_now(self._undrawn)
                 self._take_all_back = self._take_all_back or self._take_back
                 self.before_change()
                 self.curvature.pass_over(len(output))
@@ -489,9 +490,14 @@ class Observer:
                 skip_silent=one.has_silent,
             )
 
-    def _as_now(self) -> Callable[[], None]:
-        """Return what restores what rows are kept in, any number of times."""
-        estimates, random = self.curvature.snapshot(), self.generator.get_state()
+    def _as_now(self, random: Tensor | None = None) -> Callable[[], None]:
+        """Return what restores what rows are kept in, any number of times.
+
+        Args:
+            random: State of the generator then; by default the present one.
+        """
+        estimates = self.curvature.snapshot()
+        random = self.generator.get_state() if random is None else random
         failures, batch, probe = list(self.failures), *self._copies()
         signs = random if probe is None else probe._generator.get_state()
 
