@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -39,9 +40,11 @@ class Jacobians(Mapping[str, LayerJacobian]):
         self._blocks = blocks
         #: What layers that read the same tensor share while curvature is updated.
         self.moments: dict[Any, tuple[Tensor, Tensor]] = {}
-        for block in blocks.values():
-            if isinstance(block, LinearJacobian):
-                block.moments = self.moments
+        linear = [block for block in blocks.values() if isinstance(block, LinearJacobian)]
+        readers = Counter(block.shared_inputs for block in linear)
+        for block in linear:
+            shared = block.shared_inputs is not None and readers[block.shared_inputs] > 1
+            block.moments = self.moments if shared else None
         self.samples = samples
         self.directions = directions
         #: Which rows are whose, where other processes keep some; blocks and samples are one's own.

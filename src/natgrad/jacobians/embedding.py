@@ -55,7 +55,7 @@ class EmbeddingJacobian(LinearJacobian):
     def _share_inputs(self, samples: int) -> None:
         self.indices = self.indices.expand(samples, *self.indices.shape[1:])
 
-    def _take_inputs(self, positions: Tensor) -> None:
+    def _take_inputs(self, positions: Tensor, drawn: object) -> None:
         self.indices = self.indices[:, positions]
 
     def _take_samples(self, samples: Tensor) -> None:

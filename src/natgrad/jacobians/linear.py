@@ -60,8 +60,8 @@ class LinearJacobian(LayerJacobian):
         self.bias_value = bias_value
         self.skip_silent = skip_silent
         self._active: Tensor | None = None
-        #: What was computed from inputs, beside them, for other layers that read the same tensor.
-        self.moments: dict[Any, tuple[Tensor, Tensor]] = {}
+        #: What was computed from inputs, beside them, where other layers read the same tensor.
+        self.moments: dict[Any, tuple[Tensor, Tensor]] | None = None
 
     @property
     def active_positions(self) -> Tensor | None:
@@ -86,6 +86,11 @@ class LinearJacobian(LayerJacobian):
         return self._inputs
 
     @property
+    def shared_inputs(self) -> tuple[Any, ...] | None:
+        """What tells the tensor that the layer reads from others; None if inputs are made of it."""
+        return None if callable(self._inputs) else tensor_identity(self._inputs)
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of ``δ``."""
         return self.output_gradients.dtype
@@ -104,7 +109,7 @@ class LinearJacobian(LayerJacobian):
         result, make = super().in_type(dtype), self._inputs
         if callable(make):
             result._inputs = lambda *some: make(*some).to(dtype)
-        result.moments = {}
+        result.moments = None
         return result
 
     def augmented_inputs(self) -> Tensor:
@@ -158,7 +163,7 @@ class LinearJacobian(LayerJacobian):
     def _share_inputs(self, samples: int) -> None:
         self._inputs = self.inputs.expand(samples, *self.inputs.shape[1:])
 
-    def subsampled(self, positions: Tensor) -> LinearJacobian:
+    def subsampled(self, positions: Tensor, drawn: object = None) -> LinearJacobian:
         """Return rows at some of the positions, for unbiased second moments.
 
         ``δ`` is scaled such that sums of ``δ δᵀ`` over uniformly drawn positions have the
@@ -166,9 +171,10 @@ class LinearJacobian(LayerJacobian):
 
         Args:
             positions: Which of the ``T`` positions, ``(T',)``.
+            drawn: What tells them from others without a look at them; None if nothing does.
         """
         result = copy.copy(self)
-        result._take_inputs(positions)
+        result._take_inputs(positions, drawn)
         scale = (self.positions / len(positions)) ** 0.5
         result.output_gradients = self.output_gradients[:, :, positions] * scale
         result.positions = len(positions)
@@ -183,29 +189,32 @@ class LinearJacobian(LayerJacobian):
             return (self,)
         if weight_sharing == "split" and self.layout.d_out == 1:
             return (DenseJacobian(self.layout, self.layout.flat(self.per_sample_gradients())),)
-        chosen, limit = None, enough_rows(self.layout, rows_per_unit)
+        chosen, drawn, limit = None, None, enough_rows(self.layout, rows_per_unit)
         if limit is not None:
             kept = max(1, -(-limit // draw.place.of_all(self.samples)))
             if kept < self.positions:
-                chosen = random_subset(self.positions, kept, draw.number, self.device)
+                drawn = (self.positions, kept, draw.number)
+                chosen = random_subset(*drawn, self.device)
         if weight_sharing == "split":
-            return self.split(chosen)
-        return (self if chosen is None else self.subsampled(chosen),)
+            return self.split(chosen, drawn)
+        return (self if chosen is None else self.subsampled(chosen, drawn),)
 
-    def split(self, positions: Tensor | None = None) -> tuple[LinearJacobian, LinearJacobian]:
+    def split(
+        self, positions: Tensor | None = None, drawn: object = None
+    ) -> tuple[LinearJacobian, LinearJacobian]:
         """Return rows of means over the T positions that count, and rows of deviations from them.
 
         ``Σ_t δ_t a_tᵀ = (Σ_t δ_t) āᵀ + Σ_t (δ_t − δ̄)(a_t − ā)ᵀ``; the deviations of δ are
         multiplied by ``√(T/(T − 1))``, as they have a degree of freedom less than there are terms.
 
         Args:
-            positions: At which positions deviations are taken, as in :meth:`subsampled`; None for
-                all.
+            positions: At which positions deviations are taken; None for all.
+            drawn: As in :meth:`subsampled`.
         """
         active, total = self.active_positions, self.output_gradients.sum(2, keepdim=True)
         mean, kept = self._mean_inputs(active)
         means = self.replaced(mean, total)
-        rest = self if positions is None else self.subsampled(positions)
+        rest = self if positions is None else self.subsampled(positions, drawn)
         number = total.new_full((1,), self.positions) if active is None else active.sum(1)
         scale = (self.positions / rest.positions) ** 0.5
         gradients = deviations_of(rest.output_gradients, total * scale, number.view(-1, 1, 1, 1, 1))
@@ -223,7 +232,7 @@ class LinearJacobian(LayerJacobian):
 
     def _once(self, what: str, inputs: Any, make: Callable[[], Tensor]) -> Tensor:
         """Return what is made of inputs, made once for all layers that read the same tensor."""
-        if callable(inputs):
+        if self.moments is None or callable(inputs):
             return make()
         key = (what, *tensor_identity(inputs))
         if key not in self.moments:
@@ -239,13 +248,15 @@ class LinearJacobian(LayerJacobian):
             return at_least_float32(whole.mean()), None
         return self._once("mean", self._inputs, lambda: mean_inputs(self.inputs, None)[0]), None
 
-    def _take_inputs(self, positions: Tensor) -> None:
+    def _take_inputs(self, positions: Tensor, drawn: object) -> None:
         whole = self._inputs
         if callable(whole):
             self._inputs = at_least_float32(whole(None, positions))
             return
-        what = f"at {positions.tolist()}"
-        self._inputs = self._once(what, whole, lambda: whole[:, positions])
+        if drawn is None:
+            self._inputs = whole[:, positions]
+            return
+        self._inputs = self._once(f"at {drawn}", whole, lambda: whole[:, positions])
 
     def of_samples(self, samples: Tensor) -> LinearJacobian:
         """Return the rows of some samples, ``(N',)``."""

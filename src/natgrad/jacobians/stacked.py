@@ -72,8 +72,8 @@ class StackedJacobian(LinearJacobian):
         super()._share_inputs(samples)
         self.filled = self.filled.expand(samples, *self.filled.shape[1:])
 
-    def _take_inputs(self, positions: Tensor) -> None:
-        super()._take_inputs(positions)
+    def _take_inputs(self, positions: Tensor, drawn: object) -> None:
+        super()._take_inputs(positions, drawn)
         self.filled = self.filled[:, positions]
 
     def _take_samples(self, samples: Tensor) -> None:
@@ -107,11 +107,13 @@ class StackedJacobian(LinearJacobian):
         total = (self.inputs * counted.unsqueeze(-1)).sum(1, keepdim=True)
         return total / numbers.clamp(min=1.0).unsqueeze(-1), numbers
 
-    def split(self, positions: Tensor | None = None) -> tuple[LinearJacobian, LinearJacobian]:
+    def split(
+        self, positions: Tensor | None = None, drawn: object = None
+    ) -> tuple[LinearJacobian, LinearJacobian]:
         """Return the rows as those of every map's means and of deviations."""
         counted, total = self._counted(), self.output_gradients.sum(2, keepdim=True)
         mean, numbers = self._map_means(counted)
-        rest = self if positions is None else self.subsampled(positions)
+        rest = self if positions is None else self.subsampled(positions, drawn)
         scale = (self.positions / rest.positions) ** 0.5
         gradients = deviations_of(
             rest.output_gradients, total * scale, numbers[:, None, :, :, None]
