@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from natgrad.likelihoods.base import FOREIGN, Likelihood, Reduction, full_precision
-from natgrad.likelihoods.elementwise import (
-    Elementwise,
-    ReduceOutputs,
-    plausible_scale,
-    random_like,
-)
+from natgrad.likelihoods.base import Reduction
+from natgrad.likelihoods.elementwise import ReduceOutputs, random_like
+from natgrad.likelihoods.mean_outputs import MeanOutputs
 
 #: Least variance of a label, as torch's gradient has it: that of a saturated sigmoid is 0.
 LEAST_VARIANCE = 1e-12
@@ -25,7 +21,7 @@ MANIFEST = 0.1
 
 
 @dataclass(frozen=True, repr=False)
-class BinaryProbabilities(Elementwise):
+class BinaryProbabilities(MeanOutputs):
     """y ~ Bernoulli(p) for every output p: nll = −y log p − (1 − y) log(1 − p), Λ = 1/(p(1 − p)).
 
     For models that end in a sigmoid. The Fisher matrix is that of :class:`natgrad.Bernoulli` at the
@@ -45,33 +41,17 @@ class BinaryProbabilities(Elementwise):
     reduce_outputs: ReduceOutputs = None
     reduction: Reduction = "mean"
 
-    @property
-    def decision(self) -> Any:
-        """That outputs are probabilities, and what the losses of a sample's are reduced to."""
-        return "probabilities", self.reduce_outputs
+    outputs: ClassVar[str] = "probabilities"
+    fault: ClassVar[str] = (
+        "is at outputs that are no probabilities, as they are not between 0 and 1"
+    )
 
-    def decided(self, decision: Any) -> Likelihood:
-        """Return the likelihood with a :attr:`decision` that was made before."""
-        return super().decided(decision[1]) if isinstance(decision, (tuple, list)) else self
+    def _is_mean(self, output: Tensor) -> Tensor:
+        return ~((output < 0) | (output > 1))
 
-    @full_precision
-    def seen_with(
-        self, output: Tensor, cotangent: Tensor, target: Any = None
-    ) -> tuple[Likelihood, list[str]]:
-        """Decide on the reduction, and say so if outputs are no probabilities; see the base."""
-        if bool(((output < 0) | (output > 1)).any()):
-            fault = "is at outputs that are no probabilities, as they are not between 0 and 1"
-            return self, [FOREIGN.format(fault=fault, name=self)]
-        return super().seen_with(output, cotangent, target)
-
-    def _tells_average(self, output: Tensor, cotangent: Tensor, target: Any) -> bool | None:
-        if target is not None:
-            return super()._tells_average(output, cotangent, target)
+    def _sure_scale(self, output: Tensor, cotangent: Tensor) -> float | None:
         _, sure, scale = hard_labels(output, cotangent)
-        if not bool(sure):
-            return None
-        averaged, summed = float(scale) * output.numel(), float(scale) * len(output)
-        return plausible_scale(averaged, len(output)) < plausible_scale(summed, len(output))
+        return float(scale) if bool(sure) else None
 
     def _shown_scale(self, output: Tensor, cotangent: Tensor, usual: Tensor) -> Tensor:
         _, sure, scale = hard_labels(output, cotangent)

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from natgrad.distributed.place import drawn
-from natgrad.likelihoods.base import FOREIGN, Likelihood, Reduction, full_precision
-from natgrad.likelihoods.elementwise import Elementwise, ReduceOutputs, plausible_scale
+from natgrad.likelihoods.base import Reduction
+from natgrad.likelihoods.elementwise import ReduceOutputs
+from natgrad.likelihoods.mean_outputs import MeanOutputs
 
 #: Least rate, as torch's loss has it.
 LEAST_RATE = 1e-8
 
 
 @dataclass(frozen=True, repr=False)
-class PoissonRates(Elementwise):
+class PoissonRates(MeanOutputs):
     """y ~ Poisson(z) for every output z: nll = z − y log z, Λ = diag(1/z).
 
     For models that end in ``exp``, a softplus or a ReLU, with ``log_input=False``. The Fisher
@@ -38,33 +39,14 @@ class PoissonRates(Elementwise):
     reduce_outputs: ReduceOutputs = None
     reduction: Reduction = "mean"
 
-    @property
-    def decision(self) -> Any:
-        """That outputs are rates, and what the losses of a sample's are reduced to."""
-        return "rates", self.reduce_outputs
+    outputs: ClassVar[str] = "rates"
+    fault: ClassVar[str] = "is at outputs that are no rates, as some are negative"
 
-    def decided(self, decision: Any) -> Likelihood:
-        """Return the likelihood with a :attr:`decision` that was made before."""
-        return super().decided(decision[1]) if isinstance(decision, (tuple, list)) else self
+    def _is_mean(self, output: Tensor) -> Tensor:
+        return ~(output < 0)
 
-    @full_precision
-    def seen_with(
-        self, output: Tensor, cotangent: Tensor, target: Any = None
-    ) -> tuple[Likelihood, list[str]]:
-        """Decide on the reduction, and say so if outputs are no rates; see the base class."""
-        if bool((output < 0).any()):
-            fault = "is at outputs that are no rates, as some are negative"
-            return self, [FOREIGN.format(fault=fault, name=self)]
-        return super().seen_with(output, cotangent, target)
-
-    def _tells_average(self, output: Tensor, cotangent: Tensor, target: Any) -> bool | None:
-        if target is not None:
-            return super()._tells_average(output, cotangent, target)
-        scale = scale_of_counts(output, cotangent)
-        if scale is None:
-            return None
-        averaged, summed = scale * output.numel(), scale * len(output)
-        return plausible_scale(averaged, len(output)) < plausible_scale(summed, len(output))
+    def _sure_scale(self, output: Tensor, cotangent: Tensor) -> float | None:
+        return scale_of_counts(output, cotangent)
 
     def _shown_scale(self, output: Tensor, cotangent: Tensor, usual: Tensor) -> Tensor:
         scale = scale_of_counts(output, cotangent)
