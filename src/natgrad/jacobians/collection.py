@@ -41,10 +41,10 @@ class Jacobians(Mapping[str, LayerJacobian]):
         #: What layers that read the same tensor share while curvature is updated.
         self.moments: dict[Any, tuple[Tensor, Tensor]] = {}
         linear = [block for block in blocks.values() if isinstance(block, LinearJacobian)]
-        readers = Counter(block.shared_inputs for block in linear)
-        for block in linear:
-            shared = block.shared_inputs is not None and readers[block.shared_inputs] > 1
-            block.moments = self.moments if shared else None
+        inputs = [block.shared_inputs for block in linear]
+        readers = Counter(inputs)
+        for block, own in zip(linear, inputs, strict=True):
+            block.moments = self.moments if own is not None and readers[own] > 1 else None
         self.samples = samples
         self.directions = directions
         #: Which rows are whose, where other processes keep some; blocks and samples are one's own.

@@ -50,7 +50,7 @@ class PoissonRates(MeanOutputs):
 
     def _shown_scale(self, output: Tensor, cotangent: Tensor, usual: Tensor) -> Tensor:
         scale = scale_of_counts(output, cotangent)
-        return usual if scale is None else usual.new_tensor(scale / self._scale(output))
+        return usual if scale is None else usual.new_full((), scale / self._scale(output))
 
     def _nll(self, output: Tensor, target: Tensor) -> Tensor:
         return output - target * output.clamp_min(LEAST_RATE).log()
