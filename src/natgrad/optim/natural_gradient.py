@@ -378,6 +378,8 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
         state: dict[str, dict[str, Any]] = {}
         if rule.momentum_on == "gradient":
             source, state = grouped.summed(gradients)
+        flags = preconditioner.zeroed_flags()
+        zeroed = {"zeroed": torch.stack(list(flags.values()))} if flags else {}
         for carefully in (False, True):
             natural, failed = preconditioner.natural_gradient(
                 source, backpropagated=source is covered, carefully=carefully
@@ -385,6 +387,7 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
             natural = {n: natural[n] for n in covered}
             if not preconditioner.curvature.is_divided:
                 grouped.replicas.average(natural)
+            natural = preconditioner.zeroed.held(natural, covered, flags)
             if rule.graft is not None:
                 natural = self._graft(natural, gradients, source, state)
             previous = grouped.previous_steps(natural) if rule.keeps_steps else {}
@@ -396,10 +399,12 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
                 values["mean_eigenvalue"] = preconditioner.mean_eigenvalue()
             checks = {**scalar_checks(rest.values(), loss), "failed": failed}
             grouped.replicas.average(checks)  # What one finds broken is broken for all.
-            found = on_host({**values, **checks})
+            found = on_host({**values, **checks, **zeroed})
+            told = found.pop("zeroed", [])
             mean_eigenvalue = found.pop("mean_eigenvalue", math.nan)
             if not found.pop("failed"):
                 break
+        preconditioner.zeroed.note(n for n, flag in zip(flags, told, strict=True) if flag)
         own = {name: found[name] for name in ("fisher", "scale", "across") if name in found}
         if rule.measured is not None and not all_finite(own):  # A fault of natgrad's own pass.
             found = {name: value for name, value in found.items() if name not in own}

@@ -38,6 +38,7 @@ from natgrad.optim.gradient_rows import GradientRows
 from natgrad.optim.observer import ModelWatch, Observer
 from natgrad.optim.options import Refresh
 from natgrad.optim.step.measures import all_finite, on_host, scalar_checks
+from natgrad.optim.zeroed_gradients import ZeroedGradients
 
 
 class Preconditioner(CopiedByState):
@@ -141,6 +142,8 @@ class Preconditioner(CopiedByState):
         self._with_update: dict[str, Estimate] | None = None
         self._updated = False  # Rows of the present step have been taken,
         self._joined = False  # and have become part of the average.
+        #: Parameters whose gradients the user sets to zero entry by entry.
+        self.zeroed = ZeroedGradients()
         self._warned = False
         self._sees = False  # Some step had a pass that was seen.
         #: When curvature is updated, averaged and inverted.
@@ -200,6 +203,8 @@ class Preconditioner(CopiedByState):
         elif self.observer.model.sees_change():
             self.find_layers()
         self.observer._on_forward()
+        if not self.capture.shards:
+            self.zeroed.begin(self.parameters, self.capture.layout.offsets)
 
     def find_layers(self) -> None:
         """Take the model as it is now, with what is known of the layers that stay.
@@ -276,6 +281,19 @@ class Preconditioner(CopiedByState):
 
     # The step.
 
+    def zeroed_flags(self) -> dict[str, Tensor]:
+        """Return parameter name → 1.0 where entries of the gradient were set to zero.
+
+        Where nothing is compared at this step there are none.
+        """
+        if self.capture.shards:
+            return {}
+        own = {name for one in self.own_backward.values() for name in one.names}
+        names = [n for n in self.parameters if n in self.covered - own]
+        flags = self.zeroed.compared(self.parameters, names, self.replicas.are_alone)
+        self.replicas.average(flags)
+        return flags
+
     @outside_graphs
     def step(self) -> None:
         """Replace every covered ``.grad`` by its natural gradient.
@@ -296,16 +314,21 @@ class Preconditioner(CopiedByState):
             for name, p in self.parameters.items()
             if p.grad is not None and name in covered
         }
+        flags = self.zeroed_flags()
+        zeroed = {"zeroed": torch.stack(list(flags.values()))} if flags else {}
         for carefully in (False, True):
             natural, failed = self.natural_gradient(gradients, carefully=carefully)
             if not self.curvature.is_divided:
                 self.replicas.average(natural)
+            natural = self.zeroed.held(natural, gradients, flags)
             checks = scalar_checks([*gradients.values(), *natural.values()])
             checks["failed"] = failed
             self.replicas.average(checks)
-            found = on_host(checks)
+            found = on_host({**checks, **zeroed})
+            told = found.pop("zeroed", [])
             if not found.pop("failed"):
                 break
+        self.zeroed.note(name for name, flag in zip(flags, told, strict=True) if flag)
         if not all_finite(found):
             self.skip()
             return
@@ -567,6 +590,7 @@ class Preconditioner(CopiedByState):
 
     def discard(self) -> None:
         """Forget backward passes that no step followed; forward passes still waiting stay."""
+        self.zeroed.reset()
         for own in self.own_backward.values():
             own.reset()
         seen = [one.recorded for one in self.observer.seen]
@@ -682,6 +706,7 @@ class Preconditioner(CopiedByState):
             "curvature": self.curvature.state_dict(),
             "resting": self.curvature.resting_state(),
             "untrusted": dict(self.untrusted),
+            "zeroed": sorted(self.zeroed.names),
             "reads_data": sorted(self.curvature.reads_data) if self.observer.steps else [],
         }
 
@@ -717,9 +742,13 @@ class Preconditioner(CopiedByState):
         steps, warmup, random = state["steps"], state["warmup"], state["generator"].cpu()
         start, reading = state.get("start", 0), state.get("reads_data", ())
         known = any(entry["average"] is not None for entry in state["curvature"].values())
+        zeroed = state.get("zeroed", ())
 
         def restore() -> None:
             self.untrusted = untrusted
+            self.zeroed.drop()
+            self.zeroed = ZeroedGradients()
+            self.zeroed.note(zeroed)
             if curvature is not self.curvature:
                 self.find_layers()
             self.curvature.estimates, self.curvature.resting = estimates, resting
