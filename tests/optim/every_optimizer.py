@@ -97,6 +97,13 @@ KINDS: dict[str, Kind] = {
     "ResidualNGD": Kind(natgrad.ResidualNGD, {"momentum": 0.3}, takes="residuals"),
 }
 
+#: One of each way to take a step; structures alone make no other.
+STEPS = [
+    "KFAC", "KFAC, plain", "KFAC, quadratic model", "KFAC, adaptive damping", "KFAC, fused",
+    "SINGD", "ExactNGD", "ExactNGD, line search", "EGN", "FNGD", "Padam", "ImplicitSGD",
+    "ResidualNGD",
+]  # fmt: skip
+
 X = torch.randn(12, 5, generator=generator(0)).double().tolist()
 Y = torch.randn(12, 3, generator=generator(1)).double().tolist()
 

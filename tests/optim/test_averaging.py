@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import natgrad
-from tests.optim.every_optimizer import KINDS, make_model, weights
+from tests.optim.every_optimizer import KINDS, STEPS, make_model, weights
 
 WAYS = [{"decay": 0.7}, {"start": 0}, {"start": 3}, {"decay": 0.7, "start": 2}]
 
@@ -61,7 +61,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, seeds: range) -> N
 
 @pytest.mark.parametrize(
     ("name", "way"),
-    [("SGD", way) for way in WAYS] + [(name, WAYS[-1]) for name in KINDS],
+    [("SGD", way) for way in WAYS] + [(name, WAYS[-1]) for name in STEPS],
     ids=str,
 )
 @pytest.mark.filterwarnings("ignore")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import natgrad
+from tests import pairwise
 from tests.cases import normal
 
 Losses = Callable[[nn.Module, Tensor], list[Tensor]]
@@ -106,13 +107,17 @@ def trained_together(name: str, losses: Losses, passes: int) -> Tensor:
 
 
 @pytest.mark.filterwarnings("ignore:the coefficients of")
-@pytest.mark.parametrize("way", [one_by_one, asked_for, looked_at_before, looked_at_after])
-@pytest.mark.parametrize("losses", [heads, halves])
-@pytest.mark.parametrize("name", list(METHODS))
-def test_the_step_is_that_of_the_sum(name, losses, way):
-    for passes in (1, 2):
-        found = trained(name, losses, way, passes)
-        torch.testing.assert_close(found, trained_together(name, losses, passes))
+@pairwise.parametrize(
+    {
+        "name": METHODS,
+        "losses": [heads, halves],
+        "way": [one_by_one, asked_for, looked_at_before, looked_at_after],
+        "passes": [1, 2],
+    }
+)
+def test_the_step_is_that_of_the_sum(name, losses, way, passes):
+    found = trained(name, losses, way, passes)
+    torch.testing.assert_close(found, trained_together(name, losses, passes))
 
 
 def probe(model: nn.Module, before: bool) -> None:

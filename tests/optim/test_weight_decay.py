@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 import natgrad
-from tests.optim.every_optimizer import KINDS, make_model
+from tests.optim.every_optimizer import KINDS, STEPS, make_model
 
-NAMES = [name for name, kind in KINDS.items() if kind.is_natural and not kind.needs_closure]
+NAMES = [n for n in STEPS if KINDS[n].is_natural and not KINDS[n].needs_closure]
 DECAY = 0.1
 
 

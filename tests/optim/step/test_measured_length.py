@@ -659,7 +659,7 @@ def test_two_samples_a_step_train(method):
     features = normal(512, 12, seed=0)
     classes = torch.tanh(features @ normal(12, 5, seed=1)).argmax(1)
     left = []
-    for seed in range(3):
+    for seed in range(2):
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(),
                               nn.Linear(32, 5)).double()  # fmt: skip
@@ -671,7 +671,7 @@ def test_two_samples_a_step_train(method):
                 take(optimizer, model, "categorical", features[some], classes[some])
         with torch.no_grad():
             left.append(float(functional.cross_entropy(model(features), classes)))
-    assert sum(left) / 3 < 0.5 * math.log(5)
+    assert sum(left) / 2 < 0.5 * math.log(5)
 
 
 def test_bounded_gradients_do_not_bound_the_way():
