@@ -34,6 +34,7 @@ class ForwardPass:
         cotangent: Gradient of the user's loss with respect to it, once backpropagated.
         retained: Whether that came from a backward pass with ``create_graph=True``.
         task: The number of that backward pass.
+        dropped: The gradient of earlier backward passes, whose ``.grad`` was reset since.
         target: The true target, where the user told it.
         elements: Total number of entries of all recorded layer outputs.
         heads: Key → shape, samples first, of the heads that are laid side by side in the output, if
@@ -54,6 +55,7 @@ class ForwardPass:
     cotangent: Tensor | None = None
     retained: bool = False
     task: int | None = None
+    dropped: Tensor | None = None
     target: Tensor | None = None
     elements: int = 0
     heads: dict[Any, torch.Size] | None = None
@@ -66,6 +68,16 @@ class ForwardPass:
         """Number of samples ``N``: the output's first dimension."""
         assert self.output is not None
         return int(self.output.shape[0])
+
+    def join_dropped(self) -> None:
+        """Let what was dropped stand where the present backward pass brings nothing.
+
+        Whoever resets gradients between the losses of one forward pass keeps them elsewhere, as to
+        project one on another, and trains by all of them.
+        """
+        if self.dropped is not None and self.cotangent is not None:
+            self.cotangent = torch.where(self.cotangent != 0, self.cotangent, self.dropped)
+        self.dropped = None
 
     def samples_first(self, tensor: Tensor) -> Tensor:
         """Return a tensor laid out like the model's output with samples in the first dimension."""

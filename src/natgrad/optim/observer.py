@@ -146,6 +146,9 @@ class Observer:
         self.compared: bool = False
         #: Called before anything of a step changes.
         self.before_change: Callable[[], None] = lambda: None
+        #: Whether gradients of the passes seen were reset, and what forgets these passes.
+        self.discarded = False
+        self.forget_discarded: Callable[[], None] = lambda: None
         #: Whether the wrapper averages gradients after the last forward pass.
         self.last_pass = True
         self._others_count = False  # Samples of the last pass count in other processes,
@@ -221,6 +224,7 @@ class Observer:
             self._reached(recorded, purpose == "ask")
 
     def _reached(self, recorded: ForwardPass, asked: bool) -> None:
+        self._begin_anew()
         if not any(one.told for one in self.seen):
             trains = any(not one.asked for one in self.seen)
             if asked and trains and not self.sees(recorded):
@@ -234,6 +238,7 @@ class Observer:
             self.capture.settle(recorded)
         if self.audit.active and has_samples:
             self.audit.explain(recorded, asked)
+        recorded.join_dropped()
         if place is not None:
             self._see_again(place, asked)
             return
@@ -243,6 +248,14 @@ class Observer:
         if not self.replicas.are_alone:
             self._take_part_in_others()
             self._begin_sums()
+
+    def _begin_anew(self) -> None:
+        """Forget passes whose gradients were reset: other ones come now."""
+        if self.discarded:
+            audited = self.audit.active
+            self.forget_discarded()
+            if audited:
+                self.audit.begin()
 
     def _see_again(self, place: int, asked: bool) -> None:
         """Let a further backward pass through an output count as it does in ``.grad``.
@@ -600,6 +613,7 @@ class Observer:
         """
         if not self.rows_due or self.capture.on_forward is None:
             return
+        self._begin_anew()
         if isinstance(self.capture.select, Selection) and self.capture.passes:
             output = self.capture.passes[-1].output  # The heads were made of it.
         found = self.capture.find_pass(output)
@@ -652,6 +666,7 @@ class Observer:
             self.isotropy_probe.clear()
         self.seen, self.failures, self.batch_fisher = [], [], None
         self._take_back, self._take_all_back = lambda: None, None
+        self.discarded = False
         if not self.replicas.are_alone:
             self.curvature.drop_sums()
         if self.audit.active:

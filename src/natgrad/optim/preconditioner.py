@@ -154,6 +154,7 @@ class Preconditioner(CopiedByState):
             self.capture, likelihood, kind, refresh, self.curvature, seed
         )
         self.observer.before_change = self._open
+        self.observer.forget_discarded = self._forget_discarded
         self.gradient_rows: GradientRows = GradientRows(self.observer)
         in_shards = self._mesh is not None and self._mesh is self._everyone
         self._in_pieces = self.capture.shards and not in_shards
@@ -589,16 +590,25 @@ class Preconditioner(CopiedByState):
         self.observer.forget()
 
     def discard(self) -> None:
-        """Forget backward passes that no step followed; forward passes still waiting stay."""
+        """Let gradients so far be reset: their passes are forgotten as soon as others come.
+
+        If none come before the step, ``.grad`` is made of what they returned. Forward passes stay,
+        as another loss may go back through them.
+        """
         self.zeroed.reset()
         for own in self.own_backward.values():
             own.reset()
-        seen = [one.recorded for one in self.observer.seen]
-        if not seen or any(one.cotangent is None for one in seen):
-            return
-        waiting = [p for p in self.capture.passes if p not in seen]
+        seen = self.observer.seen
+        if seen and all(one.recorded.cotangent is not None for one in seen):
+            self.observer.discarded = True
+
+    def _forget_discarded(self) -> None:
+        """Take back what passes did whose gradients were reset."""
+        passes = list(self.capture.passes)
+        for one in self.observer.seen:
+            one.recorded.dropped = one.cotangent
         self.skip()
-        self.capture.passes.extend(waiting)
+        self.capture.passes.extend(passes)
 
     def _close(self) -> None:
         self._saved, self._with_update = None, None
