@@ -31,6 +31,8 @@ WAYS: dict[str, tuple[Way, Way]] = {
     "probed": (one_by_one, one_by_one),
     "differing": (one_by_one, together),
 }
+#: One of each way to look at passes; others differ in what they sum up of them.
+OBSERVING = ("kfac", "isotropic", "exact_ngd", "fngd")
 
 
 def halves(model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
@@ -74,7 +76,8 @@ def replica(rank: int) -> dict[tuple[str, str], Tensor]:
         (name, way): train(name, both[rank], rank, probes=way == "probed")
         for name in METHODS
         for way, both in ways.items()
-        if (name, way) != ("isotropic", "differing")
+        if (name in OBSERVING or way in ("together", "one_by_one", "differing"))
+        and (name, way) != ("isotropic", "differing")
     }
 
 

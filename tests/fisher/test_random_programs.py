@@ -17,7 +17,7 @@ from tests.random_programs import Program, make_program
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 #: Programs that a run of the suite tries; ``NATGRAD_PROGRAMS`` asks for more.
-PROGRAMS = int(os.environ.get("NATGRAD_PROGRAMS", "400"))
+PROGRAMS = int(os.environ.get("NATGRAD_PROGRAMS", "240"))
 
 TOLERANCE = 1e-9
 DAMPING = 0.1
