@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -45,9 +45,17 @@ class Carried(int):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Become a tensor that ``torch.load(weights_only=True)`` knows."""
+        return self._as_tensor(self.record).__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        """Become it at once: torch warns of storages where the parts of a tensor are copied."""
+        return self._as_tensor(copy.deepcopy(self.record, memo))
+
+    @staticmethod
+    def _as_tensor(record: dict[str, Any]) -> torch.Tensor:
         number: Any = torch.ones(())
-        number.record = self.record
-        return number.__reduce_ex__(protocol)
+        number.record = record
+        return cast("torch.Tensor", number)
 
 
 class CheckpointedOptimizer(EagerOptimizer):
