@@ -38,7 +38,7 @@ from natgrad.capture.hooks import (
     present_pass,
     remove_hooks,
 )
-from natgrad.capture.kinds import LayerCall, LayerKind
+from natgrad.capture.kinds import LayerCall, LayerKind, is_parameter
 from natgrad.capture.model_output import (
     check_watched,
     losses,
@@ -56,7 +56,7 @@ from natgrad.capture.purpose import purpose_of
 from natgrad.capture.row_check import RowCheck
 from natgrad.capture.row_sources import RecordedCall, RowSources
 from natgrad.capture.rows import RowBuilder
-from natgrad.distributed.shards import check_features_spread, is_linear
+from natgrad.distributed.shards import whole
 from natgrad.jacobians import Jacobians
 from natgrad.layouts import ParameterLayout
 
@@ -242,7 +242,9 @@ class Capture:
                 self._handles.append(module.register_forward_hook(after, always_call=True))
             else:
                 hook = ModelHook(self, functools.partial(_after_layer, kind))
-                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+                # In tensor parallelism a hook then cuts the output as others want it.
+                handle = module.register_forward_hook(hook, with_kwargs=True, prepend=self.shards)
+                self._handles.append(handle)
         first = FirstHook(self, _before_model)
         last = ModelHook(self, _after_model)
         self._handles.append(self.model.register_forward_pre_hook(first, prepend=True))
@@ -328,7 +330,7 @@ class Capture:
                 self.sources.forget_products()
         elif wanted and (self.recording or self.watching is True):
             mode = RecordProducts(wanted, self._record)
-            if mode.watched:
+            if mode.watched or mode.sharded:
                 mode.__enter__()  # type: ignore[no-untyped-call]
                 self._running.products = mode
 
@@ -546,9 +548,10 @@ def _after_layer(
     if reason is not None:
         capture.tell(f"a {type(module).__name__} layer is not recorded in this mode: {reason}")
         return
+    lent = capture.shards and any(map(is_parameter, (*args, *kwargs.values())))
     for call in kind.observe(module, args, kwargs, output):
-        if capture.shards and is_linear(module):
-            check_features_spread(module, call.inputs[0], output)
+        if lent:  # Whole while the model runs only, and then without memory.
+            call.inputs = torch.utils._pytree.tree_map_only(Tensor, Tensor.clone, call.inputs)
         if capture._running.products is not None and not isinstance(kind, GenericKind):
             capture._forget_product(call)
         capture._record(kind, call)
@@ -606,7 +609,7 @@ def _after_model(capture: Capture, module: nn.Module, args: Any, output: Any) ->
     current.source = selected
     current.like_inputs = samples_lie_second(args, heads or {None: selected})
     current.lay_samples(int(time_first) if capture.batch_dim is None else capture.batch_dim)
-    current.output = current.samples_first(selected)
+    current.output = current.samples_first(whole(selected))
     if capture.on_backward is None:
         return None
     owner, waiting = weakref.ref(capture), weakref.ref(current)
@@ -645,7 +648,7 @@ def _after_model(capture: Capture, module: nn.Module, args: Any, output: Any) ->
                 recorded.output = recorded.samples_first(returned)
         recorded.task = present_pass()
         recorded.retained = retained
-        recorded.cotangent = recorded.samples_first(cotangent.detach().reshape(source.shape))
+        recorded.cotangent = recorded.samples_first(whole(cotangent.detach()).reshape(source.shape))
         if found.on_backward is not None and not retained:
             found.on_backward(recorded)
 

@@ -23,6 +23,7 @@ from natgrad.capture.kinds import (
     register_kind,
 )
 from natgrad.capture.rerun import rerun
+from natgrad.distributed.shards import whole
 from natgrad.jacobians import LayerJacobian, LinearJacobian
 from natgrad.jacobians.layer import at_least_float32
 from natgrad.layouts import BlockLayout
@@ -198,8 +199,10 @@ def convolution_within(module: nn.Module) -> LayerKind | None:
     try:
         with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
             images = torch.randn(shape, dtype=weight.dtype, device=weight.device)
+            held = {name: whole(p.detach()) for name, p in module.named_parameters()}
+            held["weight"].requires_grad_()
             with RecordConvolutions(module, calls.append):
-                rerun(module, {}, (images,), recorded=True)
+                rerun(module, held, (images,), recorded=True)
     except Exception:  # It takes other inputs.
         return None
     return _INNER if [call.options["has_bias"] for call in calls] == [True] else None

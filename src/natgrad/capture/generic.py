@@ -19,6 +19,7 @@ from natgrad.capture.kinds import (
     parameter_shapes,
 )
 from natgrad.capture.samples import SampleAxis
+from natgrad.distributed.shards import whole
 from natgrad.jacobians import DenseJacobian, LayerJacobian
 from natgrad.layouts import BlockLayout
 
@@ -148,8 +149,8 @@ def _pull_back_per_sample(
 ) -> Tensor:
     """Return rows ``(N, K, P_l)`` by running the module again on one sample at a time."""
     module, axis = call.module, call.axis
-    parameters = {name: module.get_parameter(name).detach() for name in names}
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    parameters = {name: whole(module.get_parameter(name).detach()) for name in names}
+    buffers = {name: whole(buffer).clone() for name, buffer in module.named_buffers()}
     which = [i for i, g in enumerate(gradients) if g is not None]
     deltas = [_parted(g, axis, samples, 1) for g in gradients if g is not None]
     flat_inputs, spec = torch.utils._pytree.tree_flatten((call.inputs, call.options["kwargs"]))

@@ -47,6 +47,12 @@ def dense(tensor: Tensor) -> Tensor:
     return detached if detached.layout is torch.strided else detached.to_dense()
 
 
+def is_parameter(value: Any) -> bool:
+    """Return whether a value is a parameter or a view of one."""
+    known = isinstance(value, Tensor)
+    return known and any(isinstance(one, nn.Parameter) for one in (value, value._base))
+
+
 def is_data(inputs: Tensor) -> bool:
     """Return whether no gradient goes to inputs; False for those of torch.fx, which cannot tell."""
     return inputs.requires_grad is False

@@ -196,8 +196,6 @@ class WatchedParameter:
         block: Its block's name.
         module: The module that holds it.
         names: The block's parameters, by their names within the module, this one first.
-        parameter: The parameter.
-        bias: The bias of the same block, if there is one.
         uses: All products it may take part in.
         free: Whether it stands in no formula of a layer.
     """
@@ -205,10 +203,19 @@ class WatchedParameter:
     block: str
     module: nn.Module
     names: tuple[str, ...]
-    parameter: nn.Parameter
-    bias: nn.Parameter | None
     uses: tuple[Use, ...]
     free: bool
+
+    @property
+    def parameter(self) -> Tensor:
+        """The parameter as it is now: in shards, or whole as a pass has it."""
+        found: Tensor = getattr(self.module, self.names[0])
+        return found
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of the same block, if there is one, likewise."""
+        return getattr(self.module, self.names[1]) if len(self.names) > 1 else None
 
 
 def watched_parameters(model: nn.Module, blocks: Mapping[str, Block]) -> list[WatchedParameter]:
@@ -260,8 +267,7 @@ def watched_parameters(model: nn.Module, blocks: Mapping[str, Block]) -> list[Wa
             for k in kinds
         )
         if uses:
-            bias = named[layout.names[1]] if len(names) > 1 else None
-            found.append(WatchedParameter(name, module, names, weight, bias, uses, not known))
+            found.append(WatchedParameter(name, module, names, uses, not known))
     return found
 
 

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from natgrad.capture.contraction import contraction
 from natgrad.capture.convolution import convolution_like
-from natgrad.capture.kinds import LayerCall, LayerKind, dense, is_data, sparsity
+from natgrad.capture.kinds import LayerCall, LayerKind, dense, is_data, is_parameter, sparsity
 from natgrad.capture.product_kinds import (
     AddedKind,
     ConvolvedKind,
@@ -27,6 +27,7 @@ from natgrad.capture.product_kinds import (
     ProductKind,
     WatchedParameter,
 )
+from natgrad.distributed.shards import is_sharded
 
 #: How many nodes of the graph are looked at behind an operand.
 MOST_NODES = 24
@@ -57,6 +58,7 @@ class RecordProducts(TorchFunctionMode):
 
     Attributes:
         watched: Where in memory a parameter begins → the parameter.
+        sharded: Parameters that have no place yet, whole only while their layers run.
     """
 
     def __init__(
@@ -68,10 +70,15 @@ class RecordProducts(TorchFunctionMode):
         # Parameters in one piece of memory cannot be told apart.
         number = Counter(address for address, _ in found)
         self.watched: dict[int, WatchedParameter] = {
-            address: one for address, one in found if address and number[address] == 1
+            address: one
+            for address, one in found
+            if address and number[address] == 1 and not is_sharded(one.parameter)
         }
+        self.sharded: list[WatchedParameter] = [
+            one for _, one in found if is_sharded(one.parameter)
+        ]
         self._free_shapes: set[torch.Size] = {
-            one.parameter.shape for one in self.watched.values() if one.free
+            one.parameter.shape for one in [*self.watched.values(), *self.sharded] if one.free
         }
 
     def __torch_function__(
@@ -193,16 +200,27 @@ class RecordProducts(TorchFunctionMode):
     ) -> None:
         (key,) = kind.key_of(watched.names)
         if any(use.keys == (key,) for use in watched.uses):
-            options, own = options | sparsity(inputs), (dense(inputs),)
+            own, options = dense(inputs), options | sparsity(inputs)
+            if self.sharded and is_parameter(inputs):  # Without memory after the pass.
+                own = own.clone()
             of_data = is_data(inputs)
-            call = LayerCall(watched.module, key, own, (output,), options, of_data=of_data)
+            call = LayerCall(watched.module, key, (own,), (output,), options, of_data=of_data)
             self.record(kind, call)
 
     def _of(self, operand: Any) -> WatchedParameter | None:
         """Return the parameter that an operand is or is a view of."""
         if not isinstance(operand, Tensor) or not operand.requires_grad or not operand.dim():
             return None
-        return self.watched.get(_address(operand))
+        return self._at(_address(operand))
+
+    def _at(self, address: int) -> WatchedParameter | None:
+        """Return the parameter that begins somewhere in memory."""
+        found = self.watched.get(address)
+        if found is None and self.sharded and address:
+            present = ((one, one.parameter) for one in self.sharded)
+            whole = (one for one, p in present if not is_sharded(p) and _address(p) == address)
+            found = next(whole, None)
+        return found
 
     def _behind(self, operand: Any) -> WatchedParameter | None:
         """Return the parameter of no known layer that an operand is made of, entry by entry."""
@@ -217,7 +235,7 @@ class RecordProducts(TorchFunctionMode):
                 return None
             leaf = getattr(node, "variable", None)
             if isinstance(leaf, Tensor) and leaf.shape == operand.shape:
-                found = self.watched.get(_address(leaf))
+                found = self._at(_address(leaf))
                 if found is not None and found.free:
                     return found
             waiting.extend(one for one, _ in node.next_functions if one is not None)

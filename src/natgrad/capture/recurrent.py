@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from natgrad.capture.generic import floating_tensors
 from natgrad.capture.kinds import BlockRecord, LayerCall, LayerKind, register_kind
+from natgrad.distributed.shards import whole
 from natgrad.jacobians import LayerJacobian
 
 #: Layers whose outputs this module has computed as they do.
@@ -381,7 +382,7 @@ class _Weights:
     def of(cls, module: nn.Module, suffix: str, dtype: torch.dtype) -> _Weights:
         def named(name: str) -> Any:
             value = getattr(module, name + suffix, None)
-            return None if value is None else value.detach().to(dtype)
+            return None if value is None else whole(value.detach()).to(dtype)
 
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
         return cls(*map(named, names))

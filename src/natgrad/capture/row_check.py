@@ -20,6 +20,7 @@ from natgrad.capture.rows import (
     release,
 )
 from natgrad.capture.samples import SampleAxis, find_axis, probe_samples, probe_vectors
+from natgrad.distributed.shards import whole
 
 #: Difference between a gradient and the sum of its rows that counts as rounding, relative to its
 #: norm and to the product of the norms of inputs and output gradients, by the dtype of the latter.
@@ -182,7 +183,7 @@ class RowCheck:
         blocks = dict.fromkeys([*sources.explained(), *(n for n in sources.blocks if n in tried)])
         names = [n for block in blocks for n in sources.blocks[block].layout.names]
         edges = [edge for one in calls for edge in one.edges]
-        held = [sources.parameters[n] for n in names]
+        held = [sources.parameter(n) for n in names]
         found = iter(self.rows.pull(output, [*edges, *held], vector, False, True))
         for one in calls:
             one.gradients = one.apart = one.spread(found)
@@ -194,7 +195,7 @@ class RowCheck:
         own = sources.by_block(calls)
         for name, block in sources.blocks.items():
             edges = [edge for one in own.get(name, []) for edge in one.edges]
-            held = [sources.parameters[n] for n in block.layout.names]
+            held = [sources.parameter(n) for n in block.layout.names]
             try:
                 self.rows.pull(output, [*edges, *held], vector, False, True)
             except RowsUnavailable as error:
@@ -322,7 +323,9 @@ def _magnitude(calls: Sequence[RecordedCall]) -> Tensor | float:
     total: Tensor | float = 0.0
     for one in calls:
         first = one.call.inputs[0] if one.call.inputs else None
-        size = first.norm() if isinstance(first, Tensor) and first.is_floating_point() else 1.0
+        size: Tensor | float = 1.0
+        if isinstance(first, Tensor) and first.is_floating_point():
+            size = whole(first.norm())
         for gradient in one.gradients:
             if gradient is not None:
                 total = total + gradient.norm().float() * size

@@ -97,7 +97,6 @@ class RowSources:
 
     Attributes:
         names: Qualified names of modules.
-        parameters: Parameters by their names.
         direct: Block name → why its rows are taken at the parameters.
         by_products: Blocks whose products are, or are among, their rows.
         inseparable: Block name → why the user's own backward pass leaves no rows of single samples.
@@ -125,7 +124,11 @@ class RowSources:
     ) -> None:
         self.blocks: Mapping[str, Block] = blocks
         self.names: dict[nn.Module, str] = {m: name for name, m in model.named_modules()}
-        self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
+        self._holders: dict[str, tuple[nn.Module, str]] = {
+            f"{prefix}.{local}" if prefix else local: (module, local)
+            for prefix, module in model.named_modules()
+            for local, _ in module.named_parameters(recurse=False, remove_duplicate=False)
+        }
         reasons = {name: _only_at_parameters(block) for name, block in blocks.items()}
         self.direct: dict[str, str] = {name: why for name, why in reasons.items() if why}
         self.inseparable: dict[str, str] = dict(self.direct)
@@ -150,6 +153,17 @@ class RowSources:
         self._of_data: dict[tuple[nn.Module, str], bool] = {}
         self._sizes: dict[Place, float] = {}
         self._resized: set[Place] = set()
+
+    def parameter(self, name: str) -> Tensor:
+        """Return the parameter of a name as it is now: in shards, or whole as a pass has it."""
+        module, local = self._holders[name]
+        found: Tensor = getattr(module, local)
+        return found
+
+    @property
+    def sums_rows(self) -> bool:
+        """Whether rows of some block may be sums over the samples of a batch."""
+        return bool(self.direct or self.whole) or None in self.axes.values()
 
     def are_of_layers(self, name: str) -> bool:
         """Return whether a block's rows come from calls of its layers alone."""

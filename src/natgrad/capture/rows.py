@@ -17,7 +17,7 @@ from natgrad.capture.hooks import own_backward, without_hooks
 from natgrad.capture.kinds import BlockRecord, CallGradients, LayerCall, LayerKind
 from natgrad.capture.row_sources import Gradients, RecordedCall, RowSources
 from natgrad.capture.samples import SampleAxis
-from natgrad.distributed.shards import features_gathered, is_linear, whole
+from natgrad.distributed.shards import is_sharded, whole
 from natgrad.jacobians import DenseJacobian, Jacobians, LayerJacobian, SumJacobian
 from natgrad.layouts import BlockLayout, ParameterLayout
 
@@ -125,7 +125,7 @@ class RowBuilder:
     ) -> dict[str, LayerJacobian | None]:
         """Return the rows of blocks that are had at the parameters."""
         layouts = {name: self.sources.blocks[name].layout for name in self.sources.direct}
-        held = [self.sources.parameters[n] for layout in layouts.values() for n in layout.names]
+        held = [self.sources.parameter(n) for layout in layouts.values() for n in layout.names]
         found = iter(self.pull(output, held, vectors, alone, True))
         samples = len(output) if alone else 1
         result: dict[str, LayerJacobian | None] = {}
@@ -159,7 +159,7 @@ class RowBuilder:
             given = one.user_gradients
             if any(g is not None for g in given):
                 own = [g if g is None or unscaled else g * scale for g in given]
-                one.gradients = [None if g is None else g[None] for g in own]
+                one.gradients = [None if g is None else whole(g)[None] for g in own]
                 one.apart = one.gradients
                 calls.append(one)
         self.sources.find_axes(calls, samples)
@@ -206,6 +206,14 @@ class RowBuilder:
     def _whole(self, gradients: Gradients) -> Gradients:
         return [None if g is None else whole(g) for g in gradients]
 
+    def _call(self, one: RecordedCall) -> LayerCall:
+        """Return a call with whole inputs, which in tensor parallelism were in pieces."""
+        values = one.call.inputs, one.call.options
+        if self.shards and any(map(is_sharded, torch.utils._pytree.tree_leaves(values))):
+            inputs, options = torch.utils._pytree.tree_map_only(Tensor, whole, values)
+            one.call = replace(one.call, inputs=inputs, options=options)
+        return one.call
+
     @contextmanager
     def forming(self, calls: Sequence[RecordedCall]) -> Iterator[None]:
         """Let kinds make rows: nothing is recorded, and in the dtype of what they are given."""
@@ -226,12 +234,10 @@ class RowBuilder:
         uses = self.sources.uses[name]
         for use in uses:
             own = [
-                _laid_out(one, use.kind, samples)
+                _laid_out(one, self._call(one), use.kind, samples)
                 for one in calls
                 if one.is_of(use) and any(g is not None for g in one.gradients)
             ]
-            if self.shards and is_linear(use.module):  # As in tensor parallelism.
-                own = [_with_all_features(call, given, use.layout.d_out) for call, given in own]
             if own:
                 # Layers of one kind that share a parameter are calls of one layer.
                 empty = BlockRecord(use.layout, use.names, [], samples, skip_silent)
@@ -247,24 +253,15 @@ class RowBuilder:
         return SumJacobian(parts, block.layout)
 
 
-def _with_all_features(
-    call: LayerCall, gradients: Gradients, d_out: int
-) -> tuple[LayerCall, Gradients]:
-    """Return a call of a linear layer with whole inputs and output gradients."""
-    parameter = next(call.module.parameters(recurse=False))
-    found = [None if g is None else features_gathered(g, d_out, parameter) for g in gradients]
-    return replace(call, inputs=(whole(call.inputs[0]), *call.inputs[1:])), found
-
-
 def release(calls: Sequence[RecordedCall]) -> None:
     """Let go of the gradients that rows were made of."""
     for one in calls:
         one.gradients, one.apart = [], []
 
 
-def _laid_out(one: RecordedCall, kind: LayerKind, samples: int) -> CallGradients:
+def _laid_out(one: RecordedCall, call: LayerCall, kind: LayerKind, samples: int) -> CallGradients:
     """Return a call as its kind takes it; the whole batch as one sample if ``samples`` is 1."""
-    call, axis = one.call, one.axis
+    axis = one.axis
     if samples == 1:
         return replace(call, axis=SampleAxis()), one.apart
     assert axis is not None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from natgrad import linalg
 from natgrad.curvature.cost import Cost, Workload
-from natgrad.curvature.sharing import SharedWork, Sharing
+from natgrad.curvature.sharing import SharedWork, Sharing, SummedRows
 from natgrad.curvature.structure import Part, Structure
 from natgrad.distributed import Replicas
 from natgrad.distributed.place import WHOLE_BATCH, Place
@@ -71,6 +71,9 @@ class Estimate:
         draws: Updates so far.
         missed: Count of the samples of the present step whose pass had no rows of the part.
         absent: Count of batches of a sum in which the part had no rows.
+        summed: Rows of the present step that are sums over the samples of this process, to be
+            those of all.
+        passes: How many passes of the step there were.
         rejected: Whether rows of the present step were left out, as not finite.
         positions: How many positions of samples the present step has rows of, in all.
         samples: How many samples that are.
@@ -85,6 +88,8 @@ class Estimate:
     draws: int = 0
     missed: Tensor | float = 0.0
     absent: Tensor | float = 0.0
+    summed: tuple[SummedRows, ...] = ()
+    passes: int = 0
     rejected: bool = False
     positions: float = 0.0
     samples: float = 0.0
@@ -216,26 +221,21 @@ class Curvature:
         for name, part in self.parts.items():
             present = self.estimates[name]
             rows = in_type(jacobians.of_blocks(part.blocks, part.layout), part.dtype)
+            present = replace(present, passes=present.passes + (not continued))
             if not len(rows):
                 if not continued:
                     self.estimates[name] = replace(present, missed=present.missed + weight)
                 continue
-            if continued and present.batch is None:
+            if continued and present.batch is None and not present.summed:
                 continue  # What a left-out chunk began is left out whole.
             draws = present.draws + (not continued)
-            found = self.structure.statistics(
-                part,
-                rows,
-                weight,
-                previous=present.average,
-                draw=Draw(draws, self.place),
-                continued=continued,
-            )
-            try:
-                linalg.require(found.is_finite(), "rows are NaN or infinite")
-            except FactorizationError:
-                self.estimates[name] = replace(present, rejected=True)
+            if self.shared is not None and self.shared.are_summed(name, rows):
+                chunk = sum(one.number == present.passes for one in present.summed)
+                one = SummedRows(rows, weight, present.passes, chunk, Draw(draws), continued)
+                present = replace(present, summed=(*present.summed, one), draws=draws)
+                self._keep_if_finite(present, name, one.sums().isfinite().all())
                 continue
+            found = self.statistics(name, rows, weight, Draw(draws, self.place), continued)
             batch = found if present.batch is None else present.batch.followed_by(found)
             present = replace(present, batch=batch, draws=draws)
             if not continued:
@@ -245,13 +245,40 @@ class Curvature:
                     samples=present.samples + samples,
                     positions=present.positions + positions,
                 )
-            self.estimates[name] = present
+            self._keep_if_finite(present, name, found.is_finite())
         jacobians.moments.clear()
+
+    def statistics(
+        self, name: str, rows: Jacobians, weight: Tensor, draw: Draw, continued: bool = False
+    ) -> Statistics:
+        """Return the statistics of a part's rows.
+
+        Args:
+            name: The part.
+            rows: Its rows.
+            weight: The sum of their event weights.
+            draw: Which random subset of them is taken.
+            continued: Whether they are a further chunk of samples that have been counted.
+        """
+        before, part = self.estimates[name].average, self.parts[name]
+        return self.structure.statistics(
+            part, rows, weight, previous=before, draw=draw, continued=continued
+        )
+
+    def _keep_if_finite(self, present: Estimate, name: str, finite: Tensor) -> None:
+        """Keep an estimate with further rows if these are finite."""
+        try:
+            linalg.require(finite, "rows are NaN or infinite")
+        except FactorizationError:
+            present = replace(self.estimates[name], rejected=True)
+        self.estimates[name] = present
 
     def pass_over(self, samples: int) -> None:
         """Note samples of a pass of which none counts here, though some do in other processes."""
         for name, present in self.estimates.items():
-            self.estimates[name] = replace(present, silent=present.silent + samples)
+            self.estimates[name] = replace(
+                present, silent=present.silent + samples, passes=present.passes + 1
+            )
 
     # Statistics to their average.
 
@@ -282,6 +309,7 @@ class Curvature:
         for name, present in self.estimates.items():
             average, batch = present.average, present.batch
             present = replace(present, batch=None, missed=0.0, rejected=False)
+            present = replace(present, summed=(), passes=0)
             present = replace(present, positions=0.0, samples=0.0, silent=0.0)
             if batch is None:
                 counts = counts_absent and not self.estimates[name].rejected

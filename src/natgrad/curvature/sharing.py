@@ -9,8 +9,11 @@ One column of all stands for sharing the inverses, columns of one process for sh
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -20,6 +23,7 @@ from natgrad.distributed import Replicas
 from natgrad.distributed.exchange import Sum
 from natgrad.distributed.grid import Grid
 from natgrad.distributed.shards import at_owners, from_owners, is_sharded
+from natgrad.jacobians import Draw, Jacobians, LayerJacobian
 from natgrad.operators import GradientSource
 from natgrad.operators.block_diagonal import damping_of
 from natgrad.records import Record
@@ -57,6 +61,59 @@ def holders_of(sharing: Sharing | float, number: int) -> int:
     return count
 
 
+@dataclass(frozen=True, eq=False)
+class SummedRows:
+    """Rows of a pass that sum those of all samples of a process, of whom others have samples, too.
+
+    One row stands for the batch, right on average, so that of a batch of several processes is the
+    sum of theirs, and not one for each.
+
+    Attributes:
+        rows: The rows of a part.
+        weight: Event weights of this process's samples.
+        number: Which pass of the step they are of.
+        chunk: Which chunk of it.
+        draw: Which random subset of them is taken.
+        continued: Whether they are a further chunk of samples that have been counted.
+    """
+
+    rows: Jacobians
+    weight: Tensor
+    number: int
+    chunk: int
+    draw: Draw
+    continued: bool
+
+    @property
+    def block(self) -> LayerJacobian:
+        """The only block of the rows."""
+        (block,) = self.rows.values()
+        return block
+
+    @cached_property
+    def key(self) -> str:
+        """What rows of different processes have in common that are parts of one sum."""
+        found = self.block.over_samples()
+        inputs = None if found is None else found[1]
+        if inputs is None:
+            return f"{self.number} {self.chunk}"
+        values = inputs.detach().contiguous().cpu().view(torch.uint8).numpy()
+        told = hashlib.blake2b(values.tobytes(), digest_size=8).hexdigest()
+        return f"{self.number} {self.chunk} {told}"
+
+    def sums(self) -> Tensor:
+        """Return what is added up of them."""
+        found = self.block.over_samples()
+        assert found is not None
+        return found[0]
+
+    def with_sums(self, sums: Tensor) -> Jacobians:
+        """Return the rows with sums over the samples of all processes."""
+        ((name, block),) = self.rows.items()
+        made = {name: block.with_sums(sums)}
+        return Jacobians(self.rows.layout, made, self.rows.samples, self.rows.directions)
+
+
 class SharedWork:
     """What each of several processes keeps and makes of the curvature that is theirs together.
 
@@ -67,6 +124,7 @@ class SharedWork:
     Attributes:
         begun: Sums over processes of the statistics of the present step that are under way.
         outdated: Whether they lack rows that further backward passes have changed here.
+        sums_rows: Whether some process has ever had rows that are sums over samples.
         own_reading: Parts whose inputs are data, as this process has found.
         reading_data: Those that are so as some process has found; None before they have met.
 
@@ -79,6 +137,9 @@ class SharedWork:
         self.replicas: Replicas = replicas
         self.begun: list[Sum] = []
         self.outdated: bool = False
+        self.sums_rows: bool = False
+        self._apart: set[str] = set()  # Parts whose inputs differ from process to process.
+        self._batches: dict[str, Statistics | None] = {}
         self.own_reading: Collection[str] = ()
         self.reading_data: set[str] | None = None
         self._grid: Grid | None = None
@@ -143,11 +204,57 @@ class SharedWork:
         """Begin to add up the statistics of the present step, for the processes that keep them."""
         curvature = self.curvature
         held = {name: one.batch for name, one in curvature.estimates.items()}
+        if self.sums_rows:
+            held.update(self._of_sums())
+        self._batches = held
         own = {n: None if batch is None else self._added(batch) for n, batch in held.items()}
         self.begun = [
             self.grid.sum({name: own[name] for name in names}, curvature.layout.device, column)
             for column, names in self.by_column().items()
         ]
+
+    def are_summed(self, name: str, rows: Jacobians) -> bool:
+        """Return whether rows of a part are sums over samples that others have a share of."""
+        if not self.sums_rows or name in self._apart or len(rows) > 1:
+            return False
+        (block,) = rows.values()
+        return block.summed and block.over_samples() is not None
+
+    def _of_sums(self) -> dict[str, Statistics]:
+        """Return the statistics of parts with rows that are sums over the samples of all.
+
+        They are made by the first process that has a share of them.
+        """
+        estimates, rank = self.curvature.estimates, self.replicas.rank
+        device = self.curvature.layout.device
+        own: dict[str, dict[str, Any]] = {}
+        for name, estimate in estimates.items():
+            for one in estimate.summed:
+                had = torch.zeros(self.replicas.number, dtype=torch.float64, device=device)
+                had[rank] = 1.0
+                entry = {"sums": one.sums(), "weight": one.weight, "had": had}
+                own.setdefault(name, {})[one.key] = entry
+        total = self.replicas.summed(own, device)
+        first: dict[tuple[str, str], int] = {}
+        places = [(name, key) for name, found in total.items() for key in found]
+        if places:
+            each = torch.stack([total[name][key]["had"] for name, key in places]).tolist()
+            first = {place: had.index(1.0) for place, had in zip(places, each, strict=True)}
+        numbers = Counter((name, *key.split()[:2]) for name, key in places)
+        several = {name for (name, *_), number in numbers.items() if number > 1}
+        self._apart |= {n for n in several if not self.curvature.parts[n].block.one_hot}
+        result: dict[str, Statistics] = {}
+        for name, estimate in estimates.items():
+            for one in estimate.summed:
+                if first[name, one.key] == rank:
+                    entry = total[name][one.key]
+                    rows = one.with_sums(entry["sums"])
+                    found = self.curvature.statistics(
+                        name, rows, entry["weight"], one.draw, one.continued
+                    )
+                    before = result.get(name, estimate.batch)
+                    result[name] = found if before is None else before.followed_by(found)
+        return result
 
     @staticmethod
     def _added(batch: Statistics) -> dict[str, Any]:
@@ -158,7 +265,7 @@ class SharedWork:
         """Forget sums that are under way, as those of some passes of a step."""
         for one in self.begun:
             one.wait()
-        self.begun, self.outdated = [], False
+        self.begun, self.outdated, self._batches = [], False, {}
 
     def unite(self) -> None:
         """Make the statistics of the present step those of all processes.
@@ -169,7 +276,7 @@ class SharedWork:
         if not self.begun:
             self.begin_sums()
         begun, self.begun = self.begun, []
-        held = {name: one.batch for name, one in curvature.estimates.items()}
+        held, self._batches = self._batches, {}
         for column, names in self.by_column().items():
             found = begun.pop(0).result()
             sums = {n: one["sums"] for n, one in found.items() if one is not None}
@@ -178,7 +285,8 @@ class SharedWork:
             rows = self.grid.gathered(own_rows, device, column) if own_rows else []
             for name in names:
                 present, part = curvature.estimates[name], curvature.parts[name]
-                draws = present.draws + (present.batch is None)  # As where there were rows.
+                absent = present.batch is None and not present.summed
+                draws = present.draws + absent  # As where there were rows.
                 if not self.owns(name):
                     present = replace(present, batch=None, average=None, inverse=None, draws=draws)
                     curvature.estimates[name] = present

@@ -75,7 +75,7 @@ def mesh_groups(model: nn.Module) -> tuple[Any, Any]:
             beyond = cut.device_mesh.ndim - mesh.ndim
             of_all = cut.device_mesh.size() == world
             known = len(kinds) == 1 and (of_all or not beyond)  # Cut, or a replica in each.
-            known = known or (kinds == [False, True] and of_all and not beyond)
+            known = known or (kinds == [False, True] and of_all)
             if parameter not in held or others or not known:
                 raise ValueError(
                     f"parameter {name!r} is spread over {cut.device_mesh} as {cut.placements}, and "
@@ -84,37 +84,37 @@ def mesh_groups(model: nn.Module) -> tuple[Any, Any]:
                     "of tensor parallelism: shard the whole model with fully_shard, over one mesh"
                 )
     pieces = _check_pieces(model, mesh.ndim)
-    group = mesh.get_group() if mesh.ndim == 1 else everyone
-    return group, everyone if pieces else group
+    if not pieces:
+        group = mesh.get_group() if mesh.ndim == 1 else everyone
+        return group, group
+    return _group_of(mesh), everyone
+
+
+@functools.lru_cache(maxsize=64)
+def _group_of(mesh: Any) -> Any:
+    """Return the group of a mesh of one dimension or two, which all of its processes ask for."""
+    return mesh.get_group() if mesh.ndim == 1 else mesh._flatten().get_group()
 
 
 def _check_pieces(model: nn.Module, before: int) -> bool:
     """Return whether layers are in tensor parallelism, in the dimension after some of the mesh.
 
     Raises:
-        ValueError: If that is another module than a linear layer, or over several meshes.
+        ValueError: If that is over several meshes, or several dimensions of one.
     """
     meshes = set()
-    for prefix, module in model.named_modules():
-        for name, parameter in module.named_parameters(prefix, recurse=False):
-            cut: Any = parameter
-            if not is_sharded(parameter) or cut.device_mesh.ndim == before:
-                continue
-            meshes.add(cut.device_mesh)
-            more = cut.device_mesh.ndim > before + 1
-            if not is_linear(module) or len(meshes) > 1 or more:
-                raise ValueError(
-                    f"parameter {name!r} of a {type(module).__name__} is spread over "
-                    f"{cut.device_mesh} as {cut.placements}, and in tensor parallelism natgrad "
-                    "takes linear layers over one mesh of one dimension: leave other modules "
-                    "out of parallelize_module, or shard the model with fully_shard alone"
-                )
+    for name, parameter in model.named_parameters():
+        cut: Any = parameter
+        if not is_sharded(parameter) or cut.device_mesh.ndim == before:
+            continue
+        meshes.add(cut.device_mesh)
+        if len(meshes) > 1 or cut.device_mesh.ndim > before + 1:
+            raise ValueError(
+                f"parameter {name!r} is spread over {cut.device_mesh} as {cut.placements}, and in "
+                "tensor parallelism natgrad takes one mesh of one dimension: give all layers that, "
+                "or shard the model with fully_shard alone"
+            )
     return bool(meshes)
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Return whether a module is a linear layer, of whose class ``fully_shard`` makes its own."""
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 def everyone_beside(model: nn.Module, group: Any) -> Any:
@@ -134,42 +134,6 @@ def everyone_beside(model: nn.Module, group: Any) -> Any:
     if ranks & pieces != {torch.distributed.get_rank()} or len(ranks) * len(pieces) != world:
         raise ValueError(BESIDE_REPLICAS)
     return torch.distributed.group.WORLD
-
-
-def check_features_spread(module: nn.Module, inputs: Tensor, output: Tensor) -> None:
-    """Raise a ValueError if inputs in shards, and outputs, are not cut along their features."""
-    if is_sharded(inputs) and inputs.shape[:-1] != output.shape[:-1]:
-        raise ValueError(
-            f"outputs {tuple(output.shape)} of {module}, with inputs {tuple(inputs.shape)}, "
-            "are spread over processes by another dimension than that of features, and natgrad "
-            "needs all of it in each: leave output_layouts of the layer as they are by default"
-        )
-
-
-def features_gathered(value: Tensor, size: int, parameter: Tensor) -> Tensor:
-    """Return output gradients of a linear layer with all of their features.
-
-    Args:
-        value: ``(..., size)``, perhaps in shards, or what this process has of its last dimension.
-        size: Number of features.
-        parameter: A parameter of the layer, which tells the mesh in tensor parallelism.
-    """
-    value = whole(value)
-    if not is_sharded(parameter) or value.shape[-1] == size:
-        return value
-    from torch.distributed.tensor import DTensor, Shard
-
-    held: Any = parameter
-    mesh = held.device_mesh
-    if mesh.ndim > 1:  # In shards of pieces.
-        mesh = mesh[mesh.mesh_dim_names[-1]]
-    shape = torch.Size((*value.shape[:-1], size))
-    cut: Any = DTensor.from_local(
-        value.contiguous(), mesh, [Shard(value.dim() - 1)], run_check=False,
-        shape=shape, stride=torch.empty(shape, device="meta").stride(),
-    )  # fmt: skip
-    found: Tensor = cut.full_tensor()
-    return found
 
 
 def whole(tensor: Tensor) -> Tensor:

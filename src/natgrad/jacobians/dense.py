@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -39,6 +41,16 @@ class DenseJacobian(LayerJacobian):
     def device(self) -> torch.device:
         """The device of the rows."""
         return self._rows.device
+
+    def over_samples(self) -> tuple[Tensor, Tensor | None]:
+        """Return the rows."""
+        return self._rows, None
+
+    def with_sums(self, sums: Tensor) -> DenseJacobian:
+        """Return other rows of the same layout."""
+        result = copy.copy(self)
+        result._rows = sums
+        return result
 
     def state(self) -> dict[str, Tensor]:
         """Return the rows."""

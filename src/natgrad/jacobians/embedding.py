@@ -48,6 +48,10 @@ class EmbeddingJacobian(LinearJacobian):
         setting: WeightSharing = "expand" if weight_sharing == "split" else weight_sharing
         return super().product_rows(setting, rows_per_unit, draw)
 
+    def over_samples(self) -> tuple[Tensor, Tensor | None]:
+        """Return ``δ`` and the indices."""
+        return self.output_gradients, self.indices
+
     def state(self) -> dict[str, Tensor]:
         """Return the indices and ``δ``."""
         return {"indices": self.indices, "output_gradients": self.output_gradients}

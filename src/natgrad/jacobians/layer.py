@@ -75,6 +75,18 @@ class LayerJacobian(ABC):
         result.summed = True
         return result
 
+    def over_samples(self) -> tuple[Tensor, Tensor | None] | None:
+        """Return what processes add up of rows that are sums over samples, and what it belongs to.
+
+        The latter are inputs that must be the same in all of them, or None for none. None if rows
+        of different processes are others altogether.
+        """
+        return None
+
+    def with_sums(self, sums: Tensor) -> Self:
+        """Return the same rows with other sums over samples; see :meth:`over_samples`."""
+        raise NotImplementedError
+
     def in_type(self, dtype: torch.dtype) -> Self:
         """Return the same rows in a floating-point type."""
         result = copy.copy(self)

@@ -100,6 +100,16 @@ class LinearJacobian(LayerJacobian):
         """The device of ``δ``."""
         return self.output_gradients.device
 
+    def over_samples(self) -> tuple[Tensor, Tensor | None] | None:
+        """Return ``δ``, and ``a``, as of a layer that is called once for all samples."""
+        return self.output_gradients, self.inputs
+
+    def with_sums(self, sums: Tensor) -> Self:
+        """Return rows of the same inputs with another ``δ``."""
+        result = copy.copy(self)
+        result.output_gradients, result._active, result.moments = sums, None, None
+        return result
+
     def state(self) -> dict[str, Tensor]:
         """Return ``a`` and ``δ``."""
         return {"inputs": self.inputs, "output_gradients": self.output_gradients}

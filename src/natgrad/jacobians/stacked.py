@@ -64,6 +64,10 @@ class StackedJacobian(LinearJacobian):
             filled[:, : lengths[group], group] = 1
         return cls(layout, inputs, gradients, filled, skip_silent=skip_silent)
 
+    def over_samples(self) -> None:
+        """Return None: which positions a map has is for each process to know."""
+        return None
+
     def state(self) -> dict[str, Tensor]:
         """Return ``a``, ``δ`` and which positions a map has."""
         return {**super().state(), "filled": self.filled}

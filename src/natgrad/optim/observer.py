@@ -396,10 +396,14 @@ class Observer:
         """
         assert one.recorded.output is not None
         device, own = self.capture.layout.device, len(one.recorded.output)
-        place, each = self.replicas.placed(
-            own, [one.has_silent, not one.is_empty, self.last_pass], device
-        )
-        silent, counts, last = zip(*each, strict=True)
+        shared, curvature = self.curvature.shared, self.curvature
+        assert shared is not None
+        sums = self.fisher.independent and curvature.additive and curvature.by_layer
+        sums = sums and self.capture.sources.sums_rows
+        flags = [one.has_silent, not one.is_empty, self.last_pass, sums]
+        place, each = self.replicas.placed(own, flags, device)
+        silent, counts, last, summed = zip(*each, strict=True)
+        shared.sums_rows = shared.sums_rows or any(summed)
         self.generator.place = self.curvature.place = place
         self._others_count = any(counts)
         if one.is_empty:
@@ -413,8 +417,8 @@ class Observer:
         """After the last pass of this process, take part in those that others make besides."""
         present, device = self.generator.place, self.capture.layout.device
         while self._others_go_on:
-            place, each = self.replicas.placed(0, [False, False, True], device)
-            _, counts, last = zip(*each, strict=True)
+            place, each = self.replicas.placed(0, [False, False, True, False], device)
+            _, counts, last, _ = zip(*each, strict=True)
             self.generator.place = place
             if any(counts):
                 self._draw_in_step(self.seen[-1].recorded, samples=0)
@@ -476,6 +480,10 @@ class Observer:
                 self._take_all_back = self._take_all_back or self._take_back
                 self.before_change()
                 self.curvature.pass_over(len(output))
+            if self._others_count and self.keeps_batch_fisher:
+                self.take_part()
+                assert self.batch_fisher is not None
+                self.batch_fisher.pass_over()
             return
         likelihood = self.likelihood.of_shapes(one.recorded.heads)
         if self.rows_due or self.isotropy_probe is not None:

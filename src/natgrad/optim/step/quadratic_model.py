@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,16 +45,21 @@ class BatchFisher:
         self.layout = layout
         self.additive: bool = not exactly
         self.by_layer: bool = self.additive
-        self._rows: list[Jacobians] = []
+        self._rows: list[tuple[int, Jacobians]] = []
+        self._passes = 0
         self._count: Tensor | float = 0.0
 
     def observe(
         self, jacobians: Jacobians, count: Tensor | float, *, continued: bool = False
     ) -> None:
         """Keep rows; see :meth:`natgrad.curvature.Curvature.observe`."""
-        self._rows.append(in_type(jacobians, self.layout.dtype))
         if not continued:
-            self._count = self._count + count
+            self._count, self._passes = self._count + count, self._passes + 1
+        self._rows.append((self._passes, in_type(jacobians, self.layout.dtype)))
+
+    def pass_over(self) -> None:
+        """Note a pass without rows, of which other processes have some."""
+        self._passes += 1
 
     @property
     def count(self) -> Tensor:
@@ -61,23 +67,40 @@ class BatchFisher:
         return torch.as_tensor(self._count, dtype=torch.float64, device=self.layout.device)
 
     def gram(self, directions: Sequence[dict[str, Tensor]]) -> Tensor:
-        """Return ``count · VᵀFV``, ``(k, k)`` in float64.
+        """Return what the rows of samples add to ``count · VᵀFV``, ``(k, k)`` in float64.
 
         Args:
             directions: k directions, parameter name → tensor; zero where a name is missing.
         """
         size = len(directions)
         total = torch.zeros(size, size, dtype=torch.float64, device=self.layout.device)
-        for rows in self._rows:
-            summed = [name for name, block in rows.items() if block.summed]
-            for part in _parted(rows, summed):
-                found = [_products(part, direction).double() for direction in directions]
-                products = torch.stack(found)
-                total += products @ products.T
+        for _, rows in self._rows:
+            own = rows.of_blocks([n for n, block in rows.items() if not block.summed], rows.layout)
+            products = _products(own, directions)
+            total += products @ products.T
         return total
 
+    def products(self, directions: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return ``J V``, ``(k, K)``, for every row that is a sum over samples, by pass and block.
 
-def _products(rows: Jacobians, direction: Mapping[str, Tensor]) -> Tensor:
+        That of the samples of all processes is the sum of theirs.
+        """
+        found: dict[str, Tensor] = {}
+        for i, (number, rows) in enumerate(self._rows):
+            chunk = sum(other == number for other, _ in self._rows[:i])
+            for name in [name for name, block in rows.items() if block.summed]:
+                own = rows.of_blocks([name], rows.layout)
+                own.samples, own.directions = rows[name].samples, rows[name].directions
+                found[f"{number} {chunk} {name}"] = _products(own, directions)
+        return found
+
+
+def _products(rows: Jacobians, directions: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """Return ``J V``, ``(k, N·K)`` in float64."""
+    return torch.stack([_product(rows, direction).double() for direction in directions])
+
+
+def _product(rows: Jacobians, direction: Mapping[str, Tensor]) -> Tensor:
     """Return ``J v``, ``(N·K,)``, layer by layer: no vector of all parameters is made."""
     total = rows.layout.zeros(rows.rows)
     for block in rows.values():
@@ -101,24 +124,17 @@ def fisher_gram(
     """
     directions = [{n: whole(value) for n, value in one.items()} for one in directions]
     size, device = len(directions), next(iter(directions[0].values())).device
-    if batch is None:
-        total = torch.zeros(size * size + 1, dtype=torch.float64, device=device)
-    else:
-        total = torch.cat([batch.gram(directions).flatten(), batch.count.view(1)])
-    replicas.average({"total": total})
-    return (total[:-1] / torch.where(total[-1] > 0, total[-1], 1.0)).view(size, size)
-
-
-def _parted(rows: Jacobians, summed: Sequence[str]) -> list[Jacobians]:
-    """Return the rows of samples, and those that are sums over samples, block by block."""
-    if not summed:
-        return [rows]
-    parts = [rows.of_blocks(set(rows) - set(summed), rows.layout)]
-    for name in summed:
-        part = rows.of_blocks([name], rows.layout)
-        part.samples, part.directions = rows[name].samples, rows[name].directions
-        parts.append(part)
-    return parts
+    zeros = torch.zeros(size, size, dtype=torch.float64, device=device)
+    own: dict[str, Any] = {"gram": zeros, "count": zeros[0, 0], "products": {}}
+    if batch is not None:
+        own = {"gram": batch.gram(directions), "count": batch.count}
+        own["products"] = batch.products(directions)
+    found = replicas.summed(own, device)
+    total: Tensor = found["gram"]
+    count: Tensor = found["count"]
+    for products in found["products"].values():
+        total = total + products @ products.T
+    return total / torch.where(count > 0, count, 1.0)
 
 
 class RowReceivers:
