@@ -1,13 +1,15 @@
-"""Linear layers in tensor parallelism: the steps of one process with whole layers."""
+"""Layers in tensor parallelism: the steps of one process with whole layers."""
 
 from __future__ import annotations
 
+import contextlib
 import re
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import natgrad
 from natgrad.distributed.shards import own_shard, whole
@@ -60,6 +62,151 @@ def parallel(mesh: Any = None, **styles: Any) -> nn.Module:
     plan = {"0": ColwiseParallel(), "2": RowwiseParallel(), "4": ColwiseParallel(),
             "6": RowwiseParallel()}  # fmt: skip
     return parallelize_module(build(), mesh, {**plan, **styles})
+
+
+class OwnNorm(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.wq, self.wk, self.wv, self.wo = (nn.Linear(width, width, bias=False) for _ in "qkvo")
+
+    def forward(self, x: Tensor) -> Tensor:
+        samples, length, _ = x.shape
+        heads = (w(x).view(samples, length, -1, 2) for w in (self.wq, self.wk, self.wv))
+        q, k, v = (each.transpose(1, 2) for each in heads)
+        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.wo(mixed.transpose(1, 2).reshape(samples, length, -1))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.w1, self.w3 = (nn.Linear(width, 2 * width, bias=False) for _ in range(2))
+        self.w2 = nn.Linear(2 * width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(functional.silu(self.w1(x)) * self.w3(x))
+
+
+class LanguageModel(nn.Module):
+    """One whose residual stream is cut along positions, as it is in large ones."""
+
+    def __init__(self, words: int = 12, width: int = 8) -> None:
+        super().__init__()
+        self.tok_embeddings = nn.Embedding(words, width)
+        self.attention_norm, self.attention = OwnNorm(width), Attention(width)
+        self.ffn_norm, self.feed_forward = nn.LayerNorm(width), FeedForward(width)
+        self.norm, self.output = nn.RMSNorm(width), nn.Linear(width, words, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.tok_embeddings(x)
+        h = h + self.attention(self.attention_norm(h))
+        h = h + self.feed_forward(self.ffn_norm(h))
+        return self.output(self.norm(h))
+
+
+def language_model() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LanguageModel().double()
+
+
+def language_model_in_pieces(mesh: Any, logits_in_pieces: bool) -> nn.Module:
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        PrepareModuleInput,
+        RowwiseParallel,
+        SequenceParallel,
+        parallelize_module,
+    )
+
+    def gathered() -> Any:
+        return PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),))
+
+    logits: dict[str, Any] = {"output_layouts": Replicate()}
+    if logits_in_pieces:
+        logits = {"use_local_output": False}
+    columns = ("attention.wq", "attention.wk", "attention.wv", "feed_forward.w1", "feed_forward.w3")
+    plan = {
+        "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+        **{name: SequenceParallel() for name in ("attention_norm", "ffn_norm", "norm")},
+        **{name: gathered() for name in ("attention", "feed_forward")},
+        **{name: ColwiseParallel() for name in columns},
+        "attention.wo": RowwiseParallel(output_layouts=Shard(1)),
+        "feed_forward.w2": RowwiseParallel(output_layouts=Shard(1)),
+        "output": ColwiseParallel(input_layouts=Shard(1), **logits),
+    }
+    return parallelize_module(language_model(), mesh, plan)
+
+
+#: Name → optimizer and its options, for language models.
+LANGUAGE_RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "KFAC": ("KFAC", {}),
+    "KFAC, empirical": ("KFAC", {"fisher": "empirical"}),
+    "EKFAC": ("EKFAC", {}),
+    "SINGD": ("SINGD", {}),
+    "FNGD": ("FNGD", {}),
+}
+
+
+def train_language_model(
+    model: nn.Module, name: str, logits_in_pieces: bool = False, share: int | None = None
+) -> Tensor:
+    from torch.distributed.tensor.parallel import loss_parallel
+
+    kind, options = LANGUAGE_RUNS[name]
+    optimizer = make_optimizer(getattr(natgrad, kind), model, **options)
+    for step in range(3):
+        source = torch.Generator().manual_seed(step)
+        x, y = torch.randint(12, (2, 8, 4), generator=source)
+        if share is not None:
+            x, y = x.chunk(2)[share], y.chunk(2)[share]
+        optimizer.zero_grad()
+        with loss_parallel() if logits_in_pieces else contextlib.nullcontext():
+            functional.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+        optimizer.step()
+    return torch.cat([whole(p).detach().flatten() for p in model.parameters()])
+
+
+def language_models() -> dict[str, Tensor]:
+    """Train language models in pieces, in four processes beside shards, too."""
+    from torch.distributed.fsdp import fully_shard
+
+    world = torch.distributed.get_world_size()
+    mesh = torch.distributed.init_device_mesh("cpu", (world,))
+    found = {}
+    for name in LANGUAGE_RUNS if world == 2 else ("KFAC",):
+        for pieces in (False, True):
+            model = language_model_in_pieces(mesh, pieces)
+            found[f"{name}, {pieces}"] = train_language_model(model, name, pieces)
+    if world == 4:
+        mesh = torch.distributed.init_device_mesh(
+            "cpu", (2, 2), mesh_dim_names=("shards", "pieces")
+        )
+        share = mesh["shards"].get_local_rank()
+        names = ("replicas", "nothing", "pieces")
+        further = torch.distributed.init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=names)
+        for name in LANGUAGE_RUNS:
+            model = language_model_in_pieces(mesh["pieces"], False)
+            for part in (model.attention, model.feed_forward, model):
+                fully_shard(part, mesh=mesh["shards"])
+            found[f"{name}, shards"] = train_language_model(model, name, share=share)
+        for pieces in (False, True):
+            model = language_model_in_pieces(further["pieces"], pieces)
+            for part in (model.attention, model):
+                fully_shard(part, mesh=further["replicas", "nothing"])
+            way = f"KFAC, replicas of shards {pieces}"
+            found[way] = train_language_model(model, "KFAC", pieces, further.get_local_rank(0))
+    return found
 
 
 def beside_shards(mesh: Any) -> nn.Module:
@@ -134,24 +281,23 @@ def beside_others() -> dict[str, Any]:
     return found
 
 
-def together(rank: int) -> dict[str, Any]:
-    from torch.distributed.tensor import Shard
-    from torch.distributed.tensor.parallel import (
-        ColwiseParallel,
-        RowwiseParallel,
-        SequenceParallel,
-    )
+def beside_mesh() -> nn.Module:
+    """Return a layer in pieces over all processes in another order."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
+    ranks = torch.arange(torch.distributed.get_world_size()).flip(0)
+    mesh = torch.distributed.DeviceMesh("cpu", ranks)
+    return parallelize_module(nn.Linear(3, 8).double(), mesh, ColwiseParallel())
+
+
+def together(rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {name: train(parallel(), name) for name in runs()}
+    found["language models"] = language_models()
     if torch.distributed.get_world_size() == 4:
         found |= beside_others()
-    apart = {
-        "2": RowwiseParallel(output_layouts=Shard(0)), "4": ColwiseParallel(input_layouts=Shard(0)),
-    }  # fmt: skip
     refused = {
-        "module": lambda: natgrad.KFAC(parallel(**{"3": SequenceParallel()})),
         "group": lambda: natgrad.KFAC(parallel(), process_group=torch.distributed.group.WORLD),
-        "outputs": lambda: train(parallel(**apart), "KFAC"),
+        "meshes": lambda: natgrad.KFAC(nn.Sequential(parallel(), beside_mesh())),
     }
     for name, attempt in refused.items():
         try:
@@ -180,13 +326,30 @@ def test_layers_in_pieces_take_the_steps_of_whole_ones(
             assert float((each[way] - alone).norm() / (alone - start).norm()) < 1e-10, way
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", LANGUAGE_RUNS)
+def test_language_models_cut_along_positions_take_the_steps_of_whole_ones(
+    found: list[dict[str, Any]], name: str
+) -> None:
+    alone, start = train_language_model(language_model(), name), weights(language_model())
+    assert alone.isfinite().all() and not torch.equal(alone, start)
+    for each in found:
+        ways = {
+            way: it for way, it in each["language models"].items() if way.startswith(f"{name}, ")
+        }
+        ways = {way: it for way, it in ways.items() if way.count(",") == name.count(",") + 1}
+        assert ways
+        for way, weights_then in ways.items():
+            away = float((weights_then - alone).norm() / (alone - start).norm())
+            assert away < 1e-10, way
+
+
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("module", "'3.weight' of a LayerNorm .* takes linear layers .*: leave other modules out"),
         ("group", "processes of the same samples, .* beside fully_shard .*: use that, or name"),
         ("wrapped", "is in tensor parallelism and in DistributedDataParallel"),
-        ("outputs", r"of Linear\(.* are spread .* by another dimension .*: leave output_layouts"),
+        ("meshes", "'1.weight' is spread over .* takes one mesh of one dimension: give all layers"),
     ],
 )
 def test_other_layouts_are_refused(found: list[dict[str, Any]], what: str, message: str) -> None:
