@@ -19,6 +19,10 @@ from natgrad.optim.preconditioner import Preconditioner
 from natgrad.optim.step.levenberg_marquardt import LevenbergMarquardt
 from natgrad.optim.step.relative_damping import RelativeDamping
 
+#: AdamW's rates of vectors and of matrices that turn out to have no rows, or not those of their
+#: gradient, beside others that have. Its own, 1e-3, moves a parameter by 0.1 in 100 steps at most.
+VECTOR_RATE, MATRIX_RATE = 1e-2, 3e-3
+
 
 class GroupedOptimizer(CheckpointedOptimizer):
     """Knows which parameters are preconditioned, and trains the others by a first-order rule.
@@ -53,6 +57,7 @@ class GroupedOptimizer(CheckpointedOptimizer):
             )
         chosen = fallback if isinstance(fallback, Fallback) else Fallback(fallback)
         self.fallback_name = chosen.name
+        self._usual_rates = chosen == Fallback("adamw")
         self._fallback = make_fallback(chosen, first_order or [{"params": []}])
         if first_order:
             groups += self._fallback.param_groups
@@ -103,16 +108,26 @@ class GroupedOptimizer(CheckpointedOptimizer):
         for group in natural:
             own = [p for p in group["params"] if p.numel() and p.requires_grad]
             own = [p for p in own if self._names[p] in self._left_out]
-            shadow = {**self._fallback.defaults, "params": own}
-            if group["weight_decay"] == 0 < self.defaults["weight_decay"]:
-                shadow["weight_decay"] = 0.0
-            self._shadows += [(shadow, group)] if own else []
+            for is_vector in (True, False):
+                part = [p for p in own if (p.dim() <= 1) is is_vector]
+                rate = self._shadow_rate(is_vector)
+                shadow = {**self._fallback.defaults, "params": part, "first_lr": rate}
+                if group["weight_decay"] == 0 < self.defaults["weight_decay"]:
+                    shadow["weight_decay"] = 0.0
+                self._shadows += [(shadow, group)] if part else []
         self._shadowed = {p for shadow, _ in self._shadows for p in shadow["params"]}
         for parameter in before ^ self._shadowed:  # One rule's momentum is not the other's.
             self.state.pop(parameter, None)
         first_order = [group for group in self.param_groups if not group["preconditioned"]]
         self._fallback.param_groups = first_order + [shadow for shadow, _ in self._shadows]
         self._fallback.state = self.state
+
+    def _shadow_rate(self, is_vector: bool) -> float:
+        """Return the fallback's rate of parameters of natural groups without rows."""
+        if self._usual_rates and not self._is_blind:
+            return VECTOR_RATE if is_vector else MATRIX_RATE
+        rate: float = self._fallback.defaults["lr"]
+        return rate
 
     def _lend(self, is_blind: bool) -> None:
         """Let the fallback train all parameters while no curvature is known."""
@@ -130,7 +145,7 @@ class GroupedOptimizer(CheckpointedOptimizer):
             return
         for shadow, group in self._shadows:
             relative = float(group["lr"]) / group["first_lr"] if group["first_lr"] else 1.0
-            shadow["lr"] = self._fallback.defaults["lr"] * relative
+            shadow["lr"] = shadow["first_lr"] * relative
         plain_step(self._fallback)  # Hooks are of this step.
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -72,7 +72,8 @@ class Refresh(MethodOptions):
             inverses to all. ``"memory"``: each keeps factors and inverses of some layers and sends
             their natural gradients, at every step; ``state_dict`` must then be called in all.
             A number in (0, 1] lies between the two: the fraction of the processes that keeps each
-            layer, 1/N as ``"memory"`` and 1 as ``"inverses"``.
+            layer, 1/N as ``"memory"`` and 1 as ``"inverses"``. ``"auto"`` is ``"inverses"`` with up
+            to 8 processes, and with more the fraction that has as many as divide N, 8 at most.
             ``"nothing"``: each makes all of them, and natural gradients are averaged at every step,
             as with other structures.
 
@@ -99,8 +100,8 @@ class Refresh(MethodOptions):
             known = is_number(self.sharing) and 0 < self.sharing <= 1
         if not known:
             raise ValueError(
-                "sharing must be 'inverses', 'memory', 'nothing' or a fraction of the processes in "
-                f"(0, 1], got {self.sharing!r}"
+                "sharing must be 'inverses', 'auto', 'memory', 'nothing' or a fraction of the "
+                f"processes in (0, 1], got {self.sharing!r}"
             )
         forgets = self.warmup > 0 and self.decay == 0 and self.gives("decay")
         if self.warmup < 0 or forgets:
@@ -267,7 +268,10 @@ class Fallback:
 
     Attributes:
         name: ``"adamw"``, or ``"sgd"`` (momentum 0.9).
-        lr: Its learning rate; 1e-3 for AdamW and 1e-2 for SGD by default.
+        lr: Its learning rate; 1e-3 for AdamW and 1e-2 for SGD by default. Without one AdamW trains
+            parameters of which it turns out that they have no rows, or not those of their gradient,
+            at 3e-3, and at 1e-2 if they have one dimension or none: vectors of wide layers bear the
+            rates that those of narrow ones do (Yang & Hu 2021).
 
     Raises:
         ValueError: If the name is unknown or the rate out of range.
