@@ -175,9 +175,10 @@ def test_life_cycle(rank, decay, factor_interval):
 SETTINGS = {"fisher": "exact", "factors": 2, "inverses": 3, "damping": 0.5}
 
 
-def test_several_passes_of_a_step_are_one_batch():
+@pytest.mark.parametrize("rank", [1, 2, 100])
+def test_several_passes_of_a_step_are_one_batch(rank):
     models = [copy.deepcopy(CASES["mlp"]().model) for _ in range(2)]
-    options = {**SETTINGS, "rank": 100, "factored_damping": False, "tolerance": 1e-12}
+    options = {**SETTINGS, "rank": rank, "factored_damping": False, "tolerance": 1e-12}
     optimizers = [make_optimizer(KPSVD, m, max_iterations=100, **options) for m in models]
     for step in range(4):
         x, y = normal(6, 3, seed=step), labels(6, 3, step)

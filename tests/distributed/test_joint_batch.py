@@ -160,7 +160,14 @@ RUNS: dict[str, Run] = {
     "FNGD, transformer": Run("FNGD", {"coefficient_steps": 2}, network="transformer"),
     "ImplicitSGD": Run("ImplicitSGD", {"lr": 0.3}, closure=True),
     "Preconditioner": Run("Preconditioner", {"fisher": "exact", "damping": 1e-2}),
-    **{f"{name}, two passes": Run(name, passes=2) for name in ("KFAC", "EKFAC", "ExactNGD")},
+    **{
+        f"{name}, two passes": Run(name, passes=2)
+        for name in ("KFAC", "EKFAC", "TKFAC", "KPSVD", "TwoLevelKFAC", "SINGD", "FNGD", "ExactNGD")
+    },
+    **{
+        f"{name}, empirical": Run(name, {"fisher": "empirical", **EVERY_STEP})
+        for name in ("EKFAC", "TKFAC", "TEKFAC", "KPSVD", "TwoLevelKFAC", "SINGD", "DiagonalNGD")
+    },
     **{
         f"{name}, some ignored": Run(name, {"damping": 0.1}, ignored={0: 3, 2: 8})
         for name in ("KFAC", "EKFAC", "SINGD", "ExactNGD", "UnitWiseNGD", "DiagonalNGD")
@@ -201,6 +208,7 @@ IN_FOUR = (
     "KFAC", "EKFAC", "KPSVD", "TwoLevelKFAC", "SINGD", "ExactNGD", "UnitWiseNGD", "DiagonalNGD",
     "ThermodynamicNGD", "FNGD", "EGN", "KFAC, transformer", "EKFAC, transformer",
     "SINGD, transformer", "KFAC, quadratic model", "KFAC, some ignored", "EKFAC, two passes",
+    "KPSVD, two passes",
     "EKFAC, sharing memory", "KPSVD, sharing memory", "KFAC, sharing nothing", "BlockDiagonalNGD",
     "ImprovedEmpiricalNGD", "ConjugateGradientNGD", "ExactNGD, two passes",
 )  # fmt: skip

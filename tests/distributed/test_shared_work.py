@@ -241,7 +241,7 @@ def flat(state: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize(
     ("sharing", "number", "count"),
     [("inverses", 6, 6), ("nothing", 6, 6), ("memory", 6, 1), (1, 6, 6), (0.5, 6, 3), (1 / 3, 6, 2),
-     (1 / 6, 6, 1), (0.333, 3, 1)],
+     (1 / 6, 6, 1), (0.333, 3, 1), ("auto", 6, 6), ("auto", 64, 8), ("auto", 12, 6)],
 )  # fmt: skip
 def test_fractions_are_numbers_of_processes(sharing: Any, number: int, count: int) -> None:
     assert holders_of(sharing, number) == count

@@ -236,7 +236,10 @@ class Curvature:
                 self._keep_if_finite(present, name, one.sums().isfinite().all())
                 continue
             found = self.statistics(name, rows, weight, Draw(draws, self.place), continued)
-            batch = found if present.batch is None else present.batch.followed_by(found)
+            batch = found
+            if present.batch is not None:
+                join = present.batch.followed_by if continued else present.batch.joined
+                batch = join(found)
             present = replace(present, batch=batch, draws=draws)
             if not continued:
                 samples, positions = _sizes_of(rows)

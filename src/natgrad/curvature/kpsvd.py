@@ -34,6 +34,10 @@ from natgrad.statistics import Statistics
 
 SVDMethod = Literal["deflation", "lanczos"]
 
+#: Rows of the passes of a step wait for each other up to so many entries per layer (2^24 float32 =
+#: 64 MiB).
+WAITING_ELEMENTS = 2**24
+
 
 @dataclass(frozen=True, eq=False)
 class ProductStatistics(Statistics):
@@ -75,6 +79,16 @@ class ProductStatistics(Statistics):
         own = self.settled().scaled(decay)
         found = own._with_products_of(other)._decomposed(other.waiting)
         return own if found is None else replace(found, count=own.count + other.count)
+
+    def joined(self, other: Self) -> Self:
+        """Return the sum with another pass of the same step, decomposed together with it later.
+
+        Of very many rows the leading products are all that is kept meanwhile.
+        """
+        if _elements(self.waiting) + _elements(other.waiting) > WAITING_ELEMENTS:
+            return self.followed_by(other)
+        found, waiting = self._with_products_of(other), self.waiting + other.waiting
+        return replace(found, count=self.count + other.count, waiting=waiting)
 
     def _with_products_of(self, other: Self) -> Self:
         """Return the products of both."""
@@ -343,6 +357,10 @@ class NearestKronecker(KroneckerProducts):
 
 
 # Products with the rows of each group; U is (G, d_in + bias, d_in + bias), V (G, d_out, d_out).
+
+
+def _elements(waiting: Sequence[LayerJacobian]) -> int:
+    return sum(tensor.numel() for rows in waiting for tensor in rows.state().values())
 
 
 def _contract_outputs(rows: LayerJacobian, v: Tensor) -> Tensor:

@@ -33,7 +33,10 @@ if TYPE_CHECKING:
     from natgrad.curvature.curvature import Curvature, Damping, Estimate
     from natgrad.curvature.structure import Part
 
-Sharing = Literal["inverses", "memory", "nothing"]
+Sharing = Literal["inverses", "auto", "memory", "nothing"]
+
+#: How many processes keep each layer at most with ``"auto"``: those of one machine, mostly.
+HOLDERS = 8
 
 OfParts = Callable[[Sequence[str], GradientSource], dict[str, Tensor]]
 
@@ -48,6 +51,8 @@ def holders_of(sharing: Sharing | float, number: int) -> int:
     Raises:
         ValueError: If a fraction of them is no whole number that divides theirs.
     """
+    if sharing == "auto":
+        return max(d for d in range(1, min(number, HOLDERS) + 1) if number % d == 0)
     if isinstance(sharing, str):
         return 1 if sharing == "memory" else number
     count = round(sharing * number)
@@ -253,7 +258,7 @@ class SharedWork:
                         name, rows, entry["weight"], one.draw, one.continued
                     )
                     before = result.get(name, estimate.batch)
-                    result[name] = found if before is None else before.followed_by(found)
+                    result[name] = found if before is None else before.joined(found)
         return result
 
     @staticmethod

@@ -42,6 +42,10 @@ class Statistics(Record):
         values = {n: _sum(getattr(self, n), getattr(other, n), decay) for n in names}
         return type(self)(**values)
 
+    def joined(self, other: Self) -> Self:
+        """Return the sum with another pass of the same step, whose rows may still wait."""
+        return self.followed_by(other)
+
     def scaled(self, factor: float) -> Self:
         """Return every sum times a factor."""
         return self.mapped(lambda tensor: tensor * factor)
