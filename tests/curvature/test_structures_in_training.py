@@ -85,7 +85,7 @@ def test_a_resumed_run_goes_on_bit_by_bit(name, kind, fisher):
     def step(model: nn.Module, optimizer: Any, number: int) -> None:
         train(optimizer, model, range(number, number + 1), kind)
 
-    check_resumes(fresh, step, 7, range(4))
+    check_resumes(fresh, step, 7, range(4) if fisher == "exact" else (1, 2))
 
 
 @pytest.mark.parametrize("name", list(OPTIMIZERS))

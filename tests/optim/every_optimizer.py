@@ -35,8 +35,7 @@ class Kind:
         if self.takes == "model":
             return make_optimizer(self.cls, model, "gaussian", **options)
         if self.takes == "residuals":
-            points = next(iter(model.parameters())).new_tensor(X)
-            target = points.new_tensor(Y)
+            points, target = (values.to(next(iter(model.parameters()))) for values in (X, Y))
             residual = natgrad.Residual(lambda u, x, y: u(x) - y, points, target)
             return self.cls(model, residual, **options)  # type: ignore[call-arg]
         return self.cls(model.parameters(), **options)
@@ -104,8 +103,8 @@ STEPS = [
     "ResidualNGD",
 ]  # fmt: skip
 
-X = torch.randn(12, 5, generator=generator(0)).double().tolist()
-Y = torch.randn(12, 3, generator=generator(1)).double().tolist()
+X = torch.randn(12, 5, generator=generator(0)).double()
+Y = torch.randn(12, 3, generator=generator(1)).double()
 
 
 def make_model(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Sequential:
@@ -117,7 +116,8 @@ def make_model(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Sequenti
 
 def loss(model: nn.Module) -> Tensor:
     """Return the loss of a model on all data."""
-    x, y = (next(iter(model.parameters())).new_tensor(values) for values in (X, Y))
+    first = next(iter(model.parameters()))
+    x, y = X.to(first), Y.to(first)
     return 0.5 * (model(x) - y).square().sum(1).mean()
 
 

@@ -203,11 +203,11 @@ SETTINGS: dict[str, Setting] = {
     "one batch 1e4": Setting(spoil_batch=lambda step, x: 1e4 * x if step == 17 else x),
 }
 
-#: Those for methods that share most of their parts with K-FAC.
+#: Those for methods that share most of their parts, and rates and scales of losses, with K-FAC.
 SOME = [
-    "lr 1e-6", "momentum 0.99, lr 10", "absolute damping 1e-12", "relative damping 1e-6",
-    "intervals 1000", "two samples", "loss 1e6", "targets 1000", "inputs 1000", "weights 10",
-    "dead layer", "labels are noise", "one batch NaN",
+    "momentum 0.99, lr 10", "absolute damping 1e-12", "relative damping 1e-6", "intervals 1000",
+    "two samples", "targets 1000", "inputs 1000", "weights 10", "dead layer", "labels are noise",
+    "one batch NaN",
 ]  # fmt: skip
 #: Those for methods whose steps are those of another one of them but for the factors.
 FEW = ["momentum 0.99, lr 10", "intervals 1000", "weights 10", "one batch NaN"]

@@ -563,7 +563,7 @@ def test_checkpoints_resume_exactly(structure, kind):
     def step(model: nn.Module, optimizer: Any, number: int) -> None:
         optimizer.step(closure_of(optimizer, model, *data[number]))
 
-    whole = check_resumes(fresh, step, 5, range(4))
+    whole = check_resumes(fresh, step, 5, (0, 3) if kind == "exact" else (1, 2))
     twin = copy.deepcopy(whole)
     for pair in (whole, twin):
         step(*pair, 0)

@@ -697,7 +697,7 @@ def test_checkpoints_resume_exactly(structure, kind, name):
     def step(model: nn.Module, optimizer: Any, number: int) -> None:
         optimizer.step(closure_of(optimizer, model, *data[number]))
 
-    check_resumes(fresh, step, 7, (0, 2, 3, 4))
+    check_resumes(fresh, step, 7, (0, 3) if kind == "exact" else (2, 4))
 
 
 @pytest.mark.parametrize("kind", ["mc", "empirical"])
