@@ -96,6 +96,36 @@ def test_logarithms_that_are_positive_stay_logarithms(size, seed):
     assert isinstance(found, Poisson)
 
 
+@pytest.mark.parametrize("averages", [True, False])
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("rate", [20.0, 300.0])
+def test_rates_of_another_distribution_are_no_logarithms(rate, size, averages):
+    """As of a negative binomial, where F of the logarithms is e^20 times too large and more."""
+    torch.manual_seed(0)
+    z = (rate * (1.0 + 0.3 * torch.rand(32, size))).requires_grad_()
+    y = torch.distributions.NegativeBinomial(torch.tensor(2.0), probs=z.detach() / (z.detach() + 2))
+    loss = -torch.distributions.NegativeBinomial(torch.tensor(2.0), probs=z / (z + 2)).log_prob(
+        y.sample()
+    )
+    (loss.mean() if averages else loss.sum() / len(z)).backward()
+    found, said = Poisson().seen_with(z.detach(), z.grad)
+    assert isinstance(found, PoissonRates)
+    assert "look like rates" in said[0]
+
+
+@pytest.mark.parametrize("averages", [True, False])
+@pytest.mark.parametrize("off", [0.01, 0.1, 1.0])
+def test_targets_that_are_no_counts_leave_logarithms_what_they_are(off, averages):
+    torch.manual_seed(0)
+    z = (3.0 + torch.rand(32, 4)).requires_grad_()
+    y = z.detach().exp() * (1.0 + off * (torch.rand(32, 4) - 0.5))
+    loss = functional.poisson_nll_loss(z, y, reduction="sum") / (z.numel() if averages else len(z))
+    loss.backward()
+    found, said = Poisson().seen_with(z.detach(), z.grad)
+    assert isinstance(found, Poisson)
+    assert not any("rates" in sentence for sentence in said)
+
+
 def test_the_scale_of_the_loss_is_seen():
     z, y = (normal(16, 4).abs() + 0.1).requires_grad_(), counts(16, 4)
     (cotangent,) = torch.autograd.grad(7.0 * loss_of(z, y), z)

@@ -13,13 +13,18 @@ from natgrad.likelihoods.base import Likelihood, Reduction, full_precision
 from natgrad.likelihoods.elementwise import Elementwise, ReduceOutputs
 from natgrad.likelihoods.poisson_rates import PoissonRates, hold_rates
 
+#: Mean of squared residuals, in the variance of counts, that says of outputs that they are no
+#: logarithms of rates, and the least one that says of them that they are rates.
+NO_COUNTS, COUNTS = 1e-4, 1e-3
+
 
 @dataclass(frozen=True, repr=False)
 class Poisson(Elementwise):
     """y ~ Poisson(exp z) for every output: nll = exp(z) − y z, Λ = diag(exp z).
 
     Where an optimizer sees the gradient of counts at their rates, the likelihood becomes
-    :class:`natgrad.likelihoods.PoissonRates`.
+    :class:`natgrad.likelihoods.PoissonRates`; with a sentence, where it sees that outputs are no
+    logarithms and may be rates, as those of a negative binomial are.
 
     Args:
         reduce_outputs: "sum" or "mean" over the C outputs of a sample; ``nn.PoissonNLLLoss()`` is
@@ -45,6 +50,15 @@ class Poisson(Elementwise):
         if told is None and hold_rates(output, cotangent):
             found = PoissonRates(self.reduce_outputs, self.reduction)
             return found.seen_with(output, cotangent, target)
+        if told is None and _seem_rates(output, cotangent):
+            rates = PoissonRates(self.reduce_outputs, self.reduction)
+            decided, said = rates.seen_with(output, cotangent, target)
+            sentence = (
+                "the outputs look like rates of counts, not like their logarithms, beside whose "
+                f"exponentials the gradient of the loss is nothing, so the Fisher matrix of "
+                f"{decided!r} is taken: say what they are by likelihood=..."
+            )
+            return decided, [sentence, *said]
         return super().seen_with(output, cotangent, target)
 
     def decided(self, decision: Any) -> Likelihood:
@@ -98,6 +112,22 @@ class Poisson(Elementwise):
         if target.device.type == "cpu" and not bool((target >= 0).all()):
             raise ValueError("Poisson needs targets that are counts, not negative numbers.")
         return target, missing
+
+
+def _seem_rates(output: Tensor, cotangent: Tensor) -> bool:
+    """Return whether outputs are no logarithms of rates, but may be rates.
+
+    Squared residuals of counts are about their variance: at logarithms z of the rates those of the
+    loss are ``exp(z)`` or more, at rates z those of the logarithm are ``1/z``. The largest quarter
+    of outputs tells.
+    """
+    if output.numel() < 16 or not bool((output >= 0).all()):
+        return False
+    z, gradient = output.flatten().double(), cotangent.flatten().double() * output.numel()
+    largest = z.topk(len(z) // 4).indices
+    z, square = z[largest], gradient[largest].square()
+    logarithms, rates = (square * (-z).exp()).mean(), (square * z).mean()
+    return bool((logarithms < NO_COUNTS) & (rates > COUNTS))
 
 
 def counts_at(numbers: Tensor, rates: Tensor) -> Tensor:
