@@ -54,6 +54,10 @@ from natgrad.optim.summary import Summary, summarize
 #: optimizer.
 SLOW_STEPS, SLOW_RATE = 100, 0.05
 
+#: After so many steps with more momentum than so much, where none was asked for when the optimizer
+#: was made, a scheduler has set that of another optimizer: lengths that are measured need little.
+HEAVY_STEPS, HEAVY_MOMENTUM = 20, 0.8
+
 
 class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
     r"""Natural gradient descent with any structure of the Fisher matrix.
@@ -200,6 +204,7 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
         self._broken = False
         self._told_trouble = False
         self._largest_rate = 0.0
+        self._heaviest = max(group.get("momentum", 0.0) for group in self.param_groups)
         self._adam_moments = AdamMoments(rule.graft_betas)
         #: Share of ``lr`` that the last line search took; 0 if nothing moved, None without one.
         self.searched_share: float | None = None
@@ -457,6 +462,7 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
         slope = max(rates, default=0.0) * length * inner + kept * max(0.0, -along)
         self._length = state.taken(rule, slope, grouped.largest_rate, length * change)
         self._tell_if_slow(grouped.largest_rate)
+        self._tell_if_heavy(kept)
         return [-length]
 
     def _tell_if_slow(self, rate: float) -> None:
@@ -467,6 +473,17 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
                 f"{type(self).__name__} has taken {SLOW_STEPS} steps at learning rates of at most "
                 f"{self._largest_rate:.2g}, which are factors on a measured length: leave lr at "
                 f"its default of {self.method.lr}, and let a scheduler multiply it, not set it",
+                stacklevel=6,
+            )
+
+    def _tell_if_heavy(self, momentum: float) -> None:
+        """Say once where momentum is that of another optimizer, as OneCycleLR sets it."""
+        chosen = max(self._heaviest, self.defaults["momentum"], HEAVY_MOMENTUM)
+        if self._length.steps == HEAVY_STEPS and momentum > chosen:
+            warnings.warn(
+                f"a scheduler has set the momentum of {type(self).__name__} to {momentum:.3g}, as "
+                "OneCycleLR and CyclicLR do by default, which suits other optimizers: measured "
+                "lengths train better with little, so leave it out by cycle_momentum=False",
                 stacklevel=6,
             )
 
