@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import replace
 from typing import Any
@@ -76,9 +77,16 @@ def data_of(network: str, seed: int) -> tuple[Tensor, Tensor]:
 
 
 NETWORKS = {"wide": wide, "convolutional": convolutional, "speaking": speaking}
-#: Network and method.
-RUNS = [("wide", name) for name in METHODS]
-RUNS += [("convolutional", "kfac"), ("speaking", "kfac")]
+#: Network and method; in two processes, but for what is only seen in four.
+RUNS = [*(("wide", name) for name in METHODS), ("convolutional", "kfac"), ("speaking", "kfac")]
+IN_FOUR = [("wide", "kfac"), ("wide", "ekfac"), ("speaking", "kfac")]
+#: Processes, network, method and mode.
+CASES = [
+    (world, *run, sharing)
+    for run in RUNS
+    for sharing in sharings(4)
+    for world in [4 if run in IN_FOUR or sharing not in sharings(2) else 2]
+]
 
 
 def training(rank: int) -> dict[Any, Any]:
@@ -90,8 +98,8 @@ def training(rank: int) -> dict[Any, Any]:
     for collective in COLLECTIVES:
         setattr(torch.distributed, collective, noting(collective, log))
     found = {}
-    for network, name in RUNS:
-        for sharing in sharings(torch.distributed.get_world_size()):
+    for world, network, name, sharing in CASES:
+        if world == torch.distributed.get_world_size():
             model = nn.parallel.DistributedDataParallel(NETWORKS[network]())
             options = {"factors": 2, "inverses": 4, "early": False, "sharing": sharing, "lr": 1e-3}
             # Plain steps and much damping: nothing is taken back or tried again.
@@ -116,28 +124,25 @@ def held(estimates: Any) -> int:
     return sum({t.data_ptr(): t.numel() * t.dtype.itemsize for t in tensors}.values())
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def trained(request: pytest.FixtureRequest) -> list[Any]:
-    return processes.run(training, world=request.param)
+@functools.cache
+def trained(world: int) -> list[Any]:
+    return processes.run(training, world=world)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharing", sharings(4))
-@pytest.mark.parametrize(("network", "name"), RUNS)
+@pytest.mark.parametrize(("world", "network", "name", "sharing"), CASES)
 def test_processes_keep_and_send_what_is_planned(
-    trained: Any, network: str, name: str, sharing: Any
+    world: int, network: str, name: str, sharing: Any
 ) -> None:
-    if sharing not in sharings(len(trained)):
-        pytest.skip("of two processes half is one")
     positions = 16 if network == "speaking" else 1
-    options = Options(name, (len(trained),), SAMPLES, positions, factors=2, inverses=4)
+    options = Options(name, (world,), SAMPLES, positions, factors=2, inverses=4)
     plan = plan_model(NETWORKS[network](), options)
     (work,) = (one for one in plan.works if one.sharing == sharing)
     step = (work.natural_gradients,)
     update = (*step, work.sums, work.rows, work.column_sums, work.column_rows)
     factorisation = (*update, work.inverses, work.parameters)
     assert sum(m.per_step for m in factorisation) == work.sent
-    logs = [each[network, name, sharing]["logs"] for each in trained]
+    logs = [each[network, name, sharing]["logs"] for each in trained(world)]
     for each, messages in zip(zip(*logs, strict=True), (update, step, factorisation), strict=True):
         planned = dict.fromkeys(COLLECTIVES, 0.0)
         for message in messages:
@@ -155,7 +160,7 @@ def test_processes_keep_and_send_what_is_planned(
                     assert found == pytest.approx(elements, rel=0.05), (collective, messages)
                 else:  # Some tens of numbers that decide about the step.
                     assert found < 200, (collective, messages)
-    kept = max(each[network, name, sharing]["kept"] for each in trained)
+    kept = max(each[network, name, sharing]["kept"] for each in trained(world))
     if network == "speaking":  # But for the sums of a tied weight's other uses.
         assert kept == pytest.approx(work.memory, rel=0.05)
     else:
@@ -214,10 +219,9 @@ def training_in_shards(rank: int, replicas: int) -> dict[Any, Any]:
     return found
 
 
-@pytest.fixture(scope="module", params=[(2, 1), (4, 1), (4, 2)])
+@pytest.fixture(scope="module", params=[1, 2])
 def trained_in_shards(request: pytest.FixtureRequest) -> tuple[int, list[Any]]:
-    world, replicas = request.param
-    return replicas, processes.run(training_in_shards, replicas, world=world)
+    return request.param, processes.run(training_in_shards, request.param, world=4)
 
 
 @pytest.mark.slow
@@ -229,8 +233,6 @@ def test_shards_are_kept_and_sent_as_planned(
 ) -> None:
     replicas, found_in = trained_in_shards
     world = len(found_in)
-    if sharing not in sharings(world):
-        pytest.skip("of two processes half is one")
     options = Options(
         name, (world,), SAMPLES, factors=2, inverses=4, shards=True, replicas=replicas
     )
