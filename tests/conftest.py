@@ -16,7 +16,10 @@ def pytest_configure(config: pytest.Config) -> None:
     import torch
     import torch._dynamo  # Torch's optimizers load it; so it is left out of garbage collections.
     from hypothesis import HealthCheck, settings
+    from hypothesis.internal.conjecture import providers
 
+    # Examples depend on tests alone: looking through all code for numbers takes a second besides.
+    providers._get_local_constants = lambda: providers._local_constants
     settings.register_profile(
         "default",
         max_examples=20,
