@@ -15,6 +15,7 @@ from natgrad.distributed.exchange import Sum, Symmetric, gathered
 from natgrad.distributed.place import Place, PlacedGenerator, drawn
 from natgrad.distributed.triangles import packed_triangles, unpacked_triangles
 from natgrad.jacobians.positions import Draw, random_samples
+from natgrad.statistics.triangles import LowerTriangles
 from tests import processes
 from tests.cases import normal
 
@@ -35,7 +36,7 @@ def values(rank: int) -> list[Any]:
     square = normal(3, 3, seed=rank)
     return [
         {"a": normal(2, seed=rank), "b": [torch.tensor(rank), 7, "name"]},
-        {"a": Symmetric(square + square.T), "b": None},
+        {"a": Symmetric(square + square.T), "b": Symmetric(LowerTriangles.of(square + square.T))},
         {"a": normal(2, seed=rank)} if rank else {"b": normal(3).float()},
         None if rank == 1 else {"c": {"d": normal(4, seed=rank), "kind": "K"}},
         {"large": torch.full((5, 2**20), float(rank)), "small": torch.ones(1)},
@@ -60,6 +61,8 @@ def on_meta(tensor: Tensor) -> Tensor:
 def exchange(rank: int) -> dict[str, Any]:
     known: Any = {}
     found: dict[str, Any] = {"sums": [Sum(v, None, CPU, known).result() for v in values(rank)]}
+    small = Sum({"large": torch.ones(2**20), "small": torch.ones(2)}, None, CPU, known).result()
+    found["kept"] = small["small"].untyped_storage().nbytes()
     found["rows"] = [gathered(v, None, CPU, known) for v in rows(rank)]
     found["again"] = [gathered(v, None, CPU, known) for v in rows(rank)]
     likes = zip(*(tree_map_only(Tensor, on_meta, rows(other)) for other in range(3)), strict=True)
@@ -79,7 +82,10 @@ def test_values_are_added_and_gathered() -> None:
     for found in processes.run(exchange, world=3):
         plain, symmetric, different, one_less, large, nothing = found["sums"]
         same(plain, {"a": total(v[0]["a"] for v in each), "b": [torch.tensor(3), 7, "name"]})
-        same(symmetric, {"a": total(v[1]["a"].matrices for v in each), "b": None})
+        squares = total(v[1]["a"].held for v in each)
+        assert isinstance(symmetric["b"], LowerTriangles)
+        whole = symmetric["b"].matrices()
+        same({**symmetric, "b": whole.tril()}, {"a": squares, "b": squares.tril()})
         same(different, {"b": each[0][2]["b"], "a": each[1][2]["a"] + each[2][2]["a"]})
         sums = each[0][3]["c"]["d"] + each[2][3]["c"]["d"]
         same(one_less, {"c": {"d": sums, "kind": "K"}})
@@ -88,6 +94,7 @@ def test_values_are_added_and_gathered() -> None:
         for kind in ("rows", "again", "foreseen"):
             for index, one in enumerate(found[kind]):
                 same(one, [rows(other)[index] for other in range(3)])
+        assert found["kept"] == 8  # Its own bytes, without the message of 4 MiB.
         assert "different shapes or types" in found["said"]
 
 

@@ -12,10 +12,11 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from natgrad.distributed.triangles import packed_triangles, unpacked_triangles
 
@@ -32,36 +33,64 @@ PADDED = 2
 BUCKET_ELEMENTS = 2**22
 
 
+class Triangles(Protocol):
+    """Symmetric matrices in less memory."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the matrices, ``(..., d, d)``."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of their entries."""
+
+    def matrices(self) -> Tensor:
+        """Return matrices, right in their lower triangles."""
+
+    @classmethod
+    def of(cls, matrices: Tensor) -> Self:
+        """Return the triangles of some matrices."""
+
+
 @dataclass(frozen=True, eq=False)
 class Symmetric:
     """Symmetric matrices, right in their lower triangles, of which half is sent.
 
     Attributes:
-        matrices: ``(..., d, d)``.
+        held: ``(..., d, d)``; in whatever less memory they are kept they come back.
     """
 
-    matrices: Tensor
+    held: Tensor | Triangles
+
+    def packed(self) -> Tensor:
+        """Return what is sent."""
+        matrices = self.held if isinstance(self.held, Tensor) else self.held.matrices()
+        return packed_triangles(matrices)
 
 
 @dataclass(frozen=True)
 class _Slot:
-    """What stands for a tensor in an outline."""
+    """What stands for a tensor in an outline, or for symmetric matrices, kept in some form."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     symmetric: bool = False
+    form: type[Triangles] | None = None
 
     @classmethod
     def of(cls, value: Tensor | Symmetric) -> _Slot:
-        tensor = value.matrices if isinstance(value, Symmetric) else value
-        return cls(tuple(tensor.shape), tensor.dtype, isinstance(value, Symmetric))
+        if isinstance(value, Tensor):
+            return cls(tuple(value.shape), value.dtype)
+        held = value.held
+        form = None if isinstance(held, Tensor) else type(held)
+        return cls(tuple(held.shape), held.dtype, True, form)
 
 
 class Sum:
     """A sum of values over processes, entry by entry, that is under way.
 
     A process that has None somewhere adds zero. Plain values are those of the first process that
-    has some. :class:`Symmetric` matrices come back as tensors, whole. Nobody waits for messages
+    has some. :class:`Symmetric` matrices come back in the form they had. Nobody waits for messages
     before :meth:`result`, but for the outlines, which are small.
 
     Args:
@@ -109,17 +138,28 @@ class Sum:
             self._handles.pop(0).wait()
 
     def result(self) -> Any:
-        """Wait for the sum and return it; who is not to have it has a part of it."""
+        """Wait for the sum and return it, once; who is not to have it has a part of it."""
         for stage in [*self._stages[1:], None]:
             self.wait()
             if stage is not None:
                 self._handles = [self._added_up(flat, *stage) for flat in self._flat]
-        terms: dict[int, Tensor] = {}
-        for bucket, flat in zip(self._buckets, self._flat, strict=True):
-            pieces = flat.split([self._shapes[i].numel() for i in bucket])
-            for i, piece in zip(bucket, pieces, strict=True):
-                terms[i] = piece.reshape(self._shapes[i])
-        return _filled(self._outline, (terms[i] for i in range(len(terms))), _from_sent)
+        return _filled(self._outline, self._pieces(), _from_sent)
+
+    def _pieces(self) -> Iterator[Tensor]:
+        """Yield what has come, in order; messages are let go of with their last piece."""
+        pieces: dict[int, Tensor] = {}
+        messages = iter(zip(self._buckets, range(len(self._flat)), strict=True))
+        for i, shape in enumerate(self._shapes):
+            while i not in pieces:
+                bucket, number = next(messages)
+                flat, self._flat[number] = self._flat[number], torch.empty(0)
+                split = flat.split([self._shapes[j].numel() for j in bucket])
+                pieces |= zip(bucket, split, strict=True)
+                del flat, split
+            piece = pieces.pop(i)
+            # A small one would keep all of its message.
+            whole = piece.untyped_storage().nbytes() == piece.nbytes
+            yield (piece if whole else piece.clone()).reshape(shape)
 
 
 def gathered(
@@ -378,9 +418,7 @@ def _slots(outline: Any) -> Iterator[_Slot]:
             yield from _slots(item)
 
 
-def _filled(
-    outline: Any, tensors: Iterator[Tensor], read: Callable[[_Slot, Tensor], Tensor]
-) -> Any:
+def _filled(outline: Any, tensors: Iterator[Tensor], read: Callable[[_Slot, Tensor], Any]) -> Any:
     """Return a value of an outline, with tensors in the order of its slots."""
     if isinstance(outline, _Slot):
         return read(outline, next(tensors))
@@ -395,8 +433,8 @@ def _filled(
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, (Tensor, Symmetric)):
-        yield value.matrices if isinstance(value, Symmetric) else value
+    if isinstance(value, Tensor):
+        yield value
     elif isinstance(value, (dict, list, tuple)):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _tensors(item)
@@ -405,10 +443,10 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 def _terms(outline: Any, value: Any, device: torch.device) -> Iterator[Tensor]:
     """Yield what a process adds to every slot of a sum."""
     if isinstance(outline, _Slot):
-        tensor = value.matrices if isinstance(value, Symmetric) else value
-        if tensor is None:
-            tensor = torch.zeros(outline.shape, dtype=outline.dtype, device=device)
-        yield packed_triangles(tensor) if outline.symmetric else tensor
+        if value is None:
+            value = torch.zeros(outline.shape, dtype=outline.dtype, device=device)
+            value = Symmetric(value) if outline.symmetric else value
+        yield value.packed() if isinstance(value, Symmetric) else value
     elif isinstance(outline, dict):
         for key, item in outline.items():
             yield from _terms(item, None if value is None else value.get(key), device)
@@ -417,8 +455,11 @@ def _terms(outline: Any, value: Any, device: torch.device) -> Iterator[Tensor]:
             yield from _terms(item, None if value is None else value[i], device)
 
 
-def _from_sent(slot: _Slot, sent: Tensor) -> Tensor:
-    return unpacked_triangles(sent, slot.shape[-1]) if slot.symmetric else sent
+def _from_sent(slot: _Slot, sent: Tensor) -> Tensor | Triangles:
+    if not slot.symmetric:
+        return sent
+    matrices = unpacked_triangles(sent, slot.shape[-1])
+    return matrices if slot.form is None else slot.form.of(matrices)
 
 
 def _as_shaped(slot: _Slot, flat: Tensor) -> Tensor:

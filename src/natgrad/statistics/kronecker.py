@@ -94,7 +94,7 @@ class KroneckerStatistics(Statistics):
         for name in ("inputs", "outputs"):
             factor = getattr(self, name)
             if isinstance(factor, LowerTriangles) or (factor is not None and factor.dim() == 3):
-                state[name] = Symmetric(whole(factor))
+                state[name] = Symmetric(factor)
         if self.further is not None:
             state["further"] = self.further.sums()
         return state

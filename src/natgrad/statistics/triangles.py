@@ -33,6 +33,16 @@ class LowerTriangles(Record):
     entries: Tensor
     size: int
 
+    @property
+    def shape(self) -> torch.Size:
+        """That of the matrices, ``(..., d, d)``."""
+        return torch.Size([*self.entries.shape[:-1], self.size, self.size])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the entries."""
+        return self.entries.dtype
+
     @classmethod
     def of(cls, matrices: Tensor) -> Self:
         """Return the lower triangles of ``(..., d, d)``; what is above them is not looked at."""
