@@ -130,18 +130,18 @@ RUNS: dict[str, Run] = {
     "fewer rows than parameters": Run(wrapped=True),
     "functions": Run(functions=True, steps=2),
     "functions, in chunks": Run(
-        {"chunk_size": 20}, ((30, 2), (10, 3), (8, 1), (2, 2)), functions=True, steps=2
+        {"chunk_size": 11}, ((12, 2), (10, 3), (8, 1), (2, 2)), functions=True, steps=2
     ),
-    "more rows than parameters": Run(shares=((40, 2), (11, 3), (8, 1), (2, 2))),
-    "many rows in chunks": Run({"chunk_size": 25}, ((40, 2), (11, 3), (8, 1), (2, 2))),
+    "more rows than parameters": Run(shares=((20, 2), (11, 3), (8, 1), (2, 2))),
+    "many rows in chunks": Run({"chunk_size": 15}, ((20, 2), (11, 3), (8, 1), (2, 2))),
     "no points of a part": Run(shares=((8, 0), (0, 3), (5, 0), (0, 4)), wrapped=True),
     "no points": Run(shares=((0, 0), (0, 0), (9, 3), (6, 2))),
-    "no points, in chunks": Run({"chunk_size": 25}, ((0, 0), (0, 0), (40, 3), (21, 5))),
+    "no points, in chunks": Run({"chunk_size": 15}, ((0, 0), (0, 0), (40, 3), (21, 5))),
     "no points, functions": Run(shares=((0, 0), (0, 0), (9, 3), (6, 2)), functions=True, steps=2),
     "straight": Run({"acceleration": False}),
     "momentum": Run({"momentum": 0.5}, new_points=True, wrapped=True),
     "momentum, in chunks": Run(
-        {"momentum": 0.5, "chunk_size": 25}, ((40, 2), (11, 3), (8, 1), (2, 2))
+        {"momentum": 0.5, "chunk_size": 15}, ((20, 2), (11, 3), (8, 1), (2, 2))
     ),
     "new points, straight": Run({"acceleration": False, "lr": 0.5}, new_points=True),
     "block-diagonal": Run({"structure": "block_diagonal"}),
