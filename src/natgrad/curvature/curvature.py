@@ -422,11 +422,12 @@ class Curvature:
         if self.shared is None:
             self._invert_here(wanted, damping)
             return
-        own = self.shared.own_share(wanted)
+        shares = self.shared.shares_of(wanted)
+        own = shares[self.shared.seat]
         before = {name: self.estimates[name].inverse for name in own}
         self._invert_here(own, damping)
-        made = [name for name in own if self.estimates[name].inverse is not before[name]]
-        self.shared.take_inverses(made, damping)
+        made = {name for name in own if self.estimates[name].inverse is not before.pop(name)}
+        self.shared.take_inverses(shares, made, damping)
 
     def _invert_here(self, names: Sequence[str], damping: Damping) -> None:
         """Invert parts in this process, small ones together."""

@@ -11,19 +11,21 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from natgrad.distributed import Replicas
-from natgrad.distributed.exchange import Sum
+from natgrad.distributed.exchange import BUCKET_ELEMENTS, Sum
 from natgrad.distributed.grid import Grid
 from natgrad.distributed.shards import at_owners, from_owners, is_sharded
 from natgrad.jacobians import Draw, Jacobians, LayerJacobian
+from natgrad.layouts import BlockLayout
 from natgrad.operators import GradientSource
 from natgrad.operators.block_diagonal import damping_of
 from natgrad.records import Record
@@ -348,29 +350,53 @@ class SharedWork:
 
     # Inverses.
 
-    def own_share(self, wanted: Sequence[str]) -> list[str]:
-        """Return which of some parts this process inverts, for the others of its column, too."""
-        if not self.is_divided or self.holders == 1:
-            return list(wanted)
-        return self.curvature.balanced(wanted, self.holders)[self.replicas.rank % self.holders]
+    @property
+    def seat(self) -> int:
+        """Which of those that invert for each other this process is."""
+        return self.replicas.rank % self.holders if self.is_divided else 0
 
-    def take_inverses(self, made: Sequence[str], damping: Damping) -> None:
+    def shares_of(self, wanted: Sequence[str]) -> list[list[str]]:
+        """Return which of some parts every process of this column inverts, for the others, too."""
+        if not self.is_divided or self.holders == 1:
+            return [list(wanted)]
+        return self.curvature.balanced(wanted, self.holders)
+
+    def take_inverses(
+        self, shares: Sequence[Sequence[str]], made: Collection[str], damping: Damping
+    ) -> None:
         """Take the inverses that the processes of this column have made.
 
-        One's own, too: lying in memory in another order they would round otherwise.
+        One's own, too: lying in memory in another order they would round otherwise. Large ones come
+        in several rounds, so that no process has all of its own twice.
 
         Args:
+            shares: What every process was to invert.
             made: Parts that this process has just inverted.
             damping: λ, one value or one per block name.
         """
         curvature = self.curvature
-        if not self.is_divided or self.holders == 1:
+        if len(shares) == 1:
             return
-        own = {name: self._handed_out(curvature.estimates[name]) for name in made}
-        for found in self.grid.column.gathered(own, curvature.layout.device):
-            for name, entry in found.items():
-                value, part = damping_of(name, damping), curvature.parts[name]
-                curvature.estimates[name] = self._with_inverse(part, entry, value)
+        for names in self._rounds(shares):
+            handed_out = [name for name in names[self.seat] if name in made]
+            own = {name: self._handed_out(curvature.estimates[name]) for name in handed_out}
+            for found in self.grid.column.gathered(own, curvature.layout.device):
+                for name, entry in found.items():
+                    value, part = damping_of(name, damping), curvature.parts[name]
+                    curvature.estimates[name] = self._with_inverse(part, entry, value)
+
+    def _rounds(self, shares: Sequence[Sequence[str]]) -> Iterator[list[list[str]]]:
+        """Yield parts that are sent together, of every process some."""
+        parts, rest = self.curvature.parts, [list(names) for names in shares]
+        while any(rest):
+            taken: list[list[str]] = []
+            for names in rest:
+                sizes = (_entries(parts[name].block) for name in names)
+                number = sum(total <= BUCKET_ELEMENTS for total in accumulate(sizes))
+                number = max(1, number)
+                taken.append(names[:number])
+                del names[:number]
+            yield taken
 
     def _handed_out(self, estimate: Estimate) -> dict[str, Any]:
         """Return what other processes need of an estimate that was just inverted."""
@@ -446,6 +472,11 @@ class SharedWork:
         found = of_parts(own, GradientSource(wholes))
         del wholes
         return from_owners(found, shards, by_parameter, group)
+
+
+def _entries(block: BlockLayout) -> int:
+    """Return how many entries two factors of a block have."""
+    return block.groups * (block.d_augmented**2 + block.d_out**2)
 
 
 def _directions(parts: Sequence[Part]) -> dict[str, Tensor]:
