@@ -9,7 +9,6 @@ from torch.utils.data import DataLoader
 
 from tests.ecosystem.loops import (
     REPRESENTATIVES,
-    ROWS,
     assert_curvature_everywhere,
     batches,
     images,
@@ -117,7 +116,7 @@ def test_a_loss_inside_of_an_output_that_is_cast_afterwards_is_seen():
     assert torch.equal(flat(models[0]), flat(models[1]))
 
 
-@pytest.mark.parametrize("name", ["kfac", *ROWS, "padam"])
+@pytest.mark.parametrize("name", ["kfac", "exact", "thermodynamic", "padam"])
 def test_save_state_and_load_state(name, tmp_path):
     data = batches(6)
     straight = network()

@@ -307,8 +307,8 @@ def restarts(step: int) -> float:
     ("kind", "regression", "schedule"),
     [
         *((kind, False, warmup_and_linear) for kind in KINDS),
-        *((kind, False, cosine) for kind in REPRESENTATIVES),
-        *((kind, True, warmup_and_linear) for kind in REPRESENTATIVES),
+        *((kind, False, cosine) for kind in ("KFAC", "SINGD")),
+        *((kind, True, warmup_and_linear) for kind in ("KFAC", "EKFAC")),
         ("KFAC", False, restarts),
         ("KFAC", True, restarts),
     ],
