@@ -33,8 +33,8 @@ ROWS: dict[str, Any] = {
 FIRST_STEPS: dict[str, Any] = {"fngd": functools.partial(natgrad.FNGD, coefficient_steps=2)}
 #: All that train in any loop that calls ``backward`` and ``step``.
 OPTIMIZERS: dict[str, Any] = AVERAGING | ROWS | FIRST_STEPS
-#: One of each kind of loop, as base classes do the same for all that share them, and two with a step
-#: of their own: EGN's closure does not call ``backward``, and Padam knows no model.
+#: One of each kind of loop, as base classes do the same for all that share them. EGN and Padam have
+#: steps of their own: the one's closure does not call ``backward``, the other knows no model.
 REPRESENTATIVES: list[str] = ["kfac", "exact", "fngd", "egn", "padam"]
 
 
