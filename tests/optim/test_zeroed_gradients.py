@@ -153,6 +153,21 @@ def test_a_preconditioner_leaves_them_at_zero():
     assert torch.equal(natural == 0, mask() == 0)
 
 
+def test_they_are_known_after_a_first_step_that_is_skipped():
+    model = network()
+    weight = model[2].weight
+    before = weight.detach().clone()
+
+    def change(step):
+        weight.grad *= mask()
+        if step == 0:
+            model[0].weight.grad[0, 0] = float("nan")
+
+    with pytest.warns(UserWarning, match="skipped a step"):
+        train(model, natgrad.KFAC(model), 6, change)
+    assert not (weight.detach() - before)[mask() == 0].any()
+
+
 def test_what_is_known_of_them_is_in_checkpoints():
     model = network()
     weight = model[2].weight

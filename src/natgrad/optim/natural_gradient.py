@@ -409,7 +409,6 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
             mean_eigenvalue = found.pop("mean_eigenvalue", math.nan)
             if not found.pop("failed"):
                 break
-        preconditioner.zeroed.note(n for n, flag in zip(flags, told, strict=True) if flag)
         own = {name: found[name] for name in ("fisher", "scale", "across") if name in found}
         if rule.measured is not None and not all_finite(own):  # A fault of natgrad's own pass.
             found = {name: value for name, value in found.items() if name not in own}
@@ -431,6 +430,7 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
             self._mean_eigenvalue = mean_eigenvalue
         if preconditioner.observer.isotropy_probe is not None:
             self._set_unit()
+        preconditioner.zeroed.note(n for n, flag in zip(flags, told, strict=True) if flag)
         scales = clip_scales(found, coefficients, grouped)
         return StepPlan(gradients, state, directions, coefficients, scales)
 

@@ -329,10 +329,10 @@ class Preconditioner(CopiedByState):
             told = found.pop("zeroed", [])
             if not found.pop("failed"):
                 break
-        self.zeroed.note(name for name, flag in zip(flags, told, strict=True) if flag)
         if not all_finite(found):
             self.skip()
             return
+        self.zeroed.note(name for name, flag in zip(flags, told, strict=True) if flag)
         for name, gradient in gradients.items():
             gradient.copy_(natural[name])
             parameter = self.parameters[name]  # Dense, also where it was sparse.
@@ -587,6 +587,7 @@ class Preconditioner(CopiedByState):
             self.curvature.rollback(self._saved[0])
             self.observer.generator.set_state(self._saved[1])
         self._close()
+        self.zeroed.due = True  # What was found is not noted.
         self.observer.forget()
 
     def discard(self) -> None:
