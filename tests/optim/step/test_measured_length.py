@@ -138,6 +138,7 @@ class Reference:
         self.rho, self.log_bend, self.seen, self.made_with = 1.0, None, 0, 1.0
         self.taken_at: list[float] = []
         self.begun: list[float] = []
+        self.lengths: list[float] = []  # ηγζρ of the steps of these ratios.
         self.mean, self.matrix, self.inverse = None, None, None
         self.damped = None  # The matrix as it is inverted, but for λ.
         self.residual, self.largest_residual, self.nu = None, 0.0, 1.0
@@ -201,6 +202,7 @@ class Reference:
                 self.seen += 1
             self.q = q
             self.ratios.append(q)
+            self.lengths.append(self.made_with)
             if self.log_bend is not None:
                 self.begun.append(math.exp(self.log_bend) * self.made_with - q)
             ratio, kappa = min(0.5, max(-0.5, along / expected)), self.length.annealing
@@ -270,6 +272,16 @@ class Reference:
             usual = memory * usual + (1 - memory) * q
         return usual
 
+    def recent_ratio(self) -> float:
+        """Return q̃."""
+        recent, before = 0.0, 0.0
+        for count, (q, share) in enumerate(zip(self.ratios, self.lengths, strict=True), start=1):
+            memory = min(0.9, 1 - 1 / count)
+            if share > before > 0:
+                memory *= before / share
+            recent, before = memory * recent + (1 - memory) * q, share
+        return recent
+
     def bend(self) -> float:
         """Return C."""
         return (
@@ -285,8 +297,9 @@ class Reference:
     def reach(self) -> None:
         """Let ρ grow or fall."""
         count, usual, kappa = len(self.ratios), self.usual_ratio(), self.length.annealing
-        if usual > 0 and self.rho > 1:
-            self.rho = max(1.0, self.rho * math.exp(-kappa * min(1.0, usual / self.bend())))
+        recent = self.recent_ratio()
+        if recent > 0 and self.rho > 1:
+            self.rho = max(1.0, self.rho * math.exp(-kappa * min(1.0, recent / self.bend())))
         elif count >= 4 and self.length.reach > 1:
             error = math.sqrt(self.pairs / (1 - 0.9**self.seen) / min(count, 19))
             least, most = (usual - 2 * error) / self.bend(), (usual + 2 * error) / self.bend()
@@ -307,7 +320,7 @@ class Reference:
                     self.rho *= self.length.reach**surely
                 elif beta > 3:
                     self.rho *= self.length.reach
-                    self.ratios, self.begun = [], []
+                    self.ratios, self.begun, self.lengths = [], [], []
 
     def sustained(self) -> float:
         """Return the ρ that r and a constant rate allow."""

@@ -90,6 +90,8 @@ class LengthState:
         pairs: Of how many pairs of steps.
         usual_ratio: q̄, the average of q over steps, since reach doubled.
         ratios: How many there were.
+        recent_ratio: q̃, the same, of which less is left of q of shorter steps as steps get longer.
+        share_of_ratio: ηγζρ of the step of the last q.
         reach: ρ.
         log_bend: The average of log C for steps with ηγζρ = 1; None before the first measurement.
         shared: r, the average of C − q over steps: the share of its slope that the next batch has
@@ -119,6 +121,8 @@ class LengthState:
     pairs: int = 0
     usual_ratio: float = 0.0
     ratios: int = 0
+    recent_ratio: float = 0.0
+    share_of_ratio: float = 0.0
     reach: float = 1.0
     log_bend: float | None = None
     shared: float | None = None
@@ -228,6 +232,7 @@ class LengthState:
         ratio = min(OUTLIER, max(-OUTLIER, self._ratio(slope)))
         memory = min(USUAL, 1 - 1 / (self.ratios + 1))
         usual, shared = averaged(self.usual_ratio, ratio, memory), self.shared
+        growth = self.share_of_alpha / self.share_of_ratio if self.share_of_ratio > 0 else 1.0
         if self.log_bend is not None:
             begun = math.exp(self.log_bend) * self.share_of_alpha - ratio
             shared = averaged(shared, begun, memory)
@@ -239,6 +244,8 @@ class LengthState:
             pairs=self.pairs + (self.ratio is not None),
             usual_ratio=usual,
             ratios=self.ratios + 1,
+            recent_ratio=averaged(self.recent_ratio, ratio, memory / max(1.0, growth)),
+            share_of_ratio=self.share_of_alpha,
             shared=shared,
         )
         known = self.log_bend is not None and rate > 0
@@ -247,8 +254,8 @@ class LengthState:
     def _reached(self, rule: MeasuredLength, rate: float, left: float) -> LengthState:
         """Return the state with ρ as long as other batches want it."""
         bend = self._bend(rate)
-        if self.reach > 1.0 and self.usual_ratio > 0:
-            return replace(self, reach=max(1.0, self._reach_times(rule, -self.usual_ratio / bend)))
+        if self.reach > 1.0 and self.recent_ratio > 0:
+            return replace(self, reach=max(1.0, self._reach_times(rule, -self.recent_ratio / bend)))
         if self.ratios < FEWEST_RATIOS or rule.reach == 1.0:
             return self
         variance = self.ratio_variance / (1 - USUAL**self.pairs)

@@ -95,11 +95,13 @@ class MeasuredLength:
     ρ grows by at most a factor of 2 a step, ``ρ ← ρ 2^{min(1, (β − 2)/(1 + e/C))}``, where β > 2,
     while more than half is left of what the loss can fall by. Later samples that are predicted with
     confidence show no curvature until they are crossed: ρ doubles where β > 3, and q̄ begins anew.
-    It does not grow where weights bound the step. Where q̄ > 0 it falls again, down to 1:
-    ``ρ ← ρ exp(−κ min(1, q̄/C))``. C is of steps as long as the present ones. Beyond q̄ = C/2 steps
-    raise the losses of other batches. So where ``(q̄ − 2e)/C > 1/2`` and K does not fall, as at the
-    start with many classes, ρ falls below 1, ``ρ ← ρ exp(−κ min(1, (q̄ − 2e)/C − 1/2))``, and
-    rises again, up to 1, by the same formula where ``(q̄ + 2e)/C < 1/2``.
+    It does not grow where weights bound the step. Where q̃ > 0 it falls again, down to 1:
+    ``ρ ← ρ exp(−κ min(1, q̃/C))``. q̃ is q̄ but that, where steps get longer, what is left of earlier
+    q is divided by as much: those of a warm-up say nothing against the length at its end. C is of
+    steps as long as the present ones. Beyond q̄ = C/2 steps raise the losses of other batches. So
+    where ``(q̄ − 2e)/C > 1/2`` and K does not fall, as at the start with many classes, ρ falls below
+    1, ``ρ ← ρ exp(−κ min(1, (q̄ − 2e)/C − 1/2))``, and rises again, up to 1, by the same formula
+    where ``(q̄ + 2e)/C < 1/2``.
 
     Nothing else shortens the steps of a constant rate. C − q is the share of its slope that the
     next batch has where a step begins, and r its average, so that ``r/C`` times the step would have
