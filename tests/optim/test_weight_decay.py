@@ -67,8 +67,9 @@ def test_the_fallback_decays_nothing_that_a_group_excludes(excluded):
     model = Part()
     groups = [{"params": ["scale", "table.*", "*bias"], "weight_decay": 0.0}]
     optimizer = natgrad.KFAC(
-        model, "gaussian", weight_decay=DECAY, params=groups if excluded else None
-    )
+        model, "gaussian", weight_decay=DECAY, params=groups if excluded else None,
+        fallback=natgrad.Fallback(lr=1e-3),
+    )  # fmt: skip
     twin = copy.deepcopy(model)
     ours, others = ([net.scale, net.table.weight] for net in (model, twin))
     decay = {"weight_decay": 0.0} if excluded else {}
