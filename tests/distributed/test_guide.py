@@ -38,7 +38,9 @@ def run(rank: int, world: int, path: str) -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
     torch.manual_seed(rank)
     data = torch.utils.data.TensorDataset(torch.randn(48, 6), torch.randint(0, 3, (48,)))
-    loader = torch.utils.data.DataLoader(data, batch_size=8)
+    loader, unequal = (
+        torch.utils.data.DataLoader(data, batch_size=size) for size in (8, 8 + 4 * rank)
+    )
     names: dict[str, Any] = {
         "torch": torch, "natgrad": natgrad, "F": functional, "model": model, "loader": loader,
     }  # fmt: skip
@@ -46,6 +48,7 @@ def run(rank: int, world: int, path: str) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", module="natgrad")
         for block in BLOCKS:
+            names["loader"] = unequal if "islice" in block else loader
             exec(compile(block, str(GUIDE), "exec"), names)
     moved = [not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)]
     result = torch.cat([p.detach().flatten() for p in model.parameters()])
@@ -56,7 +59,7 @@ def run(rank: int, world: int, path: str) -> None:
 
 @pytest.mark.slow
 def test_the_guide_runs(tmp_path: Path) -> None:
-    assert len(BLOCKS) == 7
+    assert len(BLOCKS) == 8
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         (tmp_path / "port").write_text(str(free.getsockname()[1]))

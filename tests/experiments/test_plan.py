@@ -434,6 +434,23 @@ def test_the_command_plans_for_shards(capsys: pytest.CaptureFixture[str]) -> Non
     assert all(len(line) <= 120 for line in printed.splitlines())
 
 
+def test_a_mesh_stands_for_ranks_and_replicas(capsys: pytest.CaptureFixture[str]) -> None:
+    for mesh, options in (("4x8", ["--ranks=32", "--replicas=4"]), ("8", ["--ranks=8"])):
+        assert run(["plan", MODEL, "--json", f"--mesh={mesh}"]) == 0
+        found = capsys.readouterr().out
+        assert run(["plan", MODEL, "--json", "--shards", *options]) == 0
+        assert found == capsys.readouterr().out
+
+
+def test_inverses_come_in_rounds_of_a_bounded_size() -> None:
+    """Layers of 3, 3, 2 and 1 million entries: 3 + 1 and 3 come first, and then 2."""
+    layers = [nn.Linear(a, 2, bias=False) for a in (1732, 1731, 1414, 1000)]
+    work = plan_model(nn.Sequential(*layers), Options(ranks=(2,), inverses=1, factors=1)).works[0]
+    each = [4 * (layer.in_features**2 + 2**2) for layer in layers]
+    assert work.inverses.collective == "all_gather"
+    assert work.inverses.size == pytest.approx(each[0] + each[3] + each[2], rel=0.01)
+
+
 def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", MODEL, "--ranks=2,64", "--json", "--memory=1e-6", "--factors=3"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -460,6 +477,9 @@ def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
         ([MODEL, "--replicas=2"], "Replicas are of parameters in shards"),
         ([MODEL, "--shards", "--ranks=8,5", "--replicas=2"], "must divide the ranks"),
         ([MODEL, "--shards", "--replicas=0"], "at least 1"),
+        ([MODEL, "--mesh=8by2"], "as 8x128, not '8by2'"),
+        ([MODEL, "--mesh=2x2x2"], "as 8x128, not '2x2x2'"),
+        ([MODEL, "--mesh=0x4"], "as 8x128, not '0x4'"),
         ([MODEL, "--bandwidth=0"], "bandwidth must be positive"),
         ([MODEL, "--memory=-1"], "memory must be positive"),
         (["tests.experiments.test_plan:returns_number"], "must return a torch.nn.Module"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -11,6 +11,15 @@ from natgrad.cli.invocation import Given, JsonOption, configured, make_console, 
 from natgrad.experiments.console import print_plan
 from natgrad.experiments.methods import method_name
 from natgrad.experiments.plan import METHODS, Options, parse_ranks, plan_factory, to_dict
+
+MeshOption = Annotated[
+    str | None,
+    typer.Option(
+        "--mesh",
+        metavar="REPLICASxSHARDS",
+        help="In place of --ranks, --shards and --replicas: for example 8x128.",
+    ),
+]
 
 
 @options_of(
@@ -36,8 +45,10 @@ from natgrad.experiments.plan import METHODS, Options, parse_ranks, plan_factory
     shards=typer.Option("--shards", help="Parameters are in shards of fully_shard (FSDP2)."),
     replicas="Replicas of the shards (HSDP), with --shards.",
 )
-def plan(as_json: JsonOption = False, **options: Any) -> int:
+def plan(mesh: MeshOption = None, as_json: JsonOption = False, **options: Any) -> int:
     """Predict what curvature shared by processes keeps and sends."""
+    if mesh is not None:
+        options |= Options.of_mesh(mesh)
     method, ranks = method_name(options["method"]), parse_ranks(options["ranks"])
     found = plan_factory(options["model"], configured(Options, options, method=method, ranks=ranks))
     if as_json:

@@ -121,6 +121,26 @@ class SummedRows:
         return Jacobians(self.rows.layout, made, self.rows.samples, self.rows.directions)
 
 
+def rounds_of(
+    shares: Sequence[Sequence[str]], parts: Mapping[str, Part]
+) -> Iterator[list[list[str]]]:
+    """Yield the parts whose inverses are sent together, of every process some.
+
+    Args:
+        shares: Those that every process inverts.
+        parts: All parts by name.
+    """
+    rest = [list(names) for names in shares]
+    while any(rest):
+        taken: list[list[str]] = []
+        for names in rest:
+            totals = accumulate(_entries(parts[name].block) for name in names)
+            number = max(1, sum(total <= BUCKET_ELEMENTS for total in totals))
+            taken.append(names[:number])
+            del names[:number]
+        yield taken
+
+
 class SharedWork:
     """What each of several processes keeps and makes of the curvature that is theirs together.
 
@@ -377,26 +397,13 @@ class SharedWork:
         curvature = self.curvature
         if len(shares) == 1:
             return
-        for names in self._rounds(shares):
+        for names in rounds_of(shares, curvature.parts):
             handed_out = [name for name in names[self.seat] if name in made]
             own = {name: self._handed_out(curvature.estimates[name]) for name in handed_out}
             for found in self.grid.column.gathered(own, curvature.layout.device):
                 for name, entry in found.items():
                     value, part = damping_of(name, damping), curvature.parts[name]
                     curvature.estimates[name] = self._with_inverse(part, entry, value)
-
-    def _rounds(self, shares: Sequence[Sequence[str]]) -> Iterator[list[list[str]]]:
-        """Yield parts that are sent together, of every process some."""
-        parts, rest = self.curvature.parts, [list(names) for names in shares]
-        while any(rest):
-            taken: list[list[str]] = []
-            for names in rest:
-                sizes = (_entries(parts[name].block) for name in names)
-                number = sum(total <= BUCKET_ELEMENTS for total in accumulate(sizes))
-                number = max(1, number)
-                taken.append(names[:number])
-                del names[:number]
-            yield taken
 
     def _handed_out(self, estimate: Estimate) -> dict[str, Any]:
         """Return what other processes need of an estimate that was just inverted."""

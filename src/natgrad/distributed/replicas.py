@@ -82,8 +82,8 @@ class Replicas:
         if wrapper._join_config.enable:
             raise ValueError(
                 "inside torch's Join some processes stop earlier than others, and curvature needs "
-                "all of them in every step: give them equal numbers of batches, of any sizes "
-                "(DistributedSampler does), and leave Join out"
+                "all of them in every step: leave Join out, and let those that have no batch left "
+                "go on with empty ones (x[:0]), as docs/distributed.md shows"
             )
         return self if self.group is not None else self._of_wrapper(wrapper)
 

@@ -30,7 +30,7 @@ from natgrad.capture import Capture
 from natgrad.capture.kinds import find_kind
 from natgrad.curvature import Curvature, as_structure
 from natgrad.curvature.cost import Workload
-from natgrad.curvature.sharing import Sharing, holders_of
+from natgrad.curvature.sharing import Sharing, holders_of, rounds_of
 from natgrad.distributed.exchange import is_padded
 from natgrad.experiments.factories import FactoryError, load_model
 from natgrad.experiments.inspection import InspectionError
@@ -74,6 +74,22 @@ class Options:
     memory: float | None = None
     shards: bool = False
     replicas: int = 1
+
+    @staticmethod
+    def of_mesh(text: str) -> dict[str, Any]:
+        """Return the options that a mesh of replicas by shards, as ``8x128``, stands for.
+
+        Raises:
+            PlanError: If it is none.
+        """
+        sizes = [int(one) if one.isdecimal() else 0 for one in text.lower().split("x")]
+        if len(sizes) not in (1, 2) or min(sizes) < 1:
+            raise PlanError(
+                "A mesh is a number of shards, or of replicas and of shards as 8x128, not "
+                f"{text!r}."
+            )
+        replicas, shards = sizes if len(sizes) == 2 else (1, *sizes)
+        return {"ranks": str(replicas * shards), "replicas": replicas, "shards": True}
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -362,8 +378,16 @@ def _shared_work(
     summing = 2 * (own + fullest(joint, kept)) / (updates or 1)
     preconditioning = 2 * fullest(steps, divided if shards else kept)
 
+    def inverses_of(seats: list[list[str]]) -> tuple[Collective, int]:
+        """Return how processes hand out their inverses, round by round, and how much."""
+        rounds = [exchanged(handed_out, one) for one in rounds_of(seats, parts)]
+        if all(kind == "broadcast" for kind, _ in rounds):
+            return "broadcast", sum(size for _, size in rounds)
+        each = (size if kind == "all_gather" else size // len(seats) for kind, size in rounds)
+        return "all_gather", sum(each)
+
     def of_column(names: list[str], seats: list[list[str]]) -> SharedWork:
-        kind, made = exchanged(handed_out, seats)
+        kind, made = inverses_of(seats)
         again = height if columns > 1 else 1  # Of one column there is nothing left to do.
         return SharedWork(
             ranks=ranks,
