@@ -174,7 +174,8 @@ class ZeroedGradients:
                 result[name] = direction * (gradient != 0)
             elif name in flags:
                 stays = (gradient == 0) & (flags[name] != 0).to(gradient.device)
-                result[name] = torch.where(stays, torch.zeros_like(direction), direction)
+                # In place: entries in another order in memory would be summed in another one.
+                direction.masked_fill_(stays, 0.0)
         return result
 
     def note(self, found: Iterable[str]) -> None:
