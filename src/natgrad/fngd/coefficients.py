@@ -359,8 +359,9 @@ class CoefficientPreconditioner(Preconditioner):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, coefficients included."""
+        state = super().state_dict()
         kept = {name: one.state_dict() for name, one in self.coefficients.items()}
-        return {**super().state_dict(), "coefficients": kept}
+        return {**state, "coefficients": kept}
 
     def blocks_without_rows(self) -> dict[str, str]:
         """Return block name → why it has no gradient; layers without rows take the mean."""

@@ -224,7 +224,7 @@ class Observer:
             self._reached(recorded, purpose == "ask")
 
     def _reached(self, recorded: ForwardPass, asked: bool) -> None:
-        self._begin_anew()
+        self.begin_anew()
         if not any(one.told for one in self.seen):
             trains = any(not one.asked for one in self.seen)
             if asked and trains and not self.sees(recorded):
@@ -249,7 +249,7 @@ class Observer:
             self._take_part_in_others()
             self._begin_sums()
 
-    def _begin_anew(self) -> None:
+    def begin_anew(self) -> None:
         """Forget passes whose gradients were reset: other ones come now."""
         if self.discarded:
             audited = self.audit.active
@@ -621,7 +621,7 @@ class Observer:
         """
         if not self.rows_due or self.capture.on_forward is None:
             return
-        self._begin_anew()
+        self.begin_anew()
         if isinstance(self.capture.select, Selection) and self.capture.passes:
             output = self.capture.passes[-1].output  # The heads were made of it.
         found = self.capture.find_pass(output)

@@ -706,6 +706,7 @@ class Preconditioner(CopiedByState):
 
     def state_dict(self) -> dict[str, Any]:
         """Return curvature, step counter and the state of the generator."""
+        self.observer.begin_anew()
         return {
             "version": 3,
             "structure": self.curvature.structure.name,
