@@ -44,6 +44,19 @@ class Constant(nn.Module):
         return torch.tanh(x + self.key(self.query)).cumsum(1)
 
 
+class Queries(nn.Module):
+    """Attention whose queries are a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(1, LENGTH, WIDTH))
+        self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries = self.queries.expand(len(x), -1, -1)
+        return self.attention(queries, x, x, need_weights=False)[0]
+
+
 class LowRank(nn.Module):
     """What is added to a frozen layer, written by hand."""
 
@@ -131,7 +144,7 @@ def normed() -> nn.Module:
 #: Name → what lies between the embedding and the output layer.
 NETWORKS: dict[str, Any] = {
     "sums over samples": lambda: [Positions(), LowRank(), Constant(), normed()],
-    "products": lambda: [Listed(), Experts(), PastItsCall()],
+    "products": lambda: [Listed(), Experts(), PastItsCall(), Queries()],
     "forwards of their own": lambda: [OwnNorm(), OwnConvolution(WIDTH, WIDTH, 3), Scaled()],
     "recurrent": lambda: [States(nn.LSTM), States(nn.GRU)],
 }

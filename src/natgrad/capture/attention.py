@@ -22,6 +22,7 @@ from natgrad.capture.kinds import (
     LayerCall,
     LayerKind,
     is_data,
+    is_parameter,
     register_kind,
 )
 from natgrad.jacobians import LayerJacobian
@@ -134,8 +135,10 @@ class RecordProjections(TorchFunctionMode):
         if found is not None and output.requires_grad:
             key, offset = found
             options = {"batch": self.batch, "offset": offset}
-            own, of_data = (inputs.detach(),), is_data(inputs)
-            self.record(LayerCall(self.module, key, own, (output,), options, of_data=of_data))
+            own, of_data = inputs.detach(), is_data(inputs)
+            if is_parameter(inputs):  # Which in shards has no memory after the pass.
+                own = own.clone()
+            self.record(LayerCall(self.module, key, (own,), (output,), options, of_data=of_data))
         return output
 
     def _identify(self, weight: Tensor) -> tuple[str, int] | None:
