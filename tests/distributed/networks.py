@@ -38,6 +38,17 @@ class Transformer(nn.Module):
         return self.head(self.norms[2](h))
 
 
+class OwnNorm(nn.Module):
+    """An RMS norm as people write it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight
+
+
 def make(network: str) -> nn.Module:
     """Return a network in float64, always the same."""
     with torch.random.fork_rng():

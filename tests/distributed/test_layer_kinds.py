@@ -13,7 +13,7 @@ from torch.nn import functional
 import natgrad
 from natgrad.distributed.shards import whole
 from tests import processes
-from tests.distributed.networks import soon, summed_loss, weights
+from tests.distributed.networks import OwnNorm, soon, summed_loss, weights
 from tests.methods import make_optimizer
 
 pytestmark = [pytest.mark.slow, processes.shards_on_cpus]
@@ -101,15 +101,6 @@ class PastItsCall(nn.Module):
         return self.layer.forward(x) + functional.linear(x, self.layer.weight)
 
 
-class OwnNorm(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(WIDTH))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight
-
-
 class OwnConvolution(nn.Conv1d):
     """A convolution with a forward of its own, over positions."""
 
@@ -145,7 +136,7 @@ def normed() -> nn.Module:
 NETWORKS: dict[str, Any] = {
     "sums over samples": lambda: [Positions(), LowRank(), Constant(), normed()],
     "products": lambda: [Listed(), Experts(), PastItsCall(), Queries()],
-    "forwards of their own": lambda: [OwnNorm(), OwnConvolution(WIDTH, WIDTH, 3), Scaled()],
+    "forwards of their own": lambda: [OwnNorm(WIDTH), OwnConvolution(WIDTH, WIDTH, 3), Scaled()],
     "recurrent": lambda: [States(nn.LSTM), States(nn.GRU)],
 }
 

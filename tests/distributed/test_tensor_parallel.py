@@ -14,7 +14,7 @@ from torch.nn import functional
 import natgrad
 from natgrad.distributed.shards import own_shard, whole
 from tests import processes
-from tests.distributed.networks import batch, summed_loss, weights
+from tests.distributed.networks import OwnNorm, batch, summed_loss, weights
 from tests.methods import make_optimizer
 
 pytestmark = [pytest.mark.slow, processes.shards_on_cpus]
@@ -62,15 +62,6 @@ def parallel(mesh: Any = None, **styles: Any) -> nn.Module:
     plan = {"0": ColwiseParallel(), "2": RowwiseParallel(), "4": ColwiseParallel(),
             "6": RowwiseParallel()}  # fmt: skip
     return parallelize_module(build(), mesh, {**plan, **styles})
-
-
-class OwnNorm(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight
 
 
 class Attention(nn.Module):
