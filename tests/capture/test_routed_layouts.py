@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import natgrad
+from natgrad.curvature import KroneckerFactors
+from natgrad.jacobians import WeightSharing
 from tests import dense
 from tests.cases import generator, normal
 
@@ -62,3 +64,61 @@ def test_only_the_experts_mix_samples():
     rows = jacobian.flatten(0, 1)
     expected = torch.einsum("eip,eij,ejq->pq", rows, hessian, rows) / len(rows)
     dense.assert_same(found[1], expected, 1e-10)
+
+
+def factors(model: Routed, x: Tensor, vectors: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return every expert's inputs ``(T, d)`` and what vectors ``(R, N, T, C)`` are there."""
+    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen[module] = inputs[0], output
+
+    handles = [expert.register_forward_hook(keep) for expert in model.experts]
+    z = model(x)
+    for handle in handles:
+        handle.remove()
+    found = []
+    for expert in model.experts:
+        inputs, output = seen[expert]
+        pulled = [torch.autograd.grad(z, output, v, retain_graph=True)[0] for v in vectors]
+        found.append((inputs.detach(), torch.stack(pulled)))
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:natgrad")
+@pytest.mark.parametrize("sharing", ["split", "expand"])
+def test_positions_of_experts_count_as_samples_of_their_own(sharing: WeightSharing):
+    torch.manual_seed(0)
+    model = Routed(True).double()
+    batches = [normal(5, 6, 3), normal(5, 6, 3, seed=1)]
+    matrix = natgrad.fisher_matrix(
+        model,
+        [(x, None) for x in batches],
+        structure=KroneckerFactors(sharing, rows_per_unit=None),
+    )
+    found = []
+    for x in batches:
+        p = model(x).detach().softmax(-1)
+        roots = torch.diag_embed(p.sqrt()) - p.unsqueeze(-1) * p.sqrt().unsqueeze(-2)
+        vectors = torch.zeros(5, 6, 3, 5, 6, 3, dtype=torch.float64)
+        for n in range(5):
+            for t in range(6):
+                vectors[n, t, :, n, t] = roots[n, t].T
+        found.append(factors(model, x, vectors.flatten(0, 2)))
+    tokens = [[len(inputs) for inputs, _ in batch] for batch in found]
+    assert tokens[0] != tokens[1] and 0 < min(map(min, tokens))
+    whole = matrix.to_dense()
+    place = dense.indices(model)
+    for number, each in enumerate(zip(*found, strict=True)):
+        inputs = torch.cat([a for a, _ in each])
+        inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
+        a = inputs.T @ inputs / len(inputs)
+        b = sum(torch.einsum("rto,rtp->op", delta, delta) for _, delta in each) / 60
+        own = torch.cat(
+            [place[f"experts.{number}.{name}"].flatten() for name in ("weight", "bias")]
+        )
+        block = whole[own][:, own]
+        entries = torch.arange(20).view(4, 5)  # Of [W | b] row by row, here W before b.
+        order = torch.cat([entries[:, :4].flatten(), entries[:, 4]])
+        expected = torch.kron(b, a)[order][:, order]
+        torch.testing.assert_close(block, expected, rtol=1e-10, atol=1e-14)

@@ -92,6 +92,24 @@ class Experts(nn.Module):
         return torch.einsum("btk,btke->bte", self.gate(x).softmax(-1), each)
 
 
+class Routed(nn.Module):
+    """Experts to each of which some of the positions are sent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, 3)
+        self.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1)
+        share, chosen = self.gate(flat).softmax(-1).max(-1)
+        out = torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            place = torch.where(chosen == number)[0]
+            out = out.index_add(0, place, share[place, None] * expert(flat[place]))
+        return torch.tanh(x + out.view_as(x))
+
+
 class PastItsCall(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -137,6 +155,7 @@ NETWORKS: dict[str, Any] = {
     "sums over samples": lambda: [Positions(), LowRank(), Constant(), normed()],
     "products": lambda: [Listed(), Experts(), PastItsCall(), Queries()],
     "forwards of their own": lambda: [OwnNorm(WIDTH), OwnConvolution(WIDTH, WIDTH, 3), Scaled()],
+    "routed": lambda: [Routed()],
     "recurrent": lambda: [States(nn.LSTM), States(nn.GRU)],
 }
 

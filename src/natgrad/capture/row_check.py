@@ -19,7 +19,7 @@ from natgrad.capture.rows import (
     joined,
     release,
 )
-from natgrad.capture.samples import SampleAxis, find_axis, probe_samples, probe_vectors
+from natgrad.capture.samples import SampleAxis, find_axis, is_ragged, probe_samples, probe_vectors
 from natgrad.distributed.shards import whole
 
 #: Difference between a gradient and the sum of its rows that counts as rounding, relative to its
@@ -53,6 +53,7 @@ class RowCheck:
         self.sources = rows.sources
         self._turned = False
         self._last: Callable[[], Tensor | None] = lambda: None
+        self._mixed: set[Place] = set()  # As looked at last.
         self._unverified: set[str] = set()  # Blocks whose gradients have all been zero.
 
     def check(
@@ -88,6 +89,7 @@ class RowCheck:
         sources.look_at_modes()
         if self._turned:  # Coupled were samples along another dimension.
             sources.axes.clear()
+            sources.mixed.clear()
             sources.inseparable = dict(sources.direct)
             self._turned = False
         if sources.checked and all(one.place in sources.axes for one in calls):
@@ -110,6 +112,7 @@ class RowCheck:
         if axes is None or not _finite(truth.values()):
             return  # Something overflowed: what is zero cannot be told.
         mixing = len(sources.mixing(axes))
+        sources.mixed |= self._mixed
         later = None if sources.time_first or not (mixing or likely) else turned()
         if later is not None:
             moved = self._find_axes(calls, later)
@@ -167,6 +170,7 @@ class RowCheck:
         sources.passes += 1
         if sources.passes <= CONFIRMATIONS:
             axes = self._find_axes(calls, output)
+            sources.mixed |= self._mixed
             known = {} if axes is None else axes
             if any(sources.axes[place] not in (axis, None) for place, axis in known.items()):
                 return True
@@ -228,7 +232,9 @@ class RowCheck:
                 first = next((g for g in own if g is not None), None)
                 reached[one].append(None if first is None else first != 0)
         sources.unreached = {one.place for one, of in reached.items() if all(g is None for g in of)}
-        return {one.place: _axis_of(one, joined(of), chosen) for one, of in reached.items()}
+        places = {one: joined(of) for one, of in reached.items()}
+        self._mixed = {one.place for one, at in places.items() if _is_mixed(one, at, chosen)}
+        return {one.place: _axis_of(one, at, chosen) for one, at in places.items()}
 
     def _find_products(
         self, calls: Sequence[RecordedCall], truth: Mapping[str, Tensor | None]
@@ -316,6 +322,13 @@ def _axis_of(one: RecordedCall, reached: Tensor | None, chosen: Tensor) -> Sampl
         return find_axis(reached, chosen, kind.sample_dims(reached.dim() - 1))
     laid_out = kind.samples_first(one.call, reached)
     return SampleAxis() if laid_out is None else find_axis(laid_out, chosen, (0,))
+
+
+def _is_mixed(one: RecordedCall, reached: Tensor | None, chosen: Tensor) -> bool:
+    """Return whether vectors at several samples reach a position of a call on a matrix."""
+    if reached is None or reached.dim() != 3 or one.kind.own_layout:
+        return False
+    return not is_ragged(reached, chosen)
 
 
 def _magnitude(calls: Sequence[RecordedCall]) -> Tensor | float:

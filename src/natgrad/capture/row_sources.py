@@ -104,6 +104,7 @@ class RowSources:
         products: Block name → its uses by products.
         uses: Block name → the uses that make up its rows.
         axes: Where the samples of a call lie; None where they are coupled.
+        mixed: Calls of matrices ``(T, d)`` of which some position belongs to several samples.
         unreached: Calls that no vector has reached yet.
         constant: Modules whose output depends on no input.
         whole: Modules that are run again on the whole batch.
@@ -142,6 +143,7 @@ class RowSources:
         self._rerun: list[str] = []
         self.index_uses()
         self.axes: dict[Place, SampleAxis | None] = {}
+        self.mixed: set[Place] = set()
         self.unreached: set[Place] = set()
         self.constant: set[nn.Module] = set()
         self.whole: set[nn.Module] = set()
@@ -325,6 +327,11 @@ class RowSources:
             laid_out = kind.samples_first(one.call, torch.empty(1, *shape, device="meta"))
             return axis if laid_out is None or laid_out.shape[1] % samples == 0 else None
         return axis if len(shape) > axis.dim and shape[axis.dim] % samples == 0 else None
+
+    def are_ragged(self, calls: Sequence[RecordedCall]) -> bool:
+        """Return whether every position of some calls belongs to one sample of the batch."""
+        matrices = all(len(one.shapes[0]) == 2 and not one.kind.own_layout for one in calls)
+        return matrices and not any(one.place in self.mixed for one in calls)
 
     def find_axes(self, calls: Sequence[RecordedCall], samples: int) -> None:
         """Set where the samples of calls lie.

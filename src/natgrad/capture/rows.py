@@ -93,6 +93,7 @@ class RowBuilder:
                         continue
                     joint = self.block_rows(name, of, 1, skip_silent)
                     if joint is not None:
+                        joint = joint.of_ragged() if self.sources.are_ragged(of) else joint
                         rows[name] = joint.parted(samples) if alone else joint.summed_up()
                 except Exception as error:
                     self.sources.distrust(name, error)
@@ -171,7 +172,8 @@ class RowBuilder:
                     continue
                 rows = self.block_rows(name, of, 1 if coupled else samples, skip_silent)
                 if rows is not None:
-                    found[name] = rows
+                    ragged = coupled and self.sources.are_ragged(of)
+                    found[name] = rows.of_ragged() if ragged else rows
         release(calls)
         return Jacobians(self.layout, found, samples, 1)
 

@@ -94,3 +94,18 @@ def find_axis(reached: Tensor, chosen: Tensor, dims: Iterable[int]) -> SampleAxi
             if not bool((touched & ~chosen.to(touched.device)[:, sample]).any()):
                 return SampleAxis(dim, outer)
     return None
+
+
+def is_ragged(reached: Tensor, chosen: Tensor) -> bool:
+    """Return whether every position belongs to one sample, though samples are not equally large.
+
+    So do tokens that are routed to an expert, and the nodes of unlike graphs.
+
+    Args:
+        reached: Where vectors that are zero but at chosen samples were pulled back to,
+            ``(P, T, d)``.
+        chosen: The samples, ``(P, N)``.
+    """
+    touched = reached.any(2).float()
+    others = touched.T @ (~chosen).to(touched)  # (T, N), by how many vectors without a sample.
+    return bool((others == 0).any(1).all())

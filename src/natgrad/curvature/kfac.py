@@ -59,7 +59,8 @@ class KroneckerFactors(Structure):
         weight_sharing: ``"expand"`` takes every position of a shared weight as a sample of its own;
             ``"reduce"`` averages inputs and sums output gradients over positions first; ``"split"``
             does the one for means and the other for deviations from them, as above. Embeddings are
-            expanded by ``"split"``. In optimizers ``"split"`` is the default.
+            expanded by ``"split"``, and so are matrices whose rows belong to unequally large
+            samples, as tokens routed to experts do. In optimizers ``"split"`` is the default.
         factored_damping: How λ is added: True splits it between the factors, which is cheaper and
             damps somewhat more; False inverts ``B ⊗ A + λI`` exactly, by eigendecompositions (see
             :class:`natgrad.operators.KroneckerOperator`).

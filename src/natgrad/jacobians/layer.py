@@ -68,6 +68,17 @@ class LayerJacobian(ABC):
     #: Whether a row is the sum of those of all samples, for vectors that are independent with mean
     #: zero: sums of squares are then right on average only.
     summed: bool = False
+    #: Whether the positions of a row are those of all samples, each of one.
+    ragged: bool = False
+
+    def of_ragged(self) -> Self:
+        """Return the same rows, marked as having the positions of all samples, each of one.
+
+        In Kronecker factors every position then counts as a sample of its own.
+        """
+        result = copy.copy(self)
+        result.ragged = True
+        return result
 
     def summed_up(self) -> Self:
         """Return the same rows, marked as sums over all samples."""

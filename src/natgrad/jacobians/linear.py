@@ -199,9 +199,12 @@ class LinearJacobian(LayerJacobian):
             return (self,)
         if weight_sharing == "split" and self.layout.d_out == 1:
             return (DenseJacobian(self.layout, self.layout.flat(self.per_sample_gradients())),)
+        if self.ragged:
+            weight_sharing = "expand"
         chosen, drawn, limit = None, None, enough_rows(self.layout, rows_per_unit)
         if limit is not None:
-            kept = max(1, -(-limit // draw.place.of_all(self.samples)))
+            each = draw.place.of_all(1 if self.ragged else self.samples)
+            kept = max(1, -(-limit // each))
             if kept < self.positions:
                 drawn = (self.positions, kept, draw.number)
                 chosen = random_subset(*drawn, self.device)

@@ -92,6 +92,10 @@ class SumJacobian(LayerJacobian):
         """Part the rows of every use."""
         return SumJacobian([part.parted(samples) for part in self.parts], self.layout)
 
+    def of_ragged(self) -> SumJacobian:
+        """Mark the rows of every use."""
+        return SumJacobian([part.of_ragged() for part in self.parts], self.layout)
+
     def product_rows(
         self, weight_sharing: WeightSharing, rows_per_unit: float | None, draw: Draw
     ) -> tuple[LayerJacobian, ...]:

@@ -43,6 +43,7 @@ from natgrad.optim.step.measures import (
     on_host,
     scalar_checks,
     second_largest_change,
+    squared_gradient,
 )
 from natgrad.optim.step.plan import StepPlan
 from natgrad.optim.step.quadratic_model import BatchFisher
@@ -291,7 +292,7 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
             gradients = {}  # What is known of this batch is of other parameters together.
         rest = self._gradients(preconditioned=False)
         if self._relative_damping and self._mean_eigenvalue is None:
-            self._find_damping_unit()
+            self._find_damping_unit(gradients)
         grouped = self._grouped()
         self._set_damping(grouped)
         if observer.warmup > 0:
@@ -454,7 +455,8 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
             square = found["fisher"] + damped
             bounds = found["scale"], found["largest"], found["count"]
             state = state.measured(rule, inner, square, *bounds)
-            self._deviance = self._deviance.measured(found["largest"], rule.memory)
+            largest, memory = found["largest"], rule.memory
+            self._deviance = self._deviance.measured(largest, memory, found["square"])
         change = second_largest_change(found, [rate_of(group) for group in grouped.groups])
         length = state.length(inner, change, rule.lengthened(self._noise_to_signal))
         rates = [rate_of(group) * (1.0 - group["momentum"]) for group in grouped.groups]
@@ -656,7 +658,10 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
     def _damping_unit(self) -> float:
         """What the groups' damping is multiplied by."""
         rule, known = self._relative_damping, self._mean_eigenvalue
-        return 1.0 if rule is None or not known else rule.unit(known, self._noise_to_signal)
+        if rule is None or not known:
+            return 1.0
+        size = sum(block.numel for block in self.preconditioner.curvature.blocks.values())
+        return rule.unit(max(known, self._deviance.least_trace / size), self._noise_to_signal)
 
     @property
     def _units(self) -> dict[str, bool]:
@@ -664,10 +669,23 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
         measured = self.step_rule.measured is not None
         return {"measured_length": measured, "relative_damping": self._relative_damping is not None}
 
-    def _find_damping_unit(self) -> None:
-        """Wait for the mean eigenvalue before the first factorisation; later ones come along."""
-        found = float(self.preconditioner.mean_eigenvalue())
-        self._mean_eigenvalue = found if math.isfinite(found) and found > 0 else None
+    def _find_damping_unit(self, gradients: dict[str, Tensor]) -> None:
+        """Wait for the mean eigenvalue before the first factorisation; later ones come along.
+
+        So does what it is at least.
+        """
+        preconditioner, measured = self.preconditioner, self.step_rule.measured
+        values = {"mean": preconditioner.mean_eigenvalue()}
+        if measured is not None:
+            square = {"square": squared_gradient(preconditioner, gradients)}
+            preconditioner.replicas.average(square)
+            values.update(batch_scale(preconditioner.observer, gradients), **square)
+        found = on_host(values)
+        mean = found["mean"]
+        self._mean_eigenvalue = mean if math.isfinite(mean) and mean > 0 else None
+        if measured is not None and all_finite(found):
+            largest, memory = found["largest"], measured.memory
+            self._deviance = self._deviance.measured(largest, memory, found["square"])
 
     def _set_damping(self, grouped: PreconditionedGroups | None = None) -> None:
         """Collect each block's damping from its parameter group."""

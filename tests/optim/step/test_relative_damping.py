@@ -11,7 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from natgrad import KFAC, MeasuredLength, NaturalGradient, Refresh, RelativeDamping, StepRule
+from natgrad import (
+    EKFAC,
+    KFAC,
+    SINGD,
+    TKFAC,
+    MeasuredLength,
+    NaturalGradient,
+    Refresh,
+    RelativeDamping,
+    StepRule,
+)
 from natgrad.curvature import KroneckerFactors
 from natgrad.optim.step.deviance import Deviance
 from tests.cases import labels, normal
@@ -87,6 +97,49 @@ def test_later_dampings_are_of_the_factorisation_before(structure):
         elif known is not None:
             assert optimizer._mean_eigenvalue == pytest.approx(known, rel=1e-12)
     assert renewals >= 4
+
+
+@pytest.mark.parametrize("structure", [*KRONECKER, *ROWS])
+@pytest.mark.parametrize("factor", [1.0, 7.0])
+def test_confident_errors_count_as_curvature(structure, factor):
+    """tr F is at least a tenth of ``‖∇L‖²/R``, with R twice the loss of hard labels."""
+    model = network()
+    with torch.no_grad():
+        model[2].weight.mul_(1e4)
+    optimizer = make(model, structure)
+    x, _ = batch(0)
+    y = model(x).argmin(1)
+    loss = functional.cross_entropy(model(x), y)
+    (factor * loss).backward()
+    square = sum(float(p.grad.square().sum()) for p in model.parameters()) / factor**2
+    size = sum(p.numel() for p in model.parameters())
+    expected = 0.2 * 0.1 * square / (2 * loss.item()) / size
+    optimizer.step()
+    assert mean_eigenvalue(optimizer) < 0.01 * expected
+    found = used(optimizer)
+    assert found
+    for value in found.values():
+        assert math.isclose(value, expected, rel_tol=1e-9)
+
+
+@pytest.mark.parametrize("optimizer_type", [KFAC, EKFAC, TKFAC, SINGD])
+def test_confident_errors_are_unlearnt(optimizer_type):
+    """Tied tables as torch draws them repeat their input, of which sampled labels see no doubt."""
+    torch.manual_seed(0)
+    table = nn.Embedding(30, 64)
+    model = nn.Sequential(table, nn.Linear(64, 30, bias=False))
+    model[1].weight = table.weight
+    optimizer = optimizer_type(model)
+    tokens = torch.arange(30)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(model(tokens), tokens.roll(1))
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[0] > 50
+    assert losses[-1] < 5
 
 
 @pytest.mark.parametrize("structure", ["kfac", "ekfac", "diagonal", "unit_wise"])

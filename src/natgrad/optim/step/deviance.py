@@ -12,6 +12,10 @@ from natgrad.optim.step.length_state import averaged
 #: A deviance as large stands for one that is not known.
 UNKNOWN = 1e200
 
+#: Share of what tr F must be that it counts as at least: sampled labels and averages know it no
+#: better.
+LEAST_TRACE = 0.1
+
 
 @dataclass(frozen=True)
 class Deviance:
@@ -22,10 +26,12 @@ class Deviance:
     Attributes:
         log_present: The average of log R; None before the first measurement.
         log_largest: The largest of these averages.
+        least_trace: What ``tr F`` counts as at least, by the last gradient measured.
     """
 
     log_present: float | None = None
     log_largest: float = -math.inf
+    least_trace: float = 0.0
 
     @property
     def left(self) -> float:
@@ -37,17 +43,18 @@ class Deviance:
         """Ratio of what is left to what has been explained, at most 1."""
         return self.left / (1.0 - self.left) if self.left < 0.5 else 1.0
 
-    def measured(self, present: float, memory: float) -> Deviance:
+    def measured(self, present: float, memory: float, square: float = 0.0) -> Deviance:
         """Return the state after a measurement.
 
         Args:
             present: R of a batch.
             memory: Weight of the past.
+            square: ``‖∇L‖²`` of the batch; 0 if unknown.
         """
         if not 0 < present < UNKNOWN:
             return self
         found = averaged(self.log_present, math.log(present), memory)
-        return Deviance(found, max(self.log_largest, found))
+        return Deviance(found, max(self.log_largest, found), LEAST_TRACE * square / present)
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain values."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from natgrad.curvature import Curvature
 from natgrad.distributed.shards import own_shard, shard_count, whole
+from natgrad.layouts import inner_product
 from natgrad.linalg import constant
 from natgrad.optim.step.groups import PreconditionedGroups, rate_of
 from natgrad.optim.step.quadratic_model import (
@@ -65,6 +66,7 @@ def measure(
         measures["along"] = preconditioner.inner_product(directions[1], source)
     if scale is not None:
         measures.update(scale)
+        measures["square"] = squared_gradient(preconditioner, gradients)
         gram = fisher_gram(batch, directions, grouped.replicas)
         measures["fisher"] = measures["scale"] * gram[0, 0]
         if len(directions) > 1:
@@ -93,6 +95,13 @@ def measure(
         squares = measures.pop("steps"), measures.pop("weights")
         measures["changes"] = _largest_changes(natural, weights, *squares)
     return measures
+
+
+def squared_gradient(preconditioner: Preconditioner, gradients: dict[str, Tensor]) -> Tensor:
+    """Return ``‖∇L‖²``; 0 where ``.grad`` holds something else. Its mean is over processes."""
+    if preconditioner.own_backward or not gradients:
+        return torch.zeros((), dtype=torch.float64, device=preconditioner.device)
+    return inner_product(gradients, gradients)
 
 
 def _is_summed(curvature: Curvature) -> bool:
