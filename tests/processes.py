@@ -36,6 +36,12 @@ CONTEXT.set_forkserver_preload(
 )
 #: Seconds after which a process is taken to hang.
 PATIENCE = 240.0
+#: How the report of a process begins that died in native code.
+FATAL = "Fatal Python error"
+
+
+class NativeCrash(RuntimeError):
+    """A process died in native code."""
 
 
 def start(function: Callable[..., None], *arguments: Any) -> BaseProcess:
@@ -75,6 +81,9 @@ def run(
 ) -> list[Any]:
     """Run ``function(rank, *arguments)`` in every process of a group; return what they return.
 
+    Where one dies in native code (torch's own, as natgrad has none; seen once, in gloo's processes
+    with shards of layers in pieces) all are started once more, and a warning says so.
+
     Args:
         function: A function of a module.
         arguments: What it is given besides the rank.
@@ -85,6 +94,20 @@ def run(
     Raises:
         RuntimeError: If a process raises, dies or hangs; with its traceback.
     """
+    try:
+        return _run(function, arguments, world, join, timeout)
+    except NativeCrash as crash:
+        warnings.warn(f"started again: {crash}", stacklevel=2)
+        return _run(function, arguments, world, join, timeout)
+
+
+def _run(
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    world: int,
+    join: bool,
+    timeout: float,
+) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
         shared = (function, arguments, world, join, timeout, folder)
         group = torch.multiprocessing.start_processes(
@@ -98,8 +121,12 @@ def run(
         except Exception as error:
             for process in group.processes:
                 process.kill()
-            said = "".join(file.read_text() for file in sorted(Path(folder).glob("*.txt")))
-            raise RuntimeError(f"{function.__name__} failed: {error}\n{said}") from None
+            said = [file.read_text() for file in sorted(Path(folder).glob("*.txt"))]
+            message = f"{function.__name__} failed: {error}\n{''.join(said)}"
+            crashes = [one[one.index(FATAL) :].splitlines()[:12] for one in said if FATAL in one]
+            if crashes:  # Last, as the ends of long reports are what is read.
+                raise NativeCrash("\n".join([message, *map("\n".join, crashes)])) from None
+            raise RuntimeError(message) from None
         files = (f"{folder}/{rank}.pt" for rank in range(world))
         return [torch.load(file, weights_only=False) for file in files]
 
