@@ -79,9 +79,8 @@ def lanczos(
     tolerance = max(tolerance, ROUNDING * torch.finfo(start.dtype).eps)
     groups, d_out = start.shape[:2]
     size = d_out * (d_out + 1) // 2
-    basis = start.new_zeros(groups, 0, d_out**2)
+    basis = backs = start.new_zeros(groups, 0, d_out**2)
     images: list[Tensor] = []
-    backs: list[Tensor] = []
     # A generic start: the identity alone may be orthogonal to some pair.
     candidate = start / _norm(start) + 0.1 * _random_like(start, 0)
     steps = min(max(limit, rank), size)
@@ -97,21 +96,15 @@ def lanczos(
         basis = torch.cat([basis, vector.flatten(1).unsqueeze(1)], dim=1)
         images.append(forward(vector))
         candidate = adjoint(images[-1])
-        backs.append(candidate)
-        if step + 1 < min(rank, size):
-            continue
-        left, sigma, right = torch.linalg.svd(
-            torch.stack([image.flatten(1) for image in images], 2), full_matrices=False
-        )
-        kept = min(rank, sigma.shape[1])
-        left, sigma, right = left[..., :kept], sigma[:, :kept], right[:, :kept]  # right: (G, R, k)
-        v = right @ basis
-        back = right @ torch.stack([b.flatten(1) for b in backs], 1)
-        # σ‖Zᵀu − σv‖
-        residual = (back - sigma.unsqueeze(-1).square() * v).norm(dim=-1)
+        backs = torch.cat([backs, candidate.flatten(1).unsqueeze(1)], dim=1)
         # Not before one direction more than wanted was seen: the wanted may all be in it.
-        if step >= rank and bool((residual <= tolerance * sigma[:, :1].square()).all()):
+        if step >= rank and _are_found(basis, backs, rank, tolerance):
             break
+    left, sigma, _ = torch.linalg.svd(
+        torch.stack([image.flatten(1) for image in images], 2), full_matrices=False
+    )
+    kept = min(rank, sigma.shape[1])
+    left, sigma = left[..., :kept], sigma[:, :kept]
     u = left.mT.unflatten(-1, (int(left.shape[1] ** 0.5 + 0.5), -1))
     present = (sigma > size * torch.finfo(sigma.dtype).eps * sigma[:, :1])[..., None, None]
     sigma = sigma[..., None, None]
@@ -124,6 +117,21 @@ def lanczos(
         a = torch.cat([a, a.new_zeros(groups, missing, *a.shape[2:])], 1)
         b = torch.cat([b, b.new_zeros(groups, missing, *b.shape[2:])], 1)
     return a.transpose(0, 1).contiguous(), b.transpose(0, 1).contiguous()
+
+
+def _are_found(basis: Tensor, backs: Tensor, rank: int, tolerance: float) -> bool:
+    """Return whether the leading pairs on a space have small residuals ``σ‖Zᵀu − σv‖``.
+
+    Args:
+        basis: Its orthonormal basis, ``(G, k, d²)``.
+        backs: ``ZᵀZ`` times that.
+        rank: Number of pairs.
+        tolerance: Largest residual, relative to the largest ``σ²``.
+    """
+    squares, right = torch.linalg.eigh(symmetric_part(basis @ backs.mT))
+    squares, right = squares[:, -rank:], right[..., -rank:].mT
+    residual = (right @ backs - squares.unsqueeze(-1) * (right @ basis)).norm(dim=-1)
+    return bool((residual <= tolerance * squares[:, -1:]).all())
 
 
 def _signed(u: Tensor, v: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
