@@ -22,8 +22,7 @@ from natgrad.capture.kinds import (
     parameter_shapes,
     register_kind,
 )
-from natgrad.capture.rerun import rerun
-from natgrad.distributed.shards import whole
+from natgrad.capture.rerun import rerun, whole_values
 from natgrad.jacobians import LayerJacobian, LinearJacobian
 from natgrad.jacobians.layer import at_least_float32
 from natgrad.layouts import BlockLayout
@@ -199,7 +198,7 @@ def convolution_within(module: nn.Module) -> LayerKind | None:
     try:
         with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
             images = torch.randn(shape, dtype=weight.dtype, device=weight.device)
-            held = {name: whole(p.detach()) for name, p in module.named_parameters()}
+            held = whole_values(module)
             held["weight"].requires_grad_()
             with RecordConvolutions(module, calls.append):
                 rerun(module, held, (images,), recorded=True)

@@ -18,8 +18,7 @@ from natgrad.capture.embedding import LookupKind, looked_up
 from natgrad.capture.kinds import LayerCall, LayerKind
 from natgrad.capture.linear import LinearKind, TransposedLinearKind
 from natgrad.capture.normalization import GROUP_NORM, NormalizationKind
-from natgrad.capture.rerun import rerun
-from natgrad.distributed.shards import whole
+from natgrad.capture.rerun import rerun, whole_values
 
 #: Standard deviation of inputs that show the ε of a norm.
 SMALL = 1e-3
@@ -40,7 +39,7 @@ def kind_by_trial(module: nn.Module) -> LayerKind | None:
         return _lookup(module)
     if any(True for _ in module.buffers()):
         return None
-    held = _values(module)
+    held = whole_values(module)
     shapes = [(2, 3, features) for features in dict.fromkeys(reversed(weight.shape))]
     for shape in [*shapes, (2, *weight.shape, 2, 3)]:
         devices = [weight.device] if weight.is_cuda else []
@@ -69,7 +68,7 @@ def kind_alike(module: nn.Module, inputs: Tensor, output: Tensor) -> LayerKind |
         inputs: What one call was given.
         output: What it returned.
     """
-    own = _values(module)
+    own = whole_values(module)
     if "weight" not in own or not set(own) <= {"weight", "bias"} or not inputs.dim():
         return None
     if not (inputs.is_floating_point() and inputs.numel() and isinstance(output, Tensor)):
@@ -156,7 +155,7 @@ def _norm_of_images(
 
 def _lookup(module: nn.Module) -> LayerKind | None:
     """Return the kind of a table that is given integers, or None."""
-    own = _values(module)
+    own = whole_values(module)
     if set(own) != {"weight"} or own["weight"].dim() != 2:
         return None
     weight = own["weight"]
@@ -177,10 +176,6 @@ def normalize(inputs: Tensor, center: bool, eps: float) -> Tensor:
     """Return ``x̂``, by layer norm if ``center``, else by RMS norm."""
     norm = functional.layer_norm if center else functional.rms_norm
     return norm(inputs, inputs.shape[-1:], eps=eps)
-
-
-def _values(module: nn.Module) -> dict[str, Tensor]:
-    return {name: whole(p.detach()) for name, p in module.named_parameters()}
 
 
 def _close(left: float, right: float) -> bool:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from natgrad.distributed.shards import whole
+
 
 def rerun(
     module: nn.Module,
@@ -26,6 +28,11 @@ def rerun(
     named = {f"module.{name}": value for name, value in state.items()}
     with torch.set_grad_enabled(recorded):
         return functional_call(_WithoutHooks(module), named, args, dict(kwargs or {}))
+
+
+def whole_values(module: nn.Module) -> dict[str, Tensor]:
+    """Return the values of a module's parameters, whole where they are in shards."""
+    return {name: whole(p.detach()) for name, p in module.named_parameters()}
 
 
 class _WithoutHooks(nn.Module):

@@ -50,6 +50,7 @@ from natgrad.optim.step.quadratic_model import BatchFisher
 from natgrad.optim.step.reevaluation import Reevaluation, as_float, evaluated
 from natgrad.optim.step.relative_damping import RelativeDamping
 from natgrad.optim.summary import Summary, summarize
+from natgrad.optim.zeroed_gradients import as_check
 
 #: After so many steps at learning rates below so much, someone has taken them for those of another
 #: optimizer.
@@ -385,7 +386,6 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
         if rule.momentum_on == "gradient":
             source, state = grouped.summed(gradients)
         flags = preconditioner.zeroed_flags()
-        zeroed = {"zeroed": torch.stack(list(flags.values()))} if flags else {}
         for carefully in (False, True):
             natural, failed = preconditioner.natural_gradient(
                 source, backpropagated=source is covered, carefully=carefully
@@ -405,7 +405,7 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
                 values["mean_eigenvalue"] = preconditioner.mean_eigenvalue()
             checks = {**scalar_checks(rest.values(), loss), "failed": failed}
             grouped.replicas.average(checks)  # What one finds broken is broken for all.
-            found = on_host({**values, **checks, **zeroed})
+            found = on_host({**values, **checks, **as_check(flags)})
             told = found.pop("zeroed", [])
             mean_eigenvalue = found.pop("mean_eigenvalue", math.nan)
             if not found.pop("failed"):
@@ -431,7 +431,7 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
             self._mean_eigenvalue = mean_eigenvalue
         if preconditioner.observer.isotropy_probe is not None:
             self._set_unit()
-        preconditioner.zeroed.note(n for n, flag in zip(flags, told, strict=True) if flag)
+        preconditioner.zeroed.note(flags, told)
         scales = clip_scales(found, coefficients, grouped)
         return StepPlan(gradients, state, directions, coefficients, scales)
 

@@ -38,7 +38,7 @@ from natgrad.optim.gradient_rows import GradientRows
 from natgrad.optim.observer import ModelWatch, Observer
 from natgrad.optim.options import Refresh
 from natgrad.optim.step.measures import all_finite, on_host, scalar_checks
-from natgrad.optim.zeroed_gradients import ZeroedGradients
+from natgrad.optim.zeroed_gradients import ZeroedGradients, as_check
 
 
 class Preconditioner(CopiedByState):
@@ -316,7 +316,6 @@ class Preconditioner(CopiedByState):
             if p.grad is not None and name in covered
         }
         flags = self.zeroed_flags()
-        zeroed = {"zeroed": torch.stack(list(flags.values()))} if flags else {}
         for carefully in (False, True):
             natural, failed = self.natural_gradient(gradients, carefully=carefully)
             if not self.curvature.is_divided:
@@ -325,14 +324,14 @@ class Preconditioner(CopiedByState):
             checks = scalar_checks([*gradients.values(), *natural.values()])
             checks["failed"] = failed
             self.replicas.average(checks)
-            found = on_host({**checks, **zeroed})
+            found = on_host({**checks, **as_check(flags)})
             told = found.pop("zeroed", [])
             if not found.pop("failed"):
                 break
         if not all_finite(found):
             self.skip()
             return
-        self.zeroed.note(name for name, flag in zip(flags, told, strict=True) if flag)
+        self.zeroed.note(flags, told)
         for name, gradient in gradients.items():
             gradient.copy_(natural[name])
             parameter = self.parameters[name]  # Dense, also where it was sparse.
@@ -760,7 +759,7 @@ class Preconditioner(CopiedByState):
             self.untrusted = untrusted
             self.zeroed.drop()
             self.zeroed = ZeroedGradients()
-            self.zeroed.note(zeroed)
+            self.zeroed.names.update(zeroed)
             if curvature is not self.curvature:
                 self.find_layers()
             self.curvature.estimates, self.curvature.resting = estimates, resting

@@ -178,6 +178,11 @@ class ZeroedGradients:
                 direction.masked_fill_(stays, 0.0)
         return result
 
-    def note(self, found: Iterable[str]) -> None:
-        """Remember parameters whose gradients had such entries."""
-        self.names.update(found)
+    def note(self, flags: Iterable[str], values: Iterable[Any]) -> None:
+        """Remember parameters whose gradients had such entries, by the flags on the host."""
+        self.names.update(n for n, value in zip(flags, values, strict=True) if value)
+
+
+def as_check(flags: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return flags as one tensor among others that go to the host together, ``"zeroed"``."""
+    return {"zeroed": torch.stack(list(flags.values()))} if flags else {}
