@@ -142,6 +142,7 @@ class Reference:
         self.mean, self.matrix, self.inverse = None, None, None
         self.damped = None  # The matrix as it is inverted, but for λ.
         self.residual, self.largest_residual, self.nu = None, 0.0, 1.0
+        self.least_trace = 0.0
         self.bound = False
         self.theta = position(model)
         ends = torch.tensor([p.numel() for p in model.parameters()]).cumsum(0).tolist()
@@ -168,7 +169,8 @@ class Reference:
                 self.damped = kronecker(self.model, x, rows, data=1.0)
         if self.mean is None:
             self.mean = float(self.matrix.trace()) / len(g)
-        damping = self.shares * self.nu * self.mean
+            self.note_least_trace(x, y, g / scale)
+        damping = self.shares * self.nu * max(self.mean, self.least_trace / len(g))
         if self.count % self.refresh.inverses == 0:
             joint = self.kind == "full"  # One λ, the largest.
             used = damping.max().expand_as(damping) if joint else damping
@@ -232,6 +234,7 @@ class Reference:
             memory = min(0.9, 1 - 1 / self.measured)
             self.long_log_k = memory * self.long_log_k + (1 - memory) * found
             self.follow(x, y)
+            self.note_least_trace(x, y, g / scale)
         usual = max(slope, math.exp(self.log_slope), self.few * self.mean_slope)
         alpha = self.caution * self.zeta * self.rho * min(1 / scale, math.exp(self.log_k) / usual)
         alpha *= self.nu**-self.length.lengthening
@@ -263,6 +266,11 @@ class Reference:
         square = (p - nn.functional.one_hot(y, p.shape[1])).square()
         pearson = (square / p).sum(1)
         return float(torch.minimum(pearson, -2 * p[range(len(y)), y].log()).mean())
+
+    def note_least_trace(self, x: Tensor, y: Tensor, g: Tensor) -> None:
+        """Let tr F count as a hundredth of ``‖∇L‖²/R``; of squared errors it is never less."""
+        if self.likelihood == "categorical":
+            self.least_trace = 0.01 * float(g.square().sum()) / self.deviance(x, y)
 
     def usual_ratio(self) -> float:
         """Return q̄."""

@@ -12,9 +12,8 @@ from natgrad.optim.step.length_state import averaged
 #: A deviance as large stands for one that is not known.
 UNKNOWN = 1e200
 
-#: Share of what tr F must be that it counts as at least: sampled labels and averages know it no
-#: better.
-LEAST_TRACE = 0.1
+#: Share of ``‖∇L‖²/R`` that tr F counts as at least.
+LEAST_TRACE = 0.01
 
 
 @dataclass(frozen=True)

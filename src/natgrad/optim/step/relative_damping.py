@@ -28,6 +28,12 @@ class RelativeDamping:
     likelihood where lengths are measured (:class:`natgrad.MeasuredLength`). Elsewhere ν is 1.
     Targets that are noise for the most part are damped by all of ε.
 
+    Predictions that are wrong with confidence, as of tied tables drawn from N(0, 1), have a Fisher
+    matrix of nearly nothing, and natural gradients of it would be larger than numbers go. Where
+    lengths are measured, decrements of the loss count as no more than R, twice what it can fall by:
+    that of the gradient itself is ``‖∇L‖⁴/∇Lᵀ F ∇L``, at least ``‖∇L‖²/tr F``. So tr F counts as
+    no less than a hundredth of ``‖∇L‖²/R``.
+
     A layer that reads the data itself, or what frozen layers make of them, meets d inputs that it
     did not choose. Whitened by ``A⁻¹``, those that hardly vary count as much as what the data have
     in common, which costs generalisation (Wadia et al. 2021), and a step on N samples says no more
