@@ -90,3 +90,42 @@ def test_classes_without_samples_are_refused():
     natgrad.KFAC(model)
     with pytest.raises(ValueError, match="give a single sample a first dimension of size 1"):
         functional.cross_entropy(model(X[0]), torch.tensor(1)).backward()
+
+
+@pytest.mark.parametrize("advantage", [1.0, -0.3])
+def test_policies_of_one_state_are_refused(advantage):
+    model = nn.Linear(4, 3).double()
+    natgrad.KFAC(model)
+    policy = torch.distributions.Categorical(logits=model(X[0]))
+    with pytest.raises(ValueError, match="give a single sample a first dimension of size 1"):
+        (-advantage * policy.log_prob(torch.tensor(1)) - 0.01 * policy.entropy()).backward()
+
+
+def energies(z: Tensor) -> Tensor:
+    """Return what tells data from draws of an energy-based model, whose gradient sums to zero."""
+    data, drawn = z.chunk(2)
+    return data.mean() - drawn.mean()
+
+
+def survival(z: Tensor) -> Tensor:
+    """Return the loss of Cox's proportional hazards, every sample an event."""
+    return -(z - z.logcumsumexp(0)).mean()
+
+
+UNNAMED = {
+    "binary": lambda z: functional.binary_cross_entropy_with_logits(z, (Y > 0).double()),
+    "density": lambda z: -z.mean(),
+    "energies": energies,
+    "survival": survival,
+    "ranks": lambda z: functional.softplus(z[1:] - z[:-1]).mean(),
+}
+
+
+@pytest.mark.parametrize("name", list(UNNAMED))
+def test_losses_without_a_likelihood(name):
+    """The gradient decides for ``(N,)`` as it does for ``(N, 1)``."""
+    loss = UNNAMED[name]
+    with pytest.warns(UserWarning, match="a single class"):
+        found = trained(natgrad.KFAC, Regression(True), "categorical", loss)
+        wanted = trained(natgrad.KFAC, Regression(False), "categorical", lambda z: loss(z[:, 0]))
+    torch.testing.assert_close(found, wanted)

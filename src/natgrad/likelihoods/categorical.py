@@ -306,7 +306,6 @@ class Categorical(Likelihood):
             return ClassProbabilities(self).decided(decision)
         return self if decision is None else replace(self, class_dim=decision)
 
-    @full_precision
     def seen_with(
         self, output: Tensor, cotangent: Tensor, target: Any = None
     ) -> tuple[Likelihood, list[str]]:
@@ -316,8 +315,18 @@ class Categorical(Likelihood):
         probabilities of which the loss takes the logarithm. Where the gradient is none of classes,
         or there is one class only, the plain likelihood makes room for that of binary labels, if it
         shows such, and else for squared errors, which measure how far outputs move. Say so, and if
-        class weights meet class probabilities, whose weights only the target tells.
+        class weights meet class probabilities, whose weights only the target tells. Single numbers
+        ``(N,)`` are one class each, unless the gradient is that of one sample's classes.
         """
+        numbers = output.dim() == 1 and self._is_plain and bool(cotangent.any())
+        if numbers and not self._is_of_one_sample(output, cotangent):
+            output, cotangent = output.unsqueeze(1), cotangent.unsqueeze(1)
+        return self._seen_with(output, cotangent, target)
+
+    @full_precision
+    def _seen_with(
+        self, output: Tensor, cotangent: Tensor, target: Any
+    ) -> tuple[Likelihood, list[str]]:
         shown = self._misfit(output, cotangent)
         if shown is not None:
             return replace(self, class_dim=shown[1]).seen_with(output, cotangent, target)
@@ -366,6 +375,16 @@ class Categorical(Likelihood):
     def _is_plain(self) -> bool:
         """Whether it is what the name stands for, so that no one has said more."""
         return replace(self, class_dim=None, reduction="mean") == Categorical()
+
+    def _is_of_one_sample(self, output: Tensor, cotangent: Tensor) -> bool:
+        """Return whether a gradient at ``(C,)`` is ``c(p − y)`` for the most part, y one label."""
+        output, cotangent = output.double(), cotangent.double()
+        rest = torch.ones_like(output, dtype=torch.bool)
+        rest[cotangent.abs().argmax()] = False
+        p, events = output.softmax(0)[rest], cotangent[rest]
+        scale = (p * events).sum() / p.square().sum()
+        unexplained = (events - scale * p).square().sum() > UNEXPLAINED * events.square().sum()
+        return bool(self._sums_to_zero(cotangent, 0) & ~unexplained)
 
     def _unexplained(self, output: Tensor, events: Tensor) -> float:
         """Return the share of a gradient's square that is not of the likeliest labels."""
