@@ -168,7 +168,7 @@ def train_language_model(
     return torch.cat([whole(p).detach().flatten() for p in model.parameters()])
 
 
-def language_models() -> dict[str, Tensor]:
+def language_models(rank: int) -> dict[str, Tensor]:
     """Train language models in pieces, in four processes beside shards, too."""
     from torch.distributed.fsdp import fully_shard
 
@@ -283,7 +283,6 @@ def beside_mesh() -> nn.Module:
 
 def together(rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {name: train(parallel(), name) for name in runs()}
-    found["language models"] = language_models()
     if torch.distributed.get_world_size() == 4:
         found |= beside_others()
     refused = {
@@ -303,6 +302,11 @@ def found(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     return processes.run(together, world=request.param)
 
 
+@pytest.fixture(scope="module", params=[2, 4])
+def found_in_language_models(request: pytest.FixtureRequest) -> list[dict[str, Tensor]]:
+    return processes.run(language_models, world=request.param)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", RUNS)
 def test_layers_in_pieces_take_the_steps_of_whole_ones(
@@ -320,16 +324,14 @@ def test_layers_in_pieces_take_the_steps_of_whole_ones(
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", LANGUAGE_RUNS)
 def test_language_models_cut_along_positions_take_the_steps_of_whole_ones(
-    found: list[dict[str, Any]], name: str
+    found_in_language_models: list[dict[str, Tensor]], name: str
 ) -> None:
     alone, start = train_language_model(language_model(), name), weights(language_model())
     assert alone.isfinite().all() and not torch.equal(alone, start)
-    for each in found:
-        ways = {
-            way: it for way, it in each["language models"].items() if way.startswith(f"{name}, ")
-        }
+    for each in found_in_language_models:
+        ways = {way: it for way, it in each.items() if way.startswith(f"{name}, ")}
         ways = {way: it for way, it in ways.items() if way.count(",") == name.count(",") + 1}
-        assert ways or len(found) == 4
+        assert ways or len(found_in_language_models) == 4
         for way, weights_then in ways.items():
             away = float((weights_then - alone).norm() / (alone - start).norm())
             assert away < 1e-10, way
