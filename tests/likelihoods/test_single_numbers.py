@@ -129,3 +129,17 @@ def test_losses_without_a_likelihood(name):
         found = trained(natgrad.KFAC, Regression(True), "categorical", loss)
         wanted = trained(natgrad.KFAC, Regression(False), "categorical", lambda z: loss(z[:, 0]))
     torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+@pytest.mark.parametrize("squeezes", [True, False])
+def test_means_of_large_outputs_are_no_binary_labels(squeezes, sign):
+    """Densities of much data are far from zero, where a sigmoid is 0 or 1."""
+    model = Regression(squeezes)
+    with torch.no_grad():
+        model.layers[2].bias += 30 * sign
+    optimizer = natgrad.KFAC(model)
+    with pytest.warns(UserWarning, match=r"that of Gaussian\(.*\) is taken"):
+        (sign * model(X).mean()).backward()
+    optimizer.step()
+    assert type(optimizer.preconditioner.observer.likelihood) is natgrad.likelihoods.Gaussian

@@ -46,6 +46,9 @@ TAKEN = (
 #: Share of a gradient that no labels explain, from which on it is none of classes.
 UNEXPLAINED = 0.5
 
+#: Relative difference of gradients at single outputs up to which a loss is linear in these.
+LINEAR = 1e-3
+
 #: Share of outputs whose labels must be 0 or 1 for a gradient to be that of binary labels.
 BINARY = 0.9
 
@@ -394,8 +397,13 @@ class Categorical(Likelihood):
         return float((events - scale * hard).square().sum() / events.square().sum())
 
     def _instead(self, output: Tensor, cotangent: Tensor) -> Likelihood:
-        """Return the likelihood that a gradient which is none of classes is taken to be of."""
+        """Return the likelihood that a gradient which is none of classes is taken to be of.
+
+        A loss that is linear in the outputs, as the mean of log-densities or of scores, looks like
+        that of binary labels where their probabilities are 0 or 1: these have to differ.
+        """
         share, sure, _ = hard_labels(output, cotangent, logits=True)
+        sure = sure & (cotangent.max() - cotangent.min() > LINEAR * cotangent.abs().max())
         found: Elementwise = Gaussian(reduction=self.reduction)
         if bool(sure & (share > BINARY)):
             found = Bernoulli(reduction=self.reduction)
