@@ -97,8 +97,8 @@ class Routed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.gate = nn.Linear(WIDTH, 3)
-        self.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.gate = nn.Linear(WIDTH, 4)
+        self.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.flatten(0, 1)
@@ -107,6 +107,25 @@ class Routed(nn.Module):
         for number, expert in enumerate(self.experts):
             place = torch.where(chosen == number)[0]
             out = out.index_add(0, place, share[place, None] * expert(flat[place]))
+        return torch.tanh(x + out.view_as(x))
+
+
+class Stacked(nn.Module):
+    """The same with the matrices of all experts in one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, 4)
+        self.matrices = nn.Parameter(torch.randn(4, WIDTH, WIDTH) * 0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1)
+        share, chosen = self.gate(flat).softmax(-1).max(-1)
+        out = torch.zeros_like(flat)
+        for number in range(4):
+            place = torch.where(chosen == number)[0]
+            made = functional.linear(flat[place], self.matrices[number])
+            out = out.index_add(0, place, share[place, None] * made)
         return torch.tanh(x + out.view_as(x))
 
 
@@ -155,7 +174,7 @@ NETWORKS: dict[str, Any] = {
     "sums over samples": lambda: [Positions(), LowRank(), Constant(), normed()],
     "products": lambda: [Listed(), Experts(), PastItsCall(), Queries()],
     "forwards of their own": lambda: [OwnNorm(WIDTH), OwnConvolution(WIDTH, WIDTH, 3), Scaled()],
-    "routed": lambda: [Routed()],
+    "routed": lambda: [Routed(), Stacked()],
     "recurrent": lambda: [States(nn.LSTM), States(nn.GRU)],
 }
 
