@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -29,7 +30,7 @@ def select_output(
     """Pick the tensor the likelihood looks at, or several heads, out of a model's output.
 
     By default that is its ``logits`` or its first tensor, but not a number, as of the model's own
-    loss.
+    loss. Of a distribution it is what that was made of.
 
     Raises:
         TypeError: If ``select`` returns something else than a tensor.
@@ -44,6 +45,8 @@ def select_output(
         return chosen
     if isinstance(output, Tensor):
         return output
+    if isinstance(output, Distribution):
+        return _parameters(output)
     logits = getattr(output, "logits", None)
     if isinstance(logits, Tensor):
         return logits
@@ -56,6 +59,20 @@ def select_output(
         tensors = [item for item in output if isinstance(item, Tensor)]
         return next((one for one in tensors if one.dim()), tensors[0] if tensors else None)
     return None
+
+
+def _parameters(distribution: Distribution) -> Tensor | dict[Any, Tensor] | None:
+    """Return the tensor with a graph that a distribution was made of, or several by name."""
+    while not distribution.arg_constraints and hasattr(distribution, "base_dist"):
+        distribution = distribution.base_dist
+    made = vars(distribution)
+    given = {name: made.get(name) for name in distribution.arg_constraints}
+    found: dict[Any, Tensor] = {
+        name: one for name, one in given.items() if isinstance(one, Tensor) and one.requires_grad
+    }
+    if len(found) < 2:
+        return next(iter(found.values()), None)
+    return found if all(one.dim() for one in found.values()) else None
 
 
 def _check_told(output: Mapping[Any, Any]) -> None:
@@ -204,8 +221,9 @@ def check_watched(
     Raises:
         ValueError: If one is computed from the model's output instead of being part of it.
     """
-    assert isinstance(select, Selection)
-    for (key, found), watched in zip(select(output).items(), copies, strict=True):
+    heads = select_output(output, select)
+    assert isinstance(heads, dict)
+    for (key, found), watched in zip(heads.items(), copies, strict=True):
         if found is not watched:
             raise ValueError(
                 f"The head {key!r} is computed from the model's output and not a tensor in it, so "

@@ -26,6 +26,7 @@ from natgrad.likelihoods.class_probabilities import (
 )
 from natgrad.likelihoods.elementwise import Elementwise
 from natgrad.likelihoods.gaussian import Gaussian
+from natgrad.likelihoods.mean_and_scale import SCALES, MeanAndScale
 from natgrad.linalg import constant
 
 #: What is said of a single class.
@@ -306,6 +307,8 @@ class Categorical(Likelihood):
         if isinstance(decision, (tuple, list)):
             if decision[0] == "logits":
                 return Bernoulli(reduction=self.reduction).decided(decision)
+            if decision[0] in SCALES:
+                return MeanAndScale(keys=None, reduction=self.reduction).decided(decision)
             return ClassProbabilities(self).decided(decision)
         return self if decision is None else replace(self, class_dim=decision)
 
@@ -402,6 +405,9 @@ class Categorical(Likelihood):
         A loss that is linear in the outputs, as the mean of log-densities or of scores, looks like
         that of binary labels where their probabilities are 0 or 1: these have to differ.
         """
+        halves = MeanAndScale.shown_by(output, cotangent, self.reduction)
+        if halves is not None:
+            return halves
         share, sure, _ = hard_labels(output, cotangent, logits=True)
         sure = sure & (cotangent.max() - cotangent.min() > LINEAR * cotangent.abs().max())
         found: Elementwise = Gaussian(reduction=self.reduction)

@@ -17,9 +17,13 @@ from natgrad.likelihoods.base import FOREIGN, Likelihood, Reduction, full_precis
 from natgrad.likelihoods.elementwise import ReduceOutputs, alike, plausible_scale
 
 Scale = Literal["variance", "deviation", "log_variance", "log_deviation"] | None
+SCALES = ("variance", "deviation", "log_variance", "log_deviation")
 
 #: Least variance, that of ``nn.GaussianNLLLoss``, and least deviation, which has none there.
 LEAST_VARIANCE = LEAST_DEVIATION = 1e-6
+
+#: The same, below which it surely is, and of how many means.
+SURE_SPREAD, FEWEST_MEANS = 0.05, 8
 
 #: Relative spread of what the loss is multiplied by, beyond which it is no loss of the likelihood.
 SPREAD = 0.5
@@ -135,6 +139,30 @@ class MeanAndScale(Likelihood):
         means = plausible_scale(averaged, samples) < plausible_scale(summed, samples)
         reduce_outputs = "mean" if means else "sum"
         return self.decided((form, reduce_outputs if self.reduction == "mean" else None)), []
+
+    @classmethod
+    def shown_by(
+        cls, output: Tensor, cotangent: Tensor, reduction: Reduction = "mean"
+    ) -> MeanAndScale | None:
+        """Return the likelihood of halves of an output that a gradient surely shows to be m and s.
+
+        Args:
+            output: The output.
+            cotangent: The gradient of the loss at it.
+            reduction: How the loss reduces over samples.
+
+        Returns:
+            The likelihood; None if it shows something else.
+        """
+        if output.dim() < cls.least_dimensions or output.shape[-1] % 2:
+            return None
+        found, _ = cls(keys=None, reduction=reduction).seen_with(output, cotangent)
+        if not isinstance(found, MeanAndScale) or found.scale is None:
+            return None
+        factors, number = found._factors(found.scale, output, cotangent), output.numel() // 2
+        if factors.numel() < max(FEWEST_MEANS, 0.9 * number):
+            return None
+        return found if float(factors.std() / factors.mean()) < SURE_SPREAD else None
 
     def _possible(self, output: Tensor) -> list[str]:
         if self.scale is not None:
