@@ -164,8 +164,8 @@ def with_number():
     return model(), 3
 
 
-def with_huber():
-    return regression()[0], nn.HuberLoss()
+def with_margins():
+    return regression()[0], nn.MultiMarginLoss()
 
 
 def nothing_right(outputs, targets):
@@ -434,7 +434,7 @@ def test_results_survive_their_file(tmp_path):
         ("model", "far_labels", [], "fails on outputs of shape (8, 3) and type float32"),
         ("model", "infinite_inputs", [], "is nan on the first batch"),
         ("plain", "regressions", [], "The loss cannot be told from outputs of shape (8, 3)"),
-        ("with_huber", "regressions", [], "give --likelihood (HuberLoss is no likelihood"),
+        ("with_margins", "regressions", [], "give --likelihood (Likelihoods are known for"),
         ("model", "pairs", ["--loss=hinge"], "Unknown loss 'hinge'"),
         ("model", "pairs", ["--likelihood=cauchy"], "Unknown likelihood 'cauchy'"),
         ("model", "pairs", ["--metric=f1"], "Unknown metric 'f1'"),

@@ -690,7 +690,7 @@ Z = torch.zeros(3, 4)
 ERRORS = [
     (lambda: as_likelihood("softmax"), ValueError, "categorical, gaussian, bernoulli, poisson"),
     (lambda: as_likelihood(3), TypeError, "categorical, gaussian, bernoulli, poisson"),
-    (lambda: as_likelihood(nn.HuberLoss()), TypeError, "HuberLoss"),
+    (lambda: as_likelihood(nn.CTCLoss()), TypeError, "not for CTCLoss"),
     (lambda: as_likelihood(nn.MSELoss(reduction="none")), ValueError, "'none'"),
     (lambda: as_likelihood(nn.BCEWithLogitsLoss(pos_weight=torch.ones(2))), ValueError, "pos_wei"),
     (lambda: Gaussian(0.0), ValueError, "variance"),

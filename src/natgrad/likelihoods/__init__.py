@@ -11,6 +11,7 @@ from natgrad.likelihoods.class_probabilities import ClassProbabilities
 from natgrad.likelihoods.conversion import LikelihoodLike, as_likelihood, from_loss
 from natgrad.likelihoods.gaussian import Gaussian
 from natgrad.likelihoods.heads import Heads
+from natgrad.likelihoods.huber import Huber
 from natgrad.likelihoods.mean_and_scale import MeanAndScale
 from natgrad.likelihoods.poisson import Poisson
 from natgrad.likelihoods.poisson_rates import PoissonRates
@@ -22,6 +23,7 @@ __all__ = [
     "ClassProbabilities",
     "Gaussian",
     "Heads",
+    "Huber",
     "Likelihood",
     "LikelihoodLike",
     "MeanAndScale",

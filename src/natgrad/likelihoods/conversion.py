@@ -15,6 +15,7 @@ from natgrad.likelihoods.categorical import Categorical
 from natgrad.likelihoods.elementwise import ReduceOutputs
 from natgrad.likelihoods.gaussian import Gaussian
 from natgrad.likelihoods.heads import Heads
+from natgrad.likelihoods.huber import Huber
 from natgrad.likelihoods.mean_and_scale import MeanAndScale
 from natgrad.likelihoods.poisson import Poisson
 from natgrad.likelihoods.poisson_rates import PoissonRates
@@ -47,13 +48,9 @@ FUNCTIONAL_LOSSES: dict[Callable[..., Any], type[nn.Module]] = {
     functional.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
     functional.poisson_nll_loss: nn.PoissonNLLLoss,
     functional.gaussian_nll_loss: nn.GaussianNLLLoss,
-}
-
-#: Losses of torch that are refused → what to do instead.
-NOT_LIKELIHOODS: dict[type[nn.Module], str] = {
-    nn.L1Loss: "its second derivative is zero: pass Gaussian() to precondition by squared error",
-    nn.SmoothL1Loss: "pass Gaussian(beta), its curvature where residuals are small",
-    nn.HuberLoss: "pass Gaussian(1.0), its curvature where residuals are small",
+    functional.l1_loss: nn.L1Loss,
+    functional.smooth_l1_loss: nn.SmoothL1Loss,
+    functional.huber_loss: nn.HuberLoss,
 }
 
 
@@ -96,8 +93,9 @@ def from_loss(criterion: nn.Module) -> Likelihood:
 
     Args:
         criterion: ``nn.CrossEntropyLoss``, ``nn.NLLLoss``, ``nn.KLDivLoss``, ``nn.MSELoss``,
-            ``nn.BCEWithLogitsLoss``, ``nn.BCELoss``, ``nn.PoissonNLLLoss`` or
-            ``nn.GaussianNLLLoss``, with reduction "mean" or "sum" (or "batchmean").
+            ``nn.L1Loss``, ``nn.SmoothL1Loss``, ``nn.HuberLoss``, ``nn.BCEWithLogitsLoss``,
+            ``nn.BCELoss``, ``nn.PoissonNLLLoss`` or ``nn.GaussianNLLLoss``, with reduction "mean"
+            or "sum" (or "batchmean").
 
     Returns:
         A likelihood with ``loss(output, target)`` equal to the mean-reduced criterion (up to
@@ -112,9 +110,6 @@ def from_loss(criterion: nn.Module) -> Likelihood:
         ValueError: If it has reduction "none" or options with no likelihood behind them.
     """
     name = type(criterion).__name__
-    for kind, advice in NOT_LIKELIHOODS.items():
-        if isinstance(criterion, kind):
-            raise TypeError(f"{name} is no likelihood that natgrad knows: {advice}.")
     reduction: Reduction = getattr(criterion, "reduction", "mean")
     if isinstance(criterion, nn.KLDivLoss) and criterion.reduction in DIVISORS:
         return Categorical(
@@ -136,24 +131,30 @@ def from_loss(criterion: nn.Module) -> Likelihood:
         return Categorical(
             criterion.ignore_index, criterion.weight, class_dim=1, reduction=reduction
         )
+    averages: ReduceOutputs = "mean" if reduction == "mean" else None
     if isinstance(criterion, nn.MSELoss):
-        return Gaussian(0.5, "mean" if reduction == "mean" else None, reduction)
+        return Gaussian(0.5, averages, reduction)
+    if isinstance(criterion, nn.L1Loss):
+        return Huber(0.0, 1.0, averages, reduction)
+    if isinstance(criterion, nn.SmoothL1Loss):
+        return Huber(criterion.beta, 1.0, averages, reduction)
+    if isinstance(criterion, nn.HuberLoss):
+        return Huber(criterion.delta, criterion.delta, averages, reduction)
     if isinstance(criterion, nn.BCEWithLogitsLoss):
         if criterion.weight is not None or criterion.pos_weight is not None:
             raise ValueError("BCEWithLogitsLoss with weight or pos_weight is not a likelihood.")
-        return Bernoulli("mean" if reduction == "mean" else None, reduction)
+        return Bernoulli(averages, reduction)
     if isinstance(criterion, nn.BCELoss):
         if criterion.weight is not None:
             raise ValueError("BCELoss with weight is not a likelihood.")
-        return BinaryProbabilities("mean" if reduction == "mean" else None, reduction)
+        return BinaryProbabilities(averages, reduction)
     if isinstance(criterion, nn.PoissonNLLLoss):
         rates = Poisson if criterion.log_input else PoissonRates
-        return rates("mean" if reduction == "mean" else None, reduction)
+        return rates(averages, reduction)
     if isinstance(criterion, nn.GaussianNLLLoss):
-        averages: ReduceOutputs = "mean" if reduction == "mean" else None
         return MeanAndScale("variance", reduce_outputs=averages, reduction=reduction)
     raise TypeError(
-        "Likelihoods are known for CrossEntropyLoss, NLLLoss, KLDivLoss, MSELoss, BCELoss, "
-        f"BCEWithLogitsLoss, PoissonNLLLoss and GaussianNLLLoss, not for {name}; pass a "
-        "Likelihood instead."
+        "Likelihoods are known for CrossEntropyLoss, NLLLoss, KLDivLoss, MSELoss, L1Loss, "
+        "SmoothL1Loss, HuberLoss, BCELoss, BCEWithLogitsLoss, PoissonNLLLoss and GaussianNLLLoss, "
+        f"not for {name}; pass a Likelihood instead."
     )
