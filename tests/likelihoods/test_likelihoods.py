@@ -692,7 +692,7 @@ ERRORS = [
     (lambda: as_likelihood(3), TypeError, "categorical, gaussian, bernoulli, poisson"),
     (lambda: as_likelihood(nn.CTCLoss()), TypeError, "not for CTCLoss"),
     (lambda: as_likelihood(nn.MSELoss(reduction="none")), ValueError, "'none'"),
-    (lambda: as_likelihood(nn.BCEWithLogitsLoss(pos_weight=torch.ones(2))), ValueError, "pos_wei"),
+    (lambda: as_likelihood(nn.BCEWithLogitsLoss(weight=torch.ones(2))), ValueError, "with weight"),
     (lambda: Gaussian(0.0), ValueError, "variance"),
     (lambda: Gaussian(float("nan")), ValueError, "variance"),
     (lambda: Gaussian(reduce_outputs="max"), ValueError, "reduce_outputs"),

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from natgrad.likelihoods.base import Likelihood, Reduction, full_precision, positive_ratio
+from natgrad.likelihoods.base import (
+    Likelihood,
+    Reduction,
+    full_precision,
+    per_sample,
+    positive_ratio,
+)
 from natgrad.likelihoods.binary_probabilities import (
     BinaryProbabilities,
     hard_labels,
@@ -18,9 +24,11 @@ from natgrad.likelihoods.binary_probabilities import (
 from natgrad.likelihoods.elementwise import (
     Elementwise,
     ReduceOutputs,
+    alike,
     plausible_scale,
     random_like,
 )
+from natgrad.linalg import constant
 
 
 @dataclass(frozen=True, repr=False)
@@ -35,15 +43,70 @@ class Bernoulli(Elementwise):
             is ``Bernoulli("mean")``. None (default) is "sum" until an optimizer sees a loss that
             averages over outputs.
         reduction: How the user's loss reduces over samples, "mean" (default) or "sum".
+        positive_weights: What the losses of labels 1 are multiplied by, a number or one for each
+            output, as ``pos_weight`` of ``nn.BCEWithLogitsLoss``; kept as tuples. Without a target
+            the gradient shows which labels these are. None (default) for no weights.
 
     Raises:
-        ValueError: If an option is unknown.
+        ValueError: If an option is unknown, or a weight is negative or not finite.
 
     Source: Martens, New insights and perspectives on the natural gradient method (2020), §9.
     """
 
     reduce_outputs: ReduceOutputs = None
     reduction: Reduction = "mean"
+    positive_weights: Any = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.positive_weights is not None:
+            weights = torch.as_tensor(self.positive_weights, dtype=torch.float64, device="cpu")
+            if not bool((weights.isfinite() & (weights >= 0)).all()):
+                raise ValueError("positive_weights must be finite numbers that are not negative.")
+            object.__setattr__(self, "positive_weights", _as_tuples(weights.tolist()))
+
+    @property
+    def _weighs_labels(self) -> bool:
+        return self.positive_weights is not None
+
+    def _label_weights(self, output: Tensor, target: Tensor) -> Tensor | float:
+        if self.positive_weights is None:
+            return 1.0
+        return 1 + (constant(self.positive_weights, output) - 1) * target
+
+    def _weighted_nll(self, output: Tensor, target: Tensor) -> Tensor:
+        weights = None if self.positive_weights is None else constant(self.positive_weights, output)
+        return functional.binary_cross_entropy_with_logits(
+            output, target, pos_weight=weights, reduction="none"
+        )
+
+    def _weighted_gradient(self, output: Tensor, target: Tensor) -> Tensor:
+        weights = self._label_weights(output, torch.ones_like(target))
+        return (1 - target) * torch.sigmoid(output) - weights * target * torch.sigmoid(-output)
+
+    def _unweighted(self, output: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a gradient without the weights of labels, which its signs tell, and these."""
+        weights = self._label_weights(output, (cotangent < 0).to(output.dtype))
+        assert isinstance(weights, Tensor)
+        return torch.where(weights > 0, cotangent / weights, 0.0).to(cotangent.dtype), weights
+
+    @full_precision
+    def infer_event_weights(
+        self, output: Tensor, cotangent: Tensor, target: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Read masks and weights off the gradient, those of labels, too; see the base class."""
+        if not self._weighs_labels or target is not None:
+            return super().infer_event_weights(output, cotangent, target)
+        self._check_cotangent(output, cotangent)
+        cotangent, labels = self._unweighted(output, cotangent)
+        weights, scale = super().infer_event_weights(output, cotangent)
+        return alike(per_sample(self.spread(weights, output) * labels)), scale
+
+    def seen_count(self, output: Tensor, weights: Tensor, target: Tensor | None = None) -> Tensor:
+        """Return the count behind event weights, in which labels count alike."""
+        if self._weighs_labels:
+            weights = (weights != 0).to(weights.dtype)
+        return super().seen_count(output, weights, target)
 
     def _shown_scale(self, output: Tensor, cotangent: Tensor, usual: Tensor) -> Tensor:
         scale, hard = self._hard_scale(output, cotangent, usual)
@@ -54,7 +117,7 @@ class Bernoulli(Elementwise):
     ) -> tuple[Tensor, Tensor]:
         """Return the scale of the loss if all labels are hard, or surely some, and whether so."""
         cotangent = cotangent.to(output.dtype)
-        gradient = self.gradient(output, (cotangent < 0).to(output.dtype))
+        gradient = self._gradient(output, (cotangent < 0).to(output.dtype)) * self._scale(output)
         gradient = torch.where(cotangent == 0, 0, gradient)
         scale = positive_ratio(cotangent.abs().sum(), gradient.abs().sum(), usual)
         hard = (cotangent - scale * gradient).abs().sum() <= 0.05 * cotangent.abs().sum()
@@ -66,7 +129,10 @@ class Bernoulli(Elementwise):
         self, output: Tensor, cotangent: Tensor, target: Any = None
     ) -> tuple[Likelihood, list[str]]:
         """Decide on the reduction, and whether outputs are probabilities; see the base class."""
-        if hold_probabilities(output, cotangent):
+        if self._weighs_labels:
+            if target is None:
+                cotangent, _ = self._unweighted(output, cotangent)
+        elif hold_probabilities(output, cotangent):
             found = BinaryProbabilities(self.reduce_outputs, self.reduction)
             return found.seen_with(output, cotangent, target)
         return super().seen_with(output, cotangent, target)
@@ -139,3 +205,8 @@ class Bernoulli(Elementwise):
         if target.device.type == "cpu" and not bool(((target >= 0) & (target <= 1)).all()):
             raise ValueError("Bernoulli needs targets between 0 and 1.")
         return target, missing
+
+
+def _as_tuples(value: Any) -> Any:
+    """Return nested lists as tuples, which can be compared and hashed."""
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value

@@ -141,9 +141,9 @@ def from_loss(criterion: nn.Module) -> Likelihood:
     if isinstance(criterion, nn.HuberLoss):
         return Huber(criterion.delta, criterion.delta, averages, reduction)
     if isinstance(criterion, nn.BCEWithLogitsLoss):
-        if criterion.weight is not None or criterion.pos_weight is not None:
-            raise ValueError("BCEWithLogitsLoss with weight or pos_weight is not a likelihood.")
-        return Bernoulli(averages, reduction)
+        if criterion.weight is not None:
+            raise ValueError("BCEWithLogitsLoss with weight is not a likelihood.")
+        return Bernoulli(averages, reduction, criterion.pos_weight)
     if isinstance(criterion, nn.BCELoss):
         if criterion.weight is not None:
             raise ValueError("BCELoss with weight is not a likelihood.")

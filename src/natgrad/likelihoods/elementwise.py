@@ -133,6 +133,23 @@ class Elementwise(Likelihood):
     def _hessian(self, output: Tensor) -> Tensor:
         """Return the second derivative of :meth:`_nll`, elementwise (independent of the target)."""
 
+    @property
+    def _weighs_labels(self) -> bool:
+        """Whether the loss of an output is multiplied by a weight of its label."""
+        return False
+
+    def _label_weights(self, output: Tensor, target: Tensor) -> Tensor | float:
+        """Return the weights of the labels of every output."""
+        return 1.0
+
+    def _weighted_nll(self, output: Tensor, target: Tensor) -> Tensor:
+        """Return :meth:`_nll` with the weights of labels, which soft ones have in part."""
+        return self._nll(output, target)
+
+    def _weighted_gradient(self, output: Tensor, target: Tensor) -> Tensor:
+        """Return the derivative of :meth:`_weighted_nll`."""
+        return self._gradient(output, target)
+
     def _deviance(self, output: Tensor, residual: Tensor) -> Tensor:
         """Return twice what every output's nll is above its least, by its gradient; ∞ if unknown.
 
@@ -155,7 +172,7 @@ class Elementwise(Likelihood):
     def nll(self, output: Tensor, target: Tensor) -> Tensor:
         """Return the negative log-likelihood of each sample, (N,); see the base class."""
         target, missing = self._checked(output, target)
-        values = self._nll(output, target).masked_fill(missing, 0)
+        values = self._weighted_nll(output, target).masked_fill(missing, 0)
         return per_sample(values).sum(1) * self._scale(output)
 
     @full_precision
@@ -167,15 +184,20 @@ class Elementwise(Likelihood):
     def gradient(self, output: Tensor, target: Tensor) -> Tensor:
         """Return ``∂nll/∂z``, of the output's shape; see the base class."""
         target, missing = self._checked(output, target)
-        return self._gradient(output, target).masked_fill(missing, 0) * self._scale(output)
+        found = self._weighted_gradient(output, target).masked_fill(missing, 0)
+        return found * self._scale(output)
 
     @full_precision
     def event_weights(self, output: Tensor, target: Tensor | None = None) -> Tensor:
-        """Return ones, (N, 1), or where entries of a target are missing their mask, (N, 1, C)."""
-        if target is None or not target.is_floating_point():
+        """Return ones, (N, 1), or where entries of a target are missing their mask, (N, 1, C).
+
+        Both times the weights of labels, if these have any.
+        """
+        if target is None or not (target.is_floating_point() or self._weighs_labels):
             return super().event_weights(output, target)
-        _, missing = self._checked(output, target)
-        return alike(per_sample(~missing).to(output.dtype))
+        target, missing = self._checked(output, target)
+        weights = (~missing).to(output.dtype) * self._label_weights(output, target)
+        return alike(per_sample(weights))
 
     @full_precision
     def count(self, output: Tensor, target: Tensor | None = None) -> Tensor:
@@ -246,7 +268,10 @@ class Elementwise(Likelihood):
         for ratio in (samples.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0), entries):
             if explains(ratio):
                 scale = ratio.sum() / (ratio > 0).sum()
-                return alike((ratio / scale).expand_as(gradient)), scale
+                found = (ratio / scale).expand_as(gradient)
+                if self._weighs_labels:
+                    found = found * per_sample(self.spread(weights, output))
+                return alike(found), scale
         return weights, scale
 
     @full_precision
