@@ -328,7 +328,7 @@ def _is_mixed(one: RecordedCall, reached: Tensor | None, chosen: Tensor) -> bool
     """Return whether vectors at several samples reach a position of a call on a matrix."""
     if reached is None or reached.dim() != 3 or one.kind.own_layout:
         return False
-    return not is_ragged(reached, chosen)
+    return not is_ragged(reached, chosen, SPLIT_ELEMENTS)
 
 
 def _magnitude(calls: Sequence[RecordedCall]) -> Tensor | float:

@@ -96,7 +96,7 @@ def find_axis(reached: Tensor, chosen: Tensor, dims: Iterable[int]) -> SampleAxi
     return None
 
 
-def is_ragged(reached: Tensor, chosen: Tensor) -> bool:
+def is_ragged(reached: Tensor, chosen: Tensor, limit: int) -> bool:
     """Return whether every position belongs to one sample, though samples are not equally large.
 
     So do tokens that are routed to an expert, and the nodes of unlike graphs.
@@ -105,7 +105,12 @@ def is_ragged(reached: Tensor, chosen: Tensor) -> bool:
         reached: Where vectors that are zero but at chosen samples were pulled back to,
             ``(P, T, d)``.
         chosen: The samples, ``(P, N)``.
+        limit: Of how many pairs of a position and a sample at a time.
     """
-    touched = reached.any(2).float()
-    others = touched.T @ (~chosen).to(touched)  # (T, N), by how many vectors without a sample.
-    return bool((others == 0).any(1).all())
+    touched = reached.any(2).float().T
+    without = (~chosen).unique(dim=1).to(touched)
+    for some in touched.split(max(1, limit // without.shape[1])):
+        others = some @ without  # By how many vectors without a sample a position is reached.
+        if not bool((others == 0).any(1).all()):
+            return False
+    return True
