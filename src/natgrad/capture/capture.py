@@ -397,9 +397,16 @@ class Capture:
                 recorded.cotangent = recorded.samples_first(recorded.cotangent)
             self._check(recorded)
 
+    def look_at_graph(self, recorded: ForwardPass) -> None:
+        """Have rows checked if the graph of a pass is a new one."""
+        turned = self.sources.time_first and self.batch_dim is None and not recorded.batch_dim
+        if recorded.output is not None and not (turned or self.shards):
+            self.sources.look_at_graph(recorded.output)
+
     def _check(self, recorded: ForwardPass) -> None:
         if not self.shards:  # Processes that hold shards look together.
             self.sources.look_at_sizes(recorded.calls, recorded.samples)
+            self.look_at_graph(recorded)
         if not self.sources.knows(recorded.calls):
             assert recorded.output is not None
             likely = recorded.like_inputs and self.batch_dim is None
@@ -445,14 +452,26 @@ class Capture:
         if found.output is not output:
             vectors = torch.stack([found.samples_first(one) for one in vectors])
         self._check(found)
-        return self.rows.pull_back(
-            found.calls,
-            found.output,
-            vectors.to(output.dtype),
-            retain_graph=retain_graph,
-            skip_silent=skip_silent,
-            independent=independent,
-        )
+
+        def pull(retain_graph: bool) -> Jacobians:
+            assert found.output is not None
+            return self.rows.pull_back(
+                found.calls,
+                found.output,
+                vectors.to(output.dtype),
+                retain_graph=retain_graph,
+                skip_silent=skip_silent,
+                independent=independent,
+            )
+
+        sources = self.sources
+        if self.shards or not (sources.checked and (sources.silent or sources.unreached)):
+            return pull(retain_graph)
+        rows = pull(True)
+        if sources.checked:
+            return rows
+        self._check(found)  # Some layers are reached for the first time.
+        return pull(retain_graph)
 
     def user_jacobians(
         self,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from natgrad.capture.generic import GenericKind
+from natgrad.capture.graph import graph_hash
 from natgrad.capture.row_sources import COUPLED, UNCALLED, Place, RecordedCall
 from natgrad.capture.rows import (
     SPLIT_ELEMENTS,
@@ -54,6 +55,7 @@ class RowCheck:
         self._turned = False
         self._last: Callable[[], Tensor | None] = lambda: None
         self._mixed: set[Place] = set()  # As looked at last.
+        self._moved: set[Place] = set()  # Whose samples have lain elsewhere before.
         self._unverified: set[str] = set()  # Blocks whose gradients have all been zero.
 
     def check(
@@ -120,6 +122,7 @@ class RowCheck:
             # Some layers may mix samples in both, as experts do to which tokens are routed.
             fewer = moved is not None and len(sources.mixing(moved)) < mixing + likely
             sources.time_first = self._turned = fewer
+        self._note_moves(axes, output)
         coupled = {place for place, axis in sources.axes.items() if axis is None}
         sources.axes.update({p: axis for p, axis in axes.items() if p not in coupled})
         for one in calls:
@@ -130,6 +133,8 @@ class RowCheck:
         of_block, explained = sources.by_block(calls), sources.explained()
         names = {n: [truth[p] for p in sources.blocks[n].layout.names] for n in explained}
         self._unverified = {n for n, of in names.items() if not any(_any(g) for g in of)}
+        if not self.rows.shards:  # Processes that hold shards look together.
+            sources.silent = {o.place for n in self._unverified for o in of_block.get(n, [])}
         with self.rows.forming(calls):
             for name in explained:
                 of = of_block.get(name, [])
@@ -141,6 +146,16 @@ class RowCheck:
         if sources.checked:
             used = {one.place for one in calls}
             self._tell({p: axis for p, axis in axes.items() if p in used}, of_block, len(output))
+
+    def _note_moves(self, axes: dict[Place, SampleAxis | None], output: Tensor) -> None:
+        """Take samples that lie elsewhere time and again, as two views may, for coupled."""
+        sources = self.sources
+        known = {p: sources.axes[p] for p in axes if sources.axes.get(p) is not None}
+        moved = {p for p, axis in known.items() if axes[p] != axis}
+        if moved:  # Whatever passes of other graphs were found to be was with them elsewhere.
+            sources.graphs = {graph_hash(output)}
+        axes.update(dict.fromkeys(moved & self._moved))
+        self._moved |= moved
 
     def _tell(
         self,
@@ -234,7 +249,10 @@ class RowCheck:
         sources.unreached = {one.place for one, of in reached.items() if all(g is None for g in of)}
         places = {one: joined(of) for one, of in reached.items()}
         self._mixed = {one.place for one, at in places.items() if _is_mixed(one, at, chosen)}
-        return {one.place: _axis_of(one, at, chosen) for one, at in places.items()}
+        known = self.sources.axes
+        return {
+            one.place: _axis_of(one, at, chosen, known.get(one.place)) for one, at in places.items()
+        }
 
     def _find_products(
         self, calls: Sequence[RecordedCall], truth: Mapping[str, Tensor | None]
@@ -313,15 +331,20 @@ class RowCheck:
             return failure
 
 
-def _axis_of(one: RecordedCall, reached: Tensor | None, chosen: Tensor) -> SampleAxis | None:
-    """Return where the samples of a call lie, from where vectors at chosen samples reach it."""
+def _axis_of(
+    one: RecordedCall, reached: Tensor | None, chosen: Tensor, known: SampleAxis | None
+) -> SampleAxis | None:
+    """Return where the samples of a call lie, from where vectors at chosen samples reach it.
+
+    Where they were before, if they can be there.
+    """
     kind = one.kind
     if reached is None:
-        return SampleAxis()
+        return known or SampleAxis()
     if not kind.own_layout or isinstance(kind, GenericKind):
-        return find_axis(reached, chosen, kind.sample_dims(reached.dim() - 1))
+        return find_axis(reached, chosen, kind.sample_dims(reached.dim() - 1), known)
     laid_out = kind.samples_first(one.call, reached)
-    return SampleAxis() if laid_out is None else find_axis(laid_out, chosen, (0,))
+    return SampleAxis() if laid_out is None else find_axis(laid_out, chosen, (0,), known)
 
 
 def _is_mixed(one: RecordedCall, reached: Tensor | None, chosen: Tensor) -> bool:

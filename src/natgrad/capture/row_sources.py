@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -11,6 +12,7 @@ from torch.autograd.graph import GradientEdge
 
 from natgrad.capture.blocks import Block, Use
 from natgrad.capture.generic import DENSE_LIMIT, GenericKind
+from natgrad.capture.graph import graph_hash
 from natgrad.capture.kinds import LayerCall, LayerKind
 from natgrad.capture.product_kinds import WatchedParameter, is_product
 from natgrad.capture.samples import SampleAxis
@@ -22,6 +24,9 @@ Gradients = list[Tensor | None]
 
 #: Up to so many names stand in a sentence.
 SHOWN = 6
+
+#: So many unlike graphs are looked at; of more of them, at ever fewer.
+UNLIKE_GRAPHS = 8
 
 UNCALLED = "is used without a call of its module"
 COUPLED = "the samples of a batch are coupled in it or after it"
@@ -106,6 +111,7 @@ class RowSources:
         axes: Where the samples of a call lie; None where they are coupled.
         mixed: Calls of matrices ``(T, d)`` of which some position belongs to several samples.
         unreached: Calls that no vector has reached yet.
+        silent: Calls of blocks whose gradients were all zero when they were checked.
         constant: Modules whose output depends on no input.
         whole: Modules that are run again on the whole batch.
         time_first: Whether the samples turned out to lie in the output's second dimension.
@@ -113,6 +119,7 @@ class RowSources:
         checked: Whether those of the last pass are known to be right.
         passes: How many there were since the first that was checked.
         settled: Whether nothing remains to be looked at in passes of known calls.
+        graphs: Those of passes (:func:`natgrad.capture.graph.graph_hash`) that all this holds for.
     """
 
     def __init__(
@@ -145,6 +152,7 @@ class RowSources:
         self.axes: dict[Place, SampleAxis | None] = {}
         self.mixed: set[Place] = set()
         self.unreached: set[Place] = set()
+        self.silent: set[Place] = set()
         self.constant: set[nn.Module] = set()
         self.whole: set[nn.Module] = set()
         self.time_first: bool = False
@@ -152,6 +160,8 @@ class RowSources:
         self.checked: bool = False
         self.passes: int = 0
         self.settled: bool = False
+        self.graphs: set[int] = set()
+        self._looked_at: Callable[[], Tensor | None] = lambda: None
         self._of_data: dict[tuple[nn.Module, str], bool] = {}
         self._sizes: dict[Place, float] = {}
         self._resized: set[Place] = set()
@@ -245,6 +255,8 @@ class RowSources:
     def forget(self) -> None:
         """Check again at the next pass. What was coupled once is taken to be so."""
         self.checked, self.settled, self.passes = False, False, 0
+        self.graphs.clear()
+        self._looked_at = lambda: None
         self.axes = {place: axis for place, axis in self.axes.items() if axis is None}
 
     def look_at_modes(self) -> None:
@@ -274,6 +286,21 @@ class RowSources:
             if self._sizes.setdefault(one.place, size) != size:
                 self._resized.add(one.place)
                 self.passes, self.settled = 0, False
+
+    def look_at_graph(self, output: Tensor) -> None:
+        """Have a pass checked whose graph is none of those known, though its calls may be.
+
+        Samples may be mixed from now on, two views laid otherwise, or weights used once more.
+        """
+        if self._looked_at() is output:
+            return
+        self._looked_at = weakref.ref(output)
+        graph = graph_hash(output)
+        if graph not in self.graphs:
+            self.graphs.add(graph)
+            number = len(self.graphs)
+            if number <= UNLIKE_GRAPHS or number & (number - 1) == 0:
+                self.checked = self.settled = False
 
     def explained(self) -> list[str]:
         """Return the blocks whose rows are compared with gradients."""

@@ -118,8 +118,10 @@ class RowBuilder:
             one.apart = one.spread(found)
             if not alone:
                 one.gradients = one.apart
-                if one.place in self.sources.unreached and any(g is not None for g in one.apart):
-                    self.sources.forget()  # Where its samples lie can be found out now.
+                there = [g for g in one.apart if g is not None]
+                silent = one.place in self.sources.silent and any(bool(g.any()) for g in there)
+                if silent or (there and one.place in self.sources.unreached):
+                    self.sources.forget()  # What its rows are can be found out now.
 
     def _rows_of_parameters(
         self, output: Tensor, vectors: Tensor, alone: bool

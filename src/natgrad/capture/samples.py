@@ -72,7 +72,9 @@ def probe_vectors(output: Tensor, chosen: Tensor, seed: int) -> Tensor:
     return torch.where(mask, vectors, torch.zeros_like(vectors))
 
 
-def find_axis(reached: Tensor, chosen: Tensor, dims: Iterable[int]) -> SampleAxis | None:
+def find_axis(
+    reached: Tensor, chosen: Tensor, dims: Iterable[int], known: SampleAxis | None = None
+) -> SampleAxis | None:
     """Return where samples lie in a layer's output, or None where they are coupled.
 
     Args:
@@ -80,16 +82,18 @@ def find_axis(reached: Tensor, chosen: Tensor, dims: Iterable[int]) -> SampleAxi
             ``(P, *output.shape)``.
         chosen: The samples, ``(P, N)``.
         dims: Dimensions that may hold them, the likeliest first.
+        known: Where they were before, which is likelier still.
     """
     samples = chosen.shape[1]
-    for dim in dims:
+    first = known or SampleAxis()
+    for dim in sorted(dims, key=lambda dim: known is not None and dim != known.dim):
         size = reached.shape[1 + dim]
         if size == 0 or size % samples:
             continue
         rest = [d for d in range(1, reached.dim()) if d != 1 + dim]
         touched = reached.any(dim=rest) if rest else reached
         index = torch.arange(size, device=reached.device)
-        for outer in (True, False) if size > samples else (True,):
+        for outer in (first.outer, not first.outer) if size > samples else (first.outer,):
             sample = index // (size // samples) if outer else index % samples
             if not bool((touched & ~chosen.to(touched.device)[:, sample]).any()):
                 return SampleAxis(dim, outer)

@@ -236,6 +236,8 @@ class Observer:
         has_samples = recorded.output.numel() > 0
         if recorded.has_edges and place is None and has_samples:
             self.capture.settle(recorded)
+        elif self.rows_due and place is None and has_samples:
+            self.capture.look_at_graph(recorded)  # A new one is checked at the next pass.
         if self.audit.active and has_samples:
             self.audit.explain(recorded, asked)
         recorded.join_dropped()

@@ -1,0 +1,136 @@
+"""Rows of passes that compute something else than those before, though with the same calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import natgrad
+from natgrad.capture.graph import graph_hash
+from tests import dense
+from tests.cases import normal
+from tests.fisher.test_situations import rows_of
+from tests.situations import Calls
+
+Program = Callable[[Any, Tensor, int], Tensor]
+PROGRAMS: dict[str, tuple[Program, list[int]]] = {}
+
+
+def program(states: list[int]) -> Callable[[Program], Program]:
+    """Register a function of a network, inputs and a state, which is another one at every step."""
+
+    def register(function: Program) -> Program:
+        PROGRAMS[function.__name__] = function, states
+        return function
+
+    return register
+
+
+@program([0, 0, 0, 0, 0, 1, 1, 0])
+def mixed_up_from_some_step_on(m: Any, x: Tensor, state: int) -> Tensor:
+    h = torch.tanh(m.layer(x))
+    h = 0.7 * h + 0.3 * h[[1, 2, 3, 0]] if state else h
+    return m.head(h)
+
+
+@program([0, 1, 2, 0, 1, 2, 2, 1, 0])
+def two_views_laid_in_turn(m: Any, x: Tensor, state: int) -> Tensor:
+    views = x, x.flip(1)
+    if state == 0:
+        left, right = map(m.layer, views)
+    elif state == 1:
+        left, right = m.layer(torch.cat(views)).chunk(2)
+    else:
+        both = m.layer(torch.stack(views, 1).flatten(0, 1))
+        left, right = both[::2], both[1::2]
+    return m.head(torch.tanh(left) - 2 * torch.tanh(right))
+
+
+@program([0, 0, 0, 0, 1, 1])
+def weights_used_once_more(m: Any, x: Tensor, state: int) -> Tensor:
+    h = torch.tanh(m.layer(x))
+    return m.head(h + torch.tanh(h @ m.layer.weight) @ m.layer.weight.T if state else h)
+
+
+@program([0, 0, 0, 0, 0, 1, 1, 1])
+def branch_behind_a_gate(m: Any, x: Tensor, state: int) -> Tensor:
+    h = torch.tanh(m.layer(x))
+    return m.head(h + state * torch.tanh(m.branch(h)) @ m.branch.weight)
+
+
+@pytest.mark.filterwarnings("ignore:natgrad")
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_rows_are_those_of_every_step(name: str):
+    function, states = PROGRAMS[name]
+    torch.manual_seed(0)
+    parts = {"layer": nn.Linear(3, 4), "head": nn.Linear(4, 2), "branch": nn.Linear(4, 4)}
+    if name != "branch_behind_a_gate":
+        del parts["branch"]
+    model = Calls(function, **parts).double()
+    steps = [(normal(4, 3, seed=number), state) for number, state in enumerate(states)]
+    expected = [rows_of(model, step, 0)[1].flatten(0, 1) for step in steps]
+    optimizer = natgrad.ExactNGD(model, "gaussian", fisher="exact", lr=0.0, kl_clip=None)
+    for step, rows in zip(steps, expected, strict=True):
+        optimizer.zero_grad()
+        z = model(*step)
+        (0.5 * (z - normal(4, 2, seed=9)).square().sum() / 4).backward()
+        optimizer.step()
+        found = optimizer.preconditioner.curvature.matrix().to_dense()
+        dense.assert_same(found, rows.T @ rows / 4, 1e-10)
+
+
+def test_graphs_differ_in_operations_and_ways_but_not_in_sizes():
+    layer = nn.Linear(3, 3)
+
+    def of(function: Callable[[Tensor], Tensor], samples: int = 4) -> int:
+        return graph_hash(function(torch.ones(samples, 3)))
+
+    assert of(layer) == of(layer, 5)
+    assert of(layer) != of(lambda x: layer(x).tanh())
+    once, twice = (lambda x: layer(x).tanh() + layer(x)), (lambda x: (y := layer(x)).tanh() + y)
+    assert of(once) != of(twice)
+    assert of(once) == of(once, 2)
+
+
+def test_ever_fewer_of_many_unlike_graphs_are_looked_at():
+    def grown(m: Any, x: Tensor, number: int) -> Tensor:
+        h = m.layer(x)
+        for _ in range(number):
+            h = torch.tanh(h)
+        return h
+
+    torch.manual_seed(0)
+    model = Calls(grown, layer=nn.Linear(3, 2))
+    optimizer = natgrad.ExactNGD(model, "gaussian", fisher="exact", lr=0.0)
+    sources, checks = optimizer.preconditioner.capture.sources, []
+    for number in range(40):
+        optimizer.zero_grad()
+        model(torch.ones(4, 3), number).square().sum().backward()
+        optimizer.step()
+        checks.append(sources.checks)
+    assert checks == sorted(checks) and checks[7] == 8
+    assert checks[-1] == 10  # The 16th and the 32nd besides.
+
+
+@pytest.mark.filterwarnings("ignore:natgrad")
+def test_rows_of_a_users_pass_whose_samples_are_mixed_are_refused_from_the_next_one_on():
+    torch.manual_seed(0)
+    parts = {"layer": nn.Linear(3, 4), "head": nn.Linear(4, 2)}
+    model = Calls(mixed_up_from_some_step_on, **parts).double()
+    optimizer = natgrad.ExactNGD(model, "gaussian", fisher="empirical", lr=0.0)
+
+    def step(state: int) -> None:
+        optimizer.zero_grad()
+        (0.5 * model(normal(4, 3), state).square().sum() / 4).backward()
+        optimizer.step()
+
+    for _ in range(4):
+        step(0)
+    step(1)
+    with pytest.warns(UserWarning, match=r"trains these parameters by adamw: .*coupled"):
+        step(1)
+    assert set(optimizer.preconditioner.untrusted) == {"layer.bias", "layer.weight"}
