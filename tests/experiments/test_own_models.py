@@ -165,7 +165,7 @@ def with_number():
 
 
 def with_margins():
-    return regression()[0], nn.MultiMarginLoss()
+    return regression()[0], nn.SoftMarginLoss()
 
 
 def nothing_right(outputs, targets):
@@ -260,7 +260,7 @@ def test_the_batch_curve_is_that_of_a_plain_loop():
         ("OwnLoss", "dicts", {}),
         ("OwnLoss", "dicts", {"loss": "cross_entropy"}),
         ("regression", "regressions", {"metric": "mean_absolute_error"}),
-        ("with_huber", "regressions", {"likelihood": "gaussian"}),
+        ("with_margins", "regressions", {"likelihood": "gaussian"}),
     ],
 )
 def test_whatever_form_model_and_data_have(factory, data, options):
