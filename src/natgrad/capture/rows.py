@@ -91,9 +91,8 @@ class RowBuilder:
                     if name not in coupled:
                         rows[name] = self.block_rows(name, of, samples, skip_silent)
                         continue
-                    joint = self.block_rows(name, of, 1, skip_silent)
+                    joint = self._joint_rows(name, of, skip_silent)
                     if joint is not None:
-                        joint = joint.of_ragged() if self.sources.are_ragged(of) else joint
                         rows[name] = joint.parted(samples) if alone else joint.summed_up()
                 except Exception as error:
                     self.sources.distrust(name, error)
@@ -172,10 +171,12 @@ class RowBuilder:
                 coupled = any(one.axis is None for one in of)
                 if name in self.sources.direct or (coupled and separate):
                     continue
-                rows = self.block_rows(name, of, 1 if coupled else samples, skip_silent)
+                if coupled:
+                    rows = self._joint_rows(name, of, skip_silent)
+                else:
+                    rows = self.block_rows(name, of, samples, skip_silent)
                 if rows is not None:
-                    ragged = coupled and self.sources.are_ragged(of)
-                    found[name] = rows.of_ragged() if ragged else rows
+                    found[name] = rows
         release(calls)
         return Jacobians(self.layout, found, samples, 1)
 
@@ -228,6 +229,13 @@ class RowBuilder:
             torch.autocast(next(given, "cpu"), enabled=False),
         ):
             yield
+
+    def _joint_rows(
+        self, name: str, calls: Sequence[RecordedCall], skip_silent: bool
+    ) -> LayerJacobian | None:
+        """Return the rows of a block whose samples are coupled, the batch as one sample."""
+        rows = self.block_rows(name, calls, 1, skip_silent)
+        return rows.of_ragged() if rows is not None and self.sources.are_ragged(calls) else rows
 
     def block_rows(
         self, name: str, calls: Sequence[RecordedCall], samples: int, skip_silent: bool
