@@ -70,19 +70,22 @@ class Bernoulli(Elementwise):
         return self.positive_weights is not None
 
     def _label_weights(self, output: Tensor, target: Tensor) -> Tensor | float:
-        if self.positive_weights is None:
-            return 1.0
-        return 1 + (constant(self.positive_weights, output) - 1) * target
+        weights = self._positive(output)
+        return 1.0 if weights is None else 1 + (weights - 1) * target
+
+    def _positive(self, output: Tensor) -> Tensor | None:
+        """Return the weights of labels 1."""
+        return None if self.positive_weights is None else constant(self.positive_weights, output)
 
     def _weighted_nll(self, output: Tensor, target: Tensor) -> Tensor:
-        weights = None if self.positive_weights is None else constant(self.positive_weights, output)
         return functional.binary_cross_entropy_with_logits(
-            output, target, pos_weight=weights, reduction="none"
+            output, target, pos_weight=self._positive(output), reduction="none"
         )
 
     def _weighted_gradient(self, output: Tensor, target: Tensor) -> Tensor:
-        weights = self._label_weights(output, torch.ones_like(target))
-        return (1 - target) * torch.sigmoid(output) - weights * target * torch.sigmoid(-output)
+        weights = self._positive(output)
+        ones = target if weights is None else weights * target
+        return (1 - target) * torch.sigmoid(output) - ones * torch.sigmoid(-output)
 
     def _unweighted(self, output: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
         """Return a gradient without the weights of labels, which its signs tell, and these."""

@@ -26,7 +26,7 @@ from natgrad.likelihoods.class_probabilities import (
 )
 from natgrad.likelihoods.elementwise import Elementwise
 from natgrad.likelihoods.gaussian import Gaussian
-from natgrad.likelihoods.mean_and_scale import SCALES, MeanAndScale
+from natgrad.likelihoods.mean_and_scale import FORMS, MeanAndScale
 from natgrad.linalg import constant
 
 #: What is said of a single class.
@@ -307,7 +307,7 @@ class Categorical(Likelihood):
         if isinstance(decision, (tuple, list)):
             if decision[0] == "logits":
                 return Bernoulli(reduction=self.reduction).decided(decision)
-            if decision[0] in SCALES:
+            if decision[0] in FORMS:
                 return MeanAndScale(keys=None, reduction=self.reduction).decided(decision)
             return ClassProbabilities(self).decided(decision)
         return self if decision is None else replace(self, class_dim=decision)

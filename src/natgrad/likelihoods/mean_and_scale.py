@@ -17,16 +17,15 @@ from natgrad.likelihoods.base import FOREIGN, Likelihood, Reduction, full_precis
 from natgrad.likelihoods.elementwise import ReduceOutputs, alike, plausible_scale
 
 Scale = Literal["variance", "deviation", "log_variance", "log_deviation"] | None
-SCALES = ("variance", "deviation", "log_variance", "log_deviation")
 
 #: Least variance, that of ``nn.GaussianNLLLoss``, and least deviation, which has none there.
 LEAST_VARIANCE = LEAST_DEVIATION = 1e-6
 
-#: The same, below which it surely is, and of how many means.
-SURE_SPREAD, FEWEST_MEANS = 0.05, 8
-
 #: Relative spread of what the loss is multiplied by, beyond which it is no loss of the likelihood.
 SPREAD = 0.5
+
+#: The same, below which it surely is, and of how many means.
+SURE_SPREAD, FEWEST_MEANS = 0.05, 8
 
 
 @dataclass(frozen=True, repr=False)
@@ -65,8 +64,8 @@ class MeanAndScale(Likelihood):
 
     def __post_init__(self) -> None:
         self._check_reduction()
-        if self.scale not in (*_FORMS, None):
-            raise ValueError(f"scale must be one of {', '.join(_FORMS)} but is {self.scale!r}.")
+        if self.scale not in (*FORMS, None):
+            raise ValueError(f"scale must be one of {', '.join(FORMS)} but is {self.scale!r}.")
         if self.reduce_outputs not in ("sum", "mean", None):
             raise ValueError(
                 f"reduce_outputs must be 'sum', 'mean' or None but is {self.reduce_outputs!r}."
@@ -168,7 +167,7 @@ class MeanAndScale(Likelihood):
         if self.scale is not None:
             return [self.scale]
         positive = bool((output.chunk(2, -1)[1] > 0).all())
-        return [one for one in _FORMS if positive or one.startswith("log")]
+        return [one for one in FORMS if positive or one.startswith("log")]
 
     def _factors(self, form: str, output: Tensor, cotangent: Tensor) -> Tensor:
         """Return what the loss of every mean is multiplied by where it is seen, ``(n,)``.
@@ -182,7 +181,7 @@ class MeanAndScale(Likelihood):
     def _factor_of_each(self, form: str, output: Tensor, cotangent: Tensor) -> Tensor:
         """Return the same like m; 0 where both gradients are."""
         _, s = output.chunk(2, -1)
-        variance, slope = _FORMS[form](s)
+        variance, slope = FORMS[form](s)
         of_mean, of_scale = cotangent.to(output.dtype).chunk(2, -1)
         a, b = of_mean * variance.sqrt(), 2 * of_scale / slope
         root = torch.hypot(b, 2 * a)
@@ -212,7 +211,7 @@ class MeanAndScale(Likelihood):
     def _form(self, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return m, v and d log v/ds."""
         mean, s = output.chunk(2, -1)
-        return (mean, *_FORMS[self.scale or "variance"](s))
+        return (mean, *FORMS[self.scale or "variance"](s))
 
     def _checked(self, output: Tensor, target: Tensor) -> Tensor:
         mean, _ = output.chunk(2, -1)
@@ -319,7 +318,7 @@ def _as_log_deviation(s: Tensor) -> tuple[Tensor, Tensor]:
 
 
 #: What s is → its variance v and d log v/ds.
-_FORMS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+FORMS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "variance": _as_variance,
     "deviation": _as_deviation,
     "log_variance": _as_log_variance,
