@@ -183,9 +183,7 @@ class FNGD(NaturalGradient):
 
     def _follow_model(self) -> None:
         super()._follow_model()
-        for own in self.preconditioner.own_backward.values():
-            own.remove()
-        self.preconditioner.own_backward.clear()
+        self.preconditioner.own_backward.remove()
         self._lay_backward_passes()
 
     def computes_coefficients(self, step: int) -> bool:
@@ -232,8 +230,8 @@ class FNGD(NaturalGradient):
         """Return the step to take; with coefficients in use there is no curvature to look after."""
         if not self.clock.weighing or self.step_rule.norm_clip is not None:
             return super()._plan(covered, rest, loss)
-        own = self.preconditioner.own_backward.items()
-        natural = self._coefficients.scaled(covered, {name for name, one in own if one.active})
+        active = self.preconditioner.own_backward.active.keys()
+        natural = self._coefficients.scaled(covered, active)
         self.preconditioner.replicas.average(natural)
         values = scalar_checks(rest.values(), loss)
         self.preconditioner.replicas.average(values)

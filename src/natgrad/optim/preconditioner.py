@@ -28,16 +28,16 @@ from natgrad.distributed.shards import (
     whole,
 )
 from natgrad.fisher import FisherType, as_fisher_type
-from natgrad.layouts import inner_product
 from natgrad.likelihoods import LikelihoodLike, as_likelihood
 from natgrad.operators import GradientSource
 from natgrad.optim.copying import CopiedByState
 from natgrad.optim.fused.kronecker_gradients import FusedGradient
-from natgrad.optim.fused.own_backward import OwnBackward
+from natgrad.optim.fused.own_backward import OwnBackwards
 from natgrad.optim.gradient_rows import GradientRows
 from natgrad.optim.observer import ModelWatch, Observer
 from natgrad.optim.options import Refresh
 from natgrad.optim.step.measures import all_finite, on_host, scalar_checks
+from natgrad.optim.trust import Trust
 from natgrad.optim.zeroed_gradients import ZeroedGradients, as_check
 
 
@@ -65,10 +65,6 @@ class Preconditioner(CopiedByState):
         process_group: Processes that train replicas of the model, each on its share of the batch,
             with gradients averaged over them; by default those of a model in
             DistributedDataParallel, and no others. Curvature is that of the whole batch.
-
-    Attributes:
-        untrusted: Parameter name → why its rows do not explain its gradient, so that it is left
-            alone from then on.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -136,8 +132,8 @@ class Preconditioner(CopiedByState):
         self.curvature.sharing = refresh.sharing
         self.curvature.rows_stay = structure.rows_stay
         self.excluded: frozenset[str] = frozenset(excluded)
-        self.untrusted: dict[str, str] = {}
-        self._named: set[str] = set()  # Parameters with some gradient from elsewhere, once told.
+        #: Parameters that are left alone, as their rows do not explain their gradients.
+        self.trust: Trust = Trust(self.capture)
         self._saved: tuple[dict[str, Estimate], Tensor] | None = None
         self._with_update: dict[str, Estimate] | None = None
         self._updated = False  # Rows of the present step have been taken,
@@ -166,7 +162,7 @@ class Preconditioner(CopiedByState):
         #: Called when the model has other parameters or blocks than before.
         self.on_change: Callable[[], None] = lambda: None
         #: Block name → what makes its natural gradient in the backward pass already.
-        self.own_backward: dict[str, OwnBackward] = {}
+        self.own_backward: OwnBackwards = OwnBackwards()
         try:
             self._plan_layers()
         except ValueError:
@@ -218,7 +214,7 @@ class Preconditioner(CopiedByState):
         if any(hasattr(module, "unshard") for module in self.model.modules()):
             self._take_shards()
         self.parameters = dict(self.model.named_parameters())
-        if self.capture.rescan(self.excluded | set(self.untrusted)):
+        if self.capture.rescan(self.excluded | self.untrusted.keys()):
             layouts = {name: block.layout for name, block in self.capture.blocks.items()}
             staying = self.curvature.follow(layouts, self.capture.layout)
             if staying != set(self.curvature.parts):
@@ -230,9 +226,7 @@ class Preconditioner(CopiedByState):
                     for n in self.curvature.parts
                 }
                 self._saved = kept, random
-            for own in self.own_backward.values():
-                own.remove()
-            self.own_backward = {}
+            self.own_backward.remove()
             self._plan_layers()
         self.observer.model = ModelWatch(self.model)
         self.on_change()
@@ -267,6 +261,11 @@ class Preconditioner(CopiedByState):
         return {name for block in self.curvature.blocks.values() for name in block.names}
 
     @property
+    def untrusted(self) -> dict[str, str]:
+        """Parameter name → why its rows do not explain its gradient."""
+        return self.trust.untrusted
+
+    @property
     def keeps_shards(self) -> bool:
         """Whether gradients stay in shards, and are whole for the owners of layers alone."""
         coupled = self.curvature.structure.companion is not None or bool(self.own_backward)
@@ -275,7 +274,7 @@ class Preconditioner(CopiedByState):
 
     def newly_untrusted(self) -> dict[str, str]:
         """Return those untrusted parameters that had rows until now, which they lose."""
-        new = {n: why for n, why in self.untrusted.items() if n not in self.capture.excluded}
+        new = self.trust.lost
         if new:
             self.find_layers()
         return new
@@ -289,8 +288,7 @@ class Preconditioner(CopiedByState):
         """
         if self.capture.shards:
             return {}
-        own = {name for one in self.own_backward.values() for name in one.names}
-        names = [n for n in self.parameters if n in self.covered - own]
+        names = [n for n in self.parameters if n in self.covered - self.own_backward.names]
         flags = self.zeroed.compared(self.parameters, names, self.replicas.are_alone)
         self.replicas.average(flags)
         return flags
@@ -422,44 +420,12 @@ class Preconditioner(CopiedByState):
 
         Parameters whose rows do not explain them, or that have none, are untrusted from now on.
         """
-        by_reason: dict[str, list[str]] = {}
-        for name, reason in self.blocks_without_rows().items():
-            by_reason.setdefault(reason, []).extend(self.capture.blocks[name].layout.names)
-        for reason, names in by_reason.items():
-            self.distrust(names, reason)
+        self.trust.without_rows(self.blocks_without_rows(), self.covered)
         if self.observer.audit.active:
-            self._distrust_unexplained()
+            found = self.observer.findings(self.own_backward.held)
+            self.trust.without_explanation(found, self.covered)
         if not self.replicas.are_alone and self.observer.rows_due:
-            each = self.replicas.gathered(self.untrusted, self.device)
-            pairs = [pair for one in each for pair in one.items()]
-            self.untrusted = dict(sorted(pairs))  # In the same order everywhere.
-
-    def _distrust_unexplained(self) -> None:
-        """Say which gradients come from elsewhere for a part, and distrust those that mostly do."""
-        held = {name for own in self.own_backward.values() if own.active for name in own.names}
-        found = self.observer.findings(held)
-        mixed = [name for name in found.mixed if name not in self._named]
-        self._named.update(mixed)
-        if mixed:
-            self.capture.tell(
-                f"a part of the gradients of {_listed(mixed)} does not come through the "
-                "output that the likelihood looks at (a second head, another term of the loss), so "
-                "their curvature lacks that part"
-            )
-        if found.foreign and not self.covered - set(found.foreign):
-            self.capture.tell(
-                "none of the gradients comes through the output that the likelihood looks at, so "
-                "curvature is not that of this loss: pass output=lambda out: ... if it is another "
-                "output; natgrad.ResidualNGD is there for losses of derivatives of the network"
-            )
-        elif found.foreign:
-            self.distrust(
-                found.foreign,
-                "its gradient does not come through the output that the likelihood looks at (but "
-                "of a second head, which likelihood={...} takes, another term of the loss, "
-                "derivatives of the network, or the inside of a checkpoint with "
-                "use_reentrant=True, which use_reentrant=False lets through)",
-            )
+            self.trust.unite(self.replicas, self.device)
 
     def blocks_without_rows(self) -> dict[str, str]:
         """Return block name → why the Fisher type has no rows for it."""
@@ -468,17 +434,6 @@ class Preconditioner(CopiedByState):
             return sources.unavailable
         hints = {n: f"{why}: use fisher='exact' or 'mc'" for n, why in sources.inseparable.items()}
         return {**hints, **sources.unavailable}
-
-    def distrust(self, names: Collection[str], reason: str) -> None:
-        """Leave parameters to the first-order fallback from now on.
-
-        Raises:
-            ValueError: If no parameter would be left.
-        """
-        if not self.covered - set(names):
-            raise ValueError(f"no parameter can be preconditioned: {reason}")
-        for name in names:
-            self.untrusted.setdefault(name, reason)
 
     def drop_unusable(self) -> None:
         """Leave out statistics of this step that are not finite, waiting to see."""
@@ -529,7 +484,7 @@ class Preconditioner(CopiedByState):
         if self._joined and not self.curvature.additive:
             source.coordinates = self.observer.coordinates()
         if self.own_backward:
-            source.natural = {name for name, one in self.own_backward.items() if one.active}
+            source.natural = set(self.own_backward.active)
         return mismatches
 
     @property
@@ -550,25 +505,6 @@ class Preconditioner(CopiedByState):
             )
         self.replicas.average({"mean_eigenvalue": value})
         return value
-
-    def inner_product(self, natural: dict[str, Tensor], gradients: dict[str, Tensor]) -> Tensor:
-        """Return ``⟨Δ, ∇L⟩``; estimated for layers whose ``.grad`` holds Δ already."""
-        if not self.own_backward:
-            return inner_product(natural, gradients)
-        own = list(self.own_backward.values())
-        held = {name for one in own if one.active for name in one.names}
-        rest = {name: value for name, value in natural.items() if name not in held}
-        terms = []
-        if natural:
-            overlaps = torch.stack([one.overlap(natural) for one in own])
-            self.replicas.average({"overlaps": overlaps})
-            size, made = overlaps.unbind(1)
-            factors = torch.where(made == 0, 1.0, size / made)
-            pairs = zip(factors, own, strict=True)
-            terms = [factor * one.inner_product(natural) for factor, one in pairs if one.active]
-        if rest:
-            terms.append(inner_product(rest, gradients))
-        return torch.stack(terms).sum()
 
     def _open(self) -> None:
         """Begin the transaction, before anything changes."""
@@ -596,8 +532,7 @@ class Preconditioner(CopiedByState):
         as another loss may go back through them.
         """
         self.zeroed.reset()
-        for own in self.own_backward.values():
-            own.reset()
+        self.own_backward.reset()
         seen = self.observer.seen
         if seen and all(one.recorded.cotangent is not None for one in seen):
             self.observer.discarded = True
@@ -613,8 +548,7 @@ class Preconditioner(CopiedByState):
     def _close(self) -> None:
         self._saved, self._with_update = None, None
         self._updated = self._joined = False
-        for own in self.own_backward.values():
-            own.reset()
+        self.own_backward.reset()
 
     # What users may tell.
 
@@ -756,7 +690,7 @@ class Preconditioner(CopiedByState):
         zeroed = state.get("zeroed", ())
 
         def restore() -> None:
-            self.untrusted = untrusted
+            self.trust.untrusted = untrusted
             self.zeroed.drop()
             self.zeroed = ZeroedGradients()
             self.zeroed.names.update(zeroed)
@@ -788,12 +722,6 @@ def _check_has_values(model: nn.Module) -> None:
                 f"parameter {name!r} is on the meta device, without values: initialise or load the "
                 "model first, and then hand it over"
             )
-
-
-def _listed(names: Collection[str]) -> str:
-    """Return names for a message, the first few of many."""
-    shown = ", ".join(repr(name) for name in list(names)[:6])
-    return shown if len(names) <= 6 else f"{shown} and {len(names) - 6} more"
 
 
 def _any(flags: list[Tensor]) -> Tensor:

@@ -25,6 +25,8 @@ from natgrad.capture.hooks import (
     outside_graphs,
     remove_hooks,
 )
+from natgrad.distributed.replicas import Replicas
+from natgrad.layouts import inner_product
 
 #: Gradients at the input (if it is asked for), of the weight and of the bias (if there is one).
 Gradients = tuple["Tensor | None", Tensor, "Tensor | None"]
@@ -160,6 +162,59 @@ class OwnBackward(ABC):
         # What `apply` adds to this for torch.func costs more than all the rest of the hook.
         apply: Any = super(torch.autograd.Function, _Own).apply
         return apply(output.detach(), inputs, weight, bias, context)
+
+
+class OwnBackwards(dict[str, OwnBackward]):
+    """Block name → what lays a backward pass of its own over its layers."""
+
+    @property
+    def active(self) -> dict[str, OwnBackward]:
+        """Those for whose parameters ``.grad`` holds the modified gradient."""
+        return {name: one for name, one in self.items() if one.active}
+
+    @property
+    def names(self) -> set[str]:
+        """Names of the parameters of all of them."""
+        return {name for one in self.values() for name in one.names}
+
+    @property
+    def held(self) -> set[str]:
+        """Names of the parameters of those that are active."""
+        return {name for one in self.active.values() for name in one.names}
+
+    def reset(self) -> None:
+        """Forget what was accumulated."""
+        for one in self.values():
+            one.reset()
+
+    def remove(self) -> None:
+        """Give all layers their own backward pass back."""
+        for one in self.values():
+            one.remove()
+        self.clear()
+
+    def inner_product(
+        self, natural: dict[str, Tensor], gradients: dict[str, Tensor], replicas: Replicas
+    ) -> Tensor:
+        """Return ``⟨Δ, ∇L⟩``; estimated for layers whose ``.grad`` holds Δ already.
+
+        Args:
+            natural: Δ, parameter name → tensor.
+            gradients: ``.grad`` of the same parameters.
+            replicas: Processes over which it is averaged.
+        """
+        terms, held = [], self.held
+        if self and natural:
+            overlaps = torch.stack([one.overlap(natural) for one in self.values()])
+            replicas.average({"overlaps": overlaps})
+            size, made = overlaps.unbind(1)
+            factors = torch.where(made == 0, 1.0, size / made)
+            pairs = zip(factors, self.values(), strict=True)
+            terms = [factor * one.inner_product(natural) for factor, one in pairs if one.active]
+        rest = {name: value for name, value in natural.items() if name not in held}
+        if rest or not terms:
+            terms.append(inner_product(rest, gradients))
+        return torch.stack(terms).sum()
 
 
 class _Own(torch.autograd.Function):

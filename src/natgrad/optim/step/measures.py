@@ -57,13 +57,14 @@ def measure(
     if not natural:
         return {}
     batch, rule = preconditioner.observer.batch_fisher, grouped.rule
-    inner = preconditioner.inner_product(natural, source)
+    own, replicas = preconditioner.own_backward, preconditioner.replicas
+    inner = own.inner_product(natural, source, replicas)
     measures: dict[str, Tensor] = {"inner": inner}
     if rule.uses_model and preconditioner.observer.keeps_batch_fisher:
         measures["slopes"] = slopes(directions, gradients)
         measures["fisher"] = fisher_gram(batch, directions, grouped.replicas)
     elif rule.measured is not None and len(directions) > 1:
-        measures["along"] = preconditioner.inner_product(directions[1], source)
+        measures["along"] = own.inner_product(directions[1], source, replicas)
     if scale is not None:
         measures.update(scale)
         measures["square"] = squared_gradient(preconditioner, gradients)
