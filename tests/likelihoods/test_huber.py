@@ -112,6 +112,16 @@ def test_outliers_do_not_lead_astray(criterion):
     assert float((model.weight[0] - weights).detach().norm()) < 0.1
 
 
+@pytest.mark.parametrize("criterion", [nn.L1Loss(), nn.SmoothL1Loss(), nn.HuberLoss(delta=0.5)])
+@pytest.mark.parametrize("outputs", [1, 5])
+def test_targets_far_to_one_side_are_no_foreign_loss(criterion, outputs):
+    """Gradients of large errors of one sign are one number, which says nothing against them."""
+    z = normal(16, outputs, seed=3).requires_grad_()
+    (cotangent,) = torch.autograd.grad(criterion(z, z.detach() + 20 + z.detach().abs()), z)
+    assert float(cotangent.max() - cotangent.min()) == 0
+    assert from_loss(criterion).seen_with(z, cotangent)[1] == []
+
+
 def test_functions_and_options():
     for function, module in (
         (functional.l1_loss, nn.L1Loss()),

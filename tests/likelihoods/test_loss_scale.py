@@ -251,6 +251,16 @@ def test_a_loss_that_is_no_likelihood_is_named_once(case):
     assert "ResidualNGD" in sentence and "likelihood=" in sentence
 
 
+def test_a_sum_that_is_asked_for_measures_how_far_outputs_move():
+    """As of log-densities that a model returns, whose gradient is one number."""
+    model = network(1)
+    optimizer = natgrad.KFAC(model, Gaussian(reduce_outputs="sum"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (-model(normal(8, 6)).mean()).backward()
+        optimizer.step()
+
+
 @pytest.mark.parametrize("end", [nn.Softmax(1), nn.LogSoftmax(1), nn.Identity()])
 def test_probabilities_of_classes_are_taken_for_what_they_are(end):
     """As of policies: the loss takes their logarithm, times whatever reward."""

@@ -43,6 +43,13 @@ class Gaussian(Elementwise):
         variance = 0.5 if self.variance == 1 else self.variance
         return dataclasses.replace(self, variance=variance, reduce_outputs="mean")
 
+    def _is_foreign(self, output: Tensor, cotangent: Tensor) -> bool:
+        """Return whether the gradient is one number, unless the sum was asked for.
+
+        Who gives ``reduce_outputs="sum"`` may mean to measure how far outputs move.
+        """
+        return self.reduce_outputs != "sum" and super()._is_foreign(output, cotangent)
+
     def _looks_average(self, output: Tensor, cotangent: Tensor) -> bool:
         """Return whether the gradient is too small for the sum of an untrained model's errors.
 

@@ -59,6 +59,10 @@ class Huber(Elementwise):
         inside = math.sqrt(4 * math.pi * half) * math.erf(math.sqrt(half))  # Times the slope.
         return inside / (inside + 2 * math.exp(-half))
 
+    def _is_foreign(self, output: Tensor, cotangent: Tensor) -> bool:
+        """Return False: errors that are all large, and to one side, have one gradient."""
+        return False
+
     def _nll(self, output: Tensor, target: Tensor) -> Tensor:
         size = (output - target).abs()
         large = self.slope * (size - self.threshold / 2)
