@@ -222,10 +222,12 @@ def test_what_is_frozen_is_not_taken_back():
     model[0].requires_grad_(False)
     for p in model.parameters():  # As after a step uphill.
         optimizer.state[p]["previous_step"].neg_()
-    optimizer._length = dataclasses.replace(optimizer._length, slope=1e-9, usual_slope=0.0)
-    start, taken_back = values(model), optimizer._length.taken_back
+    optimizer._lengths.state = dataclasses.replace(
+        optimizer._lengths.state, slope=1e-9, usual_slope=0.0
+    )
+    start, taken_back = values(model), optimizer._lengths.state.taken_back
     KINDS["KFAC"].step(optimizer, model)
-    assert optimizer._length.taken_back == taken_back + 1
+    assert optimizer._lengths.state.taken_back == taken_back + 1
     assert moved(model, start) == {"2.weight", "2.bias"}
 
 

@@ -17,7 +17,7 @@ from natgrad.capture.model_output import unwrap
 from natgrad.curvature import Structure
 from natgrad.curvature.sharing import SharedWork
 from natgrad.fisher import FisherType
-from natgrad.likelihoods import Gaussian, LikelihoodLike
+from natgrad.likelihoods import LikelihoodLike
 from natgrad.optim.checkpoints import only_initialises
 from natgrad.optim.copying import CopiedByState
 from natgrad.optim.gradient_rows import batch_scale
@@ -27,22 +27,18 @@ from natgrad.optim.options import Fallback, Refresh, StepRule
 from natgrad.optim.parameter_groups import first_order_names
 from natgrad.optim.preconditioner import Preconditioner
 from natgrad.optim.step.compared_step import ComparedStep
-from natgrad.optim.step.deviance import Deviance
 from natgrad.optim.step.grafting import AdamMoments, grafted
-from natgrad.optim.step.groups import PreconditionedGroups, rate_of
+from natgrad.optim.step.groups import PreconditionedGroups
 from natgrad.optim.step.isotropic_rate import IsotropyProbe, is_isotropic
-from natgrad.optim.step.length_state import LengthState
+from natgrad.optim.step.lengths import Lengths
 from natgrad.optim.step.levenberg_marquardt import LevenbergMarquardt
-from natgrad.optim.step.measured_length import MeasuredLength
 from natgrad.optim.step.measures import (
-    Measures,
     all_finite,
     clip_scales,
     damped_model,
     measure,
     on_host,
     scalar_checks,
-    second_largest_change,
     squared_gradient,
 )
 from natgrad.optim.step.plan import StepPlan
@@ -51,14 +47,6 @@ from natgrad.optim.step.reevaluation import Reevaluation, as_float, evaluated
 from natgrad.optim.step.relative_damping import RelativeDamping
 from natgrad.optim.summary import Summary, summarize
 from natgrad.optim.zeroed_gradients import as_check
-
-#: After so many steps at learning rates below so much, someone has taken them for those of another
-#: optimizer.
-SLOW_STEPS, SLOW_RATE = 100, 0.05
-
-#: After so many steps with more momentum than so much, where none was asked for when the optimizer
-#: was made, a scheduler has set that of another optimizer: lengths that are measured need little.
-HEAVY_STEPS, HEAVY_MOMENTUM = 20, 0.8
 
 
 class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
@@ -183,9 +171,9 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
             damping = damping.share
         #: tr F/P at the last factorisation; None until it is known or where nothing depends on it.
         self._mean_eigenvalue: float | None = None
-        self._deviance = Deviance()
-        self._length = LengthState(caution=rule.measured.start if rule.measured else 1.0)
         params = list(params or [])
+        #: How far steps go, where that is measured.
+        self._lengths: Lengths | None = None
         preconditioner = self.preconditioner_type(
             model, likelihood, structure=method.structure, fisher=method.fisher, damping=damping,
             refresh=method.refresh, output=output, batch_dim=batch_dim, seed=seed,
@@ -200,13 +188,13 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
             "unit": None if measured else 1.0,  # Of lr; None until it is measured.
         }  # fmt: skip
         super().__init__(preconditioner, defaults, params, fallback)
+        if rule.measured is not None:
+            heaviest = max(group.get("momentum", 0.0) for group in (defaults, *self.param_groups))
+            self._lengths = Lengths(rule.measured, type(self).__name__, self.method.lr, heaviest)
         self._set_damping()
         self._skipped = 0
         #: Whether the last batch had a loss or gradient that is not finite.
         self._broken = False
-        self._told_trouble = False
-        self._largest_rate = 0.0
-        self._heaviest = max(group.get("momentum", 0.0) for group in self.param_groups)
         self._adam_moments = AdamMoments(rule.graft_betas)
         #: Share of ``lr`` that the last line search took; 0 if nothing moved, None without one.
         self.searched_share: float | None = None
@@ -418,10 +406,12 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
             return None
         self._broken = False
         coefficients: list[float] | None = [-1.0]
-        if rule.measured is not None:
-            coefficients = self._measured_coefficients(rule.measured, found, grouped)
-            if coefficients is None:
+        if self._lengths is not None:
+            if self._lengths.take_back(grouped, found):
+                preconditioner.skip()
                 return None
+            likelihood = preconditioner.observer.likelihood
+            coefficients = [-self._lengths.next_length(grouped, found, likelihood)]
         elif "fisher" in found:
             coefficients = damped_model(found, grouped.dampings).minimiser()
         if coefficients is None:
@@ -435,88 +425,16 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
         scales = clip_scales(found, coefficients, grouped)
         return StepPlan(gradients, state, directions, coefficients, scales)
 
-    def _measured_coefficients(
-        self, rule: MeasuredLength, found: Measures, grouped: PreconditionedGroups
-    ) -> list[float] | None:
-        """Return −α; None if the last step went too far and is taken back instead."""
-        along, inner = found.get("along", 0.0), found.get("inner", 0.0)
-        share = self._length.share_kept(rule, along)
-        if share < 1:
-            self._take_back(grouped, share)
-            return None
-        state = self._length
-        if "across" in found:
-            state = state.crossed(rule, found["across"])
-        state = state.answered(rule, along, grouped.largest_rate, self._deviance.left)
-        state = state.met(rule, inner)
-        if "fisher" in found:
-            terms = zip(grouped.dampings, found["grams"], strict=True)
-            damped = found["scale"] * sum(d * gram[0][0] for d, gram in terms)
-            square = found["fisher"] + damped
-            bounds = found["scale"], found["largest"], found["count"]
-            state = state.measured(rule, inner, square, *bounds)
-            largest, memory = found["largest"], rule.memory
-            self._deviance = self._deviance.measured(largest, memory, found["square"])
-        change = second_largest_change(found, [rate_of(group) for group in grouped.groups])
-        length = state.length(inner, change, rule.lengthened(self._noise_to_signal))
-        rates = [rate_of(group) * (1.0 - group["momentum"]) for group in grouped.groups]
-        kept = max((group["momentum"] for group in grouped.groups), default=0.0)
-        slope = max(rates, default=0.0) * length * inner + kept * max(0.0, -along)
-        self._length = state.taken(rule, slope, grouped.largest_rate, length * change)
-        self._tell_if_slow(grouped.largest_rate)
-        self._tell_if_heavy(kept)
-        return [-length]
-
-    def _tell_if_slow(self, rate: float) -> None:
-        """Say once where all learning rates so far would suit another optimizer."""
-        self._largest_rate = max(self._largest_rate, rate)
-        if self._length.steps == SLOW_STEPS and self._largest_rate < SLOW_RATE:
-            warnings.warn(
-                f"{type(self).__name__} has taken {SLOW_STEPS} steps at learning rates of at most "
-                f"{self._largest_rate:.2g}, which are factors on a measured length: leave lr at "
-                f"its default of {self.method.lr}, and let a scheduler multiply it, not set it",
-                stacklevel=6,
-            )
-
-    def _tell_if_heavy(self, momentum: float) -> None:
-        """Say once where momentum is that of another optimizer, as OneCycleLR sets it."""
-        chosen = max(self._heaviest, self.defaults["momentum"], HEAVY_MOMENTUM)
-        if self._length.steps == HEAVY_STEPS and momentum > chosen:
-            warnings.warn(
-                f"a scheduler has set the momentum of {type(self).__name__} to {momentum:.3g}, as "
-                "OneCycleLR and CyclicLR do by default, which suits other optimizers: measured "
-                "lengths train better with little, so leave it out by cycle_momentum=False",
-                stacklevel=6,
-            )
-
-    def _take_back(self, grouped: PreconditionedGroups, share: float) -> None:
-        """Keep a share of the last step, and take none now."""
-        self._shorten_last_step(grouped, share)
-        self.preconditioner.skip()
-        if self._length.is_troubled() and not self._told_trouble:
-            self._told_trouble = True
-            warnings.warn(
-                f"{type(self).__name__} took back {self._length.taken_back} of its "
-                f"{self._length.steps} steps, as the next gradient showed that they went too far: "
-                "they get shorter until that ends; a lower lr, more damping or a more frequent "
-                "refresh may train faster",
-                stacklevel=5,
-            )
-
     def _give_up_step(self, grouped: PreconditionedGroups) -> None:
         """Take no step; where the batch before broke as well, not the last one taken either."""
         again, self._broken = self._broken, True
-        if not again or self._length.slope is None:
+        if not again or self._lengths is None or self._lengths.state.slope is None:
             self._skip()
             return
-        self._shorten_last_step(grouped, 0.0)
+        self._lengths.shorten_last_step(grouped, 0.0)
         self._skip(
             "its loss or gradient was NaN or infinite", "and the step before it was taken back"
         )
-
-    def _shorten_last_step(self, grouped: PreconditionedGroups, share: float) -> None:
-        grouped.shorten_last_step(share)
-        self._length = self._length.shortened(share, grouped.largest_rate)
 
     def _grouped(self) -> PreconditionedGroups:
         return PreconditionedGroups(
@@ -649,19 +567,16 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
         return rule.measured is not None and rule.measured.is_due(step, refresh, follows)
 
     @property
-    def _noise_to_signal(self) -> float:
-        """Of squared errors, whose Fisher matrix does not shrink as they do; elsewhere 1."""
-        likelihood = self.preconditioner.observer.likelihood
-        return self._deviance.noise_to_signal if isinstance(likelihood, Gaussian) else 1.0
-
-    @property
     def _damping_unit(self) -> float:
         """What the groups' damping is multiplied by."""
-        rule, known = self._relative_damping, self._mean_eigenvalue
+        rule, known, lengths = self._relative_damping, self._mean_eigenvalue, self._lengths
         if rule is None or not known:
             return 1.0
+        if lengths is None:
+            return rule.unit(known, noise=1.0)
         size = sum(block.numel for block in self.preconditioner.curvature.blocks.values())
-        return rule.unit(max(known, self._deviance.least_trace / size), self._noise_to_signal)
+        noise = lengths.noise_to_signal(self.preconditioner.observer.likelihood)
+        return rule.unit(max(known, lengths.deviance.least_trace / size), noise)
 
     @property
     def _units(self) -> dict[str, bool]:
@@ -674,18 +589,17 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
 
         So does what it is at least.
         """
-        preconditioner, measured = self.preconditioner, self.step_rule.measured
+        preconditioner, lengths = self.preconditioner, self._lengths
         values = {"mean": preconditioner.mean_eigenvalue()}
-        if measured is not None:
+        if lengths is not None:
             square = {"square": squared_gradient(preconditioner, gradients)}
             preconditioner.replicas.average(square)
             values.update(batch_scale(preconditioner.observer, gradients), **square)
         found = on_host(values)
         mean = found["mean"]
         self._mean_eigenvalue = mean if math.isfinite(mean) and mean > 0 else None
-        if measured is not None and all_finite(found):
-            largest, memory = found["largest"], measured.memory
-            self._deviance = self._deviance.measured(largest, memory, found["square"])
+        if lengths is not None and all_finite(found):
+            lengths.note_deviance(found)
 
     def _set_damping(self, grouped: PreconditionedGroups | None = None) -> None:
         """Collect each block's damping from its parameter group."""
@@ -719,8 +633,7 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
             "units": self._units,
             "is_blind": self._is_blind,
             "mean_eigenvalue": self._mean_eigenvalue,
-            "length": self._length.state_dict(),
-            "deviance": self._deviance.state_dict(),
+            "lengths": self._lengths and self._lengths.state_dict(),
         }
 
     def _checked(self, own: Mapping[str, Any], state_dict: Mapping[str, Any]) -> Callable[[], None]:
@@ -736,15 +649,15 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
                 "the checkpoint's groups have learning rates and damping in other units than this "
                 "optimizer's: make it with the step_rule= and damping= it was saved with"
             )
-        unit, length = own["mean_eigenvalue"], LengthState.of(own["length"])
-        deviance = Deviance.of(own["deviance"])
+        unit = own["mean_eigenvalue"]
+        lengths = self._lengths and self._lengths.with_state(own["lengths"])
 
         def restore() -> None:
             loaded = dict(self.state)
             rest()
             self._is_blind = own.get("is_blind", False)
             self._link_fallback()
-            self._mean_eigenvalue, self._length, self._deviance = unit, length, deviance
+            self._mean_eigenvalue, self._lengths = unit, lengths
             self.state.update(loaded)
             self._link_fallback()
             self._set_damping()

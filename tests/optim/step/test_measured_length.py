@@ -411,7 +411,7 @@ def test_steps_are_those_of_the_formulas(kind, likelihood, refresh, momentum):
         take(optimizer, model, likelihood, x, y)
         schedule.step()
         close(position(model), reference.theta)
-        state = optimizer._length
+        state = optimizer._lengths.state
         close(torch.tensor(state.caution).double(), torch.tensor(reference.caution).double())
         close(torch.tensor(state.stretch).double(), torch.tensor(reference.zeta).double())
         close(torch.tensor(state.log_decrement).double(), torch.tensor(reference.log_k).double())
@@ -436,7 +436,7 @@ def test_rates_may_be_zero_for_a_step(kind, likelihood):
         reference.step(x, y)
         take(optimizer, model, likelihood, x, y)
         close(position(model), reference.theta)
-        assert math.isclose(optimizer._length.log_bend or 0.0, reference.log_bend or 0.0)
+        assert math.isclose(optimizer._lengths.state.log_bend or 0.0, reference.log_bend or 0.0)
 
 
 @pytest.mark.parametrize("likelihood", ["gaussian", "categorical"])
@@ -513,7 +513,7 @@ def test_lengths_are_annealed_by_the_formula(kind, momentum):
     for x, y in batches("gaussian", 40):
         reference.step(x, y)
         take(optimizer, model, "gaussian", x, y)
-        annealed.append(optimizer._length.stretch)
+        annealed.append(optimizer._lengths.state.stretch)
         close(torch.tensor(annealed[-1]).double(), torch.tensor(reference.zeta).double())
         close(position(model), reference.theta, 1e-8)
     assert 0.01 < min(annealed) < 0.97
@@ -538,7 +538,7 @@ def student(noise: float, seed: int, **options: float) -> tuple[float, float, fl
     x = torch.randn(1000, 6).double()
     with torch.no_grad():
         error = 0.5 * (model(x) - teacher(x)).square().sum(1).mean()
-    return float(error), optimizer._length.stretch, optimizer._length.reach
+    return float(error), optimizer._lengths.state.stretch, optimizer._lengths.state.reach
 
 
 @pytest.mark.parametrize(
@@ -560,7 +560,7 @@ def test_reach_follows_what_the_next_batch_shows_of_a_step(likelihood, kind, siz
             y = 3.0 + 0.1 * normal(size, 3, seed=99 + seed)
         reference.step(x, y)
         take(optimizer, model, likelihood, x, y)
-        reach.append(optimizer._length.reach)
+        reach.append(optimizer._lengths.state.reach)
         close(torch.tensor(reach[-1]).double(), torch.tensor(reference.rho).double(), 1e-8)
         close(position(model), reference.theta, 1e-8)
     assert max(reach) >= 2.0
@@ -583,7 +583,7 @@ def test_reach_falls_where_steps_harm_others_and_rises_again(kind, size):
         x, y = normal(size, 3, seed=step), normal(size, 3, seed=999 + step)
         reference.step(x, y)
         take(optimizer, model, "gaussian", x, y)
-        reach.append(optimizer._length.reach)
+        reach.append(optimizer._lengths.state.reach)
         close(torch.tensor(reach[-1]).double(), torch.tensor(reference.rho).double(), 1e-8)
         close(position(model), reference.theta, 1e-8)
     assert min(reach[:80]) < 0.9
@@ -598,7 +598,7 @@ def test_reach_stays_where_batches_say_all():
     for step, (x, y) in enumerate(batches("gaussian", 40, size=200)):
         optimizer.param_groups[0]["lr"] = 1.0 - 0.001 * step
         take(optimizer, model, "gaussian", x, y)
-    assert optimizer._length.measurements > 8 and optimizer._length.reach == 1.0
+    assert optimizer._lengths.state.measurements > 8 and optimizer._lengths.state.reach == 1.0
 
 
 @pytest.mark.parametrize("falling", [False, True])
@@ -618,7 +618,7 @@ def test_reach_falls_at_a_constant_rate_as_far_as_the_next_batch_asks(falling):
         y = x.cumsum(1) + normal(12, 3, seed=999 + step)
         reference.step(x, y)
         take(optimizer, model, "gaussian", x, y)
-        reach.append(optimizer._length.reach)
+        reach.append(optimizer._lengths.state.reach)
         close(torch.tensor(reach[-1]).double(), torch.tensor(reference.rho).double(), 1e-8)
         close(position(model), reference.theta, 1e-8)
     assert (min(reach) < 0.9) == (not falling)
@@ -653,7 +653,7 @@ def test_lengths_are_stretched_by_the_formula(kind, momentum):
         optimizer.param_groups[0]["lr"] = 0.5 if step < 5 else 1.0
         reference.step(x, y)
         take(optimizer, model, "huber", x, y)
-        stretch.append(optimizer._length.stretch)
+        stretch.append(optimizer._lengths.state.stretch)
         close(torch.tensor(stretch[-1]).double(), torch.tensor(reference.zeta).double())
         close(position(model), reference.theta, 1e-8)
     assert stretch[5] <= 1.0  # Steps are short because the rate is low.
@@ -671,7 +671,7 @@ def test_a_step_behind_a_weight_that_starts_at_zero_promises_no_more_than_the_lo
     loss = take(optimizer, model, "categorical", torch.randn(4, 5), labels(4, 10, seed))
     assert optimizer.preconditioner.observer.probe_layer == "0"
     assert body.weight.grad.count_nonzero() == 0
-    assert 0.1 < math.exp(optimizer._length.log_decrement) <= 2.001 * loss
+    assert 0.1 < math.exp(optimizer._lengths.state.log_decrement) <= 2.001 * loss
 
 
 @pytest.mark.parametrize("method", [natgrad.KFAC, natgrad.EKFAC])
@@ -724,7 +724,7 @@ def test_a_low_learning_rate_stays_low():
         optimizer = natgrad.KFAC(model, "gaussian", lr=rate)
         for x, y in batches("gaussian", 40, size=32):
             take(optimizer, model, "gaussian", x, 10 * torch.tanh(x) + 0 * y)
-            assert optimizer._length.stretch <= 1.0
+            assert optimizer._lengths.state.stretch <= 1.0
 
 
 def test_what_can_be_fitted_keeps_its_lengths():
@@ -749,7 +749,7 @@ def test_linear_regression_is_solved_in_one_step(kind):
     take(optimizer, model, "gaussian", x, y)
     solution = torch.linalg.lstsq(torch.cat([x, torch.ones(20, 1)], dim=1), y).solution
     close(torch.cat([model.weight.T, model.bias[None]]).detach(), solution)
-    usual = dataclasses.replace(optimizer._length, log_slope=math.log(1e-3))
+    usual = dataclasses.replace(optimizer._lengths.state, log_slope=math.log(1e-3))
     assert usual.length(1e-3) == 1.0
 
 
@@ -789,7 +789,7 @@ def test_decrement_is_at_most_the_residuals_in_the_metric_of_outputs(kind, likel
         squares = torch.minimum(squares, 2 * nll)
     bound = squares.mean()
     take(optimizer, model, likelihood, x, y)
-    found = math.exp(optimizer._length.log_decrement)
+    found = math.exp(optimizer._lengths.state.log_decrement)
     assert 0 < found <= float(bound) * (1 + 1e-9)
     if size == 1 and kind == "full":  # One sample explains itself, but for the damping.
         assert found > 0.999 * float(bound)
@@ -842,7 +842,7 @@ def against(model: nn.Module, step: list[Tensor], x: Tensor) -> Tensor:
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
 def test_step_that_went_too_far_ends_at_the_minimum_of_the_parabola(momentum):
     model, optimizer, x, y = settled(momentum)
-    state = optimizer._length
+    state = optimizer._lengths.state
     first = [model[0].weight, model[0].bias]
     step = [optimizer.state[p]["previous_step"].clone() for p in first]
     before = copy.deepcopy(optimizer.state_dict())
@@ -862,12 +862,14 @@ def test_step_that_went_too_far_ends_at_the_minimum_of_the_parabola(momentum):
         assert torch.equal(model.get_parameter(name), parameters[name])
     after = optimizer.state_dict()
     assert same(before["param_groups"], after["param_groups"])
-    assert same(*({**one["natgrad"], "length": None} for one in (before, after)))
+    assert same(*({**one["natgrad"], "lengths": None} for one in (before, after)))
+    assert same(*(one["natgrad"]["lengths"]["deviance"] for one in (before, after)))
     cut = share if share < 0.25 else max(share, 0.5)
-    assert math.isclose(optimizer._length.caution, state.caution * cut)
-    assert optimizer._length == dataclasses.replace(
-        state, caution=optimizer._length.caution, ceiling=optimizer._length.caution, slope=None,
-        usual_slope=optimizer._length.usual_slope, steps=state.steps + 1,
+    assert math.isclose(optimizer._lengths.state.caution, state.caution * cut)
+    now = optimizer._lengths.state
+    assert now == dataclasses.replace(
+        state, caution=now.caution, ceiling=now.caution, slope=None,
+        usual_slope=now.usual_slope, steps=state.steps + 1,
         taken_back=state.taken_back + 1,
     )  # fmt: skip
     # The next one is taken, whatever it meets.
@@ -875,8 +877,8 @@ def test_step_that_went_too_far_ends_at_the_minimum_of_the_parabola(momentum):
     optimizer.zero_grad()
     loss_of("gaussian")(model(x), target).backward()
     optimizer.step()
-    assert optimizer._length.taken_back == state.taken_back + 1
-    assert optimizer._length.slope is not None
+    assert optimizer._lengths.state.taken_back == state.taken_back + 1
+    assert optimizer._lengths.state.slope is not None
     assert not torch.equal(position(model), at)
 
 
@@ -916,9 +918,9 @@ def test_loss_that_is_scaled_up_makes_no_step_longer():
         data = batches("gaussian", 14)
         for x, y in data[:13]:
             take(optimizer, model, "gaussian", x, y)
-        before, taken_back = position(model), optimizer._length.taken_back
+        before, taken_back = position(model), optimizer._lengths.state.taken_back
         take(optimizer, model, "gaussian", *data[13], scale=scale)
-        assert optimizer._length.taken_back == taken_back  # It is a step forward.
+        assert optimizer._lengths.state.taken_back == taken_back  # It is a step forward.
         lengths[scale] = float((position(model) - before).norm())
     assert lengths[100.0] <= 1.01 * lengths[1.0]
 
@@ -933,7 +935,7 @@ def test_warning_of_many_steps_taken_back_comes_once():
         for seed in range(80):
             x, y = normal(3, 3, seed=seed), 30 * normal(3, 3, seed=500 + seed)
             take(optimizer, model, "gaussian", x, y)
-    assert optimizer._length.taken_back >= 12
+    assert optimizer._lengths.state.taken_back >= 12
     said = [str(one.message) for one in caught if "took back" in str(one.message)]
     assert len(said) == 1
     assert "NaturalGradient took back 6 of its" in said[0]
@@ -986,9 +988,9 @@ def test_second_gradient_that_is_not_finite_takes_all_of_the_last_step_back():
     for p, value, step in zip(first, at, steps, strict=True):
         close(p.detach(), value - step, 1e-12)
         assert not optimizer.state[p]["previous_step"].any()
-    taken = optimizer._length.taken_back
+    taken = optimizer._lengths.state.taken_back
     take(optimizer, model, "gaussian", x, y)
-    assert optimizer._length.taken_back == taken
+    assert optimizer._lengths.state.taken_back == taken
     assert all(p.isfinite().all() for p in model.parameters())
 
 
@@ -1026,7 +1028,7 @@ def test_checkpoint_goes_on_bit_for_bit(at):
         take(optimizer, model, "categorical", x, y)
         take(again, other, "categorical", x, y)
         assert torch.equal(position(model), position(other))
-    assert again._length == optimizer._length
+    assert again._lengths.state == optimizer._lengths.state
 
 
 def test_measurements_leave_the_global_random_state_alone():

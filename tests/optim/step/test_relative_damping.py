@@ -86,10 +86,10 @@ def test_later_dampings_are_of_the_factorisation_before(structure):
     optimizer = make(model, structure, refresh=Refresh(factors=1, inverses=3, decay=0.7))
     known, renewals = None, 0
     for step in range(14):
-        taken_back = optimizer._length.taken_back
+        taken_back = optimizer._lengths.state.taken_back
         due = optimizer.preconditioner.inverts
         take(optimizer, model, *batch(step))
-        if due and optimizer._length.taken_back == taken_back:
+        if due and optimizer._lengths.state.taken_back == taken_back:
             expected = mean_eigenvalue(optimizer) if known is None else known
             for value in used(optimizer).values():
                 assert math.isclose(value, 0.2 * expected, rel_tol=1e-9)
@@ -232,8 +232,8 @@ def test_checkpoint_keeps_what_is_known_of_residuals():
     optimizer = regression(0.01, 0.3)
     again = KFAC(nn.Linear(5, 3).double(), nn.MSELoss())
     again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    assert again._deviance == optimizer._deviance
-    assert 0.01 < again._deviance.noise_to_signal < 1
+    assert again._lengths.deviance == optimizer._lengths.deviance
+    assert 0.01 < again._lengths.deviance.noise_to_signal < 1
 
 
 def test_residuals_that_are_not_known_change_nothing():

@@ -136,9 +136,9 @@ def test_clipped_gradients_make_no_step_longer_than_their_natural_gradient(likel
         torch.nn.utils.clip_grad_norm_(model.parameters(), bound)
         gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        taken_back = optimizer._length.taken_back
+        taken_back = optimizer._lengths.state.taken_back
         optimizer.step()
-        if optimizer._length.taken_back > taken_back:
+        if optimizer._lengths.state.taken_back > taken_back:
             continue
         source = GradientSource(gradients)
         natural = optimizer.preconditioner.curvature.natural_gradient(source)
