@@ -43,7 +43,34 @@ class Checkpointed(nn.Module):
         return self.last(h)
 
 
-OWN = {"narrow": Narrow, "checkpointed": Checkpointed}
+class Mixing(nn.Module):
+    """A network that mixes samples of the first process, or of all, from its sixth pass on."""
+
+    def __init__(self, mixing: int) -> None:
+        super().__init__()
+        self.first, self.branch, self.last = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.mixing, self.calls = mixing, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = SAMPLES // 2
+        h, rank = torch.tanh(self.first(x)), 0
+        if len(x) == own:
+            rank = torch.distributed.get_rank()
+        parts = list(h.split(own))
+        self.calls += 1
+        for number, part in enumerate(parts):
+            if self.calls > 5 and number + rank < self.mixing:
+                parts[number] = part + 0.5 * part.roll(1, 0)
+        h = torch.cat(parts)
+        return self.last(h + (self.calls > 6) * torch.tanh(self.branch(h)))
+
+
+OWN = {
+    "narrow": Narrow,
+    "checkpointed": Checkpointed,
+    "mixing": lambda: Mixing(2),
+    "mixing in one": lambda: Mixing(1),
+}
 
 
 def build(network: str) -> nn.Module:
@@ -144,6 +171,11 @@ RUNS: dict[str, Run] = {
     **{f"{n}, narrow": Run(n, GENTLE, "narrow") for n in ("KFAC", "EKFAC", "UnitWiseNGD", "SINGD")},
     "KFAC, convolution": Run("KFAC", network="convolution"),
     "KFAC, checkpointed": Run("KFAC", network="checkpointed"),
+    **{
+        f"{name}, {network}": Run(name, {"fisher": "exact"}, network, steps=8)
+        for name in ("ExactNGD", "BlockDiagonalNGD")
+        for network in ("mixing", "mixing in one")
+    },
     "KFAC, whole between passes": Run("KFAC", network="transformer", reshards=False),
     "KFAC, two passes": Run("KFAC", passes=2),
     "EKFAC, two passes": Run("EKFAC", network="transformer", passes=2),

@@ -397,18 +397,12 @@ class Capture:
                 recorded.cotangent = recorded.samples_first(recorded.cotangent)
             self._check(recorded)
 
-    def look_at_graph(self, recorded: ForwardPass) -> None:
-        """Have rows checked if the graph of a pass is a new one."""
-        turned = self.sources.time_first and self.batch_dim is None and not recorded.batch_dim
-        if recorded.output is not None and not (turned or self.shards):
-            self.sources.look_at_graph(recorded.output)
-
     def _check(self, recorded: ForwardPass) -> None:
-        if not self.shards:  # Processes that hold shards look together.
-            self.sources.look_at_sizes(recorded.calls, recorded.samples)
-            self.look_at_graph(recorded)
+        assert recorded.output is not None
+        turned = self.sources.time_first and self.batch_dim is None and not recorded.batch_dim
+        if not turned:
+            self.sources.begin_pass(recorded.calls, recorded.output)
         if not self.sources.knows(recorded.calls):
-            assert recorded.output is not None
             likely = recorded.like_inputs and self.batch_dim is None
             self.row_check.check(recorded.calls, recorded.output, recorded.turned, likely)
 
@@ -465,7 +459,7 @@ class Capture:
             )
 
         sources = self.sources
-        if self.shards or not (sources.checked and (sources.silent or sources.unreached)):
+        if not (sources.checked and (sources.silent or sources.unreached)):
             return pull(retain_graph)
         rows = pull(True)
         if sources.checked:

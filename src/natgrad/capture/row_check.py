@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -20,7 +20,15 @@ from natgrad.capture.rows import (
     joined,
     release,
 )
-from natgrad.capture.samples import SampleAxis, find_axis, is_ragged, probe_samples, probe_vectors
+from natgrad.capture.samples import (
+    SampleAxis,
+    at_samples,
+    find_axis,
+    is_ragged,
+    probe_samples,
+    probe_vector,
+    random_halves,
+)
 from natgrad.distributed.shards import whole
 
 #: Difference between a gradient and the sum of its rows that counts as rounding, relative to its
@@ -32,9 +40,20 @@ ROUNDING = {
     torch.bfloat16: (0.1, 1e-2),
 }
 
-#: Passes after the first whose samples are looked for again, as routing may have put one of each
-#: sample in its place by chance.
-CONFIRMATIONS = 2
+
+@dataclass(frozen=True, eq=False)
+class Probed:
+    """What vectors that are zero at some samples show.
+
+    Attributes:
+        axes: Where samples lie, call by call; None where they are coupled.
+        mixed: Calls of matrices ``(T, d)`` of which some position belongs to several samples.
+        truth: The gradients at parameters, where they were asked for.
+    """
+
+    axes: dict[Place, SampleAxis | None]
+    mixed: set[Place]
+    truth: dict[str, Tensor | None]
 
 
 class RowCheck:
@@ -43,7 +62,8 @@ class RowCheck:
     Rows must explain the gradient, ``∇L = Jᵀu`` for every parameter, and belong to their samples.
     Both are checked on the first pass, whenever a layer is called as never before, and again after
     :meth:`natgrad.capture.row_sources.RowSources.forget`, by a few vectors that are zero at some
-    samples. What the check finds decides how the rows of a block are taken.
+    samples. What the check finds decides how the rows of a block are taken. Whether it still holds
+    is looked at now and then, by two vectors.
 
     Args:
         rows: What makes rows.
@@ -53,10 +73,7 @@ class RowCheck:
         self.rows: RowBuilder = rows
         self.sources = rows.sources
         self._turned = False
-        self._last: Callable[[], Tensor | None] = lambda: None
-        self._mixed: set[Place] = set()  # As looked at last.
         self._moved: set[Place] = set()  # Whose samples have lain elsewhere before.
-        self._unverified: set[str] = set()  # Blocks whose gradients have all been zero.
 
     def check(
         self,
@@ -94,33 +111,31 @@ class RowCheck:
             sources.mixed.clear()
             sources.inseparable = dict(sources.direct)
             self._turned = False
+        looks, sources.look_due = sources.look_due, False
         if sources.checked and all(one.place in sources.axes for one in calls):
-            if self._last() is output or not self._looks_again(calls, output):
+            if not looks or self._still_holds(calls, output):
                 return
-        self._last = weakref.ref(output)
-        sources.checks, sources.settled = sources.checks + 1, False
-        # One vector at all samples, whose rows must sum to the gradient,
+        sources.checks, sources.passes = sources.checks + 1, 0
+        # Vectors that are zero at some samples, whose rows must be zero there, and one at all of
+        # them, whose rows must sum to the gradient.
         sources.constant |= {one.call.module for one in calls if not one.call.inputs}
-        everywhere = torch.ones(1, len(output), dtype=torch.bool)
-        vector = probe_vectors(output, everywhere, sources.checks)
         try:
-            truth = self._truth(calls, output, vector)
+            found = self._probe(calls, output, self._sets(calls, output))
         except RowsUnavailable:
-            self._give_up(calls, output, vector)
+            self._give_up(calls, output)
             calls = sources.available(recorded)
-            truth = self._truth(calls, output, vector)
-        # and some that are zero at some samples, whose rows must be zero there.
-        axes = self._find_axes(calls, output)
-        if axes is None or not _finite(truth.values()):
+            found = self._probe(calls, output, self._sets(calls, output))
+        if found is None:
             return  # Something overflowed: what is zero cannot be told.
+        axes, truth = found.axes, found.truth
+        sources.mixed |= found.mixed
         mixing = len(sources.mixing(axes))
-        sources.mixed |= self._mixed
         later = None if sources.time_first or not (mixing or likely) else turned()
         if later is not None:
-            moved = self._find_axes(calls, later)
+            moved = self._probe(calls, later, self._sets(calls, later), compares=False)
             # Rows of an output laid out as it is are still right, but several times as dear.
             # Some layers may mix samples in both, as experts do to which tokens are routed.
-            fewer = moved is not None and len(sources.mixing(moved)) < mixing + likely
+            fewer = moved is not None and len(sources.mixing(moved.axes)) < mixing + likely
             sources.time_first = self._turned = fewer
         self._note_moves(axes, output)
         coupled = {place for place, axis in sources.axes.items() if axis is None}
@@ -132,16 +147,10 @@ class RowCheck:
         calls = sources.used(calls)
         of_block, explained = sources.by_block(calls), sources.explained()
         names = {n: [truth[p] for p in sources.blocks[n].layout.names] for n in explained}
-        self._unverified = {n for n, of in names.items() if not any(_any(g) for g in of)}
-        if not self.rows.shards:  # Processes that hold shards look together.
-            sources.silent = {o.place for n in self._unverified for o in of_block.get(n, [])}
-        with self.rows.forming(calls):
-            for name in explained:
-                of = of_block.get(name, [])
-                self._compare(name, of, truth, 1)
-                split = all(one.axis is not None for one in of) and not self._turned
-                if sources.reruns(name) and split and name not in sources.direct:
-                    self._compare(name, of, truth, len(output))
+        zero = [n for n, of in names.items() if not any(_any(g) for g in of)]
+        sources.silent = {one.place for n in zero for one in of_block.get(n, [])}
+        for name, samples, problem in self._unexplained(calls, truth, len(output)):
+            self._mend(name, of_block.get(name, []), samples, problem)
         sources.checked = not self._turned
         if sources.checked:
             used = {one.place for one in calls}
@@ -174,44 +183,93 @@ class RowCheck:
             if any(sources.axis(one, samples) is None for one in of):
                 sources.inseparable[name] = COUPLED
 
-    def _looks_again(self, calls: Sequence[RecordedCall], output: Tensor) -> bool:
-        """Return whether another pass than the first is to be checked in full.
+    def _still_holds(self, calls: Sequence[RecordedCall], output: Tensor) -> bool:
+        """Return whether samples lie where they did, and rows explain the gradient as before.
 
-        The second and third are if their samples lie elsewhere, or if some gradients have all been
-        zero; because of those, ever fewer of the later ones, too.
+        Two vectors that are zero at a half of the samples each show where samples lie; where rows
+        are compared, too, there is one for both. The halves are other ones every time.
         """
-        sources = self.sources
-        self._last = weakref.ref(output)
-        sources.passes += 1
-        if sources.passes <= CONFIRMATIONS:
-            axes = self._find_axes(calls, output)
-            sources.mixed |= self._mixed
-            known = {} if axes is None else axes
-            if any(sources.axes[place] not in (axis, None) for place, axis in known.items()):
-                return True
-        sources.settled = sources.passes >= CONFIRMATIONS and not self._unverified
-        power_of_two = sources.passes & (sources.passes - 1) == 0
-        return bool(self._unverified) and (sources.passes <= CONFIRMATIONS or power_of_two)
+        sources, samples = self.sources, len(output)
+        compares = sources.compare_due
+        halves = random_halves(samples, 1, sources.checks + sources.passes)
+        try:
+            found = self._probe(calls, output, halves[:1] if compares else halves, compares)
+        except RowsUnavailable:
+            return False
+        if found is None:
+            return True  # Something overflowed: what is zero cannot be told.
+        sources.mixed |= found.mixed
+        if any(sources.axes[place] not in (axis, None) for place, axis in found.axes.items()):
+            return False
+        for one in calls:
+            one.axis = sources.axis(one, samples)
+        return not (compares and any(self._unexplained(calls, found.truth, samples)))
 
-    def _truth(
-        self, calls: Sequence[RecordedCall], output: Tensor, vector: Tensor
-    ) -> dict[str, Tensor | None]:
-        """Pull a vector back to the outputs of calls, and return the gradients at parameters."""
-        sources = self.sources
+    def _sets(self, calls: Sequence[RecordedCall], output: Tensor) -> Tensor:
+        """Return sets of samples, ``(P, N)``, that part any two if it is not too dear; last all."""
+        elements = sum(prod(shape) for one in calls for shape in one.shapes)
+        sets = probe_samples(len(output), elements, self.sources.checks, SPLIT_ELEMENTS)
+        return torch.cat([sets, torch.ones_like(sets[:1])])
+
+    def _probe(
+        self,
+        calls: Sequence[RecordedCall],
+        output: Tensor,
+        chosen: Tensor,
+        compares: bool = True,
+    ) -> Probed | None:
+        """Pull vectors that are zero but at chosen samples back to the outputs of calls.
+
+        Args:
+            calls: The calls of a pass.
+            output: Its output, with samples in the first dimension.
+            chosen: Sets of samples, ``(P, N)``.
+            compares: Whether the last one is pulled back to parameters, too, and the gradients that
+                it leaves at the calls are kept.
+
+        Returns:
+            What was found; None if a gradient is not finite.
+        """
+        sources, last = self.sources, len(chosen) - 1
         tried = {name for name, _ in sources.tried(calls)}
         blocks = dict.fromkeys([*sources.explained(), *(n for n in sources.blocks if n in tried)])
         names = [n for block in blocks for n in sources.blocks[block].layout.names]
         edges = [edge for one in calls for edge in one.edges]
-        held = [sources.parameter(n) for n in names]
-        found = iter(self.rows.pull(output, [*edges, *held], vector, False, True))
-        for one in calls:
-            one.gradients = one.apart = one.spread(found)
-        return dict(zip(names, found, strict=True))
+        random = probe_vector(output, sources.checks + sources.passes)
+        reached: dict[RecordedCall, list[Tensor | None]] = {one: [] for one in calls}
+        truth: dict[str, Tensor | None] = {}
+        for number, samples in enumerate(chosen):
+            at_all = compares and number == last
+            held = [sources.parameter(n) for n in names] if at_all else []
+            vector = at_samples(random, samples)
+            found = self.rows.pull(output, [*edges, *held], vector, False, True)
+            if not _finite(found):
+                return None
+            remaining = iter(found)
+            for one in calls:
+                own = one.spread([next(remaining) for _ in one.edges])
+                first = next((g for g in own if g is not None), None)
+                reached[one].append(None if first is None else first != 0)
+                if at_all:
+                    one.gradients = one.apart = own
+            truth = dict(zip(names, remaining, strict=True)) if at_all else {}
+        sources.unreached = {one.place for one, of in reached.items() if all(g is None for g in of)}
+        axes: dict[Place, SampleAxis | None] = {}
+        mixed: set[Place] = set()
+        for one, of in reached.items():
+            at, known = joined(of), sources.axes.get(one.place)
+            if len(output) == 1:
+                axes[one.place] = known or SampleAxis()
+                continue
+            axis = axes[one.place] = _axis_of(one, at, chosen, known)
+            if (axis is None or axis.dim) and _is_mixed(one, at, chosen):
+                mixed.add(one.place)
+        return Probed(axes, mixed, truth)
 
-    def _give_up(self, calls: Sequence[RecordedCall], output: Tensor, vector: Tensor) -> None:
+    def _give_up(self, calls: Sequence[RecordedCall], output: Tensor) -> None:
         """Find out which blocks no vector can be pulled back to."""
         sources = self.sources
-        own = sources.by_block(calls)
+        own, vector = sources.by_block(calls), probe_vector(output, sources.checks)
         for name, block in sources.blocks.items():
             edges = [edge for one in own.get(name, []) for edge in one.edges]
             held = [sources.parameter(n) for n in block.layout.names]
@@ -220,39 +278,6 @@ class RowCheck:
             except RowsUnavailable as error:
                 sources.unavailable[name] = str(error)
                 sources.direct.pop(name, None)
-
-    def _find_axes(
-        self, calls: Sequence[RecordedCall], output: Tensor
-    ) -> dict[Place, SampleAxis | None] | None:
-        """Return where samples lie, call by call, for samples in the output's first dimension.
-
-        None if a gradient is not finite.
-        """
-        sources = self.sources
-        samples = len(output)
-        if samples == 1:
-            return {one.place: SampleAxis() for one in calls}
-        elements = sum(prod(shape) for one in calls for shape in one.shapes)
-        chosen = probe_samples(samples, elements, sources.checks, SPLIT_ELEMENTS)
-        edges = [edge for one in calls for edge in one.edges]
-        reached: dict[RecordedCall, list[Tensor | None]] = {one: [] for one in calls}
-        for one_by_one in chosen.split(1):
-            vector = probe_vectors(output, one_by_one, sources.checks)
-            found = self.rows.pull(output, edges, vector, False, True)
-            if not _finite(found):
-                return None
-            remaining = iter(found)
-            for one in calls:
-                own = one.spread([next(remaining) for _ in one.edges])
-                first = next((g for g in own if g is not None), None)
-                reached[one].append(None if first is None else first != 0)
-        sources.unreached = {one.place for one, of in reached.items() if all(g is None for g in of)}
-        places = {one: joined(of) for one, of in reached.items()}
-        self._mixed = {one.place for one, at in places.items() if _is_mixed(one, at, chosen)}
-        known = self.sources.axes
-        return {
-            one.place: _axis_of(one, at, chosen, known.get(one.place)) for one, at in places.items()
-        }
 
     def _find_products(
         self, calls: Sequence[RecordedCall], truth: Mapping[str, Tensor | None]
@@ -274,18 +299,33 @@ class RowCheck:
                 sources.by_products.discard(name)
         sources.index_uses()
 
-    def _compare(
-        self,
-        name: str,
-        calls: Sequence[RecordedCall],
-        truth: Mapping[str, Tensor | None],
-        samples: int,
-    ) -> None:
-        """Compare the sum of a block's rows with its gradient; take other rows if they differ."""
+    def _unexplained(
+        self, calls: Sequence[RecordedCall], truth: Mapping[str, Tensor | None], samples: int
+    ) -> Iterator[tuple[str, int, bool | Exception]]:
+        """Yield the blocks whose rows do not sum to their gradients, or cannot be made.
+
+        Yields:
+            The block, the samples of which rows were made, 1 for the batch as one, and the problem.
+        """
         sources = self.sources
-        problem = self._explains(name, calls, truth, samples)
-        if problem is True:
-            return
+        of_block = sources.by_block(calls)
+        with self.rows.forming(calls):
+            for name in sources.explained():
+                of = of_block.get(name, [])
+                problem = self._explains(name, of, truth, 1)
+                if problem is not True:
+                    yield name, 1, problem
+                split = all(one.axis is not None for one in of) and not self._turned
+                if sources.reruns(name) and split and name not in sources.direct:
+                    problem = self._explains(name, of, truth, samples)
+                    if problem is not True:
+                        yield name, samples, problem
+
+    def _mend(
+        self, name: str, calls: Sequence[RecordedCall], samples: int, problem: bool | Exception
+    ) -> None:
+        """Take other rows of a block than those that do not sum to its gradient."""
+        sources = self.sources
         modules = {one.call.module for one in calls}
         if samples > 1 and sources.reruns(name):
             sources.whole |= modules  # Its samples are coupled inside.

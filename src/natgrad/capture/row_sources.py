@@ -25,8 +25,10 @@ Gradients = list[Tensor | None]
 #: Up to so many names stand in a sentence.
 SHOWN = 6
 
-#: So many unlike graphs are looked at; of more of them, at ever fewer.
+#: Passes of so many unlike graphs are checked; of more of them, of ever fewer.
 UNLIKE_GRAPHS = 8
+#: Between these, others are looked at, one in so many passes at most.
+PASSES_PER_LOOK = 16
 
 UNCALLED = "is used without a call of its module"
 COUPLED = "the samples of a batch are coupled in it or after it"
@@ -117,8 +119,9 @@ class RowSources:
         time_first: Whether the samples turned out to lie in the output's second dimension.
         checks: How often rows were checked.
         checked: Whether those of the last pass are known to be right.
-        passes: How many there were since the first that was checked.
-        settled: Whether nothing remains to be looked at in passes of known calls.
+        passes: How many there were since rows were last checked.
+        look_due: Whether the present one is to be looked at, though its calls are known,
+        compare_due: and its rows compared with gradients.
         graphs: Those of passes (:func:`natgrad.capture.graph.graph_hash`) that all this holds for.
     """
 
@@ -159,9 +162,11 @@ class RowSources:
         self.checks: int = 0
         self.checked: bool = False
         self.passes: int = 0
-        self.settled: bool = False
+        self.look_due: bool = False
+        self.compare_due: bool = False
         self.graphs: set[int] = set()
-        self._looked_at: Callable[[], Tensor | None] = lambda: None
+        self._begun: Callable[[], Tensor | None] = lambda: None
+        self._unspent = 0
         self._of_data: dict[tuple[nn.Module, str], bool] = {}
         self._sizes: dict[Place, float] = {}
         self._resized: set[Place] = set()
@@ -254,9 +259,9 @@ class RowSources:
 
     def forget(self) -> None:
         """Check again at the next pass. What was coupled once is taken to be so."""
-        self.checked, self.settled, self.passes = False, False, 0
+        self.checked, self.passes = False, 0
         self.graphs.clear()
-        self._looked_at = lambda: None
+        self._begun = lambda: None
         self.axes = {place: axis for place, axis in self.axes.items() if axis is None}
 
     def look_at_modes(self) -> None:
@@ -269,9 +274,25 @@ class RowSources:
     def knows(self, recorded: Sequence[RecordedCall]) -> bool:
         """Return whether there is nothing to find out about a pass, as in most of them."""
         # Modules that are run again may have become random or coupled since.
-        return self.settled and not self._rerun and all(one.place in self.axes for one in recorded)
+        known = self.checked and not (self.look_due or self._rerun)
+        return known and all(one.place in self.axes for one in recorded)
 
-    def look_at_sizes(self, recorded: Sequence[RecordedCall], samples: int) -> None:
+    def begin_pass(self, recorded: Sequence[RecordedCall], output: Tensor) -> None:
+        """Say whether there is something to find out about a pass, if it is another one.
+
+        Values may come to mix samples, or to move them, by the same operations: passes 1, 2, 4, 8,
+        … after a check are looked at, and at every third of them, at rows.
+        """
+        if self._begun() is output:
+            return
+        self._begun = weakref.ref(output)
+        self.passes += 1
+        self._look_at_sizes(recorded, len(output))
+        self.look_due = self.passes & (self.passes - 1) == 0
+        self.compare_due = self.passes.bit_length() % 3 == 0
+        self._look_at_graph(output)
+
+    def _look_at_sizes(self, recorded: Sequence[RecordedCall], samples: int) -> None:
         """Have samples looked for again when they first take more or fewer entries of an output.
 
         They may be unequally large then, as graphs are, although those of other passes were not.
@@ -285,22 +306,23 @@ class RowSources:
             size = one.shapes[0][axis.dim] / samples
             if self._sizes.setdefault(one.place, size) != size:
                 self._resized.add(one.place)
-                self.passes, self.settled = 0, False
+                self.passes = 1
 
-    def look_at_graph(self, output: Tensor) -> None:
+    def _look_at_graph(self, output: Tensor) -> None:
         """Have a pass checked whose graph is none of those known, though its calls may be.
 
         Samples may be mixed from now on, two views laid otherwise, or weights used once more.
         """
-        if self._looked_at() is output:
-            return
-        self._looked_at = weakref.ref(output)
         graph = graph_hash(output)
+        self._unspent += 1
         if graph not in self.graphs:
             self.graphs.add(graph)
             number = len(self.graphs)
             if number <= UNLIKE_GRAPHS or number & (number - 1) == 0:
-                self.checked = self.settled = False
+                self.checked = False
+            elif self._unspent >= PASSES_PER_LOOK:
+                self._unspent -= PASSES_PER_LOOK
+                self.look_due = self.compare_due = True
 
     def explained(self) -> list[str]:
         """Return the blocks whose rows are compared with gradients."""

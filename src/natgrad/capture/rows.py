@@ -112,15 +112,15 @@ class RowBuilder:
     ) -> None:
         """Pull vectors back to the outputs of calls."""
         edges = [edge for one in calls for edge in one.edges]
-        found = iter(self.pull(output, edges, vectors, alone, retain_graph))
+        found, sources = iter(self.pull(output, edges, vectors, alone, retain_graph)), self.sources
         for one in calls:
             one.apart = one.spread(found)
-            if not alone:
-                one.gradients = one.apart
-                there = [g for g in one.apart if g is not None]
-                silent = one.place in self.sources.silent and any(bool(g.any()) for g in there)
-                if silent or (there and one.place in self.sources.unreached):
-                    self.sources.forget()  # What its rows are can be found out now.
+            one.gradients = one.gradients if alone else one.apart
+        there = [(one.place, g) for one in calls for g in one.apart if g is not None]
+        silent = [g.any() for place, g in there if place in sources.silent]
+        reached = any(place in sources.unreached for place, _ in there)
+        if not alone and (reached or (silent and bool(torch.stack(silent).any()))):
+            sources.forget()  # What their rows are can be found out now.
 
     def _rows_of_parameters(
         self, output: Tensor, vectors: Tensor, alone: bool

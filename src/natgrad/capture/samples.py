@@ -56,19 +56,30 @@ def probe_samples(samples: int, elements: int, seed: int, limit: int) -> Tensor:
         numbers = torch.arange(samples)
         halves = torch.stack([(numbers >> bit) % 2 == 1 for bit in range(bits)])
     else:
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.stack([torch.randperm(samples, generator=generator) for _ in range(2)])
-        halves = order < samples // 2
+        return random_halves(samples, 2, seed)
     return torch.cat([halves, ~halves])
 
 
-def probe_vectors(output: Tensor, chosen: Tensor, seed: int) -> Tensor:
-    """Return random output vectors ``(P, *output.shape)`` that are zero but at chosen samples."""
+def random_halves(samples: int, count: int, seed: int) -> Tensor:
+    """Return random halves of some samples and their complements, ``(2 count, N)`` booleans."""
+    if samples == 1:
+        return torch.ones(1, 1, dtype=torch.bool)
     generator = torch.Generator().manual_seed(seed)
-    shape = (len(chosen), *output.shape)
+    order = torch.stack([torch.randperm(samples, generator=generator) for _ in range(count)])
+    halves = order < samples // 2
+    return torch.cat([halves, ~halves])
+
+
+def probe_vector(output: Tensor, seed: int) -> Tensor:
+    """Return a random output vector, ``(1, *output.shape)``."""
+    generator = torch.Generator().manual_seed(seed)
     dtype = torch.float64 if output.dtype == torch.float64 else torch.float32
-    vectors = torch.randn(shape, generator=generator, dtype=dtype).to(output)
-    mask = chosen.to(output.device).reshape(*chosen.shape, *[1] * (output.dim() - 1))
+    return torch.randn((1, *output.shape), generator=generator, dtype=dtype).to(output)
+
+
+def at_samples(vectors: Tensor, chosen: Tensor) -> Tensor:
+    """Return output vectors ``(K, N, ...)`` with zeros but at chosen samples, ``(N,)``."""
+    mask = chosen.to(vectors.device).reshape(-1, *[1] * (vectors.dim() - 2))
     return torch.where(mask, vectors, torch.zeros_like(vectors))
 
 

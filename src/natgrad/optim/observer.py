@@ -200,16 +200,16 @@ class Observer:
     # Passes.
 
     def _on_forward(self) -> None:
-        due, own, sources = self.rows_due, self.fisher.from_user_gradients, self.capture.sources
+        due, sources = self.rows_due, self.capture.sources
         if due and self.steps and self.steps % CHECK_INTERVAL == 0 and not self.seen:
             sources.forget()
         self._begin_audit()
-        unchecked = due and not sources.checked
-        self.capture.recording = (due and not own) or unchecked or self.isotropy_probe is not None
+        self.capture.recording = due or self.isotropy_probe is not None
         watched = self.row_modules
         if self.keeps_batch_fisher and self.probe_layer is not None:
             watched = watched | {self.capture.blocks[self.probe_layer].uses[0].module}
-        self.capture.watching = True if due and own else watched or False
+        own = due and self.fisher.from_user_gradients
+        self.capture.watching = own or watched or False
 
     @outside_graphs
     def _on_backward(self, recorded: ForwardPass) -> None:
@@ -236,8 +236,6 @@ class Observer:
         has_samples = recorded.output.numel() > 0
         if recorded.has_edges and place is None and has_samples:
             self.capture.settle(recorded)
-        elif self.rows_due and place is None and has_samples:
-            self.capture.look_at_graph(recorded)  # A new one is checked at the next pass.
         if self.audit.active and has_samples:
             self.audit.explain(recorded, asked)
         recorded.join_dropped()
