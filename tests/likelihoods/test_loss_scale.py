@@ -19,6 +19,7 @@ from natgrad.likelihoods import (
     Gaussian,
     Poisson,
 )
+from natgrad.likelihoods.binary_probabilities import shows_overlaps
 from tests import pairwise
 from tests.cases import generator, normal
 from tests.likelihoods.test_torch_losses import assert_same, loss_hessian, seen_by_optimizer
@@ -429,11 +430,78 @@ def test_a_loss_without_classes_is_not_taken_for_one_of_classes(loss, size, expe
 
 
 def test_losses_of_pixels_are_means():
-    z, y = normal(16, 1, 20, 20), (normal(16, 400, seed=3) > 1).double()
+    z, y = normal(16, 1, 20, 20), normal(16, 1, 20, 20, seed=3)
     z = z.requires_grad_()
-    overlap(z.flatten(1), y).backward()
+    (-10 * functional.mse_loss(z, y).log10()).backward()
     found, (sentence,) = Categorical().seen_with(z.detach(), z.grad)
     assert found == Gaussian(0.5, "mean") and "a single class" in sentence
+
+
+def jaccard(z: Tensor, y: Tensor) -> Tensor:
+    p = torch.sigmoid(z)
+    both = (p * y).sum(1)
+    return (1 - (both + 1) / (p.sum(1) + y.sum(1) - both + 1)).mean()
+
+
+def squared_dice(z: Tensor, y: Tensor) -> Tensor:
+    """Return the loss of Milletari et al. (2016)."""
+    p = torch.sigmoid(z)
+    return (1 - (2 * (p * y).sum(1) + 1) / (p.square().sum(1) + y.sum(1) + 1)).mean()
+
+
+def focal_tversky(z: Tensor, y: Tensor) -> Tensor:
+    """Return the loss of Abraham & Khan (2019), of the whole batch at once."""
+    p = torch.sigmoid(z)
+    both = (p * y).sum()
+    index = (both + 1) / (both + 0.3 * (p * (1 - y)).sum() + 0.7 * ((1 - p) * y).sum() + 1)
+    return (1 - index) ** 0.75
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(16, 1, 20, 20), (8, 2, 12, 12), (8, 20, 20)])
+@pytest.mark.parametrize("crossed", [0.0, 1.0])
+@pytest.mark.parametrize("loss", [overlap, jaccard, squared_dice, focal_tversky])
+def test_losses_of_overlaps_are_of_binary_labels(loss, crossed, shape, dtype):
+    z = (0.5 * normal(*shape)).to(dtype).requires_grad_()
+    y = (normal(*shape, seed=3) > 0.5).to(dtype)
+    total = crossed * functional.binary_cross_entropy_with_logits(z, y)
+    (total + loss(z.flatten(1), y.flatten(1))).backward()
+    found, (sentence,) = Categorical().seen_with(z.detach(), z.grad)
+    assert found == Bernoulli("mean") and "likelihood=" in sentence
+
+
+def test_overlaps_of_complementary_channels_are_of_binary_labels():
+    """Their gradients nearly sum to zero over the channels, as those of classes do."""
+    z, y = 0.5 * normal(8, 1, 12, 12), (normal(8, 1, 12, 12, seed=3) > 0.5).double()
+    z, y = torch.cat([z, -z], 1).requires_grad_(), torch.cat([y, 1 - y], 1)
+    jaccard(z.flatten(0, 1).flatten(1), y.flatten(0, 1).flatten(1)).backward()
+    assert Categorical().seen_with(z.detach(), z.grad)[0] == Bernoulli("mean")
+
+
+NO_OVERLAPS = {
+    "absolute": lambda z, y: functional.l1_loss(z, y),
+    "squares": lambda z, y: z.square().mean(),
+    "squared errors": lambda z, y: functional.mse_loss(z, y),
+    "Huber": lambda z, y: functional.smooth_l1_loss(z, 3 * y),
+    "hinge": lambda z, y: functional.relu(1 - z * y.sign()).mean(),
+    "critic": lambda z, y: z[::2].mean() - z[1::2].mean(),
+    "similarity": lambda z, y: functional.cosine_similarity(z.flatten(1), y.flatten(1)).mean(),
+}
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-3, 1.0])
+@pytest.mark.parametrize("loss", NO_OVERLAPS)
+def test_other_losses_are_no_overlaps(loss, size):
+    z, y = (size * normal(8, 1, 16, 16)).requires_grad_(), normal(8, 1, 16, 16, seed=3)
+    NO_OVERLAPS[loss](z, y).backward()
+    assert not shows_overlaps(z.detach(), z.grad)
+
+
+def test_penalties_of_logits_leave_classes_what_they_are():
+    z = (0.1 * normal(16, 100)).requires_grad_()
+    penalty = 0.05 * z.logsumexp(1).square().mean()
+    (functional.cross_entropy(z, torch.arange(16)) + penalty).backward()
+    assert Categorical().seen_with(z.detach(), z.grad)[0] == Categorical()
 
 
 def test_a_criterion_that_is_given_is_kept():

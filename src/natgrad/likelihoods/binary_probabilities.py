@@ -9,12 +9,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from natgrad.likelihoods.base import Reduction
+from natgrad.likelihoods.base import Reduction, per_sample
 from natgrad.likelihoods.elementwise import ReduceOutputs, random_like
 from natgrad.likelihoods.mean_outputs import MeanOutputs
 
 #: Least variance of a label, as torch's gradient has it: that of a saturated sigmoid is 0.
 LEAST_VARIANCE = 1e-12
+
+#: Least number of outputs that tell what the gradient in an area is a function of,
+AREA = 64
+
+#: and about how many are looked at.
+LOOKED_AT = 1024
 
 #: Share of labels that must be hard for the gradient to tell its scale.
 MANIFEST = 0.1
@@ -117,6 +123,37 @@ def hold_probabilities(output: Tensor, cotangent: Tensor) -> bool:
     other, *_ = hard_labels(output, cotangent, logits=True)
     between = ((output >= 0) & (output <= 1)).all()
     return bool(between & sure & (share > 2 * other))
+
+
+def shows_overlaps(output: Tensor, cotangent: Tensor) -> bool:
+    """Return whether a gradient at logits is that of overlaps, as of Dice, Jaccard or Tversky.
+
+    In every channel of every sample it is ``p(1 − p)(β_y + γp) + α(p − y)`` of an output with label
+    y, by its sign: overlaps are functions of sums over areas, and α is of a cross-entropy beside
+    them. One number for each sign (absolute errors), and ``a + bz`` for both (squares), must not
+    explain as much.
+    """
+    channels = output.dim() > 2 and output[0, 0].numel() >= AREA
+    z = per_sample(output.flatten(0, 1) if channels else output)
+    if z.shape[1] < AREA:
+        return False
+    step = max(1, z.shape[1] // LOOKED_AT)
+    g = cotangent.reshape(z.shape)[:, ::step].double()
+    z = z[:, ::step].double()
+    p, y = z.sigmoid(), (g < 0).double()
+    variance = p * (1 - p)
+
+    def unexplained(*terms: Tensor) -> Tensor:
+        columns = torch.stack(terms, -1) * (g != 0).unsqueeze(-1)
+        found: Tensor = columns @ (torch.linalg.pinv(columns) @ g.unsqueeze(-1))
+        return (g - found.squeeze(-1)).square().sum()
+
+    left = unexplained(variance * y, variance * (1 - y), variance * p, p - y)
+    others = torch.minimum(unexplained(y, 1 - y), unexplained(torch.ones_like(z), z))
+    size, eps = g.square().sum(), torch.finfo(cotangent.dtype).eps
+    told = others > 100 * torch.maximum(left, eps**2 * size)
+    both = (g > 0).any() & (g < 0).any()
+    return bool(both & told & (left < max(1e-4, 4 * eps) ** 2 * size))
 
 
 def _variance(output: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from natgrad.likelihoods.base import (
     root_floor,
 )
 from natgrad.likelihoods.bernoulli import Bernoulli
-from natgrad.likelihoods.binary_probabilities import hard_labels
+from natgrad.likelihoods.binary_probabilities import hard_labels, shows_overlaps
 from natgrad.likelihoods.class_probabilities import (
     ClassProbabilities,
     hold_class_probabilities,
@@ -356,7 +356,11 @@ class Categorical(Likelihood):
                 return ClassProbabilities(self), []
         foreign = sums > max(0.01, 2 * eps) * size
         if bool(foreign & ~self._is_normalized(output, self._class_dim(output))):
-            if self._is_plain and self._unexplained(output, events) > UNEXPLAINED:
+            # Channel by channel: beside all others in a sample, a class of a softmax is a function
+            # of its output and its label, too.
+            overlaps = output.dim() > 3 and shows_overlaps(output, cotangent)
+            unexplained = self._unexplained(output, events) > UNEXPLAINED
+            if self._is_plain and (overlaps or unexplained):
                 found = self._instead(output, cotangent)
                 moves = ", which measures how far outputs move"
                 why = moves if isinstance(found, Gaussian) else ""
@@ -408,6 +412,8 @@ class Categorical(Likelihood):
         halves = MeanAndScale.shown_by(output, cotangent, self.reduction)
         if halves is not None:
             return halves
+        if shows_overlaps(output, cotangent):  # Their sizes are those of means over outputs.
+            return Bernoulli("mean", self.reduction)
         share, sure, _ = hard_labels(output, cotangent, logits=True)
         sure = sure & (cotangent.max() - cotangent.min() > LINEAR * cotangent.abs().max())
         found: Elementwise = Gaussian(reduction=self.reduction)
