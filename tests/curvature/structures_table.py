@@ -598,7 +598,12 @@ TRACE = {"keeps_trace": True}
 SPLIT = {"factored_damping": True}
 #: Cases in which the pairs of one product, or two, are known to the reference.
 FEW = ("mlp", "tokens", "conv1d", "conv2d", "layer_norm", "embedding", "detached")
-SUM: dict[str, Any] = {"additive": False, "exact_for_one_sample": True, "tolerance": 1e-8}
+SUM: dict[str, Any] = {
+    "additive": False,
+    "root": True,
+    "exact_for_one_sample": True,
+    "tolerance": 1e-8,
+}
 COARSE = FACTORS | {"root": False, "pseudo": False, "exact_for_one_sample": False}
 VARIANT = COARSE | {"layers": FEW, "same_sums": "two_level"}
 STEP: dict[str, Any] = {
@@ -616,8 +621,8 @@ TABLE: dict[str, Entry] = {
         Entry("block_diagonal", "block_diagonal", masked("block_diagonal"), **EXACT, **TRACE,
               root=True, of_one_batch=True, exact_for_one_sample=True),
         Entry("block_tridiagonal", "block_tridiagonal", masked("block_tridiagonal"), **EXACT,
-              **TRACE, joint=True, positive=False, of_one_batch=True, pseudo=False),
-        Entry("unit_wise", "unit_wise", masked("unit_wise"), **EXACT, **TRACE),
+              **TRACE, joint=True, positive=False, of_one_batch=True, pseudo=False, root=True),
+        Entry("unit_wise", "unit_wise", masked("unit_wise"), **EXACT, **TRACE, root=True),
         Entry("diagonal", "diagonal", masked("diagonal"), **EXACT, **TRACE, root=True),
         Entry("kfac", "kfac", KFAC, **FACTORS | SPLITS, everywhere=True),
         Entry("kfac[factored]", "kfac", KFAC, SPLIT, **FACTORS | {"sharings": ()}, cases=FACTORED,

@@ -39,6 +39,40 @@ def test_an_inverse_has_all_quantities_of_a_matrix(structure: str) -> None:
         dense.assert_same(inverse.inverse(0.0).to_dense(), damped, 1e-8)
 
 
+@pytest.mark.parametrize("structure", sorted(set(NAMES) - {"two_level"}))
+@pytest.mark.parametrize("samples", [6, 60])
+@pytest.mark.parametrize("made", ["pseudo_inverse", "root"])
+def test_pseudo_inverses_and_roots_have_them_too(structure: str, samples: int, made: str) -> None:
+    """Of few samples the matrix is singular."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2), nn.Tanh(), nn.Linear(2, 2)]
+    model = nn.Sequential(*layers).double()
+    matrix = fisher_matrix(model, (normal(samples, 3), None), "gaussian", structure)
+    indefinite = structure == "block_tridiagonal"
+    if made == "root" and indefinite:
+        with pytest.raises(natgrad.linalg.FactorizationError, match="not positive definite"):
+            matrix.inverse_root(DAMPING)
+        return
+    found = matrix.inverse(0.0) if made == "pseudo_inverse" else matrix.inverse_root(DAMPING)
+    expected = found.to_dense()
+    dense.assert_same(found.diagonal(), expected.diagonal(), 1e-9)
+    dense.assert_same(found.trace(), expected.trace(), 1e-9)
+    values = torch.linalg.eigvalsh(expected)
+    dense.assert_same(found.eigenvalues().sort().values, values, 1e-9)
+    columns = normal(len(expected), 2, seed=2)
+    dense.assert_same(found @ columns, expected @ columns, 1e-9)
+    if structure in FACTORED:
+        return
+    shifted = torch.linalg.inv(expected + 0.5 * torch.eye(len(expected)).double())
+    dense.assert_same(found.inverse(0.5).to_dense(), shifted, 1e-8)
+    if indefinite:
+        with pytest.raises(natgrad.linalg.FactorizationError, match="not positive definite"):
+            found.inverse_root(1e-9)
+    else:
+        root = found.inverse_root(0.5).to_dense()
+        dense.assert_same(root @ root, shifted, 1e-8)
+
+
 @pytest.mark.parametrize("structure", ["full", "block_diagonal", "diagonal", "ekfac"])
 def test_roots_of_multiples(structure: str) -> None:
     torch.manual_seed(0)

@@ -24,7 +24,6 @@ from natgrad.derivatives.passes import Pass, Passes, derivatives, pushed_forward
 from natgrad.fisher import Batch
 from natgrad.layouts import ParameterLayout
 from natgrad.likelihoods import LikelihoodLike, as_likelihood
-from natgrad.operators.combined import spectral_root
 from natgrad.operators.operator import Operator
 
 
@@ -79,10 +78,6 @@ class _LossMatrix(Operator):
         linalg.check_memory(self.layout.numel, 2, self.dtype, self.device)
         dense = super().to_dense()
         return (dense + dense.mT) / 2  # Symmetric but for rounding.
-
-    def inverse_root(self, damping: float) -> Operator:
-        """Return the root of the dense matrix."""
-        return spectral_root(self, damping)
 
     def __repr__(self) -> str:
         """Show the size."""

@@ -143,9 +143,9 @@ class LinearizedPosterior(ABC):
             model by :func:`torch.nn.utils.vector_to_parameters` if all parameters are uncertain.
 
         Raises:
-            NotImplementedError: If the structure has no square root at hand; ``"full"``,
-                ``"block_diagonal"``, ``"kfac"``, ``"ekfac"``, ``"tkfac"``, ``"tekfac"`` and
-                ``"diagonal"`` have one.
+            FactorizationError: If the precision is not positive definite, as that of
+                ``"block_tridiagonal"`` may be.
+            NotImplementedError: For ``"two_level"``, whose inverse is not symmetric.
             ValueError: If ``n`` is not positive.
         """
         if n < 1:

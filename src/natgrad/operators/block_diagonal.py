@@ -137,21 +137,17 @@ class FisherMatrix(Operator):
             damping: λ > 0, in the units of F: one value, or one per part name.
 
         Raises:
-            NotImplementedError: If the structure has no square root at hand.
-            ValueError: If the damping is not positive and finite.
+            FactorizationError: If a damped part is not positive definite.
+            NotImplementedError: For ``"two_level"``, whose inverse is not symmetric.
+            ValueError: If the damping is not positive and finite, or a dense part is needed and
+                does not fit memory.
         """
         dampings = {name: damping_of(name, damping) for name in self.parts}
         for one in dampings.values():
             check_damping(one)
             if one == 0:
                 raise ValueError("inverse_root needs a positive damping")
-        try:
-            return self._with(lambda name, one: one.inverse_root(dampings[name]))
-        except NotImplementedError as error:
-            raise NotImplementedError(
-                f"structure {self.structure!r} has no square root of its inverse: use 'full', "
-                "'block_diagonal', 'kfac', 'ekfac', 'tkfac', 'tekfac', 'singd' or 'diagonal'"
-            ) from error
+        return self._with(lambda name, one: one.inverse_root(dampings[name]))
 
     @overload
     def __add__(self, other: FisherMatrix) -> FisherMatrix: ...

@@ -12,7 +12,6 @@ from torch import Tensor
 from natgrad import linalg
 from natgrad.arguments import check_damping
 from natgrad.jacobians import Jacobians
-from natgrad.operators.dense import SpectralOperator
 from natgrad.operators.operator import GradientSource, Operator, VectorLayout
 
 
@@ -101,7 +100,7 @@ class ScaledOperator(DerivedOperator):
         if self.factor > 0:
             root = self.operator.inverse_root(damping / self.factor)
             return replace(self, operator=root, factor=self.factor**-0.5)
-        return spectral_root(self, damping)
+        return super().inverse_root(damping)
 
     def natural_gradient(self, source: GradientSource) -> dict[str, Tensor]:
         """Return c times that of F."""
@@ -173,21 +172,3 @@ class SumOperator(Operator):
         """Return the matrix."""
         linalg.check_memory(self.layout.numel, len(self.terms) + 1, self.dtype, self.device)
         return torch.stack([term.to_dense() for term in self.terms]).sum(0)
-
-    def inverse_root(self, damping: float) -> Operator:
-        """Return the root of the dense matrix."""
-        return spectral_root(self, damping)
-
-
-def spectral_root(matrix: Operator, damping: float) -> SpectralOperator:
-    """Return the inverse root of a damped matrix that may have negative eigenvalues.
-
-    Raises:
-        FactorizationError: If it is not positive definite.
-    """
-    values, vectors = linalg.eigh(matrix.to_dense())
-    rounding = len(values) * torch.finfo(values.dtype).eps * values.abs().max()
-    damped = torch.where(values.abs() <= rounding, values.clamp(min=0.0), values) + damping
-    if not bool((damped > 0).all()):
-        raise linalg.FactorizationError("the damped matrix is not positive definite")
-    return SpectralOperator(matrix.layout, damped.rsqrt(), vectors)

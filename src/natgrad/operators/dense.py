@@ -95,8 +95,12 @@ class SpectralOperator(Operator):
         return replace(self, values=inverse)
 
     def inverse_root(self, damping: float) -> SpectralOperator:
-        """Invert the roots of the eigenvalues."""
-        return replace(self, values=(self.values.clamp(min=0.0) + damping).rsqrt())
+        """Invert the roots of the eigenvalues.
+
+        Raises:
+            FactorizationError: If the damped matrix is not positive definite.
+        """
+        return replace(self, values=_inverse_roots(self.values, damping))
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,3 +127,27 @@ class CholeskyInverse(Operator):
         """Return the eigenvalues."""
         values: Tensor = torch.linalg.svdvals(self.factor).square().reciprocal()
         return values
+
+
+def spectral_root(matrix: Operator, damping: float) -> SpectralOperator:
+    """Return the inverse root of a damped matrix that may have negative eigenvalues.
+
+    Raises:
+        FactorizationError: If it is not positive definite.
+        ValueError: If the dense matrix does not fit memory.
+    """
+    linalg.check_memory(matrix.shape[0], 3, matrix.dtype, matrix.device)
+    values, vectors = linalg.eigh(matrix.to_dense())
+    return SpectralOperator(matrix.layout, _inverse_roots(values, damping), vectors)
+
+
+def _inverse_roots(values: Tensor, damping: float) -> Tensor:
+    """Return ``1/√(e + damping)``, with 0 for eigenvalues e below it by rounding.
+
+    Raises:
+        FactorizationError: If a damped one is not positive.
+    """
+    cut = torch.where(values.abs() <= linalg.rounding(values), values.clamp(min=0.0), values)
+    if not bool((cut + damping > 0).all()):
+        raise linalg.FactorizationError("the damped matrix is not positive definite")
+    return (cut + damping).rsqrt()

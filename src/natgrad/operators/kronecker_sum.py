@@ -140,6 +140,22 @@ class KroneckerSumOperator(Operator):
             )
             return self._leading().direct_inverse(damping)
 
+    def inverse_root(self, damping: float) -> Operator:
+        """Return the root of what :meth:`direct_inverse` inverts.
+
+        Raises:
+            FactorizationError: If the damped matrix is not positive definite.
+            ValueError: If the dense block is needed and does not fit memory.
+        """
+        if self.rank == 1 and not self.factored_damping:
+            return self._leading().inverse_root(damping)
+        if not self.factored_damping:
+            return super().inverse_root(damping)
+        inverse = self.direct_inverse(damping)
+        linalg.check_memory(self.layout.numel, 3, self.dtype, self.device)
+        values, vectors = linalg.eigh(inverse.to_dense())
+        return SpectralOperator(self.layout, values.clamp(min=0.0).sqrt(), vectors)
+
     def _inverse_of_all(self, damping: float) -> Operator:
         if self.factored_damping and damping > 0:
             return self._simultaneous(damping)

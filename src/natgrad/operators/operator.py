@@ -118,11 +118,12 @@ class Operator(Record, ABC):
         """Return the symmetric ``(F + damping I)^(−1/2)``, for ``damping > 0``.
 
         Raises:
-            NotImplementedError: If the structure has no square root at hand.
+            FactorizationError: If the damped matrix is not positive definite.
+            ValueError: If the dense matrix is needed and does not fit memory.
         """
-        raise NotImplementedError(
-            f"{type(self).__name__} has no square root of its inverse at hand"
-        )
+        from natgrad.operators.dense import spectral_root
+
+        return spectral_root(self, damping)
 
     # What follows from it.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from natgrad import linalg
 from natgrad.arguments import check_damping
 from natgrad.layouts import ParameterLayout
-from natgrad.operators.combined import DerivedOperator, spectral_root
+from natgrad.operators.combined import DerivedOperator
 from natgrad.operators.diagonal import DiagonalOperator
 from natgrad.operators.linear_map import LinearMap
 from natgrad.operators.operator import Operator, VectorLayout
@@ -75,10 +75,6 @@ class SubmatrixOperator(DerivedOperator):
         """Return ``log det(F[i, i] + damping I)``; −inf where singular, NaN where not definite."""
         check_damping(damping)
         return linalg.log_determinant(self.eigenvalues(), damping, positive=False)
-
-    def inverse_root(self, damping: float) -> Operator:
-        """Return the root of the dense matrix."""
-        return spectral_root(self, damping)
 
 
 @dataclass(frozen=True, eq=False)

@@ -89,6 +89,12 @@ class UnitBlocksOperator(Operator):
         scaled = vectors * linalg.inverse_on_range(values).unsqueeze(-2)
         return replace(self, blocks=scaled @ vectors.mT)
 
+    def inverse_root(self, damping: float) -> Operator:
+        """Return every unit's root by its eigenvalues."""
+        values, vectors = linalg.eigh(self.blocks)
+        scaled = vectors * (values.clamp(min=0.0) + damping).rsqrt().unsqueeze(-2)
+        return replace(self, blocks=scaled @ vectors.mT)
+
 
 @dataclass(frozen=True, eq=False)
 class _UnitCholesky(UnitBlocksOperator):
@@ -110,8 +116,14 @@ class _UnitCholesky(UnitBlocksOperator):
 
     def direct_inverse(self, damping: float) -> Operator:
         """Return the inverse of the blocks."""
-        blocks = torch.cholesky_inverse(self.blocks)
-        return UnitBlocksOperator(self.layout, blocks).direct_inverse(damping)
+        return self._as_blocks().direct_inverse(damping)
+
+    def inverse_root(self, damping: float) -> Operator:
+        """Return the root of the blocks."""
+        return self._as_blocks().inverse_root(damping)
+
+    def _as_blocks(self) -> UnitBlocksOperator:
+        return UnitBlocksOperator(self.layout, torch.cholesky_inverse(self.blocks))
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,6 +196,13 @@ class UnitRowsOperator(Operator):
         spectra = [linalg.eigh(gram) for gram in self.grams()]
         values = tuple(linalg.inverse_on_range(v) for v, _ in spectra)
         return _UnitRowsInverse(self.layout, self, 0.0, tuple(u for _, u in spectra), values)
+
+    def inverse_root(self, damping: float) -> Operator:
+        """Return every unit's root, ``(d, d)`` each."""
+        check_unit_memory(self.layout, self.inputs.shape[2])
+        rows = [a * root.unsqueeze(-1) for _, a, root in self.chunks()]
+        blocks = torch.cat([one.mT @ one for one in rows]) / self._count
+        return UnitBlocksOperator(self.layout, blocks).inverse_root(damping)
 
     def function_space_map(
         self, names: Collection[str], rows: Jacobians, other: Jacobians, damping: float
