@@ -287,6 +287,39 @@ def test_any_heads_with_any_masks(names, samples, seed, share):
     assert (F - expected).norm() <= 1e-10 * expected.norm()
 
 
+def test_the_joint_loss_is_the_sum_of_the_heads_own():
+    """With an event of one head ignored, and another without a target."""
+    logits, value = normal(6, 3), normal(6, 2, seed=1)
+    heads = Heads({"class": "categorical", "value": "gaussian"})
+    joined = heads.of_shapes({"class": logits.shape, "value": value.shape})
+    y = torch.tensor([0, 2, -100, 1, 1, 0])
+    target = {"class": y, "value": normal(6, 2, seed=2)}
+    z = torch.cat([logits, value], 1).requires_grad_()
+    own = functional.cross_entropy(z[:, :3], y)
+    total = own + 0.5 * (z[:, 3:] - target["value"]).square().sum(1).mean()
+    torch.testing.assert_close(joined.loss(z, target), total)
+    torch.testing.assert_close(joined.nll(z, target).sum() / 6, total)
+    (expected,) = torch.autograd.grad(total, z, retain_graph=True)
+    torch.testing.assert_close(joined.gradient(z, target) / 6, expected)
+    torch.testing.assert_close(joined.loss(z, (y, None)), own)
+    # Labels that are drawn are a target again, and say the same as vectors of the same draw.
+    drawn = joined.sample(z.detach(), generator(3))
+    vectors = joined.sampled_vectors(z.detach(), generator(3))
+    torch.testing.assert_close(joined.gradient(z, drawn).detach(), vectors[0])
+
+
+def test_heads_are_equal_where_their_likelihoods_are():
+    heads = Heads({"class": "categorical", "value": Gaussian(0.5)})
+    assert heads == Heads({"class": Categorical(), "value": Gaussian(0.5)})
+    assert hash(heads) == hash(Heads({"class": Categorical(), "value": Gaussian(0.5)}))
+    assert heads != Heads({"class": "categorical", "value": "gaussian"})
+    assert heads.decided(heads.decision) == heads
+    with pytest.raises(ValueError, match="not a mapping"):
+        Heads({"class": heads})
+    with pytest.raises(NotImplementedError, match="pick one head"):
+        heads.nll(normal(4, 3), torch.zeros(4))
+
+
 def test_largest_decrement_is_that_of_the_summed_losses():
     """Every head's own, which is of a mean over its own count."""
     model, (x, y) = Model(), data(4)
