@@ -61,3 +61,36 @@ def test_a_step_waits_once(optimizer_type, options, reads):
         relative = isinstance(optimizer_type.method.damping, natgrad.RelativeDamping)
         first = ["tolist", "tolist"] if relative else ["tolist"]
         assert reads == (first if seed == 0 else []) + ["tolist"], (seed, reads)
+
+
+class Gated(nn.Module):
+    """A network with branches behind gates that stay shut."""
+
+    def __init__(self, branches: int) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.branches = nn.ModuleList([nn.Linear(8, 8) for _ in range(branches)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.tanh(self.layer(x))
+        for branch in self.branches:
+            h = h + 0.0 * torch.tanh(branch(h))
+        return self.head(h)
+
+
+def test_layers_without_gradients_are_waited_for_once(reads):
+    found = []
+    for branches in (0, 1, 3):
+        torch.manual_seed(0)
+        model = Gated(branches).double()
+        optimizer = natgrad.ExactNGD(model)
+        for seed in range(4):  # At the fourth pass nothing is looked at besides.
+            y = torch.randint(0, 3, (12,), generator=generator(seed))
+            optimizer.zero_grad()
+            loss = functional.cross_entropy(model(normal(12, 6, seed=seed)), y)
+            reads.clear()
+            loss.backward()
+            last = len(reads)
+            optimizer.step()
+        found.append(last)
+    assert found == [found[0], found[0] + 1, found[0] + 1]
