@@ -497,6 +497,20 @@ def test_other_losses_are_no_overlaps(loss, size):
     assert not shows_overlaps(z.detach(), z.grad)
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_first_batch_that_overflows_is_no_overlap(number):
+    model = nn.Conv2d(1, 1, 3, padding=1).double()
+    optimizer = natgrad.KFAC(model)
+    y = (normal(8, 1, 16, 16, seed=3) > 0).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for factor in (number, 1.0):
+            optimizer.zero_grad()
+            overlap(model(factor * normal(8, 1, 16, 16)).flatten(1), y.flatten(1)).backward()
+            optimizer.step()
+    assert all(bool(one.isfinite().all()) for one in model.parameters())
+
+
 def test_penalties_of_logits_leave_classes_what_they_are():
     z = (0.1 * normal(16, 100)).requires_grad_()
     penalty = 0.05 * z.logsumexp(1).square().mean()
