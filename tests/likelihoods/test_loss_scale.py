@@ -511,6 +511,20 @@ def test_a_first_batch_that_overflows_is_no_overlap(number):
     assert all(bool(one.isfinite().all()) for one in model.parameters())
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_gradient_that_overflows_decides_nothing(number):
+    """As at the first steps of mixed precision, whose scale is too large yet."""
+    model, x = network(6), normal(24, 6)
+    optimizer = natgrad.KFAC(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for factor in (number, 1.0):
+            optimizer.zero_grad()
+            (factor * triplets(model(x))).backward()
+            optimizer.step()
+    assert optimizer.preconditioner.observer.likelihood == Gaussian(reduce_outputs="sum")
+
+
 def test_penalties_of_logits_leave_classes_what_they_are():
     z = (0.1 * normal(16, 100)).requires_grad_()
     penalty = 0.05 * z.logsumexp(1).square().mean()

@@ -463,7 +463,9 @@ class Observer:
     def _compare(
         self, likelihood: Likelihood, output: Tensor, cotangent: Tensor, target: Any
     ) -> None:
-        """Hold the likelihood against the gradient of the loss."""
+        """Hold the likelihood against the gradient of the loss, once that is finite."""
+        if not bool(cotangent.isfinite().all()):
+            return  # An overflow says nothing of the loss.
         self.likelihood, sentences = likelihood.seen_with(output, cotangent, target)
         self.compared = self.compared or bool(cotangent.any())
         for sentence in sentences:

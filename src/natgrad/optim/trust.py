@@ -64,9 +64,10 @@ class Trust:
             )
         if found.foreign and not set(covered) - set(found.foreign):
             self.capture.tell(
-                "none of the gradients comes through the output that the likelihood looks at, so "
-                "curvature is not that of this loss: pass output=lambda out: ... if it is another "
-                "output; natgrad.ResidualNGD is there for losses of derivatives of the network"
+                "no gradient comes through the output that the likelihood looks at for the larger "
+                "part, so curvature is not that of this loss: pass output=lambda out: ... if it is "
+                "another output; natgrad.ResidualNGD is there for losses of derivatives of the "
+                "network"
             )
         elif found.foreign:
             self._leave(
