@@ -147,14 +147,14 @@ class KroneckerSumOperator(Operator):
             FactorizationError: If the damped matrix is not positive definite.
             ValueError: If the dense block is needed and does not fit memory.
         """
-        if self.rank == 1 and not self.factored_damping:
+        if self.factored_damping:
+            inverse = self.direct_inverse(damping)
+            linalg.check_memory(self.layout.numel, 3, self.dtype, self.device)
+            values, vectors = linalg.eigh(inverse.to_dense())
+            return SpectralOperator(self.layout, values.clamp(min=0.0).sqrt(), vectors)
+        if self.rank == 1:
             return self._leading().inverse_root(damping)
-        if not self.factored_damping:
-            return super().inverse_root(damping)
-        inverse = self.direct_inverse(damping)
-        linalg.check_memory(self.layout.numel, 3, self.dtype, self.device)
-        values, vectors = linalg.eigh(inverse.to_dense())
-        return SpectralOperator(self.layout, values.clamp(min=0.0).sqrt(), vectors)
+        return super().inverse_root(damping)
 
     def _inverse_of_all(self, damping: float) -> Operator:
         if self.factored_damping and damping > 0:

@@ -8,7 +8,7 @@ product ``a aᵀ`` is shared by all units.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -85,14 +85,16 @@ class UnitBlocksOperator(Operator):
         if damping > 0:
             factor = linalg.cholesky(linalg.add_to_diagonal(self.blocks, damping))
             return _UnitCholesky(self.layout, factor)
-        values, vectors = linalg.eigh(self.blocks)
-        scaled = vectors * linalg.inverse_on_range(values).unsqueeze(-2)
-        return replace(self, blocks=scaled @ vectors.mT)
+        return self._with_eigenvalues(linalg.inverse_on_range)
 
     def inverse_root(self, damping: float) -> Operator:
         """Return every unit's root by its eigenvalues."""
+        return self._with_eigenvalues(lambda e: (e.clamp(min=0.0) + damping).rsqrt())
+
+    def _with_eigenvalues(self, function: Callable[[Tensor], Tensor]) -> Operator:
+        """Return the blocks with a function of their eigenvalues in place of these."""
         values, vectors = linalg.eigh(self.blocks)
-        scaled = vectors * (values.clamp(min=0.0) + damping).rsqrt().unsqueeze(-2)
+        scaled = vectors * function(values).unsqueeze(-2)
         return replace(self, blocks=scaled @ vectors.mT)
 
 
