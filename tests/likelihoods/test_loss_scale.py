@@ -221,6 +221,31 @@ def test_what_was_seen_is_saved():
     assert other.preconditioner.observer.likelihood == Gaussian(0.5, "mean")
 
 
+@pytest.mark.parametrize("likelihood", [None, "gaussian"])
+@pytest.mark.parametrize("factor", [1.0, *SCALES])
+@pytest.mark.parametrize("keeps", ["all", "some"])
+@pytest.mark.parametrize("averages", [False, True])
+def test_losses_that_are_linear_in_the_outputs_tell_the_scale(averages, keeps, factor, likelihood):
+    """As those of log-densities, one for every token, that a model returns."""
+    model, x = network(7), normal(24, 6)
+    mask = torch.ones(24, 7).double() if keeps == "all" else (normal(24, 7, seed=3) > 0).double()
+    divisor = mask.sum() if averages else mask.any(1).sum()
+    options = () if likelihood is None else (likelihood,)
+    optimizer = natgrad.ExactNGD(model, *options, fisher="exact", lr=0.0, kl_clip=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (-factor * (model(x) * mask).sum() / divisor).backward()
+    optimizer.step()
+
+    rows = torch.func.jacrev(lambda p: torch.func.functional_call(model, p, (x,)))(
+        dict(model.named_parameters())
+    )
+    flat = torch.cat([rows[name].flatten(2) for name in rows], 2).detach()
+    # The variance of squared errors that are averaged is that of ``nn.MSELoss()``.
+    expected = torch.einsum("ncp,nc,ncq->pq", flat, mask, flat) * (2 if averages else 1) / divisor
+    assert_same(optimizer.preconditioner.curvature.matrix().to_dense(), expected)
+
+
 # -- losses that are none of the likelihood ------------------------------------------------------
 
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from natgrad.likelihoods.base import Reduction, full_precision, per_sample
-from natgrad.likelihoods.elementwise import Elementwise, ReduceOutputs, random_like
+from natgrad.likelihoods.elementwise import (
+    Elementwise,
+    ReduceOutputs,
+    plausible_scale,
+    random_like,
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -50,6 +56,19 @@ class Gaussian(Elementwise):
         """
         return self.reduce_outputs != "sum" and super()._is_foreign(output, cotangent)
 
+    def _tells_average(self, output: Tensor, cotangent: Tensor, target: Any) -> bool | None:
+        """Read the sum or the mean off a loss that is linear in the outputs, as of log-densities.
+
+        Its gradient is one number at all outputs that count, and so its size tells.
+        """
+        counted = cotangent != 0
+        if target is not None or not super()._is_foreign(output[counted], cotangent[counted]):
+            return super()._tells_average(output, cotangent, target)
+        size = float(cotangent.abs().max())
+        samples, entries = int(per_sample(counted).any(1).sum()), int(counted.sum())
+        averaged, summed = plausible_scale(size * entries, entries), size * samples
+        return averaged < plausible_scale(summed, samples)
+
     def _looks_average(self, output: Tensor, cotangent: Tensor) -> bool:
         """Return whether the gradient is too small for the sum of an untrained model's errors.
 
@@ -73,8 +92,11 @@ class Gaussian(Elementwise):
     def is_shown(self, output: Tensor, cotangent: Tensor) -> bool:
         """Return whether the gradient grows with the outputs as that of squared errors does.
 
-        Errors of a model that is not trained yet grow with its outputs at a rate of about 1.
+        Errors of a model that is not trained yet grow with its outputs at a rate of about 1. Of a
+        loss that is linear in the outputs the size of the gradient says it.
         """
+        if self._tells_average(output, cotangent, None) is not None:
+            return True
         residual = per_sample(cotangent.to(output.dtype)) * len(output)
         centered = per_sample(output) - per_sample(output).mean(0)
         slope = (residual * centered).sum() / centered.square().sum()
