@@ -98,6 +98,63 @@ def test_a_term_of_another_kind_is_named_and_the_rest_goes_on():
     assert len(said) == 1 and "'0.weight'" in said[0] and "0.bias" not in said[0]
 
 
+class Balanced(nn.Module):
+    """Weighs two losses by parameters that no output depends on."""
+
+    def __init__(self, balances: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+        if balances:
+            self.balance = nn.Parameter(torch.ones(2).double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("kind", [natgrad.KFAC, natgrad.BlockDiagonalNGD, natgrad.SINGD])
+@pytest.mark.parametrize("asks", [False, True])
+def test_a_gradient_put_there_by_hand_is_none_of_the_output(kind, asks):
+    """As GradNorm and multipliers of constraints have it: steps of all others are as without."""
+    x, y = normal(16, 4), torch.arange(16) % 3
+    found = {}
+    for balances in (True, False):
+        model = Balanced(balances)
+        optimizer = kind(model, fisher="exact", damping=0.1)
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss = functional.cross_entropy(model(x), y)
+            loss.backward(retain_graph=asks)
+            if balances:
+                given = torch.tensor([3.0, -5.0]).double()
+                if asks:
+                    (given,) = torch.autograd.grad((model.balance * given).sum(), model.balance)
+                model.balance.grad = given
+            optimizer.step()
+        found[balances] = nn.utils.parameters_to_vector(model.layers.parameters()).detach()
+        if balances:
+            assert set(optimizer.preconditioner.untrusted) == {"balance"}
+            assert model.balance[0] < 1 < model.balance[1]
+    torch.testing.assert_close(found[True], found[False], rtol=1e-12, atol=1e-12)
+
+
+def test_a_gradient_that_is_left_from_other_passes_is_no_finding():
+    """One head has its turn, and what the other one has learnt from stays where it is."""
+    torch.manual_seed(0)
+    model = TwoHeads().double()
+    likelihood = {0: "categorical", 1: nn.MSELoss()}
+    optimizer = natgrad.KFAC(model, likelihood)
+    x, y = normal(16, 4), torch.arange(16) % 3
+    for turn in range(4):
+        logits, value = model(x)
+        if turn % 2 == 0:
+            functional.cross_entropy(logits, y).backward()
+        else:
+            value.square().mean().backward()
+        optimizer.step()
+    assert not optimizer.preconditioner.untrusted
+
+
 def test_it_is_looked_again_when_layers_change_and_rarely_otherwise():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()

@@ -44,9 +44,9 @@ class Findings:
 class GradientAudit:
     r"""Compares gradients with :math:`J^\top u`, u what the user's loss sends to the output.
 
-    A second head, another term of the loss or a second use of the network make the difference.
-    Multiples of the parameter (an L2 penalty) and of the gradient itself (a hook that scales it) do
-    not count.
+    A second head, another term of the loss or a second use of the network make the difference, and
+    what is put into ``.grad`` by hand where no pass has come. Multiples of the parameter (an L2
+    penalty) and of the gradient itself (a hook that scales it) do not count.
 
     Args:
         capture: The hooks on the model.
@@ -62,6 +62,7 @@ class GradientAudit:
         self._sizes: dict[bool, dict[str, Tensor]] = {False: {}, True: {}}
         self._asked = False
         self._halved: set[str] = set()  # Parameters of gradients summed in half precision.
+        self._reached: set[str] = set()  # Those that some pass has ever explained a gradient of.
         #: Whether gradients are being collected.
         self.active = False
 
@@ -110,6 +111,7 @@ class GradientAudit:
         for name, part in zip(held, parts, strict=True):
             if part is not None:
                 part = part[0].detach().to_dense()
+                self._reached.add(name)
                 known, sizes = self._explained[asked], self._sizes[asked]
                 known[name] = known.get(name, torch.zeros_like(part)) + part
                 size = torch.linalg.vector_norm(part, dtype=_at_least_float32(part))
@@ -139,6 +141,8 @@ class GradientAudit:
         looks = not self._found[False]
         found, explained, asked = self._found[looks], self._explained[looks], self._asked
         sizes, halved = self._sizes[looks], self._halved
+        if not looks:
+            found = {**self._given(), **found}
         self.drop()
         parameters = dict(self.capture.model.named_parameters())
         names = list(found) if asked else []
@@ -164,8 +168,14 @@ class GradientAudit:
                 (findings.foreign if cosine < LEAST_COSINE else findings.mixed).append(name)
         return findings
 
+    def _given(self) -> dict[str, Tensor]:
+        """Return what ``.grad`` holds of parameters that no pass has ever reached."""
+        unreached = {n: p.grad for n, p in self._captured().items() if n not in self._reached}
+        return {n: g.detach().to_dense() for n, g in unreached.items() if g is not None}
+
     def forgive(self, names: Set[str]) -> None:
         """Leave out parameters whose backward pass makes another gradient on purpose."""
+        self._reached.update(names)
         for name in names:
             for found in self._found.values():
                 found.pop(name, None)
