@@ -31,7 +31,7 @@ from natgrad.fisher import estimation as fisher_module
 from natgrad.jacobians import LinearJacobian, factor_terms
 from natgrad.likelihoods import as_likelihood
 from natgrad.operators import GradientSource
-from natgrad.operators.structured_factors import StructuredMatrix
+from natgrad.operators.structured_matrix import StructuredMatrix
 from natgrad.optim import SINGD
 from tests import dense, pairwise
 from tests.cases import CASES, Case, generator, normal

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from natgrad.operators.structured_factors import StructuredMatrix, identity_matrix
+from natgrad.operators.structured_factors import identity_matrix
+from natgrad.operators.structured_matrix import StructuredMatrix
 from tests import dense
 
 STRUCTURES = [

@@ -26,7 +26,7 @@ with λ added to each factor. Without momentum a step takes :math:`K K^\top = S^
 :math:`((1 - β_1) S + β_1 (A + λI))^{-1} + O(β_1^2)`, the moving average of K-FAC.
 
 Nothing is inverted or decomposed, so all of it works in bfloat16, and Π keeps the factors in a
-structure of few entries (:mod:`natgrad.operators.structured_factors`).
+structure of few entries (:mod:`natgrad.operators.structured_matrix`).
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ from natgrad.curvature.structure import Part, Structure, register_structure
 from natgrad.jacobians import FIRST_DRAW, Draw, Jacobians, WeightSharing
 from natgrad.jacobians.factor_terms import FactorTerm, FactorTerms, factor_terms
 from natgrad.layouts import BlockLayout
+from natgrad.operators.expanded_matrices import DenseMatrix
 from natgrad.operators.inverse_kronecker import (
     EXPANDED,
     InverseKroneckerOperator,
@@ -57,12 +58,8 @@ from natgrad.operators.inverse_kronecker import (
     metric_takes_rows,
     multiplications,
 )
-from natgrad.operators.structured_factors import (
-    DenseMatrix,
-    FactorStructure,
-    StructuredMatrix,
-    identity_matrix,
-)
+from natgrad.operators.structured_factors import identity_matrix
+from natgrad.operators.structured_matrix import FactorStructure, StructuredMatrix
 from natgrad.records import Record
 from natgrad.statistics import Statistics
 from natgrad.statistics.kronecker import merging_weights

@@ -14,7 +14,8 @@ from natgrad.layouts import BlockLayout
 from natgrad.operators.eigen_kronecker import EigenKroneckerOperator
 from natgrad.operators.kronecker import is_weight_matrix, multiply_left, multiply_right
 from natgrad.operators.operator import GradientSource, Operator
-from natgrad.operators.structured_factors import DiagonalMatrix, StructuredMatrix
+from natgrad.operators.sparse_matrices import DiagonalMatrix
+from natgrad.operators.structured_matrix import StructuredMatrix
 
 #: Structures whose products take of the order of d² entries.
 EXPANDED = ("dense", "lower_triangular", "upper_triangular", "lower_toeplitz", "upper_toeplitz")

@@ -21,7 +21,7 @@ from natgrad.experiments.learning_rates import step_of
 from natgrad.experiments.theory.results import exponent
 from natgrad.jacobians import Jacobians
 from natgrad.operators import KroneckerOperator
-from natgrad.operators.structured_factors import FactorStructure
+from natgrad.operators.structured_matrix import FactorStructure
 from natgrad.statistics import KroneckerStatistics
 
 SOURCE = Source(
