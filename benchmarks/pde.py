@@ -1,7 +1,8 @@
 """How accurately optimizers solve equations with one network, at equal processor time.
 
-Nine equations (`pde_problems.py`), the same network, points and weights for every optimizer.
-``natgrad.ResidualNGD`` runs with its defaults. The others:
+Nine equations (`pde_problems.py`), one also without the singular part of its solution; the same
+network, points and weights for every optimizer. ``natgrad.ResidualNGD`` runs with its defaults. The
+others:
 
 * ``adam``, ``soap``: the best of the rates given, by the error at the end, falling as a cosine;
 * ``lbfgs``: PyTorch's, history 100, strong Wolfe, restarted where its search gets stuck;

@@ -109,6 +109,31 @@ def test_reference_of_allen_and_cahn_has_converged_and_solves_it(problems):
         assert power == 1 or float(diffused[11:21].min()) > 1e-4
 
 
+def test_layer_of_allen_and_cahn_diffuses_and_takes_the_kink(problems):
+    """With it the smooth part solves its own residuals where u solves the equation's."""
+    points = problems.uniform(200, 2, 0)
+    points[:, 0] = 1 - 0.03 * points[:, 0]
+    smooth, whole = (problems.allen_cahn_sample(0, smooth=one) for one in (True, False))
+    for x in points:
+        c = taylor(problems.layer, x, (0,))
+        assert float(c.first[1] - 1e-4 * c.laplacian) == pytest.approx(0, abs=1e-9)
+        torch.testing.assert_close(c.first[0], problems.layer_slope(x), rtol=1e-9, atol=1e-12)
+        v = taylor(lambda p: (3 * p[:, :1] - p[:, 1:]).sin(), x, (0,))
+        u = Taylor(v.value + c.value, v.first + c.first, v.second, v.laplacian + c.laplacian)
+        for part in ("equation", "ends"):
+            of_v, of_u = (
+                one[part].function(d._replace(second=d.laplacian.unsqueeze(0)), x)
+                for one, d in ((smooth, v), (whole, u))
+            )
+            torch.testing.assert_close(of_v, of_u, rtol=0, atol=1e-9)
+    ends = problems.column(torch.ones(9).double(), torch.linspace(0.1, 1, 9).double())
+    assert bool((problems.layer_slope(ends) == 2).all())
+    start = problems.column(torch.linspace(0, 1, 9).double(), torch.zeros(9).double())
+    assert float(problems.layer(start).abs().max()) < 1e-100
+    points, v = problems.smooth_part()
+    torch.testing.assert_close(v + problems.layer(points), problems.allen_cahn()[1])
+
+
 @pytest.mark.parametrize("name", ["burgers", "burgers_smooth", "allen_cahn"])
 def test_points_that_are_added_lie_where_their_part_is(problems, name):
     problem = problems.PROBLEMS[name]
