@@ -93,6 +93,18 @@ def test_learned_vectors_for_all_samples(function):
     check(Function(function), normal(3, 4, 4))
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("views", [2, 3])
+def test_views_of_a_batch_behind_each_other(batch_first, views):
+    class Views(Attending):
+        def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
+            several = torch.cat([torch.sin(x + number) for number in range(views)])
+            several = super().forward(several).unflatten(0, (views, len(x)))
+            return several.cumprod(0).sum(0)
+
+    check(Views(batch_first, False), normal(3, 4, 4))
+
+
 def test_a_sequence_without_a_batch():
     class Alone(nn.Module):
         def __init__(self) -> None:

@@ -82,9 +82,8 @@ class AttentionKind(LayerKind):
         layout, samples = block.layout, block.samples
         separate = block.names[0] in ("q_proj_weight", "k_proj_weight", "v_proj_weight")
         for call, delta in block.single_outputs():
-            batch = call.options["batch"]
-            a = _samples_first(call.inputs[0], batch, samples)[..., : layout.d_in]
-            d = torch.stack([_samples_first(part, batch, samples) for part in delta], dim=1)
+            a = _of_samples(call.inputs[0], call, samples)[..., : layout.d_in]
+            d = torch.stack([_of_samples(part, call, samples) for part in delta], dim=1)
             offset = 0 if separate else call.options["offset"]
             missing = layout.d_out - offset - d.shape[-1]
             if offset or missing:
@@ -93,11 +92,11 @@ class AttentionKind(LayerKind):
         return block.linear(rows)
 
 
-def _samples_first(tensor: Tensor, batch: int, samples: int) -> Tensor:
-    """Turn ``(T, batch, d)`` or ``(T·batch, d)``, time outermost, into ``(N, T', d)``."""
+def _of_samples(tensor: Tensor, call: LayerCall, samples: int) -> Tensor:
+    """Turn ``(T, B, d)`` or ``(T·B, d)``, time outermost, into ``(N, T', d)``."""
     features = tensor.shape[-1]
-    moved = tensor.reshape(-1, batch, features).transpose(0, 1)
-    return moved.reshape(samples, -1, features)
+    moved = tensor.reshape(-1, call.options["batch"], features).transpose(0, 1)
+    return call.axis.samples_first(moved, samples).reshape(samples, -1, features)
 
 
 class RecordProjections(TorchFunctionMode):
