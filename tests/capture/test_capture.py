@@ -1263,6 +1263,48 @@ def test_dropout_in_training_mode_uses_the_masks_of_the_pass():
     dense.assert_same(result.to_dense(), torch.stack(dense_rows))
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_modules_that_draw_random_numbers_are_not_run_again(seed):
+    """Nor do those of the user change."""
+
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor([0.7, 1.3]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.dropout(torch.sin(x * self.scale), 0.5)
+
+    model = nn.Sequential(nn.Linear(3, 2), Noisy(), nn.Linear(2, 2)).double()
+    told: list[str] = []
+    with Capture(model) as capture:
+        capture.on_finding = told.append
+        torch.manual_seed(seed)
+        z = model(normal(1, 3))
+        found = capture.pull_back(z, normal(2, 1, 2, seed=1)).to_dense()
+    drawn = torch.rand(3)
+    torch.manual_seed(seed)
+    z = model(normal(1, 3))
+    assert torch.equal(drawn, torch.rand(3))
+    for row, vector in zip(found, normal(2, 1, 2, seed=1), strict=True):
+        gradients = torch.autograd.grad(z, list(model.parameters()), vector, retain_graph=True)
+        dense.assert_same(row, torch.cat([g.flatten() for g in gradients]), 1e-12)
+    assert any("it draws random numbers" in sentence for sentence in told)
+
+
+def test_rows_of_samples_that_are_coupled_along_the_first_dimension_alone():
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor([0.7, 1.3]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x - x.mean(0)) / x.square().mean(0).sqrt() * self.scale
+
+    model = nn.Sequential(nn.Linear(3, 2), Centred(), nn.Tanh(), nn.Linear(2, 2)).double()
+    check(model, normal(4, 2, 3))
+
+
 def test_frozen_layers_below_and_above():
     torch.manual_seed(0)
     for frozen in range(3):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import natgrad
 from natgrad.capture.graph import graph_hash
@@ -17,10 +18,10 @@ from tests.fisher.test_situations import rows_of
 from tests.situations import Calls
 
 Program = Callable[[Any, Tensor, int], Tensor]
-PROGRAMS: dict[str, tuple[Program, list[int]]] = {}
+PROGRAMS: dict[str, tuple[Program, list[Any]]] = {}
 
 
-def program(states: list[int]) -> Callable[[Program], Program]:
+def program(states: list[Any]) -> Callable[[Program], Program]:
     """Register a function of a network, inputs and a state, which is another one at every step."""
 
     def register(function: Program) -> Program:
@@ -62,28 +63,56 @@ def branch_behind_a_gate(m: Any, x: Tensor, state: int) -> Tensor:
     return m.head(h + state * torch.tanh(m.branch(h)) @ m.branch.weight)
 
 
+@program([0, 0, 0, 0, 0, 1, 1])
+def power_behind_a_gate(m: Any, x: Tensor, state: int) -> Tensor:
+    h = torch.tanh(m.layer(x))
+    return m.head(h + state * functional.linear(h, m.branch.weight @ m.branch.weight))
+
+
+@program([1, 1, 1, 1, 1, 2, 2, 3])
+def recurrent_views(m: Any, x: Tensor, state: int) -> Tensor:
+    """As many views as the state says, which are no part of the graph."""
+    views = x.repeat(state, 1) + torch.arange(state).repeat_interleave(len(x)).unsqueeze(1)
+    return m.head(m.layer(views.unsqueeze(1))[1][-1].unflatten(0, (state, len(x))).sum(0))
+
+
+@program([(1,) * 4, (1,) * 4, (1,) * 4, (2,) * 4, (2,) * 4, (1, 2, 4, 5)])
+def unlike_numbers_of_tokens(m: Any, x: Tensor, state: tuple[int, ...]) -> Tensor:
+    """Equal numbers at first, then as many per sample on average as never before."""
+    owners = torch.arange(len(x)).repeat_interleave(torch.tensor(state))
+    tokens = torch.tanh(m.layer(x[owners] + torch.arange(len(owners)).unsqueeze(1) / 10))
+    return m.head(tokens.new_zeros(len(x), 4).index_add(0, owners, tokens))
+
+
 def network(function: Program) -> Calls:
     torch.manual_seed(0)
-    parts = {"layer": nn.Linear(3, 4), "head": nn.Linear(4, 2), "branch": nn.Linear(4, 4)}
-    if function is not branch_behind_a_gate:
-        del parts["branch"]
+    parts = {"layer": nn.Linear(3, 4), "head": nn.Linear(4, 2)}
+    if function in (branch_behind_a_gate, power_behind_a_gate):
+        parts["branch"] = nn.Linear(4, 4)
+    if function is recurrent_views:
+        parts["layer"] = nn.GRU(3, 4, batch_first=True)
     return Calls(function, **parts).double()
 
 
-def wrong_steps(function: Program, states: list[int]) -> list[int]:
-    """Return the steps whose matrix is not that of their rows."""
-    model = network(function)
-    steps = [(normal(4, 3, seed=number), state) for number, state in enumerate(states)]
+def wrong_steps(
+    function: Program, states: Sequence[Any], samples: Sequence[int] | None = None
+) -> list[int]:
+    """Return the steps whose matrix is not that of their rows; they have 4 samples by default."""
+    model, sizes = network(function), samples or [4] * len(states)
+    steps = [
+        (normal(n, 3, seed=i), state)
+        for i, (n, state) in enumerate(zip(sizes, states, strict=True))
+    ]
     expected = [rows_of(model, step, 0)[1].flatten(0, 1) for step in steps]
     optimizer, wrong = natgrad.ExactNGD(model, "gaussian", fisher="exact", lr=0.0, kl_clip=None), []
-    for number, (step, rows) in enumerate(zip(steps, expected, strict=True)):
+    for number, (step, rows, n) in enumerate(zip(steps, expected, sizes, strict=True)):
         optimizer.zero_grad()
         z = model(*step)
-        (0.5 * (z - normal(4, 2, seed=9)).square().sum() / 4).backward()
+        (0.5 * (z - normal(n, 2, seed=9)).square().sum() / n).backward()
         optimizer.step()
         found = optimizer.preconditioner.curvature.matrix().to_dense()
         try:
-            dense.assert_same(found, rows.T @ rows / 4, 1e-10)
+            dense.assert_same(found, rows.T @ rows / n, 1e-10)
         except AssertionError:
             wrong.append(number)
     return wrong
@@ -118,6 +147,24 @@ def weights_by_a_factor(m: Any, x: Tensor, state: int) -> Tensor:
 @pytest.mark.parametrize("function", [moved_by_an_index, mixed_by_a_factor, statistics_by_a_flag])
 def test_samples_that_are_moved_by_values_are_seen_at_powers_of_two(function: Program):
     assert wrong_steps(function, [0] * 5 + [1] * 9) == [5, 6, 7]
+
+
+def rolled(m: Any, x: Tensor, state: int) -> Tensor:
+    h = torch.tanh(m.layer(x))
+    return m.head(h + 0.3 * h.roll(1, 0))
+
+
+def rolled_by_two(m: Any, x: Tensor, state: int) -> Tensor:
+    """Which leaves two samples in their order, but not more."""
+    return m.head(torch.tanh(m.layer(x)).roll(2, 0))
+
+
+@pytest.mark.filterwarnings("ignore:natgrad")
+@pytest.mark.parametrize(
+    ("function", "samples"), [(rolled, [1] * 5 + [4]), (rolled_by_two, [2] * 5 + [1, 5, 4])]
+)
+def test_more_samples_than_before_are_looked_at(function: Program, samples: list[int]):
+    assert wrong_steps(function, [0] * len(samples), samples) == []
 
 
 def mixed_up_in_the_last_of_many_graphs(m: Any, x: Tensor, state: int) -> Tensor:
@@ -170,19 +217,3 @@ def test_ever_fewer_of_many_unlike_graphs_are_looked_at():
         checks.append(sources.checks)
     assert checks == sorted(checks) and checks[7] == 8
     assert checks[-1] == 10  # The 16th and the 32nd besides.
-
-
-def test_rows_of_a_users_pass_whose_samples_are_mixed_are_refused():
-    model = network(mixed_up_from_some_step_on)
-    optimizer = natgrad.ExactNGD(model, "gaussian", fisher="empirical", lr=0.0)
-
-    def step(state: int) -> None:
-        optimizer.zero_grad()
-        (0.5 * model(normal(4, 3), state).square().sum() / 4).backward()
-        optimizer.step()
-
-    for _ in range(4):
-        step(0)
-    with pytest.warns(UserWarning, match=r"trains these parameters by adamw: .*coupled"):
-        step(1)
-    assert set(optimizer.preconditioner.untrusted) == {"layer.bias", "layer.weight"}

@@ -349,7 +349,7 @@ class Capture:
                 return
 
     def _open_pass(self) -> ForwardPass:
-        opened = self._running.open = ForwardPass(has_edges=self.recording)
+        opened = self._running.open = ForwardPass(self.rows, has_edges=self.recording)
         self.passes.append(opened)
         number = WAITING_PASSES[self.model.training]
         while len(self.passes) > number:
@@ -388,7 +388,7 @@ class Capture:
         Does nothing on most passes; see :class:`natgrad.capture.row_check.RowCheck`.
         """
         assert recorded.output is not None
-        self._check(recorded)
+        self._check(recorded, may_turn=self.batch_dim is None)
         if self.sources.time_first and self.batch_dim is None and recorded.batch_dim == 0:
             recorded.lay_samples(1)
             with torch.enable_grad():  # Backward passes run their hooks without.
@@ -396,15 +396,19 @@ class Capture:
             if recorded.cotangent is not None:
                 recorded.cotangent = recorded.samples_first(recorded.cotangent)
             self._check(recorded)
+        unknown = self.sources.silent or self.sources.unreached
+        if self.watching is True and unknown and recorded.cotangent is not None:
+            # The user's own gradients may be the first to reach them, and free the graph.
+            self.pull_back(recorded.output, recorded.cotangent.unsqueeze(0), independent=True)
 
-    def _check(self, recorded: ForwardPass) -> None:
+    def _check(self, recorded: ForwardPass, may_turn: bool = False) -> None:
+        """Check the rows of a pass; its samples may turn out to lie elsewhere if told so."""
         assert recorded.output is not None
-        turned = self.sources.time_first and self.batch_dim is None and not recorded.batch_dim
-        if not turned:
+        if not (self.sources.time_first and self.batch_dim is None and not recorded.batch_dim):
             self.sources.begin_pass(recorded.calls, recorded.output)
         if not self.sources.knows(recorded.calls):
-            likely = recorded.like_inputs and self.batch_dim is None
-            self.row_check.check(recorded.calls, recorded.output, recorded.turned, likely)
+            turned = recorded.turned if may_turn else None
+            self.row_check.check(recorded.calls, recorded.output, turned, recorded.like_inputs)
 
     def pull_back(
         self,
@@ -482,8 +486,15 @@ class Capture:
             skip_silent: As in :meth:`pull_back`.
             separate: Leave out blocks whose rows that backward pass has summed over samples; they
                 are then in ``sources.inseparable``.
+
+        Returns:
+            Rows of the blocks that are as they were in the pass, by what was known of them then.
         """
-        return self.rows.user_rows(recorded.calls, recorded.samples, scale, skip_silent, separate)
+        maker, calls = recorded.rows, recorded.calls
+        rows = maker.user_rows(calls, recorded.samples, scale, skip_silent, separate)
+        present = {name: block.layout for name, block in self.blocks.items()}
+        then = maker.sources.blocks
+        return rows.of_blocks([n for n in rows if present.get(n) == then[n].layout], self.layout)
 
 
 class _Running(threading.local):

@@ -16,6 +16,7 @@ from torch.autograd.graph import GradientEdge
 from natgrad.capture.hooks import is_pulling_back, own_backward
 from natgrad.capture.model_output import losses, side_by_side
 from natgrad.capture.row_sources import RecordedCall
+from natgrad.capture.rows import RowBuilder
 
 
 @dataclass(eq=False)
@@ -23,6 +24,7 @@ class ForwardPass:
     """What one forward pass of the model recorded.
 
     Attributes:
+        rows: What makes rows of it, and knows the layers as they were.
         calls: Recorded layer calls in order.
         has_edges: Whether vectors can be pulled back to them.
         source: The model output the likelihood looks at.
@@ -44,6 +46,7 @@ class ForwardPass:
         numbers: How often every part of a layer was called.
     """
 
+    rows: RowBuilder
     calls: list[RecordedCall] = field(default_factory=list)
     has_edges: bool = True
     source: Tensor | None = None

@@ -185,17 +185,28 @@ def _pull_back_per_sample(
             return vmap(rows, in_dims=(dims, cotangent_dims))(inputs, cotangents)
     except RuntimeError:  # Some kernels, and control flow that looks at data, cannot be batched.
         pass
-    return torch.stack(
-        [
-            _rows_of_one(
-                outputs,
-                parameters,
-                tuple(v.select(d, n) for v, d in zip(inputs, dims, strict=True)),
-                tuple(g.select(d, n) for g, d in zip(cotangents, cotangent_dims, strict=True)),
-            )
-            for n in range(samples)
-        ]
-    )
+    device = cotangents[0].device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        before = _random_state(device)
+        found = torch.stack(
+            [
+                _rows_of_one(
+                    outputs,
+                    parameters,
+                    tuple(v.select(d, n) for v, d in zip(inputs, dims, strict=True)),
+                    tuple(g.select(d, n) for g, d in zip(cotangents, cotangent_dims, strict=True)),
+                )
+                for n in range(samples)
+            ]
+        )
+        if not torch.equal(_random_state(device), before):
+            raise ValueError("it draws random numbers")  # Others now than in the pass.
+    return found
+
+
+def _random_state(device: torch.device) -> Tensor:
+    """Return the state of the random numbers of a device."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def _parted(value: Any, axis: SampleAxis, samples: int, lead: int = 0) -> tuple[Tensor, int] | None:

@@ -79,7 +79,7 @@ class RowCheck:
         self,
         recorded: Sequence[RecordedCall],
         output: Tensor,
-        turned: Callable[[], Tensor | None],
+        turned: Callable[[], Tensor | None] | None,
         likely: bool = False,
     ) -> None:
         """Find out where samples lie and whether rows explain the gradient, if it is not known.
@@ -87,7 +87,8 @@ class RowCheck:
         Args:
             recorded: The calls of a pass.
             output: Its output, ``(N, ...)``, with its graph, which is kept.
-            turned: Returns it with another dimension first, where samples may lie, too.
+            turned: Returns it with another dimension first, where samples may lie, too; None if
+                they cannot.
             likely: Whether they lie there if nothing speaks against it.
         """
         try:
@@ -99,7 +100,7 @@ class RowCheck:
         self,
         recorded: Sequence[RecordedCall],
         output: Tensor,
-        turned: Callable[[], Tensor | None],
+        turned: Callable[[], Tensor | None] | None,
         likely: bool,
     ) -> None:
         sources, calls = self.sources, self.sources.available(recorded)
@@ -110,12 +111,14 @@ class RowCheck:
             sources.axes.clear()
             sources.mixed.clear()
             sources.inseparable = dict(sources.direct)
+            sources.most_samples = 0
             self._turned = False
         looks, sources.look_due = sources.look_due, False
         if sources.checked and all(one.place in sources.axes for one in calls):
             if not looks or self._still_holds(calls, output):
                 return
         sources.checks, sources.passes = sources.checks + 1, 0
+        sources.most_samples = max(sources.most_samples, len(output))
         # Vectors that are zero at some samples, whose rows must be zero there, and one at all of
         # them, whose rows must sum to the gradient.
         sources.constant |= {one.call.module for one in calls if not one.call.inputs}
@@ -130,7 +133,9 @@ class RowCheck:
         axes, truth = found.axes, found.truth
         sources.mixed |= found.mixed
         mixing = len(sources.mixing(axes))
-        later = None if sources.time_first or not (mixing or likely) else turned()
+        later = None
+        if turned is not None and not sources.time_first and (mixing or likely):
+            later = turned()
         if later is not None:
             moved = self._probe(calls, later, self._sets(calls, later), compares=False)
             # Rows of an output laid out as it is are still right, but several times as dear.
@@ -356,13 +361,12 @@ class RowCheck:
         relative, floor = max(ROUNDING.get(dtype, (0.1, 1e-2)) for dtype in dtypes)
         try:
             rows = self.rows.block_rows(name, calls, samples, False)
+            if rows is None:  # Its gradient may be zero now, but something leads to it.
+                return False
             wanted = flat_rows(layout, true)
             assert wanted is not None
-            total = (
-                torch.zeros_like(wanted)
-                if rows is None
-                else rows.rmatvec(torch.ones(rows.rows, 1, dtype=rows.dtype, device=rows.device)).T
-            )
+            ones = torch.ones(rows.rows, 1, dtype=rows.dtype, device=rows.device)
+            total = rows.rmatvec(ones).T
             error = (total - wanted).norm()
             return bool(error <= relative * wanted.norm() + floor * _magnitude(calls))
         except torch.OutOfMemoryError:

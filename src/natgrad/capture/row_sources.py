@@ -25,8 +25,8 @@ Gradients = list[Tensor | None]
 #: Up to so many names stand in a sentence.
 SHOWN = 6
 
-#: Passes of so many unlike graphs are checked; of more of them, of ever fewer.
-UNLIKE_GRAPHS = 8
+#: Passes of so many unlike graphs are checked, or sizes looked at; of more of them, of ever fewer.
+UNLIKE = 8
 #: Between these, others are looked at, one in so many passes at most.
 PASSES_PER_LOOK = 16
 
@@ -117,6 +117,7 @@ class RowSources:
         constant: Modules whose output depends on no input.
         whole: Modules that are run again on the whole batch.
         time_first: Whether the samples turned out to lie in the output's second dimension.
+        most_samples: The most that were in a pass whose rows were checked.
         checks: How often rows were checked.
         checked: Whether those of the last pass are known to be right.
         passes: How many there were since rows were last checked.
@@ -159,6 +160,7 @@ class RowSources:
         self.constant: set[nn.Module] = set()
         self.whole: set[nn.Module] = set()
         self.time_first: bool = False
+        self.most_samples: int = 0
         self.checks: int = 0
         self.checked: bool = False
         self.passes: int = 0
@@ -168,8 +170,7 @@ class RowSources:
         self._begun: Callable[[], Tensor | None] = lambda: None
         self._unspent = 0
         self._of_data: dict[tuple[nn.Module, str], bool] = {}
-        self._sizes: dict[Place, float] = {}
-        self._resized: set[Place] = set()
+        self._sizes: dict[Place, set[float]] = {}  # Entries per sample.
 
     def parameter(self, name: str) -> Tensor:
         """Return the parameter of a name as it is now: in shards, or whole as a pass has it."""
@@ -287,26 +288,27 @@ class RowSources:
             return
         self._begun = weakref.ref(output)
         self.passes += 1
+        if len(output) > self.most_samples:
+            self.checked = False  # Of fewer, one alone the least, more layouts are alike.
         self._look_at_sizes(recorded, len(output))
         self.look_due = self.passes & (self.passes - 1) == 0
         self.compare_due = self.passes.bit_length() % 3 == 0
         self._look_at_graph(output)
 
     def _look_at_sizes(self, recorded: Sequence[RecordedCall], samples: int) -> None:
-        """Have samples looked for again when they first take more or fewer entries of an output.
+        """Have samples looked for again when they take more or fewer entries of an output than yet.
 
         They may be unequally large then, as graphs are, although those of other passes were not.
         """
         for one in recorded:
-            axis = self.axes.get(one.place)
-            if axis is None or not (one.edges and samples) or one.place in self._resized:
+            axis, known = self.axes.get(one.place), self._sizes.setdefault(one.place, set())
+            if axis is None or not (one.edges and samples):
                 continue
-            if one.kind.own_layout and not isinstance(one.kind, GenericKind):
-                continue
-            size = one.shapes[0][axis.dim] / samples
-            if self._sizes.setdefault(one.place, size) != size:
-                self._resized.add(one.place)
-                self.passes = 1
+            size = (_room(one, axis) or 0) / samples
+            if size not in known:
+                known.add(size)
+                if len(known) > 1 and _is_soon_or_rare(len(known)):
+                    self.passes = 1
 
     def _look_at_graph(self, output: Tensor) -> None:
         """Have a pass checked whose graph is none of those known, though its calls may be.
@@ -317,8 +319,7 @@ class RowSources:
         self._unspent += 1
         if graph not in self.graphs:
             self.graphs.add(graph)
-            number = len(self.graphs)
-            if number <= UNLIKE_GRAPHS or number & (number - 1) == 0:
+            if _is_soon_or_rare(len(self.graphs)):
                 self.checked = False
             elif self._unspent >= PASSES_PER_LOOK:
                 self._unspent -= PASSES_PER_LOOK
@@ -368,14 +369,11 @@ class RowSources:
         """Return where the samples of a call lie; None if they are coupled."""
         if one.call.module in self.whole:
             return None
-        axis, kind = self.axes.get(one.place, SampleAxis()), one.kind
-        shape = one.shapes[0]
+        axis = self.axes.get(one.place, SampleAxis())
         if axis is None or samples == 1:
             return axis
-        if kind.own_layout and not isinstance(kind, GenericKind):
-            laid_out = kind.samples_first(one.call, torch.empty(1, *shape, device="meta"))
-            return axis if laid_out is None or laid_out.shape[1] % samples == 0 else None
-        return axis if len(shape) > axis.dim and shape[axis.dim] % samples == 0 else None
+        room = _room(one, axis)
+        return axis if room is not None and room % samples == 0 else None
 
     def are_ragged(self, calls: Sequence[RecordedCall]) -> bool:
         """Return whether every position of some calls belongs to one sample of the batch."""
@@ -458,6 +456,20 @@ class RowSources:
                 f"the samples of a batch are coupled in or after {named}: rows are taken output by "
                 "output, which costs a backward pass per sample where the Fisher type is not 'mc'"
             )
+
+
+def _is_soon_or_rare(number: int) -> bool:
+    """Return whether the n-th of unlike graphs or sizes is looked at, of many ever fewer."""
+    return number <= UNLIKE or number & (number - 1) == 0
+
+
+def _room(one: RecordedCall, axis: SampleAxis) -> int | None:
+    """Return the size of the dimension of a call's output that holds samples, if there is one."""
+    shape, kind = one.shapes[0], one.kind
+    if not kind.own_layout or isinstance(kind, GenericKind):
+        return shape[axis.dim] if len(shape) > axis.dim else None
+    laid_out = kind.samples_first(one.call, torch.empty(1, *shape, device="meta"))
+    return 0 if laid_out is None else laid_out.shape[1]
 
 
 def _is_constant(module: nn.Module) -> bool:

@@ -120,7 +120,7 @@ class RowBuilder:
         silent = [g.any() for place, g in there if place in sources.silent]
         reached = any(place in sources.unreached for place, _ in there)
         if not alone and (reached or (silent and bool(torch.stack(silent).any()))):
-            sources.forget()  # What their rows are can be found out now.
+            sources.checked = False  # What their rows are can be found out now.
 
     def _rows_of_parameters(
         self, output: Tensor, vectors: Tensor, alone: bool

@@ -1,0 +1,98 @@
+"""Rows that the user's own backward pass leaves: right, or refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import natgrad
+from tests import dense
+from tests.cases import normal
+from tests.fisher.test_situations import rows_of
+from tests.situations import Calls
+
+pytestmark = pytest.mark.filterwarnings("ignore:natgrad")
+
+Program = Callable[..., Tensor]
+
+
+def network(function: Program) -> Calls:
+    torch.manual_seed(0)
+    parts = {"layer": nn.Linear(3, 4), "branch": nn.Linear(4, 4), "head": nn.Linear(4, 2)}
+    return Calls(function, **parts).double()
+
+
+def step(optimizer: natgrad.ExactNGD, model: nn.Module, *inputs: Any) -> None:
+    optimizer.zero_grad()
+    (0.5 * model(*inputs).square().sum() / len(inputs[0])).backward()
+    optimizer.step()
+
+
+def mixed(m: Any, x: Tensor, state: int) -> Tensor:
+    h = torch.tanh(m.layer(x))
+    return m.head(torch.tanh(m.branch(0.7 * h + 0.3 * h[[1, 2, 3, 0]] if state else h)))
+
+
+def test_samples_that_are_mixed_later_are_refused():
+    model = network(mixed)
+    optimizer = natgrad.ExactNGD(model, "gaussian", fisher="empirical", lr=0.0)
+    for _ in range(4):
+        step(optimizer, model, normal(4, 3), 0)
+    with pytest.warns(UserWarning, match=r"trains these parameters by adamw: .*coupled"):
+        step(optimizer, model, normal(4, 3), 1)
+    assert set(optimizer.preconditioner.untrusted) == {"layer.bias", "layer.weight"}
+
+
+def mixed_tokens(m: Any, x: Tensor) -> Tensor:
+    h = torch.tanh(m.layer(x))
+    return m.head(torch.tanh(m.branch(h + h.roll(1, 0))))
+
+
+def test_samples_that_are_mixed_are_refused_where_their_dimension_is_told():
+    model = network(mixed_tokens)
+    optimizer = natgrad.ExactNGD(model, "gaussian", fisher="empirical", lr=0.0, batch_dim=0)
+    with pytest.warns(UserWarning, match=r"trains these parameters by adamw: .*coupled"):
+        step(optimizer, model, normal(4, 2, 3))
+    assert set(optimizer.preconditioner.untrusted) == {"layer.bias", "layer.weight"}
+    step(optimizer, model, normal(4, 2, 3))
+    checks = optimizer.preconditioner.capture.sources.checks
+    step(optimizer, model, normal(4, 2, 3))
+    assert optimizer.preconditioner.capture.sources.checks == checks
+
+
+def gated(m: Any, x: Tensor, state: int) -> Tensor:
+    h = torch.tanh(m.layer(x))
+    return m.head(h + state * torch.tanh(m.branch(h)) @ m.branch.weight)
+
+
+def test_layers_that_gradients_first_reach_later_are_checked_then():
+    model = network(gated)
+    optimizer = natgrad.ExactNGD(model, "gaussian", fisher="empirical", lr=0.0)
+    for _ in range(5):
+        step(optimizer, model, normal(4, 3), 0)
+    with pytest.warns(UserWarning, match=r"trains these parameters by adamw: .*outside the calls"):
+        step(optimizer, model, normal(4, 3), 1)
+    assert set(optimizer.preconditioner.untrusted) == {"branch.bias", "branch.weight"}
+
+
+def two_views(m: Any, x: Tensor) -> Tensor:
+    left, right = torch.tanh(m.layer(torch.cat([x, torch.cos(x)]))).chunk(2)
+    return m.head(functional.linear(left * right, m.branch.weight @ m.branch.weight))
+
+
+@pytest.mark.filterwarnings("ignore:NaturalGradient")
+def test_what_is_known_of_a_pass_holds_though_some_of_it_is_refused():
+    model, x = network(two_views), normal(4, 3)
+    method = {"structure": "block_diagonal", "fisher": "empirical", "lr": 0.0, "damping": 0.1}
+    optimizer = natgrad.NaturalGradient(model, "gaussian", **method)
+    z, jacobian = rows_of(model, (x,), 0)
+    step(optimizer, model, x)
+    assert set(optimizer.preconditioner.untrusted) == {"branch.bias", "branch.weight"}
+    rows = torch.einsum("nc,ncp->np", z, jacobian)[:, :16]
+    matrix = optimizer.preconditioner.curvature.matrix()
+    dense.assert_same(matrix.to_dense()[:16, :16], rows.T @ rows / 4, 1e-10)
