@@ -42,6 +42,11 @@ FUNCTIONS = {
     "addmm": (lambda h, w, b: torch.addmm(b, h, w), SQUARE, VECTOR),
     "bias in place": (lambda h, w, b: (h @ w).add_(b), SQUARE, VECTOR),
     "part of the bias": (lambda h, b: torch.cat([h[:, :9] + b[:9], h[:, 9:] + b[9:]], 1), VECTOR),
+    "samples second": (lambda h, b: (torch.stack([h, torch.sin(h)]) + b).prod(0), VECTOR),
+    "views": (
+        lambda h, b: (torch.cat([h, torch.sin(h)]) + b).unflatten(0, (2, -1)).prod(0),
+        VECTOR,
+    ),
     "rows": (lambda h, w: torch.cat([functional.linear(h, p) for p in w.split(20)], 1), SQUARE),
     "columns": (lambda h, w: h[:, :5] @ w[:, :5].T + h[:, 5:] @ w[:, 5:].T, SQUARE),
     "corner": (lambda h, w: functional.pad(h[:, 3:9] @ w[3:9, 7:30], (7, 10)), SQUARE),

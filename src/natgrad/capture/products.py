@@ -181,7 +181,8 @@ class RecordProducts(TorchFunctionMode):
             if watched is not None and bias.is_contiguous():
                 start = bias.storage_offset() - watched.parameter.storage_offset()
                 options = {"start": start}
-                self._recorded(watched, AddedKind(), output.new_empty(0), output, options)
+                nothing = output.new_zeros(()).expand(output.shape)  # Laid out as samples are.
+                self._recorded(watched, AddedKind(), nothing, output, options)
 
     def _picked(self, output: Tensor, weight: Any, numbers: Any) -> None:
         """Look at rows picked of a matrix."""
