@@ -96,3 +96,25 @@ def test_what_is_known_of_a_pass_holds_though_some_of_it_is_refused():
     rows = torch.einsum("nc,ncp->np", z, jacobian)[:, :16]
     matrix = optimizer.preconditioner.curvature.matrix()
     dense.assert_same(matrix.to_dense()[:16, :16], rows.T @ rows / 4, 1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:NaturalGradient")
+def test_the_rest_of_a_layer_keeps_its_rows_where_a_part_is_refused():
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.head(functional.linear(m.inner(x)[0], m.inner.weight_ih_l0).mean(1))
+
+    torch.manual_seed(0)
+    model, x = (
+        Calls(forward, inner=nn.RNN(3, 3, batch_first=True), head=nn.Linear(3, 2)).double(),
+        normal(4, 2, 3),
+    )
+    method = {"structure": "block_diagonal", "fisher": "empirical", "lr": 0.0, "damping": 0.1}
+    optimizer = natgrad.NaturalGradient(model, "gaussian", **method)
+    z, jacobian = rows_of(model, (x,), 0)
+    step(optimizer, model, x)
+    refused = {"inner.weight_ih_l0", "inner.bias_ih_l0"}
+    assert set(optimizer.preconditioner.untrusted) == refused
+    rows = torch.einsum("nc,ncp->np", z, jacobian)
+    own = [9, 10, 11, 12, 13, 14, 15, 16, 17, 21, 22, 23]  # After weight_ih, and after bias_ih.
+    found = optimizer.preconditioner.curvature.operator("inner.weight_hh_l0").to_dense()
+    dense.assert_same(found, rows[:, own].T @ rows[:, own] / 4, 1e-10)

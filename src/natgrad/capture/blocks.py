@@ -123,7 +123,7 @@ def find_blocks(
         if not alive:
             continue
         if all(len(uses[module.get_parameter(n)]) == 1 for n in alive):
-            several = len([g for g in groups if g[1] is module]) > 1
+            several = len(kind.parameter_groups(module)) > 1  # Trained or not.
             name = _block_name(module_name, module, kind, alive[0] if several else "")
             use = _use(module, kind, alive, names)
             blocks[name] = Block(name, type(module).__name__, use.layout, (use,))
