@@ -75,3 +75,12 @@ def test_what_is_given_is_shown_and_survives_copies() -> None:
     assert "early=True" in repr(make(refresh=rule).preconditioner.refresh)
     with pytest.raises(TypeError, match="unexpected keyword argument"):
         Refresh(interval=3)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("kind", [KFAC, natgrad.ExactNGD, natgrad.SINGD, natgrad.EGN])
+def test_a_method_takes_its_own_structure_by_name(kind: Any) -> None:
+    own = make(kind).preconditioner.curvature.structure
+    assert make(kind, structure=own.name).preconditioner.curvature.structure == own
+    wanted = f"{kind.__name__} must be '{own.name}' or a {type(own).__name__}, got 'diagonal'"
+    with pytest.raises(TypeError, match=wanted):
+        make(kind, structure="diagonal")

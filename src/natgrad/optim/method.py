@@ -76,13 +76,16 @@ class Method:
             if name in changes:
                 check_kind(name, changes[name], kind)
                 changes[name] = changes[name].over(getattr(self, name))
-        chosen = changes.get("structure", self.structure)
-        if any_structure or "structure" not in changes:
+        own = as_structure(self.structure, training=True)
+        chosen = changes.get("structure", own)
+        if any_structure:
             chosen = as_structure(chosen, training=True)
-        elif not isinstance(chosen, own := type(as_structure(self.structure, training=True))):
+        elif chosen == own.name:
+            chosen = own
+        elif not isinstance(chosen, type(own)):
             raise TypeError(
-                f"the structure of {optimizer} must be a {own.__name__}, got {chosen!r}: "
-                "NaturalGradient takes any"
+                f"the structure of {optimizer} must be {own.name!r} or a {type(own).__name__}, got "
+                f"{chosen!r}: NaturalGradient takes any"
             )
         made = dataclasses.replace(self, **{**changes, "structure": chosen})
         if self.step_rule.measured and made.step_rule.length == "lr" and "lr" not in changes:
