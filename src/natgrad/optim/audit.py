@@ -136,12 +136,17 @@ class GradientAudit:
         self.active = self._asked = False
         self._halved = set()
 
-    def end(self) -> Findings:
-        """Stop collecting, and return what was found; nothing if no pass was explained."""
+    def end(self, alone: bool) -> Findings:
+        """Stop collecting, and return what was found; nothing if no pass was explained.
+
+        Args:
+            alone: Whether ``.grad`` holds no gradients of other processes, which may use other
+                layers.
+        """
         looks = not self._found[False]
         found, explained, asked = self._found[looks], self._explained[looks], self._asked
         sizes, halved = self._sizes[looks], self._halved
-        if not looks:
+        if alone and not looks:
             found = {**self._given(), **found}
         self.drop()
         parameters = dict(self.capture.model.named_parameters())

@@ -355,7 +355,7 @@ class Observer:
         """
         self._audited = self.capture.sources.checks
         self.audit.forgive(forgiven)
-        return self.audit.end()
+        return self.audit.end(self.replicas.are_alone)
 
     def see_retained(self) -> None:
         """See passes that only a backward pass with ``create_graph=True`` reached."""
