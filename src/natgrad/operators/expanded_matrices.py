@@ -180,7 +180,7 @@ class UpperTriangularMatrix(_TriangularMatrix):
     upper: ClassVar[bool] = True
 
 
-class ToeplitzMatrix(ExpandedMatrix):
+class _ToeplitzMatrix(ExpandedMatrix):
     """Triangular matrices with one value per diagonal, ``(G, d)``, the main one first."""
 
     upper: ClassVar[bool]
@@ -226,14 +226,14 @@ class ToeplitzMatrix(ExpandedMatrix):
         return self.entries[0][:, 0] * self.size
 
 
-class LowerToeplitzMatrix(ToeplitzMatrix):
+class LowerToeplitzMatrix(_ToeplitzMatrix):
     """Lower triangular Toeplitz matrices; Π takes means of diagonals, doubled below the main."""
 
     structure: ClassVar[FactorStructure] = "lower_toeplitz"
     upper: ClassVar[bool] = False
 
 
-class UpperToeplitzMatrix(ToeplitzMatrix):
+class UpperToeplitzMatrix(_ToeplitzMatrix):
     """Upper triangular Toeplitz matrices; Π takes means of diagonals, doubled above the main."""
 
     structure: ClassVar[FactorStructure] = "upper_toeplitz"
