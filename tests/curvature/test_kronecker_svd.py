@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import natgrad
+from natgrad.curvature import kpsvd
 from natgrad.curvature.kronecker_svd import deflation, lanczos, symmetric_part
 from natgrad.fisher import fisher_matrix
+from natgrad.jacobians import LinearJacobian
 from natgrad.operators import GradientSource
 from natgrad.operators.kronecker_sum import KroneckerSumOperator
 from natgrad.optim import KPSVD
@@ -41,6 +43,27 @@ def test_missing_pairs_are_zero():
     """A block with fewer pairs than asked for has zeros in their place."""
     for part in build(CASES["layer_norm"](), "categorical", "kpsvd", rank=5).parts.values():
         assert len(part.inputs) == len(part.outputs) == part.rank == 5
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv2d"])
+def test_per_sample_gradients_are_made_once_where_they_are_few(name, monkeypatch):
+    """However many products are taken; too many to be kept are made at each, which is the same."""
+    made = []
+    for method in ("per_sample_gradients", "augmented_inputs"):
+        before = getattr(LinearJacobian, method)
+        monkeypatch.setattr(
+            LinearJacobian, method, lambda *rows, _made=before: made.append(1) or _made(*rows)
+        )
+    case, found = CASES[name](), []
+    data = case.x, case.target("categorical")
+    for budget in (kpsvd.CHUNK_ELEMENTS, 1):
+        monkeypatch.setattr(kpsvd, "CHUNK_ELEMENTS", budget)
+        matrix = fisher_matrix(case.model, data, structure="kpsvd")
+        found.append((matrix.to_dense(), len(made)))
+        made.clear()
+    (kept, few), (again, many) = found
+    assert few <= len(matrix.parts) and many > 3 * few
+    assert torch.equal(kept, again)
 
 
 @pytest.mark.parametrize("find", [deflation, lanczos])

@@ -163,7 +163,7 @@ def symmetric_part(matrices: Tensor) -> Tensor:
 
 
 def _norm(matrices: Tensor) -> Tensor:
-    norms: Tensor = matrices.norm(dim=(-2, -1), keepdim=True)
+    norms: Tensor = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True)
     return norms
 
 
