@@ -18,6 +18,11 @@ from tests.methods import make_optimizer
 
 PLAIN = {"length": "lr", "lr": 0.05, "momentum": 0.9, "kl_clip": None, "damping": 1e-2}
 EVERY_STEP = {"factors": 1, "inverses": 1}
+#: Two steps go too far, and the ones after them are on curvature of the day.
+TOO_FAR = {
+    "factors": 10, "inverses": 20, "early": True,
+    "length": natgrad.MeasuredLength(start=1.0, growth=4.0), "lr": 3.0,
+}  # fmt: skip
 #: Every product with the matrix is a message.
 ITERATED = {"ThermodynamicNGD": 2, "ConjugateGradientNGD": 2}
 
@@ -125,6 +130,13 @@ RUNS: dict[str, Run] = {
         f"{name}, transformer": Run(name, {"damping": 0.1}, network="transformer")
         for name in SAMPLE_SPACE
         if name != "ThermodynamicNGD"  # Which solves what ExactNGD does.
+    },
+    "KFAC, too far": Run("KFAC", TOO_FAR, steps=12),
+    **{
+        f"{name}, too far, sharing memory": Run(
+            name, {**TOO_FAR, "sharing": "memory"}, "transformer", steps=12
+        )
+        for name in ("KFAC", "EKFAC")
     },
     "KFAC, every row": Run("KFAC", {"rows_per_unit": None}, network="convolution"),
     "KFAC, reduce": Run("KFAC", {"weight_sharing": "reduce"}, network="transformer"),

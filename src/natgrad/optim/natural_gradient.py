@@ -409,6 +409,7 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
         if self._lengths is not None:
             if self._lengths.take_back(grouped, found):
                 preconditioner.skip()
+                preconditioner.observer.renews = not self._lengths.state.is_troubled()
                 return None
             likelihood = preconditioner.observer.likelihood
             coefficients = [-self._lengths.next_length(grouped, found, likelihood)]

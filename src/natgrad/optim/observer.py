@@ -126,6 +126,8 @@ class Observer:
         self.warmup: int = refresh.warmup
         #: The step from which intervals are counted: when layers were last new, or back.
         self.start = 0
+        #: Whether this step updates and inverts the curvature, whatever its turn.
+        self.renews = False
         self.schedule: Callable[[int], bool] | None = None
         self.row_modules: frozenset[nn.Module] = frozenset()
         self.probe_layer: str | None = None
@@ -167,9 +169,13 @@ class Observer:
             return True
         if self.schedule is not None:
             return self.schedule(self.steps)
-        turn = self.refresh.is_turn(self.steps - self.start, self.refresh.factors)
+        turn = self.is_turn(self.refresh.factors)
         known = self.knows_curvature if self.replicas.are_alone else self.known_together
         return turn or not known
+
+    def is_turn(self, interval: int) -> bool:
+        """Return whether something done at an interval is due at this step."""
+        return self.renews or self.refresh.is_turn(self.steps - self.start, interval)
 
     @property
     def knows_curvature(self) -> bool:
@@ -665,6 +671,7 @@ class Observer:
             self.warmup -= 1
         else:
             self.steps += 1
+        self.renews = False
         if not (self.replicas.are_alone or self.known_together):
             device = self.capture.layout.device
             self.known_together = self.replicas.any(self.knows_curvature, device)

@@ -444,9 +444,9 @@ class Preconditioner(CopiedByState):
         """Factorise what is due at this step, and let the other inverses follow an update."""
         step, interval = self.observer.steps - self.observer.start, self.refresh.inverses
         due: Collection[str] = ()
-        if self._slots and step >= interval:
+        if self._slots and step >= interval and not self.observer.renews:
             due = self._slots[step % interval]
-        elif self.refresh.is_turn(step, interval):
+        elif self.inverts:
             due = self.curvature.parts
         # Parts that are new, or back, are not left without an inverse until it is their turn.
         ready = {n for n, one in self.curvature.estimates.items() if one.average is not None}
@@ -490,8 +490,7 @@ class Preconditioner(CopiedByState):
     @property
     def inverts(self) -> bool:
         """Whether this step factorises all parts anew."""
-        step = self.observer.steps - self.observer.start
-        return self.refresh.is_turn(step, self.refresh.inverses)
+        return self.observer.is_turn(self.refresh.inverses)
 
     def mean_eigenvalue(self) -> Tensor:
         """Return ``tr F/P`` with the rows of this step; NaN if it has none."""
@@ -645,6 +644,7 @@ class Preconditioner(CopiedByState):
             "structure": self.curvature.structure.name,
             "steps": self.observer.steps,
             "start": self.observer.start,
+            "renews": self.observer.renews,
             "warmup": self.observer.warmup,
             "generator": self.observer.generator.get_state(),
             "likelihood": self.observer.likelihood.decision,
@@ -686,6 +686,7 @@ class Preconditioner(CopiedByState):
         likelihood = observer.given.decided(state.get("likelihood"))
         steps, warmup, random = state["steps"], state["warmup"], state["generator"].cpu()
         start, reading = state.get("start", 0), state.get("reads_data", ())
+        renews = state.get("renews", False)
         known = any(entry["average"] is not None for entry in state["curvature"].values())
         zeroed = state.get("zeroed", ())
 
@@ -699,7 +700,7 @@ class Preconditioner(CopiedByState):
             self.curvature.estimates, self.curvature.resting = estimates, resting
             self.curvature.reads_data = reading
             observer.steps, observer.warmup, observer.likelihood = steps, warmup, likelihood
-            observer.start = start
+            observer.start, observer.renews = start, renews
             observer.known_together = known
             # Generators of other kinds of devices have states of another size, and other numbers.
             if random.shape == observer.generator.get_state().shape:

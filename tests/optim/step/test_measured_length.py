@@ -139,7 +139,7 @@ class Reference:
         self.taken_at: list[float] = []
         self.begun: list[float] = []
         self.lengths: list[float] = []  # ηγζρ of the steps of these ratios.
-        self.mean, self.matrix, self.inverse = None, None, None
+        self.mean, self.matrix, self.inverse, self.renews = None, None, None, False
         self.damped = None  # The matrix as it is inverted, but for λ.
         self.residual, self.largest_residual, self.nu = None, 0.0, 1.0
         self.least_trace = 0.0
@@ -163,7 +163,8 @@ class Reference:
         g = flat(torch.autograd.grad(loss, list(self.model.parameters())))
         rows = rows_of(self.model, x, self.likelihood)
         saved = self.mean, self.matrix, self.damped, self.inverse
-        if self.count % self.refresh.factors == 0:
+        renews, self.renews = self.renews, False
+        if self.count % self.refresh.factors == 0 or renews:
             self.matrix = self.damped = self.estimate(x, rows)
             if self.kind == "kfac":
                 self.damped = kronecker(self.model, x, rows, data=1.0)
@@ -171,7 +172,7 @@ class Reference:
             self.mean = float(self.matrix.trace()) / len(g)
             self.note_least_trace(x, y, g / scale)
         damping = self.shares * self.nu * max(self.mean, self.least_trace / len(g))
-        if self.count % self.refresh.inverses == 0:
+        if self.count % self.refresh.inverses == 0 or renews:
             joint = self.kind == "full"  # One λ, the largest.
             used = damping.max().expand_as(damping) if joint else damping
             self.inverse = torch.linalg.inv(self.damped + used.diag())
@@ -192,17 +193,22 @@ class Reference:
             self.caution = self.ceiling = max(least, self.caution * cut)
             self.s = None
             self.taken_back += 1
+            self.renews = (
+                self.taken_back < 6 or 10 * self.taken_back <= self.count + self.taken_back
+            )
             return "taken back"
         measures = self.count in {0, 1, 2, 3, 5, 7, 11} or self.is_measured()
         f = torch.einsum("nkp,nkq->pq", rows, rows) / len(x)
         if measures and self.s and self.made_with and float(self.v @ f @ self.v) > 0:
             self.cross(float(scale * self.v @ f @ self.v) / expected)
+        growth = 1.05
         if self.s is not None:
             q = min(3.0, max(-3.0, along / expected))
             if self.q is not None:
                 self.pairs = 0.9 * self.pairs + 0.1 * (q - self.q) ** 2 / 2
                 self.seen += 1
             self.q = q
+            growth = max(1.05, min(1.0, self.taken_at[-1]) / max(1 + q, 1e-6))
             self.ratios.append(q)
             self.lengths.append(self.made_with)
             if self.log_bend is not None:
@@ -254,7 +260,7 @@ class Reference:
         self.theta = (1 - self.rates * self.decays) * self.theta + self.v
         self.made_with = float(self.rates.max()) * self.caution * self.zeta * self.rho
         self.taken_at.append(float(self.rates.max()))
-        fast, slow = (self.caution * min(self.length.growth, f) for f in (math.inf, 1.05))
+        fast, slow = (self.caution * min(self.length.growth, f) for f in (math.inf, growth))
         self.caution = min(1.0, max(slow, min(fast, self.ceiling)))
         self.ceiling = max(self.ceiling, self.caution)
         self.count += 1
@@ -862,6 +868,8 @@ def test_step_that_went_too_far_ends_at_the_minimum_of_the_parabola(momentum):
         assert torch.equal(model.get_parameter(name), parameters[name])
     after = optimizer.state_dict()
     assert same(before["param_groups"], after["param_groups"])
+    assert not before["natgrad"].pop("renews")
+    assert after["natgrad"].pop("renews")
     assert same(*({**one["natgrad"], "lengths": None} for one in (before, after)))
     assert same(*(one["natgrad"]["lengths"]["deviance"] for one in (before, after)))
     cut = share if share < 0.25 else max(share, 0.5)
@@ -880,6 +888,72 @@ def test_step_that_went_too_far_ends_at_the_minimum_of_the_parabola(momentum):
     assert optimizer._lengths.state.taken_back == state.taken_back + 1
     assert optimizer._lengths.state.slope is not None
     assert not torch.equal(position(model), at)
+
+
+def meet_a_wall(model: nn.Module, optimizer: Any, x: Tensor) -> None:
+    """Let the next batch show that the last step went too far."""
+    steps = [optimizer.state[p]["previous_step"] for p in model.parameters()]
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        for p, v in zip(moved.parameters(), steps, strict=True):
+            p.add_(v)
+        target = model(x) - 100.0 * (moved(x) - model(x))
+    before = optimizer._lengths.state.taken_back
+    take(optimizer, model, "gaussian", x, target)
+    assert optimizer._lengths.state.taken_back == before + 1
+
+
+def estimates_of(optimizer: Any) -> list[tuple[Any, Any]]:
+    """Return every average and inverse: what an optimizer has replaced is another object."""
+    found = optimizer.preconditioner.curvature.estimates.values()
+    return [(one.average, one.inverse) for one in found]
+
+
+@pytest.mark.parametrize("stagger", [False, True])
+@pytest.mark.parametrize("steps", [5, 13])
+def test_the_step_after_one_taken_back_is_on_curvature_of_the_day(steps, stagger):
+    """Once, then its turns go on; and a checkpoint made in between takes the same step."""
+    refresh = Refresh(factors=10, inverses=10, decay=0.5, stagger=stagger)
+    model = network()
+    optimizer = optimizer_of(model, "kfac", "gaussian", MeasuredLength(), refresh=refresh)
+    data = [normal(12, 3, seed=seed) for seed in range(steps + 3)]
+    for x in data[:steps]:
+        take(optimizer, model, "gaussian", x, x.sin())
+    old = estimates_of(optimizer)
+    meet_a_wall(model, optimizer, data[steps])
+    assert estimates_of(optimizer) == old  # Of a batch whose step was not taken.
+    other = copy.deepcopy(model)
+    resumed = optimizer_of(other, "kfac", "gaussian", MeasuredLength(), refresh=refresh)
+    resumed.load_state_dict(optimizer.state_dict())
+    for one, its in ((model, optimizer), (other, resumed)):
+        x = data[steps + 1]
+        take(its, one, "gaussian", x, x.sin())
+    close(position(model), position(other), 1e-12)
+    new = estimates_of(optimizer)
+    for (average, inverse), (before, inverted) in zip(new, old, strict=True):
+        assert average is not before
+        assert inverse is not inverted
+    if not stagger:
+        x = data[steps + 2]
+        take(optimizer, model, "gaussian", x, x.sin())
+        found = zip(estimates_of(optimizer), new, strict=True)
+        assert all(a is b for pair in found for a, b in zip(*pair, strict=True))
+
+
+def test_curvature_is_not_renewed_where_steps_are_taken_back_all_the_time():
+    model = network()
+    refresh = Refresh(factors=10, inverses=10, decay=0.5)
+    optimizer = optimizer_of(model, "kfac", "gaussian", MeasuredLength(), refresh=refresh)
+    x = normal(12, 3)
+    for _ in range(4):
+        take(optimizer, model, "gaussian", x, x.sin())
+    lengths, old = optimizer._lengths, estimates_of(optimizer)
+    lengths.state = dataclasses.replace(lengths.state, steps=98, taken_back=9)
+    with pytest.warns(UserWarning, match="took back 10 of its 99 steps"):
+        meet_a_wall(model, optimizer, x)
+    take(optimizer, model, "gaussian", x, x.sin())
+    found = zip(estimates_of(optimizer), old, strict=True)
+    assert all(a is b for pair in found for a, b in zip(*pair, strict=True))
 
 
 @pytest.mark.parametrize("start", ["ordinary", "zero"])
@@ -962,6 +1036,24 @@ def test_caution_grows_fast_up_to_where_steps_went_too_far_and_slowly_beyond():
         fresh = fresh.taken(rule, 1.0, rate=1.0)
         grown.append(fresh.caution)
     assert all(math.isclose(a, b) for a, b in zip(grown, (0.2, 0.4, 0.5, 0.5 * 1.05), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "rate", "growth"),
+    [
+        (0.2, 1.0, 1.05), (-0.2, 1.0, 1.25), (-0.2, 5.0, 1.25), (-0.9, 1.0, 2.0), (-3.0, 1.0, 2.0),
+        (-0.9, 0.1, 1.05), (-0.9, 0.15, 1.5), (-3.0, 0.0, 1.05),
+    ],
+)  # fmt: skip
+def test_caution_grows_by_what_the_last_slope_asks_for(ratio, rate, growth):
+    """A rate below 1 leaves a share of its slope by intention."""
+    rule, state = MeasuredLength(growth=2.0), LengthState()
+    state = dataclasses.replace(state.taken(rule, 1.0, rate), caution=0.2, ceiling=0.2)
+    found = state.answered(rule, ratio, rate).taken(rule, 1.0, rate)
+    assert math.isclose(found.caution, 0.2 * growth)
+    # A step that is held against nothing asks for nothing.
+    again = found.shortened(0.5, rate).taken(rule, 1.0, rate)
+    assert math.isclose(again.caution, 0.1 * growth * 1.05)
 
 
 @pytest.mark.parametrize(("rate", "least"), [(0.1, 0.01), (1.0, 0.01), (2.0, 0.005), (1e3, 1e-5)])

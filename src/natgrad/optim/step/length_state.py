@@ -61,7 +61,7 @@ FEWEST_RATIOS = 4
 #: fall with at most, in units of κ, and how far they go beyond the best for others, in those of C₁.
 STEADY, FASTEST_FALL, BEYOND = 10, 5.0, 1.5
 
-#: Factor on the caution after a step that went well, where such lengths went too far before.
+#: Least factor on the caution after a step that went well, where such lengths went too far before.
 SLOW_GROWTH = 1.05
 
 
@@ -359,7 +359,7 @@ class LengthState:
             rate: η.
             change: The second largest ``‖v_W‖/‖W‖`` of all weights W without momentum.
         """
-        fast, slow = self.caution * rule.growth, self.caution * min(rule.growth, SLOW_GROWTH)
+        fast, slow = (self.caution * min(rule.growth, g) for g in (math.inf, self._wanted()))
         caution = min(1.0, max(slow, min(fast, self.ceiling)))
         usual = USUAL * self.usual_slope + (1 - USUAL) * slope if self.usual_slope else slope
         return replace(
@@ -374,6 +374,12 @@ class LengthState:
             usual_slope=usual,
             steps=self.steps + 1,
         )
+
+    def _wanted(self) -> float:
+        """Return by what factor the last step should have been longer, 5 % at least."""
+        if self.slope is None or self.ratio is None:
+            return SLOW_GROWTH
+        return max(SLOW_GROWTH, min(self.rate, 1.0) / max(1.0 + self.ratio, 1.0 / LONGEST))
 
     def is_troubled(self) -> bool:
         """Return whether more than a tenth of the steps were taken back, and several."""
