@@ -137,6 +137,7 @@ class Reference:
         self.q, self.pairs, self.ratios = None, 0.0, []
         self.rho, self.log_bend, self.seen, self.made_with = 1.0, None, 0, 1.0
         self.taken_at: list[float] = []
+        self.later = 0.0  # q̂
         self.begun: list[float] = []
         self.lengths: list[float] = []  # ηγζρ of the steps of these ratios.
         self.mean, self.matrix, self.inverse, self.renews = None, None, None, False
@@ -191,7 +192,7 @@ class Reference:
             cut = kept if kept < 0.25 else max(kept, 0.5)
             least = 0.01 / max(1.0, float(self.rates.max()))
             self.caution = self.ceiling = max(least, self.caution * cut)
-            self.s = None
+            self.s, self.later = None, 0.0
             self.taken_back += 1
             self.renews = (
                 self.taken_back < 6 or 10 * self.taken_back <= self.count + self.taken_back
@@ -201,14 +202,13 @@ class Reference:
         f = torch.einsum("nkp,nkq->pq", rows, rows) / len(x)
         if measures and self.s and self.made_with and float(self.v @ f @ self.v) > 0:
             self.cross(float(scale * self.v @ f @ self.v) / expected)
-        growth = 1.05
         if self.s is not None:
             q = min(3.0, max(-3.0, along / expected))
             if self.q is not None:
                 self.pairs = 0.9 * self.pairs + 0.1 * (q - self.q) ** 2 / 2
                 self.seen += 1
             self.q = q
-            growth = max(1.05, min(1.0, self.taken_at[-1]) / max(1 + q, 1e-6))
+            self.later = 0.8 * self.later + 0.2 * q
             self.ratios.append(q)
             self.lengths.append(self.made_with)
             if self.log_bend is not None:
@@ -259,7 +259,9 @@ class Reference:
         self.v = self.momenta * self.v - share * alpha * delta
         self.theta = (1 - self.rates * self.decays) * self.theta + self.v
         self.made_with = float(self.rates.max()) * self.caution * self.zeta * self.rho
+        previous = self.taken_at[-1] if self.taken_at else 0.0
         self.taken_at.append(float(self.rates.max()))
+        growth = max(1.05, min(1.0, previous) / max(1 + self.later, 1e-6))
         fast, slow = (self.caution * min(self.length.growth, f) for f in (math.inf, growth))
         self.caution = min(1.0, max(slow, min(fast, self.ceiling)))
         self.ceiling = max(self.ceiling, self.caution)
@@ -876,7 +878,7 @@ def test_step_that_went_too_far_ends_at_the_minimum_of_the_parabola(momentum):
     assert math.isclose(optimizer._lengths.state.caution, state.caution * cut)
     now = optimizer._lengths.state
     assert now == dataclasses.replace(
-        state, caution=now.caution, ceiling=now.caution, slope=None,
+        state, caution=now.caution, ceiling=now.caution, slope=None, later_ratio=0.0,
         usual_slope=now.usual_slope, steps=state.steps + 1,
         taken_back=state.taken_back + 1,
     )  # fmt: skip
@@ -1045,15 +1047,18 @@ def test_caution_grows_fast_up_to_where_steps_went_too_far_and_slowly_beyond():
         (-0.9, 0.1, 1.05), (-0.9, 0.15, 1.5), (-3.0, 0.0, 1.05),
     ],
 )  # fmt: skip
-def test_caution_grows_by_what_the_last_slope_asks_for(ratio, rate, growth):
+def test_caution_grows_by_what_slopes_ask_for(ratio, rate, growth):
     """A rate below 1 leaves a share of its slope by intention."""
     rule, state = MeasuredLength(growth=2.0), LengthState()
     state = dataclasses.replace(state.taken(rule, 1.0, rate), caution=0.2, ceiling=0.2)
-    found = state.answered(rule, ratio, rate).taken(rule, 1.0, rate)
-    assert math.isclose(found.caution, 0.2 * growth)
-    # A step that is held against nothing asks for nothing.
-    again = found.shortened(0.5, rate).taken(rule, 1.0, rate)
-    assert math.isclose(again.caution, 0.1 * growth * 1.05)
+    for count in range(1, 60):  # q̂ begins at 0.
+        state = dataclasses.replace(state, caution=0.2, ceiling=0.2, usual_slope=1.0, slope=1.0)
+        state = state.answered(rule, ratio, rate)
+        assert math.isclose(state.later_ratio, max(-3.0, ratio) * (1 - 0.8**count))
+        state = state.taken(rule, 1.0, rate)
+    assert math.isclose(state.caution, 0.2 * growth, rel_tol=1e-4)
+    again = state.shortened(0.5, rate)
+    assert math.isclose(again.taken(rule, 1.0, rate).caution, 0.1 * growth * 1.05, rel_tol=1e-4)
 
 
 @pytest.mark.parametrize(("rate", "least"), [(0.1, 0.01), (1.0, 0.01), (2.0, 0.005), (1e3, 1e-5)])

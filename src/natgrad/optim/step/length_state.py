@@ -61,8 +61,9 @@ FEWEST_RATIOS = 4
 #: fall with at most, in units of κ, and how far they go beyond the best for others, in those of C₁.
 STEADY, FASTEST_FALL, BEYOND = 10, 5.0, 1.5
 
-#: Least factor on the caution after a step that went well, where such lengths went too far before.
-SLOW_GROWTH = 1.05
+#: Least factor on the caution after a step that went well, where such lengths went too far before,
+#: and the weight of the past in the average of q since, which asks for more.
+SLOW_GROWTH, SINCE = 1.05, 0.8
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class LengthState:
         usual_ratio: q̄, the average of q over steps, since reach doubled.
         ratios: How many there were.
         recent_ratio: q̃, the same, of which less is left of q of shorter steps as steps get longer.
+        later_ratio: The average of q since a step was last taken back, from 0 on.
         share_of_ratio: ηγζρ of the step of the last q.
         reach: ρ.
         log_bend: The average of log C for steps with ηγζρ = 1; None before the first measurement.
@@ -122,6 +124,7 @@ class LengthState:
     usual_ratio: float = 0.0
     ratios: int = 0
     recent_ratio: float = 0.0
+    later_ratio: float = 0.0
     share_of_ratio: float = 0.0
     reach: float = 1.0
     log_bend: float | None = None
@@ -245,6 +248,7 @@ class LengthState:
             usual_ratio=usual,
             ratios=self.ratios + 1,
             recent_ratio=averaged(self.recent_ratio, ratio, memory / max(1.0, growth)),
+            later_ratio=averaged(self.later_ratio, ratio, SINCE),
             share_of_ratio=self.share_of_alpha,
             shared=shared,
         )
@@ -343,6 +347,7 @@ class LengthState:
             caution=caution,
             ceiling=caution,
             slope=None,
+            later_ratio=0.0,
             usual_slope=self.usual_slope * share,
             steps=self.steps + 1,
             taken_back=self.taken_back + 1,
@@ -376,10 +381,9 @@ class LengthState:
         )
 
     def _wanted(self) -> float:
-        """Return by what factor the last step should have been longer, 5 % at least."""
-        if self.slope is None or self.ratio is None:
-            return SLOW_GROWTH
-        return max(SLOW_GROWTH, min(self.rate, 1.0) / max(1.0 + self.ratio, 1.0 / LONGEST))
+        """Return by what factor steps have been too short of late, 5 % at least."""
+        left = max(1.0 + self.later_ratio, 1.0 / LONGEST)
+        return max(SLOW_GROWTH, min(self.rate, 1.0) / left)
 
     def is_troubled(self) -> bool:
         """Return whether more than a tenth of the steps were taken back, and several."""

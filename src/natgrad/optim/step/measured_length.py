@@ -69,11 +69,12 @@ class MeasuredLength:
     and the caution γ falls by as much, or by half where noise may explain it, but never below 0.01,
     or 0.01/η with rates above 1. σ is the noise of q where batches are small: ``σ²`` averages
     ``(q − q')²/2`` over pairs of steps in a row. Steps that went well let γ grow to 1 again:
-    quickly up to where such lengths went too far before, and beyond by what the last one of them
-    should have been longer, ``min(η, 1)/(1 + q)``, at least by 5 %. What misled a step that
-    went too far is an inverse of the network as it was: the next one updates and inverts the
-    curvature, whatever its turn, unless that happens all the time. A gradient that is not finite
-    skips the step; a second one running takes all of the last step back.
+    quickly up to where such lengths went too far before, and beyond by 5 % a step, or by
+    ``min(η, 1)/(1 + q̂)`` where that is more, with q̂ the average of q over some five steps
+    since. What misled a step that went too far is an inverse of the network as it was: the next one
+    updates and inverts the curvature, whatever its turn, unless that happens all the time. A
+    gradient that is not finite skips the step; a second one running takes all of the last step
+    back.
 
     K is measured on batches, whose noise the next batch does not share. Where gradients are mostly
     noise, steps end beyond the minimum along v as the next batch has it: q is positive on average,
