@@ -12,9 +12,9 @@ gradients ``M``, so the leading singular pairs follow from products with the row
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeGuard
 
 import torch
 from torch import Tensor
@@ -127,17 +127,17 @@ class ProductStatistics(Statistics):
             start = torch.eye(layout.d_out, dtype=first.dtype, device=first.device)
             start = start.expand(layout.groups, -1, -1)
 
-        multiplied = _multiplied(waiting)
+        factors = list(zip(waiting, _kept(waiting), strict=True))
 
         def forward(v: Tensor) -> Tensor:
-            terms = [_contract_outputs(rows, v) for rows in multiplied]
+            terms = [_contract_outputs(rows, kept, v) for rows, kept in factors]
             if old_a is not None and old_b is not None:
                 weights = (old_b * v).sum((-2, -1))
                 terms.append(torch.einsum("rg,rgij->gij", weights, old_a))
             return symmetric_part(torch.stack(terms).sum(0))
 
         def adjoint(u: Tensor) -> Tensor:
-            terms = [_contract_inputs(rows, u) for rows in multiplied]
+            terms = [_contract_inputs(rows, kept, u) for rows, kept in factors]
             if old_a is not None and old_b is not None:
                 weights = (old_a * u).sum((-2, -1))
                 terms.append(torch.einsum("rg,rgop->gop", weights, old_b))
@@ -372,71 +372,55 @@ def _elements(waiting: Sequence[LayerJacobian]) -> int:
     return sum(tensor.numel() for rows in waiting for tensor in rows.state().values())
 
 
-class _MultipliedRows:
-    """Rows of a layer that are multiplied again and again.
+def _has_one_position(rows: LayerJacobian) -> TypeGuard[LinearJacobian]:
+    return type(rows) is LinearJacobian and rows.positions == 1
 
-    Args:
-        rows: The rows.
-        kept: Whether what products take is made once, and not at every product.
+
+def _multiplicands(rows: LayerJacobian) -> Iterator[Tensor]:
+    """Yield the inputs, ``(N, G, d_in + bias)``, of rows of one position.
+
+    Of others yield ``M``, ``(G, R, d_out, d_in + bias)``, some samples at a time.
     """
-
-    def __init__(self, rows: LayerJacobian, kept: bool) -> None:
-        self.rows, self._kept = rows, kept
-        self._inputs: Tensor | None = None
-        self._matrices: list[Tensor] | None = None
-
-    def inputs(self, rows: LinearJacobian) -> Tensor:
-        """Return the inputs of rows of one position, ``(N, G, d_in + bias)``."""
-        found = rows.augmented_inputs()[:, 0] if self._inputs is None else self._inputs
-        if self._kept:
-            self._inputs = found
-        return found
-
-    def matrices(self) -> Iterable[Tensor]:
-        """Return ``M``, ``(G, R, d_out, d_in + bias)``, some samples at a time."""
-        if self._matrices is not None:
-            return self._matrices
-        made = (
-            self.rows.per_sample_gradients(start, stop).flatten(0, 1).transpose(0, 1)
-            for start, stop in self.rows.chunks()
-        )
-        if not self._kept:
-            return made
-        self._matrices = list(made)
-        return self._matrices
+    if _has_one_position(rows):
+        yield rows.augmented_inputs()[:, 0]
+        return
+    for start, stop in rows.chunks():
+        yield rows.per_sample_gradients(start, stop).flatten(0, 1).transpose(0, 1)
 
 
-def _multiplied(waiting: Sequence[LayerJacobian]) -> list[_MultipliedRows]:
-    """Return rows that are multiplied many times; what is made of few is kept meanwhile."""
+def _kept(waiting: Sequence[LayerJacobian]) -> list[list[Tensor] | None]:
+    """Return what all products with rows take, or None where that is too much to keep."""
     elements = sum(rows.samples * rows.directions * rows.layout.numel for rows in waiting)
-    return [_MultipliedRows(rows, elements <= CHUNK_ELEMENTS) for rows in waiting]
+    few = elements <= CHUNK_ELEMENTS
+    return [list(_multiplicands(rows)) if few else None for rows in waiting]
 
 
-def _contract_outputs(multiplied: _MultipliedRows, v: Tensor) -> Tensor:
+def _contract_outputs(rows: LayerJacobian, kept: list[Tensor] | None, v: Tensor) -> Tensor:
     """Return ``Σ_nk MᵀVM``."""
-    rows = multiplied.rows
-    if type(rows) is LinearJacobian and rows.positions == 1:
+    made = kept or _multiplicands(rows)
+    if _has_one_position(rows):
+        (a,) = made
         delta = rows.output_gradients[:, :, 0]  # (N, K, G, d_out)
         weights = (torch.einsum("nkgo,gop->nkgp", delta, v) * delta).sum((1, 3))
-        return _weighted_moment(multiplied.inputs(rows), weights)
+        return _weighted_moment(a, weights)
     total = v.new_zeros(v.shape[0], rows.layout.d_augmented, rows.layout.d_augmented)
-    for m in multiplied.matrices():
+    for m in made:
         applied = v.unsqueeze(1) @ m
         total = total + m.flatten(1, 2).mT @ applied.flatten(1, 2)
     return total
 
 
-def _contract_inputs(multiplied: _MultipliedRows, u: Tensor) -> Tensor:
+def _contract_inputs(rows: LayerJacobian, kept: list[Tensor] | None, u: Tensor) -> Tensor:
     """Return ``Σ_nk MUMᵀ``."""
-    rows = multiplied.rows
-    if type(rows) is LinearJacobian and rows.positions == 1:
-        a = multiplied.inputs(rows)
+    made = kept or _multiplicands(rows)
+    if _has_one_position(rows):
+        (a,) = made
         weights = (torch.einsum("ngi,gij->ngj", a, u) * a).sum(2)
         delta = rows.output_gradients[:, :, 0]
         weights = weights.unsqueeze(1).expand(delta.shape[:3]).flatten(0, 1)
         return _weighted_moment(delta.flatten(0, 1), weights)
     total = u.new_zeros(u.shape[0], rows.layout.d_out, rows.layout.d_out)
-    for m in (one.mT for one in multiplied.matrices()):
+    for m in (one.mT for one in made):
         applied = u.unsqueeze(1) @ m
         total = total + m.flatten(1, 2).mT @ applied.flatten(1, 2)
     return total
