@@ -177,3 +177,65 @@ def test_wrong_arguments_are_refused():
         quantization_error(model, matrix, 1)
     with pytest.raises(ValueError, match="no weight matrices"):
         quantization_error(model, matrix, {"1": 4})
+
+
+class Adapter(nn.Module):
+    """Weights of its own without a formula, a bias, and a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(2, 5))
+        self.second = nn.Parameter(torch.randn(4, 2))
+        self.bias = nn.Parameter(torch.randn(4))
+        self.gain = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gain * torch.sinh(x @ self.first.T) @ self.second.T + self.bias
+
+
+def adapted() -> tuple[nn.Module, natgrad.FisherMatrix]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), Adapter()).double()
+    x = torch.randn(9, 3).double()
+    return model, natgrad.fisher_matrix(model, (x, None), "gaussian", "full")
+
+
+def test_every_weight_without_a_formula_is_rounded_and_nothing_else_is():
+    model, matrix = adapted()
+    found = quantization_error(model, matrix, 3)
+    assert set(found.rounded) == {"0.weight", "2.first", "2.second"}
+    values = dense.parameters(model)
+    moved = [found.rounded.get(name, value) - value for name, value in values.items()]
+    change = torch.cat([one.detach().flatten() for one in moved])
+    fisher = matrix.to_dense()
+    assert found.total == pytest.approx(float(0.5 * change @ fisher @ change), rel=1e-10)
+    for name in ("2.first", "2.second"):
+        rows = values[name].detach()
+        levels = rows.abs().amax(1, keepdim=True) / 3
+        assert_same(found.rounded[name], (rows / levels).round() * levels)
+
+
+def test_biases_and_numbers_beside_weights_without_a_formula_are_not_removed():
+    model, matrix = adapted()
+    pruning = prune(model, matrix, 1.0)
+    kept = {name for name, mask in pruning.kept.items() if mask.all()}
+    assert kept == {"0.bias", "2.bias", "2.gain"}
+    assert pruning.saliencies["2"].shape == (1, 1, 18)
+    model, matrix = adapted()
+    pruning = prune(model, matrix, 0.4, units=True)
+    assert set(pruning.saliencies) == {"0"}
+    with pytest.raises(ValueError, match="no output units in"):
+        prune(model, matrix, 0.4, units=True, layers=["2"])
+
+
+@pytest.mark.parametrize("structure", ["full", "kfac", "diagonal", "unit_wise"])
+@pytest.mark.parametrize("units", [True, False])
+def test_what_no_data_reach_is_removed_first(structure, units):
+    model = nn.ModuleDict({"used": nn.Linear(3, 2), "unused": nn.Linear(3, 2)}).double()
+    model.forward = lambda x: model["used"](x)
+    torch.nn.init.ones_(model["used"].weight)
+    x = torch.eye(3).double()
+    matrix = natgrad.fisher_matrix(model, (x, None), "gaussian", structure)
+    pruning = prune(model, matrix, 0.5, units=units)
+    assert not model["unused"].weight.any() and model["used"].weight.all()
+    assert pruning.loss_increase == pytest.approx(0.0, abs=1e-12)

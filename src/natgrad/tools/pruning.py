@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from natgrad import linalg
 from natgrad.capture.model_output import unwrap
-from natgrad.layouts import BlockLayout
+from natgrad.layouts import BlockLayout, ParameterLayout
 from natgrad.operators import (
     DiagonalOperator,
     EigenKroneckerOperator,
@@ -27,7 +27,13 @@ from natgrad.operators import (
 )
 from natgrad.optim import RelativeDamping
 from natgrad.tools.linear_system import part_dampings, solved
-from natgrad.tools.parameters import places, values_of, weight_blocks
+from natgrad.tools.parameters import (
+    has_units,
+    places,
+    values_of,
+    weight_blocks,
+    weight_places,
+)
 
 
 @dataclass(frozen=True)
@@ -75,10 +81,10 @@ def prune(
         model: The trained model; its parameters are changed in place.
         matrix: F of the training data, in any structure. With ``"diagonal"`` it is optimal brain
             damage, and there is nothing to adjust.
-        fraction: How many of the weights of the layers to remove, in [0, 1]. Biases and the weights
-            of norms are neither counted nor removed.
-        units: Remove whole output units, weights and bias, ``fraction`` of their number; leave the
-            last layer out by ``layers``.
+        fraction: How many of the weights of the layers to remove, in [0, 1]. Biases, the weights
+            of norms and other parameters of one dimension are neither counted nor removed.
+        units: Remove whole output units, weights and bias, ``fraction`` of their number, of all
+            layers that have such; leave the last layer out by ``layers``.
         layers: Names of the blocks to take weights from; all by default.
         adjust: Whether the other parameters make up for what is removed, default True.
         damping: λ, in the units of F; a :class:`natgrad.RelativeDamping`, by default a hundredth,
@@ -87,8 +93,8 @@ def prune(
         max_iterations: Most iterations of it; a warning says if they were too few.
 
     Raises:
-        ValueError: If the fraction is out of range, a layer unknown, or the parameters are not
-            those of the matrix.
+        ValueError: If the fraction is out of range, a layer unknown or without units, or the
+            parameters are not those of the matrix.
 
     Source: LeCun, Denker & Solla, Optimal brain damage (1989); Hassibi & Stork, Second order
     derivatives for network pruning: optimal brain surgeon (1992); Singh & Alistarh, WoodFisher
@@ -101,8 +107,13 @@ def prune(
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction must be in [0, 1], got {fraction!r}")
     layout, blocks = matrix.layout, weight_blocks(model, layers)
+    if units:
+        blocks = _with_units(blocks, layers)
     theta = layout.to_flat(values_of(layout, model)).detach().to(layout.dtype)
     shifts = part_dampings(matrix, damping)
+    if isinstance(damping, RelativeDamping):  # What no data reach costs nothing: a share of zero.
+        least = torch.finfo(layout.dtype).eps * (max(shifts.values()) or 1.0)
+        shifts = {name: shift or least for name, shift in shifts.items()}
     inverse = matrix.inverse(shifts)
     if units:
         saliencies = _of_units(inverse, blocks, theta)
@@ -111,12 +122,12 @@ def prune(
             if type(one).diagonal is Operator.diagonal:  # It goes through the dense matrix.
                 linalg.check_memory(one.shape[0], 2, one.dtype, one.device)
         each = 0.5 * theta.square() / inverse.diagonal()
-        saliencies = {n: each[places(layout, b)[..., : b.d_in]] for n, b in blocks.items()}
+        saliencies = {n: each[_weights(layout, b)] for n, b in blocks.items()}
     removed = torch.zeros_like(theta, dtype=torch.bool)
     chosen = _smallest(saliencies, fraction)
     for name, block in blocks.items():
-        where = places(layout, block)
-        removed[where[chosen[name]] if units else where[..., : block.d_in][chosen[name]]] = True
+        where = places(layout, block) if units else _weights(layout, block)
+        removed[where[chosen[name]]] = True
     change = -theta * removed
     if adjust and bool(removed.any()):
         change = change + _adjustment(matrix, shifts, change, ~removed, tolerance, max_iterations)
@@ -129,6 +140,28 @@ def prune(
     pruning = Pruning(kept, saliencies, increase)
     pruning.apply(model)  # Sums leave rounding where there should be zeros.
     return pruning
+
+
+def _weights(layout: ParameterLayout, block: BlockLayout) -> Tensor:
+    """Return where the weights of a block lie, ``(G, d_out, d_in)``; in a row where several do."""
+    matrices = weight_places(layout, block)
+    if not block.is_dense:
+        return matrices[0]
+    return torch.cat([one.reshape(1, 1, -1) for one in matrices], 2)
+
+
+def _with_units(
+    blocks: dict[str, BlockLayout], layers: Collection[str] | None
+) -> dict[str, BlockLayout]:
+    """Return the blocks that have output units; a ValueError if another one was asked for."""
+    found = {name: block for name, block in blocks.items() if has_units(block)}
+    without = sorted(set(blocks) - set(found))
+    if layers is not None and without:
+        raise ValueError(
+            f"no output units in {without}, whose parameters have no formula: leave units out, or "
+            f"name some of {list(found)}"
+        )
+    return found
 
 
 def _smallest(saliencies: dict[str, Tensor], fraction: float) -> dict[str, Tensor]:

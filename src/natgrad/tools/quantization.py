@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.operators import FisherMatrix
-from natgrad.tools.parameters import places, values_of, weight_blocks
+from natgrad.tools.parameters import values_of, weight_blocks, weight_names, weight_places
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,16 @@ def quantization_error(
 ) -> QuantizationError:
     """Return what rounding the weights of each layer to some bits costs.
 
-    Weights go to the nearest multiple of ``max|w| / (2^(bits−1) − 1)``. Biases and the weights of
-    norms stay as they are. The model is not changed.
+    Weights go to the nearest multiple of ``max|w| / (2^(bits−1) − 1)``. Biases, the weights of
+    norms and other parameters of one dimension stay as they are. The model is not changed.
 
     Args:
         model: The trained model.
         matrix: F of the training data, in any structure.
         bits: Bits per weight, at least 2: one number, or block name → number for the layers to
             round.
-        per_unit: Whether every output unit has its own maximum, default True, or the layer one.
+        per_unit: Whether every output unit (of a module without a formula every entry of a
+            weight's first dimension) has its own maximum, default True, or the weight one.
 
     Raises:
         ValueError: If a number of bits is below 2, a layer unknown, or the parameters are not those
@@ -67,16 +68,16 @@ def quantization_error(
     theta = layout.to_flat(values_of(layout, model)).detach().to(layout.dtype)
     errors = theta.new_zeros(layout.numel, len(blocks))
     for column, (name, block) in enumerate(blocks.items()):
-        where = places(layout, block)[..., : block.d_in]
-        weights = theta[where]
-        dims = (-1,) if per_unit else (0, 1, 2)
-        scale = weights.abs().amax(dims, keepdim=True) / (2 ** (numbers[name] - 1) - 1)
-        safe = torch.where(scale > 0, scale, 1.0)
-        errors[where, column] = (weights / safe).round() * safe - weights
+        for where in weight_places(layout, block):
+            weights = theta[where]
+            dims = (-1,) if per_unit else (0, 1, 2)
+            scale = weights.abs().amax(dims, keepdim=True) / (2 ** (numbers[name] - 1) - 1)
+            safe = torch.where(scale > 0, scale, 1.0)
+            errors[where, column] = (weights / safe).round() * safe - weights
     products = matrix @ errors
     each = 0.5 * (errors * products).sum(0)
     total = 0.5 * float(torch.dot(errors.sum(1), products.sum(1)))
     changed = layout.to_dict(theta + errors.sum(1))
-    weights_of = {n for block in blocks.values() for n in block.names[:1]}
-    rounded = {n: v.to(layout.dtypes[n]) for n, v in changed.items() if n in weights_of}
+    names = {n for block in blocks.values() for n in weight_names(block)}
+    rounded = {n: v.to(layout.dtypes[n]) for n, v in changed.items() if n in names}
     return QuantizationError(dict(zip(blocks, each.tolist(), strict=True)), total, rounded)
