@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from natgrad import Laplace, fisher_matrix
+from natgrad import Laplace, VariationalLaplace, fisher_matrix
 from natgrad.laplace import linearized
 from tests import dense
 from tests.cases import normal
@@ -93,3 +93,28 @@ def test_the_last_layer_is_the_one_called_last(kind):
     posterior = Laplace(model, (normal(6, 1, 4, 4), torch.arange(6) % 3), structure="full",
                         parameters="last_layer")  # fmt: skip
     assert posterior.matrix.parameter_names == ("head.weight", "head.bias")
+
+
+class Language(nn.Module):
+    """Tokens whose table is the output layer, too."""
+
+    def __init__(self, product: bool) -> None:
+        super().__init__()
+        self.table, self.body, self.product = nn.Embedding(5, 4), nn.Linear(4, 4), product
+        self.head = nn.Linear(4, 5, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = torch.tanh(self.body(self.table(tokens)).mean(1))
+        return functional.linear(x, self.table.weight) if self.product else self.head(x)
+
+
+@pytest.mark.filterwarnings("ignore:natgrad")
+@pytest.mark.parametrize("kind", [Laplace, VariationalLaplace])
+@pytest.mark.parametrize("product", [False, True])
+def test_a_table_that_is_the_output_layer_is_the_last_layer(kind, product):
+    torch.manual_seed(0)
+    model, tokens = Language(product).double(), torch.arange(18).view(6, 3) % 5
+    options = {"selection": "random", "inducing": 6} if kind is VariationalLaplace else {}
+    posterior = kind(model, (tokens, torch.arange(6) % 5), parameters="last_layer", **options)
+    assert posterior.matrix.parameter_names == ("table.weight",)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.capture import Capture
-from natgrad.capture.evaluation import count_samples, evaluated, output_rows, take_samples
+from natgrad.capture.evaluation import evaluated, output_rows
 from natgrad.distributed.shards import whole
+from natgrad.fisher.pieces import piece_of, sample_slices
 from natgrad.jacobians import CHUNK_ELEMENTS
 from natgrad.laplace.prior import checked_precision
 from natgrad.layouts import ParameterLayout
@@ -164,6 +165,7 @@ class LinearizedPosterior(ABC):
 
         Args:
             x: Inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
+                A few samples are taken at a time, unless the outputs of one depend on others.
             joint: Whether outputs of different samples are held against each other, too. The rows
                 of all N samples are then there at once, in factored form.
 
@@ -175,20 +177,22 @@ class LinearizedPosterior(ABC):
 
     def _moments(self, x: Any, diagonal: bool) -> tuple[Tensor, Tensor]:
         """Return the mean outputs and their covariances ``(N, C, C)``, or variances ``(N, C)``."""
-        inverse, samples = self._inverse(), count_samples(x)
+        inverse = self._inverse()
+        slices = sample_slices(self.model, x, CHUNK_SAMPLES, self.output)
         result: tuple[Tensor, Tensor] | None = None
         with self._only_trainable(), self._capture() as capture:
-            for start in range(0, samples, CHUNK_SAMPLES):
-                mean, rows = output_rows(
-                    capture, take_samples(x, slice(start, start + CHUNK_SAMPLES))
-                )
+            for some in slices:
+                mean, rows = output_rows(capture, piece_of(x, some))
                 # J(sF + δI)⁻¹Jᵀ = J(F + δ/s I)⁻¹Jᵀ/s.
                 found = mean, inverse.sample_forms(rows, diagonal=diagonal) / self._scale
+                if len(slices) == 1:
+                    return found
                 if result is None:  # Pieces and their concatenation would be two copies.
+                    samples = slices[-1].stop
                     empty = [one.new_empty(samples, *one.shape[1:]) for one in found]
                     result = empty[0], empty[1]
                 for one, piece in zip(result, found, strict=True):
-                    one[start : start + len(piece)] = piece
+                    one[some] = piece
         assert result is not None
         return result
 
@@ -275,7 +279,14 @@ class LinearizedPosterior(ABC):
             rows = capture.pull_back(output, torch.ones_like(output.detach()).unsqueeze(0))
             # Parameters that are used outside the calls of modules come last, whenever they are.
             called = [name for name in rows if name not in capture.sources.direct] or list(rows)
-            return frozenset(rows[called[-1]].layout.names)
+            calls = capture.find_pass(output).calls
+            numbers = {id(one): number for number, one in enumerate(calls)}
+            last = {
+                name: max(numbers[id(one)] for one in of)
+                for name, of in capture.sources.by_block(calls).items()
+            }  # Of a parameter that layers share, as a table and an output layer, the last one.
+            found = max(reversed(called), key=lambda name: last.get(name, len(calls)))
+            return frozenset(rows[found].layout.names)
 
     @contextmanager
     def _only_trainable(self) -> Iterator[None]:

@@ -11,13 +11,17 @@ from torch import Tensor, nn
 
 from natgrad import linalg
 from natgrad.capture import Capture
-from natgrad.capture.evaluation import count_samples, output_rows, take_samples
+from natgrad.capture.evaluation import output_rows
+from natgrad.fisher.pieces import piece_of, sample_slices
 from natgrad.jacobians import Jacobians, LayerJacobian
 
 Outputs = Literal["full", "classwise", "trace"]
 
 #: Entries of output gradients that one batch of rows may have (2^27 float32 = 512 MiB).
 BATCH_ELEMENTS = 2**27
+
+#: Samples that tell how large rows are.
+PROBE_SAMPLES = 2
 
 
 @overload
@@ -69,7 +73,7 @@ def empirical_kernel(
         model: Any module whose trainable parameters natgrad covers, in its present mode; it is
             left as it was.
         x1: N inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments,
-            samples along the first dimension of every tensor.
+            samples along the first dimension of every tensor, or wherever the model takes them.
         x2: N' inputs; None for ``x1`` itself.
         per_layer: Return a dict block name → that layer's share; they sum to the kernel.
         per_unit: Return a dict block name → one share per output unit of the layer,
@@ -77,7 +81,8 @@ def empirical_kernel(
         outputs: ``"full"`` gives ``(N·C, N'·C)``, row ``n·C + c`` for output c of sample n;
             ``"classwise"`` only the pairs with equal outputs, ``(C, N, N')``; ``"trace"`` their
             sum over c, ``(N, N')``. The last two need neither time nor memory for other pairs.
-        batch_size: Samples whose rows are held at a time; as many as fit a budget by default.
+        batch_size: Samples whose rows are held at a time; as many as fit a budget by default, and
+            all where the outputs of one sample depend on others.
         output: Picks the tensor to differentiate out of the model's output.
 
     Returns:
@@ -139,25 +144,29 @@ class _RowSource:
 
     def __init__(self, capture: Capture, inputs: Any, batch_size: int | None) -> None:
         self.capture, self.inputs = capture, inputs
-        self.samples = count_samples(inputs)
-        probe = min(self.samples, 2)
-        values, rows = output_rows(capture, take_samples(inputs, slice(0, probe)))
-        self.outputs = values[0].numel()
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        probes = sample_slices(capture.model, inputs, PROBE_SAMPLES, capture.select)
+        values, rows = output_rows(capture, piece_of(inputs, probes[0]))
+        self.outputs: int = values[0].numel()
+        self._kept: dict[int, Jacobians] = {}
+        if probes[0] == slice(None) or rows.samples != probes[0].stop:
+            self.samples: int = rows.samples
+            self.slices, self._pieces = [slice(0, self.samples)], [slice(None)]
+            self._kept[0], self._keep = rows, True
+            return
+        self.samples = probes[-1].stop
         elements = sum(t.numel() for block in rows.values() for t in block.state().values())
-        size = max(1, BATCH_ELEMENTS * probe // max(1, elements))
-        if batch_size is not None:
-            if batch_size < 1:
-                raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-            size = batch_size
+        size = batch_size or max(1, BATCH_ELEMENTS * rows.samples // max(1, elements))
         starts = range(0, self.samples, size)
         self.slices = [slice(start, min(start + size, self.samples)) for start in starts]
-        self._kept: dict[int, Jacobians] = {}
-        self._keep = elements * self.samples // probe <= 2 * BATCH_ELEMENTS
+        self._pieces = self.slices
+        self._keep = elements * self.samples // rows.samples <= 2 * BATCH_ELEMENTS
 
     def __getitem__(self, index: int) -> Jacobians:
         if index in self._kept:
             return self._kept[index]
-        _, rows = output_rows(self.capture, take_samples(self.inputs, self.slices[index]))
+        _, rows = output_rows(self.capture, piece_of(self.inputs, self._pieces[index]))
         if not self._keep:
             self._kept.clear()  # The last one is asked for again most often.
         self._kept[index] = rows

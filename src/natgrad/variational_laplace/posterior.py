@@ -183,7 +183,7 @@ class VariationalLaplace(LinearizedPosterior):
                 own = self.likelihood.of_shapes(recorded.heads)
                 weights = own.event_weights(detached, target)
                 count = own.count(detached, target)
-                seen.samples += count_samples(inputs)
+                seen.samples += recorded.samples
                 if float(count) == 0:
                     continue
                 seen.count += float(count)
