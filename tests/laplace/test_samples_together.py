@@ -1,4 +1,4 @@
-"""Predictions and kernels of models that take no sample by itself, or not in the first dimension."""
+"""Predictions and kernels of models that take no sample by itself, or not from the front."""
 
 from __future__ import annotations
 

@@ -199,6 +199,8 @@ def _count(one: Pass) -> float:
     if one.target is None:
         raise ValueError("a loss needs targets with every batch")
     assert one.likelihood is not None
+    if one.output.numel() == 0:
+        return 0.0
     return float(one.likelihood.count(one.output.detach(), one.target))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.derivatives.passes import Passes, derivatives, pushed_forward
-from natgrad.fisher import Batch
+from natgrad.fisher.batches import Batch, check_fixed_order
 from natgrad.operators.linear_map import LinearMap
 
 
@@ -92,12 +92,14 @@ def jacobian_matrix(
         J, ``R × P`` with R the entries of all outputs.
 
     Raises:
-        ValueError: If the model has no trainable parameter, or the data cannot be read again.
+        ValueError: If the model has no trainable parameter, or the data cannot be read again or
+            come in another order then.
 
     Example:
         >>> J = natgrad.jacobian_matrix(model, (x, None))
         >>> change = J @ {name: 1e-3 * p for name, p in model.named_parameters()}
         >>> gradient = J.T @ torch.ones(J.shape[0])
     """
+    check_fixed_order(data)
     passes = Passes.of(model, data, None, output)
     return JacobianMatrix(passes, sum(one.output.numel() for one in passes))

@@ -12,8 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from natgrad.capture.evaluation import call_model, undisturbed
 from natgrad.capture.model_output import Selection, require_output, unwrap
-from natgrad.fisher import Batch
-from natgrad.fisher.estimation import batches_of
+from natgrad.fisher.batches import Batch, batches_of, check_reiterable
 from natgrad.layouts import ParameterLayout
 from natgrad.likelihoods import Likelihood
 
@@ -66,10 +65,7 @@ class Passes:
             raise ValueError(
                 "the model has no trainable parameter to differentiate with respect to"
             )
-        if iter(data) is data:
-            raise ValueError(
-                "data must be re-iterable, as a list or a data loader: every product reads it"
-            )
+        check_reiterable(data)
         select = output if likelihood is None else likelihood.selection(output)
         return cls(inner, data, layout, likelihood, select)
 

@@ -1,7 +1,7 @@
 """Fisher matrices: which vectors are pulled back, and from data to a matrix."""
 
+from natgrad.fisher.batches import Batch
 from natgrad.fisher.estimation import (
-    Batch,
     RowReceiver,
     draw_in_step,
     fisher_matrix,

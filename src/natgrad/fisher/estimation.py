@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from natgrad.curvature import Curvature, Structure, as_structure
 from natgrad.distributed import Replicas
 from natgrad.distributed.place import PlacedGenerator
 from natgrad.distributed.shards import mesh_groups
+from natgrad.fisher.batches import Batch, batches_of
 from natgrad.fisher.types import FisherType, as_fisher_type
 from natgrad.jacobians import Jacobians, LinearJacobian
 from natgrad.jacobians.scaled import ScaledRows
@@ -149,9 +150,6 @@ def _active_positions(jacobians: Jacobians) -> dict[str, Tensor | None]:
     }
 
 
-Batch = tuple[Any, Any]
-
-
 def fisher_matrix(
     model: nn.Module,
     data: Batch | Iterable[Batch],
@@ -205,7 +203,8 @@ def fisher_matrix(
         :func:`torch.nn.utils.parameters_to_vector`.
 
     Raises:
-        ValueError: If a name is unknown, the data is empty, or a parameter cannot be covered.
+        ValueError: If a name is unknown, the data is empty or no target counts, or a parameter
+            cannot be covered.
 
     Example:
         >>> F = natgrad.fisher_matrix(model, (x, y), structure="kfac")
@@ -261,7 +260,7 @@ def curvature_of(
         known: Sums over earlier data, which these are added to, in place; by default none.
 
     Raises:
-        ValueError: If the data is empty, or a parameter cannot be covered.
+        ValueError: If the data is empty or no target counts, or a parameter cannot be covered.
     """
     mesh, _ = mesh_groups(unwrap(model))
     replicas = Replicas.of(model, process_group or mesh)
@@ -273,13 +272,16 @@ def curvature_of(
         curvature = Curvature(structure, layouts, capture.layout) if known is None else known
         curvature.replicas = replicas
         generators: dict[torch.device, PlacedGenerator] = {}
-        batches = 0
+        batches, count = 0, 0.0
         for batch in batches_together(batches_of(data), replicas, capture):
             batches += 1
-            _take_batch(curvature, capture, likelihood, fisher, batch, generators, seed)
+            count += _take_batch(curvature, capture, likelihood, fisher, batch, generators, seed)
             curvature.join(counts_absent=True)
     if batches == 0:
         raise ValueError("data has no batches, so there is nothing to estimate a Fisher from")
+    home = curvature.layout.device
+    if not float(replicas.summed(torch.tensor(count, dtype=torch.float64, device=home), home)) > 0:
+        raise ValueError("no target of the data counts, so there is nothing to learn from")
     return curvature
 
 
@@ -291,8 +293,8 @@ def _take_batch(
     batch: Batch | None,
     generators: dict[torch.device, PlacedGenerator],
     seed: int,
-) -> None:
-    """Hand the rows of a batch on.
+) -> float:
+    """Hand the rows of a batch on, and return the number of its data points.
 
     Args:
         curvature: What takes the rows.
@@ -306,7 +308,7 @@ def _take_batch(
     replicas, home = curvature.replicas, capture.layout.device
     if batch is None:
         replicas.placed(0, [False], home)
-        return
+        return 0.0
     inputs, target = batch
     with evaluated(capture, inputs) as found:
         if target is not None:
@@ -324,7 +326,8 @@ def _take_batch(
         generator.place = curvature.place = place
         if weights is None:
             draw_in_step(own, fisher, detached, generator)
-            return
+            return 0.0
+        count = own.count(detached, target)
         update_from_output(
             curvature,
             capture,
@@ -332,12 +335,13 @@ def _take_batch(
             fisher,
             found,
             weights,
-            own.count(detached, target),
+            count,
             skip_silent=silent,
             generator=generator,
             target=target,
             retain_graph=False,
         )
+        return float(count)
 
 
 def batches_together(
@@ -361,18 +365,3 @@ def batches_together(
                 "processes together: give them equal numbers of batches, of any sizes"
             )
         yield batch
-
-
-def batches_of(data: Any) -> Iterator[Batch]:
-    """Iterate over the batches of a pair or an iterable of pairs (inputs, targets)."""
-    pair = isinstance(data, (tuple, list)) and len(data) == 2
-    if pair and (data[1] is None or isinstance(data[1], (Tensor, Mapping))):
-        yield data[0], data[1]
-        return
-    for batch in data:
-        if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
-            raise ValueError(
-                "data must be a pair (inputs, targets) or an iterable of such pairs, got a batch "
-                f"of type {type(batch).__name__}"
-            )
-        yield batch[0], batch[1]

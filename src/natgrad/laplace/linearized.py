@@ -311,9 +311,3 @@ def _standard_normal(
     """Draw on the generator's device, in the dtype and on the device of a tensor."""
     device = like.device if generator is None else generator.device
     return torch.randn(shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
-
-
-def check_reiterable(data: Any) -> None:
-    """Raise a ValueError for data that can be read only once."""
-    if iter(data) is data:
-        raise ValueError("data must be re-iterable, as a list or a data loader: it is read twice")

@@ -32,7 +32,7 @@ class Observations:
     @classmethod
     def of(cls, likelihood: Likelihood, output: Tensor, target: Any) -> Observations:
         """Return what a batch of outputs ``(N, …)`` and targets says."""
-        count = float(likelihood.count(output, target))
+        count = float(likelihood.count(output, target)) if output.numel() else 0.0
         if not count > 0:
             return cls()
         loss = float(likelihood.loss(output, target)) * count

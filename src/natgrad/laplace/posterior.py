@@ -32,9 +32,10 @@ from natgrad.curvature import Curvature, Structure, as_structure
 from natgrad.distributed import Replicas
 from natgrad.distributed.shards import mesh_groups
 from natgrad.fisher import Batch, FisherType, as_fisher_type
-from natgrad.fisher.estimation import batches_of, curvature_of
+from natgrad.fisher.batches import batches_of, batches_with_samples, check_reiterable
+from natgrad.fisher.estimation import curvature_of
 from natgrad.laplace.evidence import Evidence
-from natgrad.laplace.linearized import LinearizedPosterior, check_reiterable
+from natgrad.laplace.linearized import LinearizedPosterior
 from natgrad.laplace.observations import Observations
 from natgrad.laplace.prior import check_layers, checked_mean, checked_precisions
 from natgrad.laplace.saved import load_statistics, saved_statistics
@@ -163,8 +164,6 @@ class Laplace(LinearizedPosterior):
                     known=self._curvature,
                 )  # fmt: skip
             seen = self._seen + self._observed(data, replicas, curvature.layout.device)
-            if not seen.count > 0:
-                raise ValueError("no target of the data counts, so there is nothing to learn from")
         except BaseException:
             if saved is not None and self._curvature is not None:
                 self._curvature.rollback(saved)
@@ -174,7 +173,7 @@ class Laplace(LinearizedPosterior):
 
     def _found_last_layer(self, data: Any, replicas: Replicas) -> frozenset[str]:
         """Return the last layer's parameters, of whichever process has a batch."""
-        first = next(batches_of(data), None)
+        first = next(batches_with_samples(data), None)
         own_layer = [] if first is None else sorted(self._last_layer(first[0]))
         device = next(self.model.parameters()).device
         layers = [one for one in replicas.gathered(own_layer, device) if one]

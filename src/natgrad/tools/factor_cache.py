@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from natgrad.capture import Capture
 from natgrad.curvature import Curvature, Structure
 from natgrad.fisher import FisherType
-from natgrad.fisher.estimation import batches_of
+from natgrad.fisher.batches import batches_of
 from natgrad.likelihoods import Likelihood
 from natgrad.operators import FisherMatrix
 from natgrad.records import Record

@@ -23,7 +23,7 @@ from natgrad.capture.evaluation import evaluated
 from natgrad.curvature import Structure, as_structure
 from natgrad.distributed.replicas import check_alone
 from natgrad.fisher import Batch, ExactFisher, FisherType, as_fisher_type, fisher_matrix
-from natgrad.fisher.estimation import batches_of
+from natgrad.fisher.batches import batches_of, check_fixed_order
 from natgrad.jacobians import (
     CHUNK_ELEMENTS,
     EmbeddingJacobian,
@@ -113,7 +113,7 @@ def influence(
     """
     likelihood = as_likelihood(likelihood)
     for name, data in {"train": train, "test": test}.items():
-        _check_order(name, data)
+        check_fixed_order(data, name)
     if not memory > 0:
         raise ValueError(f"memory must be a positive number of bytes, got {memory!r}")
     if matrix is None:
@@ -263,17 +263,6 @@ def _products(block: LayerJacobian, columns: Sequence[Tensor]) -> Tensor:
         flat = block.layout.flat(block.per_sample_gradients(start, stop))[:, 0]
         pieces.append(torch.cat([flat @ some for some in columns], 1))
     return torch.cat(pieces)
-
-
-def _check_order(name: str, data: Any) -> None:
-    """Refuse data that come in another order, or not at all, when they are read again."""
-    if iter(data) is data:
-        raise ValueError(f"{name} must be re-iterable, as a list or a data loader")
-    if isinstance(getattr(data, "sampler", None), torch.utils.data.RandomSampler):
-        raise ValueError(
-            f"{name} is a data loader that shuffles, so that nobody knows whose scores the result "
-            "holds: give one with shuffle=False"
-        )
 
 
 def _shown(data: Data, progress: bool) -> Iterator[Batch]:

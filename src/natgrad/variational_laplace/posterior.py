@@ -46,11 +46,12 @@ from natgrad.capture.evaluation import count_samples, evaluated, output_rows
 from natgrad.capture.model_output import unwrap
 from natgrad.distributed.replicas import check_alone
 from natgrad.fisher import Batch, FisherType
-from natgrad.fisher.estimation import batches_of, update_from_output
+from natgrad.fisher.batches import batches_of, batches_with_samples, check_reiterable
+from natgrad.fisher.estimation import update_from_output
 from natgrad.fisher.types import as_fisher_type
 from natgrad.jacobians import Jacobians
 from natgrad.laplace.evidence import ascend
-from natgrad.laplace.linearized import LinearizedPosterior, check_reiterable
+from natgrad.laplace.linearized import LinearizedPosterior
 from natgrad.laplace.observations import log_normalizer
 from natgrad.likelihoods import Gaussian, Likelihood, LikelihoodLike, as_likelihood
 from natgrad.operators import FisherMatrix
@@ -139,7 +140,7 @@ class VariationalLaplace(LinearizedPosterior):
         self._factorised = None
         self._fisher, self._seed = as_fisher_type(fisher), seed
         check_reiterable(data)
-        first = next(batches_of(data), None)
+        first = next(batches_with_samples(data), None)
         if first is None:
             raise ValueError("data has no batches")
         self._trainable = self._last_layer(first[0]) if parameters == "last_layer" else None
@@ -148,7 +149,7 @@ class VariationalLaplace(LinearizedPosterior):
         with self._only_trainable():
             if isinstance(inducing, int):
                 generator = torch.Generator().manual_seed(seed)
-                inputs = (one[0] for one in batches_of(data))
+                inputs = (one[0] for one in batches_with_samples(data))
                 inducing = choose_inducing_points(
                     self.model, inputs, inducing, selection, generator, self.output
                 )
@@ -160,6 +161,8 @@ class VariationalLaplace(LinearizedPosterior):
                     rows = rows.combined(_unit_weights(rows))
                 seen = _Moments(ProjectedOperator.span(rows))
                 self._see(capture, data, seen, steps)
+            if seen.count == 0:
+                raise ValueError("no target of the data counts, so there is nothing to learn from")
             names = seen.span.layout.names
             parameter = dict(self.model.named_parameters())
             self._squared_norm = sum(float(parameter[n].detach().square().sum()) for n in names)
@@ -179,6 +182,8 @@ class VariationalLaplace(LinearizedPosterior):
                 raise ValueError("the posterior needs targets with every batch")
             with evaluated(capture, inputs) as found:
                 recorded, detached = capture.find_pass(found), found.detach()
+                if detached.numel() == 0:
+                    continue
                 target = recorded.samples_first(target)
                 own = self.likelihood.of_shapes(recorded.heads)
                 weights = own.event_weights(detached, target)
