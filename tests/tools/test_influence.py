@@ -210,6 +210,64 @@ def test_a_file_gives_the_same_scores_without_making_the_matrix(structure, tmp_p
     assert made == [1, 1, 1, 1]
 
 
+class TwoHeads(nn.Module):
+    """An activation that is no module, dropout, and two outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.first, self.second = nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(5, 3)
+        self.dropout, self.activation = nn.Dropout(0.5), torch.tanh
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.dropout(self.activation(self.body(x)))
+        return self.first(hidden), self.second(hidden)
+
+
+def first(outputs: tuple[Tensor, Tensor]) -> Tensor:
+    return outputs[0]
+
+
+def activated(model: TwoHeads) -> None:
+    model.activation = torch.sin
+
+
+CHANGES = {
+    "output": (lambda model: None, lambda outputs: outputs[1]),
+    "mode": (nn.Module.train, first),
+    "activation": (activated, first),
+    "frozen": (lambda model: model.body.requires_grad_(False), first),
+}
+
+
+@pytest.mark.parametrize("name", list(CHANGES))
+def test_a_file_of_what_the_model_was_is_not_read(name, tmp_path):
+    torch.manual_seed(0)
+    model = TwoHeads().double().eval()
+    data = (torch.randn(8, 4).double(), torch.arange(8) % 3)
+    change, output = CHANGES[name]
+    path = tmp_path / "factors.pt"
+    influence(model, data, data, structure="kfac", output=first, cache=path)
+    change(model)
+    torch.manual_seed(0)
+    found = influence(model, data, data, structure="kfac", output=output, cache=path)
+    torch.manual_seed(0)
+    assert_same(found, influence(model, data, data, structure="kfac", output=output), 1e-12)
+
+
+def test_sparse_inputs_are_kept_apart_in_a_file(tmp_path):
+    class Graph(nn.Linear):
+        def forward(self, x: Tensor, neighbours: Tensor) -> Tensor:
+            return torch.sparse.mm(neighbours, super().forward(x))
+
+    torch.manual_seed(0)
+    model, x, y = Graph(4, 3).double(), torch.randn(8, 4).double(), torch.arange(8) % 3
+    for shift in (0, 1):
+        neighbours = (torch.eye(8).roll(shift, 1) + torch.eye(8)).double().to_sparse()
+        data = ((x, neighbours), y)
+        found = influence(model, data, data, structure="kfac", cache=tmp_path / "factors.pt")
+        assert_same(found, influence(model, data, data, structure="kfac"), 1e-12)
+
+
 def test_what_has_no_order_no_target_or_no_samples_is_refused(tmp_path):
     model, (x, y) = regression(6)
     data = torch.utils.data.TensorDataset(x, y)

@@ -91,7 +91,7 @@ def influence(
         matrix: F, if it is known already; ``structure``, ``fisher``, ``seed`` and ``cache`` then
             mean nothing.
         cache: A file to keep F in. It is read again if model, training data, likelihood, structure,
-            Fisher type and seed are the same, and written anew otherwise.
+            Fisher type, seed and output are the same, and written anew otherwise.
         progress: Show a progress bar; needs rich.
         seed: Seed of sampled labels.
         output: Picks the tensor the likelihood looks at out of the model's output.
@@ -123,7 +123,7 @@ def influence(
             fisher_matrix, model, train, likelihood, chosen, kind, seed=seed, output=output
         )
         matrix = make() if cache is None else cached_matrix(
-            cache, make, model, train, likelihood, chosen, kind, seed
+            cache, make, model, train, likelihood, chosen, kind, seed, likelihood.selection(output)
         )  # fmt: skip
     inverse = matrix.inverse(part_dampings(matrix, damping))
     rows: dict[str, list[Tensor]] = {}
