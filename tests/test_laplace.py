@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import natgrad
 from natgrad import Capture, Categorical, Gaussian, Laplace, Poisson, fisher_matrix, ntk
 from natgrad.operators import DenseOperator
 from tests import dense
@@ -334,3 +335,52 @@ def test_missing_targets_leave_the_evidence_and_the_count():
     assert found.log_marginal_likelihood() == pytest.approx(expected.log_marginal_likelihood())
     for one, other in zip(found.predict(x), expected.predict(x), strict=True):
         dense.assert_same(one, other)
+
+
+# -- types -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("likelihood", ["categorical", "bernoulli"])
+def test_half_precision_predictions_are_means_in_full_precision(dtype, likelihood):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
+    x = torch.randn(6, 4).to(dtype)
+    y = torch.arange(6) % 3 if likelihood == "categorical" else torch.ones(6, 3, dtype=dtype)
+    found = {}
+    for kind in (dtype, torch.float32):
+        given = (x.to(kind), y.to(kind) if y.is_floating_point() else y)
+        for posterior in (
+            Laplace(model.to(kind), given, likelihood),
+            natgrad.VariationalLaplace(model, given, likelihood, inducing=4),
+        ):
+            drawn = torch.Generator().manual_seed(0)
+            averages = posterior.predict(given[0], samples=200, generator=drawn)
+            found.setdefault(kind, []).extend([posterior.predict(given[0]), averages])
+    for half, full in zip(found[dtype], found[torch.float32], strict=True):
+        assert half.dtype == torch.float32
+        torch.testing.assert_close(half, full, atol=0.02, rtol=0)
+
+
+def test_layers_of_several_types_have_joint_predictions():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 5), nn.Linear(5, 3).double()
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.body(x.to(self.body.weight.dtype))).double())
+
+    torch.manual_seed(0)
+    model, x, y = Mixed(), torch.randn(6, 4).double(), torch.arange(6) % 3
+    _, joint = Laplace(model, (x, y), "categorical", "full").functional_variance(x, joint=True)
+    scores = natgrad.tools.influence(
+        model, (x, y), (x, y), structure="full", damping=0.1, leave_one_out=True
+    )
+    model.double()
+    _, whole = Laplace(model, (x, y), "categorical", "full").functional_variance(x, joint=True)
+    torch.testing.assert_close(joint.double(), whole, rtol=1e-4, atol=1e-5)
+    expected = natgrad.tools.influence(
+        model, (x, y), (x, y), structure="full", damping=0.1, leave_one_out=True
+    )
+    torch.testing.assert_close(scores.double(), expected, rtol=1e-4, atol=1e-5)

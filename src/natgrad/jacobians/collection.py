@@ -108,14 +108,15 @@ class Jacobians(Mapping[str, LayerJacobian]):
 
     def combined(self, weights: Tensor) -> Jacobians:
         """Return rows ``Σ_k w_nkj J_nk`` for ``w`` of shape ``(N, K, J)``."""
-        blocks = {name: block.combined(weights) for name, block in self.items()}
+        blocks = {name: block.combined(weights.to(block.dtype)) for name, block in self.items()}
         return Jacobians(self.layout, blocks, self.samples, weights.shape[2])
 
     def times(self, columns: Tensor) -> Tensor:
         """Return ``J V``, ``(N·K, k)``, for columns ``(P, k)``."""
         total = columns.new_zeros(self.samples * self.directions, columns.shape[1])
         for block in self.values():
-            total += block.matvec(self.layout.gather(block.layout, columns))
+            own = self.layout.gather(block.layout, columns)
+            total += block.matvec(own.to(block.dtype))
         return total if self.shares is None else self.shares.of_all(total)
 
     def transposed_times(self, weights: Tensor) -> Tensor:
@@ -123,7 +124,7 @@ class Jacobians(Mapping[str, LayerJacobian]):
         own = weights if self.shares is None else self.shares.own(weights)
         result = weights.new_zeros(self.layout.numel, weights.shape[1])
         for block in self.values():
-            self.layout.add(block.layout, block.rmatvec(own), result)
+            self.layout.add(block.layout, block.rmatvec(own.to(block.dtype)), result)
         return result if self.shares is None else self.shares.added_up(result)
 
     def diagonal(self) -> Tensor:

@@ -257,6 +257,7 @@ class LinearizedPosterior(ABC):
         """Return the mean probabilities over draws of the outputs, in the shape of ``mean``."""
         values, vectors = torch.linalg.eigh(covariance)  # Singular where outputs move together.
         root = vectors * values.clamp(min=0.0).sqrt().unsqueeze(1)
+        mean = mean.to(root.dtype)
         total = torch.zeros_like(mean)
         for _ in range(samples):
             noise = _standard_normal((*values.shape, 1), mean, generator)

@@ -46,7 +46,10 @@ def choose_inducing_points(
             "selection='k_means' needs inputs that are one floating-point tensor: use "
             "selection='random' or 'greedy'"
         )
-    return _means(candidates.flatten(1), some.to(candidates.device)).view(-1, *candidates.shape[1:])
+    points = candidates.flatten(1)
+    points = points.to(torch.promote_types(points.dtype, torch.float32))
+    means = _means(points, some.to(candidates.device)).to(candidates.dtype)
+    return means.view(-1, *candidates.shape[1:])
 
 
 def _first_samples(batches: Iterable[Any], number: int) -> Any:
