@@ -34,6 +34,35 @@ def batches():
     torch.manual_seed(1)
     return [(torch.randn(6, 4).double(), torch.randint(0, 5, (6,))) for _ in range(4)]
 
+class Language(nn.Module):
+    # Shifts its labels by itself, as causal language models do.
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(5, 4), nn.Linear(4, 5)
+
+    def forward(self, tokens, labels=None, scale=torch.ones(1)):
+        logits = self.head(torch.tanh(self.table(tokens)))
+        if labels is None:
+            return {"logits": logits}
+        kept = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        return {"loss": scale.mean() * nn.functional.cross_entropy(*kept), "logits": logits}
+
+def language():
+    torch.manual_seed(0)
+    return Language(), {"tokens": torch.zeros(2, 6, dtype=torch.long)}
+
+def texts():
+    torch.manual_seed(1)
+    tokens = torch.randint(0, 5, (12, 6))
+    return [{"tokens": one, "labels": one} for one in tokens.split(4)]
+
+def scaled_texts():
+    return [{**one, "scale": torch.full((4,), 2.0)} for one in texts()]
+
+def real_targets():
+    return [(torch.randn(6, 4).double(), torch.randn(6, 5).double())]
+
 class Box:
     inner = staticmethod(plain)
 
@@ -185,3 +214,33 @@ def test_spectra_that_cannot_be_had_are_refused(factories):
         fisher_spectrum(wrong, f"{factories}:batches", **options)
     with pytest.raises(InspectionError):
         fisher_spectrum(load_model(f"{factories}:frozen").model, f"{factories}:batches", **options)
+
+
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_labels_that_a_language_model_shifts_are_shifted(factories, fisher):
+    model, _, example = load_model(f"{factories}:language")
+    assert shared_positions(model, example) == {"table": 6, "head": 6}
+    pairs = [
+        (one["tokens"], torch.cat([one["labels"][:, 1:], torch.full((4, 1), -100)], 1))
+        for one in find(f"{factories}:texts")()
+    ]
+    expected = natgrad.fisher_matrix(model, pairs, "categorical", "full", fisher).trace()
+    arguments = ("full", "categorical", fisher)
+    found = fisher_spectrum(model, f"{factories}:texts", *arguments, samples=12)
+    assert found.trace == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_loss_of_a_model_that_is_not_that_of_its_labels_is_refused(factories):
+    model, *_ = load_model(f"{factories}:language")
+    with pytest.raises(InspectionError, match="give pairs of inputs and targets"):
+        fisher_spectrum(
+            model, f"{factories}:scaled_texts", "full", "categorical", "empirical", samples=12
+        )
+
+
+def test_real_targets_are_no_class_probabilities(factories):
+    model, *_ = load_model(f"{factories}:precise")
+    with pytest.raises(InspectionError, match="take likelihood='gaussian'"):
+        fisher_spectrum(
+            model, f"{factories}:real_targets", "full", "categorical", "exact", samples=6
+        )

@@ -114,6 +114,12 @@ def test_top_eigenpairs_of_every_structure(structure):
 # -- effective dimension ---------------------------------------------------------------------------
 
 
+def test_eigenpairs_of_a_matrix_that_is_zero():
+    values, vectors = top_eigenpairs(operator(torch.zeros(5)), 2)
+    assert not values.any()
+    assert_same(vectors.T @ vectors, torch.eye(2).double())
+
+
 @pytest.mark.parametrize("structure", [n for n in SYMMETRIC if TABLE[n].positive])
 def test_effective_dimension_of_every_structure(structure):
     entry, problem_ = TABLE[structure], problem("mlp")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.capture import Capture
-from natgrad.capture.evaluation import count_samples
-from natgrad.capture.model_output import require_output
+from natgrad.capture.evaluation import call_model, count_samples
+from natgrad.capture.model_output import losses, require_output
 from natgrad.experiments.batches import LoaderBatches
 from natgrad.experiments.factories import described, evaluating
 from natgrad.fisher import fisher_matrix
 from natgrad.jacobians import LayerJacobian, SumJacobian
 from natgrad.layouts import ParameterLayout
+from natgrad.likelihoods import as_likelihood
 from natgrad.optim import Preconditioner
 from natgrad.optim.summary import Summary, summarize
 from natgrad.tools.spectrum import effective_dimension, spectral_density, top_eigenpairs
@@ -33,11 +35,22 @@ def shared_positions(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, int
     """
     try:
         with evaluating(model), Capture(model) as capture:
-            output = require_output(model(*inputs), None)
+            output = require_output(call_model(model, _arguments(model, inputs)), None)
             jacobians = capture.pull_back(output, torch.ones_like(output).unsqueeze(0))
     except Exception as error:
         raise InspectionError(f"The model fails on the example: {described(error)}.") from error
     return {name: _positions(jacobian) for name, jacobian in jacobians.items()}
+
+
+def _arguments(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
+    """Return an example as the model takes it: a mapping alone mostly holds arguments by name."""
+    if len(inputs) != 1 or not isinstance(inputs[0], Mapping):
+        return inputs
+    try:
+        inspect.signature(model.forward).bind(**inputs[0])
+    except TypeError:
+        return inputs
+    return inputs[0]
 
 
 def inspect_model(
@@ -136,6 +149,7 @@ def fisher_spectrum(
     batches = list(LoaderBatches(data, torch.device("cpu"), samples=samples).measured())
     try:
         with evaluating(model):
+            batches = [_with_own_targets(model, one, likelihood, fisher) for one in batches]
             matrix = fisher_matrix(model, batches, likelihood, structure, fisher)
     except Exception as error:  # A user's model may raise anything.
         raise InspectionError(f"{described(error)}.") from error
@@ -165,6 +179,38 @@ def fisher_spectrum(
             if damping > smallest
         },
     )
+
+
+def _with_own_targets(
+    model: nn.Module, batch: tuple[Any, Any], likelihood: str, fisher: str
+) -> tuple[Any, Any]:
+    """Return a batch with the targets that the model's own loss is of, if it returns one.
+
+    Causal language models shift the labels that they are given by one place. An InspectionError
+    says that true targets are needed and the loss is of others.
+    """
+    inputs, labels = batch
+    if not isinstance(inputs, Mapping) or labels is None:
+        return batch
+    made = call_model(model, inputs)
+    output, own = require_output(made, None).detach(), losses(made)
+    if not own:
+        return batch
+    candidates = [labels]
+    if labels.dim() > 1 and not labels.is_floating_point():
+        shifted = torch.full_like(labels, -100)
+        shifted[:, :-1] = labels[:, 1:]
+        candidates.append(shifted)
+    for targets in candidates:
+        loss = as_likelihood(likelihood).loss(output, targets)
+        if torch.allclose(loss.to(own[0].dtype), own[0].detach(), rtol=1e-3):
+            return inputs, targets
+    if fisher in ("empirical", "improved"):
+        raise InspectionError(
+            f"The loss that the model returns is not that of {likelihood} outputs and labels, "
+            f"which the {fisher} Fisher matrix needs: give pairs of inputs and targets as data."
+        )
+    return batch
 
 
 def _eigenpair(layout: ParameterLayout, value: Tensor, vector: Tensor) -> Eigenpair:

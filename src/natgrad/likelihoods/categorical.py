@@ -507,6 +507,11 @@ class Categorical(Likelihood):
                 )
             given = self.split_events(target.to(output.dtype))
             mixture, kept = given.exp() if self.log_target else given, None
+            if mixture.device.type == "cpu" and bool((mixture < 0).any()):
+                raise ValueError(
+                    "Categorical needs class probabilities, which are not negative: targets that "
+                    "are real numbers take likelihood='gaussian'."
+                )
         else:
             labels, kept = self._labels(output, target)
             mixture = output.new_zeros(*labels.shape, classes)

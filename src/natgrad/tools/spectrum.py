@@ -153,6 +153,9 @@ def top_eigenpairs(matrix: Operator, number: int) -> tuple[Tensor, Tensor]:
     from scipy.sparse.linalg import eigsh
 
     start = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    if not operator.matvec(start.numpy()).any():  # Of a matrix that is zero nothing is found.
+        nothing = torch.zeros(number, dtype=matrix.dtype, device=matrix.device)
+        return nothing, torch.eye(size, number, dtype=matrix.dtype, device=matrix.device)
     values, vectors = eigsh(operator, number, which="LA", v0=start.numpy())
     order = values.argsort()[::-1].copy()
     found = torch.from_numpy(values[order]), torch.from_numpy(vectors[:, order])
