@@ -658,7 +658,9 @@ def test_what_costs_nothing_is_not_told(fisher):
     if fisher == "mc":
         assert not told
     else:
-        assert any("'a.weight' and 'a.bias' (Linear) is used outside" in one for one in told)
+        assert any(
+            "block of 'a.weight' and 'a.bias' (Linear) is used outside" in one for one in told
+        )
         assert any("is of a kind without a formula" in one for one in told)
 
 

@@ -425,8 +425,9 @@ class RowSources:
         block = self.blocks[name]
         names = " and ".join(repr(n) for n in block.layout.names)
         self.on_finding(
-            f"{names} ({block.kind}) {reason}: rows are taken from the gradient at the parameter, "
-            "exactly, but with a backward pass per sample where the Fisher type is not 'mc'"
+            f"the block of {names} ({block.kind}) {reason}: rows are taken from the gradient at "
+            "the parameter, exactly, but with a backward pass per sample where the Fisher type is "
+            "not 'mc'"
         )
 
     def tell_uncalled(self) -> None:
