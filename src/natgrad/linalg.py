@@ -17,7 +17,14 @@ class FactorizationError(RuntimeError, ValueError):
     """A matrix could not be factorised, even in float64 and with more damping."""
 
 
-def check_memory(side: int, count: int, dtype: torch.dtype, device: torch.device) -> None:
+def check_memory(
+    side: int,
+    count: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    what: str = "the exact curvature of this batch",
+    advice: str = "use a smaller batch, fisher='mc', or structure 'kfac'",
+) -> None:
     """Make sure that ``count`` matrices of ``side × side`` fit the device's memory.
 
     Raises:
@@ -34,9 +41,8 @@ def check_memory(side: int, count: int, dtype: torch.dtype, device: torch.device
         return
     if needed > total:
         raise ValueError(
-            f"the exact curvature of this batch needs {count} matrices of size {side} x {side} "
-            f"({needed / 2**30:.0f} GiB), but the device has {total / 2**30:.0f} GiB: use a "
-            "smaller batch, fisher='mc', or structure 'kfac'"
+            f"{what} needs {count} matrices of size {side} x {side} "
+            f"({needed / 2**30:.0f} GiB), but the device has {total / 2**30:.0f} GiB: {advice}"
         )
 
 

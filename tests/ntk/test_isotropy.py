@@ -601,3 +601,13 @@ def test_unit_wise_map_is_nearly_isotropic_in_wide_networks():
     alpha = ntk.isotropic_constant("unit_wise", depth, samples, width=width)
     relative = kernel / alpha - torch.eye(samples).double()
     assert relative.abs().max() < 0.15
+
+
+def test_single_numbers_are_outputs_of_one_entry():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double(), normal(6, 3)
+    flat = nn.Sequential(model, nn.Flatten(0))
+    for structure in ("full", "kfac"):
+        expected = isotropy(model, x, structure, 0.1)
+        found = isotropy(flat, x, structure, 0.1)
+        dense.assert_same(found.coefficients, expected.coefficients)

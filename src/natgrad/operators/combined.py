@@ -12,6 +12,7 @@ from torch import Tensor
 from natgrad import linalg
 from natgrad.arguments import check_damping
 from natgrad.jacobians import Jacobians
+from natgrad.operators.diagonal import DiagonalOperator
 from natgrad.operators.operator import GradientSource, Operator, VectorLayout
 
 
@@ -108,6 +109,13 @@ class ScaledOperator(DerivedOperator):
         return {name: value * self.factor for name, value in natural.items()}
 
 
+def _diagonal_entries(operator: Operator) -> Tensor | None:
+    """Return the entries of a diagonal matrix or a multiple of one; None of others."""
+    if isinstance(operator, ScaledOperator) and isinstance(operator.operator, DiagonalOperator):
+        return operator.diagonal()
+    return operator.entries if isinstance(operator, DiagonalOperator) else None
+
+
 @dataclass(frozen=True, eq=False)
 class SumOperator(Operator):
     """``Σ_i F_i``; products and traces add, everything else goes through the dense matrix.
@@ -133,8 +141,10 @@ class SumOperator(Operator):
         return self.terms[0].device
 
     @classmethod
-    def of(cls, *operators: Operator) -> SumOperator:
+    def of(cls, *operators: Operator) -> Operator:
         """Return the sum of operators of one layout, sums among them flattened.
+
+        Of diagonal matrices, or multiples of such, it is one again.
 
         Raises:
             ValueError: If their layouts differ.
@@ -149,6 +159,10 @@ class SumOperator(Operator):
                     "only matrices of the same parameters add: one is about "
                     f"{', '.join(first.names)}, the other about {', '.join(term.layout.names)}"
                 )
+        found = [_diagonal_entries(term) for term in terms]
+        entries = [one for one in found if one is not None]
+        if len(entries) == len(terms):
+            return DiagonalOperator(first, torch.stack(entries).sum(0))
         return cls(first, tuple(terms))
 
     def multiply(self, columns: Tensor) -> Tensor:
@@ -170,5 +184,9 @@ class SumOperator(Operator):
 
     def to_dense(self) -> Tensor:
         """Return the matrix."""
-        linalg.check_memory(self.layout.numel, len(self.terms) + 1, self.dtype, self.device)
+        linalg.check_memory(
+            self.layout.numel, len(self.terms) + 1, self.dtype, self.device,
+            what="a sum of matrices, entry by entry,",
+            advice="take products, or solver='conjugate_gradient'",
+        )  # fmt: skip
         return torch.stack([term.to_dense() for term in self.terms]).sum(0)

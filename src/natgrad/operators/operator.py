@@ -261,7 +261,15 @@ class Operator(Record, ABC):
         return norm
 
     def to_dense(self) -> Tensor:
-        """Return the matrix, ``(P, P)``."""
+        """Return the matrix, ``(P, P)``.
+
+        Raises:
+            ValueError: If it does not fit memory.
+        """
+        linalg.check_memory(
+            self.layout.numel, 2, self.dtype, self.device, what="the matrix entry by entry",
+            advice="take products, natgrad.tools.estimate_trace or estimate_diagonal",
+        )  # fmt: skip
         return self.multiply(torch.eye(self.layout.numel, dtype=self.dtype, device=self.device))
 
     def __add__(self, other: Operator) -> Operator:

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from natgrad import linalg
-from natgrad.jacobians import Jacobians, LayerJacobian
+from natgrad.jacobians import CHUNK_ELEMENTS, Jacobians, LayerJacobian
+from natgrad.jacobians.collection import in_type
 from natgrad.jacobians.scaled import ScaledRows
 from natgrad.layouts import ParameterLayout
 from natgrad.operators.operator import GradientSource, Operator
@@ -167,7 +168,8 @@ class RowsOperator(Operator):
         """Return ``J'_l Jᵀ_l (JJᵀ/count + λI)⁻¹``, by push-through, if ``J`` are the rows kept."""
         mine = [name for name in names if name in rows and name in other]
         kept = self.pieces[0][1] if len(self.pieces) == 1 else None
-        if kept is not None and all(rows.get(name) is kept[name] for name in kept):
+        unscaled = scaled_rows(self.pieces) is None
+        if kept is not None and unscaled and all(rows.get(n) is kept[n] for n in kept):
             inverse = self.direct_inverse(damping)
             assert isinstance(inverse, RowsInverse)
             return {
@@ -219,10 +221,65 @@ class RowsInverse(Operator):
         return self.factor @ (self.values.unsqueeze(1) * (self.factor.mT @ weights))
 
     def multiply(self, columns: Tensor) -> Tensor:
-        """Return the product with ``(P, k)``."""
-        return self._solve(columns, 1.0)
+        """Return the product with ``(P, k)``; scales of rows are for gradients alone."""
+        return self._solve(columns, 1.0, self._unscaled_factor)
 
-    def _solve(self, columns: Tensor, scales: Tensor | float) -> Tensor:
+    def diagonal(self) -> Tensor:
+        """Return the diagonal, by ``R`` products with ``Jᵀ``.
+
+        What is subtracted from ``1/λ`` loses digits where λ is small beside F, so it is in float64.
+        """
+        if self.values is not None:
+            scales = self.values.square() if self.squared_values is None else self.squared_values
+            return self._square_sums(self.operator, self.factor, scales)
+        precise = self._in_float64()
+        gram = linalg.add_to_diagonal(precise.mean_gram, self.damping)
+        eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        root = torch.linalg.solve_triangular(linalg.cholesky(gram), eye, upper=False)
+        sums = self._square_sums(precise, root.mT, torch.ones_like(gram[0]))
+        return ((1.0 - sums) / self.damping).to(self.dtype)
+
+    def eigenvalues(self) -> Tensor:
+        """Return ``P_l`` eigenvalues, from those of the Gram matrix."""
+        size, values = self.layout.numel, self.values
+        rest = 0.0 if values is not None else 1.0 / self.damping
+        if values is None:
+            gram = torch.linalg.eigvalsh(self.operator.mean_gram)
+            values = 1.0 / (gram.clamp(min=0.0) + self.damping)
+            values = values.sort().values  # Beyond P rows there are zeros of the Gram matrix alone.
+        else:
+            values = values.sort(descending=True).values
+        values = values[:size]
+        return torch.cat([values, values.new_full((size - len(values),), rest)])
+
+    def _in_float64(self) -> RowsOperator:
+        """Return ``JᵀJ/count`` in float64, if this process has all of the rows."""
+        pieces = self.operator.pieces
+        if any(rows.shares is not None for _, rows in pieces):
+            return self.operator
+        precise = tuple((weight, in_type(rows, torch.float64)) for weight, rows in pieces)
+        return RowsOperator(self.layout, precise, self.operator.count)
+
+    def _square_sums(self, operator: RowsOperator, weights: Tensor, scales: Tensor) -> Tensor:
+        """Return ``diag(JᵀW diag(scales) WᵀJ)/count``, some columns of W at a time."""
+        total: Tensor | float = 0.0
+        step = max(1, CHUNK_ELEMENTS // self.layout.numel)
+        for some, own in zip(weights.split(step, 1), scales.split(step), strict=True):
+            total = total + transposed_times(operator.pieces, some).square() @ own
+        assert isinstance(total, Tensor)
+        return total / operator.count.to(total.dtype)
+
+    @cached_property
+    def _unscaled_factor(self) -> Tensor:
+        """The Cholesky factor of ``JJᵀ/count + λI`` where that of scaled rows is kept."""
+        if self.values is not None or scaled_rows(self.operator.pieces) is None:
+            return self.factor
+        return linalg.cholesky(linalg.add_to_diagonal(self.operator.mean_gram, self.damping))
+
+    def _solve(
+        self, columns: Tensor, scales: Tensor | float, factor: Tensor | None = None
+    ) -> Tensor:
+        factor = self.factor if factor is None else factor
         pieces = self.operator.pieces
         if self.values is not None:
             # Pseudo-inverse of JᵀJ/count through the Gram matrix JJᵀ/count.
@@ -232,7 +289,7 @@ class RowsInverse(Operator):
             return transposed_times(pieces, weights) / self._count
 
         def once(v: Tensor) -> Tensor:
-            weights = torch.cholesky_solve(scales * times(pieces, v), self.factor)
+            weights = torch.cholesky_solve(scales * times(pieces, v), factor)
             product = transposed_times(pieces, scales * weights) / self._count
             return (v - product) / self.damping
 
@@ -294,6 +351,21 @@ class _IdentityMinusRows(RowsInverse):
         pieces = self.operator.pieces
         weights = self.in_sample_space(times(pieces, columns))
         return self.damping * columns - transposed_times(pieces, weights) / self._count
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal, by ``R`` products with ``Jᵀ``."""
+        assert self.values is not None
+        precise = self._in_float64()
+        vectors, values = self.factor.double(), self.values.double()
+        sums = self._square_sums(precise, vectors.to(precise.dtype), values.to(precise.dtype))
+        return (self.damping - sums).to(self.dtype)
+
+    def eigenvalues(self) -> Tensor:
+        """Return ``P_l`` eigenvalues of the root, ``1/√(a + λ)``."""
+        gram = torch.linalg.eigvalsh(self.operator.mean_gram).clamp(min=0.0)
+        values = (gram + self.damping**-2).rsqrt().sort().values[: self.layout.numel]
+        rest = values.new_full((self.layout.numel - len(values),), self.damping)
+        return torch.cat([values, rest])
 
 
 def _zero_inverse(operator: RowsOperator, damping: float) -> Operator:

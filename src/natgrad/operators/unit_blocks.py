@@ -322,3 +322,31 @@ class _UnitRowsInverse(Operator):
             product = a.T @ (a @ solution * r.square()) / count
             result[units] = solution + once(v - product - damping * solution)
         return columns_of(self.layout, result)
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal, in float64 where it is a difference of large numbers."""
+        operator, pieces = self.operator, []
+        count = operator.count.double()
+        grams = operator.grams() if self.damping else iter(())
+        for index, (_, a, root) in enumerate(operator.chunks()):
+            rows = a.double() * root.double().unsqueeze(-1)
+            if self.damping == 0:
+                scaled = self.factors[index].double() * self.values[index].double().unsqueeze(-2)
+                pieces.append((scaled.mT @ rows).square().sum(1) * count)
+                continue
+            gram = linalg.add_to_diagonal(next(grams).double(), count * self.damping)
+            left = torch.linalg.solve_triangular(linalg.cholesky(gram), rows, upper=False)
+            pieces.append((1.0 - left.square().sum(1)) / self.damping)
+        found = torch.cat(pieces).to(self.dtype)
+        return columns_of(self.layout, found.unsqueeze(-1))[:, 0]
+
+    def eigenvalues(self) -> Tensor:
+        """Return every unit's eigenvalues; beyond its rows they are ``1/λ``, or zero."""
+        operator, count = self.operator, self.operator.count.to(self.dtype)
+        if self.damping == 0:
+            values = torch.cat([one.flatten() for one in self.values]) * count
+        else:
+            spectra = [torch.linalg.eigvalsh(gram / count).flatten() for gram in operator.grams()]
+            values = 1.0 / (torch.cat(spectra).clamp(min=0.0) + self.damping)
+        rest = 1.0 / self.damping if self.damping else 0.0
+        return torch.cat([values, values.new_full((self.layout.numel - len(values),), rest)])
