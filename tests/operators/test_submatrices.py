@@ -74,3 +74,29 @@ def test_wrong_choices_are_named():
     for wrong in ([26], [-1], [3, 3], [], torch.ones(2, 2, dtype=torch.long)):
         with pytest.raises(ValueError, match="indices from 0 to 25"):
             matrix.submatrix(wrong)
+
+
+@pytest.mark.parametrize("structure", ["kfac", "block_diagonal", "diagonal", "unit_wise"])
+def test_parts_that_no_entry_is_in_take_no_part(structure, monkeypatch):
+    torch.manual_seed(0)
+    layers = nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)
+    model = nn.Sequential(*layers).double()
+    matrix = fisher_matrix(model, (normal(9, 3), None), "gaussian", structure)
+    whole, size = matrix.to_dense(), matrix.shape[0]
+    inverse = matrix.inverse(0.1)
+    dense_inverse = inverse.to_dense()
+    first = matrix.parts["0"]
+    monkeypatch.setattr(type(first), "multiply", counting(type(first).multiply, seen := []))
+    for index in (torch.arange(16, size), torch.tensor([size - 1, 20, 33])):
+        dense.assert_same(matrix.submatrix(index).to_dense(), whole[index][:, index])
+        dense.assert_same(inverse.submatrix(index).to_dense(), dense_inverse[index][:, index])
+    dense.assert_same(matrix.submatrix(["4", "2"]).to_dense(), whole[16:, 16:])
+    assert all(one is not first for one in seen)
+
+
+def counting(function, seen):
+    def counted(self, columns):
+        seen.append(self)
+        return function(self, columns)
+
+    return counted

@@ -12,6 +12,7 @@ from torch import Tensor
 from natgrad import linalg
 from natgrad.arguments import check_damping
 from natgrad.layouts import ParameterLayout
+from natgrad.operators.block_diagonal import FisherMatrix
 from natgrad.operators.combined import DerivedOperator
 from natgrad.operators.diagonal import DiagonalOperator
 from natgrad.operators.linear_map import LinearMap
@@ -129,8 +130,27 @@ def submatrix_of(operator: Operator, rows: Choice, columns: Choice | None) -> Op
     if columns is None and isinstance(operator, DiagonalOperator):
         return DiagonalOperator(layout, operator.entries[index])
     if columns is None:
-        return SubmatrixOperator(layout, operator, index)
+        return SubmatrixOperator(layout, *_of_parts(operator, index))
     return Submatrix(operator, index, *_chosen(operator, columns))
+
+
+def _of_parts(operator: Operator, index: Tensor) -> tuple[Operator, Tensor]:
+    """Return a Fisher matrix of those parts alone that some entries are in, and where they lie.
+
+    Between parts there is nothing, so that products with the others are not needed.
+    """
+    if type(operator) is not FisherMatrix:
+        return operator, index
+    numbers = torch.full((operator.shape[0], 1), -1, device=index.device)
+    for number, one in enumerate(operator.parts.values()):
+        operator.layout.scatter(one.layout, numbers.new_full((one.shape[0], 1), number), numbers)
+    wanted = set(numbers[index, 0].tolist())
+    parts = {n: one for k, (n, one) in enumerate(operator.parts.items()) if k in wanted}
+    layout = operator.layout.subset(name for one in parts.values() for name in one.layout.names)
+    kept = torch.tensor(sorted(wanted), device=index.device)
+    places = torch.isin(numbers[:, 0], kept).cumsum(0) - 1
+    members = {name: operator.members[name] for name in parts}
+    return FisherMatrix(layout, parts, members, operator.structure), places[index]
 
 
 def _chosen(operator: Operator, choice: Any) -> tuple[Tensor, VectorLayout]:
