@@ -101,6 +101,28 @@ def test_kernels_are_those_of_all_samples_together(name, batch_size):
     dense.assert_same(trace, torch.einsum("nkp,mkp->nm", own, own))
 
 
+@pytest.mark.filterwarnings("ignore:natgrad")
+def test_the_predictive_fit_takes_targets_as_the_model_lays_its_outputs():
+    class Steps(TimeFirst):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.memory(x)[0])
+
+    class Sequences(Steps):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.transpose(0, 1)).transpose(0, 1)
+
+    torch.manual_seed(0)
+    x, y, found = normal(3, 4, 2), torch.arange(12).view(3, 4) % 2, []
+    model = Steps().double()
+    for kind, turned in ((Steps, False), (Sequences, True)):
+        same = kind().double()
+        same.load_state_dict(model.state_dict())
+        data = (x.transpose(0, 1), y.T) if turned else (x, y)
+        posterior = VariationalLaplace(same, data, "categorical", data[0])
+        found.append(torch.tensor(posterior.fit_predictive(data, 3), dtype=torch.float64))
+    dense.assert_same(found[0], found[1], 1e-6)
+
+
 def test_samples_that_stand_alone_are_taken_a_few_at_a_time():
     model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double(), normal(20, 3)
     posterior = Laplace(model, (x, normal(20, 2)), "gaussian", "full")

@@ -337,6 +337,7 @@ class VariationalLaplace(LinearizedPosterior):
         with self._only_trainable(), Capture(self.model, self.output) as capture:
             for inputs, target in itertools.islice(_endless(data), steps):
                 output, rows = output_rows(capture, inputs)
+                target = capture.passes[-1].samples_first(target)
                 own = self.likelihood
                 coordinates = projected.coordinates(rows).unflatten(0, (rows.samples, -1))
                 scale = self.count / float(own.count(output, target))
