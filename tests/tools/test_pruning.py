@@ -226,6 +226,14 @@ def test_biases_and_numbers_beside_weights_without_a_formula_are_not_removed():
     assert set(pruning.saliencies) == {"0"}
     with pytest.raises(ValueError, match="no output units in"):
         prune(model, matrix, 0.4, units=True, layers=["2"])
+    alone = Adapter().double()
+    x = torch.randn(9, 5).double()
+    with pytest.raises(ValueError, match="no output units, so there is nothing"):
+        matrix = natgrad.fisher_matrix(alone, (x, None), "gaussian", "full")
+        prune(alone, matrix, 0.4, units=True)
+    norm = nn.LayerNorm(5).double()
+    with pytest.raises(ValueError, match="no weight matrices, so there is nothing"):
+        prune(norm, natgrad.fisher_matrix(norm, (x, None), "gaussian", "full"), 0.4)
 
 
 @pytest.mark.parametrize("structure", ["full", "kfac", "diagonal", "unit_wise"])

@@ -109,6 +109,9 @@ def prune(
     layout, blocks = matrix.layout, weight_blocks(model, layers)
     if units:
         blocks = _with_units(blocks, layers)
+    if not blocks:
+        what = "output units" if units else "weight matrices"
+        raise ValueError(f"the model has no {what}, so there is nothing to remove")
     theta = layout.to_flat(values_of(layout, model)).detach().to(layout.dtype)
     shifts = part_dampings(matrix, damping)
     if isinstance(damping, RelativeDamping):  # What no data reach costs nothing: a share of zero.
