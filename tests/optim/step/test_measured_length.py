@@ -130,7 +130,7 @@ class Reference:
         self.decays = torch.zeros(size).double()
         self.v = torch.zeros(size).double()
         self.caution, self.ceiling, self.s = length.start, length.start, None
-        self.log_slope, self.mean_slope, self.few = None, 0.0, 0.0
+        self.log_slope, self.mean_slope, self.few, self.least_noise = None, 0.0, 0.0, 0.0
         self.log_k, self.measured, self.count, self.taken_back = None, 0, 0, 0
         self.ceiling, self.usual, self.zeta = 1.0, 0.0, 1.0
         self.long_log_k = 0.0
@@ -234,6 +234,7 @@ class Reference:
                 found = min(found, math.log(scale * self.deviance(x, y)))
             self.measured += 1
             self.few = min(1.0, (4 / len(x)) ** 2)
+            self.least_noise = 2 / max(4, len(x))
             memory = min(self.length.memory, 1 - 1 / self.measured)
             old = found if self.log_k is None else self.log_k
             self.log_k = memory * old + (1 - memory) * found
@@ -243,7 +244,8 @@ class Reference:
             self.note_least_trace(x, y, g / scale)
         usual = max(slope, math.exp(self.log_slope), self.few * self.mean_slope)
         alpha = self.caution * self.zeta * self.rho * min(1 / scale, math.exp(self.log_k) / usual)
-        alpha *= self.nu**-self.length.lengthening
+        power = self.length.lengthening * (0.4 if self.steady() else 1)
+        alpha *= max(self.nu, self.least_noise) ** -power
         changes = sorted(
             float((self.rates * delta)[part].norm()) / max(float(self.theta[part].norm()),
                                                            math.sqrt(outputs / 3))
@@ -319,8 +321,7 @@ class Reference:
         elif count >= 4 and self.length.reach > 1:
             error = math.sqrt(self.pairs / (1 - 0.9**self.seen) / min(count, 19))
             least, most = (usual - 2 * error) / self.bend(), (usual + 2 * error) / self.bend()
-            steady = len(self.taken_at) > 10 and len(set(self.taken_at[-11:])) == 1
-            limit = self.sustained() if steady else 1.0
+            limit = self.sustained() if self.steady() else 1.0
             if least > 0.5 and self.log_k > self.long_log_k - 0.5:
                 self.rho = max(0.01, self.rho * math.exp(-kappa * min(1.0, least - 0.5)))
             elif limit < self.rho <= 1:
@@ -337,6 +338,9 @@ class Reference:
                 elif beta > 3:
                     self.rho *= self.length.reach
                     self.ratios, self.begun, self.lengths = [], [], []
+
+    def steady(self):
+        return len(self.taken_at) > 10 and len(set(self.taken_at[-11:])) == 1
 
     def sustained(self) -> float:
         """Return the ρ that r and a constant rate allow."""

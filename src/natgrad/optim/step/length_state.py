@@ -181,6 +181,16 @@ class LengthState:
             mean_slope=averaged(self.mean_slope or None, slope, USUAL),
         )
 
+    @property
+    def is_steady(self) -> bool:
+        """Whether η has been the same for ten steps."""
+        return self.steady >= STEADY
+
+    @property
+    def least_noise(self) -> float:
+        """2/N of batches of N events, from four on: what noise there is besides, at the least."""
+        return 2.0 / FEW_EVENTS * math.sqrt(self.few)
+
     def length(self, slope: float, change: float = 0.0, lengthened: float = 1.0) -> float:
         """Return γζραν^{−p} for a direction with ``⟨Δ, g⟩`` = slope; α is at most 1/c.
 
@@ -268,7 +278,7 @@ class LengthState:
         if least > HARMFUL and not self._decrement_falls():
             reach = max(LEAST_LENGTH, self._reach_times(rule, HARMFUL - least))
             return replace(self, reach=reach)
-        limit = self._sustained(bend) if self.steady >= STEADY else 1.0
+        limit = self._sustained(bend) if self.is_steady else 1.0
         if limit < self.reach <= 1.0:
             fall = (self.steps / (self.steps + 1)) ** (FASTEST_FALL * rule.annealing)
             return replace(self, reach=max(limit, self.reach * fall))

@@ -108,7 +108,8 @@ class Lengths:
             state = state.measured(rule, inner, square, *bounds)
             self.note_deviance(found)
         change = second_largest_change(found, [rate_of(group) for group in grouped.groups])
-        lengthened = rule.lengthened(self.noise_to_signal(likelihood))
+        noise = max(self.noise_to_signal(likelihood), state.least_noise)
+        lengthened = rule.lengthened(noise, state.is_steady)
         length = state.length(inner, change, lengthened)
         rates = [rate_of(group) * (1.0 - group["momentum"]) for group in grouped.groups]
         kept = max((group["momentum"] for group in grouped.groups), default=0.0)

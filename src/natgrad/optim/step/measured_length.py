@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 #: Least ratio of noise to signal that lengths follow.
 LEAST_NOISE = 0.01
 
+#: Share of p at a constant learning rate.
+STEADY_LENGTHENING = 0.4
+
 #: Measurements of the first interval, while the network changes fastest.
 EARLY_STEPS = frozenset({0, 1, 2, 3, 5, 7, 11})
 
@@ -117,8 +120,9 @@ class MeasuredLength:
     they get shorter (Wu et al. 2018).
 
     Squared errors show which it is by the ratio ν of what is left to what has been explained
-    (:class:`natgrad.RelativeDamping`): all lengths are multiplied by ``ν^{−p}``, ν at least 0.01.
-    Steps beyond the minimum are usual for solvers of consistent equations (over-relaxation).
+    (:class:`natgrad.RelativeDamping`): all lengths are multiplied by ``ν^{−p}``, ν at least 0.01
+    and 2/N in batches of N, and by ``ν^{−0.4p}`` where η has been the same for ten steps. Steps
+    beyond the minimum are usual for solvers of consistent equations (over-relaxation).
 
     Attributes:
         interval: Steps between measurements of K; some more are taken in the first interval. One
@@ -131,7 +135,7 @@ class MeasuredLength:
             infinite for never.
         annealing: κ, how fast lengths follow q; 0 for never.
         lengthening: p, how much longer steps are where there is little noise, by at most a factor
-            of 100^p, 1.6 by default; 0 for no longer.
+            of 100^p, 3.2 by default, or 1.6 at constant learning rates; 0 for no longer.
         reach: Largest factor on ρ in a step where other batches want longer ones, at least 1; with
             1 it stays 1.
 
@@ -145,7 +149,7 @@ class MeasuredLength:
     growth: float = 1.5
     overshoot: float = 0.5
     annealing: float = 0.2
-    lengthening: float = 0.1
+    lengthening: float = 0.25
     reach: float = 2.0
 
     def __post_init__(self) -> None:
@@ -163,9 +167,16 @@ class MeasuredLength:
         if not is_number(self.reach) or not 1 <= self.reach < math.inf:
             raise ValueError(f"reach must be finite and at least 1, got {self.reach!r}")
 
-    def lengthened(self, noise: float) -> float:
-        """Return the factor on lengths at a ratio of noise to signal in [0, 1]."""
-        return float(max(LEAST_NOISE, noise) ** -self.lengthening)
+    def lengthened(self, noise: float, steady: bool = False) -> float:
+        """Return the factor on lengths.
+
+        Args:
+            noise: The ratio of noise to signal, in [0, 1].
+            steady: Whether the learning rate has been the same for some time, so that nothing makes
+                long steps shorter later.
+        """
+        power = self.lengthening * (STEADY_LENGTHENING if steady else 1.0)
+        return float(max(LEAST_NOISE, noise) ** -power)
 
     def is_due(self, step: int, refresh: Refresh, follows_updates: bool) -> bool:
         """Return whether K is measured at a step, counted from 0.
