@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from natgrad.capture.capture import Capture
-from natgrad.capture.model_output import require_output
+from natgrad.capture.model_output import require_output, unwrap
 from natgrad.capture.rows import RowsUnavailable
 from natgrad.distributed.shards import whole_parameters
 from natgrad.jacobians import Jacobians
@@ -82,26 +84,52 @@ def unit_vectors(output: Tensor) -> Tensor:
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
-    """Call a model with a tensor, a tuple of arguments or a dict of keyword arguments."""
+    """Call a model with a tensor, a tuple of arguments or a dict of keyword arguments.
+
+    A list, which is what data loaders make of tuples, holds arguments if the model needs several.
+    """
     if isinstance(inputs, Mapping):
         return model(**inputs)
-    if isinstance(inputs, tuple):
+    spread = isinstance(inputs, tuple) and not isinstance(inputs, PackedSequence)
+    if spread or (isinstance(inputs, list) and not _takes_one(model)):
         return model(*inputs)
     return model(inputs)
 
 
+def _takes_one(model: nn.Module) -> bool:
+    """Return whether a model can be called with one argument."""
+    try:
+        inspect.signature(unwrap(model).forward).bind(None)
+    except TypeError:
+        return False
+    except ValueError:  # It has no signature.
+        return True
+    return True
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Restore the random state and buffers (running statistics) a forward pass may change."""
+    """Restore the random state and the buffers a forward pass may change, in place or by others."""
     devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
-    buffers = [(b, b.clone()) for b in model.buffers()] if model.training else []
+    held = [(m, n, b) for m in model.modules() for n, b in m._buffers.items()]
+    saved = [
+        (module, buffer, buffer._version, buffer.clone())
+        for module, _, buffer in held
+        if buffer is not None and not buffer.is_inference()
+    ]
     try:
         with torch.random.fork_rng(devices=sorted(devices)):
             yield
     finally:
+        for module, name, buffer in held:
+            if module._buffers.get(name) is not buffer:
+                module._buffers[name] = buffer
         with torch.no_grad():
-            for buffer, saved in buffers:
-                buffer.copy_(saved)
+            for module, buffer, version, values in saved:
+                # Batch norms change their statistics without another version. Elsewhere it tells,
+                # and what nobody changed may belong to a graph of the user's.
+                if module.training or buffer._version != version:
+                    buffer.copy_(values)
 
 
 def _tensors(inputs: Any) -> list[Tensor]:
@@ -128,9 +156,10 @@ def count_samples(inputs: Any) -> int:
 
 
 def take_samples(inputs: Any, samples: slice) -> Any:
-    """Return some samples of a tensor, or of every tensor in a tuple or dict of arguments."""
+    """Return some samples of a tensor, or of every tensor in a tuple, list or dict."""
     if isinstance(inputs, Tensor):
         return inputs[samples]
     if isinstance(inputs, Mapping):
         return {k: v[samples] if isinstance(v, Tensor) else v for k, v in inputs.items()}
-    return tuple(v[samples] if isinstance(v, Tensor) else v for v in inputs)
+    found = (v[samples] if isinstance(v, Tensor) else v for v in inputs)
+    return list(found) if isinstance(inputs, list) else tuple(found)
