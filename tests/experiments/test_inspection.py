@@ -1,8 +1,11 @@
+from collections import Counter
+
 import pytest
 import torch
 from torch import nn
 
 import natgrad
+from natgrad.experiments import inspection
 from natgrad.experiments.factories import FactoryError, find, load_model
 from natgrad.experiments.inspection import (
     InspectionError,
@@ -180,7 +183,10 @@ def test_example_inputs():
 
 
 @pytest.mark.parametrize("structure", ["full", "kfac"])
-def test_spectra_are_those_of_the_matrix(factories, structure):
+@pytest.mark.parametrize("estimated", [False, True])
+def test_spectra_are_those_of_the_matrix(factories, structure, estimated, monkeypatch):
+    if estimated:
+        monkeypatch.setattr(inspection, "FEW_ENOUGH", 0)
     model, *_ = load_model(f"{factories}:precise")
     batches = find(f"{factories}:batches")()
     found = fisher_spectrum(
@@ -197,8 +203,14 @@ def test_spectra_are_those_of_the_matrix(factories, structure):
         assert one.layer == ("0" if first > 0.5 else "3")
         assert one.share == pytest.approx(max(first, 1 - first), rel=1e-6)
     positive = values[values > values[-1] * torch.finfo(torch.float64).eps * 35]
-    seen = {k for k, count in found.decades.items() if count > 0}
-    assert seen == set(positive.log10().floor().int().tolist())
+    exponents = positive.log10().floor().int().tolist()
+    seen = {k: count for k, count in found.decades.items() if count > 0}
+    if not estimated:
+        assert seen == pytest.approx(Counter(exponents))
+        for damping, dimension in found.effective_dimension.items():
+            expected = float((values / (values + damping)).sum())
+            assert dimension == pytest.approx(expected, rel=1e-6)
+    assert set(seen) == set(exponents)
     assert sum(found.decades.values()) + found.rest == pytest.approx(35, rel=1e-9)
     dimensions = list(found.effective_dimension.values())
     assert dimensions == sorted(dimensions) and 0 < dimensions[0] < dimensions[-1] < 35

@@ -24,7 +24,7 @@ from rich.progress import (
 from rich.table import Table
 
 from natgrad.experiments.compare import Observer
-from natgrad.experiments.inspection import Spectrum
+from natgrad.experiments.inspection import FEW_ENOUGH, Spectrum
 from natgrad.experiments.methods import METHODS
 from natgrad.experiments.pages import (
     DASH,
@@ -253,10 +253,14 @@ def print_spectrum(console: Console, spectrum: Spectrum) -> None:
         [name, f"{count:,.0f}", "█" * round(24 * math.log1p(count) / most)]
         for name, count in counts.items()
     ]
-    console.print(make_table(("eigenvalues of", "about", ""), rows, text=("eigenvalues of", "")))
+    estimated = spectrum.parameters > FEW_ENOUGH
+    columns = "eigenvalues of", "about" if estimated else "number", ""
+    console.print(make_table(columns, rows, text=("eigenvalues of", "")))
     rows = [[f"{at:g}", f"{size:,.1f}"] for at, size in spectrum.effective_dimension.items()]
     console.print(make_table(("damping", "effective dimension"), rows))
-    console.print("Counts and dimensions are estimates by random vectors; bars are logarithmic.")
+    if estimated:
+        console.print("Counts and dimensions are estimates by random vectors.")
+    console.print("Bars are logarithmic.")
 
 
 _Columns = dict[str, Callable[[SharedWork], str]]

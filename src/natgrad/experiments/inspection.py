@@ -19,9 +19,15 @@ from natgrad.fisher import fisher_matrix
 from natgrad.jacobians import LayerJacobian, SumJacobian
 from natgrad.layouts import ParameterLayout
 from natgrad.likelihoods import as_likelihood
+from natgrad.operators import Operator
 from natgrad.optim import Preconditioner
 from natgrad.optim.summary import Summary, summarize
-from natgrad.tools.spectrum import effective_dimension, spectral_density, top_eigenpairs
+from natgrad.tools.spectrum import (
+    SpectralDensity,
+    effective_dimension,
+    spectral_density,
+    top_eigenpairs,
+)
 
 
 class InspectionError(ValueError):
@@ -98,6 +104,9 @@ def _positions(jacobian: LayerJacobian) -> int:
     return getattr(jacobian, "positions", 1)
 
 
+#: Up to so many parameters all eigenvalues are found, and none estimated.
+FEW_ENOUGH = 1000
+
 #: λ for which the effective dimension is given, in the units of F.
 DAMPINGS = tuple(10.0**exponent for exponent in range(0, -7, -1))
 
@@ -116,8 +125,8 @@ class Spectrum:
     """What the eigenvalues of a Fisher matrix of so many samples are like; the trace is their sum.
 
     `top` are the largest. `decades` maps exponents k to how many there are from 10ᵏ to 10ᵏ⁺¹,
-    largest first, estimated by random vectors; `rest` are those below: zero, or zero to rounding.
-    `effective_dimension` maps λ above rounding to ``Σ μ/(μ + λ)``, estimated likewise.
+    largest first; `rest` are those below: zero, or zero to rounding. `effective_dimension` maps λ
+    above rounding to ``Σ μ/(μ + λ)``. Both are estimated by random vectors beyond 1,000 parameters.
     """
 
     samples: int
@@ -157,7 +166,7 @@ def fisher_spectrum(
     if parameters < 2:
         raise InspectionError("A spectrum needs at least two parameters.")
     values, vectors = top_eigenpairs(matrix, min(number, parameters - 1))
-    density = spectral_density(matrix)
+    density = _all_eigenvalues(matrix) if parameters <= FEW_ENOUGH else spectral_density(matrix)
     smallest = float(values[0]) * torch.finfo(matrix.dtype).eps * parameters
     counts = density.weights * (parameters / len(density.nodes))
     known = density.nodes > max(smallest, 0.0)
@@ -179,6 +188,12 @@ def fisher_spectrum(
             if damping > smallest
         },
     )
+
+
+def _all_eigenvalues(matrix: Operator) -> SpectralDensity:
+    """Return the distribution of the eigenvalues, none of them estimated."""
+    values = matrix.eigenvalues().cpu().double().unsqueeze(0)
+    return SpectralDensity(values, torch.full_like(values, 1 / values.numel()), values.numel())
 
 
 def _with_own_targets(
