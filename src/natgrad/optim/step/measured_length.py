@@ -120,8 +120,8 @@ class MeasuredLength:
     they get shorter (Wu et al. 2018).
 
     Squared errors show which it is by the ratio ν of what is left to what has been explained
-    (:class:`natgrad.RelativeDamping`): all lengths are multiplied by ``ν^{−p}``, ν at least 0.01
-    and 2/N in batches of N, and by ``ν^{−0.4p}`` where η has been the same for ten steps. Steps
+    (:class:`natgrad.RelativeDamping`): all lengths are multiplied by ``ν^{−p}``, or ``ν^{−0.4p}``
+    where η has been the same for ten steps, with ν at least 0.01 and 2/N in batches of N. Steps
     beyond the minimum are usual for solvers of consistent equations (over-relaxation).
 
     Attributes:
