@@ -91,19 +91,19 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, Mapping):
         return model(**inputs)
     spread = isinstance(inputs, tuple) and not isinstance(inputs, PackedSequence)
-    if spread or (isinstance(inputs, list) and not _takes_one(model)):
+    if spread or (isinstance(inputs, list) and not takes(model, (inputs,), {})):
         return model(*inputs)
     return model(inputs)
 
 
-def _takes_one(model: nn.Module) -> bool:
-    """Return whether a model can be called with one argument."""
+def takes(model: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> bool:
+    """Return whether a model can be called with such arguments, as far as its signature tells."""
     try:
-        inspect.signature(unwrap(model).forward).bind(None)
+        inspect.signature(unwrap(model).forward).bind(*arguments, **named)
     except TypeError:
         return False
     except ValueError:  # It has no signature.
-        return True
+        pass
     return True
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.capture import Capture
-from natgrad.capture.evaluation import call_model, count_samples
+from natgrad.capture.evaluation import call_model, count_samples, takes
 from natgrad.capture.model_output import losses, require_output
 from natgrad.experiments.batches import LoaderBatches
 from natgrad.experiments.factories import described, evaluating
@@ -50,13 +49,8 @@ def shared_positions(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, int
 
 def _arguments(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
     """Return an example as the model takes it: a mapping alone mostly holds arguments by name."""
-    if len(inputs) != 1 or not isinstance(inputs[0], Mapping):
-        return inputs
-    try:
-        inspect.signature(model.forward).bind(**inputs[0])
-    except TypeError:
-        return inputs
-    return inputs[0]
+    by_name = len(inputs) == 1 and isinstance(inputs[0], Mapping) and takes(model, (), inputs[0])
+    return inputs[0] if by_name else inputs
 
 
 def inspect_model(
