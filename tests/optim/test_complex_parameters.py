@@ -315,7 +315,8 @@ def test_a_preconditioner_leaves_their_gradients():
 def test_a_complex_output_is_refused():
     model = nn.Sequential(nn.Linear(3, 4).double(), nn.Linear(4, 2, dtype=torch.complex128))
     model[0].register_forward_hook(lambda module, args, output: output.to(torch.complex128))
-    natgrad.KFAC(model, "gaussian")
+    optimizer = natgrad.KFAC(model, "gaussian")
+    optimizer.zero_grad()
     with pytest.raises(ValueError, match=r"the output .* is torch\.complex128, .*view_as_real"):
         model(normal(5, 3))
 
