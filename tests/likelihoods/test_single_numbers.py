@@ -85,6 +85,40 @@ def test_the_matrix(likelihood, fisher):
     torch.testing.assert_close(found.to_dense(), wanted.to_dense())
 
 
+@pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
+@pytest.mark.parametrize("inducing", [None, X[:5]])
+def test_predictions_of_a_posterior(likelihood, inducing):
+    def posterior(squeezes: bool):
+        target = (Y > 0).double()
+        data = X, target if squeezes else target[:, None]
+        if inducing is None:
+            return natgrad.Laplace(Regression(squeezes), data, likelihood)
+        return natgrad.VariationalLaplace(Regression(squeezes), data, likelihood, inducing=inducing)
+
+    found, wanted = posterior(True), posterior(False)
+    torch.testing.assert_close(found.log_marginal_likelihood(), wanted.log_marginal_likelihood())
+    mean, covariance = found.functional_variance(X)
+    wanted_mean, wanted_covariance = wanted.functional_variance(X)
+    torch.testing.assert_close(mean, wanted_mean[:, 0])
+    torch.testing.assert_close(covariance, wanted_covariance)
+    gaussian = likelihood == "gaussian"
+    ours, theirs = (one.predict(X) if gaussian else (one.predict(X),) for one in (found, wanted))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other[:, 0])
+
+
+@pytest.mark.parametrize("structure", ["gd", "full", "kfac"])
+def test_predicted_training(structure):
+    def course(squeezes: bool):
+        network = natgrad.ntk.LinearizedNetwork(Regression(squeezes), X, X[:3])
+        target = Y if squeezes else Y[:, None]
+        return natgrad.ntk.predict(network, target, structure, steps=[1, 5], lr=0.1, damping=0.01)
+
+    found, wanted = course(True), course(False)
+    torch.testing.assert_close(found.train, wanted.train[..., 0])
+    torch.testing.assert_close(found.test, wanted.test[..., 0])
+
+
 def test_classes_without_samples_are_refused():
     model = nn.Linear(4, 3).double()
     optimizer = natgrad.KFAC(model)  # Held: what nobody holds takes its hooks away.

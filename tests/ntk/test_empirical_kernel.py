@@ -300,15 +300,17 @@ def test_other_arguments_than_tensors():
 
 
 def test_one_output_per_sample():
-    """Outputs of shape (N, 1) have one direction each, those of shape (N,) are refused."""
+    """Outputs of shape (N, 1), and those of shape (N,), have one direction each."""
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
     x = normal(4, 3)
     jac = jacobian(Case(model, x, ()))[:, 0]
     for outputs, shape in (("full", (4, 4)), ("classwise", (1, 4, 4)), ("trace", (4, 4))):
         found = empirical_kernel(model, x, outputs=outputs)
         dense.assert_same(found, (jac @ jac.T).reshape(shape))
-    with pytest.raises(ValueError, match="last dimension of size 1"):
-        empirical_kernel(model, x, output=lambda out: out[:, 0])
+        flat = empirical_kernel(model, x, outputs=outputs, output=lambda out: out[:, 0])
+        dense.assert_same(flat, found)
+    with pytest.raises(ValueError, match="is a single number, as a loss is"):
+        empirical_kernel(model, x, output=lambda out: out.sum())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

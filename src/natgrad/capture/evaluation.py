@@ -70,14 +70,8 @@ def output_rows(capture: Capture, inputs: Any) -> tuple[Tensor, Jacobians]:
 def unit_vectors(output: Tensor) -> Tensor:
     """Return the unit vector of every output of a sample ``(C, *output.shape)``, as a view.
 
-    Raises:
-        ValueError: If the output has no dimension but that of the samples.
+    Samples of one number each, ``(N,)``, have one output.
     """
-    if output.dim() < 2:
-        raise ValueError(
-            f"the output must have shape (samples, outputs, ...), got {tuple(output.shape)}; "
-            "give a scalar output a last dimension of size 1"
-        )
     shape, size = output.shape, output[0].numel()
     eye = torch.eye(size, dtype=output.dtype, device=output.device)
     return eye.reshape(size, 1, *shape[1:]).expand(size, *shape)
