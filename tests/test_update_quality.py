@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -26,7 +28,10 @@ def gradient_of(case, likelihood, y):
     }
 
 
-@pytest.mark.parametrize("name", ["mlp", "tokens", "conv2d", "layer_norm", "dictionary_output"])
+@pytest.mark.parametrize(
+    "name",
+    ["mlp", "tokens", "conv2d", "layer_norm", "dictionary_output", "self_attention"],
+)
 @pytest.mark.parametrize("likelihood", ["categorical", "gaussian"])
 def test_against_the_dense_fisher_matrix(name, likelihood):
     case = CASES[name]()
@@ -94,3 +99,75 @@ def test_partial_updates_dict_inputs_and_errors():
             update_quality(model, (x, y), bad)
     with pytest.raises(ValueError, match="not zero"):
         update_quality(model, (x, y), {"first.weight": torch.zeros(4, 3).double()})
+
+
+def both(u, matrix, g):
+    """Return what the quality of an update is made of: its two forms and the gradient's."""
+    return float(u @ matrix @ u), float(u @ g), float((g @ matrix @ g).sqrt() / (g @ g))
+
+
+def test_packed_sequences_dropout_and_statistics_of_batches():
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.cell = nn.Embedding(9, 4), nn.LSTM(4, 5, batch_first=True)
+            self.norm, self.head = nn.BatchNorm1d(5), nn.Linear(5, 3)
+
+        def forward(self, tokens, lengths):
+            packed = nn.utils.rnn.pack_padded_sequence(
+                self.table(tokens), lengths, batch_first=True, enforce_sorted=False
+            )
+            hidden = self.cell(packed)[1][0][-1]
+            return self.head(nn.functional.dropout(self.norm(hidden), 0.5, self.training))
+
+    torch.manual_seed(0)
+    model = Reader().double()
+    x = torch.randint(9, (6, 4)), torch.tensor([4, 2, 1, 3, 4, 2])
+    y = torch.tensor([0, 1, 2, 0, 1, 1])
+    update = {n: normal(*p.shape, seed=i) for i, (n, p) in enumerate(model.named_parameters())}
+    u, state = torch.cat([one.flatten() for one in update.values()]), copy.deepcopy(model)
+    torch.manual_seed(5)
+    leaves = list(state.parameters())
+    z = state(*x)  # Masks and statistics of one pass hold for the gradient and for both products.
+    rows = [torch.autograd.grad(e, leaves, retain_graph=True) for e in z.flatten()]
+    jac = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    total = dense.categorical().total
+    gradient = dense.output_gradient(dense.categorical(), z, y).flatten() @ jac / 6
+    hessian = torch.autograd.functional.hessian(lambda z: total(z, y), z.detach()).reshape(18, 18)
+    expected = both(u, jac.T @ hessian @ jac / 6, gradient)
+    torch.manual_seed(5)
+    found = update_quality(model, (x, y), update)
+    assert (found.curvature, found.slope, found.gradient_indicator) == pytest.approx(
+        expected, rel=1e-9
+    )
+    assert torch.equal(model.norm.running_mean, torch.zeros(5).double())
+
+
+def test_heads_and_several_batches():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(4, 1)
+
+        def forward(self, x):
+            h = torch.tanh(self.body(x))
+            return {"class": self.a(h), "value": self.b(h)}
+
+    torch.manual_seed(0)
+    model, likelihood = Two().double(), {"class": "categorical", "value": "gaussian"}
+    batches = [
+        (normal(n, 3, seed=n), {"class": torch.arange(n) % 2, "value": normal(n, 1, seed=9)})
+        for n in (5, 2)
+    ]
+    update = {n: normal(*p.shape, seed=i) for i, (n, p) in enumerate(model.named_parameters())}
+    matrix = fisher_matrix(model, batches, likelihood, "full")
+    for x, y in batches:
+        out = model(x)
+        loss = nn.functional.cross_entropy(out["class"], y["class"], reduction="sum")
+        (loss + 0.5 * (out["value"] - y["value"]).square().sum()).div(7).backward()
+    gradient = matrix.layout.to_flat({n: p.grad for n, p in model.named_parameters()})
+    expected = both(matrix.layout.to_flat(update), matrix.to_dense(), gradient)
+    found = update_quality(model, batches, update, likelihood)
+    assert (found.curvature, found.slope, found.gradient_indicator) == pytest.approx(
+        expected, rel=1e-9
+    )

@@ -13,16 +13,16 @@ quadratic model allows along u. The natural gradient ``F⁺∇L`` has the smalle
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from natgrad.capture.evaluation import undisturbed
-from natgrad.capture.model_output import require_output, unwrap
-from natgrad.likelihoods import Likelihood, as_likelihood
+from natgrad.derivatives.passes import Passes, derivatives, pushed_forward
+from natgrad.fisher import Batch
+from natgrad.likelihoods import LikelihoodLike, as_likelihood
 
 
 @dataclass(frozen=True)
@@ -62,20 +62,21 @@ class UpdateQuality:
 
 def update_quality(
     model: nn.Module,
-    data: tuple[Any, Tensor],
+    data: Batch | Iterable[Batch],
     update: Mapping[str, Tensor],
-    likelihood: str | Likelihood | nn.Module = "categorical",
+    likelihood: LikelihoodLike = "categorical",
     *,
     output: Callable[[Any], Tensor] | None = None,
 ) -> UpdateQuality:
-    """Measure an update against the exact Fisher matrix of a batch, without forming it.
+    """Measure an update against the exact Fisher matrix of some data, without forming it.
 
-    It costs one gradient and two Jacobian-vector products.
+    It costs one gradient and two Jacobian-vector products. Statistics of batch norms in train mode
+    are functions of the parameters here, as in :func:`natgrad.gauss_newton_matrix`.
 
     Args:
         model: The model, in its present mode; left as it was.
-        data: A pair ``(inputs, targets)``; inputs may be a tensor, a tuple of positional arguments
-            or a dict of keyword arguments.
+        data: A pair ``(inputs, targets)`` or a re-iterable of such pairs; inputs may be a tensor, a
+            tuple of positional arguments or a dict of keyword arguments.
         update: Parameter name → direction that a step subtracts, e.g. what
             ``fisher_matrix(...).solve(gradient)`` returns. Parameters left out stay as they are.
         likelihood: A name, a :class:`natgrad.Likelihood`, or a torch loss module.
@@ -88,49 +89,35 @@ def update_quality(
     Source: Wu et al., An improved empirical Fisher approximation for natural gradient descent
     (2024).
     """
-    model = unwrap(model)
-    likelihood = as_likelihood(likelihood)
-    inputs, target = data
-    parameters = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    passes = Passes.of(model, data, as_likelihood(likelihood), output)
+    layout = passes.layout
     for name, value in update.items():
-        if name not in parameters or value.shape != parameters[name].shape:
+        if layout.shapes.get(name) != tuple(value.shape):
             raise ValueError(
                 f"the update's entry {name!r} of shape {tuple(value.shape)} fits no trainable "
                 "parameter of the model"
             )
-
-    def outputs_at(values: dict[str, Tensor]) -> Tensor:
-        by_name = isinstance(inputs, Mapping)
-        arguments = ((), dict(inputs)) if by_name else (inputs,)
-        return require_output(torch.func.functional_call(model, values, *arguments), output)
-
-    with undisturbed(model):
-        leaves = {n: p.clone().requires_grad_() for n, p in parameters.items()}
-        found = outputs_at(leaves)
-        loss = likelihood.loss(found, target)
-        grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-        gradient = {
-            n: torch.zeros_like(p) if g is None else g.detach()
-            for (n, p), g in zip(parameters.items(), grads, strict=True)
-        }
-        root = likelihood.output_hessian_root(found.detach(), target)
-        count = float(likelihood.count(found.detach(), target))
-
-        def quadratic(direction: dict[str, Tensor]) -> float:
-            _, change = torch.func.jvp(outputs_at, (parameters,), (direction,))  # type: ignore[misc]
-            events = likelihood.split_events(change.detach()).to(root.dtype)
-            return float((root.mT @ events.unsqueeze(-1)).square().sum()) / count
-
-        direction = {
-            n: update[n].detach().to(p) if n in update else torch.zeros_like(p)
-            for n, p in parameters.items()
-        }
-        slope = float(sum((direction[n] * gradient[n]).sum() for n in parameters))
-        square = float(sum(g.square().sum() for g in gradient.values()))
-        size = float(sum(d.square().sum() for d in direction.values()))
-        if not (0 < size < math.inf and 0 < square < math.inf):
-            raise ValueError(
-                "the update and the gradient must be finite and not zero, got squared norms "
-                f"{size:.3g} and {square:.3g}"
-            )
-        return UpdateQuality(slope, quadratic(direction), math.sqrt(quadratic(gradient)) / square)
+    direction = layout.to_column({name: value.detach() for name, value in update.items()})
+    gradient, count = torch.zeros_like(direction), 0.0
+    for one in passes:
+        if one.count() > 0:
+            loss = one.loss()
+            gradient += derivatives(loss, passes, [torch.ones_like(loss)])[0].unsqueeze(1)
+            count += one.count()
+    gradient /= count
+    size, square = float(direction.square().sum()), float(gradient.square().sum())
+    if not (0 < size < math.inf and 0 < square < math.inf):
+        raise ValueError(
+            "the update and the gradient must be finite and not zero, got squared norms "
+            f"{size:.3g} and {square:.3g}"
+        )
+    columns, forms = torch.cat([direction, gradient], 1), [0.0, 0.0]
+    for one in passes:
+        if one.likelihood is None or not one.count() > 0:
+            continue
+        root = one.likelihood.output_hessian_root(one.output.detach(), one.target)
+        for index, moved in enumerate(pushed_forward(one.output, passes, columns)):
+            events = one.likelihood.split_events(moved).to(root.dtype).unsqueeze(-1)
+            forms[index] += float((root.mT @ events).square().sum()) / count
+    slope = float((direction * gradient).sum())
+    return UpdateQuality(slope, forms[0], math.sqrt(forms[1]) / square)

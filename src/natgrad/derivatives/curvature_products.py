@@ -60,7 +60,7 @@ class _LossMatrix(Operator):
         """Return the product with ``(P, k)``."""
         total = torch.zeros_like(columns)
         for one in self.passes:
-            if _count(one) > 0:
+            if one.count() > 0:
                 total += torch.stack(self._products(one, columns), 1)
         return total / self.count
 
@@ -98,7 +98,7 @@ class HessianMatrix(_LossMatrix):
     """
 
     def _products(self, one: Pass, columns: Tensor) -> list[Tensor]:
-        loss = _loss(one)
+        loss = one.loss()
         (gradient,) = derivatives(loss, self.passes, [torch.ones_like(loss)], create_graph=True)
         return derivatives(gradient, self.passes, columns.unbind(1))
 
@@ -118,7 +118,7 @@ class GaussNewtonMatrix(_LossMatrix):
     def _products(self, one: Pass, columns: Tensor) -> list[Tensor]:
         with torch.enable_grad():
             output = one.output.detach().requires_grad_(True)
-            loss = _loss(Pass(output, one.target, one.likelihood))
+            loss = Pass(output, one.target, one.likelihood).loss()
             (slope,) = torch.autograd.grad(loss, output, create_graph=True)
         vectors = []
         for moved in pushed_forward(one.output, self.passes, columns):
@@ -189,24 +189,7 @@ def _prepared(
     output: Callable[[Any], Tensor] | None,
 ) -> tuple[ParameterLayout, Passes, float]:
     passes = Passes.of(model, data, as_likelihood(likelihood), output)
-    count = sum(_count(one) for one in passes)
+    count = sum(one.count() for one in passes)
     if count == 0:
         raise ValueError("no target of the data counts, so there is no loss to differentiate")
     return passes.layout, passes, count
-
-
-def _count(one: Pass) -> float:
-    if one.target is None:
-        raise ValueError("a loss needs targets with every batch")
-    assert one.likelihood is not None
-    if one.output.numel() == 0:
-        return 0.0
-    return float(one.likelihood.count(one.output.detach(), one.target))
-
-
-def _loss(one: Pass) -> Tensor:
-    """Return the sum of a batch's losses."""
-    assert one.likelihood is not None
-    count = one.likelihood.count(one.output.detach(), one.target)
-    found: Tensor = one.likelihood.loss(one.output, one.target) * count
-    return found

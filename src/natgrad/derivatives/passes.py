@@ -28,6 +28,24 @@ class Pass:
     target: Any
     likelihood: Likelihood | None
 
+    def count(self) -> float:
+        """Return what the mean of the losses divides by; a likelihood must be known.
+
+        Targets that are missing are a ValueError.
+        """
+        if self.target is None:
+            raise ValueError("a loss needs targets with every batch")
+        assert self.likelihood is not None
+        if self.output.numel() == 0:
+            return 0.0
+        return float(self.likelihood.count(self.output.detach(), self.target))
+
+    def loss(self) -> Tensor:
+        """Return the sum of the losses."""
+        assert self.likelihood is not None
+        mean: Tensor = self.likelihood.loss(self.output, self.target)
+        return mean * self.likelihood.count(self.output.detach(), self.target)
+
 
 @dataclass(frozen=True, eq=False)
 class Passes:
