@@ -31,8 +31,9 @@ SMALL = ("--width=64", "--train-samples=12", "--test-samples=10")
 def _few_draws():
     """The sections at a size that takes less time."""
     sizes = {
-        "dynamics.FACTORS": (0.5, 1.0, 2.5), "dynamics.STEPS": 5, "width.DRAWS": 1,
-        "width.KERNEL_DRAWS": 2, "width.GD_STEPS": 20, "width.NGD_STEPS": 4, "isotropy.DRAWS": 2,
+        "dynamics.FACTORS": (1.0, 2.5), "dynamics.STEPS": 4, "width.DRAWS": 1,
+        "width.KERNEL_DRAWS": 2, "width.GD_STEPS": 4, "width.NGD_STEPS": 2, "isotropy.DRAWS": 1,
+        "conditions.STEPS": 3,
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         for name, size in sizes.items():
