@@ -24,6 +24,12 @@ from natgrad.jacobians.layer import (
 from natgrad.jacobians.positions import Draw, enough_rows, random_subset
 from natgrad.layouts import BlockLayout
 
+#: Of fewer operations a symmetric Gram matrix is multiplied as a whole: calls take longer.
+SPLIT_OPERATIONS = 2**25
+
+#: Entries that are squared at a time, in a processor's cache.
+CACHED_ELEMENTS = 2**18
+
 
 class LinearJacobian(LayerJacobian):
     """Rows ``M_nk = Σ_t δ_nkt a_ntᵀ`` of linear maps with shared positions and groups.
@@ -407,7 +413,7 @@ class LinearJacobian(LayerJacobian):
         # One row chunk allocates n·K·T × M·K'·T'. A symmetric Gram also goes by chunks so that
         # only the upper part is multiplied and the rest is mirrored.
         step = max(1, layer.CHUNK_ELEMENTS // max(1, k * t * m * k2 * t2))
-        if symmetric:
+        if symmetric and self._gram_operations(other, "positions") > SPLIT_OPERATIONS:
             step = min(step, max(1, -(-n // 8)))
         delta2 = other.output_gradients.permute(3, 0, 1, 2, 4)  # (G, M, K', T', d_out)
         for start in range(0, n, step):
@@ -478,10 +484,13 @@ class LinearJacobian(LayerJacobian):
             input_sum = self._input_sum(weight_sharing) if moment.dim() == 2 else None
         if weight_sharing == "reduce" and (continued or self.positions > 1):
             delta = delta.sum(2, keepdim=True)
-        flat = delta.permute(3, 0, 1, 2, 4).flatten(1, 3)  # (G, N·K·T, d_out)
         if large_outputs:
-            outputs = flat.square().sum(1)
-        elif self.layout.groups == 1:
+            outputs = delta.new_zeros(delta.shape[3:])
+            for some in delta.split(max(1, CACHED_ELEMENTS // max(1, delta[:1].numel()))):
+                outputs += some.square().sum((0, 1, 2))
+            return KroneckerSums(moment, positions, outputs, input_sum=input_sum)
+        flat = delta.permute(3, 0, 1, 2, 4).flatten(1, 3)  # (G, N·K·T, d_out)
+        if self.layout.groups == 1:
             outputs = linalg.lower_gram(flat[0]).unsqueeze(0)
         else:
             outputs = flat.mT @ flat

@@ -166,9 +166,9 @@ class Categorical(Likelihood):
         invertible on vectors that sum to 0.
         """
         p, others = self._probabilities(output)
-        root = (-p).unsqueeze(-1).repeat(1, 1, 1, p.shape[-1])
-        root.diagonal(dim1=-2, dim2=-1).copy_(others)
-        return root * self._column_scale(p, output, target).unsqueeze(-2)
+        columns = (-p).unsqueeze(-2).repeat(1, 1, p.shape[-1], 1)  # Each one in one piece.
+        columns.diagonal(dim1=-2, dim2=-1).copy_(others)
+        return columns.mul_(self._column_scale(p, output, target).unsqueeze(-1)).mT
 
     @full_precision
     def sample(self, output: Tensor, generator: torch.Generator | None = None) -> Tensor:
