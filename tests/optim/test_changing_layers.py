@@ -150,6 +150,40 @@ def test_a_joint_structure_follows():
         torch.testing.assert_close(weights(model), weights(twin), rtol=1e-9, atol=1e-12)
 
 
+# -- moving ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*NAMES, "UnitWiseNGD", "TwoLevelKFAC"])
+def test_a_model_that_takes_another_type_later_is_of_that_type(name: str):
+    kind, ends = KINDS[name], []
+    for converted_first in (True, False):
+        model = make_model().float()
+        if converted_first:
+            model.double()
+        optimizer = kind.make(model)
+        model.double()
+        for _ in range(3):
+            kind.step(optimizer, model)
+        ends.append(weights(model))
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["KFAC", "EKFAC", "SINGD", "DiagonalNGD"])
+def test_curvature_goes_with_a_model_that_takes_another_type(name: str):
+    model = make_model().float()
+    optimizer = KINDS[name].make(model, fisher="exact", lr=0.0)
+    for _ in range(3):
+        KINDS[name].step(optimizer, model)
+    curvature = optimizer.preconditioner.curvature
+    before = float(curvature.operator("0").trace())
+    model.double()
+    loss(model)
+    assert curvature.operator("0").dtype == torch.float64
+    assert float(curvature.operator("0").trace()) == pytest.approx(before, rel=1e-6)
+    assert optimizer.preconditioner.observer.start == 0  # It does not begin anew.
+    KINDS[name].step(optimizer, model)
+
+
 # -- freezing --------------------------------------------------------------------------------------
 
 

@@ -170,16 +170,16 @@ class Capture:
         self._present = self._signature()
         self._install()
 
-    def _signature(self) -> list[tuple[str, int, bool]]:
+    def _signature(self) -> list[tuple[Any, ...]]:
         """Return what tells whether other parameters are to be captured, or by other modules."""
         return [
-            (name, id(module), p.requires_grad)
+            (name, id(module), p.requires_grad, p.dtype, p.device)
             for name, module in self.model.named_modules(remove_duplicate=False)
             for p in module.parameters(recurse=False)
         ] + [(n, id(p), n in self.excluded) for n, p in self.model.named_parameters()]
 
     def rescan(self, excluded: Collection[str] | None = None) -> bool:
-        """Find blocks anew if parameters were frozen, unfrozen, added, replaced or excluded.
+        """Find blocks anew if parameters were frozen, moved, added, replaced or excluded.
 
         Recorded passes are forgotten then.
 

@@ -164,7 +164,7 @@ class Curvature:
         return self.shared is not None and self.shared.is_divided
 
     def follow(self, blocks: Mapping[str, BlockLayout], layout: ParameterLayout) -> set[str]:
-        """Go on with other blocks, as where layers were frozen, unfrozen or replaced.
+        """Go on with other blocks, as where layers were frozen, unfrozen, moved or replaced.
 
         What is known of blocks that stay, or that were there before, stays. After many updates
         without them it weighs as little as a moving average would leave of it, and waits to be
@@ -178,7 +178,7 @@ class Curvature:
         """
         old, held = self.parts, self.estimates
         fresh = Curvature(self.structure, blocks, layout)
-        staying = {n for n, p in fresh.parts.items() if n in old and old[n].blocks == p.blocks}
+        staying = {n for n, p in fresh.parts.items() if n in old and old[n].is_like(p)}
         fresh.estimates.update({name: held[name] for name in staying})
         if self.additive:  # Rows of one batch are nothing to come back to.
             gone = old.keys() - staying - {self.structure.companion}
@@ -187,7 +187,7 @@ class Curvature:
         for name, part in fresh.parts.items():
             if name in self.resting and self.resting[name]["sizes"] == _sizes(part):
                 entry = self.resting.pop(name)
-                found = self._restored(part, entry)
+                found = fresh._restored(part, entry)
                 if entry["weight"] > LEAST_WEIGHT_IN_USE:
                     staying.add(name)
                 elif found.average is not None:

@@ -50,6 +50,11 @@ class Part:
         types = (self.parameters.dtypes[n] for b in self.blocks.values() for n in b.names)
         return functools.reduce(torch.promote_types, types, torch.float32)
 
+    def is_like(self, other: Part) -> bool:
+        """Return whether another part has blocks of the same kind, type and place."""
+        places = [(one.dtype, one.parameters.device, one.blocks) for one in (self, other)]
+        return places[0] == places[1]
+
     @cached_property
     def layout(self) -> ParameterLayout:
         """Order of the part's own parameters."""

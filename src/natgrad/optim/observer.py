@@ -692,7 +692,7 @@ class Observer:
 
 
 class ModelWatch:
-    """Sees parameters frozen, unfrozen or replaced, and modules exchanged, in microseconds.
+    """Sees parameters frozen, unfrozen, moved or replaced, and modules exchanged, in microseconds.
 
     Args:
         model: The model; what it is now counts as known.
@@ -705,16 +705,19 @@ class ModelWatch:
         # Compiled modules make other objects of what they hold at every look.
         self._tables = [table for table in tables if isinstance(table, dict)]
         self._parameters = list(model.parameters())
-        self._flags = [p.requires_grad for p in self._parameters]
+        self._kinds = self._present_kinds()
         self._entries = list(self._present())  # Held, so that no other object gets their identity.
         self._identities = list(map(id, self._entries))
 
     def _present(self) -> Iterator[Any]:
         return chain.from_iterable(map(dict.values, self._tables))
 
+    def _present_kinds(self) -> list[Any]:
+        return [(p.requires_grad, p.dtype, p.device) for p in self._parameters]
+
     def sees_frozen(self) -> bool:
-        """Return whether parameters were frozen or unfrozen."""
-        return [p.requires_grad for p in self._parameters] != self._flags
+        """Return whether parameters were frozen or unfrozen, or brought elsewhere."""
+        return self._present_kinds() != self._kinds
 
     def sees_change(self) -> bool:
         """Return whether anything is not as it was."""
