@@ -572,6 +572,14 @@ def _after_layer(
     if reason is not None:
         capture.tell(f"a {type(module).__name__} layer is not recorded in this mode: {reason}")
         return
+    if isinstance(output, Tensor) and output.is_nested:
+        if output.layout is torch.strided:
+            raise ValueError(
+                f"the output of a {type(module).__name__} layer is a nested tensor of the layout "
+                "torch.strided, through which torch takes few derivatives: make the nested inputs "
+                "with layout=torch.jagged"
+            )
+        return  # Rows come from the gradients at the parameters.
     lent = capture.shards and any(map(is_parameter, (*args, *kwargs.values())))
     for call in kind.observe(module, args, kwargs, output):
         if lent:  # Whole while the model runs only, and then without memory.
@@ -617,6 +625,12 @@ def _after_model(capture: Capture, module: nn.Module, args: Any, output: Any) ->
         if current in capture.passes:
             capture.passes.remove(current)
         return None
+    if selected.is_nested:
+        raise ValueError(
+            "the output that the likelihood looks at is a nested tensor, which has no first "
+            "dimension of samples: let the model return its values(), or pass output=lambda out: "
+            "out.values()"
+        )
     if not selected.dim():
         raise ValueError(
             "the output that the likelihood looks at is a single number, as a loss is: let the "

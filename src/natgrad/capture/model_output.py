@@ -157,7 +157,7 @@ def samples_lie_second(inputs: Any, heads: Mapping[Any, Tensor]) -> bool:
     So do those of several members, draws or times, one behind the other.
     """
     given = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
-    numbers = {len(one) for one in given if isinstance(one, Tensor) and one.dim()}
+    numbers = {one.size(0) for one in given if isinstance(one, Tensor) and one.dim()}
     if len(numbers) != 1:
         return False
     (samples,) = numbers

@@ -93,7 +93,7 @@ class RecordProducts(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         output = func(*args, **(kwargs or {}))
         found = _LOOKS.get(getattr(func, "__name__", ""))
-        if found is None or not isinstance(output, Tensor):
+        if found is None or not isinstance(output, Tensor) or output.is_nested:
             return output
         if output.requires_grad and not output.is_complex():  # Of complex ones no row is formed.
             found.look(self, output, found.given(args, kwargs or {}))
