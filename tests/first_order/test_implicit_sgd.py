@@ -136,3 +136,40 @@ def test_options_out_of_range_are_named(options, message):
 def test_step_needs_a_closure():
     with pytest.raises(ValueError, match="needs a closure"):
         ImplicitSGD([nn.Parameter(torch.ones(1))]).step()
+
+
+def test_parameters_stay_where_a_schedule_has_brought_their_rate_to_zero():
+    left, right = (nn.Parameter(torch.ones(2).double()) for _ in range(2))
+    optimizer = ImplicitSGD(
+        [{"params": [left], "lr": 1.0}, {"params": [right], "lr": 3.0}], tolerance=1e-12
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda k: 0.0, lambda k: float(k < 2)])
+    for step in range(3):
+        loss = optimizer.step(closure_of(optimizer, lambda: 0.5 * (left @ left + right @ right)))
+        assert loss == pytest.approx(1 + 16.0 ** -min(step, 2), rel=1e-9)
+        schedule.step()
+    assert torch.equal(left.detach(), torch.ones(2).double())
+    dense.assert_same(right.detach(), torch.full((2,), 1 / 16).double(), 1e-10)
+
+
+def test_every_evaluation_of_a_step_draws_the_same_dropout_masks():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 1)).double()
+    x, start = torch.randn(7, 3).double(), [p.detach().clone() for p in net.parameters()]
+    optimizer = ImplicitSGD(net.parameters(), lr=0.3, inner_steps=100)
+    torch.manual_seed(1)
+    optimizer.step(closure_of(optimizer, lambda: (net(x) - 1).square().mean()))
+    state = torch.random.get_rng_state()
+    assert optimizer.converged
+    torch.manual_seed(1)
+    optimizer.zero_grad()
+    (net(x) - 1).square().mean().backward()
+    assert torch.equal(state, torch.random.get_rng_state())  # As after one evaluation.
+    for p, old in zip(net.parameters(), start, strict=True):
+        dense.assert_same(p.detach(), old - 0.3 * p.grad, 1e-5)
+
+
+def test_a_closure_that_does_not_return_the_loss_is_refused():
+    parameter = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="must return the loss"):
+        ImplicitSGD([parameter]).step(lambda: parameter.square().sum().backward())

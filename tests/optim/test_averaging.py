@@ -83,6 +83,19 @@ def test_the_average_is_that_of_the_iterates(name, way):
     assert (iterates[0] - iterates[-1]).norm() > 1e-4
 
 
+def test_a_model_that_takes_another_type_later_is_averaged_in_it():
+    model = nn.Linear(3, 2)
+    optimizer = sgd(model, lr=1e-2, momentum=0.0)
+    average, iterates = natgrad.WeightAverage(optimizer, model, start=0), []
+    model.double()
+    for step in range(1, 4):
+        for p in model.parameters():
+            p.grad = p.detach() / step
+        optimizer.step()
+        iterates.append(weights(model))
+    torch.testing.assert_close(averaged(average, model), expected(iterates), rtol=1e-13, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_averaged_in_float32(dtype):
     """Of many iterates, too, which moves by less than half precision knows would lose."""

@@ -243,6 +243,9 @@ def test_wrong_use_is_explained():
         optimizer.step()
     with pytest.raises(ValueError, match="neither"):
         optimizer.step(lambda: float(functional.cross_entropy(model(x), y)))
+    for made in (optimizer, natgrad.KFAC(model, damping=natgrad.LevenbergMarquardt())):
+        with pytest.raises(ValueError, match="must return the loss"):
+            made.step(lambda: functional.cross_entropy(model(x), y).backward())
     for options in (
         {"damping": natgrad.LevenbergMarquardt},
         {"backtracking": 1.0},

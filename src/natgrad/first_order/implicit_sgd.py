@@ -13,7 +13,7 @@ from torch import Tensor
 from natgrad.arguments import check_choice, check_parameters, check_range, check_rate
 from natgrad.distributed import Replicas
 from natgrad.optim.checkpoints import only_initialises
-from natgrad.optim.step.reevaluation import evaluated
+from natgrad.optim.step.reevaluation import RandomState, evaluated
 
 
 class ImplicitSGD(torch.optim.Optimizer):
@@ -27,8 +27,9 @@ class ImplicitSGD(torch.optim.Optimizer):
     :mod:`torch.optim`; one Gauss-Newton step on it would be the natural gradient with damping
     ``λ = 1/η``.
 
-    The closure is evaluated several times per step, always on the same batch. A step that ends at
-    a loss that is not finite is taken back.
+    The closure is evaluated several times per step, always on the same batch and with the same
+    random numbers (dropout masks). A step that ends at a loss that is not finite is taken back.
+    Where a schedule has brought lr to 0, parameters stay as they are.
 
     Args:
         params: Parameters or parameter groups, with rates of their own.
@@ -117,7 +118,7 @@ class ImplicitSGD(torch.optim.Optimizer):
             The loss before the step.
 
         Raises:
-            ValueError: If there is no closure.
+            ValueError: If there is no closure, or none that returns the loss.
         """
         if closure is None and only_initialises(self):
             self._count(0)
@@ -127,11 +128,13 @@ class ImplicitSGD(torch.optim.Optimizer):
                 "ImplicitSGD.step() needs a closure that clears gradients, evaluates the loss, "
                 "calls backward() and returns it"
             )
-        rates = [float(group["lr"]) for group in self.param_groups for _ in group["params"]]
-        parameters = [p for group in self.param_groups for p in group["params"]]
+        every = [(p, float(group["lr"])) for group in self.param_groups for p in group["params"]]
+        parameters = [p for p, rate in every if rate]
+        rates = [rate for _, rate in every if rate]
         start = [p.detach().clone() for p in parameters]
         losses: list[float] = []
         fresh = False  # Whether the gradients are those of the present parameters.
+        random = RandomState(p for p, _ in every)
 
         def evaluate() -> float:
             """Return the inner objective; its gradients are left in ``.grad``."""
@@ -139,9 +142,10 @@ class ImplicitSGD(torch.optim.Optimizer):
             if fresh:
                 fresh = False
                 return losses[-1]  # The first value is asked for twice, and nothing moved yet.
-            for p in parameters:  # So that the closure's own can be told.
+            for p, _ in every:  # So that the closure's own can be told.
                 p.grad = None
-            loss, _ = evaluated(closure, parameters)
+            random.restore()
+            loss, _ = evaluated(closure, [p for p, _ in every], needs_loss=True)
             losses.append(self._mean(float(loss.detach() if isinstance(loss, Tensor) else loss)))
             distance = 0.0
             with torch.no_grad():
@@ -155,7 +159,11 @@ class ImplicitSGD(torch.optim.Optimizer):
             return losses[-1] + distance
 
         evaluate()
-        fresh = True
+        self._count(1)
+        if not parameters:
+            self.converged = True
+            return losses[0]
+        fresh, after = True, RandomState(parameters)
         limit = self.tolerance * _largest_gradient(parameters)
         optimizer = self._inner_optimizer(parameters, min(rates), limit)
         for _ in range(1 if self.inner == "lbfgs" else self.inner_steps):
@@ -163,8 +171,8 @@ class ImplicitSGD(torch.optim.Optimizer):
             if _largest_gradient(parameters) <= limit:
                 break
         evaluate()  # At the end of a line search gradients are those of the last point tried.
+        after.restore()
         self._judge(parameters, start, losses[-1], limit)
-        self._count(1)
         return losses[0]
 
     def _mean(self, loss: float) -> float:

@@ -224,10 +224,10 @@ class WeightAverage(CopiedByState):
             same = mean is not None and (
                 mean.tensor is tensor or not isinstance(tensor, nn.Parameter)
             )
+            dtype = torch.promote_types(tensor.dtype, torch.float32)
             if mean is None or not same or mean.value.shape != tensor.shape:
-                dtype = torch.promote_types(tensor.dtype, torch.float32)
                 mean = _Mean(tensor, tensor.detach().to(dtype, copy=True))
-            mean.tensor, mean.value = tensor, mean.value.to(tensor.device)
+            mean.tensor, mean.value = tensor, mean.value.to(tensor.device, dtype)
             found[name] = mean
         self._means = found
 

@@ -257,7 +257,7 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
 
         Raises:
             ValueError: If damping is adaptive or lengths are searched, and there is no closure, or
-                none that makes gradients.
+                none that makes gradients and returns the loss.
         """
         # Which subclasses extend: around this one torch calls hooks.
         loss: float | None = self._step(closure)
@@ -293,7 +293,7 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
             return loss
         batch, inverts = observer.batch_fisher, preconditioner.inverts
         preconditioner.finish()
-        if reevaluation is None or closure is None or loss is None or not gradients:
+        if reevaluation is None or closure is None or not gradients:
             for update in plan.updates(grouped):
                 update.apply()
         else:
@@ -346,7 +346,8 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
             self.searched_share = None
             self.zero_grad()  # The gradient must be that of the loss the trials are compared with.
         parameters = [p for group in self.param_groups for p in group["params"]]
-        loss, backpropagates = evaluated(closure, parameters)
+        compares = searches or self.levenberg_marquardt is not None
+        loss, backpropagates = evaluated(closure, parameters, compares)
         if searches and backpropagates and all(p.grad is None for p in parameters):
             raise ValueError(
                 "the closure must call backward(), or return the loss as a tensor with its graph: "

@@ -16,19 +16,42 @@ def as_float(loss: Any) -> float:
     return float(loss.detach() if isinstance(loss, Tensor) else loss)
 
 
-def evaluated(closure: Callable[[], Any], parameters: Iterable[Tensor]) -> tuple[Any, bool]:
+def evaluated(
+    closure: Callable[[], Any], parameters: Iterable[Tensor], needs_loss: bool = False
+) -> tuple[Any, bool]:
     """Return a closure's loss, backpropagated, and whether the closure itself did that.
 
     It may leave ``backward`` to the optimizer by returning the loss with its graph; it is taken to
-    do so where no parameter has a gradient afterwards.
+    do so where no parameter has a gradient afterwards. Where a loss is needed and none is returned,
+    that is a ValueError.
     """
     with torch.enable_grad():
         loss = closure()
         graph = isinstance(loss, Tensor) and loss.requires_grad
-        if not graph or any(p.grad is not None for p in parameters):
+        has_gradients = any(p.grad is not None for p in parameters)
+        if needs_loss and has_gradients and loss is None:
+            raise ValueError(
+                "the closure must return the loss, as it is compared with that after the step"
+            )
+        if not graph or has_gradients:
             return loss, True
         loss.backward()
     return loss.detach(), False
+
+
+class RandomState:
+    """The random state of this moment, on the host and where some parameters are."""
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        devices = {p.device.index or 0 for p in parameters if p.device.type == "cuda"}
+        self._random = torch.get_rng_state()
+        self._device_random = [(d, torch.cuda.get_rng_state(d)) for d in sorted(devices)]
+
+    def restore(self) -> None:
+        """Have the same numbers drawn again."""
+        torch.set_rng_state(self._random)
+        for device, state in self._device_random:
+            torch.cuda.set_rng_state(state, device)
 
 
 class Reevaluation:
@@ -43,9 +66,7 @@ class Reevaluation:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
-        self._random = torch.get_rng_state()
-        self._device_random = [(d, torch.cuda.get_rng_state(d)) for d in sorted(devices)]
+        self._random = RandomState(model.parameters())
 
     def __call__(self, closure: Callable[[], Any], backpropagates: bool = True) -> float:
         """Return the closure's loss at the present parameters.
@@ -62,9 +83,7 @@ class Reevaluation:
             parameter.grad = None
         try:
             with undisturbed(self.model), torch.enable_grad():
-                torch.set_rng_state(self._random)
-                for device, state in self._device_random:
-                    torch.cuda.set_rng_state(state, device)
+                self._random.restore()
                 return as_float(closure())
         finally:
             for parameter in parameters:
