@@ -240,14 +240,14 @@ class Curvature:
             if present.batch is not None:
                 join = present.batch.followed_by if continued else present.batch.joined
                 batch = join(found)
-            present = replace(present, batch=batch, draws=draws)
-            if not continued:
-                samples, positions = _sizes_of(rows)
-                present = replace(
-                    present,
-                    samples=present.samples + samples,
-                    positions=present.positions + positions,
-                )
+            samples, positions = (0, 0) if continued else _sizes_of(rows)
+            present = replace(
+                present,
+                batch=batch,
+                draws=draws,
+                samples=present.samples + samples,
+                positions=present.positions + positions,
+            )
             self._keep_if_finite(present, name, found.is_finite())
         jacobians.moments.clear()
 
@@ -311,9 +311,10 @@ class Curvature:
             self.shared.unite()
         for name, present in self.estimates.items():
             average, batch = present.average, present.batch
-            present = replace(present, batch=None, missed=0.0, rejected=False)
-            present = replace(present, summed=(), passes=0)
-            present = replace(present, positions=0.0, samples=0.0, silent=0.0)
+            present = replace(
+                present, batch=None, summed=(), passes=0, missed=0.0, rejected=False,
+                positions=0.0, samples=0.0, silent=0.0,
+            )  # fmt: skip
             if batch is None:
                 counts = counts_absent and not self.estimates[name].rejected
                 count = present.absent + missed[name] if counts else present.absent
