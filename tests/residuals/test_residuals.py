@@ -116,16 +116,17 @@ def reference(
     return rows, values
 
 
-def dense_problem(network: nn.Module, **options) -> tuple[Tensor, Tensor]:
-    """Return J ``(R, P)`` and ρ ``(R,)``."""
-    rows, values = reference(network, parts(False, **options))
-    return torch.cat(rows), torch.cat(values)
+def dense_problem(network: nn.Module, count: int = 7) -> tuple[Tensor, Tensor]:
+    """Return J ``(R, P)`` and ρ ``(R,)``, which many tests ask for of the same network."""
+    held = tuple((n, p.requires_grad, *p.flatten().tolist()) for n, p in network.named_parameters())
+    key = (str(network), held, count)
+    if key not in PROBLEMS:
+        rows, values = reference(network, parts(False, count=count))
+        PROBLEMS[key] = torch.cat(rows), torch.cat(values)
+    return PROBLEMS[key]
 
 
-@functools.cache
-def default_problem(count: int = 7) -> tuple[Tensor, Tensor]:
-    """Return J and ρ of the network that most tests start from."""
-    return dense_problem(perceptron([2, 5, 4, 1]), count=count)
+PROBLEMS: dict[Any, tuple[Tensor, Tensor]] = {}
 
 
 def flat(network: nn.Module) -> Tensor:
@@ -316,16 +317,16 @@ def test_rows_and_residuals_are_those_of_plain_jacrev(route, chunk_size):
         model = TaylorNetwork(network, laplacian=True)
         kind = CapturedRows if route == "captured" else FunctionRows
         rows = kind(model, parts(True), chunk_size)
-    expected_rows, expected_values = reference(network, parts(False))
+    expected_rows, expected_values = dense_problem(network)
     (share, values, found), *rest = rows.chunks()
     assert share == 1.0 and not rest  # 18 rows are fewer than the parameters.
     matrix = found.to_dense()
     if route == "captured":  # One row per point and place, zero where a part has no residual.
         matrix = matrix[values.reshape(-1) != 0]
         values = values[values != 0]
-    dense.assert_same(matrix, torch.cat(expected_rows), 1e-10)
-    dense.assert_same(values.reshape(-1), torch.cat(expected_values), 1e-12)
-    dense.assert_same(rows.loss(), 0.5 * torch.cat(expected_values).square().sum(), 1e-12)
+    dense.assert_same(matrix, expected_rows, 1e-10)
+    dense.assert_same(values.reshape(-1), expected_values, 1e-12)
+    dense.assert_same(rows.loss(), 0.5 * expected_values.square().sum(), 1e-12)
 
 
 @pytest.mark.parametrize("route", ["vmap", "captured"])
@@ -476,7 +477,7 @@ def test_one_step_is_the_dense_solution(route, solver, structure, count):
     network = perceptron([2, 5, 4, 1])
     kind = BlockDiagonal if structure == "block_diagonal" else Full
     optimizer = optimizer_for(network, route, count, structure=kind(solver=solver), damping=1e-3)
-    jacobian, rho = default_problem(count)
+    jacobian, rho = dense_problem(network, count)
     sizes = [15, 24, 5] if structure == "block_diagonal" else [44]
     before = flat(network)
     optimizer.step()
@@ -1076,7 +1077,7 @@ def test_float32_takes_the_step_to_its_accuracy_and_trains(route):
         data = residual.data
         residual.replace(residual.points.float(), None if data is None else data.float())
     model = TaylorNetwork(network, laplacian=True) if route == "captured" else network
-    jacobian, rho = default_problem()
+    jacobian, rho = dense_problem(perceptron([2, 5, 4, 1]))
     before = flat(network).double()
     with pytest.warns(UserWarning, match="use model.double"):
         optimizer = ResidualNGD(model, residuals, damping=1e-2, acceleration=False)
