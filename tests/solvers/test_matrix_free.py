@@ -137,7 +137,7 @@ def test_small_steps_follow_the_flow_and_long_times_reach_the_natural_gradient()
     goal = torch.linalg.solve(a, gradient)
     flow = goal + decay @ (gradient - goal)
     dense.assert_same(precondition(found, gradient), flow, 0.01)
-    found, a, gradient = matrix(Thermodynamic(time=2000.0, step_size=1.0), 0.2)
+    found, a, gradient = matrix(Thermodynamic(time=600.0, step_size=1.0), 0.2)
     dense.assert_same(precondition(found, gradient), torch.linalg.solve(a, gradient), 1e-8)
 
 
@@ -278,7 +278,7 @@ def test_no_gram_matrix_and_no_matrix_of_parameters_is_formed(monkeypatch):
     ("cls", "options"),
     [
         (natgrad.ConjugateGradientNGD, {"tolerance": 1e-12, "max_iterations": 200}),
-        (natgrad.ThermodynamicNGD, {"time": 900.0}),
+        (natgrad.ThermodynamicNGD, {"time": 400.0}),
     ],
 )
 def test_optimizers_take_the_step_of_exact_natural_gradient_descent(cls, options):
@@ -320,6 +320,8 @@ SOLVED = [
 
 @pytest.mark.parametrize(("cls", "options"), SOLVED)
 def test_accumulated_passes_are_one_batch(cls, options):
+    if cls is natgrad.ThermodynamicNGD:
+        options = {"time": 20.0, "delay": 5.0}  # Both simulate the same, wherever it is by then.
     model, x, y = network()
     x, y = normal(6, 3), torch.tensor([0, 1, 1, 0, 1, 1])
     other = copy.deepcopy(model)
