@@ -99,7 +99,7 @@ def test_first_order_methods_are_searched_everywhere():
 
 
 def run(**options):
-    base = dict(train_samples=30, test_samples=50, width=128, steps=6, quality=False)
+    base = dict(train_samples=30, test_samples=10, width=128, steps=6, quality=False)
     return compare(CompareConfig(**{**base, **options})).methods
 
 
@@ -119,7 +119,8 @@ FEW = ("exact", "kfac", "singd", "fngd")
 
 @pytest.mark.parametrize(("methods", "loss"), [(NATURAL, "mse"), (FEW, "cross_entropy")])
 def test_every_method_learns_on_the_full_batch(methods, loss):
-    for result in run(methods=tuple(methods), loss=loss, width=64, steps=12, search_steps=6):
+    options = dict(loss=loss, train_samples=20, width=64, steps=12, search_steps=4)
+    for result in run(methods=tuple(methods), **options):
         assert result.status == "completed", f"{result.name}: {result.message}"
         assert result.train.loss[-1] < 0.7 * result.train.loss[0], result.name
 
