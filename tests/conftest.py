@@ -34,6 +34,8 @@ def pytest_configure(config: pytest.Config) -> None:
         derandomize=False,
     )
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+    # Nobody reads how long guards of what is compiled take; torch empties the caches before.
+    torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
     torch.set_num_threads(int(os.environ.get("NATGRAD_TEST_THREADS", "1")))
     if not torch.cuda.is_available():
         # What torch does besides is to note the call, with its stack, for devices to come.
