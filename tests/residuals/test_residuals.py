@@ -1170,3 +1170,66 @@ def test_the_guide_runs():
         warnings.simplefilter("ignore")  # Five steps of ImplicitSGD need not converge.
         exec("\n".join(blocks), names)
     assert len(blocks) == 10 and math.isfinite(float(names["loss"].detach()))
+
+
+@pytest.mark.filterwarnings("ignore:.*float32")
+@pytest.mark.parametrize("change", ["frozen", "unfrozen", "type"])
+@pytest.mark.parametrize("route", ["vmap", "captured"])
+def test_a_network_that_changes_later_is_taken_as_it_is(route, change):
+    ends = []
+    for changed_first in (True, False):
+        network = perceptron([2, 5, 1])
+        network[0].requires_grad_(change != "unfrozen")
+        if change == "type":
+            network.float()
+        if not changed_first:
+            optimizer = optimizer_for(network, route)
+        if change == "type":
+            network.double()
+        else:
+            network[0].requires_grad_(change == "unfrozen")
+        if changed_first:
+            optimizer = optimizer_for(network, route)
+        for _ in range(2):
+            optimizer.step()
+        ends.append(flat(network))
+    dense.assert_same(ends[1], ends[0], 1e-10)
+
+
+@pytest.mark.parametrize("route", ["vmap", "captured"])
+def test_coefficients_of_an_equation_may_be_parameters_of_the_network(route):
+    class Problem(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = perceptron([2, 5, 1])
+            self.rate = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)
+
+    plain = Problem()
+    x = points(7)
+
+    def residuals() -> Tensor:
+        gradients = [torch.autograd.grad(plain(p[None]).sum(), p, create_graph=True)[0] for p in
+                     x.clone().requires_grad_().unbind()]  # fmt: skip
+        return (plain.rate * torch.stack(gradients)[:, 0] - 1.0) / 7**0.5
+
+    rho = residuals()
+    leaves = [plain.rate, *plain.inner.parameters()]
+    rows = [torch.autograd.grad(r, leaves, retain_graph=True, materialize_grads=True) for r in rho]
+    jacobian = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    model: Any = plain
+    if route == "captured":
+        model = TaylorNetwork(plain.inner, first=[0])
+        model.rate = plain.rate
+        residual = Residual(lambda u, x: model.rate * u.first[0, 0] - 1.0, x)
+    else:
+        residual = Residual(lambda u, x: model.rate * torch.func.jacrev(u)(x)[0, 0] - 1.0, x)
+    before = torch.cat([p.detach().flatten() for p in leaves])
+    optimizer = ResidualNGD(model, residual, jacobians=route, damping=0.1, acceleration=False)
+    optimizer.step()
+    matrix = jacobian.T @ jacobian + optimizer.last.damping * torch.eye(len(before)).double()
+    step = torch.linalg.solve(matrix, jacobian.T @ rho.detach())
+    after = torch.cat([p.detach().flatten() for p in leaves])
+    dense.assert_same(before - after, optimizer.last.length * step, 1e-8)

@@ -255,3 +255,30 @@ def test_what_is_not_finite_moves_nothing():
         optimizer.step(SPINS)
     found = exact.parameters_of(model)
     assert torch.equal(found.nan_to_num(), before.nan_to_num()) and optimizer.last.length == 0
+
+
+class Attending(torch.nn.Module):
+    """log ψ by a layer of a transformer."""
+
+    def __init__(self):
+        super().__init__()
+        self.spin = torch.nn.Linear(1, 4)
+        self.layer = torch.nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True)
+        self.out = torch.nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.out(self.layer(self.spin(x.unsqueeze(-1))).mean(1)).squeeze(1)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_tangents_of_a_transformer(training):
+    torch.manual_seed(0)
+    model = Attending().double().train(training)
+    directions = torch.randn(sum(p.numel() for p in model.parameters()), 2).double()
+    with torch.no_grad():
+        logs, found = LogAmplitude(model).tangents(SPINS, directions)
+    torch.testing.assert_close(found, exact.rows(model, SPINS).real @ directions)
+    optimizer = natgrad.StochasticReconfiguration(model, HAMILTONIAN)
+    weights = (2 * model(SPINS).detach()).exp()
+    first = optimizer.step(SPINS, weights=weights)
+    assert optimizer.step(SPINS, weights=(2 * model(SPINS).detach()).exp()) < first

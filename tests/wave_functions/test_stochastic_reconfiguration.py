@@ -309,3 +309,24 @@ def test_wrong_arguments_are_refused():
         make(model, HAMILTONIAN).step(SPINS, torch.ones(32))
     with pytest.raises(ValueError, match="no groups"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+
+
+@pytest.mark.parametrize("change", ["frozen", "type"])
+def test_a_model_that_changes_later_is_taken_as_it_is(change):
+    ends = []
+    for changed_first in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(SITES, 4), nn.Tanh(), nn.Linear(4, 1), nn.Flatten(0))
+        model.to(torch.float32 if change == "type" else torch.float64)
+        if not changed_first:
+            optimizer = natgrad.StochasticReconfiguration(model, HAMILTONIAN, lr=0.1)
+        if change == "type":
+            model.double()
+        else:
+            model[0].requires_grad_(False)
+        if changed_first:
+            optimizer = natgrad.StochasticReconfiguration(model, HAMILTONIAN, lr=0.1)
+        for _ in range(2):
+            optimizer.step(SPINS, weights=exact.probabilities(model, SPINS))
+        ends.append(exact.parameters_of(model))
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-12, atol=1e-14)

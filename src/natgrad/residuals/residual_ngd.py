@@ -24,6 +24,7 @@ from natgrad.operators import GradientSource, Operator
 from natgrad.operators.rows import RowsInverse
 from natgrad.optim.checkpoints import CheckpointedOptimizer, only_initialises
 from natgrad.optim.copying import CopiedByState
+from natgrad.optim.observer import ModelWatch
 from natgrad.residuals.corrected_step import (
     CURVED_DECAY,
     STRAIGHT_DECAY,
@@ -185,10 +186,7 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
         check_choice("jacobians", jacobians, "captured", "vmap")
         self.residuals: dict[str, Residual] = as_residuals(residuals)
         source = CapturedRows if jacobians == "captured" else FunctionRows
-        self.rows: ResidualRows = source(model, self.residuals, chunk_size, self.replicas)
-        blocks = {name: block.layout for name, block in self.rows.blocks.items()}
-        self.curvature: Curvature = Curvature(chosen, blocks, self.rows.layout)
-        self.curvature.replicas, self.curvature.rows_stay = self.replicas, chosen.rows_stay
+        self._take_model(source(model, self.residuals, chunk_size, self.replicas), chosen)
         iterates = isinstance(chosen, ExactRows) and chosen.is_iterative
         self.acceleration: bool = acceleration and not iterates
         self._takes_dense_rows: bool = isinstance(chosen, ExactRows) and not iterates
@@ -204,6 +202,24 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
                 "solution; use model.double() and points in float64",
                 stacklevel=2,
             )
+
+    def _take_model(self, rows: ResidualRows, structure: Structure) -> None:
+        """Take the model as it is now, with what is trained of it in its type and place."""
+        self.rows: ResidualRows = rows
+        blocks = {name: block.layout for name, block in rows.blocks.items()}
+        self.curvature: Curvature = Curvature(structure, blocks, rows.layout)
+        self.curvature.replicas, self.curvature.rows_stay = self.replicas, structure.rows_stay
+        self._watch = ModelWatch(rows.model)
+
+    def _follow_model(self) -> None:
+        """Look whether layers were frozen, unfrozen, moved or replaced since the last step."""
+        if self._watch.sees_change():
+            old = self.rows
+            if isinstance(old, CapturedRows):
+                old.capture.remove()
+            rows = type(old)(old.model, self.residuals, old.chunk_size, self.replicas)
+            self._take_model(rows, self.curvature.structure)
+            self.param_groups[0]["params"] = list(rows.parameters.values())
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse further groups: the step is one for all parameters.
@@ -239,6 +255,7 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
         """
         if closure is not None:
             raise ValueError("ResidualNGD.step() takes no closure: it evaluates the residuals")
+        self._follow_model()
         keeps = bool(self.param_groups[0]["momentum"])
         if only_initialises(self):
             self._mark()

@@ -184,8 +184,8 @@ class FunctionRows(ResidualRows):
         if not self.parameters:
             raise ValueError("the model has no trainable parameter")
         self.blocks: dict[str, Block] = _dense_blocks(model, self.parameters)
-        self._taylor = _TaylorResidual(model) if isinstance(model, TaylorNetwork) else None
-        self._places = parameter_places(self._taylor or model, self.parameters)
+        self._at_point = _ResidualAtPoint(model)
+        self._places = parameter_places(self._at_point, self.parameters)
 
     def _values(self, residual: Residual, chosen: slice) -> Tensor:
         with torch.no_grad():
@@ -244,21 +244,12 @@ class FunctionRows(ResidualRows):
         self, residual: Residual, chosen: slice, parameters: dict[str, Tensor], transform: Any
     ) -> Any:
         """Apply a function of parameters and one point to many points."""
-        model, taylor = self.model, self._taylor
 
         def at_point(parameters: dict[str, Tensor], point: Tensor, *data: Tensor) -> Tensor:
             given = {place: parameters[name] for place, name in self._places.items() if parameters}
-            if taylor is not None:
-                arguments = residual, point, *(data or (None,))
-                value: Tensor = functional_call(taylor, given, arguments, tie_weights=False)
-                return value
-
-            def network(x: Tensor) -> Tensor:
-                batch = functional_call(model, given, (x.unsqueeze(0),), tie_weights=False)
-                result: Tensor = batch[0]
-                return result
-
-            return residual.at(network, point, *(data or (None,)))
+            arguments = residual, point, *(data or (None,))
+            value: Tensor = functional_call(self._at_point, given, arguments, tie_weights=False)
+            return value
 
         data = () if residual.data is None else (residual.data[chosen],)
         arguments = (residual.points[chosen], *data)
@@ -370,16 +361,26 @@ class CapturedRows(ResidualRows):
         return scale * output.detach(), rows
 
 
-class _TaylorResidual(nn.Module):
-    """A residual of a Taylor network at one point, as a module whose parameters can be others."""
+class _ResidualAtPoint(nn.Module):
+    """A residual of a network at one point, as a module whose parameters can be others.
 
-    def __init__(self, model: TaylorNetwork) -> None:
+    They are also where the residual's function itself reads those of the network, as coefficients
+    of an equation.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, residual: Residual, point: Tensor, data: Tensor | None) -> Tensor:
         """Return it, flat."""
-        return residual.at(self.model.at(point), point, data)
+        model = self.model
+        u = model.at(point) if isinstance(model, TaylorNetwork) else self._network
+        return residual.at(u, point, data)
+
+    def _network(self, x: Tensor) -> Tensor:
+        value: Tensor = self.model(x.unsqueeze(0))[0]
+        return value
 
 
 def _dense_blocks(model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, Block]:

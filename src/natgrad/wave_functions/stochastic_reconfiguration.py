@@ -18,6 +18,7 @@ from natgrad.operators import DenseOperator, GradientSource, Operator
 from natgrad.operators.rows import RowsOperator
 from natgrad.optim.checkpoints import CheckpointedOptimizer, only_initialises
 from natgrad.optim.copying import CopiedByState
+from natgrad.optim.observer import ModelWatch
 from natgrad.solvers import IterativeSolver, Solver, as_solver
 from natgrad.wave_functions.amplitude import LogAmplitude
 from natgrad.wave_functions.configurations import distinct
@@ -160,7 +161,7 @@ class StochasticReconfiguration(CheckpointedOptimizer, CopiedByState):
         if chunk_size is not None:
             check_interval("chunk_size", chunk_size)
         as_solver(solver)
-        self.amplitude: LogAmplitude = LogAmplitude(model)
+        self._take_model(model)
         self.hamiltonian: Hamiltonian | None = hamiltonian
         self.chunk_size: int | None = chunk_size
         self.space = space
@@ -176,6 +177,11 @@ class StochasticReconfiguration(CheckpointedOptimizer, CopiedByState):
             "norm_constraint": norm_constraint,
         }
         super().__init__(list(self.amplitude.parameters.values()), defaults)
+
+    def _take_model(self, model: nn.Module) -> None:
+        """Take the model as it is now, with what is trained of it in its type and place."""
+        self.amplitude: LogAmplitude = LogAmplitude(model)
+        self._watch = ModelWatch(model)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse further groups: the step is one for all parameters.
@@ -219,6 +225,9 @@ class StochasticReconfiguration(CheckpointedOptimizer, CopiedByState):
             raise ValueError(
                 "StochasticReconfiguration.step() takes no closure: give it samples of |ψ|²"
             )
+        if self._watch.sees_change():  # Layers were frozen, unfrozen, moved or replaced.
+            self._take_model(self.amplitude.model)
+            self.param_groups[0]["params"] = list(self.amplitude.parameters.values())
         if samples is None and only_initialises(self):
             self._mark()
             if self._keeps_direction:
