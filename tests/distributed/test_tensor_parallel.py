@@ -190,7 +190,7 @@ def language_models(rank: int) -> dict[str, Tensor]:
     mesh = torch.distributed.init_device_mesh("cpu", (world,))
     found = {}
     for name in LANGUAGE_RUNS if world == 2 else ("KFAC",):
-        for pieces in (False, True) if world == 2 else (True,):
+        for pieces in (False, True):
             model = language_model_in_pieces(mesh, pieces)
             found[f"{name}, {pieces}"] = train_language_model(model, name, pieces)
     if world == 4:
