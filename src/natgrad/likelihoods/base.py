@@ -190,7 +190,7 @@ class Likelihood(ABC):
         root = self.output_hessian_root(output, target)
         samples, events, size, columns = root.shape
         if events == 1:
-            return self.merge_events(root.permute(3, 0, 1, 2), output)
+            return self.merge_events(root.permute(3, 0, 1, 2).contiguous(), output)
         vectors = root.new_zeros(events, columns, samples, events, size)
         vectors.diagonal(dim1=0, dim2=3).copy_(root.permute(3, 0, 2, 1))
         return self.merge_events(vectors.flatten(0, 1), output)

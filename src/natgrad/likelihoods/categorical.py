@@ -166,9 +166,10 @@ class Categorical(Likelihood):
         invertible on vectors that sum to 0.
         """
         p, others = self._probabilities(output)
-        columns = (-p).unsqueeze(-2).repeat(1, 1, p.shape[-1], 1)  # Each one in one piece.
-        columns.diagonal(dim1=-2, dim2=-1).copy_(others)
-        return columns.mul_(self._column_scale(p, output, target).unsqueeze(-1)).mT
+        columns = (-p).repeat(p.shape[-1], 1, 1, 1)  # (C, N, E, C), each one in one piece.
+        columns.diagonal(dim1=0, dim2=3).copy_(others)
+        columns.mul_(self._column_scale(p, output, target).permute(2, 0, 1).unsqueeze(-1))
+        return columns.permute(1, 2, 3, 0)
 
     @full_precision
     def sample(self, output: Tensor, generator: torch.Generator | None = None) -> Tensor:
