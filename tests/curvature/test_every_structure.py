@@ -77,36 +77,22 @@ def flatten(named: dict[str, Tensor]) -> Tensor:
 # -- the definition --------------------------------------------------------------------------------
 
 
-#: Fisher types of which every vector has rows of its own.
-KINDS = ("exact", "empirical")
-
-
-def vectors(name: str, likelihoods: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Return likelihoods and Fisher types a case is seen with, both types with the first one.
-
-    Either says only which vectors are pulled back, and structures see nothing but their rows. With
-    the others neighbouring cases have the types in turn, so that all three meet in pairs.
-    """
-    turn = list(CASES).index(name)
-    others = [(one, KINDS[(turn + i) % 2]) for i, one in enumerate(likelihoods[1:])]
-    return [*((likelihoods[0], kind) for kind in KINDS), *others]
-
-
 @table("layers")
 def test_it_is_its_definition(entry, name):
     """For every likelihood, Fisher type and setting of shared weights."""
     likelihoods = LIKELIHOODS if entry.everywhere or name in SOME[:4] else LIKELIHOODS[:1]
-    for likelihood, kind in vectors(name, likelihoods):
-        compare(entry, problem(name, likelihood, kind))
+    for likelihood in likelihoods:
+        for kind in ("exact", "empirical"):
+            compare(entry, problem(name, likelihood, kind))
     # Parameters beside layers within a module get rows that are right on average.
     if len(likelihoods) > 1 and name != "generic":
         compare(entry, problem(name, "categorical", "mc"))
     # Without shared weights all settings mean the same, which some cases see.
     if entry.sharings and (name in SOME or problem(name).shares_weights):
-        likelihoods = LIKELIHOODS if entry.everywhere else LIKELIHOODS[:1]
-        for likelihood, kind in vectors(name, likelihoods):
-            for sharing in entry.sharings[1:]:
-                compare(entry, problem(name, likelihood, kind), sharing=sharing)
+        for likelihood in LIKELIHOODS if entry.everywhere else LIKELIHOODS[:1]:
+            for kind in ("exact", "empirical"):
+                for sharing in entry.sharings[1:]:
+                    compare(entry, problem(name, likelihood, kind), sharing=sharing)
 
 
 def compare(
@@ -194,26 +180,18 @@ def masked_problems(name: str, kind: str) -> list[tuple[Problem, dict[int | None
     return found
 
 
-MASKED = ("tokens", "pixels", "mixed_pixels", "conv2d")
-
-
-@table(MASKED, own)
-def test_masks_weights_and_smoothing(entry, name):
-    """Ignored, weighted and smoothed events, whatever pieces the vectors come in.
-
-    On tokens with both Fisher types, on others with the types in turn.
-    """
-    turn = (ENTRIES.index(entry) + MASKED.index(name)) % 2
-    for kind in KINDS if name == "tokens" else (KINDS[turn],):
-        for given, batches in masked_problems(name, kind):
-            for chunk, batch in batches.items():
-                some = chunk is None or (
-                    entry.additive and (chunk != 60 or entry.everywhere)
-                    # Weights alone come whole.
-                    and (given.skip_silent or name == "tokens")
-                )  # fmt: skip
-                for sharing in (entry.sharings or (None,)) if some else ():
-                    compare(entry, given, sharing, batch)
+@table(("tokens", "pixels", "mixed_pixels", "conv2d"), own)
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+def test_masks_weights_and_smoothing(entry, name, kind):
+    """Ignored, weighted and smoothed events, whatever pieces the vectors come in."""
+    for given, batches in masked_problems(name, kind):
+        for chunk, batch in batches.items():
+            if chunk is not None and (not entry.additive or (chunk == 60 and not entry.everywhere)):
+                continue
+            if chunk is not None and not given.skip_silent and name != "tokens":
+                continue  # Weights alone.
+            for sharing in entry.sharings or (None,):
+                compare(entry, given, sharing, batch)
 
 
 @table(UNFACTORED, lambda entry: entry.keeps_trace and entry.layers == FACTORED)
