@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import PackedSequence
 
 from natgrad.capture.capture import Capture
@@ -124,6 +125,18 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 # and what nobody changed may belong to a graph of the user's.
                 if module.training or buffer._version != version:
                     buffer.copy_(values)
+
+
+@contextmanager
+def attention_by_products() -> Iterator[None]:
+    """Have attention made of products: its own kernels know no second or forward derivatives."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _tensors(inputs: Any) -> list[Tensor]:

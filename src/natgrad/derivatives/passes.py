@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from natgrad.capture.evaluation import call_model, undisturbed
+from natgrad.capture.evaluation import attention_by_products, call_model, undisturbed
 from natgrad.capture.model_output import Selection, require_output, unwrap
 from natgrad.fisher.batches import Batch, batches_of, check_reiterable
 from natgrad.layouts import ParameterLayout
@@ -98,9 +97,7 @@ class Passes:
         empty = True
         for inputs, target in batches_of(self.data):
             empty = False
-            # Other kernels of attention know no second derivative.
-            kernels = sdpa_kernel(SDPBackend.MATH)
-            with undisturbed(self.model), torch.enable_grad(), kernels:
+            with undisturbed(self.model), torch.enable_grad(), attention_by_products():
                 found = call_model(self.model, inputs)
                 heads = self.select(found) if isinstance(self.select, Selection) else None
                 output = require_output(found, self.select)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, jvp, vjp, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from natgrad.capture.evaluation import attention_by_products
 from natgrad.capture.generic import not_by_samples, parameter_places
 from natgrad.capture.kinds import dense_layout
 from natgrad.layouts import BlockLayout, ParameterLayout
@@ -80,7 +79,7 @@ class LogAmplitude:
             name: value.to(self.parameters[name].dtype)
             for name, value in self.layout.to_dict(direction).items()
         }
-        with _attention_by_parts():
+        with attention_by_products():
             found: Tensor = jvp(lambda p: self(samples, p), (self._detached(),), (tangents,))[1]
         return found.to(self.layout.dtype)
 
@@ -99,18 +98,6 @@ class LogAmplitude:
 
     def _detached(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.parameters.items()}
-
-
-@contextmanager
-def _attention_by_parts() -> Iterator[None]:
-    """Have attention made of products, as its own kernels know no forward-mode derivative."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _numbers(parts: Tensor) -> Tensor:
