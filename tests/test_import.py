@@ -1,20 +1,27 @@
-"""What `import natgrad` loads: no more than training needs, and nothing from the network."""
+"""What `import natgrad` loads: nothing before it is asked for, and nothing from the network."""
 
+import ast
+import importlib
+import inspect
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import natgrad
 from tests.test_no_network import FORBID
 
-#: Prints which modules an import adds, and which of the compiler's are there after training.
+#: Prints which modules an import adds, which an optimizer's name, and which of the compiler's
+#: are there after training.
 PROGRAM = """
 import json, sys
 import torch
 before = set(sys.modules)
 import natgrad
+print(json.dumps(sorted(set(sys.modules) - before)))
+natgrad.KFAC
 print(json.dumps(sorted(set(sys.modules) - before)))
 
 model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
@@ -40,7 +47,11 @@ def printed():
 
 @pytest.fixture
 def loaded(printed):
-    return printed[0]
+    return printed[1]
+
+
+def test_the_import_itself_loads_nothing(printed):
+    assert [name for name in printed[0] if "natgrad" in name] == ["natgrad", "natgrad.version"]
 
 
 @pytest.mark.parametrize("name", ["experiments", "laplace", "ntk", "quality", "residuals", "tools"])
@@ -55,7 +66,7 @@ def test_no_other_package_is_loaded(loaded):
 
 
 def test_training_does_not_load_the_compiler(printed):
-    assert printed[1] == []
+    assert printed[2] == []
 
 
 def test_every_public_name_is_there():
@@ -63,6 +74,24 @@ def test_every_public_name_is_there():
     for name in natgrad.__all__:
         assert getattr(natgrad, name) is not None
     assert natgrad.residuals.Residual is natgrad.Residual
+    assert natgrad.linalg.__name__ == "natgrad.linalg"
+
+
+def test_names_are_loaded_from_where_type_checkers_look_for_them():
+    """What is imported for type checkers alone is what the table has, and all of it is public."""
+    tree = ast.parse(Path(natgrad.__file__).read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    typed = {
+        (f"{line.module}.{alias.name}" if line.module == "natgrad" else line.module, alias.name)
+        for line in block.body
+        for alias in line.names
+    }
+    names = {name for _, name in typed}
+    assert names == set(natgrad.__all__) - {"__version__"}
+    for module, name in typed:
+        value = getattr(natgrad, name)
+        home = importlib.import_module(module)
+        assert value is (home if inspect.ismodule(value) else getattr(home, name))
 
 
 def test_unknown_names_are_refused():

@@ -1,92 +1,68 @@
-"""Natural gradient descent for PyTorch."""
+"""Natural gradient descent for PyTorch.
+
+Names are loaded when they are first asked for, so that ``import natgrad`` itself loads nothing.
+"""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from natgrad import curvature, operators, solvers
-from natgrad.capture import Capture, register_layer
-from natgrad.curvature import Structure, register_structure
-from natgrad.fisher import (
-    EmpiricalFisher,
-    ExactFisher,
-    ImprovedFisher,
-    MonteCarloFisher,
-    fisher_matrix,
-)
-from natgrad.jacobians import Jacobians, LayerJacobian
-from natgrad.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
-from natgrad.operators import FisherMatrix
-from natgrad.optim import (
-    EGN,
-    EKFAC,
-    KFAC,
-    KPSVD,
-    SINGD,
-    TEKFAC,
-    TKFAC,
-    BlockDiagonalNGD,
-    BlockTridiagonalNGD,
-    ConjugateGradientNGD,
-    DiagonalNGD,
-    ExactNGD,
-    Fallback,
-    ImprovedEmpiricalNGD,
-    LevenbergMarquardt,
-    LineSearch,
-    MeasuredLength,
-    NaturalGradient,
-    Preconditioner,
-    Refresh,
-    RelativeDamping,
-    StepRule,
-    ThermodynamicNGD,
-    TwoLevelKFAC,
-    UnitWiseNGD,
-    WeightAverage,
-)
 from natgrad.version import __version__
 
 if TYPE_CHECKING:
-    from natgrad import ntk, tools, wave_functions
+    from natgrad import curvature, ntk, operators, solvers, tools, wave_functions
+    from natgrad.capture import Capture, register_layer
+    from natgrad.curvature import Structure, register_structure
     from natgrad.decentralized import DecentralizedKFAC
     from natgrad.derivatives import gauss_newton_matrix, hessian_matrix, jacobian_matrix
     from natgrad.first_order import ImplicitSGD, Padam
+    from natgrad.fisher import (
+        EmpiricalFisher,
+        ExactFisher,
+        ImprovedFisher,
+        MonteCarloFisher,
+        fisher_matrix,
+    )
     from natgrad.fngd import FNGD
+    from natgrad.jacobians import Jacobians, LayerJacobian
     from natgrad.laplace import Laplace
+    from natgrad.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
+    from natgrad.operators import FisherMatrix
+    from natgrad.optim import (
+        EGN,
+        EKFAC,
+        KFAC,
+        KPSVD,
+        SINGD,
+        TEKFAC,
+        TKFAC,
+        BlockDiagonalNGD,
+        BlockTridiagonalNGD,
+        ConjugateGradientNGD,
+        DiagonalNGD,
+        ExactNGD,
+        Fallback,
+        ImprovedEmpiricalNGD,
+        LevenbergMarquardt,
+        LineSearch,
+        MeasuredLength,
+        NaturalGradient,
+        Preconditioner,
+        Refresh,
+        RelativeDamping,
+        StepRule,
+        ThermodynamicNGD,
+        TwoLevelKFAC,
+        UnitWiseNGD,
+        WeightAverage,
+    )
     from natgrad.quality import UpdateQuality, update_quality
     from natgrad.residuals import Residual, ResidualNetwork, TaylorNetwork
     from natgrad.residuals.residual_ngd import ResidualNGD
     from natgrad.variational_laplace import VariationalLaplace
     from natgrad.wave_functions import StochasticReconfiguration
-
-#: Where names are that are loaded when they are first asked for.
-_LAZY = {
-    "DecentralizedKFAC": "natgrad.decentralized",
-    "FNGD": "natgrad.fngd",
-    "ImplicitSGD": "natgrad.first_order",
-    "Laplace": "natgrad.laplace",
-    "Padam": "natgrad.first_order",
-    "Residual": "natgrad.residuals",
-    "ResidualNGD": "natgrad.residuals.residual_ngd",
-    "ResidualNetwork": "natgrad.residuals",
-    "StochasticReconfiguration": "natgrad.wave_functions",
-    "TaylorNetwork": "natgrad.residuals",
-    "UpdateQuality": "natgrad.quality",
-    "VariationalLaplace": "natgrad.variational_laplace",
-    "derivatives": "natgrad.derivatives",
-    "gauss_newton_matrix": "natgrad.derivatives",
-    "hessian_matrix": "natgrad.derivatives",
-    "jacobian_matrix": "natgrad.derivatives",
-    "laplace": "natgrad.laplace",
-    "ntk": "natgrad.ntk",
-    "quality": "natgrad.quality",
-    "residuals": "natgrad.residuals",
-    "tools": "natgrad.tools",
-    "update_quality": "natgrad.quality",
-    "wave_functions": "natgrad.wave_functions",
-}
 
 __all__ = [
     "EGN",
@@ -158,12 +134,71 @@ __all__ = [
 ]
 
 
+#: Which names are in which module; what is not here is a module of the package.
+_NAMES = {
+    "natgrad.capture": ("Capture", "register_layer"),
+    "natgrad.curvature": ("Structure", "register_structure"),
+    "natgrad.decentralized": ("DecentralizedKFAC",),
+    "natgrad.derivatives": ("gauss_newton_matrix", "hessian_matrix", "jacobian_matrix"),
+    "natgrad.first_order": ("ImplicitSGD", "Padam"),
+    "natgrad.fisher": (
+        "EmpiricalFisher",
+        "ExactFisher",
+        "ImprovedFisher",
+        "MonteCarloFisher",
+        "fisher_matrix",
+    ),
+    "natgrad.fngd": ("FNGD",),
+    "natgrad.jacobians": ("Jacobians", "LayerJacobian"),
+    "natgrad.laplace": ("Laplace",),
+    "natgrad.likelihoods": ("Bernoulli", "Categorical", "Gaussian", "Likelihood", "Poisson"),
+    "natgrad.operators": ("FisherMatrix",),
+    "natgrad.optim": (
+        "EGN",
+        "EKFAC",
+        "KFAC",
+        "KPSVD",
+        "SINGD",
+        "TEKFAC",
+        "TKFAC",
+        "BlockDiagonalNGD",
+        "BlockTridiagonalNGD",
+        "ConjugateGradientNGD",
+        "DiagonalNGD",
+        "ExactNGD",
+        "Fallback",
+        "ImprovedEmpiricalNGD",
+        "LevenbergMarquardt",
+        "LineSearch",
+        "MeasuredLength",
+        "NaturalGradient",
+        "Preconditioner",
+        "Refresh",
+        "RelativeDamping",
+        "StepRule",
+        "ThermodynamicNGD",
+        "TwoLevelKFAC",
+        "UnitWiseNGD",
+        "WeightAverage",
+    ),
+    "natgrad.quality": ("UpdateQuality", "update_quality"),
+    "natgrad.residuals": ("Residual", "ResidualNetwork", "TaylorNetwork"),
+    "natgrad.residuals.residual_ngd": ("ResidualNGD",),
+    "natgrad.variational_laplace": ("VariationalLaplace",),
+    "natgrad.wave_functions": ("StochasticReconfiguration",),
+}
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
+
+
 def __getattr__(name: str) -> Any:
-    """Load what most programs do not use when it is first asked for."""
-    if name not in _LAZY:
+    """Load a public name, or a module of the package, when it is first asked for."""
+    value: Any
+    if name in _MODULES:
+        value = getattr(importlib.import_module(_MODULES[name]), name)
+    elif not name.startswith("_") and importlib.util.find_spec(f"natgrad.{name}"):
+        value = importlib.import_module(f"natgrad.{name}")
+    else:
         raise AttributeError(f"module 'natgrad' has no attribute {name!r}")
-    module = importlib.import_module(_LAZY[name])
-    value = module if _LAZY[name] == f"natgrad.{name}" else getattr(module, name)
     globals()[name] = value
     return value
 
