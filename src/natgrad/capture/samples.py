@@ -9,6 +9,8 @@ couples them.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -44,20 +46,21 @@ class SampleAxis:
 
 
 def probe_samples(samples: int, elements: int, seed: int, limit: int) -> Tensor:
-    """Return sets of samples, ``(P, N)`` booleans, and their complements.
+    """Return sets of samples, ``(P, N)`` booleans.
 
-    Every pair of samples is parted by one of them, if ``2 log₂ N`` sets times ``elements`` do not
-    exceed ``limit``; otherwise two random halves part three pairs of four.
+    Of every two samples each is in some set without the other, if P sets times ``elements`` do not
+    exceed ``limit``: no sample's sets are a part of another's, as all are in equally many. P is the
+    least for which there are N such choices, ``C(P, ⌊P/2⌋) >= N`` (Sperner 1928). Otherwise two
+    random halves and their complements part three pairs of four.
     """
-    bits = max(1, (samples - 1).bit_length())
     if samples == 1:
         return torch.ones(1, 1, dtype=torch.bool)
-    if 2 * bits * elements <= limit:
-        numbers = torch.arange(samples)
-        halves = torch.stack([(numbers >> bit) % 2 == 1 for bit in range(bits)])
-    else:
+    count = next(p for p in itertools.count(2) if math.comb(p, p // 2) >= samples)
+    if count * elements > limit:
         return random_halves(samples, 2, seed)
-    return torch.cat([halves, ~halves])
+    choices = itertools.combinations(range(count), count // 2)
+    members = torch.tensor(list(itertools.islice(choices, samples)))
+    return torch.zeros(count, samples, dtype=torch.bool).scatter_(0, members.T, value=True)
 
 
 def random_halves(samples: int, count: int, seed: int) -> Tensor:
