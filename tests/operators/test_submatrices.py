@@ -71,9 +71,18 @@ def test_wrong_choices_are_named():
     matrix = matrix_of("diagonal")
     with pytest.raises(ValueError, match="'1'"):
         matrix.submatrix(["1"])
-    for wrong in ([26], [-1], [3, 3], [], torch.ones(2, 2, dtype=torch.long)):
+    wrong_ones = ([26], [-1], [3, 3], [], torch.ones(2, 2, dtype=torch.long), [1.5], [True, False],
+                  slice(0, 3), None, 3, ["0", 1])  # fmt: skip
+    for wrong in wrong_ones:
         with pytest.raises(ValueError, match="indices from 0 to 25"):
             matrix.submatrix(wrong)
+
+
+def test_masks_are_the_entries_where_they_are_true():
+    matrix, mask = matrix_of("kfac"), torch.arange(26) % 3 == 1
+    expected = matrix.to_dense()[mask]
+    dense.assert_same(matrix.submatrix(mask).to_dense(), expected[:, mask])
+    dense.assert_same(matrix.submatrix(mask.tolist(), ["0.bias"]).to_dense(), expected[:, 12:16])
 
 
 @pytest.mark.parametrize("structure", ["kfac", "block_diagonal", "diagonal", "unit_wise"])

@@ -223,3 +223,91 @@ def test_what_only_training_fills_is_named_as_such():
     for found in (*applied(matrix, vector), *applied(matrix.inverse(), vector)):
         dense.assert_same(found, vector.double())
     assert float(matrix.logdet()) == 0.0
+
+
+@pytest.mark.parametrize("structure", NAMES)
+def test_whole_numbers_are_not_rounded_to_and_complex_ones_refused(structure):
+    matrix = fisher_matrix(network(), (normal(8, 5), None), structure=structure)
+    expected, inverse = matrix.to_dense(), matrix.inverse(0.1)
+    ones = torch.ones(len(expected), dtype=torch.long)
+    for one in (matrix, inverse, matrix + matrix, 0.5 * matrix):
+        wanted = one @ ones.double()
+        dense.assert_same(one @ ones, wanted)
+        dense.assert_same(one @ (ones > 0), wanted)
+        by_name = one @ dict(matrix.layout.to_dict(ones))
+        dense.assert_same(matrix.layout.to_flat(by_name), wanted)
+        assert (one @ wanted.new_zeros(len(wanted), 0)).shape == (len(wanted), 0)
+        with pytest.raises(TypeError, match="real numbers, got torch.complex128"):
+            one @ (ones * 1j).to(torch.complex128)
+        with pytest.raises(TypeError, match="got float"):
+            one @ dict.fromkeys(matrix.layout.names, 1.0)
+
+
+@pytest.mark.parametrize("structure", NAMES)
+def test_matrices_of_two_types_add_in_the_wider_one(structure):
+    narrow, wide = (
+        fisher_matrix(network(t), (normal(8, 5).to(t), None), structure=structure)
+        for t in (torch.float32, torch.float64)
+    )
+    vector = torch.randn(wide.shape[0], generator=generator(1), dtype=torch.float64)
+    expected = narrow.to_dense().double() + wide.to_dense()
+    for total in (narrow + wide, wide + narrow):
+        assert total.dtype == torch.float64
+        dense.assert_same(total @ vector, expected @ vector, 1e-6)
+        dense.assert_same(total.to_dense(), expected, 1e-6)
+        shifted = expected + 0.5 * torch.eye(len(expected)).double()
+        dense.assert_same(total.solve(vector, 0.5), torch.linalg.solve(shifted, vector), 1e-5)
+
+
+def test_what_does_not_add_is_named():
+    matrix = fisher_matrix(network(), (normal(8, 5), None))
+    torch.manual_seed(0)
+    other = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    larger = fisher_matrix(other, (normal(8, 5), None))
+    with pytest.raises(ValueError, match="same parameters.*39 x 39.*57 x 57"):
+        matrix + larger
+    with pytest.raises(ValueError, match=r"0.weight \(20\).*0.weight \(30\)"):
+        matrix.parts["0"] + larger.parts["0"]
+    with pytest.raises(TypeError, match="unsupported operand"):
+        matrix + 1
+
+
+@pytest.mark.parametrize("structure", ["full", "kfac"])
+def test_every_part_has_a_damping(structure):
+    matrix = fisher_matrix(network(), (normal(8, 5), None), structure=structure)
+    for wrong in ({"nothing": 0.1}, {}):
+        with pytest.raises(ValueError, match="one for each part of"):
+            matrix.inverse(wrong)
+    for wrong in ({"0": 0.1, "2": -1.0}, {"0": None, "2": 0.1}, "0.1", None):
+        with pytest.raises(ValueError, match="damping must be a finite number"):
+            matrix.inverse(wrong)
+    if structure == "kfac":
+        with pytest.raises(ValueError, match="one for each part of"):
+            matrix.inverse_root({"0": 0.1})
+    assert matrix.inverse({"0": 0.1, "2": 0.1}).shape == matrix.shape
+
+
+@pytest.mark.parametrize("coarse_space", ["nicolaides", "spectral"])
+def test_entries_of_a_corrected_inverse_are_those_of_its_products(coarse_space):
+    structure = natgrad.curvature.TwoLevelKronecker(coarse_space=coarse_space)
+    data = (normal(40, 5), None)
+    matrix = fisher_matrix(network(), data, structure=structure)
+    inverse = matrix.inverse(0.1)
+    eye = torch.eye(matrix.shape[0]).double()
+    expected = inverse @ eye
+    plain = fisher_matrix(network(), data, structure=natgrad.curvature.KroneckerFactors())
+    assert not torch.allclose(expected, plain.inverse(0.1).to_dense())
+    dense.assert_same(inverse.to_dense(), expected)
+    dense.assert_same(inverse.diagonal(), expected.diagonal())
+    dense.assert_same(inverse.trace(), expected.trace())
+    dense.assert_same(inverse.frobenius_norm(), expected.norm())
+    dense.assert_same(inverse.logdet(0.3), torch.logdet(expected + 0.3 * eye))
+    dense.assert_same(inverse.det(0.3), torch.det(expected + 0.3 * eye))
+    dense.assert_same((0.5 * inverse) @ eye, 0.5 * expected)
+    for total in (inverse + matrix, matrix + inverse, plain + inverse, inverse + plain):
+        dense.assert_same(total @ eye, expected + matrix.to_dense(), 1e-8)
+    dense.assert_same(inverse.submatrix(["0"]).to_dense(), expected[:24, :24])
+    with pytest.raises(NotImplementedError, match="not symmetric"):
+        inverse.eigenvalues()
+    with pytest.raises(NotImplementedError, match="not symmetric"):
+        inverse.inverse(0.1)

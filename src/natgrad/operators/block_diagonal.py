@@ -109,12 +109,11 @@ class FisherMatrix(Operator):
             solver: See :meth:`Operator.inverse`.
 
         Raises:
-            ValueError: If a damping is negative or not finite, or the solver unknown.
+            ValueError: If a damping is negative or not finite, a part has none, or the solver is
+                unknown.
             FactorizationError: If a factorisation is impossible.
         """
-        dampings = [damping_of(name, damping) for name in self.parts]
-        for one in dampings:
-            check_damping(one)
+        dampings = list(self._dampings(damping).values())
         if solver != "direct":
             inverses = [
                 one.inverse(value, solver)
@@ -123,6 +122,21 @@ class FisherMatrix(Operator):
         else:
             inverses = inverses_together(list(self.parts.values()), dampings)
         return replace(self, parts=dict(zip(self.parts, inverses, strict=True)))
+
+    def _dampings(self, damping: float | Mapping[str, float]) -> dict[str, float]:
+        """Return part name → λ.
+
+        A damping that is negative or not finite, or none for a part, is a ValueError.
+        """
+        by_name = damping if isinstance(damping, Mapping) else dict.fromkeys(self.parts, damping)
+        for one in by_name.values():
+            check_damping(one)
+        if not all({name, *self.members[name]} & set(by_name) for name in self.parts):
+            raise ValueError(
+                f"damping must be one number, or one for each part of {list(self.parts)}, got them "
+                f"for {list(by_name)}"
+            )
+        return {name: damping_of(name, damping) for name in self.parts}
 
     def direct_inverse(self, damping: float) -> FisherMatrix:
         """Return the inverse by the structure's own factorisation."""
@@ -142,11 +156,9 @@ class FisherMatrix(Operator):
             ValueError: If the damping is not positive and finite, or a dense part is needed and
                 does not fit memory.
         """
-        dampings = {name: damping_of(name, damping) for name in self.parts}
-        for one in dampings.values():
-            check_damping(one)
-            if one == 0:
-                raise ValueError("inverse_root needs a positive damping")
+        dampings = self._dampings(damping)
+        if not all(dampings.values()):
+            raise ValueError("inverse_root needs a positive damping")
         return self._with(lambda name, one: one.inverse_root(dampings[name]))
 
     @overload
@@ -165,7 +177,7 @@ class FisherMatrix(Operator):
         """
         if not isinstance(other, FisherMatrix):
             return super().__add__(other)
-        if self.layout.names != other.layout.names or self.members != other.members:
+        if self.layout.shapes != other.layout.shapes or self.members != other.members:
             raise ValueError(
                 "only Fisher matrices of the same parameters in the same parts add, got "
                 f"{self!r} and {other!r}"

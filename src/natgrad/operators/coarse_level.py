@@ -16,12 +16,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, overload
+from typing import Literal, NoReturn, overload
 
 import torch
 from torch import Tensor
 
 from natgrad import linalg
+from natgrad.arguments import check_damping
 from natgrad.jacobians import Jacobians
 from natgrad.layouts import BlockLayout, ParameterLayout
 from natgrad.linalg import FactorizationError
@@ -257,22 +258,31 @@ class CoarseLevel:
 class TwoLevelMatrix(FisherMatrix):
     """K-FAC's matrix, whose inverses are corrected on a coarse space.
 
-    As an operator on gradients a corrected inverse is not symmetric, and no matrix is its inverse.
+    As an operator on gradients a corrected inverse is not symmetric, and no matrix is its inverse:
+    it has no eigenvalues, and its entries are those of its products.
 
     Attributes:
         coarse: The coarse level; None before there are rows.
         damping: In an inverse: λ; None in the matrix itself.
         original: In an inverse: the matrix.
+        factor: In an inverse: what it is multiplied by.
     """
 
     coarse: CoarseLevel | None = None
     damping: float | Mapping[str, float] | None = None
     original: TwoLevelMatrix | None = None
+    factor: float = 1.0
 
     def inverse(
         self, damping: float | Mapping[str, float] = 0.0, solver: str | Solver = "direct"
     ) -> FisherMatrix:
-        """Return the corrected inverse; see :meth:`FisherMatrix.inverse`."""
+        """Return the corrected inverse; see :meth:`FisherMatrix.inverse`.
+
+        Raises:
+            NotImplementedError: If this is one already.
+        """
+        if self._is_corrected:
+            self._refuse("inverse")
         inverted = super().inverse(damping, solver)
         return replace(inverted, damping=damping, original=self)  # type: ignore[call-arg]
 
@@ -285,9 +295,68 @@ class TwoLevelMatrix(FisherMatrix):
         solution = plain.multiply(columns)
         if self.coarse is None or self.damping is None or self.original is None:
             return solution
-        return self.coarse.corrected(
+        found = self.coarse.corrected(
             columns, solution, self.damping, lambda: self._system, plain.multiply
         )
+        return found if self.factor == 1.0 else found * self.factor
+
+    @property
+    def _is_corrected(self) -> bool:
+        return None not in (self.coarse, self.damping, self.original)
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise NotImplementedError(
+            f"an inverse of structure {self.structure!r} has no {what}, as it is not symmetric: "
+            "use 'kfac'"
+        )
+
+    def to_dense(self) -> Tensor:
+        """Return the matrix, ``(P, P)``.
+
+        Raises:
+            ValueError: If this is an inverse and the coarse space depends on the gradient.
+        """
+        if not self._is_corrected:
+            return super().to_dense()
+        self._linear_coarse()
+        return Operator.to_dense(self)
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal, ``(P,)``."""
+        return self.to_dense().diagonal() if self._is_corrected else super().diagonal()
+
+    def trace(self) -> Tensor:
+        """Return the sum of the diagonal."""
+        return self.diagonal().sum() if self._is_corrected else super().trace()
+
+    def eigenvalues(self) -> Tensor:
+        """Return all ``P`` eigenvalues, largest first.
+
+        Raises:
+            NotImplementedError: If this is an inverse.
+        """
+        if self._is_corrected:
+            self._refuse("real eigenvalues")
+        return super().eigenvalues()
+
+    def frobenius_norm(self) -> Tensor:
+        """Return ``√(Σ F_ij²)``."""
+        return self.to_dense().norm() if self._is_corrected else super().frobenius_norm()
+
+    def logdet(self, damping: float = 0.0) -> Tensor:
+        """Return ``log det(F + damping I)``; NaN where the determinant is negative."""
+        if not self._is_corrected:
+            return super().logdet(damping)
+        check_damping(damping)
+        return torch.logdet(linalg.add_to_diagonal(self.to_dense(), damping))
+
+    def det(self, damping: float = 0.0) -> Tensor:
+        """Return ``det(F + damping I)``."""
+        if not self._is_corrected:
+            return super().det(damping)
+        check_damping(damping)
+        determinant: Tensor = torch.linalg.det(linalg.add_to_diagonal(self.to_dense(), damping))
+        return determinant
 
     @cached_property
     def _system(self) -> CoarseSystem:
@@ -366,12 +435,21 @@ class TwoLevelMatrix(FisherMatrix):
     def __add__(self, other: Operator) -> Operator: ...
 
     def __add__(self, other: Operator) -> Operator:
-        """Return the sum of the matrices, without a coarse level."""
+        """Return the sum of the matrices, without a coarse level; with that of an inverse."""
+        others = [other] if isinstance(other, TwoLevelMatrix) else []
+        if any(one._is_corrected for one in [self, *others]):
+            return Operator.__add__(self, other)
         plain = other._plain() if isinstance(other, TwoLevelMatrix) else other
         return self._plain() + plain
 
+    def __radd__(self, other: Operator) -> Operator:
+        """Return the sum, which Python asks for here if the other matrix has no coarse level."""
+        return self + other
+
     def __mul__(self, factor: float) -> FisherMatrix:
-        """Return a multiple of the matrix, without a coarse level."""
+        """Return a multiple of the matrix, without a coarse level; with that of an inverse."""
+        if self._is_corrected:
+            return replace(self, factor=self.factor * float(factor))
         return self._plain() * factor
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -132,8 +133,8 @@ class SumOperator(Operator):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the entries."""
-        return self.terms[0].dtype
+        """Type of the entries, the widest of the terms'."""
+        return functools.reduce(torch.promote_types, (term.dtype for term in self.terms))
 
     @property
     def device(self) -> torch.device:
@@ -155,9 +156,13 @@ class SumOperator(Operator):
         first = terms[0].layout
         for term in terms[1:]:
             if term.layout.names != first.names or term.layout.sizes != first.sizes:
+                left, right = (
+                    ", ".join(f"{n} ({k})" for n, k in zip(own.names, own.sizes, strict=True))
+                    for own in (first, term.layout)
+                )
                 raise ValueError(
-                    "only matrices of the same parameters add: one is about "
-                    f"{', '.join(first.names)}, the other about {', '.join(term.layout.names)}"
+                    f"only matrices of the same parameters add: one is about {left} entries, the "
+                    f"other about {right}"
                 )
         found = [_diagonal_entries(term) for term in terms]
         entries = [one for one in found if one is not None]
@@ -167,7 +172,7 @@ class SumOperator(Operator):
 
     def multiply(self, columns: Tensor) -> Tensor:
         """Return ``Σ F_i V``."""
-        return torch.stack([term.multiply(columns) for term in self.terms]).sum(0)
+        return torch.stack([term @ columns for term in self.terms]).sum(0)
 
     def trace(self) -> Tensor:
         """Return ``Σ tr F_i``."""

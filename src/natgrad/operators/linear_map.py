@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +53,7 @@ class LinearMap(ABC):
         return _Transposed(self)
 
     def __matmul__(self, vector: Any) -> Tensor:
-        """Return ``M v``, ``(R,)`` or ``(R, k)``.
+        """Return ``M v``, ``(R,)`` or ``(R, k)``, in the floating type of v.
 
         Args:
             vector: ``(P,)``, columns ``(P, k)``, or a dict name → tensor where columns are
@@ -64,11 +64,9 @@ class LinearMap(ABC):
             ValueError: If it has a wrong shape or wrong names.
         """
         if isinstance(vector, Mapping):
+            check_real(vector.values())
             vector = self.to_flat(vector)
-        check_columns(vector, self.shape[1])
-        own = vector.to(self.dtype)
-        product = self.multiply(own.unsqueeze(1))[:, 0] if own.dim() == 1 else self.multiply(own)
-        return product.to(vector.dtype)
+        return product_with(self.multiply, vector, self.shape, self.dtype)
 
     def to_dense(self) -> Tensor:
         """Return the matrix, by as many products as its shorter side has entries."""
@@ -123,15 +121,55 @@ class _Transposed(LinearMap):
         return self.original.multiply(columns)
 
 
+def check_real(vectors: Iterable[Any]) -> None:
+    """Raise a TypeError unless all of some vectors are tensors of real numbers."""
+    for vector in vectors:
+        if not isinstance(vector, Tensor):
+            raise TypeError(f"expected a tensor or a dict of tensors, got {type(vector).__name__}")
+        if vector.is_complex():
+            raise TypeError(
+                f"expected real numbers, got {vector.dtype}: multiply real and imaginary parts one "
+                "after the other"
+            )
+
+
+def as_given(product: Tensor, vector: Tensor) -> Tensor:
+    """Return a product in the type of the vector, in its own if that has no fractions."""
+    return product.to(vector.dtype) if vector.is_floating_point() else product
+
+
+def product_with(
+    multiply: Product, vector: Any, shape: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """Return the product of a matrix with a vector, or with columns, which are checked.
+
+    Args:
+        multiply: From ``(P, k)`` to ``(R, k)``.
+        vector: ``(P,)`` or ``(P, k)``, of any real type.
+        shape: ``(R, P)``.
+        dtype: Type of what ``multiply`` takes.
+
+    Raises:
+        TypeError: If it is no tensor of real numbers.
+        ValueError: If it has another shape.
+    """
+    check_columns(vector, shape[1])
+    own = vector.to(dtype)
+    if own.numel() == 0:
+        product = own.new_zeros(shape[0], *own.shape[1:])
+    else:
+        product = multiply(own.unsqueeze(1))[:, 0] if own.dim() == 1 else multiply(own)
+    return as_given(product, vector)
+
+
 def check_columns(vector: Any, size: int) -> None:
     """Raise an error unless something is a vector of a length, or columns of it.
 
     Raises:
-        TypeError: If it is no tensor.
+        TypeError: If it is no tensor of real numbers.
         ValueError: If it has another shape.
     """
-    if not isinstance(vector, Tensor):
-        raise TypeError(f"expected a tensor or a dict of tensors, got {type(vector).__name__}")
+    check_real([vector])
     if vector.dim() not in (1, 2) or vector.shape[0] != size:
         raise ValueError(
             f"expected a vector of length {size} or columns ({size}, k), got shape "

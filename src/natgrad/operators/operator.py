@@ -21,7 +21,13 @@ from natgrad.jacobians import (
     LinearJacobian,
 )
 from natgrad.layouts import ParameterLayout
-from natgrad.operators.linear_map import LinearMap, check_columns, scipy_operator
+from natgrad.operators.linear_map import (
+    LinearMap,
+    as_given,
+    check_real,
+    product_with,
+    scipy_operator,
+)
 from natgrad.records import Record
 from natgrad.solvers import IterativeSolver, Solver, TruncatedEigh, as_solver
 
@@ -197,20 +203,18 @@ class Operator(Record, ABC):
     def __matmul__(self, vector: Any) -> Any:
         """Return ``F v`` for a flat vector, columns ``(P, k)``, or a dict name → tensor.
 
-        The result is of the same kind, in the type of v.
+        The result is of the same kind, in the floating type of v; of whole numbers in that of F.
 
         Raises:
             TypeError: If it is something else.
             ValueError: If it has a wrong shape or wrong names.
         """
         if isinstance(vector, Mapping):
+            check_real(vector.values())
             flat = self.layout.to_flat({n: v.to(self.dtype) for n, v in vector.items()})
             found = self.layout.to_dict(self.multiply(flat.unsqueeze(1))[:, 0])
-            return {name: value.to(vector[name].dtype) for name, value in found.items()}
-        check_columns(vector, self.layout.numel)
-        own = vector.to(self.dtype)
-        product = self.multiply(own.unsqueeze(1))[:, 0] if own.dim() == 1 else self.multiply(own)
-        return product.to(vector.dtype)
+            return {name: as_given(value, vector[name]) for name, value in found.items()}
+        return product_with(self.multiply, vector, self.shape, self.dtype)
 
     def to_scipy(self) -> Any:
         """Return a :class:`scipy.sparse.linalg.LinearOperator` on float64 NumPy vectors.
@@ -227,7 +231,7 @@ class Operator(Record, ABC):
 
         Args:
             rows: Which: names of parameters, or of modules for all of theirs, in the order of the
-                matrix; or indices, in any order.
+                matrix; or indices, in any order; or a mask ``(P,)``.
             columns: Likewise; the same ones by default.
 
         Returns:
@@ -276,6 +280,8 @@ class Operator(Record, ABC):
         """Return the sum with a matrix of the same layout."""
         from natgrad.operators.combined import SumOperator
 
+        if not isinstance(other, Operator):
+            return NotImplemented
         return SumOperator.of(self, other)
 
     def __mul__(self, factor: float) -> Operator:

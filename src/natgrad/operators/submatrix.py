@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -160,17 +161,29 @@ def _chosen(operator: Operator, choice: Any) -> tuple[Tensor, VectorLayout]:
         ValueError: If a name is unknown, or an index out of range or there twice.
     """
     names = [choice] if isinstance(choice, str) else choice
-    if not isinstance(names, Tensor) and len(names) and all(isinstance(n, str) for n in names):
+    named = isinstance(names, Collection) and not isinstance(names, Tensor)
+    if named and len(names) and all(isinstance(one, str) for one in names):
         return _named(operator.layout, names, operator.device)
-    index = torch.as_tensor(choice, dtype=torch.long, device=operator.device)
-    size = operator.shape[0]
+    size, index = operator.shape[0], _indices(choice, operator)
     in_range = index.dim() == 1 and bool(((index >= 0) & (index < size)).all())
     if not in_range or not len(index) or len(index.unique()) < len(index):
         raise ValueError(
-            f"a submatrix takes names, or one or more different indices from 0 to {size - 1}, got "
-            f"{choice!r}"
+            f"a submatrix takes names, one or more different indices from 0 to {size - 1}, or a "
+            f"mask of {size} entries, got {reprlib.repr(choice)}"
         )
     return index, EntriesLayout(len(index))
+
+
+def _indices(choice: Any, operator: Operator) -> Tensor:
+    """Return indices, or those where a mask is true; none of what is neither."""
+    try:
+        given = torch.as_tensor(choice, device=operator.device)
+    except (RuntimeError, TypeError, ValueError):
+        return torch.empty(0, dtype=torch.long)
+    if given.dtype == torch.bool and given.shape == operator.shape[:1]:
+        return given.nonzero()[:, 0]
+    whole = not (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool)
+    return given.long() if whole else given.new_empty(0, dtype=torch.long)
 
 
 def _named(
