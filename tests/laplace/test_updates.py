@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from natgrad import Gaussian, Laplace, MonteCarloFisher, fisher_matrix
+from natgrad import Gaussian, Laplace, MonteCarloFisher, VariationalLaplace, fisher_matrix
 from natgrad.curvature import STRUCTURES
 from tests import dense
 from tests.cases import CASES, normal
@@ -166,3 +166,75 @@ def test_wrong_updates_and_states_leave_the_posterior_as_it_was():
         model[0].bias += 1e-3
     with pytest.raises(ValueError, match="parameters are not those"):
         posterior.update((x, y))
+
+
+@pytest.mark.parametrize("kind", ["laplace", "inducing points"])
+def test_samples_are_those_of_the_trained_weights_and_predictions_want_them(kind):
+    model, (x, y), generator = network(), data("categorical", 14), torch.Generator()
+    posterior: Any = Laplace(model, (x, y), "categorical")
+    if kind == "inducing points":
+        posterior = VariationalLaplace(model, (x, y), "categorical", 5)
+    trained = nn.utils.parameters_to_vector(model.parameters()).detach()
+    samples = posterior.sample(3, generator.manual_seed(0))
+    expected = posterior.functional_variance(x, joint=True)[1]
+    for one in samples:  # As networks are drawn, one after the other.
+        nn.utils.vector_to_parameters(one, model.parameters())
+        dense.assert_same(posterior.sample(3, generator.manual_seed(0)), samples, 1e-15)
+        for joint in (False, True):
+            with pytest.raises(ValueError, match="not those that the posterior has seen"):
+                posterior.functional_variance(x, joint=joint)
+        with pytest.raises(ValueError, match="not those that the posterior has seen"):
+            posterior.predict(x)
+        if kind == "inducing points":
+            for call in (posterior.elbo, lambda *batch: posterior.fit_predictive(batch, 1)):
+                with pytest.raises(ValueError, match="not those that the posterior has seen"):
+                    call(x, y)
+    nn.utils.vector_to_parameters(trained, model.parameters())
+    dense.assert_same(posterior.functional_variance(x, joint=True)[1], expected, 1e-15)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_a_sentence_for_what_cannot_be_asked(joint):
+    model, (x, y) = network(), data("categorical", 14)
+    posterior = Laplace(model, (x, y), "categorical")
+    with pytest.raises(ValueError, match="at least (1|one)"):
+        posterior.functional_variance(x[:0], joint=joint)
+    for number in (0, 1.5, None):
+        with pytest.raises(ValueError, match="number of samples must be at least 1"):
+            posterior.sample(number)
+    with pytest.raises(ValueError, match="number of samples must be at least 1"):
+        posterior.predict(x, samples=1.5)
+    for bounds in ((0.0, 1.0), (10.0, 1.0), (1.0, 1.0), (1.0, float("inf")), (float("nan"), 1.0)):
+        for one in (posterior, VariationalLaplace(model, (x, y), "categorical", 3)):
+            with pytest.raises(ValueError, match="from a lowest to a highest one"):
+                one.optimize_prior_precision(*bounds)
+    empty = Laplace(model, None, "categorical")
+    with pytest.raises(ValueError, match="has seen no data"):
+        empty.sample(1)
+    with pytest.raises(ValueError, match="no state dict"):
+        empty.load_state_dict({})
+
+
+def test_a_prior_mean_is_finite():
+    model, batch = network(), data("categorical")
+    for wrong in (float("nan"), float("inf"), None, "none", torch.zeros(32)):
+        with pytest.raises(ValueError, match="prior_mean must be a finite number"):
+            Laplace(model, batch, prior_mean=wrong)
+    mean = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="that of parameter '2.bias' is not"):
+        Laplace(model, batch, prior_mean={**mean, "2.bias": torch.full((2,), float("nan"))})
+    with pytest.raises(ValueError, match="for parameter '2.bias', got none"):
+        Laplace(model, batch, prior_mean={**mean, "2.bias": 0.0})
+    infinite = {"mask": torch.full((2,), -float("inf")), "_extra_state": None}  # As buffers are.
+    found = Laplace(model, batch, prior_mean={**mean, **infinite}).log_marginal_likelihood()
+    assert found == Laplace(model, batch).log_marginal_likelihood()
+
+
+def test_the_predictive_fit_passes_over_batches_without_targets_that_count():
+    model, (x, y) = network(), data("categorical", 14)
+    nothing = [(x[:0], y[:0]), (x, torch.full_like(y, -100))]
+    posterior = VariationalLaplace(model, (x, y), "categorical", 5)
+    other = VariationalLaplace(model, (x, y), "categorical", 5)
+    history = posterior.fit_predictive([*nothing, (x, y)], 4)
+    assert history == other.fit_predictive((x, y), 2)
+    dense.assert_same(posterior.predict(x), other.predict(x), 1e-15)

@@ -61,9 +61,14 @@ def output_rows(capture: Capture, inputs: Any) -> tuple[Tensor, Jacobians]:
     The rows have one direction per output of a sample.
 
     Raises:
-        ValueError: If the output depends on no trainable parameter.
+        ValueError: If the output depends on no trainable parameter, or has no samples.
     """
     with evaluated(capture, inputs) as output:
+        if output.dim() == 0 or len(output) == 0:
+            raise ValueError(
+                f"the output has shape {tuple(output.shape)}, so there is no sample to look at: "
+                "give inputs of at least one, and an output that begins with their dimension"
+            )
         rows = capture.pull_back(output, unit_vectors(output), retain_graph=False)
         return output.detach(), rows
 

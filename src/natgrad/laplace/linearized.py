@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -49,6 +50,8 @@ class LinearizedPosterior(ABC):
     _prior_precision: float | dict[str, float] = 1.0
     #: The inverse of ``F + δ/s I`` with the damping it was made for.
     _factorised: tuple[Any, FisherMatrix] | None = None
+    #: θ*, the parameters that data were seen with, ``(P,)``.
+    _mean: Tensor
 
     @property
     def prior_precision(self) -> Any:
@@ -78,12 +81,20 @@ class LinearizedPosterior(ABC):
         Args:
             lowest: Smallest δ tried.
             highest: Largest δ tried.
+
+        Raises:
+            ValueError: If they are not positive and finite, in this order.
         """
         self.prior_precision = self._best_precision(lowest, highest)
         return self.prior_precision
 
     def _best_precision(self, lowest: float, highest: float, **others: Any) -> float:
         """Return the one δ of highest evidence."""
+        if not 0 < lowest < highest < math.inf:
+            raise ValueError(
+                "prior precisions are sought from a lowest to a highest one, which must be "
+                f"positive and finite, got {lowest} and {highest}"
+            )
 
         def score(delta: float) -> float:
             return float(self.log_marginal_likelihood(delta, **others))
@@ -128,8 +139,17 @@ class LinearizedPosterior(ABC):
         values = dict(self.model.named_parameters())
         return layout.to_column({name: whole(values[name]).detach() for name in layout.names})
 
+    def _check_parameters(self, mean: Tensor, layout: ParameterLayout) -> None:
+        """Raise a ValueError unless the model's parameters are those that data were seen with."""
+        own = self._center(layout)[:, 0]
+        if own.shape != mean.shape or not bool(torch.equal(own, mean.to(own))):
+            raise ValueError(
+                "the model's parameters are not those that the posterior has seen data with: load "
+                "them first, or make a new posterior"
+            )
+
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Return samples of the parameters from the posterior.
+        """Return samples of the parameters from the posterior, whatever is in the model now.
 
         They are ``θ* + (s F + δI)^(−1/2) ε`` with the symmetric root and standard normal ε, from
         eigendecompositions of what the structure keeps: of the Kronecker factors, or for exact
@@ -149,13 +169,12 @@ class LinearizedPosterior(ABC):
             NotImplementedError: For ``"two_level"``, whose inverse is not symmetric.
             ValueError: If ``n`` is not positive.
         """
-        if n < 1:
-            raise ValueError(f"the number of samples must be at least 1, got {n}")
-        layout = self.matrix.layout
+        _check_samples(n)
+        root, layout = self._inverse_root(), self.matrix.layout
         noise = _standard_normal((n, layout.numel), layout.zeros(0), generator)
         # (sF + δI)^(−1/2) = (F + δ/s I)^(−1/2)/√s
-        deviations = self._inverse_root() @ noise.T
-        samples: Tensor = (self._center(layout) + deviations / self._scale**0.5).T
+        deviations = root @ noise.T
+        samples: Tensor = (self._mean.unsqueeze(1) + deviations / self._scale**0.5).T
         return samples
 
     # Its outputs.
@@ -172,12 +191,16 @@ class LinearizedPosterior(ABC):
         Returns:
             ``f(x, θ*)``, ``(N, …)``, and the covariance of each sample's outputs, ``(N, C, C)``;
             ``(N·C, N·C)``, the outputs of a sample side by side, if joint.
+
+        Raises:
+            ValueError: If there is no sample, or the model has other parameters than θ* now.
         """
         return self._joint_moments(x) if joint else self._moments(x, diagonal=False)
 
     def _moments(self, x: Any, diagonal: bool) -> tuple[Tensor, Tensor]:
         """Return the mean outputs and their covariances ``(N, C, C)``, or variances ``(N, C)``."""
         inverse = self._inverse()
+        self._check_parameters(self._mean, self.matrix.layout)
         slices = sample_slices(self.model, x, CHUNK_SAMPLES, self.output)
         result: tuple[Tensor, Tensor] | None = None
         with self._only_trainable(), self._capture() as capture:
@@ -199,6 +222,7 @@ class LinearizedPosterior(ABC):
     def _joint_moments(self, x: Any) -> tuple[Tensor, Tensor]:
         """Return the mean outputs and ``J(sF + δI)⁻¹Jᵀ``, some of its columns at a time."""
         inverse = self._inverse()
+        self._check_parameters(self._mean, self.matrix.layout)
         with self._only_trainable(), self._capture() as capture:
             mean, rows = output_rows(capture, x)
             eye = torch.eye(rows.rows, dtype=inverse.dtype, device=inverse.device)
@@ -229,10 +253,11 @@ class LinearizedPosterior(ABC):
 
         Raises:
             TypeError: For another likelihood, or several events per sample without ``samples``.
-            ValueError: If ``samples`` is not positive.
+            ValueError: If ``samples`` is not positive, there is no input, or the model has other
+                parameters than θ* now.
         """
-        if samples is not None and samples < 1:
-            raise ValueError(f"the number of samples must be at least 1, got {samples}")
+        if samples is not None:
+            _check_samples(samples)
         if samples is not None and isinstance(self.likelihood, (Bernoulli, Categorical)):
             return self._mean_probabilities(*self._moments(x, False), samples, generator)
         mean, variance = self._moments(x, diagonal=True)
@@ -304,6 +329,13 @@ class LinearizedPosterior(ABC):
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(True)
+
+
+def _check_samples(number: Any) -> None:
+    if not isinstance(number, Integral) or number < 1:
+        raise ValueError(
+            f"the number of samples must be at least 1, and a whole one, got {number!r}"
+        )
 
 
 def _standard_normal(

@@ -37,7 +37,12 @@ from natgrad.fisher.estimation import curvature_of
 from natgrad.laplace.evidence import Evidence
 from natgrad.laplace.linearized import LinearizedPosterior
 from natgrad.laplace.observations import Observations
-from natgrad.laplace.prior import check_layers, checked_mean, checked_precisions
+from natgrad.laplace.prior import (
+    check_layers,
+    checked_center,
+    checked_mean,
+    checked_precisions,
+)
 from natgrad.laplace.saved import load_statistics, saved_statistics
 from natgrad.laplace.subnetwork import checked_masks, named_parameters
 from natgrad.laplace.uncertain import UncertainMatrix
@@ -152,7 +157,7 @@ class Laplace(LinearizedPosterior):
         check_reiterable(data)
         replicas = Replicas.of(self._wrapped, self._group)
         if self._curvature is not None:
-            self._check_parameters(self._mean)
+            self._check_parameters(self._mean, self._curvature.layout)
         elif self._last_only:
             self._trainable = self._found_last_layer(data, replicas)
         saved = None if self._curvature is None else self._curvature.snapshot()
@@ -260,16 +265,20 @@ class Laplace(LinearizedPosterior):
         """μ, a number, or tensors by parameter name.
 
         Raises:
-            ValueError: When set to something without a tensor of the right shape for a parameter.
+            ValueError: When set to something that is not finite, or has no tensor of the right
+                shape for a parameter.
         """
         return self._prior_mean
 
     @prior_mean.setter
     def prior_mean(self, value: Any) -> None:
+        if isinstance(value, Mapping):  # A state_dict() changes as its model trains.
+            tensors = {n: one for n, one in value.items() if isinstance(one, Tensor)}
+            value = {name: one.detach().clone() for name, one in tensors.items()}
+        else:
+            value = checked_center(value)
         if self._curvature is not None:
             checked_mean(value, self._curvature.layout)
-        if isinstance(value, Mapping):  # A state_dict() changes as its model trains.
-            value = {name: one.detach().clone() for name, one in value.items()}
         self._prior_mean, self._evidence = value, None
 
     @property
@@ -303,7 +312,8 @@ class Laplace(LinearizedPosterior):
         return self._uncertain.inverse(damping)
 
     def _inverse_root(self) -> FisherMatrix:
-        return self._uncertain.inverse_root(self._damping())
+        damping = self._damping()
+        return self._uncertain.inverse_root(damping)
 
     # The evidence.
 
@@ -398,6 +408,7 @@ class Laplace(LinearizedPosterior):
 
         Raises:
             TypeError: If ``noise`` is asked for and the likelihood is not Gaussian.
+            ValueError: If ``lowest`` and ``highest`` are not positive and finite, in this order.
         """
         evidence, start = self._evidence_at_mode(), self._noise
         if noise:
@@ -460,8 +471,11 @@ class Laplace(LinearizedPosterior):
             state: What it returned.
 
         Raises:
-            ValueError: If it is of another structure, or of a model with other parameters.
+            ValueError: If it is of another structure, of a model with other parameters, or no
+                state of a posterior.
         """
+        if "structure" not in state or "observations" not in state:
+            raise ValueError("this is no state dict of a Laplace posterior")
         if state["structure"] != self.structure.name:
             raise ValueError(
                 f"the state is of structure {state['structure']!r}, and this posterior's is "
@@ -476,7 +490,7 @@ class Laplace(LinearizedPosterior):
             with self._only_trainable(), self._capture() as capture:
                 blocks = {name: block.layout for name, block in capture.blocks.items()}
                 curvature = Curvature(self.structure, blocks, capture.layout)
-            self._check_parameters(state["mean"], curvature)
+            self._check_parameters(state["mean"], curvature.layout)
             load_statistics(curvature, state["statistics"])
         except BaseException:
             self._trainable = trainable
@@ -486,12 +500,3 @@ class Laplace(LinearizedPosterior):
         self._masks = state["masks"]
         self._set_noise(state["noise"])
         self._take(curvature, Observations(**state["observations"]))
-
-    def _check_parameters(self, mean: Tensor, curvature: Curvature | None = None) -> None:
-        """Raise a ValueError unless the model's parameters are those that data were seen with."""
-        own = self._center((curvature or self._fitted).layout)[:, 0]
-        if own.shape != mean.shape or not bool(torch.equal(own, mean.to(own))):
-            raise ValueError(
-                "the model's parameters are not those that the posterior has seen data with: load "
-                "them first, or make a new posterior"
-            )

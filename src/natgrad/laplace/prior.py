@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from natgrad.arguments import is_number
 from natgrad.layouts import ParameterLayout
 
 
@@ -36,13 +38,23 @@ def check_layers(value: Mapping[str, Any], layers: Collection[str]) -> None:
         )
 
 
+def checked_center(value: Any) -> float:
+    """Return a prior mean that is one number; a ValueError unless it is finite."""
+    if not is_number(value) or not math.isfinite(value):
+        raise ValueError(
+            "prior_mean must be a finite number, or parameter name → tensor, got "
+            f"{reprlib.repr(value)}"
+        )
+    return float(value)
+
+
 def checked_mean(value: float | Mapping[str, Tensor], layout: ParameterLayout) -> Tensor:
     """Return a prior mean, one number or a tensor by parameter name, as a flat vector ``(P,)``.
 
-    A parameter without a mean, or with one of another shape, is a ValueError.
+    A parameter without one, or with one of another shape or not finite, is a ValueError.
     """
     if not isinstance(value, Mapping):
-        return torch.full_like(layout.zeros(layout.numel), float(value))
+        return torch.full_like(layout.zeros(layout.numel), checked_center(value))
     for name, shape in layout.shapes.items():
         found = tuple(value[name].shape) if name in value else None
         if found != shape:
@@ -51,4 +63,7 @@ def checked_mean(value: float | Mapping[str, Tensor], layout: ParameterLayout) -
                 f"{'none' if found is None else f'one of shape {found}'}"
             )
     tensors = {name: value[name].detach().to(layout.device) for name in layout.names}
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"prior_mean must be finite, and that of parameter {name!r} is not")
     return layout.to_column(tensors)[:, 0]

@@ -172,6 +172,7 @@ class VariationalLaplace(LinearizedPosterior):
         self._observed = seen.observed * scale
         self._trace = seen.trace * scale  # tr H
         self._set(seen.span.rotated(seen.moment * (scale / self.count)), tuple(rows))
+        self._mean = self._center(self.matrix.layout)[:, 0]
         self._best = self.count * self._projected.values.double()  # Eigenvalues of Uᵀ H U
 
     def _see(self, capture: Capture, data: Any, seen: _Moments, steps: int | None) -> None:
@@ -243,6 +244,7 @@ class VariationalLaplace(LinearizedPosterior):
             inputs: Inputs of the batch.
             targets: Its targets.
         """
+        self._check_parameters(self._mean, self.matrix.layout)
         seen = _Moments(self._projected)
         seen.inverse = cast("ProjectedOperator", self._inverse().parts[PART])
         with self._only_trainable(), Capture(self.model, self.output) as capture:
@@ -327,6 +329,7 @@ class VariationalLaplace(LinearizedPosterior):
         check_range("lr", lr)
         if not 0 < rate <= 1:
             raise ValueError(f"rate must be in (0, 1], got {rate}")
+        self._check_parameters(self._mean, self.matrix.layout)
         projected = self._projected
         start = [math.log(self.prior_precision), 0.0]
         logarithms = projected.values.new_tensor(start, dtype=torch.float64).requires_grad_(True)
@@ -339,8 +342,11 @@ class VariationalLaplace(LinearizedPosterior):
                 output, rows = output_rows(capture, inputs)
                 target = capture.passes[-1].samples_first(target)
                 own = self.likelihood
+                count = float(own.count(output, target))
+                if count == 0:
+                    continue
                 coordinates = projected.coordinates(rows).unflatten(0, (rows.samples, -1))
-                scale = self.count / float(own.count(output, target))
+                scale = self.count / count
                 prior = sample_grams(rows, diagonal=True)
                 history.append(fit.step(own, output, target, coordinates, prior, scale))
         moment, self.prior_precision, factor = fit.result()
@@ -395,7 +401,7 @@ def _unit_weights(rows: Jacobians) -> Tensor:
 def _endless(data: Batch | Iterable[Batch]) -> Iterator[Batch]:
     while True:
         empty = True
-        for batch in batches_of(data):
+        for batch in batches_with_samples(data):
             empty = False
             yield batch
         if empty:
