@@ -1096,7 +1096,10 @@ def test_float32_takes_the_step_to_its_accuracy_and_trains(route):
 
 
 def test_chunks_bound_what_a_step_allocates():
-    """With 501 parameters the matrix is the largest tensor, but for chunks of more points."""
+    """With 501 parameters the matrix is the largest tensor, but for chunks of more points.
+
+    Sizes count in numbers of eight bytes.
+    """
     network = perceptron([2, 20, 20, 1])
     model, parameters = TaylorNetwork(network, laplacian=True), len(flat(network))
     residual = Residual(lambda u, x: u.laplacian - u.value, points(1500))
@@ -1109,7 +1112,7 @@ def test_chunks_bound_what_a_step_allocates():
                 nonlocal found
                 result = function(*args, **(kwargs or {}))
                 leaves = torch.utils._pytree.tree_leaves(result)
-                sizes = [leaf.numel() for leaf in leaves if isinstance(leaf, Tensor)]
+                sizes = [leaf.nbytes // 8 for leaf in leaves if isinstance(leaf, Tensor)]
                 found = max([found, *sizes])
                 return result
 
@@ -1169,7 +1172,8 @@ def test_the_guide_runs():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Five steps of ImplicitSGD need not converge.
         exec("\n".join(blocks), names)
-    assert len(blocks) == 10 and math.isfinite(float(names["loss"].detach()))
+    assert len(blocks) == 11 and math.isfinite(float(names["loss"].detach()))
+    assert names["field"].k.item() == pytest.approx(4.0, abs=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore:.*float32")
@@ -1233,3 +1237,56 @@ def test_coefficients_of_an_equation_may_be_parameters_of_the_network(route):
     step = torch.linalg.solve(matrix, jacobian.T @ rho.detach())
     after = torch.cat([p.detach().flatten() for p in leaves])
     dense.assert_same(before - after, optimizer.last.length * step, 1e-8)
+
+
+def oscillation(route: str, where: str) -> tuple[nn.Module, nn.Parameter, Residual]:
+    """A network, the coefficient of ``u' = k u``, and residuals that read it from somewhere."""
+    inner = perceptron([1, 5, 1])
+    model: Any = TaylorNetwork(inner, first=[0]) if route == "captured" else inner
+    k = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
+    owner: Any = model if where in ("model", "variable of the model") else nn.Module()
+    owner.k = k
+
+    def function(u: Any, x: Tensor) -> Tensor:
+        slope = u.first[0] if route == "captured" else torch.func.jacrev(u)(x)[:, 0]
+        value = u.value if route == "captured" else u(x)
+        return slope - (k if where == "variable of the model" else owner.k) * value
+
+    return model, k, Residual(function, points(6)[:, :1])
+
+
+@pytest.mark.parametrize("route", ["vmap", "captured"])
+def test_coefficients_that_are_not_the_models_are_told_of_once(route):
+    model, k, residual = oscillation(route, "elsewhere")
+    optimizer = ResidualNGD(model, residual, jacobians=route)
+    with pytest.warns(UserWarning, match=r"'residual' reads a parameter of shape \(\) that is not"):
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        optimizer.step()
+        k.requires_grad_(False)
+        residual.function = functools.partial(residual.function)
+        optimizer.step()
+    assert k.item() == 0.7
+
+
+def test_coefficients_that_torch_func_does_not_see_are_refused():
+    model, _, residual = oscillation("vmap", "variable of the model")
+    optimizer = ResidualNGD(model, residual)
+    with pytest.raises(ValueError, match="read it from the model inside the function"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("where", ["model", "variable of the model"])
+def test_captured_coefficients_are_trained_wherever_they_are_held(where):
+    model, k, residual = oscillation("captured", where)
+    x = residual.points.clone().requires_grad_()
+    u = model.derivatives(x).value
+    slope = torch.autograd.grad(u.sum(), x, create_graph=True)[0]
+    loss = ((slope - k * u) ** 2).sum() / (2 * len(x))
+    gradient = torch.autograd.grad(loss, k)[0]
+    before = k.item()
+    optimizer = ResidualNGD(model, residual, damping=1e6, acceleration=False)
+    optimizer.step()  # So much damping that the step is one along the gradient.
+    moved = (before - k.item()) * optimizer.last.damping
+    assert moved == pytest.approx(optimizer.last.length * gradient.item(), rel=1e-3)

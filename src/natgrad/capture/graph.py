@@ -1,7 +1,8 @@
-"""Which graphs of passes are alike."""
+"""What the graph of a pass is made of: which ones are alike, and where they end."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
@@ -26,3 +27,17 @@ def graph_hash(output: Tensor) -> int:
                 waiting.append(one)
         met.append((type(node), *map(numbers.__getitem__, following)))
     return hash(tuple(met))
+
+
+def leaves(output: Tensor | None) -> Iterator[Tensor]:
+    """Yield the tensors that an output's graph accumulates gradients in."""
+    waiting: list[Any] = [None if output is None else output.grad_fn]
+    met = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if hasattr(node, "variable"):
+            yield node.variable
+        for following, _ in () if node is None else node.next_functions:
+            if following is not None and following not in met:
+                met.add(following)
+                waiting.append(following)

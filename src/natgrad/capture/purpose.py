@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from natgrad.capture.forward_pass import ForwardPass
+from natgrad.capture.graph import leaves
 from natgrad.capture.hooks import inside_backward
 
 Purpose = Literal["train", "ask", "inputs"]
@@ -30,7 +30,7 @@ def purpose_of(model: nn.Module, recorded: ForwardPass) -> Purpose:
         if purpose is not None:
             return purpose
     own = {id(parameter) for parameter in model.parameters()}
-    return "inputs" if any(id(one) in own for one in _leaves(recorded.source)) else "train"
+    return "inputs" if any(id(one) in own for one in leaves(recorded.source)) else "train"
 
 
 def purpose_for(parameter: Tensor) -> Literal["train", "ask"] | None:
@@ -40,17 +40,3 @@ def purpose_for(parameter: Tensor) -> Literal["train", "ask"] | None:
     except RuntimeError:  # So torch says it of parameters that torch.autograd.grad was given.
         return "ask"
     return "train" if kept else None
-
-
-def _leaves(output: Tensor | None) -> Iterator[Tensor]:
-    """Yield the tensors that an output's graph accumulates gradients in."""
-    waiting: list[Any] = [None if output is None else output.grad_fn]
-    met = set(waiting)
-    while waiting:
-        node = waiting.pop()
-        if hasattr(node, "variable"):
-            yield node.variable
-        for following, _ in () if node is None else node.next_functions:
-            if following is not None and following not in met:
-                met.add(following)
-                waiting.append(following)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from torch.func import functional_call, jacrev, vmap
 from natgrad.capture import Block, Capture
 from natgrad.capture.evaluation import unit_vectors
 from natgrad.capture.generic import not_by_samples, parameter_places
+from natgrad.capture.graph import leaves
 from natgrad.capture.kinds import dense_layout
 from natgrad.distributed import Replicas
 from natgrad.jacobians import CHUNK_ELEMENTS, DenseJacobian, Jacobians, LayerJacobian
@@ -62,8 +64,12 @@ class ResidualRows(ABC):
         self._widths: dict[str, tuple[Any, int]] = {}
 
     @abstractmethod
-    def _values(self, residual: Residual, chosen: slice) -> Tensor:
-        """Return the residuals of some points, ``(n, R)``, without a graph."""
+    def _evaluated(self, residual: Residual, chosen: slice) -> Tensor:
+        """Return the residuals of some points, ``(n, R)``."""
+
+    @abstractmethod
+    def _leaves_without_rows(self, residual: Residual) -> list[Tensor]:
+        """Return the parameters that a residual depends on otherwise than rows can tell."""
 
     @abstractmethod
     def chunks(self) -> Iterator[tuple[float, Tensor, Jacobians]]:
@@ -120,6 +126,10 @@ class ResidualRows(ABC):
         found = [self._values(residual, chosen) for chosen in self._slices(residual)]
         return torch.cat(found) if found else residual.points.new_zeros(0, 1)
 
+    def _values(self, residual: Residual, chosen: slice) -> Tensor:
+        with torch.no_grad():
+            return self._evaluated(residual, chosen)
+
     def loss(self) -> Tensor:
         """Return ``Σ_b w_b/(2N_b) Σ_n ‖r_bn‖²``, a scalar, over the points of all processes."""
         return self.loss_of(self.scaled_values())
@@ -148,8 +158,28 @@ class ResidualRows(ABC):
         function, width = self._widths.get(name, (None, 0))
         if function is not residual.function:
             width = self._values(residual, slice(0, 1)).shape[1]
+            self._check_parameters(name, residual)
             self._widths[name] = residual.function, width
         return width
+
+    def _check_parameters(self, name: str, residual: Residual) -> None:
+        """Refuse, or tell of, parameters in a residual that the step would not follow."""
+        own = {id(parameter) for parameter in self.parameters.values()}
+        for leaf in self._leaves_without_rows(residual):
+            what = f"a parameter of shape {tuple(leaf.shape)}"
+            if id(leaf) in own:
+                raise ValueError(
+                    f"the function of residual {name!r} holds {what} of the model as a variable of "
+                    "its own, where torch.func does not see it: read it from the model inside the "
+                    "function, as in model.coefficient * u(x)"
+                )
+            warnings.warn(
+                f"the function of residual {name!r} reads {what} that is not the model's, so that "
+                "it is not trained: register it on the model, as in model.coefficient = "
+                "nn.Parameter(...), and read it from there; if it is to stay as it is, "
+                "requires_grad_(False) says so",
+                stacklevel=2,
+            )
 
     def _slices(self, residual: Residual) -> Iterator[slice]:
         size = self.chunk_size or max(1, CHUNK_ELEMENTS // (OVERHEAD * self.layout.numel))
@@ -187,10 +217,15 @@ class FunctionRows(ResidualRows):
         self._at_point = _ResidualAtPoint(model)
         self._places = parameter_places(self._at_point, self.parameters)
 
-    def _values(self, residual: Residual, chosen: slice) -> Tensor:
-        with torch.no_grad():
-            values: Tensor = self._over_points(residual, chosen, {}, lambda function: function)
+    def _evaluated(self, residual: Residual, chosen: slice) -> Tensor:
+        values: Tensor = self._over_points(residual, chosen, {}, lambda function: function)
         return values
+
+    def _leaves_without_rows(self, residual: Residual) -> list[Tensor]:
+        lent = {name: parameter.detach() for name, parameter in self.parameters.items()}
+        with torch.enable_grad():
+            value = self._over_points(residual, slice(0, 1), lent, lambda function: function)
+        return list(leaves(value))
 
     def chunks(self) -> Iterator[tuple[float, Tensor, Jacobians]]:
         """Yield shares of the points, their ρ ``(n·R, 1)`` and their rows."""
@@ -303,11 +338,16 @@ class CapturedRows(ResidualRows):
         named = dict(self.problem.named_parameters())
         self.parameters: dict[str, nn.Parameter] = {name: named[name] for name in self.layout.names}
 
-    def _values(self, residual: Residual, chosen: slice) -> Tensor:
+    def _evaluated(self, residual: Residual, chosen: slice) -> Tensor:
         assert isinstance(self.model, TaylorNetwork)
-        with torch.no_grad():
-            stack = self.model(residual.points[chosen])
-            return self.problem.values_of_stack(residual, stack, chosen)
+        stack = self.model(residual.points[chosen])
+        return self.problem.values_of_stack(residual, stack, chosen)
+
+    def _leaves_without_rows(self, residual: Residual) -> list[Tensor]:
+        own = {id(parameter) for parameter in self.parameters.values()}
+        with torch.enable_grad():
+            value = self._evaluated(residual, slice(0, 1))
+        return [leaf for leaf in leaves(value) if id(leaf) not in own]
 
     def chunks(self) -> Iterator[tuple[float, Tensor, Jacobians]]:
         """Yield shares of the points, their ρ ``(n, K)`` and their rows."""
