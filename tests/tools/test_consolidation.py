@@ -202,3 +202,58 @@ def test_numbers_that_do_not_fit_are_refused():
         merge([model, model], [f, f], [1.0, -1.0])
     with pytest.raises(ValueError, match="about the same parameters"):
         merge([model, model], [f, TABLE["diagonal"].of_user(problem("tokens"))])
+
+
+class Masked(nn.Linear):
+    """A layer with buffers: a mask with infinite entries, statistics, a count."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__(4, 3)
+        self.register_buffer("mask", torch.tensor([0.0, -float("inf"), 0.1]))
+        self.register_buffer("mean", torch.full((2,), value))
+
+
+def test_buffers_alike_stay_and_those_of_weight_zero_do_not_count():
+    models = [Masked(1.0), Masked(4.0), Masked(float("nan"))]
+    data = (torch.randn(8, 4), torch.arange(8) % 3)
+    matrices = [natgrad.fisher_matrix(model, data) for model in models]
+    merged = merge(models, matrices, [2.0, 1.0, 0.0])
+    assert torch.equal(merged.mask, models[0].mask)
+    assert_same(merged.mean.double(), torch.full((2,), 2.0).double())
+    merged = merge([m.bfloat16() for m in models[:2]], matrices[:2], [1.0, 2.0])
+    assert merged.mean.tolist() == [3.0, 3.0]  # A third is none of this type.
+
+
+def test_other_buffers_and_infinite_weights_are_refused():
+    models = [Masked(1.0), Masked(4.0)]
+    matrices = [natgrad.fisher_matrix(m, (torch.randn(8, 4), torch.arange(8) % 3)) for m in models]
+    for wrong in (float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="weights must be at least 0, finite"):
+            merge(models, matrices, [1.0, wrong])
+    models[1].register_buffer("other", torch.zeros(2))
+    with pytest.raises(ValueError, match=r"\['other'\] are not of the same shape"):
+        merge(models, matrices)
+
+
+@pytest.mark.parametrize("structure", ["kfac", "full"])
+def test_functional_transforms_take_the_penalty(structure):
+    given = problem("mlp")
+    matrix = TABLE[structure].of_user(given)
+    penalty, layout, f = ewc_penalty(matrix, given.case.model), matrix.layout, matrix.to_dense()
+    start, at = flat(given.case.model), flat(moved(given.case.model, 1))
+    change, direction = at - start, torch.linspace(-1, 1, len(at), dtype=torch.float64)
+
+    def of(vector: Tensor) -> Tensor:
+        return penalty(layout.to_dict(vector))
+
+    transforms = torch.func
+    assert_same(transforms.grad(of)(at), f @ change, 1e-9)
+    assert_same(transforms.hessian(of)(at), f, 1e-9)
+    assert_same(transforms.jacrev(transforms.jacrev(of))(at), f, 1e-9)
+    assert_same(transforms.jvp(of, (at,), (direction,))[1], direction @ f @ change, 1e-9)
+    several = torch.stack([at, start + 1, start])
+    values = 0.5 * ((several - start) @ f * (several - start)).sum(1)
+    assert_same(transforms.vmap(of)(several), values, 1e-9)
+    assert_same(transforms.vmap(of, in_dims=1)(several.T), values, 1e-9)
+    gradients = transforms.vmap(transforms.grad(of))(several)
+    assert_same(gradients, (several - start) @ f, 1e-9)

@@ -288,3 +288,53 @@ def test_what_has_no_order_no_target_or_no_samples_is_refused(tmp_path):
         )
     with pytest.raises(ValueError, match="'full' is not kept in a file"):
         influence(model, (x, y), (x, y), "gaussian", "full", cache=tmp_path / "factors.pt")
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "text", "cut off", "folder", "no folder"])
+def test_a_file_of_something_else_stays_as_it_is(kind, tmp_path):
+    torch.manual_seed(0)
+    model, path = nn.Linear(4, 3).double(), tmp_path / "kept.pt"
+    data = (torch.randn(8, 4).double(), torch.arange(8) % 3)
+    if kind == "checkpoint":
+        torch.save(model.state_dict(), path)
+    elif kind == "text":
+        path.write_text("nothing of ours")
+    elif kind == "cut off":
+        influence(model, data, data, structure="kfac", cache=path)
+        path.write_bytes(path.read_bytes()[:400])
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path = tmp_path / "none" / "kept.pt"
+    before = path.read_bytes() if path.is_file() else None
+    expected = "there is no folder" if kind == "no folder" else "no file that influence has written"
+    with pytest.raises(ValueError, match=expected):
+        influence(model, data, data, structure="kfac", cache=path)
+    assert (path.read_bytes() if path.is_file() else None) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == (
+        [] if kind == "no folder" else ["kept.pt"]
+    )
+
+
+def test_a_buffer_that_is_not_saved_with_the_model_counts(tmp_path):
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x * self.scale)
+
+    torch.manual_seed(0)
+    model = Scaled(4, 3).double()
+    model.register_buffer("scale", torch.ones(4).double(), persistent=False)
+    data = (torch.randn(8, 4).double(), torch.arange(8) % 3)
+    arguments = dict(structure="kfac", cache=tmp_path / "factors.pt")
+    influence(model, data, data, **arguments)
+    model.scale[0] = 1.0003  # The outputs change by less than machines differ.
+    found = influence(model, data, data, **arguments)
+    assert_same(found, influence(model, data, data, structure="kfac"), 1e-12)
+
+
+def test_what_is_no_fisher_matrix_is_refused():
+    given = problem("mlp")
+    data = (given.case.x, given.target)
+    hessian = natgrad.hessian_matrix(given.case.model, data)
+    with pytest.raises(TypeError, match="natgrad.FisherMatrix"):
+        influence(given.case.model, data, data, matrix=hessian)

@@ -247,3 +247,16 @@ def test_what_no_data_reach_is_removed_first(structure, units):
     pruning = prune(model, matrix, 0.5, units=units)
     assert not model["unused"].weight.any() and model["used"].weight.all()
     assert pruning.loss_increase == pytest.approx(0.0, abs=1e-12)
+
+
+def test_hessians_and_fractions_that_are_no_numbers_are_refused():
+    given = problem("mlp")
+    model, matrix = given.case.model, TABLE["kfac"].of_user(given)
+    hessian = natgrad.hessian_matrix(model, (given.case.x, given.target))
+    with pytest.raises(TypeError, match="natgrad.FisherMatrix"):
+        prune(copy.deepcopy(model), hessian, 0.5)
+    for wrong in ("0.5", None):
+        with pytest.raises(ValueError, match="fraction must be in"):
+            prune(copy.deepcopy(model), matrix, wrong)
+    nothing = quantization_error(model, matrix, {})
+    assert (nothing.layers, nothing.total, nothing.rounded) == ({}, 0.0, {})

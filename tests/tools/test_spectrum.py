@@ -257,3 +257,24 @@ def test_numbers_out_of_range_are_refused():
         estimate_trace(matrix, 3)
     with pytest.raises(ValueError, match="method must be 'diag\\+\\+' or 'hutchinson'"):
         estimate_diagonal(matrix, 30, "xtrace")
+
+
+@pytest.mark.parametrize("function", [torch.log, torch.reciprocal])
+def test_nodes_that_are_not_there_have_no_part_in_sums(function):
+    """The iteration ends where all eigenvalues are found, after two of twenty steps."""
+    values = torch.tensor([5.0] * 3 + [1.0] * 30).double()
+    found, _ = spectral_density(operator(values), 20, 400).sum_of(function)
+    assert found == pytest.approx(float(function(values).sum()), rel=0.1)
+    same, error = spectral_density(operator(torch.full((6,), 2.0)), 20).sum_of(function)
+    assert same == pytest.approx(float(6 * function(torch.tensor(2.0).double())))
+    assert error < 1e-12
+
+
+def test_eigenpairs_of_what_has_none_and_of_numbers_that_are_none():
+    given = problem("mlp")
+    jacobian = natgrad.jacobian_matrix(given.case.model, (given.case.x, None))
+    with pytest.raises(ValueError, match="has no eigenvalues"):
+        top_eigenpairs(jacobian, 1)
+    for wrong in (2.0, None, "2"):
+        with pytest.raises(ValueError, match="number of eigenpairs must be between"):
+            top_eigenpairs(operator(torch.ones(4)), wrong)

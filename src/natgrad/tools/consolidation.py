@@ -73,32 +73,65 @@ class _QuadraticForm(torch.autograd.Function):
     """``½ vᵀFv``, with the gradient ``Fv`` that its value needs anyway."""
 
     @staticmethod
-    def forward(ctx: Any, vector: Tensor, matrix: FisherMatrix) -> Tensor:
+    def forward(vector: Tensor, matrix: FisherMatrix) -> tuple[Tensor, Tensor]:
         product = matrix @ vector
-        ctx.save_for_backward(vector, product)
-        ctx.matrix = matrix
-        return 0.5 * torch.dot(vector, product)
+        return 0.5 * torch.dot(vector, product), product
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, FisherMatrix], output: Any) -> None:
+        vector, ctx.matrix = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(vector, output[1])
+        ctx.save_for_forward(vector, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor, None]:
         vector, product = ctx.saved_tensors
         if torch.is_grad_enabled():  # With create_graph=True.
             product = _product(vector, ctx.matrix)
         return gradient * product, None
 
-
-class _Product(torch.autograd.Function):
-    """``Fv``."""
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: Any) -> tuple[Tensor, None]:
+        vector, _ = ctx.saved_tensors
+        return torch.dot(_product(vector, ctx.matrix), tangent), None
 
     @staticmethod
-    def forward(ctx: Any, vector: Tensor, matrix: FisherMatrix) -> Tensor:
-        ctx.matrix = matrix
+    def vmap(info: Any, dims: Any, vectors: Tensor, matrix: FisherMatrix) -> Any:
+        columns = vectors.movedim(dims[0], 1)
+        products = _product(columns, matrix)
+        return (0.5 * (columns * products).sum(0), products), (0, 1)
+
+
+class _Product(torch.autograd.Function):
+    """``FV``, of a vector or of columns."""
+
+    @staticmethod
+    def forward(vector: Tensor, matrix: FisherMatrix) -> Tensor:
         return matrix @ vector
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, FisherMatrix], output: Tensor) -> None:
+        ctx.matrix = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _product(gradient, ctx.matrix), None
 
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:
+        return _product(tangent, ctx.matrix)
 
-_quadratic_form: Callable[[Tensor, FisherMatrix], Tensor] = _QuadraticForm.apply
+    @staticmethod
+    def vmap(info: Any, dims: Any, vectors: Tensor, matrix: FisherMatrix) -> Any:
+        inner = vectors.movedim(dims[0], -1)
+        columns = _product(inner.flatten(1), matrix)
+        return columns.view(inner.shape), inner.dim() - 1
+
+
+def _quadratic_form(vector: Tensor, matrix: FisherMatrix) -> Tensor:
+    value: Tensor = _QuadraticForm.apply(vector, matrix)[0]
+    return value
+
+
 _product: Callable[[Tensor, FisherMatrix], Tensor] = _Product.apply

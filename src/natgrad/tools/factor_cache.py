@@ -39,7 +39,8 @@ def cached_matrix(
 
     All arguments count: of the model its parameters, buffers, which of them are trained, and the
     outputs for the first samples, as far as they are selected; of the data every tensor. A
-    structure that keeps the rows of the data, or more than its parts, is a ValueError.
+    structure that keeps the rows of the data, or more than its parts, and a path to something else
+    or to a folder that is not there, are a ValueError.
     """
     if not structure.additive or structure.companion is not None:
         raise ValueError(
@@ -47,19 +48,42 @@ def cached_matrix(
             "data or of more than one matrix per layer: leave cache out, or take 'ekfac', 'kfac' "
             "or 'diagonal'"
         )
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise ValueError(f"there is no folder {folder} to keep the matrix in: make it first")
+    saved = _read(path) if os.path.exists(path) else {}
     parts = [_described(one) for one in (likelihood, structure, fisher)] + [str(seed)]
     digest = hashlib.sha256()
     trained = [name for name, p in unwrap(model).named_parameters() if p.requires_grad]
-    _add(digest, [parts, trained, list(model.state_dict().items()), list(batches_of(data))])
+    state = {**model.state_dict(), **dict(unwrap(model).named_buffers())}
+    _add(digest, [parts, trained, list(state.items()), list(batches_of(data))])
     key, outputs = digest.hexdigest(), _summary(unwrap(model), data, select)
-    if os.path.exists(path):
-        saved = torch.load(path, weights_only=True)
-        if saved.get("key") == key and _alike(saved.get("outputs"), outputs):
-            return _restored(model, structure, saved["parts"])
+    if saved.get("key") == key and _alike(saved.get("outputs"), outputs):
+        return _restored(model, structure, saved["parts"])
     matrix = make()
     states = {name: one.state_dict() for name, one in matrix.parts.items()}
-    torch.save({"key": key, "outputs": outputs, "parts": states}, path)
+    unfinished = f"{os.fspath(path)}.{os.getpid()}.unfinished"
+    try:
+        torch.save({"key": key, "outputs": outputs, "parts": states}, unfinished)
+        os.replace(unfinished, path)  # So that there is a whole file or none.
+    finally:
+        if os.path.exists(unfinished):
+            os.remove(unfinished)
     return matrix
+
+
+def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what a file holds; a ValueError unless it was written here."""
+    try:
+        saved = torch.load(path, weights_only=True)
+    except Exception:  # Of another kind of file it may be anything.
+        saved = None
+    if not (isinstance(saved, dict) and {"key", "parts"} <= saved.keys()):
+        raise ValueError(
+            f"{os.fspath(path)} is no file that influence has written, or only a part of one, and "
+            "stays as it is: give cache= another name, or delete it"
+        )
+    return saved
 
 
 def _summary(model: nn.Module, data: Any, select: Callable[[Any], Any] | None) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from natgrad.arguments import check_kind
 from natgrad.capture import Capture
 from natgrad.capture.evaluation import evaluated
 from natgrad.curvature import Structure, as_structure
@@ -101,6 +102,7 @@ def influence(
         Scores ``(M, N)`` for M test and N training samples, or block name → such.
 
     Raises:
+        TypeError: If ``matrix`` is none of :func:`natgrad.fisher_matrix`.
         ValueError: If an argument is out of range, data are empty, shuffled or without targets, the
             structure cannot be kept in a file, or a sample has a leverage of 1 or more.
 
@@ -116,7 +118,9 @@ def influence(
         check_fixed_order(data, name)
     if not memory > 0:
         raise ValueError(f"memory must be a positive number of bytes, got {memory!r}")
-    if matrix is None:
+    if matrix is not None:
+        check_kind("matrix", matrix, FisherMatrix)
+    else:
         check_alone(model, "influence without matrix=")
         chosen, kind = as_structure(structure, **structure_options), as_fisher_type(fisher)
         make = functools.partial(

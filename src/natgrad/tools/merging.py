@@ -10,6 +10,7 @@ with diagonal matrices the entry-wise average with weights F_i.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import TypeVar, cast
 
@@ -52,11 +53,11 @@ def merge(
 
     Returns:
         A copy of the first model with the merged parameters. Buffers of floating type, such as
-        running statistics, are averaged with the weights alone.
+        running statistics, are averaged with the weights alone; those of weight 0 do not count.
 
     Raises:
-        ValueError: If numbers of models, matrices and weights differ, a weight is negative or all
-            are zero, or parameters, their shapes or frozen parameters differ.
+        ValueError: If numbers of models, matrices and weights differ, a weight is negative or not
+            finite or all are zero, or parameters, buffers, shapes or frozen parameters differ.
 
     Source: Matena & Raffel, Merging models with Fisher-weighted averaging (2022), with diagonals;
     Tam, Bansal & Raffel, Merging by matching models in task parameter subspaces (2024), the linear
@@ -71,8 +72,8 @@ def merge(
             "merge takes as many matrices, and weights if any, as models, at least 1: got "
             f"{len(models)} models, {len(matrices)} matrices and {len(numbers)} weights"
         )
-    if min(numbers) < 0 or not sum(numbers) > 0:
-        raise ValueError(f"weights must be at least 0 and not all of them 0, got {numbers}")
+    if not (min(numbers) >= 0 and 0 < sum(numbers) < math.inf):
+        raise ValueError(f"weights must be at least 0, finite and not all of them 0, got {numbers}")
     shares = [w / sum(numbers) for w in numbers]
     models = [cast("Model", unwrap(model)) for model in models]
     layout = matrices[0].layout
@@ -107,15 +108,32 @@ def merge(
         target = dict(merged.named_parameters())
         for name, value in layout.to_dict(mean + change).items():
             target[name].copy_(value)
+        used = [model for model, share in zip(models, shares, strict=True) if share > 0]
+        positive = [share for share in shares if share > 0]
         for name, buffer in merged.named_buffers():
             if buffer.is_floating_point():
-                each = torch.stack([model.get_buffer(name) for model in models], -1)
-                buffer.copy_(each @ each.new_tensor(shares))
+                buffer.copy_(_mean([model.get_buffer(name) for model in used], positive))
     return merged
 
 
+def _mean(values: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    """Return a weighted mean; entries all the same, infinite ones too, stay as they are."""
+    each = torch.stack(list(values), -1)
+    wide = each.to(torch.promote_types(each.dtype, torch.float32))
+    mean = (wide @ wide.new_tensor(shares)).to(each.dtype)
+    return torch.where((each == each[..., :1]).all(-1), each[..., 0], mean)
+
+
 def _check_rest(models: Sequence[nn.Module], merged: set[str]) -> None:
-    """Make sure that parameters which are not merged are the same in all models."""
+    """Make sure that parameters that are not merged, and shapes of buffers, are all the same."""
+    shapes = [{n: b.shape for n, b in model.named_buffers()} for model in models]
+    for own in shapes[1:]:
+        different = sorted(n for n in shapes[0].keys() | own if shapes[0].get(n) != own.get(n))
+        if different:
+            raise ValueError(
+                f"the buffers {different} are not of the same shape in all models: merge models of "
+                "one architecture"
+            )
     first = dict(models[0].named_parameters())
     for model in models[1:]:
         for name, value in model.named_parameters():

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad import linalg
+from natgrad.arguments import check_kind, is_number
 from natgrad.capture.model_output import unwrap
 from natgrad.layouts import BlockLayout, ParameterLayout
 from natgrad.operators import (
@@ -93,6 +94,7 @@ def prune(
         max_iterations: Most iterations of it; a warning says if they were too few.
 
     Raises:
+        TypeError: If the matrix is none of :func:`natgrad.fisher_matrix`.
         ValueError: If the fraction is out of range, a layer unknown or without units, or the
             parameters are not those of the matrix.
 
@@ -104,7 +106,8 @@ def prune(
         >>> F = natgrad.fisher_matrix(model, loader, structure="ekfac")
         >>> pruning = natgrad.tools.prune(model, F, 0.8)
     """
-    if not 0 <= fraction <= 1:
+    check_kind("matrix", matrix, FisherMatrix)
+    if not (is_number(fraction) and 0 <= fraction <= 1):
         raise ValueError(f"fraction must be in [0, 1], got {fraction!r}")
     layout, blocks = matrix.layout, weight_blocks(model, layers)
     if units:

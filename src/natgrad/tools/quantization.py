@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,7 @@ def quantization_error(
     blocks = weight_blocks(model, bits if isinstance(bits, Mapping) else None)
     numbers = bits if isinstance(bits, Mapping) else dict.fromkeys(blocks, bits)
     for name, number in numbers.items():
-        if not (isinstance(number, int) and number >= 2):
+        if not (isinstance(number, Integral) and number >= 2):
             raise ValueError(f"bits must be integers of at least 2, got {number!r} for {name!r}")
     layout = matrix.layout
     theta = layout.to_flat(values_of(layout, model)).detach().to(layout.dtype)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -39,7 +40,9 @@ class SpectralDensity:
         Args:
             function: f, entry by entry.
         """
-        each = self.size * (self.weights * function(self.nodes)).sum(1)
+        terms = self.weights * function(self.nodes)
+        # What has no weight has no part in it, also where f is infinite there.
+        each = self.size * torch.where(self.weights > 0, terms, 0.0).sum(1)
         error = each.std() / math.sqrt(len(each)) if len(each) > 1 else each.new_tensor(math.nan)
         return float(each.mean()), float(error)
 
@@ -138,16 +141,20 @@ def top_eigenpairs(matrix: Operator, number: int) -> tuple[Tensor, Tensor]:
 
     Raises:
         ImportError: If SciPy is not installed.
-        ValueError: If the number is not between 1 and P − 1.
+        ValueError: If the number is not a whole one between 1 and P − 1, or the matrix not square.
 
     Example:
         >>> values, vectors = natgrad.tools.top_eigenpairs(F, 10)
     """
-    size = matrix.shape[0]
-    if not 1 <= number < size:
+    size, columns = matrix.shape
+    if size != columns:
         raise ValueError(
-            f"the number of eigenpairs must be between 1 and P - 1 = {size - 1}, got {number}: for "
-            "all eigenvalues there is eigenvalues()"
+            f"a matrix of shape {(size, columns)} has no eigenvalues: take a symmetric one"
+        )
+    if not (isinstance(number, Integral) and 1 <= number < size):
+        raise ValueError(
+            f"the number of eigenpairs must be between 1 and P - 1 = {size - 1}, got {number!r}: "
+            "for all eigenvalues there is eigenvalues()"
         )
     operator = matrix.to_scipy()
     from scipy.sparse.linalg import eigsh
