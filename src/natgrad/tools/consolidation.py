@@ -66,7 +66,7 @@ class EWCPenalty:
         layout = self.matrix.layout
         moved = values_of(layout, model)
         change = layout.to_flat({name: moved[name] - old for name, old in self.anchor.items()})
-        return _quadratic_form(change, self.matrix)
+        return _quadratic_form(change, self.matrix)[0]
 
 
 class _QuadraticForm(torch.autograd.Function):
@@ -129,9 +129,5 @@ class _Product(torch.autograd.Function):
         return columns.view(inner.shape), inner.dim() - 1
 
 
-def _quadratic_form(vector: Tensor, matrix: FisherMatrix) -> Tensor:
-    value: Tensor = _QuadraticForm.apply(vector, matrix)[0]
-    return value
-
-
+_quadratic_form: Callable[[Tensor, FisherMatrix], tuple[Tensor, Tensor]] = _QuadraticForm.apply
 _product: Callable[[Tensor, FisherMatrix], Tensor] = _Product.apply
