@@ -1,3 +1,4 @@
+import functools
 import io
 import json
 import os
@@ -79,6 +80,7 @@ def test_given_learning_rates_are_used(tmp_path):
         (["--steps=many"], "--steps"),
         (["--stepz=3"], "--stepz"),
         (["--output=/dev/null"], "is a file"),
+        (["--output=/proc/nowhere"], "/proc/nowhere/results.json cannot be written: No such file"),
     ],
 )
 def test_wrong_input_ends_with_one_sentence_and_writes_nothing(
@@ -252,6 +254,48 @@ def small_network():
 
     layers = nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     return nn.Sequential(*layers, nn.Linear(4, 10))
+
+
+def for_pixels():
+    from torch import nn
+
+    return nn.Conv2d(1, 3, 3, padding=1), nn.CrossEntropyLoss(ignore_index=255)
+
+
+def pixels():
+    import torch
+
+    labels = torch.randint(0, 3, (6, 4, 4))
+    labels[:, 0] = 255
+    return [(torch.randn(6, 1, 4, 4), labels)]
+
+
+def test_inspect_takes_the_loss_of_the_factory_and_the_positions_of_the_data(capsys):
+    arguments = ["tests.test_cli:for_pixels", "--data=tests.test_cli:pixels", "--fisher=empirical"]
+    assert run(["inspect", *arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [layer["positions"] for layer in found["layers"]] == [16]
+    assert found["spectrum"]["trace"] > 0
+    sentence = refused(capsys, run(["inspect", "tests.test_cli:two_networks"]))
+    assert "likelihood behind the factory's loss cannot be told: give --likelihood" in sentence
+
+
+def two_networks():
+    from torch import nn
+
+    return nn.Linear(3, 4), nn.Linear(4, 1)
+
+
+def test_inspect_leaves_out_columns_where_the_terminal_is_narrow(capsys, monkeypatch):
+    from rich.console import Console
+
+    for width, kept in ((60, False), (120, True)):
+        narrow = functools.partial(Console, width=width)
+        monkeypatch.setattr(sys.modules["natgrad.cli.inspect"], "make_console", narrow)
+        assert run(["inspect", "tests.test_cli:small_network"]) == 0
+        printed = capsys.readouterr().out
+        assert "…" not in printed and ("10 x 10" in printed) == kept
+        assert max(map(len, printed.splitlines())) <= width
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,10 @@ def one_batch_each():
     return samples(), samples(10)
 
 
+def none_between():
+    return [pairs()[0], None, pairs()[1]]
+
+
 def dicts():
     return [{"features": x, "labels": y} for x, y in pairs()]
 
@@ -423,11 +427,12 @@ def test_results_survive_their_file(tmp_path):
         ("with_number", "pairs", [], "returns a tuple of Sequential, int"),
         ("frozen", "pairs", [], "must be one number that depends on the model"),
         ("model", "absent", [], "has no attribute 'absent'"),
-        ("model", "fails", [], "fails() fails: the disk is on fire"),
+        ("model", "fails", [], "fails() fails: the disk is on fire (tests/experiments/test_own"),
+        ("model", "none_between", [], "yields NoneType, but must yield pairs"),
         ("model", "number", [], "gives int, but must give an iterable of batches"),
         ("model", "empty", [], "gives no batches"),
         ("model", "dataset", [], "gives a Dataset, which yields samples"),
-        ("model", "singles", [], "yields of shape (8, 5), but must yield pairs"),
+        ("model", "singles", [], "yields a tensor of shape (8, 5), but must yield pairs"),
         ("model", "arrays", [], "yields inputs ndarray, but they must be tensors"),
         ("model", "read_once", [], "can be read only once"),
         ("model", "narrow", [], "The model fails on the first batch: mat1 and mat2"),
@@ -575,8 +580,41 @@ def test_accuracy_counts_what_is_not_ignored():
     pixels, truth = torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 4, 4))
     share = (pixels.argmax(1) == truth).float().mean().item()
     assert chosen(pixels, truth).metric(pixels, truth) == pytest.approx(share)
+    truth[:, 0] = 255
+    objective = chosen(pixels, truth, loss=nn.CrossEntropyLoss(ignore_index=255))
+    share = (pixels.argmax(1) == truth)[:, 1:].float().mean().item()
+    assert objective.metric(pixels, truth) == pytest.approx(share)
     logits, bits = torch.tensor([[1.0], [-2.0], [3.0]]), torch.tensor([[1.0], [1.0], [0.0]])
     assert chosen(logits, bits, loss="bernoulli").metric(logits, bits) == pytest.approx(1 / 3)
+
+
+def test_classes_are_last_where_labels_fit_nowhere_else():
+    tokens, words = torch.randn(2, 4, 3), torch.tensor([[0, 1, 2, -100], [1, 1, -100, -100]])
+    objective = chosen(tokens, words)
+    expected = nn.functional.cross_entropy(tokens.flatten(0, 1), words.flatten())
+    assert objective(tokens, words).item() == pytest.approx(expected.item(), rel=1e-6)
+    both = torch.randn(2, 3, 3), torch.randint(0, 3, (2, 3))
+    assert chosen(*both)(*both).item() == pytest.approx(nn.functional.cross_entropy(*both).item())
+
+
+class LossInDict(OwnLoss):
+    """Gives a plain dict."""
+
+    def forward(self, features, labels=None):
+        made = super().forward(features, labels)
+        return {"loss": made.loss, "logits": made.logits}
+
+
+def test_the_loss_of_a_model_may_be_an_entry_of_a_dict():
+    network = LossInDict()
+    network.eval()
+    features, labels = samples()
+    batch = {"features": features, "labels": labels}
+    objective = choose_objective(network, (batch, labels))
+    assert objective.function is None and isinstance(objective.likelihood, Categorical)
+    outputs, loss = objective.forward(network, batch, labels)
+    expected = nn.functional.cross_entropy(network.inner(features), labels)
+    assert loss.item() == pytest.approx(expected.item()) and outputs.shape == (24, 3)
 
 
 def test_a_model_whose_own_loss_says_nothing_of_its_likelihood_is_refused():

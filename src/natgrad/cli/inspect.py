@@ -16,8 +16,10 @@ from natgrad.experiments.factories import load_model
 from natgrad.experiments.inspection import (
     InspectionError,
     example_input,
+    example_of,
     fisher_spectrum,
     inspect_model,
+    likelihood_behind,
     shared_positions,
     summary_values,
 )
@@ -28,15 +30,19 @@ def inspect(
         str,
         typer.Argument(
             metavar="PACKAGE.MODULE:FACTORY",
-            help="A function that returns a model, or a model and an example input.",
+            help="A function that returns a model, or a model and its loss or an example input.",
         ),
     ],
     structure: Annotated[
         str, typer.Option(help=f"Structure of the Fisher matrix: {', '.join(STRUCTURES)}.")
     ] = "kfac",
     likelihood: Annotated[
-        str, typer.Option(help="categorical, gaussian, bernoulli or poisson.")
-    ] = "categorical",
+        str | None,
+        typer.Option(
+            help="categorical, gaussian, bernoulli or poisson [default: that of the loss which the "
+            "factory returns, else categorical]."
+        ),
+    ] = None,
     fisher: Annotated[
         str, typer.Option(help="Fisher type: exact, mc, empirical, improved.")
     ] = "mc",
@@ -45,7 +51,7 @@ def inspect(
         str | None,
         typer.Option(
             help="Shape of one input, such as 3,32,32: needed, unless the factory returns an "
-            "example, to count the positions that share weights."
+            "example or there is --data, to count the positions that share weights."
         ),
     ] = None,
     data: Annotated[
@@ -65,17 +71,18 @@ def inspect(
     for number in (samples, data_samples):
         if number < 1:
             raise InspectionError(f"The number of samples must be at least 1, not {number}.")
-    network, _, example = load_model(model)
+    network, criterion, example = load_model(model)
     if input_shape is not None:
         example = example_input(input_shape)
+    elif example is None and data is not None:
+        example = example_of(data)
+    behind = likelihood or likelihood_behind(criterion)
     positions = None if example is None else shared_positions(network, example)
     structure = structure.replace("-", "_")
-    summary = inspect_model(network, structure, likelihood, fisher, samples, positions)
+    summary = inspect_model(network, structure, behind, fisher, samples, positions)
     spectrum = None
     if data is not None:
-        spectrum = fisher_spectrum(
-            network, data, structure, likelihood, fisher, samples=data_samples
-        )
+        spectrum = fisher_spectrum(network, data, structure, behind, fisher, samples=data_samples)
     if as_json:
         values = summary_values(summary, positions)
         if spectrum is not None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from natgrad.capture.evaluation import count_samples
 from natgrad.experiments.data import Dataset
-from natgrad.experiments.factories import FactoryError, described, find, make
+from natgrad.experiments.factories import FactoryError, find, located, make
 from natgrad.experiments.objectives import Encoding
 from natgrad.experiments.random_state import RandomStream, reproducible
 
@@ -21,6 +21,7 @@ Batch = tuple[Any, Any]
 """Inputs, as a model is called with (a tensor, a tuple, or a dict of them), and targets."""
 
 _CHUNK = 2000  # samples of a built-in data set that are evaluated at a time
+_END = object()  # what a loader yields instead of a batch when it has none left
 _UNKNOWN_LENGTH = 100  # batches that count as an epoch where the loader does not say
 
 
@@ -191,14 +192,14 @@ class LoaderBatches(Batches):
         while True:
             try:
                 iterator, empty = stream.run(self._again), True
-                following = functools.partial(next, iterator, None)
-                while (batch := stream.run(following)) is not None:
+                following = functools.partial(next, iterator, _END)
+                while (batch := stream.run(following)) is not _END:
                     empty = False
                     yield self._checked(batch)
             except FactoryError:
                 raise
             except Exception as error:  # a user's loader may raise anything
-                raise FactoryError(f"{self.specification} fails: {described(error)}.") from error
+                raise FactoryError(f"{self.specification} fails: {located(error)}.") from error
             if empty:
                 raise FactoryError(f"{self.specification} gives no batches.")
             if not endless:
@@ -257,7 +258,7 @@ def _tensors(inputs: Any) -> list[Tensor]:
 
 def _shown(value: Any) -> str:
     if isinstance(value, Tensor):
-        return f"of shape {tuple(value.shape)}"
+        return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, (tuple, list)):
         return f"{type(value).__name__} of {', '.join(type(one).__name__ for one in value)}"
     return type(value).__name__

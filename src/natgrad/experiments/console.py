@@ -197,25 +197,29 @@ def print_results(console: Console, results: Results) -> None:
 
 
 def print_summary(console: Console, summary: Summary, positions: Mapping[str, int] | None) -> None:
-    """Print what an optimizer would do with each layer; positions share a layer's weights."""
-    layers = [*summary.layers, *([summary.joint] if summary.joint else [])]
-    rows = [
-        [
-            escape(layer.name),
-            escape(layer.kind),
-            f"{layer.parameters:,}",
-            format_or_dash((positions or {}).get(layer.name)),
-            escape(layer.treatment),
-            layer.factors or DASH,
-            format_bytes(layer.memory) if layer.memory else DASH,
-            format_or_dash(layer.refresh or None, ".1e"),
-            format_or_dash(layer.step or None, ".1e"),
-        ]
-        for layer in layers
-    ]
-    headings = ("layer", "kind", "parameters", "positions", "treatment", "factors", "memory",
-                "per\nrefresh", "per\nstep")  # fmt: skip
-    table = make_table(headings, rows, text=("layer", "kind", "treatment", "factors"))
+    """Print what an optimizer would do with each layer; positions share a layer's weights.
+
+    Where the console is narrow, less important columns are left out.
+    """
+    wide = console.width >= 100
+    rows = []
+    for layer in (*summary.layers, *([summary.joint] if summary.joint else [])):
+        row = {"layer": escape(layer.name)}
+        if wide:
+            row["kind"] = escape(layer.kind)
+        row["parameters"] = f"{layer.parameters:,}"
+        if wide:
+            row["positions"] = format_or_dash((positions or {}).get(layer.name))
+        row["treatment"] = escape(layer.treatment)
+        if wide:
+            row["factors"] = layer.factors or DASH
+        row["memory"] = format_bytes(layer.memory) if layer.memory else DASH
+        if wide:
+            row["per\nrefresh"] = format_or_dash(layer.refresh or None, ".1e")
+        row["per\nstep"] = format_or_dash(layer.step or None, ".1e")
+        rows.append(row)
+    text = "layer", "kind", "treatment", "factors"
+    table = make_table(rows[0] if rows else (), (row.values() for row in rows), text)
     table.columns[0].overflow = "fold"
     console.print(table)
     console.print(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -46,7 +47,7 @@ def find(specification: str) -> Any:
     try:
         importlib.import_module(module_name)
     except Exception as error:  # a user's module may raise anything
-        told = f"{module_name} cannot be imported: {described(error)}."
+        told = f"{module_name} cannot be imported: {located(error)}."
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing is not None and f"{module_name}.".startswith(f"{missing}."):
             told += f" Modules are looked for in {here} and in the environment's packages."
@@ -62,7 +63,7 @@ def make(specification: str, function: Callable[[], Any]) -> Any:
     try:
         return function()
     except Exception as error:
-        raise FactoryError(f"{specification}() fails: {described(error)}.") from error
+        raise FactoryError(f"{specification}() fails: {located(error)}.") from error
 
 
 def load_model(specification: str, device: torch.device | None = None) -> MadeModel:
@@ -114,6 +115,20 @@ def described(error: Exception) -> str:
     if isinstance(error, KeyError):  # Its message is the key alone.
         return f"there is no {message}"
     return message or type(error).__name__
+
+
+def located(error: Exception) -> str:
+    """Return the message of an error of a user's code, and the line of that code it came from.
+
+    That is the innermost one below the current folder; without one the message stands alone.
+    """
+    here, ours = Path.cwd(), Path(__file__).parents[1]
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        installed = "site-packages" in path.parts or path.is_relative_to(ours)
+        if path.is_relative_to(here) and not installed:
+            return f"{described(error)} ({path.relative_to(here)}, line {frame.lineno})"
+    return described(error)
 
 
 def _shown(made: Any) -> str:

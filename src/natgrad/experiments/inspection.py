@@ -14,10 +14,11 @@ from natgrad.capture.evaluation import call_model, count_samples, takes
 from natgrad.capture.model_output import losses, require_output
 from natgrad.experiments.batches import LoaderBatches
 from natgrad.experiments.factories import described, evaluating
+from natgrad.experiments.objectives import find_loss
 from natgrad.fisher import fisher_matrix
 from natgrad.jacobians import LayerJacobian, SumJacobian
 from natgrad.layouts import ParameterLayout
-from natgrad.likelihoods import as_likelihood
+from natgrad.likelihoods import Likelihood, as_likelihood
 from natgrad.operators import Operator
 from natgrad.optim import Preconditioner
 from natgrad.optim.summary import Summary, summarize
@@ -53,10 +54,24 @@ def _arguments(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
     return inputs[0] if by_name else inputs
 
 
+def likelihood_behind(criterion: Any) -> str | Likelihood:
+    """Return the likelihood of the loss that a factory gave; "categorical" where it gave none."""
+    if criterion is None:
+        return "categorical"
+    loss = find_loss(criterion) if isinstance(criterion, str) else criterion
+    try:
+        return as_likelihood(loss)
+    except (TypeError, ValueError) as error:
+        raise InspectionError(
+            f"The likelihood behind the factory's loss cannot be told: give --likelihood "
+            f"({described(error)})."
+        ) from error
+
+
 def inspect_model(
     model: nn.Module,
     structure: str,
-    likelihood: str,
+    likelihood: str | Likelihood,
     fisher: str,
     samples: int,
     positions: Mapping[str, int] | None = None,
@@ -79,6 +94,12 @@ def summary_values(summary: Summary, positions: Mapping[str, int] | None) -> dic
         layer["positions"] = (positions or {}).get(layer["name"])
     totals = ("parameters", "covered", "memory", "refresh", "step")
     return {**values, **{name: getattr(summary, name) for name in totals}}
+
+
+def example_of(data: str) -> tuple[Any, ...]:
+    """Return the inputs of the first batch of ``package.module:loader``."""
+    inputs, _ = next(iter(LoaderBatches(data, torch.device("cpu"), samples=1).measured()))
+    return inputs if isinstance(inputs, tuple) else (inputs,)
 
 
 def example_input(shape: str) -> tuple[Tensor, ...]:
@@ -136,7 +157,7 @@ def fisher_spectrum(
     model: nn.Module,
     data: str,
     structure: str,
-    likelihood: str,
+    likelihood: str | Likelihood,
     fisher: str,
     *,
     samples: int,
@@ -191,7 +212,7 @@ def _all_eigenvalues(matrix: Operator) -> SpectralDensity:
 
 
 def _with_own_targets(
-    model: nn.Module, batch: tuple[Any, Any], likelihood: str, fisher: str
+    model: nn.Module, batch: tuple[Any, Any], likelihood: str | Likelihood, fisher: str
 ) -> tuple[Any, Any]:
     """Return a batch with the targets that the model's own loss is of, if it returns one.
 

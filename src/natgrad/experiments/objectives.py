@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from natgrad.capture.evaluation import call_model
 from natgrad.capture.model_output import require_output
-from natgrad.experiments.factories import described, find
+from natgrad.experiments.factories import described, find, located
 from natgrad.likelihoods import Bernoulli, Categorical, Likelihood, as_likelihood
 
 Encoding = Callable[[Tensor, int], Tensor]
@@ -35,15 +35,17 @@ class Metric:
         return float("nan") if self.function is None else float(self.function(outputs, targets))
 
 
-def accuracy(outputs: Tensor, targets: Tensor, class_dim: int = 1) -> float:
+def accuracy(
+    outputs: Tensor, targets: Tensor, class_dim: int = 1, ignore_index: int = -100
+) -> float:
     """Return the fraction of predictions whose largest output is at their label.
 
     Outputs are (N, C), or have more dimensions with the classes in `class_dim`. Targets are labels,
-    −100 where there is none, or class probabilities in the outputs' shape.
+    `ignore_index` where there is none, or class probabilities in the outputs' shape.
     """
     labels = targets if targets.dim() < outputs.dim() else targets.argmax(class_dim)
     right = outputs.argmax(class_dim) == labels
-    return right[labels != -100].float().mean().item()
+    return right[labels != ignore_index].float().mean().item()
 
 
 def _binary_accuracy(outputs: Tensor, targets: Tensor) -> float:
@@ -83,7 +85,17 @@ class Objective:
         """Call a model, and return the outputs that the likelihood is about and the loss."""
         made = call_model(model, inputs)
         outputs = require_output(made, None)
-        return outputs, made.loss if self.function is None else self.function(outputs, targets)
+        if self.function is not None:
+            return outputs, self.function(outputs, targets)
+        loss = _own_loss(made)
+        assert loss is not None
+        return outputs, loss
+
+
+def _own_loss(made: Any) -> Tensor | None:
+    """Return the loss that a model's output holds, as an entry or attribute of that name."""
+    loss = made.get("loss") if isinstance(made, Mapping) else getattr(made, "loss", None)
+    return loss if isinstance(loss, Tensor) else None
 
 
 def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -125,15 +137,15 @@ def choose_objective(
         made = call_model(model, inputs)
         outputs = require_output(made, None)
     except Exception as error:  # a user's model may raise anything
-        raise ObjectiveError(f"The model fails on the first batch: {described(error)}.") from error
-    own = loss is None and isinstance(getattr(made, "loss", None), Tensor)
+        raise ObjectiveError(f"The model fails on the first batch: {located(error)}.") from error
+    own = loss is None and _own_loss(made) is not None
     if loss is None and not own:
         if not _are_labels(targets, outputs):
             raise ObjectiveError(
                 f"The loss cannot be told from outputs {_shape(outputs)} and targets "
                 f"{_shape(targets)}: let the factory return (model, loss), or give --loss."
             )
-        loss = nn.CrossEntropyLoss()
+        loss = Categorical() if _classes_are_last(targets, outputs) else nn.CrossEntropyLoss()
     if isinstance(loss, str):
         loss = find_loss(loss)
     if likelihood is None and own:
@@ -197,7 +209,8 @@ def choose_metric(
         return NO_METRIC  # Language models shift their labels: only they know by how much.
     dim = getattr(likelihood, "class_dim", None)
     dim = dim if dim is not None else 2 if outputs.dim() == 3 else 1
-    return Metric("accuracy", lambda outputs, targets: accuracy(outputs, targets, dim))
+    ignored = getattr(likelihood, "ignore_index", -100)
+    return Metric("accuracy", lambda outputs, targets: accuracy(outputs, targets, dim, ignored))
 
 
 def find_loss(name: str) -> nn.Module | Likelihood:
@@ -228,6 +241,12 @@ def _are_labels(targets: Any, outputs: Tensor) -> bool:
     return (
         outputs.dim() >= 2 and targets.dim() == outputs.dim() - 1 and len(targets) == len(outputs)
     )
+
+
+def _classes_are_last(targets: Tensor, outputs: Tensor) -> bool:
+    """Whether outputs are (N, T, C) for labels (N, T); torch's loss takes (N, C, T) only."""
+    of_torch = outputs.shape[:1] + outputs.shape[2:]
+    return outputs.dim() == 3 and outputs.shape[:2] == targets.shape != of_torch
 
 
 def _shape(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -98,12 +99,19 @@ def inline_svg(svg: str, prefix: str, title: str) -> Markup:
 
 
 def write_whole(path: Path, content: bytes) -> Path:
-    """Write a file that appears under its name only once it is complete; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file that appears under its name only once it is complete; its folder is made.
+
+    A ConfigError says that the system does not let it be written.
+    """
     partial = path.with_name(f".{path.name}-{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(content)
         os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise ConfigError(f"{path} cannot be written: {error.strerror or error}.") from error
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
