@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -31,13 +32,22 @@ def graph_hash(output: Tensor) -> int:
 
 def leaves(output: Tensor | None) -> Iterator[Tensor]:
     """Yield the tensors that an output's graph accumulates gradients in."""
-    waiting: list[Any] = [None if output is None else output.grad_fn]
+    return (node.variable for node in _nodes(output) if hasattr(node, "variable"))
+
+
+def own_functions(output: Tensor) -> list[str]:
+    """Return the names of the functions in an output's graph whose derivatives users wrote."""
+    own = torch.autograd.function.BackwardCFunction
+    return sorted({type(node).__name__ for node in _nodes(output) if isinstance(node, own)})
+
+
+def _nodes(output: Tensor | None) -> Iterator[Any]:
+    waiting: list[Any] = [] if output is None or output.grad_fn is None else [output.grad_fn]
     met = set(waiting)
     while waiting:
         node = waiting.pop()
-        if hasattr(node, "variable"):
-            yield node.variable
-        for following, _ in () if node is None else node.next_functions:
+        yield node
+        for following, _ in node.next_functions:
             if following is not None and following not in met:
                 met.add(following)
                 waiting.append(following)

@@ -20,7 +20,13 @@ from torch import Tensor, nn
 
 from natgrad import linalg
 from natgrad.arguments import check_damping
-from natgrad.derivatives.passes import Pass, Passes, derivatives, pushed_forward
+from natgrad.derivatives.passes import (
+    Pass,
+    Passes,
+    check_differentiable,
+    derivatives,
+    pushed_forward,
+)
 from natgrad.fisher import Batch
 from natgrad.layouts import ParameterLayout
 from natgrad.likelihoods import LikelihoodLike, as_likelihood
@@ -98,6 +104,7 @@ class HessianMatrix(_LossMatrix):
     """
 
     def _products(self, one: Pass, columns: Tensor) -> list[Tensor]:
+        check_differentiable(one.output, self.passes)
         loss = one.loss()
         (gradient,) = derivatives(loss, self.passes, [torch.ones_like(loss)], create_graph=True)
         return derivatives(gradient, self.passes, columns.unbind(1))
@@ -149,7 +156,8 @@ def hessian_matrix(
         output: Picks the tensor the likelihood looks at out of the model's output.
 
     Raises:
-        ValueError: If an argument is wrong, targets are missing, or the data cannot be read again.
+        ValueError: If an argument is wrong, targets are missing, or the data cannot be read again;
+            from products, if a layer cannot be differentiated twice.
 
     Example:
         >>> H = natgrad.hessian_matrix(model, (x, y))
@@ -173,7 +181,8 @@ def gauss_newton_matrix(
     entry by entry, :func:`natgrad.fisher_matrix` is faster.
 
     Raises:
-        ValueError: If an argument is wrong, targets are missing, or the data cannot be read again.
+        ValueError: If an argument is wrong, targets are missing, or the data cannot be read again;
+            from products, if a layer cannot be differentiated twice.
 
     Example:
         >>> G = natgrad.gauss_newton_matrix(model, (x, y))

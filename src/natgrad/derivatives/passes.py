@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.capture.evaluation import attention_by_products, call_model, undisturbed
+from natgrad.capture.graph import own_functions
 from natgrad.capture.model_output import Selection, require_output, unwrap
+from natgrad.derivatives.twice_differentiable import TwiceDifferentiable
 from natgrad.fisher.batches import Batch, batches_of, check_reiterable
 from natgrad.layouts import ParameterLayout
 from natgrad.likelihoods import Likelihood
@@ -98,7 +100,8 @@ class Passes:
         for inputs, target in batches_of(self.data):
             empty = False
             with undisturbed(self.model), torch.enable_grad(), attention_by_products():
-                found = call_model(self.model, inputs)
+                with TwiceDifferentiable():
+                    found = call_model(self.model, inputs)
                 heads = self.select(found) if isinstance(self.select, Selection) else None
                 output = require_output(found, self.select)
                 own = self.likelihood
@@ -120,38 +123,85 @@ class Passes:
 def derivatives(
     output: Tensor, passes: Passes, vectors: Iterable[Tensor], create_graph: bool = False
 ) -> list[Tensor]:
-    """Return ``vᵀ ∂output/∂θ``, ``(P,)``, for every vector v of the output's shape."""
+    """Return ``vᵀ ∂output/∂θ``, ``(P,)``, for every vector v of the output's shape.
+
+    A layer whose derivative cannot be differentiated again is a ValueError.
+    """
     if not output.requires_grad:
         return [passes.layout.zeros(passes.layout.numel) for _ in vectors]
     return [
         passes.flat(
-            torch.autograd.grad(
-                output,
-                passes.parameters,
-                vector.to(output.dtype),
-                retain_graph=True,
-                create_graph=create_graph,
-                allow_unused=True,
-            )  # fmt: skip
+            differentiated(
+                output, passes.parameters, vector.to(output.dtype), create_graph=create_graph
+            )
         )
         for vector in vectors
     ]
+
+
+def differentiated(
+    output: Tensor, inputs: Sequence[Tensor], vector: Tensor, create_graph: bool = False
+) -> Sequence[Tensor | None]:
+    """Return ``vᵀ ∂output/∂input`` of several inputs; None of those that it does not depend on.
+
+    A layer whose derivative cannot be differentiated again is a ValueError.
+    """
+    try:
+        return torch.autograd.grad(
+            output, inputs, vector, retain_graph=True, create_graph=create_graph, allow_unused=True
+        )
+    except RuntimeError as error:
+        if not any(sign in str(error).lower() for sign in ("not implemented", "twice", "double b")):
+            raise
+        raise ValueError(
+            f"a layer of the model cannot be differentiated twice ({error}): take "
+            "natgrad.fisher_matrix(..., structure='full'), which needs one derivative, or make the "
+            "layer of other functions"
+        ) from error
+
+
+def check_differentiable(output: Tensor, passes: Passes) -> None:
+    """Raise a ValueError if the derivative of a function that users wrote has none itself.
+
+    Torch takes such a derivative for zero without a word, as where it is made by
+    ``once_differentiable`` or outside of torch. Then ``vᵀ(Jᵀw)`` is not ``wᵀ(Jv)``.
+    """
+    names = own_functions(output)
+    if not names:
+        return
+    generator = torch.Generator().manual_seed(0)
+    shapes = (output.shape, (passes.layout.numel,))
+    w, v = (torch.randn(shape, generator=generator).to(output) for shape in shapes)
+    (pulled,) = derivatives(output, passes, [w])
+    (moved,) = _pushed(output, passes, v.unsqueeze(1))
+    one, other = torch.dot(pulled, v.to(pulled)), (w * moved).sum().to(pulled)
+    precision = 10 * torch.finfo(output.dtype).eps ** 0.5
+    if not bool((one - other).abs() <= precision * pulled.norm()):
+        raise ValueError(
+            f"the derivative of {', '.join(names)}, or of one of them, cannot be differentiated "
+            "again: take natgrad.fisher_matrix(..., structure='full'), which needs one derivative, "
+            "or write its backward as functions of torch of what it has saved"
+        )
 
 
 def pushed_forward(output: Tensor, passes: Passes, columns: Tensor) -> list[Tensor]:
     """Return ``J v``, of the output's shape, for every column v ``(P,)`` of ``(P, k)``.
 
     ``Jᵀw`` is linear in w, and its derivative with respect to w along v is ``J v``: two backward
-    passes, which all layers know, for one forward-mode pass, which some do not.
+    passes, which all layers know, for one forward-mode pass, which some do not. A layer whose
+    derivative cannot be differentiated again is a ValueError.
     """
+    check_differentiable(output, passes)
+    return _pushed(output, passes, columns)
+
+
+def _pushed(output: Tensor, passes: Passes, columns: Tensor) -> list[Tensor]:
     probe = torch.zeros_like(output, requires_grad=True)
     (pulled,) = derivatives(output, passes, [probe], create_graph=True)
     if not pulled.requires_grad:
         return [torch.zeros_like(output) for _ in columns.unbind(1)]
     found = []
     for column in columns.unbind(1):
-        (one,) = torch.autograd.grad(
-            pulled, probe, column.to(pulled.dtype), retain_graph=True, allow_unused=True
-        )
+        (one,) = differentiated(pulled, [probe], column.to(pulled.dtype))
         found.append(torch.zeros_like(output) if one is None else one.detach())
     return found
