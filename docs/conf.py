@@ -46,11 +46,18 @@ sphinx_gallery_conf = {
     "abort_on_example_error": True,
     "capture_repr": (),
     "show_signature": False,
+    "write_computation_times": False,  # Its page loads scripts from elsewhere.
 }
 
 html_theme = "furo"
 html_title = f"natgrad {version}"
-html_theme_options = {"source_repository": "https://github.com/natgrad/natgrad"}
+REPOSITORY = "https://github.com/natgrad/natgrad"
+html_theme_options = {
+    "source_repository": REPOSITORY,
+    "source_branch": "main",
+    "source_directory": "docs/",
+    "top_of_page_buttons": ["view"],
+}
 html_math_renderer = "mathml"  # Every browser draws it itself, without a script from elsewhere.
 templates_path, html_static_path = ["_templates"], ["_static"]
 html_css_files, html_js_files = ["site.css"], ["versions.js"]
@@ -77,6 +84,16 @@ def write_formula(page: Any, node: Any) -> None:
     raise nodes.SkipNode
 
 
+def source_of_page(
+    app: Any, name: str, template: str, context: dict[str, Any], doctree: Any
+) -> None:
+    """Lead from a page of the gallery to the program that it was made of."""
+    folder, _, page = name.rpartition("/")
+    if folder == "auto_gallery":
+        source = "README.rst" if page == "index" else f"{page}.py"
+        context["theme_source_view_link"] = f"{REPOSITORY}/blob/main/docs/gallery/{source}"
+
+
 def of_class(
     app: Any, what: str, name: str, thing: Any, options: Any, shown: str, returned: str
 ) -> tuple[str, str] | None:
@@ -99,5 +116,6 @@ def setup(app: Any) -> None:
 
     app.add_html_math_renderer("mathml", (write_formula, None), (write_formula, None))
     app.connect("autodoc-process-signature", of_class)
+    app.connect("html-page-context", source_of_page)
     app.connect("source-read", read)
     app.connect("include-read", included)
