@@ -80,3 +80,52 @@ def test_a_graph_convolution_is_a_product():
     with pytest.warns(UserWarning, match="coupled"):
         expected = curvature(Convolution(torch.mm), x.relu())
     torch.testing.assert_close(found, expected)
+
+
+class Outside(torch.autograd.Function):
+    """A square whose derivative is made outside of torch, one vector at a time."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.x = x.detach().numpy()
+        return torch.from_numpy(ctx.x**2)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return torch.from_numpy(2.0 * ctx.x * gradient.detach().numpy())
+
+
+class Between(nn.Module):
+    """A function that several vectors cannot go through together, between layers."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.body, self.head, self.function = nn.Linear(4, 5), nn.Linear(5, 3), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.function(self.body(x).tanh()).tanh())
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.filterwarnings("ignore:natgrad. the samples of a batch are coupled")
+@pytest.mark.parametrize("kind", ["sparse_coo", "sparse_csr", "outside"])
+def test_functions_that_take_one_vector_at_a_time_lie_anywhere(kind):
+    """The graph of a pass that nobody needs any more was gone after the layers above them."""
+    x, target = normal(8, 4, seed=0), torch.arange(8) % 3
+    neighbours = (normal(8, 8, seed=1).abs() < 0.4).double() + torch.eye(8).double()
+    given = neighbours.to_sparse(layout=getattr(torch, kind, torch.sparse_coo))
+    torch.manual_seed(0)
+    own = Outside.apply if kind == "outside" else lambda h: given @ h
+    model = Between(own).double()
+    plain = Between(torch.square if kind == "outside" else lambda h: neighbours @ h).double()
+    plain.load_state_dict(model.state_dict())
+    for structure in ("full", "kfac"):
+        found, expected = (
+            natgrad.fisher_matrix(one, (x, target), structure=structure) for one in (model, plain)
+        )
+        torch.testing.assert_close(found.to_dense(), expected.to_dense())
+    kernels = [natgrad.ntk.empirical_kernel(one, x) for one in (model, plain)]
+    torch.testing.assert_close(*kernels)
+    variances = [natgrad.Laplace(one, (x, target)).functional_variance(x) for one in (model, plain)]
+    torch.testing.assert_close(*variances)
+    assert natgrad.tools.influence(model, (x, target), (x, target)).shape == (8, 8)

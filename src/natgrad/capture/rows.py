@@ -365,7 +365,8 @@ def batched_gradients(
         single = backward(vectors[0], False, retain_graph)
         return [None if g is None else g.unsqueeze(0) for g in single]
     try:
-        return list(backward(vectors, True, retain_graph))
+        # The graph is kept, as one function that cannot be batched may come after others.
+        return list(backward(vectors, True, True))
     except RuntimeError as error:
         said = str(error).lower()
         if not any(one in said for one in ("vmap", "batching rule", "have storage", "sparse")):
