@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from pathlib import Path
@@ -41,6 +42,28 @@ def test_the_page_has_blocks_of_every_library():
     ]  # fmt: skip
 
 
+def test_the_block_of_singd_takes_its_steps():
+    theirs = pytest.importorskip("singd.optim.optimizer").SINGD
+    (block,) = (block for title, block in BLOCKS if title == "singd")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)).double()
+    twin = copy.deepcopy(model)
+    x, y = torch.randn(96, 2, 4, 4).double(), torch.randint(0, 3, (96,))
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=8)
+    exec(
+        block,
+        {"natgrad": natgrad, "torch": torch, "F": functional, "model": model, "loader": loader},
+    )
+    optimizer = theirs(twin, lr=0.05, momentum=0.9, damping=1e-2, alpha1=0.5, T=10, lr_cov=0.02,
+                       structures=("dense", "dense"), loss_average="batch")  # fmt: skip
+    for x, y in loader:
+        optimizer.zero_grad()
+        functional.cross_entropy(twin(x), y).backward()
+        optimizer.step()
+    for ours, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(ours, other, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize(("title", "block"), BLOCKS)
 def test_block(title: str, block: str):
     torch.manual_seed(0)
@@ -58,6 +81,10 @@ def test_block(title: str, block: str):
         warnings.simplefilter("error")
         exec(compile(block, str(PAGE), "exec"), names)
     after = list(model.parameters())
+    if title == "singd":
+        assert not names[
+            "optimizer"
+        ].preconditioner.refresh.early  # As singd: every T steps, from 0.
     if "optimizer" in names:
         assert all(not torch.equal(p, old) for p, old in zip(after, before, strict=True))
         assert all(bool(p.isfinite().all()) for p in after)
