@@ -171,3 +171,15 @@ def test_heads_and_several_batches():
     assert (found.curvature, found.slope, found.gradient_indicator) == pytest.approx(
         expected, rel=1e-9
     )
+
+
+def test_what_is_no_update_and_targets_that_do_not_count_are_named():
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(3, 2).double(), normal(5, 3), torch.tensor([0, 1, 1, 0, 1])
+    update = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    with pytest.raises(TypeError, match="parameter name"):
+        update_quality(model, (x, y), torch.ones(8))
+    with pytest.raises(TypeError, match="real numbers"):
+        update_quality(model, (x, y), {name: value * 1j for name, value in update.items()})
+    with pytest.raises(ValueError, match="no target of the data counts"):
+        update_quality(model, (x, torch.full_like(y, -100)), update)

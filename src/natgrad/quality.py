@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from natgrad.derivatives.passes import Passes, derivatives, pushed_forward
 from natgrad.fisher import Batch
 from natgrad.likelihoods import LikelihoodLike, as_likelihood
+from natgrad.operators.linear_map import check_real
 
 
 @dataclass(frozen=True)
@@ -83,14 +84,21 @@ def update_quality(
         output: Picks the tensor the likelihood looks at out of the model's output.
 
     Raises:
-        ValueError: If a name or shape does not fit the model, or the update or the gradient is zero
-            or not finite.
+        TypeError: If the update is no mapping to tensors of real numbers.
+        ValueError: If a name or shape does not fit the model, no target counts, a layer cannot be
+            differentiated twice, or the update or the gradient is zero or not finite.
 
     Source: Wu et al., An improved empirical Fisher approximation for natural gradient descent
     (2024).
     """
     passes = Passes.of(model, data, as_likelihood(likelihood), output)
     layout = passes.layout
+    if not isinstance(update, Mapping):
+        raise TypeError(
+            f"update must be parameter name → direction, got {type(update).__name__}: a flat "
+            "vector becomes one by the to_dict() of a Fisher matrix's layout"
+        )
+    check_real(update.values())
     for name, value in update.items():
         if layout.shapes.get(name) != tuple(value.shape):
             raise ValueError(
@@ -104,6 +112,8 @@ def update_quality(
             loss = one.loss()
             gradient += derivatives(loss, passes, [torch.ones_like(loss)])[0].unsqueeze(1)
             count += one.count()
+    if count == 0:
+        raise ValueError("no target of the data counts, so there is no loss to change")
     gradient /= count
     size, square = float(direction.square().sum()), float(gradient.square().sum())
     if not (0 < size < math.inf and 0 < square < math.inf):

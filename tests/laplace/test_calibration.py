@@ -86,3 +86,37 @@ def test_wrong_shapes_are_named():
             calibration(prediction, targets)
     with pytest.raises(ValueError, match="bins"):
         calibration(torch.ones(1, 1), torch.zeros(1, dtype=torch.long), 0)
+
+
+def test_what_are_no_probabilities_labels_or_variances_is_refused():
+    g = generator(0)
+    logits, labels = 3.0 * torch.randn(20, 3, generator=g), torch.arange(20) % 3
+    for wrong in (logits, logits * float("nan"), torch.zeros(0, 3)):
+        with pytest.raises(ValueError, match="probabilities, from 0 to 1"):
+            calibration(wrong, labels[: len(wrong)])
+    with pytest.raises(ValueError, match="probabilities, from 0 to 1"):
+        calibration(logits[:, 0], (logits[:, 1] > 0).float())
+    for wrong in (-100, 3):
+        with pytest.raises(ValueError, match="labels must be from 0 to 2"):
+            calibration(logits.softmax(1), labels.index_fill(0, torch.tensor([4]), wrong))
+    mean = torch.zeros(5)
+    for variance in (torch.zeros(5), -torch.ones(5), torch.full((5,), float("nan"))):
+        with pytest.raises(ValueError, match="positive variances"):
+            calibration((mean, variance), mean)
+    with pytest.raises(ValueError, match="targets that count"):
+        calibration((mean, torch.ones(5)), mean * float("nan"))
+
+
+def test_missing_targets_do_not_count():
+    g = generator(0)
+    mean, variance = torch.randn(40, generator=g).double(), torch.rand(40, generator=g).double() + 1
+    targets, outcomes = torch.randn(40, generator=g).double(), torch.rand(40, generator=g).round()
+    kept = torch.arange(40) % 4 != 1
+    missing = torch.where(kept, targets, float("nan"))
+    found = calibration((mean, variance), missing)
+    expected = calibration((mean[kept], variance[kept]), targets[kept])
+    assert torch.equal(found.observed, expected.observed)
+    assert torch.equal(found.counts, expected.counts)
+    chances = mean.sigmoid().requires_grad_()
+    found = calibration(chances, torch.where(kept, outcomes.double(), float("nan")))
+    assert found.error == calibration(chances[kept], outcomes[kept].double()).error

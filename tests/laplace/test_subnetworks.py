@@ -135,3 +135,10 @@ def test_wrong_masks_are_refused():
             Laplace(model, (x, y), "gaussian", parameters=masks)
     with pytest.raises(ValueError, match="at most"):
         largest_entries({"a": torch.ones(3)}, 4)
+
+
+def test_scores_that_are_none_are_refused():
+    with pytest.raises(ValueError, match="at most that of all entries, 0"):
+        largest_entries({}, 1)
+    with pytest.raises(ValueError, match="NaN"):
+        largest_entries({"a": torch.tensor([1.0, float("nan")])}, 1)

@@ -708,3 +708,14 @@ def test_models_are_left_as_they_were():
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         assert torch.equal(parameter.grad, gradient)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_missing_targets_are_refused_where_all_outputs_are_trained(value):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    network, target = LinearizedNetwork(model, normal(5, 3)), normal(5, 2)
+    target[1, 0] = value
+    for structure in ("gd", "full"):
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            predict(network, target, structure, damping=0.1)

@@ -611,3 +611,8 @@ def test_single_numbers_are_outputs_of_one_entry():
         expected = isotropy(model, x, structure, 0.1)
         found = isotropy(flat, x, structure, 0.1)
         dense.assert_same(found.coefficients, expected.coefficients)
+
+
+def test_no_sample_is_refused():
+    with pytest.raises(ValueError, match="one sample"):
+        isotropy(torch.nn.Linear(3, 2), torch.zeros(0, 3))

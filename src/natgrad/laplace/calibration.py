@@ -68,11 +68,13 @@ def calibration(
             which the largest is the confidence; probabilities of binary outcomes, in the shape of
             the targets; or mean and variance of Gaussian outputs, whose central intervals are
             looked at.
-        targets: Labels ``(N,)``, or outcomes or values in the shape of the predictions.
+        targets: Labels ``(N,)``, or outcomes or values in the shape of the predictions, of which
+            those that are NaN are missing and do not count.
         bins: Bins of equal width for probabilities; levels ``1/(bins + 1), …`` of intervals.
 
     Raises:
-        ValueError: If shapes do not go together, or the number of bins is not positive.
+        ValueError: If shapes do not go together, probabilities, labels or variances are none, there
+            is nothing to count, or the number of bins is not positive.
 
     Source: Guo et al., On calibration of modern neural networks (2017); Kuleshov, Fenner & Ermon,
     Accurate uncertainties for deep learning using calibrated regression (2018).
@@ -92,12 +94,23 @@ def calibration(
             f"{tuple(prediction.shape)}: give labels (N,) for classes (N, C), or one each"
         )
     confidence, label = prediction.max(1)
+    if not bool(((targets >= 0) & (targets < prediction.shape[1])).all()):
+        raise ValueError(
+            f"labels must be from 0 to {prediction.shape[1] - 1}: leave out samples without one"
+        )
     return _of_events(confidence, label == targets, bins)
 
 
 def _of_events(promised: Tensor, happened: Tensor, bins: int) -> Calibration:
     """Return means over bins of probabilities, of promises and of what happened."""
-    promised, happened = promised.double().cpu(), happened.double().cpu()
+    promised, happened = promised.detach().double().cpu(), happened.double().cpu()
+    known = ~happened.isnan()
+    promised, happened = promised[known], happened[known]
+    if not len(promised) or not bool(((promised >= 0) & (promised <= 1)).all()):
+        raise ValueError(
+            "calibration takes one or more predictions that are probabilities, from 0 to 1: those "
+            "of logits are their softmax, or sigmoid"
+        )
     place = (promised * bins).long().clamp(max=bins - 1)
     counts = torch.bincount(place, minlength=bins)
     sums = [torch.bincount(place, weights, minlength=bins) for weights in (promised, happened)]
@@ -113,7 +126,12 @@ def _of_intervals(mean: Tensor, variance: Tensor, targets: Tensor, levels: int) 
             f"targets of shape {tuple(targets.shape)} do not go with predictions of shape "
             f"{tuple(mean.shape)}: they must be the same"
         )
-    distance = ((targets - mean) / variance.sqrt()).double().abs().flatten().cpu()
+    if not bool((variance > 0).all()):
+        raise ValueError("calibration takes means and positive variances of Gaussian outputs")
+    distance = ((targets - mean) / variance.sqrt()).detach().double().abs().flatten().cpu()
+    distance = distance[~targets.isnan().flatten().cpu()]
+    if not len(distance) or bool(distance.isnan().any()):
+        raise ValueError("calibration takes means that are numbers, and targets that count")
     promised = torch.arange(1, levels + 1, dtype=torch.float64) / (levels + 1)
     inside = torch.special.erf(distance / 2**0.5)  # The level of the interval that just reaches it.
     observed = (inside <= promised.unsqueeze(1)).double().mean(1)

@@ -24,7 +24,7 @@ def largest_entries(scores: Mapping[str, Tensor], number: int) -> dict[str, Tens
         Parameter name → mask, for the parameters of which some entries are among them.
 
     Raises:
-        ValueError: If there are no so many entries.
+        ValueError: If there are no so many entries, or scores are NaN.
 
     Source: Daxberger et al., Bayesian deep learning via subnetwork inference (2021).
 
@@ -35,9 +35,12 @@ def largest_entries(scores: Mapping[str, Tensor], number: int) -> dict[str, Tens
         >>> posterior = natgrad.Laplace(model, loader, "categorical", "full", parameters=masks)
     """
     check_interval("number", number)
+    entries = sum(values.numel() for values in scores.values())
+    if number > entries:
+        raise ValueError(f"number must be at most that of all entries, {entries}, got {number}")
     flat = torch.cat([values.detach().reshape(-1) for values in scores.values()])
-    if number > len(flat):
-        raise ValueError(f"number must be at most that of all entries, {len(flat)}, got {number}")
+    if bool(flat.isnan().any()):
+        raise ValueError("scores must be numbers, and some of them are NaN")
     chosen = torch.zeros_like(flat, dtype=torch.bool)
     chosen[flat.topk(number).indices] = True
     pieces = chosen.split([values.numel() for values in scores.values()])

@@ -189,9 +189,11 @@ def fisher_rows(
     """Return the exact Fisher's rows ``SᵀJ`` of a recorded pass, the projection Π and the count.
 
     Rows have K directions per sample; ``Π_n = S_n⁺S_n``, ``(N, K, K)``; the count is that of data
-    points.
+    points. No sample is a ValueError.
     """
     detached = output.detach()
+    if detached.numel() == 0:
+        raise ValueError(f"the output has shape {tuple(detached.shape)}: give inputs of one sample")
     weights = likelihood.event_weights(detached, None)
     vectors = ExactFisher().vectors(likelihood, detached, weights)
     roots = vectors.reshape(len(vectors), len(detached), -1).transpose(0, 1)

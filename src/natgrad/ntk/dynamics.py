@@ -178,6 +178,11 @@ def predict(
         )
     run = _Run(network, target, structure, times, lr, damping, likelihood)
     if isinstance(likelihood, Gaussian) and output_damping is None:
+        if not bool(torch.isfinite(target).all()):
+            raise ValueError(
+                "target has entries that are NaN or infinite, and the closed form trains all "
+                "outputs: leave those samples out"
+            )
         train, test = _closed_form(run, continuous)
     elif continuous:
         raise ValueError(
