@@ -23,7 +23,8 @@ def scene() -> dict[str, Any]:
     model = ntk.MLP([6, 96, 96, 2]).double()
     return {
         "natgrad": natgrad, "ntk": ntk, "model": model, "x": x, "x_test": x_test,
-        "x1": x, "x2": x_test, "y": torch.randn(8, 2).double(), "y_test": torch.randn(5, 2).double(),
+        "x1": x, "x2": x_test,
+        "y": torch.randn(8, 2).double(), "y_test": torch.randn(5, 2).double(),
     }  # fmt: skip
 
 
