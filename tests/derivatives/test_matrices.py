@@ -225,3 +225,19 @@ def test_wrong_input_is_named():
     with pytest.raises(TypeError, match="no names"):
         jacobian.T @ {"0.weight": model[0].weight}
     assert repr(matrix) == "HessianMatrix(32 x 32)" and isinstance(matrix, HessianMatrix)
+
+
+def test_inference_mode_is_refused_where_derivatives_would_be_zero():
+    model, data = network(), (normal(5, 3), torch.tensor([0, 1, 1, 0, 1]))
+    hessian, jacobian = hessian_matrix(model, data), jacobian_matrix(model, data)
+    vector, update = torch.ones(hessian.shape[0]), dict(model.named_parameters())
+    with torch.inference_mode():
+        for function in (
+            lambda: hessian @ vector,
+            lambda: gauss_newton_matrix(model, data),
+            lambda: jacobian @ vector,
+            lambda: jacobian.T @ torch.ones(jacobian.shape[0]),
+            lambda: natgrad.update_quality(model, data, update),
+        ):
+            with pytest.raises(RuntimeError, match="inference_mode"):
+                function()

@@ -135,3 +135,17 @@ def test_what_is_no_pair_is_refused_with_what_to_do(data: Any, message: str):
     for use in (natgrad.fisher_matrix, natgrad.hessian_matrix, natgrad.Laplace):
         with pytest.raises(ValueError, match=message):
             use(model, data)
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac", "foof", "tkfac", "full"])
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_weights_that_are_made_of_others_see_a_batch_of_one_among_others(structure, fisher):
+    """Their rows have no place for samples, and those of one sample were taken for a sum."""
+    torch.manual_seed(0)
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 5))
+    model = nn.Sequential(layer, nn.Tanh(), nn.Linear(5, 3)).double()
+    expected = natgrad.fisher_matrix(model, (X, Y), structure=structure, fisher=fisher).to_dense()
+    for cuts in ((0, 4, 5, 7), (0, 6, 7), (0, 1, 7), tuple(range(8))):
+        batches = [(X[a:b], Y[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+        found = natgrad.fisher_matrix(model, batches, structure=structure, fisher=fisher)
+        dense.assert_same(found.to_dense(), expected)

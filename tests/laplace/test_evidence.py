@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from natgrad import Gaussian, Laplace
+from natgrad import Gaussian, Laplace, VariationalLaplace
 from tests import dense
 from tests.cases import normal
 from tests.laplace.gaussians import LAYERS, Dense, data, network
@@ -157,3 +157,20 @@ def test_wrong_priors_and_noise_are_named():
         posterior.log_marginal_likelihood(noise_variance=0.1)
     with pytest.raises(TypeError, match="gaussian likelihood"):
         posterior.optimize_prior_precision(noise=True)
+
+
+def test_everything_is_had_without_gradients_too():
+    """As in an evaluation loop, under ``torch.no_grad()``."""
+    found = []
+    for mode in (torch.enable_grad, torch.no_grad):
+        model, (x, y) = network(), data("gaussian")
+        with mode():
+            posterior = Laplace(model, (x, y), "gaussian", "kfac")
+            deltas = posterior.optimize_prior_precision(per_layer=True, noise=True)
+            sparse = VariationalLaplace(model, (x, y), "gaussian", 4)
+            noise = sparse.optimize_noise()
+            history = sparse.fit_predictive((x, y), 3)
+            found.append([*deltas.values(), *noise, *history, float(posterior.predict(x)[1].sum())])
+    assert found[0] == found[1]
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
+        posterior.optimize_prior_precision(per_layer=True)

@@ -31,11 +31,7 @@ def evaluated(capture: Capture, inputs: Any) -> Iterator[Tensor]:
         RuntimeError: If it runs inside ``torch.inference_mode()``, or a layer inside reentrant
             checkpoints.
     """
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            "natgrad differentiates the model, which torch.inference_mode() makes impossible: "
-            "leave it, or use torch.no_grad(), which does no harm here"
-        )
+    refuse_inference_mode()
     capture.clear()
     with undisturbed(capture.model):
         with torch.enable_grad():
@@ -53,6 +49,15 @@ def evaluated(capture: Capture, inputs: Any) -> Iterator[Tensor]:
                 raise RowsUnavailable(f"there are no rows for {name!r}: {reason}")
             assert recorded.output is not None
             yield recorded.output
+
+
+def refuse_inference_mode() -> None:
+    """Raise a RuntimeError inside ``torch.inference_mode()``, where derivatives are zero."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "natgrad differentiates the model, which torch.inference_mode() makes impossible: "
+            "leave it, or use torch.no_grad(), which does no harm here"
+        )
 
 
 def output_rows(capture: Capture, inputs: Any) -> tuple[Tensor, Jacobians]:

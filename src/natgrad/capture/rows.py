@@ -92,8 +92,11 @@ class RowBuilder:
                         rows[name] = self.block_rows(name, of, samples, skip_silent)
                         continue
                     joint = self._joint_rows(name, of, skip_silent)
-                    if joint is not None:
-                        rows[name] = joint.parted(samples) if alone else joint.summed_up()
+                    if joint is not None and alone:
+                        rows[name] = joint.parted(samples)
+                    elif joint is not None:  # The sum of one sample is its own row.
+                        own_row = samples == 1 and not independent
+                        rows[name] = joint if own_row else joint.summed_up()
                 except Exception as error:
                     self.sources.distrust(name, error)
         if self.sources.direct:

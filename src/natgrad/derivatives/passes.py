@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from natgrad.capture.evaluation import attention_by_products, call_model, undisturbed
+from natgrad.capture.evaluation import (
+    attention_by_products,
+    call_model,
+    refuse_inference_mode,
+    undisturbed,
+)
 from natgrad.capture.graph import own_functions
 from natgrad.capture.model_output import Selection, require_output, unwrap
 from natgrad.derivatives.twice_differentiable import TwiceDifferentiable
@@ -95,7 +100,11 @@ class Passes:
         return [values[name] for name in self.layout.names]
 
     def __iter__(self) -> Iterator[Pass]:
-        """Run the model on one batch after the other; its buffers and random state stay."""
+        """Run the model on one batch after the other; its buffers and random state stay.
+
+        Inside ``torch.inference_mode()`` it is a RuntimeError.
+        """
+        refuse_inference_mode()
         empty = True
         for inputs, target in batches_of(self.data):
             empty = False

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from natgrad import linalg
+from natgrad.capture.evaluation import refuse_inference_mode
 from natgrad.laplace.observations import Observations
 from natgrad.operators import Operator
 
@@ -164,10 +165,12 @@ class _Bounded:
 
 
 def ascend(function: Callable[[], Tensor], variables: Tensor) -> None:
-    """Move variables to a maximum of a function of theirs."""
+    """Move variables to a maximum of a function of theirs; an error in inference mode."""
+    refuse_inference_mode()
     search = torch.optim.LBFGS([variables], max_iter=500, line_search_fn="strong_wolfe",
                                tolerance_grad=1e-9, tolerance_change=1e-14)  # fmt: skip
 
+    @torch.enable_grad()
     def closure() -> float:
         search.zero_grad()
         loss = -function()

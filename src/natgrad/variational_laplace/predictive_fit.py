@@ -64,6 +64,7 @@ class PredictiveFit:
     squared_norm: float
     optimizer: torch.optim.Optimizer | None
 
+    @torch.enable_grad()
     def step(
         self,
         likelihood: Likelihood,
