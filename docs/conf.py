@@ -60,6 +60,7 @@ html_theme_options = {
 }
 html_math_renderer = "mathml"  # Every browser draws it itself, without a script from elsewhere.
 templates_path, html_static_path = ["_templates"], ["_static"]
+html_search_scorer = str(Path(__file__).parent / "search_scorer.js")
 html_css_files, html_js_files = ["site.css"], ["versions.js"]
 
 #: Pages of the repository that are pages of the site, too.
