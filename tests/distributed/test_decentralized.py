@@ -279,6 +279,12 @@ def test_what_agents_cannot_do_together_is_refused() -> None:
     for manifolds in ({"nothing": "sphere"}, {"0.weight": "torus"}):
         with pytest.raises(ValueError, match="manifolds must map patterns"):
             natgrad.DecentralizedKFAC(make("mlp"), manifolds=manifolds)  # type: ignore[arg-type]
+    vectors = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match="'0.bias' of shape .* is no matrix"):
+        natgrad.DecentralizedKFAC(vectors, manifolds={"*": "stiefel"})
+    with pytest.raises(ValueError, match="'1.bias' is zero"):
+        natgrad.DecentralizedKFAC(vectors, manifolds={"1.bias": "sphere"})
+    assert not any(layer._forward_hooks for layer in vectors)
     model = make("mlp")
     for options in ({"graph": "star"}, {"manifolds": {"nothing": "sphere"}}):
         with pytest.raises(ValueError):

@@ -115,7 +115,7 @@ class DecentralizedKFAC(KFAC):
             )
 
     def _found(self, manifolds: Mapping[str, Manifold]) -> dict[str, Manifold]:
-        """Return weight → manifold of name patterns."""
+        """Return weight → manifold of name patterns; what lies near none is a ValueError."""
         result: dict[str, Manifold] = {}
         for pattern, manifold in manifolds.items():
             found = [n for n in self._names.values() if fnmatch.fnmatchcase(n, pattern)]
@@ -125,6 +125,17 @@ class DecentralizedKFAC(KFAC):
                     f"{pattern!r}: {manifold!r}, which matches {found or 'no weight'}"
                 )
             result.update(dict.fromkeys(found, manifold))
+        for name, manifold in result.items():
+            weight = self.preconditioner.parameters[name].detach()
+            if manifold == "stiefel" and weight.dim() != 2:
+                raise ValueError(
+                    f"the weight {name!r} of shape {tuple(weight.shape)} is no matrix, whose "
+                    "columns or rows could be orthonormal: give 'stiefel' to matrices"
+                )
+            if not bool(weight.any()):
+                raise ValueError(
+                    f"the weight {name!r} is zero, and no point of a {manifold} is near"
+                )
         return result
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
