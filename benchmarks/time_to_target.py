@@ -411,8 +411,9 @@ def draw(file: Path, found: dict[str, list[dict[str, Any]]]) -> None:
         for record in finals:
             steps, seconds, losses = zip(*record["curve"], strict=True)
             label = f"{record['method']} {METHODS[record['method']].describe(record['rate'])}"
-            row[0].plot(steps, losses, label=label)
-            row[1].plot(seconds, losses, label=label)
+            style = {"label": label, "color": f"C{list(METHODS).index(record['method'])}"}
+            row[0].plot(steps, losses, **style)
+            row[1].plot(seconds, losses, **style)
         for axis, unit in zip(row, ("steps", "seconds"), strict=True):
             axis.axhline(target, color="0.5", linewidth=0.8, linestyle="--")
             axis.set(xlabel=unit, ylabel="training loss", yscale="log", ylim=(0.8 * target, None))
