@@ -9,7 +9,7 @@ import pytest
 
 from natgrad.experiments import pages, report
 from natgrad.experiments.compare import compare
-from natgrad.experiments.config import CompareConfig
+from natgrad.experiments.config import CompareConfig, ConfigError
 from natgrad.experiments.report import PLOTS
 from natgrad.experiments.results import Repeat
 from tests.experiments.schema import check
@@ -138,7 +138,7 @@ def test_a_failure_while_writing_leaves_no_temporary_file(tmp_path, monkeypatch)
         raise OSError("disk full")
 
     monkeypatch.setattr(pages.os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(ConfigError, match="file cannot be written: disk full"):
         pages.write_whole(tmp_path / "file", b"content")
     assert list(tmp_path.iterdir()) == []
 
