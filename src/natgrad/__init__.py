@@ -134,7 +134,7 @@ __all__ = [
 ]
 
 
-#: Which names are in which module; what is not here is a module of the package.
+#: Which public names are in which module; all others are of `natgrad.optim`, or modules themselves.
 _NAMES = {
     "natgrad.capture": ("Capture", "register_layer"),
     "natgrad.curvature": ("Structure", "register_structure"),
@@ -153,50 +153,24 @@ _NAMES = {
     "natgrad.laplace": ("Laplace",),
     "natgrad.likelihoods": ("Bernoulli", "Categorical", "Gaussian", "Likelihood", "Poisson"),
     "natgrad.operators": ("FisherMatrix",),
-    "natgrad.optim": (
-        "EGN",
-        "EKFAC",
-        "KFAC",
-        "KPSVD",
-        "SINGD",
-        "TEKFAC",
-        "TKFAC",
-        "BlockDiagonalNGD",
-        "BlockTridiagonalNGD",
-        "ConjugateGradientNGD",
-        "DiagonalNGD",
-        "ExactNGD",
-        "Fallback",
-        "ImprovedEmpiricalNGD",
-        "LevenbergMarquardt",
-        "LineSearch",
-        "MeasuredLength",
-        "NaturalGradient",
-        "Preconditioner",
-        "Refresh",
-        "RelativeDamping",
-        "StepRule",
-        "ThermodynamicNGD",
-        "TwoLevelKFAC",
-        "UnitWiseNGD",
-        "WeightAverage",
-    ),
     "natgrad.quality": ("UpdateQuality", "update_quality"),
     "natgrad.residuals": ("Residual", "ResidualNetwork", "TaylorNetwork"),
     "natgrad.residuals.residual_ngd": ("ResidualNGD",),
     "natgrad.variational_laplace": ("VariationalLaplace",),
     "natgrad.wave_functions": ("StochasticReconfiguration",),
 }
-_MODULES = {name: module for module, names in _NAMES.items() for name in names}
+_MODULES = dict.fromkeys(__all__, "natgrad.optim") | {
+    name: module for module, names in _NAMES.items() for name in names
+}
 
 
 def __getattr__(name: str) -> Any:
     """Load a public name, or a module of the package, when it is first asked for."""
     value: Any
-    if name in _MODULES:
-        value = getattr(importlib.import_module(_MODULES[name]), name)
-    elif not name.startswith("_") and importlib.util.find_spec(f"natgrad.{name}"):
+    if not name.startswith("_") and importlib.util.find_spec(f"natgrad.{name}"):
         value = importlib.import_module(f"natgrad.{name}")
+    elif name in _MODULES:
+        value = getattr(importlib.import_module(_MODULES[name]), name)
     else:
         raise AttributeError(f"module 'natgrad' has no attribute {name!r}")
     globals()[name] = value
