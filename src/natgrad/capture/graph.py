@@ -14,20 +14,14 @@ def graph_hash(output: Tensor) -> int:
 
     What the operations are given, sizes and places among them, makes no difference.
     """
-    root: Any = output.grad_fn
-    numbers = {root: 0}
-    waiting, met = [root], []
-    while waiting:
-        node = waiting.pop()
-        if node is None:
-            continue
-        following = [one for one, _ in node.next_functions]
-        for one in following:
-            if one not in numbers:
-                numbers[one] = len(numbers)
-                waiting.append(one)
-        met.append((type(node), *map(numbers.__getitem__, following)))
-    return hash(tuple(met))
+    nodes = list(_nodes(output))
+    numbers = {node: number for number, node in enumerate(nodes)}
+    return hash(
+        tuple(
+            (type(node), *(numbers.get(following) for following, _ in node.next_functions))
+            for node in nodes
+        )
+    )
 
 
 def leaves(output: Tensor | None) -> Iterator[Tensor]:
