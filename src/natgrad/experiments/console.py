@@ -201,25 +201,23 @@ def print_summary(console: Console, summary: Summary, positions: Mapping[str, in
 
     Where the console is narrow, less important columns are left out.
     """
-    wide = console.width >= 100
-    rows = []
-    for layer in (*summary.layers, *([summary.joint] if summary.joint else [])):
-        row = {"layer": escape(layer.name)}
-        if wide:
-            row["kind"] = escape(layer.kind)
-        row["parameters"] = f"{layer.parameters:,}"
-        if wide:
-            row["positions"] = format_or_dash((positions or {}).get(layer.name))
-        row["treatment"] = escape(layer.treatment)
-        if wide:
-            row["factors"] = layer.factors or DASH
-        row["memory"] = format_bytes(layer.memory) if layer.memory else DASH
-        if wide:
-            row["per\nrefresh"] = format_or_dash(layer.refresh or None, ".1e")
-        row["per\nstep"] = format_or_dash(layer.step or None, ".1e")
-        rows.append(row)
+    layers = [*summary.layers, *([summary.joint] if summary.joint else [])]
+    columns = {
+        "layer": [escape(layer.name) for layer in layers],
+        "kind": [escape(layer.kind) for layer in layers],
+        "parameters": [f"{layer.parameters:,}" for layer in layers],
+        "positions": [format_or_dash((positions or {}).get(layer.name)) for layer in layers],
+        "treatment": [escape(layer.treatment) for layer in layers],
+        "factors": [layer.factors or DASH for layer in layers],
+        "memory": [format_bytes(layer.memory) if layer.memory else DASH for layer in layers],
+        "per\nrefresh": [format_or_dash(layer.refresh or None, ".1e") for layer in layers],
+        "per\nstep": [format_or_dash(layer.step or None, ".1e") for layer in layers],
+    }
+    if console.width < 100:
+        for name in ("kind", "positions", "factors", "per\nrefresh"):
+            del columns[name]
     text = "layer", "kind", "treatment", "factors"
-    table = make_table(rows[0] if rows else (), (row.values() for row in rows), text)
+    table = make_table(columns, zip(*columns.values(), strict=True), text)
     table.columns[0].overflow = "fold"
     console.print(table)
     console.print(

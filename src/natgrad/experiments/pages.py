@@ -109,10 +109,8 @@ def write_whole(path: Path, content: bytes) -> Path:
         partial.write_bytes(content)
         os.replace(partial, path)
     except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror or error}.") from error
+    finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise ConfigError(f"{path} cannot be written: {error.strerror or error}.") from error
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
     return path
