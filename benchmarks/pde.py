@@ -1,8 +1,8 @@
 """How accurately optimizers solve equations with one network, at equal processor time.
 
 Nine equations (`pde_problems.py`), one also without the singular part of its solution; the same
-network, points and weights for every optimizer. ``natgrad.ResidualNGD`` runs with its defaults. The
-others:
+network, points and weights for every optimizer. ``natgrad.ResidualNGD`` runs with its defaults;
+where points are drawn anew for every step, its rate falls as a cosine. The others:
 
 * ``adam``, ``soap``: the best of the rates given, by the error at the end, falling as a cosine;
 * ``lbfgs``: PyTorch's, history 100, strong Wolfe, restarted where its search gets stuck;
@@ -68,10 +68,12 @@ DENSE_PARAMETERS = 3000
 
 
 def natural(network: nn.Sequential, problem: Problem, residuals: dict[str, Residual]) -> Step:
-    """natgrad, untouched."""
+    """natgrad, its rate falling from 1 as a cosine where points change, else untouched."""
     optimizer = natgrad.ResidualNGD(problem.model(network), residuals)
 
     def step(spent: float) -> None:
+        if problem.resampled:
+            optimizer.param_groups[0]["lr"] = falling(spent)
         optimizer.step()
 
     return step
@@ -88,7 +90,7 @@ def first_order(
         optimizer = make_rival(name, network, rate)
 
     def step(spent: float) -> None:
-        optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * spent))
+        optimizer.param_groups[0]["lr"] = rate * falling(spent)
         optimizer.zero_grad()
         loss().backward()
         optimizer.step()
@@ -219,6 +221,11 @@ def woodbury(
         last = direction if momentum else last
 
     return step
+
+
+def falling(spent: float) -> float:
+    """Return a cosine of the share of time spent, from 1 to 0."""
+    return 0.5 * (1 + math.cos(math.pi * spent))
 
 
 def flat(network: nn.Module) -> Tensor:
