@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from natgrad import Capture, Laplace, fisher_matrix
 from natgrad.capture.evaluation import output_rows
-from natgrad.curvature import STRUCTURES
+from natgrad.curvature import STRUCTURES, TwoLevelKronecker
 from natgrad.operators import operator
 from tests import dense
 from tests.cases import CASES, normal
@@ -42,10 +42,12 @@ def test_forms_are_the_dense_ones(name, structure, monkeypatch):
         dense.assert_same(variances, expected.diagonal(dim1=1, dim2=2), 1e-9)
 
 
-@pytest.mark.parametrize("structure", ["kfac", "diagonal"])
-def test_forms_of_the_matrix_itself_and_of_multiples(structure):
+@pytest.mark.parametrize("structure", ["kfac", "diagonal", TwoLevelKronecker()])
+@pytest.mark.parametrize("factor", [None, 2.0])
+def test_forms_of_the_matrix_itself_and_of_multiples(structure, factor):
     case = CASES["mlp"]()
-    matrix = 2.0 * fisher_matrix(case.model, (case.x, None), "gaussian", structure)
+    matrix = fisher_matrix(case.model, (case.x, None), "gaussian", structure)
+    matrix = matrix if factor is None else factor * matrix
     with Capture(case.model) as capture:
         _, rows = output_rows(capture, case.x)
     jacobian = rows.to_dense().unflatten(0, (rows.samples, -1))

@@ -84,6 +84,14 @@ class CoarseLevel:
         """Whether the coarse space is the same for every gradient."""
         return self.space in ("nicolaides", "spectral")
 
+    def require_linear(self) -> None:
+        """Raise a ValueError if the coarse space depends on the gradient."""
+        if not self.is_linear:
+            raise ValueError(
+                f"coarse_space {self.space!r} depends on the gradient, so that no linear map "
+                "tells how a step moves the outputs: use 'nicolaides' or 'spectral'"
+            )
+
     def times(self, columns: Tensor) -> Tensor:
         """Return ``J V``, ``(rows, k)``."""
         return times(self.pieces, columns)
@@ -258,129 +266,29 @@ class CoarseLevel:
 class TwoLevelMatrix(FisherMatrix):
     """K-FAC's matrix, whose inverses are corrected on a coarse space.
 
-    As an operator on gradients a corrected inverse is not symmetric, and no matrix is its inverse:
-    it has no eigenvalues, and its entries are those of its products.
-
     Attributes:
         coarse: The coarse level; None before there are rows.
-        damping: In an inverse: λ; None in the matrix itself.
-        original: In an inverse: the matrix.
-        factor: In an inverse: what it is multiplied by.
     """
 
     coarse: CoarseLevel | None = None
-    damping: float | Mapping[str, float] | None = None
-    original: TwoLevelMatrix | None = None
-    factor: float = 1.0
 
-    def inverse(
-        self, damping: float | Mapping[str, float] = 0.0, solver: str | Solver = "direct"
-    ) -> FisherMatrix:
-        """Return the corrected inverse; see :meth:`FisherMatrix.inverse`.
-
-        Raises:
-            NotImplementedError: If this is one already.
-        """
-        if self._is_corrected:
-            self._refuse("inverse")
+    def inverse(self, damping: Damping = 0.0, solver: str | Solver = "direct") -> FisherMatrix:
+        """Return the corrected inverse; see :meth:`FisherMatrix.inverse`."""
         inverted = super().inverse(damping, solver)
-        return replace(inverted, damping=damping, original=self)  # type: ignore[call-arg]
-
-    def _plain(self) -> FisherMatrix:
-        return FisherMatrix(self.layout, self.parts, self.members, self.structure)
-
-    def multiply(self, columns: Tensor) -> Tensor:
-        """Return the product with ``(P, k)``, corrected if this is an inverse."""
-        plain = self._plain()
-        solution = plain.multiply(columns)
-        if self.coarse is None or self.damping is None or self.original is None:
-            return solution
-        found = self.coarse.corrected(
-            columns, solution, self.damping, lambda: self._system, plain.multiply
-        )
-        return found if self.factor == 1.0 else found * self.factor
-
-    @property
-    def _is_corrected(self) -> bool:
-        return None not in (self.coarse, self.damping, self.original)
-
-    def _refuse(self, what: str) -> NoReturn:
-        raise NotImplementedError(
-            f"an inverse of structure {self.structure!r} has no {what}, as it is not symmetric: "
-            "use 'kfac'"
+        if self.coarse is None:
+            return inverted
+        return CorrectedInverse(
+            self.layout, inverted.parts, self.members, self.structure, self.coarse, damping, self
         )
 
-    def to_dense(self) -> Tensor:
-        """Return the matrix, ``(P, P)``.
-
-        Raises:
-            ValueError: If this is an inverse and the coarse space depends on the gradient.
-        """
-        if not self._is_corrected:
-            return super().to_dense()
-        self._linear_coarse()
-        return Operator.to_dense(self)
-
-    def diagonal(self) -> Tensor:
-        """Return the diagonal, ``(P,)``."""
-        return self.to_dense().diagonal() if self._is_corrected else super().diagonal()
-
-    def trace(self) -> Tensor:
-        """Return the sum of the diagonal."""
-        return self.diagonal().sum() if self._is_corrected else super().trace()
-
-    def eigenvalues(self) -> Tensor:
-        """Return all ``P`` eigenvalues, largest first.
-
-        Raises:
-            NotImplementedError: If this is an inverse.
-        """
-        if self._is_corrected:
-            self._refuse("real eigenvalues")
-        return super().eigenvalues()
-
-    def frobenius_norm(self) -> Tensor:
-        """Return ``√(Σ F_ij²)``."""
-        return self.to_dense().norm() if self._is_corrected else super().frobenius_norm()
-
-    def logdet(self, damping: float = 0.0) -> Tensor:
-        """Return ``log det(F + damping I)``; NaN where the determinant is negative."""
-        if not self._is_corrected:
-            return super().logdet(damping)
-        check_damping(damping)
-        return torch.logdet(linalg.add_to_diagonal(self.to_dense(), damping))
-
-    def det(self, damping: float = 0.0) -> Tensor:
-        """Return ``det(F + damping I)``."""
-        if not self._is_corrected:
-            return super().det(damping)
-        check_damping(damping)
-        determinant: Tensor = torch.linalg.det(linalg.add_to_diagonal(self.to_dense(), damping))
-        return determinant
-
-    @cached_property
-    def _system(self) -> CoarseSystem:
-        """The coarse system of an inverse in a linear space."""
-        assert self.original is not None and self.damping is not None
-        return self.original.coarse_system(self.damping)()
-
-    def coarse_system(self, damping: Damping) -> Callable[[], CoarseSystem]:
-        """Return a function that makes the coarse system of a linear space."""
-        coarse = self.coarse
-        assert coarse is not None
-
-        def make() -> CoarseSystem:
-            basis = coarse.fixed_basis(lambda name: leading_eigenvector(self.parts[name]))
-            return coarse.system(basis, damping)
-
-        return make
+    def coarse_system(self, damping: Damping) -> CoarseSystem:
+        """Return the coarse system of a linear space."""
+        assert self.coarse is not None
+        basis = self.coarse.fixed_basis(lambda name: leading_eigenvector(self.parts[name]))
+        return self.coarse.system(basis, damping)
 
     def inverse_root(self, damping: Damping) -> FisherMatrix:
-        """Refuse: the corrected inverse is not symmetric.
-
-        Raises:
-            NotImplementedError: Always.
-        """
+        """Refuse with a NotImplementedError, as the corrected inverse is not symmetric."""
         raise NotImplementedError(
             f"structure {self.structure!r} has no square root of its inverse, which is not "
             "symmetric: use 'kfac'"
@@ -394,39 +302,21 @@ class TwoLevelMatrix(FisherMatrix):
         Raises:
             ValueError: If the coarse space depends on the gradient.
         """
-        coarse = self._linear_coarse()
+        if self.coarse is not None:
+            self.coarse.require_linear()
         result = super().function_space_map(rows, other, damping)
-        if coarse is None:
+        if self.coarse is None:
             return result
-        smoother = self._plain().inverse(damping)
-        found = coarse.function_space_correction(
-            rows, rows if other is None else other, damping, self.coarse_system(damping)(),
-            smoother.multiply,
+        found = self.coarse.function_space_correction(
+            rows, rows if other is None else other, damping, self.coarse_system(damping),
+            super().inverse(damping).multiply,
         )  # fmt: skip
         for name, value in found.items():
             result[name] = result[name] + value if name in result else value
         return result
 
-    def sample_forms(  # type: ignore[override]
-        self, rows: Jacobians, *, diagonal: bool = False
-    ) -> Tensor:
-        """Return ``J_n F J_nᵀ`` of every sample; see :meth:`FisherMatrix.sample_forms`.
-
-        Raises:
-            ValueError: If this is an inverse and the coarse space depends on the gradient.
-        """
-        if self._linear_coarse() is None or self.damping is None:
-            return super().sample_forms(rows, diagonal=diagonal)
-        return Operator.sample_forms(self, list(rows), rows, diagonal)
-
-    def _linear_coarse(self) -> CoarseLevel | None:
-        coarse = self.coarse
-        if coarse is not None and not coarse.is_linear:
-            raise ValueError(
-                f"coarse_space {coarse.space!r} depends on the gradient, so that no linear map "
-                "tells how a step moves the outputs: use 'nicolaides' or 'spectral'"
-            )
-        return coarse
+    def _plain(self) -> FisherMatrix:
+        return FisherMatrix(self.layout, self.parts, self.members, self.structure)
 
     @overload
     def __add__(self, other: FisherMatrix) -> FisherMatrix: ...
@@ -435,22 +325,129 @@ class TwoLevelMatrix(FisherMatrix):
     def __add__(self, other: Operator) -> Operator: ...
 
     def __add__(self, other: Operator) -> Operator:
-        """Return the sum of the matrices, without a coarse level; with that of an inverse."""
-        others = [other] if isinstance(other, TwoLevelMatrix) else []
-        if any(one._is_corrected for one in [self, *others]):
-            return Operator.__add__(self, other)
-        plain = other._plain() if isinstance(other, TwoLevelMatrix) else other
-        return self._plain() + plain
+        """Return the sum of the matrices, without a coarse level."""
+        return self._plain() + other
 
     def __radd__(self, other: Operator) -> Operator:
         """Return the sum, which Python asks for here if the other matrix has no coarse level."""
-        return self + other
+        return self._plain() + other
 
     def __mul__(self, factor: float) -> FisherMatrix:
-        """Return a multiple of the matrix, without a coarse level; with that of an inverse."""
-        if self._is_corrected:
-            return replace(self, factor=self.factor * float(factor))
+        """Return a multiple, without a coarse level."""
         return self._plain() * factor
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class CorrectedInverse(FisherMatrix):
+    """K-FAC's inverse, corrected on a coarse space.
+
+    As an operator on gradients it is not symmetric, and no matrix is its inverse: it has no
+    eigenvalues, and its entries are those of its products.
+
+    Attributes:
+        coarse: The coarse level.
+        damping: λ.
+        original: The matrix.
+        factor: What the inverse is multiplied by.
+    """
+
+    coarse: CoarseLevel
+    damping: Damping
+    original: TwoLevelMatrix
+    factor: float = 1.0
+
+    def multiply(self, columns: Tensor) -> Tensor:
+        """Return the corrected product with ``(P, k)``."""
+        smoother = super().multiply
+        found = self.coarse.corrected(
+            columns, smoother(columns), self.damping, lambda: self._system, smoother
+        )
+        return found if self.factor == 1.0 else found * self.factor
+
+    @cached_property
+    def _system(self) -> CoarseSystem:
+        """The coarse system of a linear space."""
+        return self.original.coarse_system(self.damping)
+
+    def to_dense(self) -> Tensor:
+        """Return the entries, ``(P, P)``.
+
+        Raises:
+            ValueError: If the coarse space depends on the gradient.
+        """
+        self.coarse.require_linear()
+        return Operator.to_dense(self)
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal, ``(P,)``."""
+        return self.to_dense().diagonal()
+
+    def trace(self) -> Tensor:
+        """Return the sum of the diagonal."""
+        return self.diagonal().sum()
+
+    def frobenius_norm(self) -> Tensor:
+        """Return ``√(Σ P_ij²)``."""
+        norm: Tensor = self.to_dense().norm()
+        return norm
+
+    def logdet(self, damping: float = 0.0) -> Tensor:
+        """Return ``log det(P + damping I)``; NaN where the determinant is negative."""
+        check_damping(damping)
+        return torch.logdet(linalg.add_to_diagonal(self.to_dense(), damping))
+
+    def det(self, damping: float = 0.0) -> Tensor:
+        """Return ``det(P + damping I)``."""
+        check_damping(damping)
+        determinant: Tensor = torch.linalg.det(linalg.add_to_diagonal(self.to_dense(), damping))
+        return determinant
+
+    def sample_forms(  # type: ignore[override]
+        self, rows: Jacobians, *, diagonal: bool = False
+    ) -> Tensor:
+        """Return ``J_n P J_nᵀ`` of every sample; see :meth:`FisherMatrix.sample_forms`.
+
+        Raises:
+            ValueError: If the coarse space depends on the gradient.
+        """
+        self.coarse.require_linear()
+        return Operator.sample_forms(self, list(rows), rows, diagonal)
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise NotImplementedError(
+            f"an inverse of structure {self.structure!r} has no {what}, as it is not symmetric: "
+            "use 'kfac'"
+        )
+
+    def eigenvalues(self) -> Tensor:
+        """Refuse with a NotImplementedError."""
+        self._refuse("real eigenvalues")
+
+    def inverse(self, damping: Damping = 0.0, solver: str | Solver = "direct") -> FisherMatrix:
+        """Refuse with a NotImplementedError."""
+        self._refuse("inverse")
+
+    def inverse_root(self, damping: Damping) -> FisherMatrix:
+        """Refuse with a NotImplementedError."""
+        self._refuse("root of an inverse")
+
+    def function_space_map(  # type: ignore[override]
+        self, rows: Jacobians, other: Jacobians | None = None, damping: float = 0.0
+    ) -> dict[str, Tensor]:
+        """Refuse with a NotImplementedError."""
+        self._refuse("inverse")
+
+    def __add__(self, other: Operator) -> Operator:  # type: ignore[override]
+        """Return the sum with a matrix about the same parameters."""
+        return Operator.__add__(self, other)
+
+    def __radd__(self, other: Operator) -> Operator:
+        """Return the sum, which Python asks for here if the other is a Fisher matrix."""
+        return self + other
+
+    def __mul__(self, factor: float) -> CorrectedInverse:
+        """Return a multiple."""
+        return replace(self, factor=self.factor * float(factor))
 
 
 def leading_eigenvector(operator: Operator, smallest: bool = False) -> Tensor:
