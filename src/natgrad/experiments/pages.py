@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import re
@@ -16,6 +15,7 @@ from matplotlib.figure import Figure
 
 from natgrad.experiments.config import ConfigError
 from natgrad.experiments.drawing import save_figure
+from natgrad.whole_files import whole_file
 
 DASH = "–"
 
@@ -103,14 +103,10 @@ def write_whole(path: Path, content: bytes) -> Path:
 
     A ConfigError says that the system does not let it be written.
     """
-    partial = path.with_name(f".{path.name}-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        os.replace(partial, path)
+        with whole_file(path) as partial:
+            partial.write_bytes(content)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror or error}.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
     return path

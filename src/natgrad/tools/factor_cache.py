@@ -22,6 +22,7 @@ from natgrad.fisher.batches import batches_of, batches_with_samples
 from natgrad.likelihoods import Likelihood
 from natgrad.operators import FisherMatrix
 from natgrad.records import Record
+from natgrad.whole_files import whole_file
 
 
 def cached_matrix(
@@ -62,13 +63,8 @@ def cached_matrix(
         return _restored(model, structure, saved["parts"])
     matrix = make()
     states = {name: one.state_dict() for name, one in matrix.parts.items()}
-    unfinished = f"{os.fspath(path)}.{os.getpid()}.unfinished"
-    try:
-        torch.save({"key": key, "outputs": outputs, "parts": states}, unfinished)
-        os.replace(unfinished, path)  # So that there is a whole file or none.
-    finally:
-        if os.path.exists(unfinished):
-            os.remove(unfinished)
+    with whole_file(path) as partial:
+        torch.save({"key": key, "outputs": outputs, "parts": states}, partial)
     return matrix
 
 
