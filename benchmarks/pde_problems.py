@@ -417,33 +417,85 @@ def smooth_part() -> tuple[Tensor, Tensor]:
     return points, u - layer(points)
 
 
-def allen_cahn_sample(seed: int, smooth: bool = False) -> Residuals:
-    """Return 2,000 points inside, 200 at the start and 50 at each end; for u or for v."""
-    along = torch.linspace(0, 1, 200, dtype=torch.float64)
-    start = column(along, torch.zeros_like(along))
-    later = (torch.arange(50, dtype=torch.float64) + 0.5) / 50
-    ends = torch.cat([column(torch.full_like(later, x), later) for x in (0.0, 1.0)])
-    inside = smooth_part_equation if smooth else allen_cahn_equation
-    return {
-        "equation": Residual(inside, sobol_points(2, seed)(2000)),
-        "start": Residual(known, start, allen_cahn_start(start), weight=100.0),
-        "ends": Residual(smooth_part_end if smooth else flat_end, ends),
-    }
+# Half of the points of each part are drawn evenly, half about that corner, (x, t) = (1, 0), such
+# that logarithms of the distance or of t are even, and inside places across the layer. Residuals
+# are divided by the root of the density, so that means over points are those over the domain.
+
+NEAREST = 1e-5
+LAYER_WIDTHS = 6  # Of √(4νt) each, that are called the layer.
+
+
+def by_logarithm(u: Tensor) -> Tensor:
+    """Return distances between NEAREST and 1, whose logarithms are even where u is, in [0, 1]."""
+    return NEAREST**u
+
+
+def corner_density(distance: Tensor, across: Tensor | float = 1.0) -> Tensor:
+    """Return the density of points half of which are at distances `by_logarithm`.
+
+    Args:
+        distance: From the corner, or t.
+        across: Over what length those are spread at that distance; 0 away from them.
+    """
+    far = distance.clamp(min=NEAREST)
+    there = (distance >= NEAREST) / (far * -math.log(NEAREST))
+    return 0.5 + 0.5 * there / across
+
+
+def layer_density(points: Tensor) -> Tensor:
+    """Return the density of points inside, ``(..., 1)``."""
+    width = LAYER_WIDTHS * (4 * DIFFUSION * points[..., 1:].clamp(min=NEAREST)).sqrt()
+    outside = 1 - points[..., :1] > width
+    return corner_density(points[..., 1:], width.masked_fill(outside, math.inf))
+
+
+def start_density(points: Tensor) -> Tensor:
+    """Return the density of points at t = 0, ``(..., 1)``."""
+    return corner_density(1 - points[..., :1])
+
+
+def ends_density(points: Tensor) -> Tensor:
+    """Return the density of points at x = 0, which are even, and x = 1, ``(..., 1)``."""
+    return torch.where(points[..., :1] < 0.5, 1.0, corner_density(points[..., 1:]))
 
 
 def allen_cahn_draw(seed: int) -> dict[str, Draw]:
-    """Return what draws points of each part, evenly."""
-    inside, line, edge = sobol_points(2, seed), sobol_points(1, seed), sobol_points(2, seed + 1)
+    """Return what draws points of each part."""
+    cube, square, edge = sobol_points(3, seed), sobol_points(2, seed), sobol_points(2, seed + 1)
+
+    def inside(count: int) -> Tensor:
+        kind, x, t = cube(count).unbind(1)
+        late = by_logarithm(t)
+        near = 1 - LAYER_WIDTHS * (4 * DIFFUSION * late).sqrt() * x
+        return torch.where((kind < 0.5)[:, None], column(x, t), column(near, late))
 
     def start(count: int) -> Tensor:
-        along = line(count)[:, 0]
-        return column(along, torch.zeros_like(along))
+        kind, x = square(count).unbind(1)
+        return column(torch.where(kind < 0.5, x, 1 - by_logarithm(x)), torch.zeros_like(x))
 
     def ends(count: int) -> Tensor:
-        side, along = edge(count).unbind(1)
-        return column(side.round(), along)
+        kind, t = edge(count).unbind(1)
+        return column((kind >= 0.5).double(), torch.where(kind < 0.75, t, by_logarithm(t)))
 
     return {"equation": inside, "start": with_data(start, allen_cahn_start), "ends": ends}
+
+
+def by_density(residual: Callable[..., Tensor], density: Callable[[Tensor], Tensor]) -> Any:
+    """Return a residual whose squares at points of a density have the mean of even ones."""
+    return lambda u, x, *data: residual(u, x, *data) / density(x).sqrt()
+
+
+def allen_cahn_sample(seed: int, smooth: bool = False) -> Residuals:
+    """Return 2,000 points inside, 300 at the start and 200 at the ends; for u or for v."""
+    draw = allen_cahn_draw(seed)
+    start = draw["start"](300)
+    inside = smooth_part_equation if smooth else allen_cahn_equation
+    end = smooth_part_end if smooth else flat_end
+    return {
+        "equation": Residual(by_density(inside, layer_density), draw["equation"](2000)),
+        "start": Residual(by_density(known, start_density), *start, weight=100.0),
+        "ends": Residual(by_density(end, ends_density), draw["ends"](200)),
+    }
 
 
 # Kovasznay's flow: the stationary equations of Navier and Stokes, Reynolds number 40.

@@ -134,6 +134,26 @@ def test_layer_of_allen_and_cahn_diffuses_and_takes_the_kink(problems):
     torch.testing.assert_close(v + problems.layer(points), problems.allen_cahn()[1])
 
 
+def test_points_of_allen_and_cahn_divided_by_their_density_are_even(problems):
+    draw, even = problems.allen_cahn_draw(0), problems.sobol_points(2, 3)(2**14)
+    densities = {
+        "equation": problems.layer_density,
+        "start": problems.start_density,
+        "ends": problems.ends_density,
+    }
+    for part, density in densities.items():
+        drawn = draw[part](2**14)
+        points = drawn[0] if isinstance(drawn, tuple) else drawn
+        share = 1 / density(points)[:, 0]
+        assert float(share.max()) <= 2
+        assert float(((points[:, 0] > 0.99) & (points[:, 1] < 1e-3)).double().mean()) > 0.08
+        x, t = even.unbind(1)
+        x, t = {"equation": (x, t), "start": (x, 0 * t), "ends": (x.round(), t)}[part]
+        for power in range(3):
+            found, expected = share @ points**power / len(points), torch.stack([x, t], 1) ** power
+            torch.testing.assert_close(found, expected.mean(0), rtol=0, atol=2e-3)
+
+
 @pytest.mark.parametrize("name", ["burgers", "burgers_smooth", "allen_cahn"])
 def test_points_that_are_added_lie_where_their_part_is(problems, name):
     problem = problems.PROBLEMS[name]
