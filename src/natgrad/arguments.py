@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from numbers import Real
+from numbers import Integral, Real
 from typing import NoReturn
 
 from torch import Tensor
@@ -22,10 +22,10 @@ def check_damping(damping: float) -> None:
     check_range("damping", damping)
 
 
-def check_interval(name: str, value: object) -> None:
-    """Raise a ValueError unless a value is a whole number of at least 1."""
-    if not (isinstance(value, int) and value >= 1):
-        raise ValueError(f"{name} must be an integer of at least 1, got {value}")
+def check_interval(name: str, value: object, least: int = 1) -> None:
+    """Raise a ValueError unless a value, Python's or NumPy's, is whole and not below the least."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
 def check_kind(name: str, value: object, kind: type) -> None:

@@ -123,7 +123,7 @@ def test_resumes_by_its_state():
     [
         ({"lr": 0.0}, "lr must be a finite number > 0"),
         ({"inner": "newton"}, "inner must be 'lbfgs', 'adam' or 'gradient'"),
-        ({"inner_steps": 0}, "inner_steps and history must be at least 1"),
+        ({"inner_steps": 0}, "inner_steps must be an integer of at least 1"),
         ({"tolerance": -1.0}, "tolerance must be"),
         ({"inner_lr": 0.0}, "inner_lr must be a finite number > 0"),
     ],

@@ -200,9 +200,9 @@ def test_a_sentence_for_what_cannot_be_asked(joint):
     with pytest.raises(ValueError, match="at least (1|one)"):
         posterior.functional_variance(x[:0], joint=joint)
     for number in (0, 1.5, None):
-        with pytest.raises(ValueError, match="number of samples must be at least 1"):
+        with pytest.raises(ValueError, match="number of samples must be an integer of at least 1"):
             posterior.sample(number)
-    with pytest.raises(ValueError, match="number of samples must be at least 1"):
+    with pytest.raises(ValueError, match="number of samples must be an integer of at least 1"):
         posterior.predict(x, samples=1.5)
     for bounds in ((0.0, 1.0), (10.0, 1.0), (1.0, 1.0), (1.0, float("inf")), (float("nan"), 1.0)):
         for one in (posterior, VariationalLaplace(model, (x, y), "categorical", 3)):

@@ -356,7 +356,7 @@ def test_errors():
         with pytest.raises(ValueError, match="outputs='full'"):
             empirical_kernel(model, x, per_unit=True, outputs=outputs)
     for size in (0, -1):
-        with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        with pytest.raises(ValueError, match="batch_size must be an integer of at least 1"):
             empirical_kernel(model, x, batch_size=size)
     for bad in (x[:0], (x, x[:2]), {"input": x, "other": torch.tensor(1.0)}, (), (1.0,)):
         with pytest.raises(ValueError, match="same number of samples"):

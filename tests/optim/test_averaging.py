@@ -330,8 +330,8 @@ def test_errors_are_clear():
         ((optimizer,), {"decay": 0.5}, ValueError, "SGD does not know its model"),
         ((optimizer, model), {}, ValueError, "needs decay= .* or start="),
         ((optimizer, model), {"decay": 1.0}, ValueError, r"decay must be in \[0, 1\)"),
-        ((optimizer, model), {"start": -1}, ValueError, "start must be a whole number"),
-        ((optimizer, model), {"start": 0.75}, ValueError, "start must be a whole number"),
+        ((optimizer, model), {"start": -1}, ValueError, "start must be an integer of at least 0"),
+        ((optimizer, model), {"start": 0.75}, ValueError, "start must be an integer of at least 0"),
         ((optimizer, make_model()), {"start": 0}, ValueError, "trains 4 parameters that the model"),
     ):
         with pytest.raises(kind, match=words):

@@ -173,7 +173,7 @@ def test_wrong_arguments_are_refused():
         prune(model, matrix, 1.5)
     with pytest.raises(ValueError, match="no weight matrices in layers"):
         prune(model, matrix, 0.5, layers=["nowhere"])
-    with pytest.raises(ValueError, match="integers of at least 2, got 1 for '0'"):
+    with pytest.raises(ValueError, match="bits of '0' must be an integer of at least 2, got 1"):
         quantization_error(model, matrix, 1)
     with pytest.raises(ValueError, match="no weight matrices"):
         quantization_error(model, matrix, {"1": 4})

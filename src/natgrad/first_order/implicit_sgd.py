@@ -10,7 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from natgrad.arguments import check_choice, check_parameters, check_range, check_rate
+from natgrad.arguments import (
+    check_choice,
+    check_interval,
+    check_parameters,
+    check_range,
+    check_rate,
+)
 from natgrad.distributed import Replicas
 from natgrad.optim.checkpoints import only_initialises
 from natgrad.optim.step.reevaluation import RandomState, evaluated
@@ -78,10 +84,8 @@ class ImplicitSGD(torch.optim.Optimizer):
         if not float(lr) > 0:
             raise ValueError(f"lr must be a finite number > 0, got {lr}")
         check_choice("inner", inner, "lbfgs", "adam", "gradient")
-        if inner_steps < 1 or history < 1:
-            raise ValueError(
-                f"inner_steps and history must be at least 1, got {inner_steps} and {history}"
-            )
+        check_interval("inner_steps", inner_steps)
+        check_interval("history", history)
         check_range("tolerance", tolerance)
         if inner_lr is not None and not 0 < inner_lr < math.inf:
             raise ValueError(f"inner_lr must be a finite number > 0, got {inner_lr}")

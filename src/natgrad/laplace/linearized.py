@@ -6,12 +6,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from natgrad.arguments import check_interval
 from natgrad.capture import Capture
 from natgrad.capture.evaluation import evaluated, output_rows
 from natgrad.distributed.shards import whole
@@ -169,7 +169,7 @@ class LinearizedPosterior(ABC):
             NotImplementedError: For ``"two_level"``, whose inverse is not symmetric.
             ValueError: If ``n`` is not positive.
         """
-        _check_samples(n)
+        check_interval("the number of samples", n)
         root, layout = self._inverse_root(), self.matrix.layout
         noise = _standard_normal((n, layout.numel), layout.zeros(0), generator)
         # (sF + δI)^(−1/2) = (F + δ/s I)^(−1/2)/√s
@@ -257,7 +257,7 @@ class LinearizedPosterior(ABC):
                 parameters than θ* now.
         """
         if samples is not None:
-            _check_samples(samples)
+            check_interval("the number of samples", samples)
         if samples is not None and isinstance(self.likelihood, (Bernoulli, Categorical)):
             return self._mean_probabilities(*self._moments(x, False), samples, generator)
         mean, variance = self._moments(x, diagonal=True)
@@ -329,13 +329,6 @@ class LinearizedPosterior(ABC):
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(True)
-
-
-def _check_samples(number: Any) -> None:
-    if not isinstance(number, Integral) or number < 1:
-        raise ValueError(
-            f"the number of samples must be at least 1, and a whole one, got {number!r}"
-        )
 
 
 def _standard_normal(

@@ -21,6 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from natgrad.arguments import check_interval
 from natgrad.ntk.hermite import hermite_series, mehler_sum, second_moments
 
 
@@ -271,8 +272,7 @@ class QuadratureActivation(Activation):
     max_terms: int = 400
 
     def __post_init__(self) -> None:
-        if self.max_terms < 1:
-            raise ValueError(f"max_terms must be at least 1, got {self.max_terms}")
+        check_interval("max_terms", self.max_terms)
 
     def module(self) -> nn.Module:
         """Return a module made by ``make_module``."""

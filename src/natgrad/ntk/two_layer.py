@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from natgrad.arguments import check_interval
+
 
 class TwoLayerNetwork(nn.Module):
     r"""The network ``f(x) = (1/√m) Σ_r a_r max(w_rᵀx, 0)`` of which only ``w`` is trained.
@@ -52,8 +54,8 @@ class TwoLayerNetwork(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if inputs < 1 or width < 1:
-            raise ValueError(f"inputs and width must be at least 1, got {inputs} and {width}")
+        check_interval("inputs", inputs)
+        check_interval("width", width)
         if not 0 < weight_std < math.inf:
             raise ValueError(f"weight_std must be positive and finite, got {weight_std}")
         super().__init__()

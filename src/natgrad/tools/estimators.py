@@ -51,7 +51,7 @@ def estimate_trace(
         >>> trace, error = natgrad.tools.estimate_trace(P, 100)
     """
     check_choice("method", method, "xtrace", "hutch++", "hutchinson")
-    _check_products(products)
+    check_interval("products", products, 4)
     size = matrix.shape[0]
     if products >= (size if method == "hutchinson" else 2 * size):
         return float(matrix.to_dense().trace()), 0.0
@@ -126,7 +126,7 @@ def estimate_diagonal(
         >>> variances = natgrad.tools.estimate_diagonal(F.inverse(1e-3, "conjugate_gradient"), 100)
     """
     check_choice("method", method, "diag++", "hutchinson")
-    _check_products(products)
+    check_interval("products", products, 4)
     generator = torch.Generator(matrix.device).manual_seed(seed)
     if method == "hutchinson":
         signs = _signs(matrix, products, generator)
@@ -139,12 +139,6 @@ def estimate_diagonal(
     rest = rest - basis @ (basis.mT @ rest)
     found: Tensor = known + (signs * rest).mean(1)
     return found
-
-
-def _check_products(products: int) -> None:
-    check_interval("products", products)
-    if products < 4:
-        raise ValueError(f"products must be at least 4, got {products}")
 
 
 def _signs(matrix: Operator, number: int, generator: torch.Generator) -> Tensor:

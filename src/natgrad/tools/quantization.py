@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 
+from natgrad.arguments import check_interval
 from natgrad.operators import FisherMatrix
 from natgrad.tools.parameters import values_of, weight_blocks, weight_names, weight_places
 
@@ -63,8 +63,7 @@ def quantization_error(
     blocks = weight_blocks(model, bits if isinstance(bits, Mapping) else None)
     numbers = bits if isinstance(bits, Mapping) else dict.fromkeys(blocks, bits)
     for name, number in numbers.items():
-        if not (isinstance(number, Integral) and number >= 2):
-            raise ValueError(f"bits must be integers of at least 2, got {number!r} for {name!r}")
+        check_interval(f"the number of bits of {name!r}", number, 2)
     layout = matrix.layout
     theta = layout.to_flat(values_of(layout, model)).detach().to(layout.dtype)
     errors = theta.new_zeros(layout.numel, len(blocks))
@@ -72,7 +71,7 @@ def quantization_error(
         for where in weight_places(layout, block):
             weights = theta[where]
             dims = (-1,) if per_unit else (0, 1, 2)
-            scale = weights.abs().amax(dims, keepdim=True) / (2 ** (numbers[name] - 1) - 1)
+            scale = weights.abs().amax(dims, keepdim=True) / (2 ** (int(numbers[name]) - 1) - 1)
             safe = torch.where(scale > 0, scale, 1.0)
             errors[where, column] = (weights / safe).round() * safe - weights
     products = matrix @ errors

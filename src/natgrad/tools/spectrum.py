@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -151,7 +150,8 @@ def top_eigenpairs(matrix: Operator, number: int) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"a matrix of shape {(size, columns)} has no eigenvalues: take a symmetric one"
         )
-    if not (isinstance(number, Integral) and 1 <= number < size):
+    check_interval("the number of eigenpairs", number)
+    if number >= size:
         raise ValueError(
             f"the number of eigenpairs must be between 1 and P - 1 = {size - 1}, got {number!r}: "
             "for all eigenvalues there is eigenvalues()"
@@ -166,8 +166,8 @@ def top_eigenpairs(matrix: Operator, number: int) -> tuple[Tensor, Tensor]:
     values, vectors = eigsh(operator, number, which="LA", v0=start.numpy())
     order = values.argsort()[::-1].copy()
     found = torch.from_numpy(values[order]), torch.from_numpy(vectors[:, order])
-    largest, columns = (one.to(matrix.device, matrix.dtype) for one in found)
-    return largest, columns
+    largest, theirs = (one.to(matrix.device, matrix.dtype) for one in found)
+    return largest, theirs
 
 
 def effective_dimension(matrix: Operator | SpectralDensity, damping: float | Tensor) -> Tensor:

@@ -158,9 +158,7 @@ def chain(sites: int, periodic: bool = True) -> list[tuple[int, int]]:
     Raises:
         ValueError: If it has fewer than 3 sites, or 2 if it is open.
     """
-    least = 3 if periodic else 2
-    if sites < least:
-        raise ValueError(f"a chain needs at least {least} sites, got {sites}")
+    check_interval("sites", sites, 3 if periodic else 2)
     return [(i, (i + 1) % sites) for i in range(sites if periodic else sites - 1)]
 
 

@@ -58,8 +58,7 @@ class Metropolis:
         check_choice("move", move, "flip", "exchange")
         if sweep is not None:
             check_interval("sweep", sweep)
-        if not (isinstance(burn_in, int) and burn_in >= 0):
-            raise ValueError(f"burn_in must be an integer >= 0, got {burn_in}")
+        check_interval("burn_in", burn_in, 0)
         if abs(magnetization) > sites or (sites + magnetization) % 2 and move == "exchange":
             raise ValueError(f"{sites} spins cannot have the sum {magnetization}")
         like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
