@@ -1172,7 +1172,7 @@ def test_the_guide_runs():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Five steps of ImplicitSGD need not converge.
         exec("\n".join(blocks), names)
-    assert len(blocks) == 11 and math.isfinite(float(names["loss"].detach()))
+    assert len(blocks) == 12 and math.isfinite(float(names["loss"].detach()))
     assert names["field"].k.item() == pytest.approx(4.0, abs=1e-3)
 
 
