@@ -22,7 +22,7 @@ from natgrad.likelihoods import (
     as_likelihood,
     from_loss,
 )
-from natgrad.likelihoods.poisson import counts_at
+from natgrad.likelihoods.poisson_rates import counts_at
 
 TOLERANCE = dict(rtol=1e-12, atol=1e-13)
 DOUBLE = torch.float64

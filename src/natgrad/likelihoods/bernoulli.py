@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from natgrad.likelihoods.binary_probabilities import (
     hold_probabilities,
 )
 from natgrad.likelihoods.elementwise import (
+    UNIT_INTERVAL,
     Elementwise,
     ReduceOutputs,
     alike,
@@ -56,6 +57,7 @@ class Bernoulli(Elementwise):
     reduce_outputs: ReduceOutputs = None
     reduction: Reduction = "mean"
     positive_weights: Any = None
+    bounds: ClassVar[tuple[float, float, str]] = UNIT_INTERVAL
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -202,12 +204,6 @@ class Bernoulli(Elementwise):
 
     def _sample(self, output: Tensor, generator: torch.Generator | None) -> Tensor:
         return (random_like(output, generator, "uniform") < torch.sigmoid(output)).to(output.dtype)
-
-    def _checked(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        target, missing = super()._checked(output, target)
-        if target.device.type == "cpu" and not bool(((target >= 0) & (target <= 1)).all()):
-            raise ValueError("Bernoulli needs targets between 0 and 1.")
-        return target, missing
 
 
 def _as_tuples(value: Any) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from natgrad.likelihoods.base import Reduction, per_sample
-from natgrad.likelihoods.elementwise import ReduceOutputs, random_like
+from natgrad.likelihoods.elementwise import UNIT_INTERVAL, ReduceOutputs, random_like
 from natgrad.likelihoods.mean_outputs import MeanOutputs
 
 #: Least variance of a label, as torch's gradient has it: that of a saturated sigmoid is 0.
@@ -47,6 +47,7 @@ class BinaryProbabilities(MeanOutputs):
     reduce_outputs: ReduceOutputs = None
     reduction: Reduction = "mean"
 
+    bounds: ClassVar[tuple[float, float, str]] = UNIT_INTERVAL
     outputs: ClassVar[str] = "probabilities"
     fault: ClassVar[str] = (
         "is at outputs that are no probabilities, as they are not between 0 and 1"
@@ -82,12 +83,6 @@ class BinaryProbabilities(MeanOutputs):
 
     def _sample(self, output: Tensor, generator: torch.Generator | None) -> Tensor:
         return (random_like(output, generator, "uniform") < output).to(output.dtype)
-
-    def _checked(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        target, missing = super()._checked(output, target)
-        if target.device.type == "cpu" and not bool(((target >= 0) & (target <= 1)).all()):
-            raise ValueError("BinaryProbabilities needs targets between 0 and 1.")
-        return target, missing
 
 
 def hard_labels(

@@ -22,6 +22,9 @@ from natgrad.likelihoods.base import (
 
 ReduceOutputs = Literal["sum", "mean"] | None
 
+UNIT_INTERVAL = 0.0, 1.0, "between 0 and 1"
+NOT_NEGATIVE = 0.0, math.inf, "that are counts, not negative numbers"
+
 #: From so many outputs per sample on, their sum and their mean are told apart without a target.
 MANY = 16
 
@@ -44,6 +47,8 @@ class Elementwise(Likelihood):
 
     reduce_outputs: ReduceOutputs = None
     least_dimensions: ClassVar[int] = 1
+    #: Between which numbers targets must lie, and how that is said.
+    bounds: ClassVar[tuple[float, float, str] | None] = None
 
     def averaging(self) -> Elementwise:
         """Return the likelihood of torch's own loss that averages over outputs."""
@@ -347,7 +352,12 @@ class Elementwise(Likelihood):
             )
         target = target.to(output.dtype)
         missing = target.isnan()
-        return target.masked_fill(missing, 0), missing
+        target = target.masked_fill(missing, 0)
+        if self.bounds is not None and target.device.type == "cpu":
+            least, largest, words = self.bounds
+            if not bool(((target >= least) & (target <= largest)).all()):
+                raise ValueError(f"{type(self).__name__} needs targets {words}.")
+        return target, missing
 
 
 def alike(weights: Tensor, tolerance: float = 1e-6) -> Tensor:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from natgrad.distributed.place import drawn
 from natgrad.likelihoods.base import Likelihood, Reduction, full_precision
-from natgrad.likelihoods.elementwise import Elementwise, ReduceOutputs
-from natgrad.likelihoods.poisson_rates import PoissonRates, hold_rates
+from natgrad.likelihoods.elementwise import NOT_NEGATIVE, Elementwise, ReduceOutputs
+from natgrad.likelihoods.poisson_rates import PoissonRates, drawn_counts, hold_rates
 
 #: Mean of squared residuals, in the variance of counts, that says of outputs that they are no
 #: logarithms of rates, and the least one that says of them that they are rates.
@@ -40,6 +39,7 @@ class Poisson(Elementwise):
 
     reduce_outputs: ReduceOutputs = None
     reduction: Reduction = "mean"
+    bounds: ClassVar[tuple[float, float, str]] = NOT_NEGATIVE
 
     @full_precision
     def seen_with(
@@ -100,18 +100,7 @@ class Poisson(Elementwise):
         return 2 * (torch.xlogy(target, target) - target * output + residual)
 
     def _sample(self, output: Tensor, generator: torch.Generator | None) -> Tensor:
-        # One number a draw, whatever the rate: each depends on its place in the batch alone.
-        exact = torch.float32 if output.device.type == "mps" else torch.float64
-        numbers = drawn(
-            Tensor.uniform_, output.shape, generator, dim=1, dtype=exact, device=output.device
-        )
-        return counts_at(numbers, output.to(exact).exp()).to(output.dtype)
-
-    def _checked(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        target, missing = super()._checked(output, target)
-        if target.device.type == "cpu" and not bool((target >= 0).all()):
-            raise ValueError("Poisson needs targets that are counts, not negative numbers.")
-        return target, missing
+        return drawn_counts(output, generator, torch.exp)
 
 
 def _seem_rates(output: Tensor, cotangent: Tensor) -> bool:
@@ -128,20 +117,3 @@ def _seem_rates(output: Tensor, cotangent: Tensor) -> bool:
     z, square = z[largest], gradient[largest].square()
     logarithms, rates = (square * (-z).exp()).mean(), (square * z).mean()
     return bool((logarithms < NO_COUNTS) & (rates > COUNTS))
-
-
-def counts_at(numbers: Tensor, rates: Tensor) -> Tensor:
-    """Return the least counts whose cumulative probability exceeds some numbers in [0, 1).
-
-    Quantiles of the normal distribution, corrected for the skewness (Cornish & Fisher 1938), are
-    less than 12 above and 4 below; four halvings of what they leave find the counts exactly.
-    Numbers below 1e-16, which count as that, do not come up.
-    """
-    z = torch.special.ndtri(numbers).clamp(-8.2, 8.2)
-    about = rates + rates.sqrt() * z + (z.square() - 1) / 6
-    below = torch.where(z < 0, torch.minimum(about, rates), about).floor() - 12
-    for step in (8.0, 4.0, 2.0, 1.0):
-        middle = below + step
-        known = torch.special.gammaincc(middle.clamp(min=0.0) + 1, rates)
-        below = torch.where((middle < 0) | (known <= numbers), middle, below)
-    return (below + 1).clamp(min=0.0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad import linalg
-from natgrad.arguments import check_interval
+from natgrad.arguments import check_choice, check_interval
 from natgrad.capture import Capture
 from natgrad.capture.evaluation import output_rows
 from natgrad.fisher.pieces import piece_of, sample_slices
@@ -95,8 +95,7 @@ def empirical_kernel(
 
     Source: Jacot, Gabriel & Hongler, Neural tangent kernel (2018).
     """
-    if outputs not in ("full", "classwise", "trace"):
-        raise ValueError(f"outputs must be 'full', 'classwise' or 'trace', got {outputs!r}")
+    check_choice("outputs", outputs, "full", "classwise", "trace")
     if per_unit and outputs != "full":
         raise ValueError("per_unit=True gives kernels of all outputs: use outputs='full' with it")
     with Capture(model, output) as capture:
