@@ -120,6 +120,23 @@ def not_by_samples(module: nn.Module) -> str | None:
     return None
 
 
+def parameters_by_samples(model: nn.Module, what: str, whose: str) -> dict[str, nn.Parameter]:
+    """Return name → parameter of what is trained of a model.
+
+    A ValueError, about something of a sample, says that there are none, or what couples samples.
+    """
+    reason = not_by_samples(model)
+    if reason is not None:
+        raise ValueError(
+            f"the {what} of a {whose} must depend on that {whose} alone, but the model {reason}: "
+            "call model.eval() first"
+        )
+    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not found:
+        raise ValueError("the model has no trainable parameter")
+    return found
+
+
 def free_layout(qualified: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]) -> BlockLayout:
     """Return the layout of parameters whose use is not known.
 

@@ -13,7 +13,7 @@ from torch.func import functional_call, jacrev, vmap
 
 from natgrad.capture import Block, Capture
 from natgrad.capture.evaluation import unit_vectors
-from natgrad.capture.generic import not_by_samples, parameter_places
+from natgrad.capture.generic import parameter_places, parameters_by_samples
 from natgrad.capture.graph import leaves
 from natgrad.capture.kinds import dense_layout
 from natgrad.distributed import Replicas
@@ -202,17 +202,8 @@ class FunctionRows(ResidualRows):
         replicas: Replicas | None = None,
     ) -> None:
         super().__init__(model, residuals, chunk_size, replicas)
-        reason = not_by_samples(model)
-        if reason is not None:
-            raise ValueError(
-                "the residual of a point must depend on that point alone, but the model "
-                f"{reason}: call model.eval() first"
-            )
+        self.parameters: dict[str, nn.Parameter] = parameters_by_samples(model, "residual", "point")
         self.layout: ParameterLayout = ParameterLayout.of(model)
-        named = model.named_parameters()
-        self.parameters: dict[str, nn.Parameter] = {n: p for n, p in named if p.requires_grad}
-        if not self.parameters:
-            raise ValueError("the model has no trainable parameter")
         self.blocks: dict[str, Block] = _dense_blocks(model, self.parameters)
         self._at_point = _ResidualAtPoint(model)
         self._places = parameter_places(self._at_point, self.parameters)

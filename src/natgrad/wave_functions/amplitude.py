@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev, jvp, vjp, vmap
 
 from natgrad.capture.evaluation import attention_by_products
-from natgrad.capture.generic import not_by_samples, parameter_places
+from natgrad.capture.generic import parameter_places, parameters_by_samples
 from natgrad.capture.kinds import dense_layout
 from natgrad.layouts import BlockLayout, ParameterLayout
 
@@ -32,18 +32,10 @@ class LogAmplitude:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        reason = not_by_samples(model)
-        if reason is not None:
-            raise ValueError(
-                "the amplitude of a configuration must depend on that configuration alone, but the "
-                f"model {reason}: call model.eval() first"
-            )
+        found = parameters_by_samples(model, "amplitude", "configuration")
+        self.parameters: dict[str, nn.Parameter] = found
         self.model = model
         self.layout: ParameterLayout = ParameterLayout.of(model)
-        named = model.named_parameters()
-        self.parameters: dict[str, nn.Parameter] = {n: p for n, p in named if p.requires_grad}
-        if not self.parameters:
-            raise ValueError("the model has no trainable parameter")
         shapes = tuple(self.layout.shapes.values())
         self.block: BlockLayout = dense_layout(self.layout.names, shapes)
         self._places = parameter_places(model, self.parameters)
