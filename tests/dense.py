@@ -507,7 +507,7 @@ def kfac_factors(
     weight: bool = True,
     bias: bool = True,
     sharing: str = "expand",
-    skip_silent: bool = False,
+    partial: Tensor | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Return one pair (A, B) per group by sums over samples, vectors and positions.
 
@@ -518,7 +518,8 @@ def kfac_factors(
         weight: Whether the weight is trained.
         bias: Whether there is a trained bias.
         sharing: "expand", "reduce" or "split".
-        skip_silent: Leave positions that no vector reaches out of A.
+        partial: Samples of which an event is ignored, (N,): their positions that no vector reaches
+            are not in A.
     """
     both = [pairs(layer, x, d) for x, d in zip(recorded.inputs, recorded.gradients, strict=True)]
     a = torch.cat([pair[0] for pair in both], 1)
@@ -532,14 +533,14 @@ def kfac_factors(
     return [
         (factor_a, factor_b / count)
         for factor_a, factor_b in (
-            second_moments(a[:, :, g], delta[:, :, :, g], sharing, skip_silent)
+            second_moments(a[:, :, g], delta[:, :, :, g], sharing, partial)
             for g in range(a.shape[2])
         )
     ]
 
 
 def second_moments(
-    a: Tensor, delta: Tensor, sharing: str = "expand", skip_silent: bool = False
+    a: Tensor, delta: Tensor, sharing: str = "expand", partial: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return the mean of ``a aᵀ`` and the sum of ``δ δᵀ`` of one group.
 
@@ -548,15 +549,15 @@ def second_moments(
         delta: Output gradients, (K, N, T, d_out).
         sharing: "expand", "reduce" or "split", which has the partial traces of the sum of the
             products of means and of deviations, and of a single unit the exact block.
-        skip_silent: Leave positions that no vector reaches out of the mean.
+        partial: Samples, (N,), whose positions that no vector reaches are not in the mean.
     """
     if sharing == "split" and a.shape[1] > 1 and delta.shape[3] == 1:
         rows = torch.einsum("nti,knto->kni", a, delta)
         inputs = torch.einsum("kni,knj->ij", rows, rows) / len(a)
         return inputs, torch.full((1, 1), float(len(a)), dtype=a.dtype)
     if sharing == "split" and a.shape[1] > 1:
-        mean, total, _ = shared(a, delta, "reduce", skip_silent)
-        counted = shared(a, delta, "expand", skip_silent)[2]
+        mean, total, _ = shared(a, delta, "reduce", partial)
+        counted = shared(a, delta, "expand", partial)[2]
         number = counted.sum(1)[:, None, None]
         # An unbiased covariance divides by T - 1.
         delta_rest = (delta - total / number.clamp(min=1)) * (
@@ -565,25 +566,26 @@ def second_moments(
         rest = (a - mean) * counted.unsqueeze(-1), delta_rest * counted.unsqueeze(-1)
         inputs = torch.einsum("nti,ntj->ij", rest[0], rest[0]) / counted.sum()
         both = [
-            second_moments(a, delta, "reduce", skip_silent),
+            second_moments(a, delta, "reduce", partial),
             (inputs, torch.einsum("knto,kntp->op", rest[1], rest[1])),
         ]
         trace = sum(x.trace() * y.trace() for x, y in both)
         merged = sum(x * y.trace() for x, y in both) / torch.where(trace == 0, 1.0, trace)
         return merged, sum(y * x.trace() for x, y in both)
-    a, delta, counted = shared(a, delta, sharing, skip_silent)
+    a, delta, counted = shared(a, delta, sharing, partial)
     inputs = torch.einsum("nt,nti,ntj->ij", counted, a, a) / counted.sum()
     return inputs, torch.einsum("knto,kntp->op", delta, delta)
 
 
 def shared(
-    a: Tensor, delta: Tensor, sharing: str = "expand", skip_silent: bool = False
+    a: Tensor, delta: Tensor, sharing: str = "expand", partial: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return inputs, output gradients and which positions count, (N, T), in a setting.
 
     "reduce" leaves one position: the mean input over those that count, the summed gradient.
     """
-    loud = (delta != 0).any(3).any(0) if skip_silent else torch.ones_like(a[..., 0], dtype=bool)
+    loud = (delta != 0).any(3).any(0)
+    loud = torch.ones_like(loud) if partial is None else loud | ~partial[:, None]
     counted = loud.to(a.dtype)
     if sharing in ("expand", "split"):
         return a, delta, counted
@@ -610,7 +612,7 @@ def kfac_pairs(
     *,
     vectors: Tensor | None = None,
     sharing: str = "expand",
-    skip_silent: bool = False,
+    partial: Tensor | None = None,
     output: Callable[[Any], Tensor] | None = None,
 ) -> list[tuple[Tensor, list[tuple[Tensor, Tensor]]]]:
     """Return, per block, the indices (G, d_out, d_in + bias) and the pairs (A, B) of its groups."""
@@ -633,7 +635,7 @@ def kfac_pairs(
             weight=any(not name.endswith("bias") for name in spec.names),
             bias=any(name.endswith("bias") for name in spec.names),
             sharing=sharing,
-            skip_silent=skip_silent,
+            partial=partial,
         )
         result.append((augmented_indices(model, spec), factors))
     return result

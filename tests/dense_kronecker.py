@@ -80,7 +80,7 @@ def _pairs(
 
 
 def kfac_factors(
-    block: DenseBlock, count: float, sharing: str, skip_silent: bool = False
+    block: DenseBlock, count: float, sharing: str, partial: Tensor | None = None
 ) -> list[tuple[Tensor, Tensor]]:
     """Return K-FAC's pair (A, B) of every group."""
     if block.inputs is None:
@@ -88,20 +88,20 @@ def kfac_factors(
         return [(flat.T @ flat / count, torch.ones(1, 1, dtype=flat.dtype))]
     if sharing == "split" and block.one_hot:
         sharing = "expand"
-    found = [dense.second_moments(*pair, sharing, skip_silent) for pair in _groups(block)]
+    found = [dense.second_moments(*pair, sharing, partial) for pair in _groups(block)]
     return [(a, b / count) for a, b in found]
 
 
 def foof_factors(
-    block: DenseBlock, count: float, sharing: str, skip_silent: bool = False
+    block: DenseBlock, count: float, sharing: str, partial: Tensor | None = None
 ) -> list[tuple[Tensor, Tensor]]:
     """Return FOOF's pair (A, I) of every group, (A, 0) of a layer that the output passes by."""
     eye = torch.eye(block.where.shape[1], dtype=block.rows.dtype) * bool(block.rows.any())
-    return [(a, eye) for a, _ in kfac_factors(block, count, sharing, skip_silent)]
+    return [(a, eye) for a, _ in kfac_factors(block, count, sharing, partial)]
 
 
 def tkfac_factors(
-    block: DenseBlock, count: float, sharing: str, skip_silent: bool = False
+    block: DenseBlock, count: float, sharing: str, partial: Tensor | None = None
 ) -> list[tuple[Tensor, Tensor]]:
     """Return TKFAC's pair (√δ Φ, √δ Ψ) of every group.
 
@@ -114,7 +114,7 @@ def tkfac_factors(
             phi = torch.einsum("roi,roj->ij", rows, rows)
             psi = torch.einsum("roi,rpi->op", rows, rows)
         else:
-            a, delta, _ = dense.shared(*_groups(block)[group], sharing, skip_silent)
+            a, delta, _ = dense.shared(*_groups(block)[group], sharing, partial)
             phi = torch.einsum("knto,knto,nti,ntj->ij", delta, delta, a, a)
             psi = torch.einsum("nti,nti,knto,kntp->op", a, a, delta, delta)
         trace = rows.square().sum() / count

@@ -117,7 +117,7 @@ def test_norms(name, scale):
     layout = kind.layout(module, names, names)
     delta = normal(2, *shape, seed=3)
     call = LayerCall(module, "", (x,), (module(x),))
-    rows = kind.jacobian(BlockRecord(layout, names, [(call, [delta])], 5, False)).to_dense()
+    rows = kind.jacobian(BlockRecord(layout, names, [(call, [delta])], 5, None)).to_dense()
     output = module(x)
     expected = []
     for n in range(5):

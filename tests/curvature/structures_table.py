@@ -20,7 +20,13 @@ import natgrad
 from natgrad import Capture
 from natgrad.capture.evaluation import evaluated
 from natgrad.curvature import Curvature, as_structure
-from natgrad.fisher import as_fisher_type, estimation, fisher_matrix, update_from_output
+from natgrad.fisher import (
+    as_fisher_type,
+    estimation,
+    fisher_matrix,
+    partial_samples,
+    update_from_output,
+)
 from natgrad.jacobians import Jacobians
 from natgrad.layouts import BlockLayout, ParameterLayout
 from natgrad.likelihoods import as_likelihood
@@ -104,7 +110,8 @@ def rows_of(batch: Batch, additive: bool, by_layer: bool) -> Rows:
         rows = Rows(additive, by_layer, count)
         update_from_output(
             rows, capture, likelihood, fisher, z, weights, count,
-            generator=generator(0), target=batch.target, retain_graph=False,
+            partial=partial_samples(weights), generator=generator(0), target=batch.target,
+            retain_graph=False,
         )  # fmt: skip
     return rows
 
@@ -131,8 +138,8 @@ class Problem:
         kind: Fisher type.
         vectors: What is pulled back from the output, (K, N, ...).
         name: Name of the case in the table of cases, if it has one.
-        skip_silent: Whether some events are ignored, so that positions which no vector reaches are
-            left out of input factors.
+        partial: Samples of which some event is ignored, (N,): positions of theirs which no vector
+            reaches are left out of input factors.
     """
 
     case: Case
@@ -142,7 +149,7 @@ class Problem:
     kind: str
     vectors: Tensor
     name: str = ""
-    skip_silent: bool = False
+    partial: Tensor | None = None
 
     @cached_property
     def batch(self) -> Batch:
@@ -199,7 +206,7 @@ def problem_of(
     kind: str,
     target: Tensor | None = None,
     loss: dense.Loss | None = None,
-    skip_silent: bool = False,
+    partial: Tensor | None = None,
 ) -> Problem:
     """Return the problem of a case; ``loss`` where the likelihood is an object."""
     y = case.target(likelihood) if target is None else target
@@ -210,7 +217,7 @@ def problem_of(
         drawn = fisher_type(kind).vectors(own, case.z, weights, generator(0), y)
     else:
         drawn = dense.fisher_vectors(loss, case.z, y, kind)
-    return Problem(case, y, likelihood, loss, kind, drawn, skip_silent=skip_silent)
+    return Problem(case, y, likelihood, loss, kind, drawn, partial=partial)
 
 
 def fisher_type(kind: str) -> Any:
@@ -246,7 +253,7 @@ def factors_of(
     return [
         [
             (kept(a, block.one_hot or large(a, b, limit)[0]), kept(b, large(a, b, limit)[1]))
-            for a, b in factors(block, problem.count, sharing, problem.skip_silent)
+            for a, b in factors(block, problem.count, sharing, problem.partial)
         ]
         for block in problem.blocks
     ]

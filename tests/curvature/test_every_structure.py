@@ -174,8 +174,8 @@ def masked_problems(name: str, kind: str) -> list[tuple[Problem, dict[int | None
             class_weights=options.get("weight"),
             label_smoothing=options.get("label_smoothing", 0.0),
         )
-        silent = target is ignored
-        given = problem_of(case, likelihood, kind, target, loss, skip_silent=silent)
+        partial = (target.reshape(len(y), -1) == -100).any(1) if target is ignored else None
+        given = problem_of(case, likelihood, kind, target, loss, partial)
         found.append((given, {n: replace(given.batch, chunk=n) for n in (None, 1, 60)}))
     return found
 
@@ -188,7 +188,7 @@ def test_masks_weights_and_smoothing(entry, name, kind):
         for chunk, batch in batches.items():
             if chunk is not None and (not entry.additive or (chunk == 60 and not entry.everywhere)):
                 continue
-            if chunk is not None and not given.skip_silent and name != "tokens":
+            if chunk is not None and given.partial is None and name != "tokens":
                 continue  # Weights alone.
             for sharing in entry.sharings or (None,):
                 compare(entry, given, sharing, batch)

@@ -26,7 +26,7 @@ from natgrad.capture.evaluation import evaluated
 from natgrad.curvature import Curvature, as_structure
 from natgrad.curvature.cost import Workload
 from natgrad.curvature.singd import InverseFactorStatistics
-from natgrad.fisher import as_fisher_type, fisher_matrix, update_from_output
+from natgrad.fisher import as_fisher_type, fisher_matrix, partial_samples, update_from_output
 from natgrad.fisher import estimation as fisher_module
 from natgrad.jacobians import LinearJacobian, factor_terms
 from natgrad.likelihoods import as_likelihood
@@ -172,10 +172,11 @@ def watched(model: nn.Module, output: Any = None, **options: Any) -> Iterator[tu
         def feed(x: Any, y: Tensor, likelihood: Any, kind: str, decay: float = 1.0) -> None:
             likelihood, fisher = as_likelihood(likelihood), as_fisher_type(kind)
             with evaluated(capture, x) as z:
+                weights = likelihood.event_weights(z.detach(), y)
                 update_from_output(
-                    structure, capture, likelihood, fisher, z,
-                    likelihood.event_weights(z.detach(), y), likelihood.count(z.detach(), y),
-                    target=y, retain_graph=False,
+                    structure, capture, likelihood, fisher, z, weights,
+                    likelihood.count(z.detach(), y), partial=partial_samples(weights), target=y,
+                    retain_graph=False,
                 )  # fmt: skip
             structure.join(decay)
 

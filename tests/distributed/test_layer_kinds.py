@@ -187,8 +187,9 @@ RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
     "empirical": (natgrad.KFAC, {"fisher": "empirical"}),
 }
 
-#: How samples come: all together, in two passes, or with none that counts in the last process.
-WAYS = ("together", "two passes", "some ignored")
+#: How samples come: all together, in two passes, with none that counts in the last process, or with
+#: one there of which some positions do not count.
+WAYS = ("together", "two passes", "some ignored", "positions ignored")
 
 
 def build(name: str) -> nn.Module:
@@ -206,6 +207,8 @@ def joint_batch(step: int, way: str) -> tuple[Tensor, Tensor]:
     y = torch.randint(WORDS, (SAMPLES, LENGTH), generator=source)
     if way == "some ignored":
         y[SAMPLES // 2 :] = -100
+    if way == "positions ignored":
+        y[-1, 2:] = -100
     return x, y
 
 
@@ -239,7 +242,7 @@ def combinations(name: str) -> list[tuple[str, str]]:
     if name == "sums over samples":
         runs = [(run, WAYS[0]) for run in RUNS if run != "exact"]
         return runs + [("sampled", way) for way in WAYS[1:]]
-    return [(run, WAYS[0]) for run in ("sampled", "exact", "empirical")]
+    return [(run, WAYS[0]) for run in ("sampled", "exact", "empirical")] + [("sampled", WAYS[3])]
 
 
 def together(rank: int, name: str) -> dict[tuple[str, str, str], Tensor]:

@@ -160,12 +160,16 @@ class Largest(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 def shared_rows(silent: bool = False) -> LinearJacobian:
-    """Rows of 3 samples, 2 directions and 4 positions, of which one sample may use 2 and one 1."""
+    """Rows of 3 samples, 2 directions and 4 positions, of which one sample may use 2 and one 1.
+
+    A position of the third counts though no vector reaches it, as all of its events do.
+    """
     layout = BlockLayout(("w", "b"), ((4, 5), (4,)), 1, 4, 5, True, True)
     a, delta = normal(3, 4, 1, 5) + 1, normal(3, 2, 4, 1, 4, seed=1)
     if silent:
-        delta[0, :, 2:] = delta[1, :, 1:] = 0
-    return LinearJacobian(layout, a, delta, skip_silent=silent)
+        delta[0, :, 2:] = delta[1, :, 1:] = delta[2, :, 3:] = 0
+    partial = torch.tensor([True, True, False]) if silent else None
+    return LinearJacobian(layout, a, delta, partial=partial)
 
 
 @pytest.mark.parametrize("silent", [False, True])
@@ -193,21 +197,32 @@ def test_deviations_at_some_positions_are_right_on_average(silent):
     torch.testing.assert_close(inputs, whole.inputs / whole.positions, rtol=1e-12, atol=1e-12)
 
 
-def test_every_map_of_a_stack_is_split_by_itself():
+def test_samples_bring_what_is_left_out_of_them():
+    rows = shared_rows(silent=True)
+    whole = rows.kronecker_factors()
+    each = [rows.of_samples(torch.tensor([n])).kronecker_factors() for n in range(3)]
+    assert [int(one.positions) for one in (*each, whole)] == [2, 1, 4, 7]
+    total = sum(one.inputs for one in each)
+    torch.testing.assert_close(total, whole.inputs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("partial", [None, torch.tensor([True, False, True])])
+def test_every_map_of_a_stack_is_split_by_itself(partial):
     lengths = (4, 2)
     pieces = {
         group: [(normal(3, t, 5, seed=group) + 1, normal(3, 2, t, 4, seed=2 + group))]
         for group, t in enumerate(lengths)
     }
+    for ((_, delta),) in pieces.values():
+        delta[:, :, 1] = 0
     layout = BlockLayout(("w",), ((2, 4, 5),), 2, 4, 5, True, False)
-    found = [
-        rows.kronecker_factors() for rows in StackedJacobian.of_matrices(layout, pieces).split()
-    ]
+    stack = StackedJacobian.of_matrices(layout, pieces, partial=partial)
+    found = [rows.kronecker_factors() for rows in (*stack.split(), stack)]
     alone = BlockLayout(("w",), ((4, 5),), 1, 4, 5, True, False)
     for group in range(2):
         ((a, delta),) = pieces[group]
-        rows = LinearJacobian(alone, a.unsqueeze(2), delta.unsqueeze(3))
-        for one, wanted in zip(found, rows.split(), strict=True):
+        rows = LinearJacobian(alone, a.unsqueeze(2), delta.unsqueeze(3), partial=partial)
+        for one, wanted in zip(found, (*rows.split(), rows), strict=True):
             sums = wanted.kronecker_factors()
             mean = one.inputs[group] / one.positions[group]
             torch.testing.assert_close(mean.tril(), (sums.inputs[0] / sums.positions).tril())

@@ -416,7 +416,7 @@ class Capture:
         vectors: Tensor,
         *,
         retain_graph: bool = True,
-        skip_silent: bool = False,
+        partial: Tensor | None = None,
         independent: bool = False,
     ) -> Jacobians:
         """Pull ``K`` output vectors per sample back to every layer's output.
@@ -425,8 +425,9 @@ class Capture:
             output: The model output, ``(N, ...)``, with its autograd graph.
             vectors: ``(K, *output.shape)``.
             retain_graph: Keep the graph for a later backward pass.
-            skip_silent: Leave positions no vector reaches (ignored or padded tokens) out of the
-                Kronecker input factors.
+            partial: Samples of which some event does not count, ``(N,)``: positions of theirs that
+                no vector reaches (ignored or padded tokens) are left out of the Kronecker input
+                factors. None for none.
             independent: Whether the vectors of different samples are independent with mean zero.
                 A layer that couples samples (a table of positions called once for all) then gets
                 the sum of their rows as one row: sums of squares of rows are right on average, and
@@ -458,7 +459,7 @@ class Capture:
                 found.output,
                 vectors.to(output.dtype),
                 retain_graph=retain_graph,
-                skip_silent=skip_silent,
+                partial=partial,
                 independent=independent,
             )
 
@@ -475,7 +476,7 @@ class Capture:
         self,
         recorded: ForwardPass,
         scale: float | Tensor = 1.0,
-        skip_silent: bool = False,
+        partial: Tensor | None = None,
         separate: bool = True,
     ) -> Jacobians:
         """Form rows (``K = 1``) from the gradients the user's own backward pass left.
@@ -483,7 +484,7 @@ class Capture:
         Args:
             recorded: A pass recorded with ``watching`` on, after the user's backward pass.
             scale: Factor that turns the user's gradients into per-sample ones.
-            skip_silent: As in :meth:`pull_back`.
+            partial: As in :meth:`pull_back`.
             separate: Leave out blocks whose rows that backward pass has summed over samples; they
                 are then in ``sources.inseparable``.
 
@@ -491,7 +492,7 @@ class Capture:
             Rows of the blocks that are as they were in the pass, by what was known of them then.
         """
         maker, calls = recorded.rows, recorded.calls
-        rows = maker.user_rows(calls, recorded.samples, scale, skip_silent, separate)
+        rows = maker.user_rows(calls, recorded.samples, scale, partial, separate)
         present = {name: block.layout for name, block in self.blocks.items()}
         then = maker.sources.blocks
         return rows.of_blocks([n for n in rows if present.get(n) == then[n].layout], self.layout)

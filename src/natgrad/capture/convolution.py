@@ -108,7 +108,7 @@ class ConvolutionKind(LayerKind):
         deltas = [_channels_last(gradient, samples, layout.groups) for gradient in gradients]
         delta = deltas[0] if len(deltas) == 1 else torch.cat(deltas, dim=2)
         inputs = ConvolutionInputs(calls, layout, samples)
-        return LinearJacobian(layout, inputs, delta, skip_silent=block.skip_silent)
+        return LinearJacobian(layout, inputs, delta, partial=block.partial)
 
 
 class InnerConvolutionKind(ConvolutionKind):
@@ -358,7 +358,7 @@ class TransposedConvolutionKind(LayerKind):
         delta = deltas[0] if len(deltas) == 1 else torch.cat(deltas, dim=2)
         spatial = [g.shape[3:] for g in gradients]
         make = partial(_transposed_inputs, calls, spatial, layout, samples)
-        return LinearJacobian(layout, make, delta, skip_silent=block.skip_silent)
+        return LinearJacobian(layout, make, delta, partial=block.partial)
 
 
 def _transposed_inputs(

@@ -61,7 +61,7 @@ class EmbeddingKind(LayerKind):
             indices.append(index)
             deltas.append(d.unsqueeze(3))
         return EmbeddingJacobian(
-            block.layout, torch.cat(indices, 1), torch.cat(deltas, 2), skip_silent=block.skip_silent
+            block.layout, torch.cat(indices, 1), torch.cat(deltas, 2), partial=block.partial
         )
 
 
@@ -162,7 +162,7 @@ class EmbeddingBagKind(EmbeddingKind):
             deltas.append(d.unsqueeze(3))
         index = torch.cat(indices, 1)
         rows = EmbeddingJacobian(
-            block.layout, index.clamp(min=0), torch.cat(deltas, 2), skip_silent=block.skip_silent
+            block.layout, index.clamp(min=0), torch.cat(deltas, 2), partial=block.partial
         )
         real, active = (index >= 0).to(rows.dtype), rows.active_positions
         rows.active_positions = real if active is None else real * active

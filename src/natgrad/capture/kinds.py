@@ -76,14 +76,15 @@ class BlockRecord:
         names: The block's parameter names within the module.
         calls: Recorded calls, each with the gradients of its outputs, ``(K, *output.shape)``.
         samples: ``N``.
-        skip_silent: Leave positions with zero gradient out of the input factors.
+        partial: Which of them leave positions with zero gradient out of input factors, as some
+            of their events do not count, ``(N,)``; None for none.
     """
 
     layout: BlockLayout
     names: tuple[str, ...]
     calls: list[CallGradients]
     samples: int
-    skip_silent: bool
+    partial: Tensor | None
 
     def single_outputs(self) -> Iterator[tuple[LayerCall, Tensor]]:
         """Yield the calls of a layer with one output, each with its gradient."""
@@ -103,7 +104,7 @@ class BlockRecord:
             inputs = torch.cat([a for a, _ in rows], dim=1)
             gradients = torch.cat([d for _, d in rows], dim=2)
         return LinearJacobian(
-            self.layout, inputs, gradients, bias_value=bias_value, skip_silent=self.skip_silent
+            self.layout, inputs, gradients, bias_value=bias_value, partial=self.partial
         )
 
 

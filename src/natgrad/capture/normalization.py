@@ -92,7 +92,7 @@ class NormalizationKind(LayerKind):
             deltas.append(fold_gradients(rows, samples, layout.groups).unsqueeze(-1))
         delta = deltas[0] if len(deltas) == 1 else torch.cat(deltas, dim=2)
         make = partial(self._inputs, calls, layout, samples)
-        return LinearJacobian(layout, make, delta, skip_silent=block.skip_silent)
+        return LinearJacobian(layout, make, delta, partial=block.partial)
 
     def _inputs(
         self,

@@ -88,7 +88,7 @@ class ProductKind(LayerKind):
             return block.linear(
                 [(a.unsqueeze(2), d.unsqueeze(3)) for a, d in pieces[0]], bias_value
             )
-        return StackedJacobian.of_matrices(block.layout, pieces, skip_silent=block.skip_silent)
+        return StackedJacobian.of_matrices(block.layout, pieces, partial=block.partial)
 
     def _by_matrix(
         self, call: LayerCall, delta: Tensor, samples: int

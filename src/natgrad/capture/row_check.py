@@ -360,7 +360,7 @@ class RowCheck:
         dtypes = [g.dtype for g in (*given, *true) if g is not None]
         relative, floor = max(ROUNDING.get(dtype, (0.1, 1e-2)) for dtype in dtypes)
         try:
-            rows = self.rows.block_rows(name, calls, samples, False)
+            rows = self.rows.block_rows(name, calls, samples, None)
             if rows is None:  # Its gradient may be zero now, but something leads to it.
                 return False
             wanted = flat_rows(layout, true)

@@ -56,7 +56,7 @@ class RowBuilder:
         vectors: Tensor,
         *,
         retain_graph: bool,
-        skip_silent: bool,
+        partial: Tensor | None,
         independent: bool,
     ) -> Jacobians:
         """Return the rows of every block the output depends on.
@@ -89,9 +89,9 @@ class RowBuilder:
                     continue
                 try:
                     if name not in coupled:
-                        rows[name] = self.block_rows(name, of, samples, skip_silent)
+                        rows[name] = self.block_rows(name, of, samples, partial)
                         continue
-                    joint = self._joint_rows(name, of, skip_silent)
+                    joint = self._joint_rows(name, of, partial, alone)
                     if joint is not None and alone:
                         rows[name] = joint.parted(samples)
                     elif joint is not None:  # The sum of one sample is its own row.
@@ -148,7 +148,7 @@ class RowBuilder:
         recorded: Sequence[RecordedCall],
         samples: int,
         scale: float | Tensor,
-        skip_silent: bool,
+        partial: Tensor | None,
         separate: bool,
     ) -> Jacobians:
         """Return rows (``K = 1``) from the gradients the user's own backward pass left.
@@ -175,9 +175,9 @@ class RowBuilder:
                 if name in self.sources.direct or (coupled and separate):
                     continue
                 if coupled:
-                    rows = self._joint_rows(name, of, skip_silent)
+                    rows = self._joint_rows(name, of, partial)
                 else:
-                    rows = self.block_rows(name, of, samples, skip_silent)
+                    rows = self.block_rows(name, of, samples, partial)
                 if rows is not None:
                     found[name] = rows
         release(calls)
@@ -234,14 +234,20 @@ class RowBuilder:
             yield
 
     def _joint_rows(
-        self, name: str, calls: Sequence[RecordedCall], skip_silent: bool
+        self, name: str, calls: Sequence[RecordedCall], partial: Tensor | None, alone: bool = False
     ) -> LayerJacobian | None:
-        """Return the rows of a block whose samples are coupled, the batch as one sample."""
-        rows = self.block_rows(name, calls, 1, skip_silent)
+        """Return the rows of a block whose samples are coupled, the batch as one sample.
+
+        That one is partial if there are such samples, unless rows pulled back ``alone`` are to be
+        parted.
+        """
+        if partial is not None and not alone:
+            partial = partial.new_ones(1)
+        rows = self.block_rows(name, calls, 1, partial)
         return rows.of_ragged() if rows is not None and self.sources.are_ragged(calls) else rows
 
     def block_rows(
-        self, name: str, calls: Sequence[RecordedCall], samples: int, skip_silent: bool
+        self, name: str, calls: Sequence[RecordedCall], samples: int, partial: Tensor | None
     ) -> LayerJacobian | None:
         """Return the rows of a block; with 1 as ``samples`` the batch counts as one sample."""
         block = self.sources.blocks[name]
@@ -255,7 +261,7 @@ class RowBuilder:
             ]
             if own:
                 # Layers of one kind that share a parameter are calls of one layer.
-                empty = BlockRecord(use.layout, use.names, [], samples, skip_silent)
+                empty = BlockRecord(use.layout, use.names, [], samples, partial)
                 records.setdefault((use.kind, use.layout), empty).calls.extend(own)
         parts = [kind.jacobian(record) for (kind, _), record in records.items()]
         if not parts:

@@ -5,6 +5,7 @@ from natgrad.fisher.estimation import (
     RowReceiver,
     draw_in_step,
     fisher_matrix,
+    partial_samples,
     update_from_output,
 )
 from natgrad.fisher.types import (
@@ -29,5 +30,6 @@ __all__ = [
     "as_fisher_type",
     "draw_in_step",
     "fisher_matrix",
+    "partial_samples",
     "update_from_output",
 ]

@@ -19,7 +19,7 @@ from natgrad.distributed.place import PlacedGenerator
 from natgrad.distributed.shards import mesh_groups
 from natgrad.fisher.batches import Batch, batches_of
 from natgrad.fisher.types import FisherType, as_fisher_type
-from natgrad.jacobians import Jacobians, LinearJacobian
+from natgrad.jacobians import Jacobians, LinearJacobian, SumJacobian
 from natgrad.jacobians.scaled import ScaledRows
 from natgrad.likelihoods import Likelihood, LikelihoodLike, as_likelihood
 from natgrad.operators import FisherMatrix
@@ -55,7 +55,7 @@ def update_from_output(
     weights: Tensor,
     count: Tensor,
     *,
-    skip_silent: bool | None = None,
+    partial: Tensor | None,
     generator: torch.Generator | None = None,
     target: Tensor | None = None,
     cotangent: Tensor | None = None,
@@ -74,8 +74,9 @@ def update_from_output(
         output: The pass's output, with its graph.
         weights: Event weights, ``(N, E)``.
         count: Their sum, as a mean-reduced loss divides by it.
-        skip_silent: Whether some event weights are zero, so that positions no vector reaches are
-            left out of input factors; looked up if it is not known.
+        partial: What :func:`partial_samples` finds in the weights, or zeros where another process
+            finds some: samples whose positions that no vector reaches are left out of input
+            factors.
         generator: Source of randomness.
         target: True target, where it is known.
         cotangent: Gradient of the user's loss with respect to the output, where it is known.
@@ -85,33 +86,31 @@ def update_from_output(
         detached = output.detach()
         vectors = fisher.vectors(likelihood, detached, weights, generator, target, cotangent)
         scaled = fisher.row_scales(likelihood, detached, weights, target, cotangent)
-    if skip_silent is None:
-        skip_silent = bool((weights == 0).any())
     total = vectors.shape[0]
     step = total
     if receiver.additive:
         step = max(1, min(total, PULL_BACK_ELEMENTS // max(1, capture.find_pass(output).elements)))
-    active: dict[str, Tensor | None] = {}
-    if skip_silent and step < total:
+    independent = fisher.independent and receiver.additive and receiver.by_layer
+    active: dict[tuple[str, int], Tensor | None] = {}
+    if partial is not None and step < total:
         # Which positions any of the vectors reaches: those a random combination of them reaches.
         probe = torch.Generator(vectors.device).manual_seed(0)
         mix = torch.randn(total, generator=probe, device=vectors.device, dtype=vectors.dtype)
         combined = torch.tensordot(mix, vectors, dims=1).unsqueeze(0)
-        found = capture.pull_back(output, combined, skip_silent=True)
-        active = _active_positions(found)
+        found = capture.pull_back(output, combined, partial=partial, independent=independent)
+        active = {place: rows.active_positions for place, rows in _linear_rows(found)}
     for start in range(0, total, step):
         stop = min(start + step, total)
         jacobians = capture.pull_back(
             output,
             vectors[start:stop],
             retain_graph=retain_graph or stop < total,
-            skip_silent=skip_silent,
-            independent=fisher.independent and receiver.additive and receiver.by_layer,
+            partial=partial,
+            independent=independent,
         )
-        for name, positions in active.items():
-            block = jacobians.get(name)
-            if isinstance(block, LinearJacobian):
-                block.active_positions = positions
+        for place, rows in _linear_rows(jacobians):
+            if place in active:
+                rows.active_positions = active[place]
         if scaled is not None:
             jacobians = ScaledRows(jacobians, *scaled)
         receiver.observe(jacobians, count, continued=start > 0)
@@ -142,12 +141,22 @@ def draw_in_step(
     generator.place = place
 
 
-def _active_positions(jacobians: Jacobians) -> dict[str, Tensor | None]:
-    return {
-        name: block.active_positions
-        for name, block in jacobians.items()
-        if isinstance(block, LinearJacobian)
-    }
+def partial_samples(weights: Tensor) -> Tensor | None:
+    """Return of which samples some event does not count, ``(N,)``; None for none.
+
+    Args:
+        weights: Event weights, ``(N, E)`` or ``(N, E, C)``.
+    """
+    found = (weights == 0).flatten(1).any(1)
+    return found if bool(found.any()) else None
+
+
+def _linear_rows(jacobians: Jacobians) -> Iterator[tuple[tuple[str, int], LinearJacobian]]:
+    """Yield the rows of linear maps, with their blocks' names and places within them."""
+    for name, block in jacobians.items():
+        for place, rows in enumerate(block.parts if isinstance(block, SumJacobian) else [block]):
+            if isinstance(rows, LinearJacobian):
+                yield (name, place), rows
 
 
 def fisher_matrix(
@@ -320,9 +329,10 @@ def _take_batch(
         own = likelihood.of_shapes(capture.find_pass(found).heads)
         is_empty = detached.numel() == 0
         weights = None if is_empty else own.event_weights(detached, target)
-        silent = weights is not None and bool((weights == 0).any())
-        place, flags = replicas.placed(len(found), [silent], home)
-        silent = any(flag for (flag,) in flags)
+        partial = None if weights is None else partial_samples(weights)
+        place, flags = replicas.placed(len(found), [partial is not None], home)
+        if partial is None and any(flag for (flag,) in flags):
+            partial = detached.new_zeros(len(found), dtype=torch.bool)
         generator.place = curvature.place = place
         if weights is None:
             draw_in_step(own, fisher, detached, generator)
@@ -336,7 +346,7 @@ def _take_batch(
             found,
             weights,
             count,
-            skip_silent=silent,
+            partial=partial,
             generator=generator,
             target=target,
             retain_graph=False,

@@ -21,7 +21,7 @@ class EmbeddingJacobian(LinearJacobian):
         indices: Token indices, ``(N, T)``.
         output_gradients: ``δ``, ``(N, K, T, 1, d)``, already zero where the token is the padding
             index.
-        skip_silent: As in :class:`LinearJacobian`.
+        partial: As in :class:`LinearJacobian`.
     """
 
     def __init__(
@@ -30,9 +30,9 @@ class EmbeddingJacobian(LinearJacobian):
         indices: Tensor,
         output_gradients: Tensor,
         *,
-        skip_silent: bool = False,
+        partial: Tensor | None = None,
     ) -> None:
-        super().__init__(layout, torch.empty(0), output_gradients, skip_silent=skip_silent)
+        super().__init__(layout, torch.empty(0), output_gradients, partial=partial)
         self.indices: Tensor = indices
 
     @property

@@ -43,8 +43,9 @@ class LinearJacobian(LayerJacobian):
             ``(N, 1, G, d_in)``.
         output_gradients: ``δ``, ``(N, K, T, G, d_out)``.
         bias_value: The input a bias sees: 1 for ordinary layers.
-        skip_silent: Leave positions whose ``δ`` is exactly zero (ignored or padded tokens) out of
-            the input factor and its count.
+        partial: Samples of which some event does not count, ``(N,)``: positions of theirs whose
+            ``δ`` is exactly zero (ignored or padded tokens) are left out of the input factor and
+            its count. None for none.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class LinearJacobian(LayerJacobian):
         output_gradients: Tensor,
         *,
         bias_value: float = 1.0,
-        skip_silent: bool = False,
+        partial: Tensor | None = None,
     ) -> None:
         self.layout = layout
         self._inputs = inputs if callable(inputs) else at_least_float32(inputs)
@@ -64,7 +65,7 @@ class LinearJacobian(LayerJacobian):
         self.positions: int
         self.samples, self.directions, self.positions = self.output_gradients.shape[:3]
         self.bias_value = bias_value
-        self.skip_silent = skip_silent
+        self.partial = None if partial is None else partial.to(output_gradients.device)
         self._active: Tensor | None = None
         #: What was computed from inputs, beside them, where other layers read the same tensor.
         self.moments: dict[Any, tuple[Tensor, Tensor]] | None = None
@@ -75,9 +76,9 @@ class LinearJacobian(LayerJacobian):
 
         It may be set, where these rows are one chunk of several over ``K``.
         """
-        if self._active is None and self.skip_silent:
+        if self._active is None and self.partial is not None:
             silent = (self.output_gradients == 0).all(-1).all(3).all(1)
-            self._active = (~silent).to(self.dtype)
+            self._active = (~(silent & self.partial.unsqueeze(1))).to(self.dtype)
         return self._active
 
     @active_positions.setter
@@ -284,6 +285,7 @@ class LinearJacobian(LayerJacobian):
         result.output_gradients = self.output_gradients[samples]
         result.samples = len(samples)
         result._active = None if self._active is None else self._active[samples]
+        result.partial = None if self.partial is None else self.partial[samples]
         return result
 
     def _take_samples(self, samples: Tensor) -> None:

@@ -22,7 +22,7 @@ class StackedJacobian(LinearJacobian):
         inputs: ``(N, T, G, d_in)``, zero where a map has no position.
         output_gradients: ``δ``, ``(N, K, T, G, d_out)``, likewise.
         filled: Which positions a map has, ``(N, T, G)`` of 0 and 1.
-        skip_silent: As for :class:`LinearJacobian`.
+        partial: As for :class:`LinearJacobian`.
     """
 
     def __init__(
@@ -32,9 +32,9 @@ class StackedJacobian(LinearJacobian):
         output_gradients: Tensor,
         filled: Tensor,
         *,
-        skip_silent: bool = False,
+        partial: Tensor | None = None,
     ) -> None:
-        super().__init__(layout, inputs, output_gradients, skip_silent=skip_silent)
+        super().__init__(layout, inputs, output_gradients, partial=partial)
         self.filled = filled
 
     @classmethod
@@ -43,14 +43,14 @@ class StackedJacobian(LinearJacobian):
         layout: BlockLayout,
         pieces: Mapping[int, Sequence[tuple[Tensor, Tensor]]],
         *,
-        skip_silent: bool = False,
+        partial: Tensor | None = None,
     ) -> StackedJacobian:
         """Lay the positions of every map side by side.
 
         Args:
             layout: The block's layout, one group per map.
             pieces: Group → inputs ``(N, t, d_in)`` and output gradients ``(N, K, t, d_out)``.
-            skip_silent: As for :class:`LinearJacobian`.
+            partial: As for :class:`LinearJacobian`.
         """
         lengths = {group: sum(a.shape[1] for a, _ in of) for group, of in pieces.items()}
         a, d = next(iter(pieces.values()))[0]
@@ -62,7 +62,7 @@ class StackedJacobian(LinearJacobian):
             inputs[:, : lengths[group], group] = torch.cat([a for a, _ in of], 1)
             gradients[:, :, : lengths[group], group] = torch.cat([d for _, d in of], 2)
             filled[:, : lengths[group], group] = 1
-        return cls(layout, inputs, gradients, filled, skip_silent=skip_silent)
+        return cls(layout, inputs, gradients, filled, partial=partial)
 
     def over_samples(self) -> None:
         """Return None: which positions a map has is for each process to know."""
@@ -100,9 +100,9 @@ class StackedJacobian(LinearJacobian):
     def _counted(self) -> Tensor:
         """Return which positions of every map count, ``(N, T, G)`` of 0 and 1."""
         counted = self.filled.to(self.dtype)
-        if self.skip_silent:
+        if self.partial is not None:
             silent = (self.output_gradients == 0).all(-1).all(1)
-            counted = counted * (~silent).to(self.dtype)
+            counted = counted * ~(silent & self.partial[:, None, None])
         return counted
 
     def _map_means(self, counted: Tensor) -> tuple[Tensor, Tensor]:

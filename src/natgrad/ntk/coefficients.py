@@ -19,7 +19,13 @@ from torch import Tensor, nn
 from natgrad.capture import Capture
 from natgrad.capture.evaluation import evaluated
 from natgrad.curvature import Curvature, Structure, as_structure
-from natgrad.fisher import ExactFisher, FisherType, as_fisher_type, update_from_output
+from natgrad.fisher import (
+    ExactFisher,
+    FisherType,
+    as_fisher_type,
+    partial_samples,
+    update_from_output,
+)
 from natgrad.jacobians import Jacobians
 from natgrad.layouts import BlockLayout
 from natgrad.likelihoods import Likelihood, as_likelihood
@@ -168,14 +174,16 @@ def isotropy(
                 curvature.update(rows, count)
             else:
                 detached = found.detach()
+                weights = likelihood.event_weights(detached, target)
                 update_from_output(
                     curvature,
                     capture,
                     likelihood,
                     fisher,
                     found,
-                    likelihood.event_weights(detached, target),
+                    weights,
                     likelihood.count(detached, target),
+                    partial=partial_samples(weights),
                     generator=torch.Generator(found.device).manual_seed(seed),
                     target=target,
                 )

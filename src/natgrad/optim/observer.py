@@ -47,7 +47,7 @@ class SeenPass:
         count: What a mean-reduced loss divides by.
         scale: Scale of the user's loss.
         is_empty: Whether no event counts.
-        has_silent: Whether some event does not.
+        partial: Samples of which some event does not, ``(N,)``; None for none in all processes.
         cotangent: Gradient at the output by all backward passes that ``.grad`` is of.
         asked: Whether no gradient was left in ``.grad`` so far: all were asked for by
             ``torch.autograd.grad``, or a loss was told.
@@ -60,7 +60,7 @@ class SeenPass:
     count: Tensor = _NOTHING
     scale: Tensor = _NOTHING
     is_empty: bool = False
-    has_silent: bool = False
+    partial: Tensor | None = None
     cotangent: Tensor | None = None
     asked: bool = False
     told: bool = False
@@ -398,7 +398,7 @@ class Observer:
     def _placed(self, one: SeenPass) -> SeenPass:
         """Find the place of a pass's samples in the batch of all processes, which all take part in.
 
-        What one of them leaves out is left out by all.
+        Rows that are of the whole batch are partial in all of them if they are in one.
         """
         assert one.recorded.output is not None
         device, own = self.capture.layout.device, len(one.recorded.output)
@@ -406,9 +406,9 @@ class Observer:
         assert shared is not None
         sums = self.fisher.independent and curvature.additive and curvature.by_layer
         sums = sums and self.capture.sources.sums_rows
-        flags = [one.has_silent, not one.is_empty, self.last_pass, sums]
+        flags = [one.partial is not None, not one.is_empty, self.last_pass, sums]
         place, each = self.replicas.placed(own, flags, device)
-        silent, counts, last, summed = zip(*each, strict=True)
+        partial, counts, last, summed = zip(*each, strict=True)
         shared.sums_rows = shared.sums_rows or any(summed)
         self.generator.place = self.curvature.place = place
         self._others_count = any(counts)
@@ -417,7 +417,9 @@ class Observer:
             if any(counts):
                 self._draw_in_step(one.recorded)
         self._others_go_on = self.last_pass and not all(last)
-        return replace(one, has_silent=any(silent))
+        if one.partial is None and any(partial):
+            one = replace(one, partial=one.weights.new_zeros(own, dtype=torch.bool))
+        return one
 
     def _take_part_in_others(self) -> None:
         """After the last pass of this process, take part in those that others make besides."""
@@ -463,8 +465,9 @@ class Observer:
             else:
                 weights, scale = likelihood.infer_event_weights(output, cotangent, target)
                 count = likelihood.seen_count(output, weights, target)
-            empty, silent = torch.stack([count == 0, (weights == 0).any()]).tolist()
-        return SeenPass(recorded, weights, count, scale, empty, silent)
+            partial = (weights == 0).flatten(1).any(1)
+            empty, some = torch.stack([count == 0, partial.any()]).tolist()
+        return SeenPass(recorded, weights, count, scale, empty, partial if some else None)
 
     def _compare(
         self, likelihood: Likelihood, output: Tensor, cotangent: Tensor, target: Any
@@ -516,7 +519,7 @@ class Observer:
                 generator=self.generator,
                 target=one.recorded.target,
                 cotangent=one.recorded.cotangent,
-                skip_silent=one.has_silent,
+                partial=one.partial,
             )
 
     def _as_now(self, random: Tensor | None = None) -> Callable[[], None]:
@@ -580,7 +583,7 @@ class Observer:
             if one.recorded.cotangent is None or one.recorded.output is None or one.is_empty:
                 continue
             with self._unawaited():
-                rows = self.capture.user_jacobians(one.recorded, 1.0 / one.scale, one.has_silent)
+                rows = self.capture.user_jacobians(one.recorded, 1.0 / one.scale, one.partial)
                 self._receiver().observe(rows, one.count)
 
     def coordinates(self) -> Tensor | None:

@@ -47,7 +47,7 @@ from natgrad.capture.model_output import unwrap
 from natgrad.distributed.replicas import check_alone
 from natgrad.fisher import Batch, FisherType
 from natgrad.fisher.batches import batches_of, batches_with_samples, check_reiterable
-from natgrad.fisher.estimation import update_from_output
+from natgrad.fisher.estimation import partial_samples, update_from_output
 from natgrad.fisher.types import as_fisher_type
 from natgrad.jacobians import Jacobians
 from natgrad.laplace.evidence import ascend
@@ -201,7 +201,8 @@ class VariationalLaplace(LinearizedPosterior):
                 )
                 update_from_output(
                     seen, capture, own, self._fisher, found, weights, count,
-                    generator=generator, target=target, retain_graph=False,
+                    partial=partial_samples(weights), generator=generator, target=target,
+                    retain_graph=False,
                 )  # fmt: skip
 
     def _set(self, projected: ProjectedOperator, blocks: tuple[str, ...]) -> None:
