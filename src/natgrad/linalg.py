@@ -179,12 +179,12 @@ def add_to_diagonal(matrix: Tensor, value: float | Tensor) -> Tensor:
     return result
 
 
-def cholesky(matrix: Tensor, retries: int = 3) -> Tensor:
+def cholesky(matrix: Tensor) -> Tensor:
     """Return the lower Cholesky factor of a symmetric positive definite ``(..., d, d)``.
 
     Only the lower triangle is read.
 
-    A failed factorisation is tried again in float64, then with growing multiples of the mean
+    A failed factorisation is tried again in float64, then with three growing multiples of the mean
     diagonal added.
 
     Raises:
@@ -200,14 +200,13 @@ def cholesky(matrix: Tensor, retries: int = 3) -> Tensor:
     precise = matrix.double()
     mean = precise.diagonal(dim1=-2, dim2=-1).mean(-1).abs().clamp(min=1e-300)
     epsilon = torch.finfo(matrix.dtype).eps
-    for attempt in range(retries + 1):
-        jitter = mean * (epsilon * 10.0 ** (2 * attempt - 1) if attempt else 0.0)
-        factor, info = torch.linalg.cholesky_ex(add_to_diagonal(precise, jitter))
+    for raised in (0.0, 10.0 * epsilon, 1e3 * epsilon, 1e5 * epsilon):
+        factor, info = torch.linalg.cholesky_ex(add_to_diagonal(precise, mean * raised))
         if not bool((info != 0).any()):
             return factor.to(matrix.dtype)
     raise FactorizationError(
-        "the matrix is not positive definite, even with its diagonal raised by "
-        f"{epsilon * 10.0 ** (2 * retries - 1):.0e} of its mean"
+        f"the matrix is not positive definite, even with its diagonal raised by {raised:.0e} of "
+        "its mean"
     )
 
 
@@ -247,8 +246,8 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values.to(matrix.dtype), vectors.to(matrix.dtype)
 
 
-def symmetric_pseudo_solve(values: Tensor, vectors: Tensor, rhs: Tensor, power: int = 1) -> Tensor:
-    """Apply the pseudo-inverse ``(V E Vᵀ)^{-power}`` on the range of a positive matrix.
+def symmetric_pseudo_solve(values: Tensor, vectors: Tensor, rhs: Tensor) -> Tensor:
+    """Apply the pseudo-inverse ``(V E Vᵀ)⁻¹`` on the range of a positive matrix.
 
     Eigenvalues below ``d · eps · max`` count as zero.
 
@@ -256,10 +255,8 @@ def symmetric_pseudo_solve(values: Tensor, vectors: Tensor, rhs: Tensor, power: 
         values: Eigenvalues ``E``, ``(..., d)``.
         vectors: Eigenvectors ``V``, ``(..., d, d)``.
         rhs: ``(..., d, k)``.
-        power: Power of the inverse.
     """
-    scaled = vectors.mT @ rhs
-    return vectors @ (inverse_on_range(values).unsqueeze(-1) ** power * scaled)
+    return vectors @ (inverse_on_range(values).unsqueeze(-1) * (vectors.mT @ rhs))
 
 
 def inverse_on_range(values: Tensor) -> Tensor:

@@ -198,8 +198,8 @@ def generalization_bound(kernel: Tensor, targets: Tensor) -> float:
     return math.sqrt(2.0 * float(y @ solved) / len(y))
 
 
-def _check_norms(norms: Tensor, tolerance: float = 1e-6) -> None:
-    if not bool(((norms - 1.0).abs() <= tolerance).all()):
+def _check_norms(norms: Tensor) -> None:
+    if not bool(((norms - 1.0).abs() <= 1e-6).all()):
         raise ValueError(
             "the theory assumes inputs of Euclidean norm 1, got norms between "
             f"{float(norms.min()):.4g} and {float(norms.max()):.4g}: divide each sample by its norm"
