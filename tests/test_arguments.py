@@ -30,6 +30,11 @@ def posterior() -> natgrad.Laplace:
     return natgrad.Laplace(network(), (inputs(), torch.arange(8) % 2))
 
 
+def variational(inducing: int, steps: int | None = None) -> natgrad.VariationalLaplace:
+    data = (inputs(), torch.arange(8) % 2)
+    return natgrad.VariationalLaplace(network(), data, "categorical", inducing, steps=steps)
+
+
 def averaged(number: int) -> natgrad.WeightAverage:
     model = network()
     return natgrad.WeightAverage(torch.optim.SGD(model.parameters(), 0.1), model, start=number)
@@ -67,6 +72,7 @@ ARGUMENTS = {
     "calibration.bins": (
         lambda n: calibration(torch.full((4, 2), 0.5), torch.arange(4) % 2, bins=n), 1,
     ),
+    "VariationalLaplace.steps": (lambda n: variational(2, n), 1),
     "empirical_kernel.batch_size": (
         lambda n: ntk.empirical_kernel(network(), inputs(), batch_size=n), 1,
     ),
@@ -93,3 +99,9 @@ def test_whole_numbers_are_taken_and_others_refused(name):
     for number in (least - 1, np.int64(least - 1), True, np.True_, least + 1.5, str(least + 1)):
         with pytest.raises(ValueError, match=f"integer of at least {least}, got"):
             give(number)
+
+
+def test_a_number_of_inducing_points_is_none_of_their_values():
+    assert len(variational(np.int64(3)).inducing) == 3
+    with pytest.raises(ValueError, match="inducing must be an integer of at least 1, got True"):
+        variational(True)

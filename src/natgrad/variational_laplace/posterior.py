@@ -35,6 +35,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from numbers import Integral
 from typing import Any, Literal, cast
 
 import torch
@@ -130,8 +131,8 @@ class VariationalLaplace(LinearizedPosterior):
     ) -> None:
         check_choice("parameters", parameters, "all", "last_layer")
         check_choice("outputs", outputs, "all", "one")
-        if steps is not None and steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}")
+        if steps is not None:
+            check_interval("steps", steps)
         check_alone(model, "VariationalLaplace")
         self.model: nn.Module = unwrap(model)
         self.likelihood: Likelihood = as_likelihood(likelihood)
@@ -147,11 +148,11 @@ class VariationalLaplace(LinearizedPosterior):
         if steps is not None and count is None:
             count = _length(data)
         with self._only_trainable():
-            if isinstance(inducing, int):
+            if isinstance(inducing, Integral):
                 generator = torch.Generator().manual_seed(seed)
                 inputs = (one[0] for one in batches_with_samples(data))
                 inducing = choose_inducing_points(
-                    self.model, inputs, inducing, selection, generator, self.output
+                    self.model, inputs, cast(int, inducing), selection, generator, self.output
                 )
             self.inducing = inducing
             with Capture(self.model, self.output) as capture:
