@@ -22,14 +22,14 @@ WORDS, WIDTH, LENGTH, SAMPLES = 11, 6, 5, 8
 
 
 class Positions(nn.Module):
-    """A table that is called once for all samples."""
+    """A table that is called once for all samples, one of its rows in vain."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.table = nn.Embedding(LENGTH, WIDTH)
+        self.table = nn.Embedding(LENGTH + 1, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(x + self.table(torch.arange(LENGTH)))
+        return torch.tanh(x + self.table(torch.arange(LENGTH + 1))[:-1])
 
 
 class Constant(nn.Module):
