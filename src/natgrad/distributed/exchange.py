@@ -12,13 +12,15 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
 from natgrad.distributed.triangles import packed_triangles, unpacked_triangles
+
+_Kind = TypeVar("_Kind")
 
 #: Hashes of all processes' outlines → the outlines.
 Outlines = dict[tuple[int, ...], list[Any]]
@@ -186,8 +188,8 @@ def gathered(
         outlines = _outlines(_outline(value), group, device, known)
     else:
         outlines = [_outline(one) for one in like]
-    slots = [list(_slots(outline)) for outline in outlines]
-    own = list(_tensors(value))
+    slots = [list(_found(_Slot, outline)) for outline in outlines]
+    own = list(_found(Tensor, value))
     here = owner is None or owner == torch.distributed.get_rank(group)
     dtypes = {slot.dtype: None for one in slots for slot in one}  # In the same order everywhere.
     received: dict[torch.dtype, list[Tensor]] = {}
@@ -232,10 +234,10 @@ def passed_round(
     outlines = _outlines(_outline(value), group, device, known)
     rank, world = torch.distributed.get_rank(group), len(outlines)
     after, before = (_global((rank + step) % world, group) for step in (1, -1))
-    dtypes = {slot.dtype: None for one in outlines for slot in _slots(one)}
+    dtypes = {slot.dtype: None for one in outlines for slot in _found(_Slot, one)}
     held = {
         dtype: torch.cat(
-            [t.reshape(-1) for t in _tensors(value) if t.dtype == dtype]
+            [t.reshape(-1) for t in _found(Tensor, value) if t.dtype == dtype]
             or [torch.empty(0, dtype=dtype, device=device)]
         )
         for dtype in dtypes
@@ -244,7 +246,7 @@ def passed_round(
 
     def hand_on(step: int) -> tuple[dict[torch.dtype, Tensor], list[Any]]:
         """Send what is held, and return where the value of ``step`` places before arrives."""
-        slots = list(_slots(outlines[(rank - step) % world]))
+        slots = list(_found(_Slot, outlines[(rank - step) % world]))
         arriving, messages = {}, []
         for dtype, mine in held.items():
             size = sum(prod(slot.shape) for slot in slots if slot.dtype == dtype)
@@ -300,7 +302,7 @@ def swapped(
 
 def _cut(outline: Any, flat: dict[torch.dtype, Tensor]) -> Any:
     """Return the value of an outline whose tensors lie end to end, type by type."""
-    slots = list(_slots(outline))
+    slots = list(_found(_Slot, outline))
     sizes = {d: [prod(slot.shape) for slot in slots if slot.dtype == d] for d in flat}
     pieces = {d: iter(one[: sum(sizes[d])].split(sizes[d])) for d, one in flat.items()}
     return _filled(outline, _in_order(slots, pieces), _as_shaped)
@@ -410,12 +412,13 @@ def _merged(outlines: Sequence[Any]) -> Any:
     return first
 
 
-def _slots(outline: Any) -> Iterator[_Slot]:
-    if isinstance(outline, _Slot):
-        yield outline
-    elif isinstance(outline, (dict, list)):
-        for item in outline.values() if isinstance(outline, dict) else outline:
-            yield from _slots(item)
+def _found(kind: type[_Kind], value: Any) -> Iterator[_Kind]:
+    """Yield the tensors of a nested value, or the slots of an outline."""
+    if isinstance(value, kind):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _found(kind, item)
 
 
 def _filled(outline: Any, tensors: Iterator[Tensor], read: Callable[[_Slot, Tensor], Any]) -> Any:
@@ -430,14 +433,6 @@ def _filled(outline: Any, tensors: Iterator[Tensor], read: Callable[[_Slot, Tens
 
 
 # Tensors.
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(item)
 
 
 def _terms(outline: Any, value: Any, device: torch.device) -> Iterator[Tensor]:
