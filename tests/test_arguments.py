@@ -76,6 +76,7 @@ ARGUMENTS = {
     "empirical_kernel.batch_size": (
         lambda n: ntk.empirical_kernel(network(), inputs(), batch_size=n), 1,
     ),
+    "isotropic_constant.depth": (lambda n: ntk.isotropic_constant("kfac", n, 5), 1),
     "TwoLayerNetwork.width": (lambda n: ntk.TwoLayerNetwork(3, n), 1),
     "estimate_trace.products": (lambda n: tools.estimate_trace(matrix(), n), 4),
     "estimate_diagonal.products": (lambda n: tools.estimate_diagonal(matrix(), n), 4),

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from natgrad.arguments import check_interval
 from natgrad.capture import Capture
 from natgrad.capture.evaluation import evaluated
 from natgrad.curvature import Curvature, Structure, as_structure
@@ -334,8 +335,8 @@ def isotropic_constant(
         201.0
     """
     key = structure.replace("-", "_")
-    if depth < 1 or samples < 1:
-        raise ValueError(f"depth and samples must be at least 1, got {depth} and {samples}")
+    check_interval("depth", depth)
+    check_interval("samples", samples)
     if key in ("full", "exact"):
         return 1.0
     if key == "block_diagonal":
