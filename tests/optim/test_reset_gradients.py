@@ -68,6 +68,21 @@ def left_from_before(model, optimizer, x, y):
     plain(model, optimizer, x, y)
 
 
+def left_and_reset_by_the_model(model, optimizer, x, y):
+    """As programs do that hold a batch to be broken."""
+    model.zero_grad()
+    sum(losses(model, x.flip(0) + 1.0, y)).backward()
+    model.zero_grad()
+    sum(losses(model, x, y)).backward()
+
+
+def left_and_reset_by_hand(model, optimizer, x, y):
+    for step in (x.flip(0) + 1.0, x):
+        for p in model.parameters():
+            p.grad = None
+        sum(losses(model, step, y)).backward()
+
+
 def trained(way, likelihood=HEADS, model=None, steps=8):
     model = TwoHeads() if model is None else model
     with warnings.catch_warnings():
@@ -79,7 +94,10 @@ def trained(way, likelihood=HEADS, model=None, steps=8):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-@pytest.mark.parametrize("way", [asked_then_reset, left_from_before])
+@pytest.mark.parametrize(
+    "way",
+    [asked_then_reset, left_from_before, left_and_reset_by_the_model, left_and_reset_by_hand],
+)
 def test_resets_do_not_change_how_it_trains(way):
     expected = trained(plain)
     assert torch.allclose(trained(way), expected, rtol=1e-4, atol=1e-5)

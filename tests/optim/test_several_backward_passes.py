@@ -155,6 +155,46 @@ def test_gradients_of_other_passes_that_are_only_looked_at_are_no_part(name):
     assert probed[1] == plain[1]
 
 
+@pytest.mark.parametrize("resets", [False, True])
+@pytest.mark.parametrize("name", list(METHODS))
+def test_derivatives_of_the_output_say_nothing_of_the_loss(name, resets):
+    """A look at them before training, which is no loss of any likelihood."""
+
+    def train(looks: bool) -> tuple[Tensor, list[str]]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+        optimizer = METHODS[name](model, "categorical")
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            if looks:
+                torch.autograd.grad(model(normal(5, 4, seed=9)).sum(), list(model.parameters()))
+            for step in range(3):
+                if resets:
+                    optimizer.zero_grad()
+                sum(halves(model, normal(12, 4, seed=step))).backward()
+                optimizer.step()
+                if not resets:
+                    optimizer.zero_grad()
+        return (
+            nn.utils.parameters_to_vector(model.parameters()).detach(),
+            [str(one.message) for one in told],
+        )
+
+    plain, looked = train(False), train(True)
+    assert torch.equal(plain[0], looked[0])
+    assert looked[1] == plain[1]
+
+
+def test_a_loss_whose_gradients_are_only_asked_for_is_told_of():
+    model = nn.Sequential(nn.Linear(4, 3)).double()
+    optimizer, parameters = natgrad.KFAC(model, "categorical"), list(model.parameters())
+    found = torch.autograd.grad(model(normal(5, 4, seed=9)).sum(), parameters)
+    for parameter, gradient in zip(parameters, found, strict=True):
+        parameter.grad = gradient
+    with pytest.warns(UserWarning, match="does not sum to zero over the classes"):
+        optimizer.step()
+
+
 def test_a_backward_pass_that_comes_too_late_is_named():
     model = nn.Sequential(nn.Linear(4, 3)).double()
     optimizer = natgrad.KFAC(model)

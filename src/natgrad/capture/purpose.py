@@ -12,7 +12,7 @@ from natgrad.capture.forward_pass import ForwardPass
 from natgrad.capture.graph import leaves
 from natgrad.capture.hooks import inside_backward
 
-Purpose = Literal["train", "ask", "inputs"]
+Purpose = Literal["train", "lent", "ask", "inputs"]
 
 
 def purpose_of(model: nn.Module, recorded: ForwardPass) -> Purpose:
@@ -21,16 +21,16 @@ def purpose_of(model: nn.Module, recorded: ForwardPass) -> Purpose:
     It leaves gradients of parameters in ``.grad`` ("train"), or is asked for them by
     ``torch.autograd.grad`` ("ask"), or for those at inputs alone ("inputs"), as for adversarial
     examples and saliency maps in the middle of a step. Where parameters are lent for one pass none
-    of the model's own is in the graph, and it counts as training.
+    of the model's own is in the graph ("lent"), and it counts as training.
     """
     if not inside_backward():
-        return "train"
+        return "lent"
     for parameter in model.parameters():
         purpose = purpose_for(parameter) if parameter.requires_grad else None
         if purpose is not None:
             return purpose
     own = {id(parameter) for parameter in model.parameters()}
-    return "inputs" if any(id(one) in own for one in leaves(recorded.source)) else "train"
+    return "inputs" if any(id(one) in own for one in leaves(recorded.source)) else "lent"
 
 
 def purpose_for(parameter: Tensor) -> Literal["train", "ask"] | None:

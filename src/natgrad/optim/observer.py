@@ -146,6 +146,11 @@ class Observer:
         self._undrawn: Tensor | None = None
         #: Whether the likelihood has been held against the gradient of the loss.
         self.compared: bool = False
+        #: Both as they were before the passes of this step, and what these say of the loss.
+        self._before = self.likelihood, self.compared
+        self._untold: list[str] = []
+        #: Whether passes of this step have left gradients in ``.grad``.
+        self.left_gradients = False
         #: Called before anything of a step changes.
         self.before_change: Callable[[], None] = lambda: None
         #: Whether gradients of the passes seen were reset, and what forgets these passes.
@@ -220,17 +225,22 @@ class Observer:
     @outside_graphs
     def _on_backward(self, recorded: ForwardPass) -> None:
         """Take rows at the start of the user's backward pass."""
-        purpose = "train" if self.capture.shards else purpose_of(self.capture.model, recorded)
+        purpose = "lent" if self.capture.shards else purpose_of(self.capture.model, recorded)
         if purpose == "inputs":
             return
+        self.left_gradients |= purpose == "train"
         if self.capture.shards and self.rows_due:
             with whole_parameters(self.capture.model):
                 self._reached(recorded, purpose == "ask")
         else:
             self._reached(recorded, purpose == "ask")
+        if purpose != "ask":
+            self._tell()
 
     def _reached(self, recorded: ForwardPass, asked: bool) -> None:
         self.begin_anew()
+        if not self.seen:
+            self._before = self.likelihood, self.compared
         if not any(one.told for one in self.seen):
             trains = any(not one.asked for one in self.seen)
             if asked and trains and not self.sees(recorded):
@@ -259,6 +269,8 @@ class Observer:
         """Forget passes whose gradients were reset: other ones come now."""
         if self.discarded:
             audited = self.audit.active
+            if all(one.asked and not one.told for one in self.seen):
+                self._forget_looks()
             self.forget_discarded()
             if audited:
                 self.audit.begin()
@@ -314,7 +326,7 @@ class Observer:
             self._draw_in_step(recorded)
         self._take_rows(weighed)
 
-    def _forget_looks(self, recorded: ForwardPass) -> None:
+    def _forget_looks(self, recorded: ForwardPass | None = None) -> None:
         """Forget passes whose gradients were only asked for, as there is one now that trains."""
         for one in self.seen:
             if one.recorded is recorded and one.gradients is not None:
@@ -322,6 +334,14 @@ class Observer:
         if self._take_all_back is not None:
             self._take_all_back()
         self.seen, self._take_all_back = [], None
+        self.likelihood, self.compared = self._before
+        self._untold = []
+
+    def _tell(self) -> None:
+        """Say what was found out about the loss."""
+        for sentence in self._untold:
+            self.capture.tell(sentence)
+        self._untold = []
 
     def complete(self) -> None:
         """Let gradients at the layers' outputs be those of all backward passes of the step."""
@@ -477,8 +497,7 @@ class Observer:
             return  # An overflow says nothing of the loss.
         self.likelihood, sentences = likelihood.seen_with(output, cotangent, target)
         self.compared = self.compared or bool(cotangent.any())
-        for sentence in sentences:
-            self.capture.tell(sentence)
+        self._untold += sentences
 
     def _take_rows(self, one: SeenPass) -> None:
         """Pull the Fisher's vectors back through a pass, if this step wants them."""
@@ -650,6 +669,7 @@ class Observer:
                     )
                 cotangent = None if cotangent is None else found.samples_first(cotangent)
             self._take_rows(self._see(found, cotangent, asked=True, told=True))
+            self._tell()
             if not self.replicas.are_alone:
                 self._take_part_in_others()
                 self._begin_sums()
@@ -675,6 +695,7 @@ class Observer:
         else:
             self.steps += 1
         self.renews = False
+        self._tell()
         if not (self.replicas.are_alone or self.known_together):
             device = self.capture.layout.device
             self.known_together = self.replicas.any(self.knows_curvature, device)
@@ -686,7 +707,7 @@ class Observer:
             self.isotropy_probe.clear()
         self.seen, self.failures, self.batch_fisher = [], [], None
         self._take_back, self._take_all_back = lambda: None, None
-        self.discarded = False
+        self.discarded = self.left_gradients = False
         if not self.replicas.are_alone:
             self.curvature.drop_sums()
         if self.audit.active:

@@ -14,7 +14,7 @@ from natgrad import linalg
 from natgrad.arguments import check_damping, check_kind, check_parameters
 from natgrad.capture import Capture
 from natgrad.capture.blocks import find_blocks, names_by_reason
-from natgrad.capture.hooks import forget_compiled, outside_graphs
+from natgrad.capture.hooks import forget_compiled, inside_backward, outside_graphs
 from natgrad.capture.model_output import unwrap
 from natgrad.curvature import Curvature, KroneckerFactors, Structure, as_structure
 from natgrad.curvature.curvature import Estimate
@@ -199,6 +199,9 @@ class Preconditioner(CopiedByState):
                 self.find_layers()
         elif self.observer.model.sees_change():
             self.find_layers()
+        if self.observer.left_gradients and not inside_backward():
+            if all(p.grad is None for p in self.parameters.values()):  # Reset by the model itself.
+                self.discard()
         self.observer._on_forward()
         if not self.capture.shards:
             self.zeroed.begin(self.parameters, self.capture.layout.offsets)
