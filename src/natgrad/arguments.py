@@ -22,7 +22,7 @@ def check_damping(damping: float) -> None:
     check_range("damping", damping)
 
 
-def check_interval(name: str, value: object, least: int = 1) -> None:
+def check_integer(name: str, value: object, least: int = 1) -> None:
     """Raise a ValueError unless a value, Python's or NumPy's, is whole and not below the least."""
     if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from natgrad.arguments import check_choice, check_interval
+from natgrad.arguments import check_choice, check_integer
 from natgrad.curvature.cost import Cost, Elements, Workload, factored_elements
 from natgrad.curvature.kfac import KroneckerFactors
 from natgrad.curvature.kronecker_svd import deflation, lanczos, symmetric_part
@@ -249,8 +249,8 @@ class KroneckerProducts(Structure):
     def __post_init__(self) -> None:
         """Check the options."""
         check_choice("method", self.method, "deflation", "lanczos")
-        check_interval("rank", self.rank)
-        check_interval("max_iterations", self.max_iterations)
+        check_integer("rank", self.rank)
+        check_integer("max_iterations", self.max_iterations)
         if self.rank > 2 and self.factored_damping:
             raise ValueError(f"factored_damping=True inverts ranks 1 and 2, got rank={self.rank}")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from natgrad.arguments import (
     check_choice,
-    check_interval,
+    check_integer,
     check_parameters,
     check_range,
     check_rate,
@@ -84,8 +84,8 @@ class ImplicitSGD(torch.optim.Optimizer):
         if not float(lr) > 0:
             raise ValueError(f"lr must be a finite number > 0, got {lr}")
         check_choice("inner", inner, "lbfgs", "adam", "gradient")
-        check_interval("inner_steps", inner_steps)
-        check_interval("history", history)
+        check_integer("inner_steps", inner_steps)
+        check_integer("history", history)
         check_range("tolerance", tolerance)
         if inner_lr is not None and not 0 < inner_lr < math.inf:
             raise ValueError(f"inner_lr must be a finite number > 0, got {inner_lr}")

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from natgrad.arguments import check_choice, check_interval
+from natgrad.arguments import check_choice, check_integer
 from natgrad.distributed.place import drawn
 from natgrad.likelihoods import Likelihood
 from natgrad.likelihoods.base import per_sample
@@ -135,7 +135,7 @@ class MonteCarloFisher(FisherType):
 
     def __post_init__(self) -> None:
         """Check the number of draws."""
-        check_interval("samples", self.samples)
+        check_integer("samples", self.samples)
 
     def directions(self, outputs: int) -> int:
         """Return the number of draws."""

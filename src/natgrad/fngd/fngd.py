@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from natgrad.arguments import check_interval
+from natgrad.arguments import check_integer
 from natgrad.fisher import FisherType
 from natgrad.fngd.coefficients import (
     CoefficientPreconditioner,
@@ -122,7 +122,7 @@ class FNGD(NaturalGradient):
         seed: int = 0,
         process_group: Any = None,
     ) -> None:
-        check_interval("coefficient_steps", coefficient_steps)
+        check_integer("coefficient_steps", coefficient_steps)
         if refresh_interval is not None and not refresh_interval > coefficient_steps:
             raise ValueError(
                 f"refresh_interval must be above coefficient_steps={coefficient_steps}, or None, "

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad.arguments import check_interval
+from natgrad.arguments import check_integer
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def calibration(
         >>> posterior = natgrad.Laplace(model, loader)
         >>> natgrad.laplace.calibration(posterior.predict(x), y).plot()
     """
-    check_interval("bins", bins)
+    check_integer("bins", bins)
     if isinstance(prediction, tuple):
         return _of_intervals(*prediction, targets, bins)
     if targets.shape == prediction.shape:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from natgrad.arguments import check_interval
+from natgrad.arguments import check_integer
 from natgrad.capture import Capture
 from natgrad.capture.evaluation import evaluated, output_rows
 from natgrad.distributed.shards import whole
@@ -169,7 +169,7 @@ class LinearizedPosterior(ABC):
             NotImplementedError: For ``"two_level"``, whose inverse is not symmetric.
             ValueError: If ``n`` is not positive.
         """
-        check_interval("the number of samples", n)
+        check_integer("the number of samples", n)
         root, layout = self._inverse_root(), self.matrix.layout
         noise = _standard_normal((n, layout.numel), layout.zeros(0), generator)
         # (sF + δI)^(−1/2) = (F + δ/s I)^(−1/2)/√s
@@ -257,7 +257,7 @@ class LinearizedPosterior(ABC):
                 parameters than θ* now.
         """
         if samples is not None:
-            check_interval("the number of samples", samples)
+            check_integer("the number of samples", samples)
         if samples is not None and isinstance(self.likelihood, (Bernoulli, Categorical)):
             return self._mean_probabilities(*self._moments(x, False), samples, generator)
         mean, variance = self._moments(x, diagonal=True)

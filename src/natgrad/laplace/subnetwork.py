@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from natgrad.arguments import check_interval
+from natgrad.arguments import check_integer
 from natgrad.operators.operator import VectorLayout
 
 
@@ -34,7 +34,7 @@ def largest_entries(scores: Mapping[str, Tensor], number: int) -> dict[str, Tens
         >>> masks = natgrad.laplace.largest_entries(variances, 20)
         >>> posterior = natgrad.Laplace(model, loader, "categorical", "full", parameters=masks)
     """
-    check_interval("number", number)
+    check_integer("number", number)
     entries = sum(values.numel() for values in scores.values())
     if number > entries:
         raise ValueError(f"number must be at most that of all entries, {entries}, got {number}")

@@ -21,7 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from natgrad.arguments import check_interval
+from natgrad.arguments import check_integer
 from natgrad.ntk.hermite import hermite_series, mehler_sum, second_moments
 
 
@@ -272,7 +272,7 @@ class QuadratureActivation(Activation):
     max_terms: int = 400
 
     def __post_init__(self) -> None:
-        check_interval("max_terms", self.max_terms)
+        check_integer("max_terms", self.max_terms)
 
     def module(self) -> nn.Module:
         """Return a module made by ``make_module``."""

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from natgrad.arguments import check_interval
+from natgrad.arguments import check_integer
 from natgrad.capture import Capture
 from natgrad.capture.evaluation import evaluated
 from natgrad.curvature import Curvature, Structure, as_structure
@@ -335,8 +335,8 @@ def isotropic_constant(
         201.0
     """
     key = structure.replace("-", "_")
-    check_interval("depth", depth)
-    check_interval("samples", samples)
+    check_integer("depth", depth)
+    check_integer("samples", samples)
     if key in ("full", "exact"):
         return 1.0
     if key == "block_diagonal":

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad import linalg
-from natgrad.arguments import check_choice, check_interval
+from natgrad.arguments import check_choice, check_integer
 from natgrad.capture import Capture
 from natgrad.capture.evaluation import output_rows
 from natgrad.fisher.pieces import piece_of, sample_slices
@@ -145,7 +145,7 @@ class _RowSource:
     def __init__(self, capture: Capture, inputs: Any, batch_size: int | None) -> None:
         self.capture, self.inputs = capture, inputs
         if batch_size is not None:
-            check_interval("batch_size", batch_size)
+            check_integer("batch_size", batch_size)
         probes = sample_slices(capture.model, inputs, PROBE_SAMPLES, capture.select)
         values, rows = output_rows(capture, piece_of(inputs, probes[0]))
         self.outputs: int = values[0].numel()

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from natgrad.arguments import check_interval
+from natgrad.arguments import check_integer
 from natgrad.ntk.conditions import identity_jacobians
 from natgrad.ntk.infinite import infinite_kernel
 from natgrad.ntk.networks import Architecture
@@ -166,8 +166,8 @@ def predict_spectrum(
         ValueError: If there are fewer than two widths, or a number is not positive.
     """
     weights = _pair_sum(widths)
-    check_interval("samples", samples)
-    check_interval("outputs", outputs)
+    check_integer("samples", samples)
+    check_integer("outputs", outputs)
     scale = weights / max(widths[1:])
     return _predict(kappa[0] * scale, kappa[1] * scale, samples, outputs, weights)
 

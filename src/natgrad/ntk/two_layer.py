@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from natgrad.arguments import check_interval
+from natgrad.arguments import check_integer
 
 
 class TwoLayerNetwork(nn.Module):
@@ -54,8 +54,8 @@ class TwoLayerNetwork(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_interval("inputs", inputs)
-        check_interval("width", width)
+        check_integer("inputs", inputs)
+        check_integer("width", width)
         if not 0 < weight_std < math.inf:
             raise ValueError(f"weight_std must be positive and finite, got {weight_std}")
         super().__init__()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import update_bn
 
-from natgrad.arguments import check_interval, check_range
+from natgrad.arguments import check_integer, check_range
 from natgrad.capture.model_output import unwrap
 from natgrad.optim.copying import CopiedByState
 
@@ -100,7 +100,7 @@ class WeightAverage(CopiedByState):
         if decay is not None:
             check_range("decay", decay, below=1.0)
         if start is not None:
-            check_interval("start", start, 0)
+            check_integer("start", start, 0)
         self.optimizer: torch.optim.Optimizer = optimizer
         self.model: nn.Module = unwrap(model)
         self.decay: float | None = decay

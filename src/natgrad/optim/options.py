@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from typing_extensions import Self
 
-from natgrad.arguments import check_choice, check_interval, check_range, is_number
+from natgrad.arguments import check_choice, check_integer, check_range, is_number
 from natgrad.curvature.sharing import Sharing
 from natgrad.optim.step.line_search import LineSearch
 from natgrad.optim.step.measured_length import MeasuredLength
@@ -91,8 +91,8 @@ class Refresh(MethodOptions):
 
     def __post_init__(self) -> None:
         """Check the options."""
-        check_interval("factors", self.factors)
-        check_interval("inverses", self.inverses)
+        check_integer("factors", self.factors)
+        check_integer("inverses", self.inverses)
         check_range("decay", self.decay, below=1.0)
         if isinstance(self.sharing, str):
             known = self.sharing in get_args(Sharing)

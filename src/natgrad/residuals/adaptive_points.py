@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from natgrad.arguments import check_interval
+from natgrad.arguments import check_integer
 from natgrad.capture.model_output import unwrap
 from natgrad.distributed import Replicas
 from natgrad.residuals.residual import Residual, as_residuals
@@ -87,7 +87,7 @@ class AdaptivePoints:
         if not 0 < growth < math.inf:
             raise ValueError(f"growth must be a finite number above 0, got {growth}")
         if most is not None:
-            check_interval("most", most)
+            check_integer("most", most)
         self.residuals: dict[str, Residual] = as_residuals(residuals)
         draws = draw if isinstance(draw, Mapping) else {"residual": draw}
         unknown = [name for name in draws if name not in self.residuals]

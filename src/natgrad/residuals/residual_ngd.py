@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from natgrad.arguments import check_choice, check_interval, check_range, check_rate
+from natgrad.arguments import check_choice, check_integer, check_range, check_rate
 from natgrad.capture.model_output import unwrap
 from natgrad.curvature import Curvature, Structure, as_structure
 from natgrad.curvature.full import ExactRows
@@ -173,7 +173,7 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
             raise ValueError(f"damping must be a finite number above 0, or None, got {damping}")
         check_range("momentum", momentum, below=1.0)
         if chunk_size is not None:
-            check_interval("chunk_size", chunk_size)
+            check_integer("chunk_size", chunk_size)
         self.replicas: Replicas = Replicas.of(model, process_group)
         model = unwrap(model)
         chosen = as_structure(structure, training=True)

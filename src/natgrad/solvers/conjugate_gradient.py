@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad.arguments import check_interval, check_range
+from natgrad.arguments import check_integer, check_range
 from natgrad.solvers.solver import IterativeSolver, Product
 
 
@@ -34,7 +34,7 @@ class ConjugateGradient(IterativeSolver):
     def __post_init__(self) -> None:
         """Check the options."""
         check_range("tolerance", self.tolerance, below=1.0)
-        check_interval("max_iterations", self.max_iterations)
+        check_integer("max_iterations", self.max_iterations)
 
     @property
     def products(self) -> float:

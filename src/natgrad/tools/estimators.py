@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from natgrad.arguments import check_choice, check_interval
+from natgrad.arguments import check_choice, check_integer
 from natgrad.operators import Operator
 
 
@@ -51,7 +51,7 @@ def estimate_trace(
         >>> trace, error = natgrad.tools.estimate_trace(P, 100)
     """
     check_choice("method", method, "xtrace", "hutch++", "hutchinson")
-    check_interval("products", products, 4)
+    check_integer("products", products, 4)
     size = matrix.shape[0]
     if products >= (size if method == "hutchinson" else 2 * size):
         return float(matrix.to_dense().trace()), 0.0
@@ -126,7 +126,7 @@ def estimate_diagonal(
         >>> variances = natgrad.tools.estimate_diagonal(F.inverse(1e-3, "conjugate_gradient"), 100)
     """
     check_choice("method", method, "diag++", "hutchinson")
-    check_interval("products", products, 4)
+    check_integer("products", products, 4)
     generator = torch.Generator(matrix.device).manual_seed(seed)
     if method == "hutchinson":
         signs = _signs(matrix, products, generator)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from natgrad.arguments import check_interval
+from natgrad.arguments import check_integer
 from natgrad.operators import FisherMatrix
 from natgrad.tools.parameters import values_of, weight_blocks, weight_names, weight_places
 
@@ -63,7 +63,7 @@ def quantization_error(
     blocks = weight_blocks(model, bits if isinstance(bits, Mapping) else None)
     numbers = bits if isinstance(bits, Mapping) else dict.fromkeys(blocks, bits)
     for name, number in numbers.items():
-        check_interval(f"the number of bits of {name!r}", number, 2)
+        check_integer(f"the number of bits of {name!r}", number, 2)
     layout = matrix.layout
     theta = layout.to_flat(values_of(layout, model)).detach().to(layout.dtype)
     errors = theta.new_zeros(layout.numel, len(blocks))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from natgrad import linalg
-from natgrad.arguments import check_interval
+from natgrad.arguments import check_integer
 from natgrad.operators import Operator
 
 
@@ -87,8 +87,8 @@ def spectral_density(
         >>> density = natgrad.tools.spectral_density(F)
         >>> log_determinant, error = density.sum_of(lambda t: torch.log(t + 1e-3))
     """
-    check_interval("steps", steps)
-    check_interval("vectors", vectors)
+    check_integer("steps", steps)
+    check_integer("vectors", vectors)
     size = matrix.shape[0]
     steps = min(steps, size)
     generator = torch.Generator(matrix.device).manual_seed(seed)
@@ -150,7 +150,7 @@ def top_eigenpairs(matrix: Operator, number: int) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"a matrix of shape {(size, columns)} has no eigenvalues: take a symmetric one"
         )
-    check_interval("the number of eigenpairs", number)
+    check_integer("the number of eigenpairs", number)
     if number >= size:
         raise ValueError(
             f"the number of eigenpairs must be between 1 and P - 1 = {size - 1}, got {number!r}: "

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from natgrad.arguments import check_choice, check_interval
+from natgrad.arguments import check_choice, check_integer
 from natgrad.capture.evaluation import count_samples, take_samples
 from natgrad.ntk import empirical_kernel
 
@@ -31,7 +31,7 @@ def choose_inducing_points(
     summed over outputs. There are fewer if there are no more samples, or if others add nothing
     (``"greedy"``). No data, or means of what has none, are a ValueError.
     """
-    check_interval("inducing", number)
+    check_integer("inducing", number)
     check_choice("selection", selection, "k_means", "random", "greedy")
     candidates = _first_samples(batches, CANDIDATES_PER_POINT * number)
     total = count_samples(candidates)

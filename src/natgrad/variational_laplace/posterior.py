@@ -41,7 +41,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from natgrad.arguments import check_choice, check_interval, check_range
+from natgrad.arguments import check_choice, check_integer, check_range
 from natgrad.capture import Capture
 from natgrad.capture.evaluation import count_samples, evaluated, output_rows
 from natgrad.capture.model_output import unwrap
@@ -132,7 +132,7 @@ class VariationalLaplace(LinearizedPosterior):
         check_choice("parameters", parameters, "all", "last_layer")
         check_choice("outputs", outputs, "all", "one")
         if steps is not None:
-            check_interval("steps", steps)
+            check_integer("steps", steps)
         check_alone(model, "VariationalLaplace")
         self.model: nn.Module = unwrap(model)
         self.likelihood: Likelihood = as_likelihood(likelihood)
@@ -327,7 +327,7 @@ class VariationalLaplace(LinearizedPosterior):
             ValueError: If an argument is out of range, or there is no data.
             TypeError: If the likelihood is not categorical, Bernoulli or Gaussian.
         """
-        check_interval("steps", steps)
+        check_integer("steps", steps)
         check_range("lr", lr)
         if not 0 < rate <= 1:
             raise ValueError(f"rate must be in (0, 1], got {rate}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from natgrad.arguments import check_interval
+from natgrad.arguments import check_integer
 from natgrad.wave_functions.configurations import codes, distinct
 
 Edges = Sequence[tuple[int, int]]
@@ -109,7 +109,7 @@ class Hamiltonian(ABC):
             samples: Configurations σ, ``(N, sites)``.
             chunk_size: Configurations σ at a time.
         """
-        check_interval("chunk_size", chunk_size)
+        check_integer("chunk_size", chunk_size)
         results = []
         for some in samples.split(chunk_size):
             found = self.connected(some)
@@ -158,13 +158,13 @@ def chain(sites: int, periodic: bool = True) -> list[tuple[int, int]]:
     Raises:
         ValueError: If it has fewer than 3 sites, or 2 if it is open.
     """
-    check_interval("sites", sites, 3 if periodic else 2)
+    check_integer("sites", sites, 3 if periodic else 2)
     return [(i, (i + 1) % sites) for i in range(sites if periodic else sites - 1)]
 
 
 def checked_edges(sites: int, edges: Edges | None) -> Tensor:
     """Return edges ``(B, 2)``, pairs of different sites; those of a periodic chain for None."""
-    check_interval("sites", sites)
+    check_integer("sites", sites)
     pairs = chain(sites) if edges is None else [tuple(edge) for edge in edges]
     for pair in pairs:
         inside = len(pair) == 2 and all(0 <= site < sites for site in pair)

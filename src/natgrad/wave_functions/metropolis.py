@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from natgrad.arguments import check_choice, check_interval
+from natgrad.arguments import check_choice, check_integer
 from natgrad.wave_functions.hamiltonian import Edges, checked_edges
 
 
@@ -53,12 +53,12 @@ class Metropolis:
         seed: int = 0,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_interval("sites", sites)
-        check_interval("chains", chains)
+        check_integer("sites", sites)
+        check_integer("chains", chains)
         check_choice("move", move, "flip", "exchange")
         if sweep is not None:
-            check_interval("sweep", sweep)
-        check_interval("burn_in", burn_in, 0)
+            check_integer("sweep", sweep)
+        check_integer("burn_in", burn_in, 0)
         if abs(magnetization) > sites or (sites + magnetization) % 2 and move == "exchange":
             raise ValueError(f"{sites} spins cannot have the sum {magnetization}")
         like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
@@ -93,7 +93,7 @@ class Metropolis:
         Raises:
             ValueError: If the count is below 1.
         """
-        check_interval("count", count)
+        check_integer("count", count)
         if not self._is_thermal:
             self._run(self.burn_in * self.sweep)
             self._is_thermal = True

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from natgrad.arguments import check_choice, check_damping, check_interval, check_range, check_rate
+from natgrad.arguments import check_choice, check_damping, check_integer, check_range, check_rate
 from natgrad.jacobians import Jacobians
 from natgrad.linalg import FactorizationError
 from natgrad.operators import DenseOperator, GradientSource, Operator
@@ -159,7 +159,7 @@ class StochasticReconfiguration(CheckpointedOptimizer, CopiedByState):
         if space is not None:
             check_choice("space", space, "samples", "parameters")
         if chunk_size is not None:
-            check_interval("chunk_size", chunk_size)
+            check_integer("chunk_size", chunk_size)
         as_solver(solver)
         self._take_model(model)
         self.hamiltonian: Hamiltonian | None = hamiltonian

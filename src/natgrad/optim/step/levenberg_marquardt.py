@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from natgrad.arguments import check_interval
+from natgrad.arguments import check_integer
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class LevenbergMarquardt:
                 "LevenbergMarquardt needs 0 < minimum <= initial <= maximum, got "
                 f"minimum={self.minimum}, initial={self.initial}, maximum={self.maximum}"
             )
-        check_interval("interval", self.interval)
+        check_integer("interval", self.interval)
         if not 0 < self.decay < 1:
             raise ValueError(f"decay must be in (0, 1), got {self.decay}")
 

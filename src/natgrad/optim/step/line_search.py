@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from natgrad.arguments import check_choice, check_interval, check_range
+from natgrad.arguments import check_choice, check_integer, check_range
 
 LineSearchRule = Literal["armijo", "best"]
 
@@ -39,7 +39,7 @@ class LineSearch:
         if not 0 < self.backtracking < 1:
             raise ValueError(f"backtracking must be in (0, 1), got {self.backtracking}")
         check_range("armijo", self.armijo, below=1.0)
-        check_interval("max_trials", self.max_trials)
+        check_integer("max_trials", self.max_trials)
 
     def search(
         self,

@@ -24,7 +24,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from natgrad.arguments import check_interval, check_range, is_number
+from natgrad.arguments import check_integer, check_range, is_number
 
 if TYPE_CHECKING:
     from natgrad.optim.options import Refresh
@@ -154,7 +154,7 @@ class MeasuredLength:
 
     def __post_init__(self) -> None:
         """Check the options."""
-        check_interval("interval", self.interval)
+        check_integer("interval", self.interval)
         check_range("memory", self.memory, below=1.0)
         if not is_number(self.start) or not 0 < self.start <= 1:
             raise ValueError(f"start must be in (0, 1], got {self.start!r}")
