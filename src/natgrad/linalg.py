@@ -94,8 +94,8 @@ def require_finite(values: Tensor, otherwise: str) -> None:
     require(torch.isfinite(values).all(), otherwise)
 
 
-def note_failure(error: FactorizationError) -> None:
-    """Note an error inside :func:`unawaited`: raise it there no further, and nothing elsewhere."""
+def note_failure() -> None:
+    """Note a failed factorisation inside :func:`unawaited`, whose error goes no further."""
     failures: list[Tensor] | None = getattr(_pending, "failures", None)
     if failures is not None:
         failures.append(torch.tensor(True))

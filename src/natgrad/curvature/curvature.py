@@ -467,7 +467,7 @@ class Curvature:
             if linalg.waits():
                 self.warn_kept(names[0], error)
             else:
-                linalg.note_failure(error)
+                linalg.note_failure()
             return
         for name, average, inverse, value in zip(names, averages, inverses, dampings, strict=True):
             self.estimates[name] = replace(
