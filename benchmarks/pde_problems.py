@@ -435,7 +435,7 @@ def corner_density(distance: Tensor, across: Tensor | float = 1.0) -> Tensor:
 
     Args:
         distance: From the corner, or t.
-        across: Over what length those are spread at that distance; 0 away from them.
+        across: Over what length those are spread at that distance; infinite away from them.
     """
     far = distance.clamp(min=NEAREST)
     there = (distance >= NEAREST) / (far * -math.log(NEAREST))
