@@ -206,6 +206,15 @@ def test_samples_bring_what_is_left_out_of_them():
     torch.testing.assert_close(total, whole.inputs, rtol=1e-12, atol=1e-12)
 
 
+def test_combinations_leave_out_the_padding_of_their_rows():
+    rows = shared_rows()
+    rows.active_positions = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]).double()
+    found = rows.combined(normal(3, 2, 5, seed=3)).kronecker_factors()
+    expected = rows.kronecker_factors()
+    assert int(found.positions) == int(expected.positions) == 7
+    torch.testing.assert_close(found.inputs, expected.inputs, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("partial", [None, torch.tensor([True, False, True])])
 def test_every_map_of_a_stack_is_split_by_itself(partial):
     lengths = (4, 2)

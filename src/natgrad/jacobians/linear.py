@@ -156,7 +156,6 @@ class LinearJacobian(LayerJacobian):
         delta = torch.einsum("nkj,nktgo->njtgo", weights, self.output_gradients)
         result = copy.copy(self)
         result.output_gradients, result.directions = delta, weights.shape[2]
-        result._active = None
         return result
 
     def parted(self, samples: int) -> LinearJacobian:
