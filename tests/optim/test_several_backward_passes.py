@@ -120,67 +120,57 @@ def test_the_step_is_that_of_the_sum(name, losses, way, passes):
     torch.testing.assert_close(found, trained_together(name, losses, passes))
 
 
-def probe(model: nn.Module, before: bool) -> None:
+Look = Callable[[nn.Module, str], None]
+
+
+def trained_with(name: str, look: Look, resets_first: bool = True) -> tuple[Tensor, list[str]]:
+    """Return parameters after three steps, and warnings, with looks at ``"start"`` and at steps."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    optimizer = METHODS[name](model, "categorical")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        look(model, "start")
+        for step in range(3):
+            if resets_first:
+                optimizer.zero_grad()
+            look(model, "before")
+            one_by_one(halves(model, normal(12, 4, seed=step)), [])
+            look(model, "after")
+            optimizer.step()
+            if not resets_first:
+                optimizer.zero_grad()
+    parameters = nn.utils.parameters_to_vector(model.parameters()).detach()
+    return parameters, [str(one.message) for one in told]
+
+
+def no_look(model: nn.Module, when: str) -> None:
+    """Train alone."""
+
+
+def gradients_of_samples(model: nn.Module, when: str) -> None:
     """Look at the gradients of some samples, or at a product with the Hessian."""
+    if when == "start":
+        return
     parameters = list(model.parameters())
     loss = functional.cross_entropy(model(normal(5, 4, seed=9)), torch.arange(5) % 3)
-    found = torch.autograd.grad(loss, parameters, create_graph=not before)
-    if not before:
+    found = torch.autograd.grad(loss, parameters, create_graph=when == "after")
+    if when == "after":
         torch.autograd.grad(sum(g.square().sum() for g in found), parameters)
 
 
+def derivatives_of_output(model: nn.Module, when: str) -> None:
+    """Look at what is the gradient of no loss before training."""
+    if when == "start":
+        torch.autograd.grad(model(normal(5, 4, seed=9)).sum(), list(model.parameters()))
+
+
+@pytest.mark.parametrize("resets_first", [False, True])
+@pytest.mark.parametrize("look", [gradients_of_samples, derivatives_of_output])
 @pytest.mark.parametrize("name", list(METHODS))
-def test_gradients_of_other_passes_that_are_only_looked_at_are_no_part(name):
-    def train(probes: bool) -> tuple[Tensor, list[str]]:
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
-        optimizer = METHODS[name](model, "categorical")
-        with warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter("always")
-            for step in range(3):
-                optimizer.zero_grad()
-                if probes:
-                    probe(model, before=True)
-                one_by_one(halves(model, normal(12, 4, seed=step)), [])
-                if probes:
-                    probe(model, before=False)
-                optimizer.step()
-        return (
-            nn.utils.parameters_to_vector(model.parameters()).detach(),
-            [str(one.message) for one in told],
-        )
-
-    plain, probed = train(False), train(True)
-    assert torch.equal(plain[0], probed[0])
-    assert probed[1] == plain[1]
-
-
-@pytest.mark.parametrize("resets", [False, True])
-@pytest.mark.parametrize("name", list(METHODS))
-def test_derivatives_of_the_output_say_nothing_of_the_loss(name, resets):
-    """A look at them before training, which is no loss of any likelihood."""
-
-    def train(looks: bool) -> tuple[Tensor, list[str]]:
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
-        optimizer = METHODS[name](model, "categorical")
-        with warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter("always")
-            if looks:
-                torch.autograd.grad(model(normal(5, 4, seed=9)).sum(), list(model.parameters()))
-            for step in range(3):
-                if resets:
-                    optimizer.zero_grad()
-                sum(halves(model, normal(12, 4, seed=step))).backward()
-                optimizer.step()
-                if not resets:
-                    optimizer.zero_grad()
-        return (
-            nn.utils.parameters_to_vector(model.parameters()).detach(),
-            [str(one.message) for one in told],
-        )
-
-    plain, looked = train(False), train(True)
+def test_gradients_of_other_passes_that_are_only_looked_at_are_no_part(name, look, resets_first):
+    plain = trained_with(name, no_look, resets_first)
+    looked = trained_with(name, look, resets_first)
     assert torch.equal(plain[0], looked[0])
     assert looked[1] == plain[1]
 
