@@ -15,10 +15,10 @@ from tests.optim.test_several_backward_passes import (
     METHODS,
     Way,
     asked_for,
+    gradients_of_samples,
     looked_at_after,
     looked_at_before,
     one_by_one,
-    probe,
     together,
 )
 
@@ -52,14 +52,14 @@ def train(name: str, way: Way, rank: int, probes: bool = False) -> Tensor:
     for step in range(3):
         optimizer.zero_grad()
         if probes:
-            probe(model, before=True)
+            gradients_of_samples(model, "before")
         for number in range(2):
             x, y = normal(12, 4, seed=100 * rank + 10 * step + number), torch.arange(12) % 3
             if step == 1 and rank == 1:
                 y[:6] = -100
             way(halves(model, x, y), list(model.parameters()))
         if probes:
-            probe(model, before=False)
+            gradients_of_samples(model, "after")
         for p in model.parameters():
             torch.distributed.all_reduce(p.grad)
             p.grad /= 2
