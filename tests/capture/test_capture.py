@@ -20,6 +20,7 @@ from torch.nn import functional
 
 import natgrad
 from natgrad.capture import Capture, kinds, register_layer
+from natgrad.capture.convolution import ConvolutionInputs
 from natgrad.capture.hooks import own_backward
 from natgrad.fisher import fisher_matrix
 from tests import dense
@@ -134,6 +135,41 @@ def test_convolutions(case):
         warnings.simplefilter("ignore", UserWarning)  # torch on padding="same"
         check(model, x)
         check_kfac(model, x, specs)
+
+
+class DepthwiseTwice(nn.Module):
+    """Two images per sample, and one of them once more in part, through one layer."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(
+            4, 2, (2, 3), stride=(2, 1), padding=1, dilation=(1, 2), groups=2, bias=bias
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = self.layer(x.flatten(0, 1)).unflatten(0, (len(x), 2))
+        part = self.layer(x[:, 0, :, 1:])
+        return torch.cat([both.flatten(1), part.flatten(1)], dim=1)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_gradients_of_samples_of_depthwise_convolutions_need_no_patches(bias, monkeypatch):
+    """Which take many times the memory of the images."""
+    model, x = seeded(lambda: DepthwiseTwice(bias), 0), normal(3, 2, 4, 7, 6)
+    check(model, x)
+    monkeypatch.setattr(ConvolutionInputs, "__call__", lambda *_: pytest.fail("patches are made"))
+    z, jac = dense.jacobian(model, x)
+    vectors = normal(2, *z.shape, seed=5)
+    with Capture(model) as capture:
+        (found,) = capture.pull_back(model(x), vectors).values()
+    rows_of_samples = dense.rows(jac, vectors)
+    expected = found.layout.matrix(rows_of_samples)
+    torch.testing.assert_close(found.per_sample_gradients(), expected, rtol=1e-12, atol=1e-13)
+    later = found.per_sample_gradients(1, 3)
+    torch.testing.assert_close(later, expected[1:], rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(
+        found.diagonal(), rows_of_samples.square().sum((0, 1)), rtol=1e-12, atol=1e-13
+    )
 
 
 @st.composite

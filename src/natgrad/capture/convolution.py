@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from math import prod
 from typing import Any, ClassVar, cast
 
 import torch
@@ -42,10 +43,7 @@ def patches(
     images = images.contiguous()
     spatial = images.shape[2:]
     if positions is None:
-        positions = tuple(
-            (size - d * (k - 1) - 1) // s + 1
-            for size, k, s, d in zip(spatial, kernel_size, stride, dilation, strict=True)
-        )
+        positions = _positions(spatial, kernel_size, stride, dilation)
     steps = images.stride()
     return images.as_strided(
         (*images.shape[:2], *positions, *kernel_size),
@@ -54,6 +52,19 @@ def patches(
             *(step * s for step, s in zip(steps[2:], stride, strict=True)),
             *(step * d for step, d in zip(steps[2:], dilation, strict=True)),
         ),
+    )
+
+
+def _positions(
+    spatial: Sequence[int],
+    kernel_size: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> tuple[int, ...]:
+    """Return how many windows fit into images along each dimension."""
+    return tuple(
+        (size - d * (k - 1) - 1) // s + 1
+        for size, k, s, d in zip(spatial, kernel_size, stride, dilation, strict=True)
     )
 
 
@@ -246,6 +257,40 @@ class ConvolutionInputs:
             total = total + sums.view(self.samples, 1, self.layout.groups, -1)
         mean = cast(Tensor, total) / number
         return mean if self.layout.has_weight else mean[..., :0]
+
+    def sample_gradients(self, output_gradients: Tensor, start: int) -> Tensor:
+        """Return ``Σ_t δ_nkt a_ntᵀ`` without patches, ``(n, K, G, d_out, d_in)``.
+
+        Each channel of each sample is convolved with its ``δ``. Patches take the memory of the
+        images times the entries of a kernel, and pay only where many outputs read them.
+
+        Args:
+            output_gradients: ``δ`` of the samples from ``start`` on, ``(n, K, T, G, d_out)``.
+            start: The first of these samples.
+        """
+        n, groups = len(output_gradients), self.layout.groups
+        total, first = output_gradients.new_zeros(()), 0
+        for call in self.calls:
+            module = _convolution(call)
+            images = _padded(module, at_least_float32(call.inputs[0]))
+            images = images.unflatten(0, (self.samples, -1))[start : start + n]
+            repeats, channels, *spatial = images.shape[1:]
+            places = _positions(spatial, module.kernel_size, module.stride, module.dilation)
+            here = slice(first, first := first + repeats * prod(places))
+            delta = output_gradients[:, :, here].unflatten(2, (repeats, *places))
+            delta = delta.movedim((1, -2, -1), (2, 3, 4))  # (n, r, K, G, d_out, *positions)
+            filters = delta.movedim(3, 2).unsqueeze(3)  # (n, r, G, 1, K, d_out, *positions)
+            filters = filters.repeat_interleave(channels // groups, 3)
+            # What steps from patch to patch were, steps within the filter are now.
+            found = _CONVOLVE[len(places) - 1](
+                images.reshape(1, -1, *spatial), filters.flatten(0, 5).unsqueeze(1), None,
+                module.dilation, 0, module.stride, n * repeats * channels,
+            )  # fmt: skip
+            kernel: Any = (..., *(slice(size) for size in module.kernel_size))
+            found = found[kernel].reshape(*filters.shape[:6], -1)
+            found = found.sum(1)  # (n, G, C/G, K, d_out, kernel)
+            total = total + found.permute(0, 3, 1, 4, 2, 5).flatten(-2)
+        return total
 
     def products(self, matrices: Tensor) -> Tensor:
         """Return ``V a``, ``(c, G, N·T, d_out)``, for matrices ``(c, G, d_out, d_in)``."""

@@ -39,8 +39,8 @@ class LinearJacobian(LayerJacobian):
         inputs: Layer inputs, ``(N, T, G, d_in)``, or a function that makes them when first needed,
             of all samples and positions (for None) or some (convolutions build their patches only
             then). It may have methods ``products``, of all inputs with matrices
-            ``(c, G, d_out, d_in)``, as ``(c, G, N·T, d_out)``, and ``mean``, over positions, as
-            ``(N, 1, G, d_in)``.
+            ``(c, G, d_out, d_in)``, as ``(c, G, N·T, d_out)``, ``sample_gradients``, with ``δ`` of
+            some samples, and ``mean``, over positions, as ``(N, 1, G, d_in)``.
         output_gradients: ``δ``, ``(N, K, T, G, d_out)``.
         bias_value: The input a bias sees: 1 for ordinary layers.
         partial: Samples of which some event does not count, ``(N,)``: positions of theirs whose
@@ -320,6 +320,9 @@ class LinearJacobian(LayerJacobian):
 
     def _contract(self, gradients: Tensor) -> Tensor:
         """Return ``Σ_nt g_nt a_ntᵀ`` as ``(c, G, d_out, d_in+)`` for ``g`` (c, G, N·T, d_out)."""
+        if self._needs_no_patches:
+            delta = gradients.unflatten(2, (self.samples, -1)).permute(2, 0, 3, 1, 4)
+            return self._gradients_of(delta, 0).sum(0)
         a = self.inputs.permute(2, 0, 1, 3).flatten(1, 2)
         weight = gradients.mT @ a
         if not self.layout.has_bias:
@@ -328,12 +331,26 @@ class LinearJacobian(LayerJacobian):
 
     def _sample_gradients(self, start: int, stop: int) -> Tensor:
         """Return ``M_nk`` for n in start:stop as ``(n, K, G, d_out, d_in+)``."""
-        delta = self.output_gradients[start:stop].permute(0, 1, 3, 4, 2)
-        a = self.inputs[start:stop].permute(0, 2, 1, 3).unsqueeze(1)
-        weight = delta @ a
+        return self._gradients_of(self.output_gradients[start:stop], start)
+
+    def _gradients_of(self, delta: Tensor, start: int) -> Tensor:
+        """Return ``M_nk`` of other ``δ`` as of the samples from a first on."""
+        columns, inputs = delta.permute(0, 1, 3, 4, 2), cast(Any, self._inputs)
+        weight: Tensor
+        if self._needs_no_patches:
+            weight = inputs.sample_gradients(delta, start)
+        else:
+            few = self.inputs[start : start + len(delta)]
+            weight = columns @ few.permute(0, 2, 1, 3).unsqueeze(1)
         if not self.layout.has_bias:
             return weight
-        return torch.cat([weight, self.bias_value * delta.sum(-1, keepdim=True)], dim=-1)
+        return torch.cat([weight, self.bias_value * columns.sum(-1, keepdim=True)], dim=-1)
+
+    @property
+    def _needs_no_patches(self) -> bool:
+        """Whether inputs are read by so few outputs that gradients are best made without copies."""
+        plain = self.layout.has_weight and self.layout.d_out == 1
+        return plain and hasattr(self._inputs, "sample_gradients")
 
     def _input_second_moment(self, weights: Tensor | None, diagonal: bool) -> Tensor:
         """Return ``Σ w a aᵀ`` per group, with ``w`` of shape ``(N, T)`` or all ones."""
