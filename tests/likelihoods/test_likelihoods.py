@@ -360,6 +360,17 @@ def test_categorical_samples_follow_the_probabilities():
     assert ((frequencies - p).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("numbers", [0.0, 1 - 2**-24])
+def test_classes_of_no_probability_are_not_sampled(numbers, monkeypatch):
+    """Not even by the ends of what random numbers can be."""
+    monkeypatch.setattr(Tensor, "uniform_", lambda of, generator: of.fill_(numbers))
+    rare = [-torch.inf, 0.0, -torch.inf, 3.0, -torch.inf]
+    output = torch.tensor([rare, [torch.nan] * 5, [-200.0, 0.0, -torch.inf, 3.0, -torch.inf]])
+    labels = Categorical().sample(output)
+    assert labels[0] == labels[2] == (1 if numbers > 0 else 3)
+    assert 0 <= labels[1] < 5
+
+
 def test_elementwise_samples_follow_their_moments():
     output = torch.tensor([[-1.0, 0.0, 1.5]], dtype=DOUBLE)
     draws = 20_000

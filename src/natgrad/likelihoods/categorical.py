@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -138,18 +139,18 @@ class Categorical(Likelihood):
     def gradient(self, output: Tensor, target: Tensor) -> Tensor:
         """Return ``w p − q`` with the weighted, smoothed labels q; see the base class."""
         mixture = self._mixture(output, target)
-        p, others = self._probabilities(output)
+        p = self._probabilities(output)
         weights = mixture.sum(-1, keepdim=True)
         if target.is_floating_point() or self.label_smoothing > 0:
             rest = weights - mixture
         else:
             rest = weights * (mixture == 0)
-        return self.merge_events(p * rest - mixture * others, output)
+        return self.merge_events(p * rest - mixture * _complements(p), output)
 
     @full_precision
     def output_hessian(self, output: Tensor, target: Tensor | None = None) -> Tensor:
         """Return ``w (diag(p) − p pᵀ)``, (N, E, C, C); rows sum to 0 also for saturated p."""
-        p, _ = self._probabilities(output)
+        p = self._probabilities(output)
         hessian = -p.unsqueeze(-1) * p.unsqueeze(-2)
         diagonal = hessian.diagonal(dim1=-2, dim2=-1)
         diagonal.zero_()
@@ -165,16 +166,16 @@ class Categorical(Likelihood):
         Probabilities below the dtype's eps² are raised to it under the square root, so that S stays
         invertible on vectors that sum to 0.
         """
-        p, others = self._probabilities(output)
+        p = self._probabilities(output)
         columns = (-p).repeat(p.shape[-1], 1, 1, 1)  # (C, N, E, C), each one in one piece.
-        columns.diagonal(dim1=0, dim2=3).copy_(others)
+        columns.diagonal(dim1=0, dim2=3).copy_(_complements(p))
         columns.mul_(self._column_scale(p, output, target).permute(2, 0, 1).unsqueeze(-1))
         return columns.permute(1, 2, 3, 0)
 
     @full_precision
     def sample(self, output: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draw class indices of the output's shape without the class dimension; see the base."""
-        p, _ = self._probabilities(output.detach())
+        p = self._probabilities(output.detach())
         return _draw(p, generator).reshape(self._target_shape(output))
 
     @full_precision
@@ -210,7 +211,7 @@ class Categorical(Likelihood):
         At log-probabilities r need not sum to 0: of it counts what they let through, r − p Σ r.
         """
         self._check_cotangent(output, cotangent)
-        p, _ = self._probabilities(output)
+        p = self._probabilities(output)
         scale = self._column_scale(p, output, target)
         events = self._at_logits(output, p, self.split_events(cotangent.to(output.dtype)))
         return torch.where(scale > 0, events / scale, 0).flatten(1)
@@ -218,7 +219,7 @@ class Categorical(Likelihood):
     @full_precision
     def passing(self, output: Tensor, cotangent: Tensor) -> Tensor:
         """Return ``r − p Σ r`` at log-probabilities, else r; see the base class."""
-        p, _ = self._probabilities(output)
+        p = self._probabilities(output)
         events = self._at_logits(output, p, self.split_events(cotangent.to(output.dtype)))
         return self.merge_events(events, output)
 
@@ -231,10 +232,9 @@ class Categorical(Likelihood):
         target: Tensor | None = None,
     ) -> Tensor:
         """Return √w (p − e_ŷ) with ŷ ~ p, ``(samples, *output.shape)``; see the base class."""
-        p, others = (tensor.expand(samples, *tensor.shape) for tensor in
-                     self._probabilities(output.detach()))  # fmt: skip
-        labels = _draw(p, generator).unsqueeze(-1)
-        vectors = p.scatter(-1, labels, -others.gather(-1, labels))
+        p = self._probabilities(output.detach()).expand(samples, -1, -1, -1)
+        labels = _draw(p, generator)
+        vectors = p.scatter(-1, labels.unsqueeze(-1), -_complements_at(p, labels).unsqueeze(-1))
         weights = self.event_weights(output, target).unsqueeze(-1) / samples
         return self.merge_events(vectors * weights.sqrt(), output)
 
@@ -259,20 +259,20 @@ class Categorical(Likelihood):
                 "target."
             )
         smallest = min(torch.finfo(cotangent.dtype).tiny, 1.2e-7)
-        p, others = self._probabilities(output)
+        p = self._probabilities(output)
         residual = self._at_logits(output, p, self.split_events(cotangent.to(output.dtype)))
         active = (residual != 0).any(-1)
-        labels = torch.where(active, residual.argmin(-1), p.argmax(-1)).unsqueeze(-1)
-        weights = self._label_weights(output, labels.squeeze(-1))
+        labels = torch.where(active, residual.argmin(-1), p.argmax(-1))
+        weights = self._label_weights(output, labels)
         omega = self._omega(output)
-        count_weights = torch.ones_like(weights) if omega is None else omega[labels.squeeze(-1)]
-        other = others.gather(-1, labels).squeeze(-1)
+        count_weights = torch.ones_like(weights) if omega is None else omega[labels]
+        other, at = _complements_at(p, labels), labels.unsqueeze(-1)
 
         usual = self._usual_scale(self._seen_count(output, count_weights * active))
-        at_label = -residual.gather(-1, labels).squeeze(-1)
+        at_label = -residual.gather(-1, at).squeeze(-1)
         scale = positive_ratio(at_label.sum(), (weights * other * active).sum(), usual)
         error = (scale * weights * active).unsqueeze(-1) * p
-        error = error.scatter(-1, labels, -(scale * weights * other * active).unsqueeze(-1))
+        error.scatter_(-1, at, -(scale * weights * other * active).unsqueeze(-1))
         error = (error - residual).abs().sum()
         hard = (error <= 0.05 * residual.abs().sum()) & (self.label_smoothing == 0)
         expected = torch.where(hard, scale, usual).nan_to_num(posinf=1.0)
@@ -286,7 +286,7 @@ class Categorical(Likelihood):
     ) -> Tensor:
         """Return ``c² Σ w min(Σ (p − q)²/p, 2 KL(q‖p))`` with the labels q; see the base class."""
         output = output.double()
-        p, _ = self._probabilities(output)
+        p = self._probabilities(output)
         events = self._at_logits(output, p, self.split_events(cotangent.double()))
         share = (scale * weights).unsqueeze(-1)
         residual = torch.where(share > 0, events / share, 0.0)
@@ -356,7 +356,7 @@ class Categorical(Likelihood):
             if bool((sums > max(1e-4, 2 * eps) * size) | alike):
                 return ClassProbabilities(self), []
         foreign = sums > max(0.01, 2 * eps) * size
-        if bool(foreign & ~self._is_normalized(output, self._class_dim(output))):
+        if bool(foreign & ~_is_normalized(output, [self._class_dim(output)])):
             # Channel by channel: beside all others in a sample, a class of a softmax is a function
             # of its output and its label, too.
             overlaps = output.dim() > 3 and shows_overlaps(output, cotangent)
@@ -372,7 +372,7 @@ class Categorical(Likelihood):
             weights, scale = self.infer_event_weights(output, cotangent)
             labels = torch.where(weights > 0, events.argmin(-1), self.ignore_index)
             hard = scale * self.gradient(output, labels.reshape(self._target_shape(output)))
-            rest = self._at_logits(output, self._probabilities(output)[0], events)
+            rest = self._at_logits(output, self._probabilities(output), events)
             rest = rest - self.split_events(hard)
             if bool(rest.abs().sum() > 0.05 * events.abs().sum()):
                 said.append(
@@ -395,11 +395,11 @@ class Categorical(Likelihood):
         p, events = output.softmax(0)[rest], cotangent[rest]
         scale = (p * events).sum() / p.square().sum()
         unexplained = (events - scale * p).square().sum() > UNEXPLAINED * events.square().sum()
-        return bool(self._sums_to_zero(cotangent, 0) & ~unexplained)
+        return bool(_sums_to_zero(cotangent, [0]) & ~unexplained)
 
     def _unexplained(self, output: Tensor, events: Tensor) -> float:
         """Return the share of a gradient's square that is not of the likeliest labels."""
-        p, _ = self._probabilities(output)
+        p = self._probabilities(output)
         hard = p - torch.zeros_like(p).scatter_(-1, events.argmin(-1, keepdim=True), 1)
         scale = (events * hard).sum() / hard.square().sum().clamp_min(torch.finfo(p.dtype).tiny)
         return float((events - scale * hard).square().sum() / events.square().sum())
@@ -523,12 +523,9 @@ class Categorical(Likelihood):
         mixture = mixture if omega is None else mixture * omega
         return mixture if kept is None else mixture * kept.unsqueeze(-1)
 
-    def _probabilities(self, output: Tensor) -> tuple[Tensor, Tensor]:
-        """Return p and 1 − p, (N, E, C), both to full relative accuracy."""
-        p = self.split_events(output).softmax(-1)
-        largest = p.argmax(-1, keepdim=True)
-        others = p.scatter(-1, largest, 0).sum(-1, keepdim=True)
-        return p, (1 - p).scatter(-1, largest, others)
+    def _probabilities(self, output: Tensor) -> Tensor:
+        """Return p, (N, E, C)."""
+        return self.split_events(output).softmax(-1)
 
     def _column_scale(self, p: Tensor, output: Tensor, target: Tensor | None) -> Tensor:
         """Return √(w p_c), (N, E, C), with p kept above the floor."""
@@ -543,13 +540,9 @@ class Categorical(Likelihood):
 
     def _at_logits(self, output: Tensor, p: Tensor, events: Tensor) -> Tensor:
         """Return the gradient at the logits from that at their log-probabilities, (N, E, C)."""
-        total = events.sum(-1, keepdim=True)
-        normalized = self._is_normalized(output, self._class_dim(output))
-        return torch.where(normalized, events - p * total, events)
-
-    def _is_normalized(self, output: Tensor, dim: int) -> Tensor:
-        """Return whether the output is logarithms of probabilities along a dimension, a scalar."""
-        return (output.exp().sum(dim) - 1).abs().mean() < 0.01
+        normalized = _is_normalized(output, [self._class_dim(output)])
+        total = torch.where(normalized, events.sum(-1, keepdim=True), 0)
+        return torch.addcmul(events, p, total, value=-1)
 
     def _check_class_dim(self, output: Tensor, cotangent: Tensor | None = None) -> None:
         """Raise if the classes lie along another dimension than they are taken to.
@@ -572,28 +565,53 @@ class Categorical(Likelihood):
         if output.dim() < 3:
             return None
         dims = range(1, output.dim())
-        signs = {"output holds log-probabilities": [self._is_normalized(output, d) for d in dims]}
+        signs = {"output holds log-probabilities": partial(_is_normalized, output, dims)}
         if cotangent is not None:
-            cotangent = cotangent.to(output.dtype)
-            sums = [self._sums_to_zero(cotangent, dim) for dim in dims]
+            sums = partial(_sums_to_zero, cotangent.to(output.dtype), dims)
             signs = {"loss gradient sums to zero": sums, **signs}
-        found = torch.stack([torch.stack(one) for one in signs.values()]).tolist()
-        for what, shown in zip(signs, found, strict=True):
-            fitting = [dim for dim, fits in zip(dims, shown, strict=True) if fits]
+        for what, shown in signs.items():
+            fitting = [dim for dim, fits in zip(dims, shown().tolist(), strict=True) if fits]
             if self._class_dim(output) in fitting:
                 return None
             if fitting:
                 return what, fitting[0]
         return None
 
-    @staticmethod
-    def _sums_to_zero(cotangent: Tensor, dim: int) -> Tensor:
-        return cotangent.sum(dim).abs().sum() <= 0.02 * cotangent.abs().sum()
+
+def _is_normalized(output: Tensor, dims: Iterable[int]) -> Tensor:
+    """Return whether the output is logarithms of probabilities along each of some dimensions."""
+    exponentials = output.exp()
+    return torch.stack([(exponentials.sum(dim) - 1).abs().mean() < 0.01 for dim in dims])
+
+
+def _sums_to_zero(cotangent: Tensor, dims: Iterable[int]) -> Tensor:
+    """Return whether a gradient sums to zero along each of some dimensions."""
+    limit = 0.02 * cotangent.abs().sum()
+    return torch.stack([cotangent.sum(dim).abs().sum() <= limit for dim in dims])
+
+
+def _complements(p: Tensor) -> Tensor:
+    """Return 1 − p to full relative accuracy, ``(N, E, C)``."""
+    largest = p.argmax(-1)
+    others = _complements_at(p, largest).unsqueeze(-1)
+    return (1 - p).scatter_(-1, largest.unsqueeze(-1), others)
+
+
+def _complements_at(p: Tensor, labels: Tensor) -> Tensor:
+    """Return 1 − p of some labels to full relative accuracy, ``(..., N, E)``."""
+    return p.scatter(-1, labels.unsqueeze(-1), 0).sum(-1)
 
 
 def _draw(p: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Draw an index from probabilities ``(..., N, E, C)`` (by exponential races)."""
-    race = drawn(
-        Tensor.exponential_, p.shape, generator, dim=p.dim() - 3, dtype=p.dtype, device=p.device
+    """Draw an index from probabilities ``(..., N, E, C)``, one number in [0, 1) for each.
+
+    Of no probability are indices at which the distribution function does not rise.
+    """
+    *shape, classes = p.shape
+    distribution = p.cumsum(-1)
+    number = drawn(
+        Tensor.uniform_, shape, generator, dim=len(shape) - 2, dtype=p.dtype, device=p.device
     )
-    return (p / race.clamp_min(torch.finfo(p.dtype).tiny)).argmax(-1)
+    reached = distribution[..., -1:] * (1 - number).unsqueeze(-1)
+    # Where probabilities are not finite there is none that is reached.
+    return torch.searchsorted(distribution, reached).squeeze(-1).clamp_max(classes - 1)
