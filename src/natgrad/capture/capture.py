@@ -26,6 +26,7 @@ from natgrad.capture.forward_pass import (
     watch_losses,
 )
 from natgrad.capture.generic import GenericKind
+from natgrad.capture.graph import purpose_of
 from natgrad.capture.hooks import (
     FirstHook,
     ModelHook,
@@ -52,7 +53,6 @@ from natgrad.capture.model_output import (
 from natgrad.capture.normalization import batch_norms, fix_statistics, run_outside_graph
 from natgrad.capture.product_kinds import is_product, watched_parameters
 from natgrad.capture.products import RecordProducts
-from natgrad.capture.purpose import purpose_of
 from natgrad.capture.row_check import RowCheck
 from natgrad.capture.row_sources import RecordedCall, RowSources
 from natgrad.capture.rows import RowBuilder
@@ -671,7 +671,7 @@ def _after_model(capture: Capture, module: nn.Module, args: Any, output: Any) ->
         # With create_graph=True the user may differentiate the output itself (as in a
         # physics-informed loss); whether training backpropagates is seen at the step.
         retained = torch.is_grad_enabled()
-        if retained and not found.shards and purpose_of(found.model, recorded) == "inputs":
+        if retained and not found.shards and purpose_of(found.model, recorded.source) == "inputs":
             return
         source, returned = recorded.source, recorded.returned
         assert source is not None

@@ -28,8 +28,9 @@ from natgrad.jacobians import (
     LinearJacobian,
     WeightSharing,
 )
+from natgrad.jacobians.layer import added
 from natgrad.jacobians.positions import enough_rows
-from natgrad.jacobians.tied import SumJacobian, added, is_other_way_round
+from natgrad.jacobians.tied import SumJacobian, is_other_way_round
 from natgrad.operators import KroneckerOperator, Operator
 from natgrad.operators.input_factor import InputFactorOperator
 from natgrad.statistics import KroneckerStatistics, Statistics

@@ -36,8 +36,8 @@ from natgrad.optim.checkpoints import only_initialises
 from natgrad.optim.method import Method
 from natgrad.optim.methods import KFAC
 from natgrad.optim.options import StepRule
-from natgrad.optim.step.groups import rate_of
 from natgrad.optim.step.measures import all_finite, on_host, scalar_checks
+from natgrad.optim.step.plan import rate_of
 
 
 class DecentralizedKFAC(KFAC):

@@ -53,6 +53,16 @@ class KroneckerSums:
         return replace(self, further=further)
 
 
+def added(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    """Return the sum of two factors, ``(G, d, d)`` or diagonals ``(G, d)``, if there are any."""
+    if left is None or right is None:
+        return right if left is None else left
+    if left.dim() == right.dim():
+        return left + right
+    dense, diagonal = (left, right) if left.dim() == 3 else (right, left)
+    return dense + torch.diag_embed(diagonal)
+
+
 class LayerJacobian(ABC):
     """The Jacobian rows of one block, ``(N·K, P_l)``, never formed unless asked for.
 

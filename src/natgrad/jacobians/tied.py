@@ -9,6 +9,7 @@ from natgrad.jacobians.layer import (
     KroneckerSums,
     LayerJacobian,
     WeightSharing,
+    added,
     gram_by_gradients,
 )
 from natgrad.jacobians.positions import Draw
@@ -133,16 +134,6 @@ def _pooled(total: KroneckerSums | None, more: KroneckerSums) -> KroneckerSums:
         return more
     inputs, outputs = added(total.inputs, more.inputs), added(total.outputs, more.outputs)
     return KroneckerSums(inputs, total.positions + more.positions, outputs)
-
-
-def added(left: Tensor | None, right: Tensor | None) -> Tensor | None:
-    """Return the sum of two factors, ``(G, d, d)`` or diagonals ``(G, d)``, if there are any."""
-    if left is None or right is None:
-        return right if left is None else left
-    if left.dim() == right.dim():
-        return left + right
-    dense, diagonal = (left, right) if left.dim() == 3 else (right, left)
-    return dense + torch.diag_embed(diagonal)
 
 
 def is_other_way_round(layout: BlockLayout, reference: BlockLayout) -> bool:

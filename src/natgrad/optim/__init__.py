@@ -23,10 +23,9 @@ from natgrad.optim.methods import (
 from natgrad.optim.natural_gradient import NaturalGradient
 from natgrad.optim.options import Fallback, Refresh, StepRule
 from natgrad.optim.preconditioner import Preconditioner
-from natgrad.optim.step.levenberg_marquardt import LevenbergMarquardt
+from natgrad.optim.step.damping import LevenbergMarquardt, RelativeDamping
 from natgrad.optim.step.line_search import LineSearch
 from natgrad.optim.step.measured_length import MeasuredLength
-from natgrad.optim.step.relative_damping import RelativeDamping
 from natgrad.optim.summary import Summary
 
 __all__ = [

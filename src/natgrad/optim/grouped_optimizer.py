@@ -16,8 +16,7 @@ from natgrad.optim.eager import plain_step
 from natgrad.optim.options import Fallback
 from natgrad.optim.parameter_groups import check_group, make_fallback, members, split_groups
 from natgrad.optim.preconditioner import Preconditioner
-from natgrad.optim.step.levenberg_marquardt import LevenbergMarquardt
-from natgrad.optim.step.relative_damping import RelativeDamping
+from natgrad.optim.step.damping import LevenbergMarquardt, RelativeDamping
 
 #: AdamW's rates of vectors and of matrices that turn out to have no rows, or not those of their
 #: gradient, beside others that have. Its own, 1e-3, moves a parameter by 0.1 in 100 steps at most.

@@ -14,8 +14,7 @@ from natgrad.arguments import check_kind
 from natgrad.curvature import Structure, as_structure
 from natgrad.fisher import FisherType
 from natgrad.optim.options import Refresh, StepRule, check_options
-from natgrad.optim.step.levenberg_marquardt import LevenbergMarquardt
-from natgrad.optim.step.relative_damping import RelativeDamping
+from natgrad.optim.step.damping import LevenbergMarquardt, RelativeDamping
 
 
 class Default:

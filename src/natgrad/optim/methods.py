@@ -26,10 +26,9 @@ from natgrad.fisher import ImprovedFisher
 from natgrad.optim.method import Method
 from natgrad.optim.natural_gradient import NaturalGradient
 from natgrad.optim.options import Refresh, StepRule
-from natgrad.optim.step.levenberg_marquardt import LevenbergMarquardt
+from natgrad.optim.step.damping import LevenbergMarquardt, RelativeDamping
 from natgrad.optim.step.line_search import LineSearch
 from natgrad.optim.step.measured_length import MeasuredLength
-from natgrad.optim.step.relative_damping import RelativeDamping
 from natgrad.solvers import ConjugateGradient, Thermodynamic
 
 #: Curvature now and then, averaged over many batches.

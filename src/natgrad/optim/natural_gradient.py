@@ -27,11 +27,10 @@ from natgrad.optim.options import Fallback, Refresh, StepRule
 from natgrad.optim.parameter_groups import first_order_names
 from natgrad.optim.preconditioner import Preconditioner
 from natgrad.optim.step.compared_step import ComparedStep
+from natgrad.optim.step.damping import LevenbergMarquardt, RelativeDamping
 from natgrad.optim.step.grafting import AdamMoments, grafted
-from natgrad.optim.step.groups import PreconditionedGroups
 from natgrad.optim.step.isotropic_rate import IsotropyProbe, is_isotropic
 from natgrad.optim.step.lengths import Lengths
-from natgrad.optim.step.levenberg_marquardt import LevenbergMarquardt
 from natgrad.optim.step.measures import (
     all_finite,
     clip_scales,
@@ -41,10 +40,9 @@ from natgrad.optim.step.measures import (
     scalar_checks,
     squared_gradient,
 )
-from natgrad.optim.step.plan import StepPlan
+from natgrad.optim.step.plan import PreconditionedGroups, StepPlan
 from natgrad.optim.step.quadratic_model import BatchFisher
 from natgrad.optim.step.reevaluation import Reevaluation, as_float, evaluated
-from natgrad.optim.step.relative_damping import RelativeDamping
 from natgrad.optim.summary import Summary, summarize
 from natgrad.optim.zeroed_gradients import as_check
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from natgrad import linalg
 from natgrad.capture import Capture, ForwardPass
+from natgrad.capture.graph import purpose_of
 from natgrad.capture.hooks import outside_graphs, own_backward
 from natgrad.capture.model_output import Selection
-from natgrad.capture.purpose import purpose_of
 from natgrad.curvature import Curvature
 from natgrad.distributed import Replicas
 from natgrad.distributed.place import PlacedGenerator
@@ -225,7 +225,7 @@ class Observer:
     @outside_graphs
     def _on_backward(self, recorded: ForwardPass) -> None:
         """Take rows at the start of the user's backward pass."""
-        purpose = "lent" if self.capture.shards else purpose_of(self.capture.model, recorded)
+        purpose = "lent" if self.capture.shards else purpose_of(self.capture.model, recorded.source)
         if purpose == "inputs":
             return
         self.left_gradients |= purpose == "train"

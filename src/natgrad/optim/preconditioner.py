@@ -28,8 +28,10 @@ from natgrad.distributed.shards import (
     whole,
 )
 from natgrad.fisher import FisherType, as_fisher_type
+from natgrad.layouts import inner_product
 from natgrad.likelihoods import LikelihoodLike, as_likelihood
 from natgrad.operators import GradientSource
+from natgrad.optim.audit import Trust
 from natgrad.optim.copying import CopiedByState
 from natgrad.optim.fused.kronecker_gradients import FusedGradient
 from natgrad.optim.fused.own_backward import OwnBackwards
@@ -37,7 +39,6 @@ from natgrad.optim.gradient_rows import GradientRows
 from natgrad.optim.observer import ModelWatch, Observer
 from natgrad.optim.options import Refresh
 from natgrad.optim.step.measures import all_finite, on_host, scalar_checks
-from natgrad.optim.trust import Trust
 from natgrad.optim.zeroed_gradients import ZeroedGradients, as_check
 
 
@@ -247,6 +248,8 @@ class Preconditioner(CopiedByState):
     def _plan_layers(self) -> None:
         """Choose how each layer is preconditioned, and when."""
         structure, refresh = self.curvature.structure, self.refresh
+        #: Names of the parameters that have rows.
+        self.covered: set[str] = {n for b in self.curvature.blocks.values() for n in b.names}
         self.gradient_rows.find_layers()
         self._slots = self.curvature.staggered(refresh.inverses) if refresh.stagger else []
         if isinstance(structure, KroneckerFactors) and structure.fused:
@@ -257,11 +260,6 @@ class Preconditioner(CopiedByState):
     def device(self) -> torch.device:
         """Where the model is."""
         return self.capture.layout.device
-
-    @property
-    def covered(self) -> set[str]:
-        """Names of the parameters that have rows."""
-        return {name for block in self.curvature.blocks.values() for name in block.names}
 
     @property
     def untrusted(self) -> dict[str, str]:
@@ -277,7 +275,7 @@ class Preconditioner(CopiedByState):
 
     def newly_untrusted(self) -> dict[str, str]:
         """Return those untrusted parameters that had rows until now, which they lose."""
-        new = self.trust.lost
+        new = {n: why for n, why in self.untrusted.items() if n not in self.capture.excluded}
         if new:
             self.find_layers()
         return new
@@ -291,7 +289,8 @@ class Preconditioner(CopiedByState):
         """
         if self.capture.shards:
             return {}
-        names = [n for n in self.parameters if n in self.covered - self.own_backward.names]
+        own = {name for one in self.own_backward.values() for name in one.names}
+        names = [n for n in self.parameters if n in self.covered and n not in own]
         flags = self.zeroed.compared(self.parameters, names, self.replicas.are_alone)
         self.replicas.average(flags)
         return flags
@@ -310,11 +309,10 @@ class Preconditioner(CopiedByState):
                 f"{names_by_reason(new)}",
                 stacklevel=2,
             )
-        covered = self.covered
         gradients = {
             name: p.grad if self.keeps_shards else whole(p.grad.to_dense())
             for name, p in self.parameters.items()
-            if p.grad is not None and name in covered
+            if p.grad is not None and name in self.covered
         }
         flags = self.zeroed_flags()
         for carefully in (False, True):
@@ -381,6 +379,17 @@ class Preconditioner(CopiedByState):
                 natural = self.curvature.natural_gradient(source)
             return natural, _any([*self.observer.failures, *failures, *mismatches])
 
+    def inner_product(self, natural: dict[str, Tensor], gradients: dict[str, Tensor]) -> Tensor:
+        """Return ``⟨Δ, ∇L⟩``; estimated for layers whose ``.grad`` holds Δ already.
+
+        Args:
+            natural: Δ, parameter name → tensor; not empty.
+            gradients: ``.grad`` of the same parameters.
+        """
+        if self.own_backward:
+            return self.own_backward.inner_product(natural, gradients, self.replicas)
+        return inner_product(natural, gradients)
+
     def _zeros_like(self, parameter: Tensor) -> Tensor:
         """Return the gradient of a parameter that has none."""
         if self.keeps_shards:
@@ -423,7 +432,9 @@ class Preconditioner(CopiedByState):
 
         Parameters whose rows do not explain them, or that have none, are untrusted from now on.
         """
-        self.trust.without_rows(self.blocks_without_rows(), self.covered)
+        reasons = self.blocks_without_rows()
+        if reasons:
+            self.trust.without_rows(reasons, self.covered)
         if self.observer.audit.active:
             found = self.observer.findings(self.own_backward.held)
             self.trust.without_explanation(found, self.covered)
@@ -534,7 +545,8 @@ class Preconditioner(CopiedByState):
         as another loss may go back through them.
         """
         self.zeroed.reset()
-        self.own_backward.reset()
+        for one in self.own_backward.values():
+            one.reset()
         seen = self.observer.seen
         if seen and all(one.recorded.cotangent is not None for one in seen):
             self.observer.discarded = True
@@ -550,7 +562,8 @@ class Preconditioner(CopiedByState):
     def _close(self) -> None:
         self._saved, self._with_update = None, None
         self._updated = self._joined = False
-        self.own_backward.reset()
+        for one in self.own_backward.values():
+            one.reset()
 
     # What users may tell.
 

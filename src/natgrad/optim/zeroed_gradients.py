@@ -9,8 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from natgrad.capture.graph import purpose_for
 from natgrad.capture.hooks import is_pulling_back
-from natgrad.capture.purpose import purpose_for
 
 #: Steps from one comparison to the next, if nothing calls for it before.
 INTERVAL = 20

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from natgrad.distributed.exchange import Symmetric
 from natgrad.jacobians import KroneckerSums
-from natgrad.jacobians.tied import added
+from natgrad.jacobians.layer import added
 from natgrad.statistics.statistics import Statistics
 from natgrad.statistics.triangles import LEAST_SIZE, LowerTriangles
 

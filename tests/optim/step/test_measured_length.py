@@ -18,7 +18,7 @@ from torch.nn import functional
 import natgrad
 from natgrad import MeasuredLength, Refresh, RelativeDamping, StepRule
 from natgrad.curvature import KroneckerFactors
-from natgrad.optim.step.length_state import LengthState
+from natgrad.optim.step.lengths import LengthState
 from tests import pairwise
 from tests.cases import labels, normal
 from tests.state import flat, same

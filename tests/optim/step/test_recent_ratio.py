@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from natgrad.optim.step.length_state import LengthState
+from natgrad.optim.step.lengths import Lengths, LengthState
 from natgrad.optim.step.measured_length import MeasuredLength
 
 FIXED, ANNEALED = MeasuredLength(annealing=0.0, reach=1.0), MeasuredLength()
@@ -49,7 +49,9 @@ def test_reach_falls_though_short_steps_before_were_too_short():
 
 def test_it_is_in_checkpoints_and_those_of_before_are_read():
     state = answered([-0.4, 0.1], [0.5, 1.0])
-    assert LengthState.of(state.state_dict()) == state
-    before = state.state_dict()
-    del before["recent_ratio"], before["share_of_ratio"]
-    assert LengthState.of(before).usual_ratio == state.usual_ratio
+    lengths = Lengths(ANNEALED, "KFAC", 1.5, 0.5)
+    lengths.state = state
+    saved = lengths.state_dict()
+    assert lengths.with_state(saved).state == state
+    del saved["state"]["recent_ratio"], saved["state"]["share_of_ratio"]
+    assert lengths.with_state(saved).state.usual_ratio == state.usual_ratio

@@ -23,7 +23,7 @@ from natgrad import (
     StepRule,
 )
 from natgrad.curvature import KroneckerFactors
-from natgrad.optim.step.deviance import Deviance
+from natgrad.optim.step.lengths import Deviance
 from tests.cases import labels, normal
 from tests.dense_kronecker import damped_inputs
 

@@ -173,19 +173,9 @@ class OwnBackwards(dict[str, OwnBackward]):
         return {name: one for name, one in self.items() if one.active}
 
     @property
-    def names(self) -> set[str]:
-        """Names of the parameters of all of them."""
-        return {name for one in self.values() for name in one.names}
-
-    @property
     def held(self) -> set[str]:
         """Names of the parameters of those that are active."""
         return {name for one in self.active.values() for name in one.names}
-
-    def reset(self) -> None:
-        """Forget what was accumulated."""
-        for one in self.values():
-            one.reset()
 
     def remove(self) -> None:
         """Give all layers their own backward pass back."""
@@ -204,7 +194,7 @@ class OwnBackwards(dict[str, OwnBackward]):
             replicas: Processes over which it is averaged.
         """
         terms, held = [], self.held
-        if self and natural:
+        if natural:
             overlaps = torch.stack([one.overlap(natural) for one in self.values()])
             replicas.average({"overlaps": overlaps})
             size, made = overlaps.unbind(1)

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from natgrad.distributed.shards import in_form_of
-from natgrad.optim.step.groups import PreconditionedGroups
-from natgrad.optim.step.levenberg_marquardt import LevenbergMarquardt
+from natgrad.optim.step.damping import LevenbergMarquardt
 from natgrad.optim.step.line_search import LineSearch
 from natgrad.optim.step.measures import predicted_change
-from natgrad.optim.step.plan import GroupUpdate, StepPlan
+from natgrad.optim.step.plan import GroupUpdate, PreconditionedGroups, StepPlan
 from natgrad.optim.step.quadratic_model import BatchFisher
 
 

@@ -3,16 +3,77 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from natgrad.likelihoods import Gaussian, Likelihood
-from natgrad.optim.step.deviance import Deviance
-from natgrad.optim.step.groups import PreconditionedGroups, rate_of
-from natgrad.optim.step.length_state import LengthState
 from natgrad.optim.step.measured_length import MeasuredLength
 from natgrad.optim.step.measures import Measures, second_largest_change
+from natgrad.optim.step.plan import PreconditionedGroups, rate_of
+
+#: Least ηγ, or γ where η is below 1: what one bad batch after the other may cost.
+LEAST_LENGTH = 0.01
+
+#: Share of a step kept below which no noise explains that the rest went too far.
+UNMISTAKABLE = 0.25
+
+#: How many standard deviations of q its noise explains, up to which q; and what q counts as at most
+#: in σ, either way.
+NOISE, LARGEST_OVERSHOOT, OUTLIER = 2.0, 1.5, 3.0
+
+#: Share of their norms by which two weights may change in one step.
+LARGEST_CHANGE = 0.3
+
+#: Weight of the past in the average of slopes.
+USUAL = 0.9
+
+#: Average ratio of slopes q up to which lengths are not annealed: what early speed is worth.
+TOLERATED = 0.05
+
+#: Weight of the past in the longer average of log K, and how far below it K counts as falling.
+LONG_MEMORY, FALL = 0.9, 0.5
+
+#: Share of its slope that a step of a learning rate of 1 must use up, else lengths are stretched.
+LEAST_SHARE = 0.8
+
+#: Largest part that a single ratio of slopes plays, either way.
+LARGEST_RATIO = 0.5
+
+#: Largest ζ and ρ, and 1 over the least C: whatever unit a residual is in.
+LONGEST = 1e6
+
+#: How much longer than they are other batches must surely want steps before their reach grows:
+#: while nothing is fitted, and later.
+LONGER, SURELY_LONGER = 2.0, 3.0
+
+#: Share of what the loss can fall by below which something is fitted.
+FITTED = 0.5
+
+#: q̄/C beyond which a step leaves other batches worse than it found them.
+HARMFUL = 0.5
+
+#: In batches of up to how many events ⟨Δ, g⟩ counts as no less than its mean over batches.
+FEW_EVENTS = 4.0
+
+#: How many q it takes to tell, each time.
+FEWEST_RATIOS = 4
+
+#: Steps at one learning rate after which it counts as constant, the power of 1/t that lengths then
+#: fall with at most, in units of κ, and how far they go beyond the best for others, in those of C₁.
+STEADY, FASTEST_FALL, BEYOND = 10, 5.0, 1.5
+
+#: Least factor on the caution after a step that went well, where such lengths went too far before,
+#: and the weight of the past in the average of q since, which asks for more.
+SLOW_GROWTH, SINCE = 1.05, 0.8
+
+#: A deviance as large stands for one that is not known.
+UNKNOWN = 1e200
+
+#: Share of ``‖∇L‖²/R`` that tr F counts as at least.
+LEAST_TRACE = 0.01
 
 #: After so many steps at learning rates below so much, someone has taken them for those of another
 #: optimizer.
@@ -21,6 +82,380 @@ SLOW_STEPS, SLOW_RATE = 100, 0.05
 #: After so many steps with more momentum than so much, where none was asked for when the optimizer
 #: was made, a scheduler has set that of another optimizer: lengths that are measured need little.
 HEAVY_STEPS, HEAVY_MOMENTUM = 20, 0.8
+
+
+@dataclass(frozen=True)
+class LengthState:
+    """What is known of the lengths of steps.
+
+    Attributes:
+        log_decrement: The average of log K; None before the first measurement.
+        usual_log_decrement: The average of log K over more measurements.
+        log_slope: The average of log ⟨Δ, g⟩; None before the first step.
+        mean_slope: The average of ⟨Δ, g⟩ over more steps.
+        few: ``min(1, (4/N)²)`` of batches of N events.
+        scale: c, the curvature of the loss in units of the Fisher matrix.
+        measurements: How many there were.
+        caution: γ.
+        stretch: ζ, below 1 where lengths are annealed.
+        ceiling: Up to which γ grows quickly: its value where a step last went too far.
+        slope: s, by how much the last step was to lower the loss to first order; None where the
+            next gradient is not to be held against it.
+        share_of_alpha: ηγζρ of that step.
+        bound: Whether that step was as long as weights may change.
+        usual_slope: The average of s over steps.
+        ratio: The last q.
+        ratio_variance: σ², the noise of q.
+        pairs: Of how many pairs of steps.
+        usual_ratio: q̄, the average of q over steps, since reach doubled.
+        ratios: How many there were.
+        recent_ratio: q̃, the same, of which less is left of q of shorter steps as steps get longer.
+        later_ratio: The average of q since a step was last taken back, from 0 on.
+        share_of_ratio: ηγζρ of the step of the last q.
+        reach: ρ.
+        log_bend: The average of log C for steps with ηγζρ = 1; None before the first measurement.
+        shared: r, the average of C − q over steps: the share of its slope that the next batch has
+            where a step begins; None before the first.
+        rate: η of the last step.
+        steady: Steps since η changed.
+        steps: Steps taken or taken back.
+        taken_back: How many of them were.
+    """
+
+    log_decrement: float | None = None
+    usual_log_decrement: float = 0.0
+    log_slope: float | None = None
+    mean_slope: float = 0.0
+    few: float = 0.0
+    scale: float = 1.0
+    measurements: int = 0
+    caution: float = 1.0
+    stretch: float = 1.0
+    ceiling: float = 1.0
+    slope: float | None = None
+    share_of_alpha: float = 1.0
+    bound: bool = False
+    usual_slope: float = 0.0
+    ratio: float | None = None
+    ratio_variance: float = 0.0
+    pairs: int = 0
+    usual_ratio: float = 0.0
+    ratios: int = 0
+    recent_ratio: float = 0.0
+    later_ratio: float = 0.0
+    share_of_ratio: float = 0.0
+    reach: float = 1.0
+    log_bend: float | None = None
+    shared: float | None = None
+    rate: float = 0.0
+    steady: int = 0
+    steps: int = 0
+    taken_back: int = 0
+
+    def measured(
+        self,
+        rule: MeasuredLength,
+        slope: float,
+        quadratic: float,
+        scale: float,
+        largest: float = math.inf,
+        count: float = math.inf,
+    ) -> LengthState:
+        """Return the state after a measurement.
+
+        Args:
+            rule: The rule.
+            slope: ``⟨Δ, g⟩``.
+            quadratic: ``cΔᵀ(F_b + λI)Δ``.
+            scale: c.
+            largest: What cK cannot exceed, were F_b not sampled.
+            count: N, how many events count in the batch.
+        """
+        if not (slope > 0 and quadratic > 0 and scale > 0 and largest > 0):
+            return self
+        found, measurements = 2 * math.log(slope) - math.log(quadratic), self.measurements + 1
+        if largest < math.inf:
+            found = min(found, math.log(largest / scale))
+        earlier = 1 - 1 / measurements
+        long = averaged(self.usual_log_decrement, found, min(LONG_MEMORY, earlier))
+        average = averaged(self.log_decrement, found, min(rule.memory, earlier))
+        return replace(
+            self,
+            log_decrement=average,
+            usual_log_decrement=long,
+            measurements=measurements,
+            few=min(1.0, (FEW_EVENTS / count) ** 2) if count > 0 else 1.0,
+            scale=scale,
+        )
+
+    def met(self, rule: MeasuredLength, slope: float) -> LengthState:
+        """Return the state after a direction with ``⟨Δ, g⟩`` = slope was found."""
+        if not slope > 0:
+            return self
+        log_slope = averaged(self.log_slope, math.log(slope), rule.memory)
+        return replace(
+            self,
+            log_slope=log_slope,
+            mean_slope=averaged(self.mean_slope or None, slope, USUAL),
+        )
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether η has been the same for ten steps."""
+        return self.steady >= STEADY
+
+    @property
+    def least_noise(self) -> float:
+        """2/N of batches of N events, from four on: what noise there is besides, at the least."""
+        return 2.0 / FEW_EVENTS * math.sqrt(self.few)
+
+    def length(self, slope: float, change: float = 0.0, lengthened: float = 1.0) -> float:
+        """Return γζραν^{−p} for a direction with ``⟨Δ, g⟩`` = slope; α is at most 1/c.
+
+        Args:
+            slope: ``⟨Δ, g⟩``.
+            change: The second largest ``η‖Δ_W‖/‖W‖`` of all weights W.
+            lengthened: ν^{−p}.
+        """
+        if self.log_decrement is None or self.log_slope is None or slope <= 0:
+            return 0.0
+        usual = max(slope, math.exp(self.log_slope), self.few * self.mean_slope)
+        alpha = math.exp(min(self.log_decrement - math.log(usual), -math.log(self.scale)))
+        length = self.caution * self.stretch * self.reach * alpha * lengthened
+        return length if length * change <= LARGEST_CHANGE else LARGEST_CHANGE / change
+
+    def share_kept(self, rule: MeasuredLength, slope: float) -> float:
+        """Return the share of the last step that stays, 1 for all of it.
+
+        Args:
+            rule: The rule.
+            slope: ``⟨v, g⟩`` with the last step v and the present gradient.
+        """
+        ratio, noise = self._ratio(slope), NOISE * math.sqrt(self.ratio_variance)
+        most = max(rule.overshoot, min(rule.overshoot + noise, LARGEST_OVERSHOOT))
+        return 1.0 / (1.0 + ratio) if ratio > most else 1.0
+
+    def _ratio(self, slope: float) -> float:
+        """Return q; 0 where there is no step to hold the slope against."""
+        if self.slope is None:
+            return 0.0
+        expected = max(self.slope, self.usual_slope)
+        return slope / expected if math.isfinite(slope) else math.inf
+
+    def _decrement_falls(self) -> bool:
+        if self.log_decrement is None:
+            return False
+        return self.log_decrement < self.usual_log_decrement - FALL
+
+    def answered(
+        self, rule: MeasuredLength, slope: float, rate: float, left: float = 1.0
+    ) -> LengthState:
+        """Return the state after the present gradient answered to the last step, which stays.
+
+        Args:
+            rule: The rule.
+            slope: ``⟨v, g⟩`` with the last step v and the present gradient.
+            rate: η.
+            left: R/R_max, the share that is left of what the loss can fall by.
+        """
+        if self.slope is None:
+            return self
+        ratio = min(OUTLIER, max(-OUTLIER, self._ratio(slope)))
+        memory = min(USUAL, 1 - 1 / (self.ratios + 1))
+        usual, shared = averaged(self.usual_ratio, ratio, memory), self.shared
+        growth = self.share_of_alpha / self.share_of_ratio if self.share_of_ratio > 0 else 1.0
+        if self.log_bend is not None:
+            begun = math.exp(self.log_bend) * self.share_of_alpha - ratio
+            shared = averaged(shared, begun, memory)
+        found = replace(
+            self,
+            stretch=self._stretched(rule, ratio, rate),
+            ratio=ratio,
+            ratio_variance=self._noisier(ratio),
+            pairs=self.pairs + (self.ratio is not None),
+            usual_ratio=usual,
+            ratios=self.ratios + 1,
+            recent_ratio=averaged(self.recent_ratio, ratio, memory / max(1.0, growth)),
+            later_ratio=averaged(self.later_ratio, ratio, SINCE),
+            share_of_ratio=self.share_of_alpha,
+            shared=shared,
+        )
+        known = self.log_bend is not None and rate > 0
+        return found._reached(rule, rate, left) if known else found
+
+    def _reached(self, rule: MeasuredLength, rate: float, left: float) -> LengthState:
+        """Return the state with ρ as long as other batches want it."""
+        bend = self._bend(rate)
+        if self.reach > 1.0 and self.recent_ratio > 0:
+            return replace(self, reach=max(1.0, self._reach_times(rule, -self.recent_ratio / bend)))
+        if self.ratios < FEWEST_RATIOS or rule.reach == 1.0:
+            return self
+        variance = self.ratio_variance / (1 - USUAL**self.pairs)
+        error = math.sqrt(variance / min(self.ratios, (1 + USUAL) / (1 - USUAL)))
+        least, most = ((self.usual_ratio + sign * 2 * error) / bend for sign in (-1, 1))
+        if least > HARMFUL and not self._decrement_falls():
+            reach = max(LEAST_LENGTH, self._reach_times(rule, HARMFUL - least))
+            return replace(self, reach=reach)
+        limit = self._sustained(bend) if self.is_steady else 1.0
+        if limit < self.reach <= 1.0:
+            fall = (self.steps / (self.steps + 1)) ** (FASTEST_FALL * rule.annealing)
+            return replace(self, reach=max(limit, self.reach * fall))
+        if self.reach < 1.0:
+            reach = min(limit, self._reach_times(rule, max(0.0, HARMFUL - most)))
+            return replace(self, reach=reach)
+        wanted = min(rate, 1.0) * self.caution * (1 - most)
+        enough = LONGER if left > FITTED else SURELY_LONGER
+        if self.bound or self.usual_ratio > 0 or wanted <= enough:
+            return self
+        if left <= FITTED:
+            return replace(self, reach=min(LONGEST, self.reach * rule.reach), ratios=0)
+        growth = rule.reach ** min(1.0, (wanted - LONGER) / (1 + error / bend))
+        return replace(self, reach=min(LONGEST, self.reach * growth))
+
+    def _sustained(self, bend: float) -> float:
+        """Return the ρ, at most 1, that a constant rate can stay at, with C of the present ρ."""
+        left = 1.0 - BEYOND * math.exp(self.log_bend or 0.0)
+        if self.shared is None or left <= 0.0:
+            return 1.0
+        wanted = self.reach * self.shared / (bend * left)
+        return min(1.0, max(LEAST_LENGTH, wanted))
+
+    def _reach_times(self, rule: MeasuredLength, share: float) -> float:
+        """Return ``ρ exp(κ · share)``, with a share of at most 1 either way."""
+        return self.reach * math.exp(rule.annealing * max(-1.0, min(1.0, share)))
+
+    def _bend(self, rate: float) -> float:
+        """Return C of steps at a rate η, measured before."""
+        return max(1 / LONGEST, math.exp(self.log_bend or 0.0) * self._share_of_alpha_at(rate))
+
+    def _share_of_alpha_at(self, rate: float) -> float:
+        """Return ηγζρ of a step at a rate η."""
+        return rate * self.caution * self.stretch * self.reach
+
+    def crossed(self, rule: MeasuredLength, curvature: float) -> LengthState:
+        """Return the state after another batch measured the curvature along the last step.
+
+        Args:
+            rule: The rule.
+            curvature: ``h = cvᵀF_b v`` with the last step v.
+        """
+        if self.slope is None or not (self.slope > 0 and curvature > 0 and self.share_of_alpha > 0):
+            return self  # At a rate of 0 only momentum moves.
+        bend = curvature / max(self.slope, self.usual_slope)
+        of_alpha = math.log(bend / self.share_of_alpha)
+        return replace(self, log_bend=averaged(self.log_bend, of_alpha, rule.memory))
+
+    def _noisier(self, ratio: float) -> float:
+        """Return σ² with another q."""
+        if self.ratio is None:
+            return self.ratio_variance
+        return USUAL * self.ratio_variance + (1 - USUAL) * (ratio - self.ratio) ** 2 / 2
+
+    def _stretched(self, rule: MeasuredLength, ratio: float, rate: float) -> float:
+        """Return ζ after a step with a ratio of slopes."""
+        ratio = min(LARGEST_RATIO, max(-LARGEST_RATIO, ratio))
+        too_short = LEAST_SHARE * min(rate, 1.0) - 1.0
+        if self.stretch > 1.0 or (self.stretch == 1.0 and ratio < too_short):
+            if self.caution < 1.0:  # That is why.
+                ratio = max(ratio, too_short)
+            stretch = self.stretch * math.exp(-rule.annealing * (ratio - too_short))
+            return min(LONGEST, max(1.0, stretch))
+        if self._decrement_falls():
+            return self.stretch
+        stretch = self.stretch * math.exp(-rule.annealing * (ratio - TOLERATED))
+        return min(1.0, max(LEAST_LENGTH, stretch))
+
+    def shortened(self, share: float, rate: float) -> LengthState:
+        """Return the state after the last step, at a rate η, was cut to a share of it."""
+        cut = share if share < UNMISTAKABLE else max(share, 0.5)
+        least = min(self.caution, LEAST_LENGTH / max(1.0, rate))
+        caution = max(self.caution * cut, least)
+        return replace(
+            self,
+            caution=caution,
+            ceiling=caution,
+            slope=None,
+            later_ratio=0.0,
+            usual_slope=self.usual_slope * share,
+            steps=self.steps + 1,
+            taken_back=self.taken_back + 1,
+        )
+
+    def taken(
+        self, rule: MeasuredLength, slope: float, rate: float, change: float = 0.0
+    ) -> LengthState:
+        """Return the state after a step, at a rate η, that has a slope to first order.
+
+        Args:
+            rule: The rule.
+            slope: By how much the step is to lower the loss.
+            rate: η.
+            change: The second largest ``‖v_W‖/‖W‖`` of all weights W without momentum.
+        """
+        fast, slow = (self.caution * min(rule.growth, g) for g in (math.inf, self._wanted()))
+        caution = min(1.0, max(slow, min(fast, self.ceiling)))
+        usual = USUAL * self.usual_slope + (1 - USUAL) * slope if self.usual_slope else slope
+        return replace(
+            self,
+            caution=caution,
+            ceiling=max(self.ceiling, caution),
+            slope=slope or None,
+            share_of_alpha=self._share_of_alpha_at(rate),
+            bound=change >= 0.999 * LARGEST_CHANGE,
+            rate=rate,
+            steady=self.steady + 1 if rate == self.rate else 0,
+            usual_slope=usual,
+            steps=self.steps + 1,
+        )
+
+    def _wanted(self) -> float:
+        """Return by what factor steps have been too short of late, 5 % at least."""
+        left = max(1.0 + self.later_ratio, 1.0 / LONGEST)
+        return max(SLOW_GROWTH, min(self.rate, 1.0) / left)
+
+    def is_troubled(self) -> bool:
+        """Return whether more than a tenth of the steps were taken back, and several."""
+        return self.taken_back >= 6 and self.taken_back > 0.1 * self.steps
+
+
+@dataclass(frozen=True)
+class Deviance:
+    """What is known of R, twice what the loss can fall by, by measurements on batches.
+
+    Of a Gaussian it is the mean squared residual.
+
+    Attributes:
+        log_present: The average of log R; None before the first measurement.
+        log_largest: The largest of these averages.
+        least_trace: What ``tr F`` counts as at least, by the last gradient measured.
+    """
+
+    log_present: float | None = None
+    log_largest: float = -math.inf
+    least_trace: float = 0.0
+
+    @property
+    def left(self) -> float:
+        """Share of it that is left, ``R/R_max``; 1 where it is not known."""
+        return 1.0 if self.log_present is None else math.exp(self.log_present - self.log_largest)
+
+    @property
+    def noise_to_signal(self) -> float:
+        """Ratio of what is left to what has been explained, at most 1."""
+        return self.left / (1.0 - self.left) if self.left < 0.5 else 1.0
+
+    def measured(self, present: float, memory: float, square: float = 0.0) -> Deviance:
+        """Return the state after a measurement.
+
+        Args:
+            present: R of a batch.
+            memory: Weight of the past.
+            square: ``‖∇L‖²`` of the batch; 0 if unknown.
+        """
+        if not 0 < present < UNKNOWN:
+            return self
+        found = averaged(self.log_present, math.log(present), memory)
+        return Deviance(found, max(self.log_largest, found), LEAST_TRACE * square / present)
 
 
 class Lengths:
@@ -142,11 +577,16 @@ class Lengths:
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain values."""
-        return {"state": self.state.state_dict(), "deviance": self.deviance.state_dict()}
+        return {"state": dict(vars(self.state)), "deviance": dict(vars(self.deviance))}
 
     def with_state(self, values: Mapping[str, Any]) -> Lengths:
         """Return the same with the state that :meth:`state_dict` described."""
         restored = copy.copy(self)
-        restored.state = LengthState.of(values["state"])
-        restored.deviance = Deviance.of(values["deviance"])
+        restored.state = LengthState(**values["state"])
+        restored.deviance = Deviance(**values["deviance"])
         return restored
+
+
+def averaged(old: float | None, found: float, memory: float) -> float:
+    """Return a moving average after another value, which is the first one where old is None."""
+    return found if old is None else memory * old + (1 - memory) * found

@@ -13,7 +13,7 @@ from natgrad.curvature import Curvature
 from natgrad.distributed.shards import own_shard, shard_count, whole
 from natgrad.layouts import inner_product
 from natgrad.linalg import constant
-from natgrad.optim.step.groups import PreconditionedGroups, rate_of
+from natgrad.optim.step.plan import PreconditionedGroups, rate_of
 from natgrad.optim.step.quadratic_model import (
     BatchFisher,
     QuadraticModel,
@@ -57,14 +57,13 @@ def measure(
     if not natural:
         return {}
     batch, rule = preconditioner.observer.batch_fisher, grouped.rule
-    own, replicas = preconditioner.own_backward, preconditioner.replicas
-    inner = own.inner_product(natural, source, replicas)
+    inner = preconditioner.inner_product(natural, source)
     measures: dict[str, Tensor] = {"inner": inner}
     if rule.uses_model and preconditioner.observer.keeps_batch_fisher:
         measures["slopes"] = slopes(directions, gradients)
         measures["fisher"] = fisher_gram(batch, directions, grouped.replicas)
     elif rule.measured is not None and len(directions) > 1:
-        measures["along"] = own.inner_product(directions[1], source, replicas)
+        measures["along"] = preconditioner.inner_product(directions[1], source)
     if scale is not None:
         measures.update(scale)
         measures["square"] = squared_gradient(preconditioner, gradients)
