@@ -88,6 +88,26 @@ def convolutions() -> nn.Module:
     )
 
 
+class Own(nn.Module):
+    """A linear map of another author, without a bias, of which some keep a flag."""
+
+    def __init__(self, d_in: int, d_out: int, transposed: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn((d_in, d_out) if transposed else (d_out, d_in)))
+        self.transposed = transposed
+        if not transposed:
+            self.bias = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.weight if self.transposed else self.weight.T)
+
+
+def own_layers() -> nn.Module:
+    return nn.Sequential(
+        Own(4, 6, True), nn.Tanh(), Own(6, 2, False), nn.Tanh(), nn.Linear(2, CLASSES)
+    )
+
+
 def one_dimension() -> nn.Module:
     return nn.Sequential(
         nn.Conv1d(2, 3, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(12, CLASSES)
@@ -100,6 +120,7 @@ def tokens(size: int, seed: int) -> Tensor:
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int, int], Tensor]]] = {
     "mlp": (mlp, lambda n, seed: normal(n, 4, seed=seed)),
+    "own_layers": (own_layers, lambda n, seed: normal(n, 4, seed=seed)),
     "convolutions": (convolutions, lambda n, seed: normal(n, 2, 6, 5, seed=seed)),
     "one_dimension": (one_dimension, lambda n, seed: normal(n, 2, 4, seed=seed)),
     "sentence": (Sentence, tokens),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import natgrad
 from natgrad.curvature import as_structure
@@ -122,8 +123,27 @@ def test_copies_have_added_groups(name: str, preconditioned: bool):
         torch.testing.assert_close(weights(model), weights(other), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("name", ["KFAC", "FNGD"])
+@pytest.mark.parametrize("given", [{"modules": "children"}, {"params": "parameters"}])
+def test_groups_may_be_given_by_iterators(name: str, given: dict[str, str]):
+    """As those of ``torch.optim`` often are; copies have the same groups."""
+    kind, model = KINDS[name], make_model()
+    group = {key: getattr(model[:2], method)() for key, method in given.items()}
+    groups = ({**one, "preconditioned": False} for one in [group])
+    optimizer = kind.make(model, params=groups)
+    held = [g["param_names"] for g in optimizer.param_groups]
+    assert held == [["2.weight", "2.bias"], ["0.weight", "0.bias"]]
+    kind.step(optimizer, model)
+    other, copied = copy.deepcopy((model, optimizer))
+    kind.step(optimizer, model)
+    kind.step(copied, other)
+    torch.testing.assert_close(weights(model), weights(other), rtol=1e-12, atol=0)
+
+
 def test_wrong_groups_are_refused():
     model = make_model()
+    with pytest.raises(TypeError, match=r"params takes parameter groups.*got Parameter"):
+        natgrad.KFAC(model, "gaussian", params=model.parameters())
     optimizer = natgrad.KFAC(model, "gaussian")
     before = optimizer.param_groups[:]
     with pytest.raises(ValueError, match="more than one parameter group"):
@@ -279,6 +299,68 @@ def test_a_replaced_layer_takes_the_place_of_the_old_one(name: str):
     assert moved(model, start) == set(start)
     group = optimizer.param_groups[0]
     assert group["lr"] == 0.02 and group["params"] == list(model[2].parameters())
+
+
+class Projected(nn.Module):
+    """A weight of its own, beside which a layer may be put later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(5, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = x @ self.weight
+        return own + self.adapter(x) if hasattr(self, "adapter") else own
+
+
+@pytest.mark.parametrize("name", ["KFAC", "EKFAC", "UnitWiseNGD", "DiagonalNGD"])
+def test_a_layer_of_another_kind_starts_anew(name: str):
+    """A square weight that is multiplied from the other side has the shape of the old one."""
+    kind = KINDS[name]
+    model = nn.Sequential(nn.Linear(5, 5, bias=False).double(), make_model())
+    optimizer = kind.make(model, fisher="exact")
+    kind.step(optimizer, model)
+    old = optimizer.state_dict()
+    model[0] = Projected()
+    twin = copy.deepcopy(model)
+    fresh = kind.make(twin, fisher="exact")
+    kind.step(optimizer, model)
+    kind.step(fresh, twin)
+    found, expected = (one.preconditioner.curvature.state_dict() for one in (optimizer, fresh))
+    assert (found["0"]["draws"], found["1.0"]["draws"]) == (1, 2)
+    tensors = {key: one for key, one in expected["0"]["average"].items() if torch.is_tensor(one)}
+    assert tensors
+    for key, one in tensors.items():
+        torch.testing.assert_close(found["0"]["average"][key], one, rtol=1e-12, atol=0)
+    with pytest.raises(ValueError, match="'0' is of another kind of layer"):
+        fresh.load_state_dict(old)
+
+
+@pytest.mark.filterwarnings("ignore:.*trains from now on")
+@pytest.mark.parametrize("name", ["KFAC", "EKFAC", "SINGD", "FNGD", "ExactNGD"])
+def test_a_renamed_parameter_is_followed(name: str):
+    """``prune.remove`` keeps parameters and their order, and changes the name of one."""
+    kind, model = KINDS[name], make_model()
+    optimizer = kind.make(model)
+    prune.l1_unstructured(model[0], "weight", amount=0.5)
+    kind.step(optimizer, model)
+    prune.remove(model[0], "weight")
+    start = values(model)
+    kind.step(optimizer, model)
+    assert "0.weight" in start and moved(model, start) == set(start)
+    assert set(optimizer.preconditioner.parameters) == set(start)
+
+
+@pytest.mark.parametrize("name", ["KFAC", "FNGD", "ExactNGD"])
+def test_a_layer_inside_of_what_held_none_is_trained(name: str):
+    kind, model = KINDS[name], nn.Sequential(Projected(), make_model())
+    optimizer = kind.make(model)
+    kind.step(optimizer, model)
+    model[0].adapter = nn.Linear(5, 5).double()
+    start = values(model)
+    with pytest.warns(UserWarning, match=r"trains from now on.*: 0\.adapter\.weight"):
+        kind.step(optimizer, model)
+    assert moved(model, start) == set(start)
 
 
 # -- left out --------------------------------------------------------------------------------------

@@ -185,8 +185,9 @@ class Curvature:
             rest = {name: {**_packed(old[name], held[name]), "weight": 1.0} for name in gone}
             self.resting.update(rest)
         for name, part in fresh.parts.items():
-            if name in self.resting and self.resting[name]["sizes"] == _sizes(part):
-                entry = self.resting.pop(name)
+            entry = self.resting.get(name)
+            if entry is not None and _form(part).items() <= entry.items():
+                del self.resting[name]
                 found = fresh._restored(part, entry)
                 if entry["weight"] > LEAST_WEIGHT_IN_USE:
                     staying.add(name)
@@ -650,11 +651,17 @@ class Curvature:
         return found
 
     def _restored(self, part: Part, entry: Mapping[str, Any]) -> Estimate:
-        own = _sizes(part)
+        form = _form(part)
+        own, matrices = form["sizes"], form["matrices"]
         if entry.get("sizes", own) != own:
             raise ValueError(
                 f"the checkpoint's curvature of {part.name!r} is of parameters {entry['sizes']}, "
                 f"and this model's are {own}"
+            )
+        if entry.get("matrices", matrices) != matrices:
+            raise ValueError(
+                f"the checkpoint's curvature of {part.name!r} is of another kind of layer, with "
+                "parameters of the same shapes: load it into the model that it was saved with"
             )
         device, layout = self.layout.device, self.structure.vector_layout(part)
         average, inverse = (
@@ -689,14 +696,18 @@ def _packed(part: Part, estimate: Estimate) -> dict[str, Any]:
         "damping": estimate.damping,
         "draws": estimate.draws,
         "positions": (estimate.mean_positions.total, estimate.mean_positions.batches),
-        "sizes": _sizes(part),
+        **_form(part),
     }
 
 
-def _sizes(part: Part) -> dict[str, list[int]]:
-    """Return parameter name → shape of a part."""
-    return {
-        name: list(shape)
-        for block in part.blocks.values()
-        for name, shape in zip(block.names, block.shapes, strict=True)
-    }
+def _form(part: Part) -> dict[str, Any]:
+    """Return what statistics of a part are of: the parameters' shapes, and the matrices they are.
+
+    A matrix that is multiplied from the other side has the same shape.
+    """
+    blocks = part.blocks.values()
+    pairs = (pair for one in blocks for pair in zip(one.names, one.shapes, strict=True))
+    matrices = [
+        [one.groups, one.d_out, one.d_in, one.transposed, one.kernel, one.one_hot] for one in blocks
+    ]
+    return {"sizes": {name: list(shape) for name, shape in pairs}, "matrices": matrices}

@@ -182,10 +182,9 @@ class WeightedEmbedding(WeightedProduct):
 
 def find_product(module: nn.Module, kind: LayerKind) -> WeightedProduct | None:
     """Return how a layer's products are made, or None where that is not known."""
-    if type(kind) is LinearKind:
-        return WeightedLinear(module.bias is not None)
-    if type(kind) is TransposedLinearKind:
-        return WeightedLinear(module.bias is not None, transposed=True)
+    if type(kind) in (LinearKind, TransposedLinearKind):
+        has_bias = isinstance(getattr(module, "bias", None), Tensor)  # Own layers may have none.
+        return WeightedLinear(has_bias, transposed=type(kind) is TransposedLinearKind)
     if type(kind) is ConvolutionKind:
         padding = cast(nn.Conv2d, module)._reversed_padding_repeated_twice
         symmetric = list(padding[::2]) == list(padding[1::2])

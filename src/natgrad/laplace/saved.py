@@ -18,8 +18,8 @@ def saved_statistics(curvature: Curvature) -> dict[str, Any]:
         own = estimate.average
         # A checkpoint of training leaves rows out, as they are of one batch; here they are all.
         rows = own.rows() if isinstance(own, RowStatistics) else None
-        kept = {"average": entry["average"], "rows": rows, "absent": estimate.absent}
-        state[name] = {**kept, "draws": entry["draws"], "sizes": entry["sizes"]}
+        kept = {key: entry[key] for key in ("average", "draws", "sizes", "matrices")}
+        state[name] = {**kept, "rows": rows, "absent": estimate.absent}
     return state
 
 

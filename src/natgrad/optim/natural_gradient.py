@@ -24,7 +24,7 @@ from natgrad.optim.gradient_rows import batch_scale
 from natgrad.optim.grouped_optimizer import GroupedOptimizer
 from natgrad.optim.method import DEFAULT, Method, ShowsMethod
 from natgrad.optim.options import Fallback, Refresh, StepRule
-from natgrad.optim.parameter_groups import first_order_names
+from natgrad.optim.parameter_groups import first_order_names, read_groups
 from natgrad.optim.preconditioner import Preconditioner
 from natgrad.optim.step.compared_step import ComparedStep
 from natgrad.optim.step.damping import LevenbergMarquardt, RelativeDamping
@@ -169,7 +169,9 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
             damping = damping.share
         #: tr F/P at the last factorisation; None until it is known or where nothing depends on it.
         self._mean_eigenvalue: float | None = None
-        params = list(params or [])
+        params = read_groups(params)
+        if "params" in self._arguments[1]:  # What runs out could not be copied.
+            self._arguments[1]["params"] = params
         #: How far steps go, where that is measured.
         self._lengths: Lengths | None = None
         preconditioner = self.preconditioner_type(

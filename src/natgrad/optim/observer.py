@@ -716,7 +716,7 @@ class Observer:
 
 
 class ModelWatch:
-    """Sees parameters frozen, unfrozen, moved or replaced, and modules exchanged, in microseconds.
+    """Sees parameters frozen, moved, replaced or renamed, and modules exchanged, in microseconds.
 
     Args:
         model: The model; what it is now counts as known.
@@ -725,13 +725,17 @@ class ModelWatch:
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
         tables: list[Any] = [m._parameters for m in modules]
-        tables += [m._modules for m in modules if m._modules]
+        tables += [m._modules for m in modules]
         # Compiled modules make other objects of what they hold at every look.
         self._tables = [table for table in tables if isinstance(table, dict)]
         self._parameters = list(model.parameters())
         self._kinds = self._present_kinds()
         self._entries = list(self._present())  # Held, so that no other object gets their identity.
         self._identities = list(map(id, self._entries))
+        self._names = self._present_names()
+
+    def _present_names(self) -> list[str]:
+        return list(chain.from_iterable(self._tables))
 
     def _present(self) -> Iterator[Any]:
         return chain.from_iterable(map(dict.values, self._tables))
@@ -747,7 +751,8 @@ class ModelWatch:
         """Return whether anything is not as it was."""
         if self.sees_frozen():
             return True
-        if list(map(id, self._present())) == self._identities:
+        same = list(map(id, self._present())) == self._identities
+        if same and self._present_names() == self._names:  # Pruning renames parameters.
             return False
         # ``torch.func.functional_call`` lends plain tensors for one pass.
         return all(isinstance(one, (nn.Parameter, nn.Module, NoneType)) for one in self._present())

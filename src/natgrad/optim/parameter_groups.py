@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,25 @@ from natgrad.optim.options import Fallback
 
 #: What torch and its schedulers keep in a group beside options.
 NOTES = {"params", "modules", "param_names", "name", "initial_lr", "first_lr"}
+
+
+def read_groups(params: Iterable[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
+    """Return parameter groups whose members can be read again and again, and copied.
+
+    Raises:
+        TypeError: If one is not a mapping.
+    """
+    groups = list(params or [])
+    for group in groups:
+        if not isinstance(group, Mapping):
+            raise TypeError(
+                "params takes parameter groups, dicts such as {'params': 'head.*', 'lr': 0.5}, "
+                f"got {type(group).__name__}: leave it out where all parameters are alike"
+            )
+    return [
+        {key: list(one) if isinstance(one, Iterator) else one for key, one in group.items()}
+        for group in groups
+    ]
 
 
 def check_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
@@ -31,7 +50,7 @@ def check_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     check_range("weight_decay", group.get("weight_decay", 0.0))
 
 
-def first_order_names(model: nn.Module, params: Iterable[dict[str, Any]]) -> list[str]:
+def first_order_names(model: nn.Module, params: list[dict[str, Any]]) -> list[str]:
     """Return the names of the parameters in groups that ask for the fallback."""
     taken: dict[str, bool] = {}
     for group in params:
@@ -44,7 +63,7 @@ def split_groups(
     model: nn.Module,
     defaults: dict[str, Any],
     uncovered: dict[str, str],
-    params: Iterable[dict[str, Any]] | None,
+    params: list[dict[str, Any]],
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return preconditioned and first-order groups that hold every trainable parameter once.
 
@@ -78,7 +97,7 @@ def split_groups(
             here = {"params": [names[n] for n in rest], "param_names": rest}
             first_order.append({**plain, **here})
 
-    for group in params or []:
+    for group in params:
         check_group(group, defaults)
         chosen = [n for n in members(model, group) if n in names and n not in taken]
         if not chosen:
