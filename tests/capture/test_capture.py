@@ -17,6 +17,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import parametrizations
 
 import natgrad
 from natgrad.capture import Capture, kinds, register_layer
@@ -1328,6 +1329,27 @@ def test_modules_that_draw_random_numbers_are_not_run_again(seed):
         gradients = torch.autograd.grad(z, list(model.parameters()), vector, retain_graph=True)
         dense.assert_same(row, torch.cat([g.flatten() for g in gradients]), 1e-12)
     assert any("it draws random numbers" in sentence for sentence in told)
+
+
+def test_modules_that_change_their_buffers_are_not_run_again():
+    """Power iterations have converged at first, so that a further one is not seen then."""
+    torch.manual_seed(0)
+    layer = parametrizations.spectral_norm(nn.Linear(3, 4))
+    model = nn.Sequential(layer, nn.Tanh(), nn.Linear(4, 2)).double()
+    told: list[str] = []
+    with Capture(model, sums_coupled=True) as capture:
+        capture.on_finding = told.append
+        for seed in range(3):
+            x, vectors = normal(4, 3, seed=seed), normal(1, 4, 2, seed=seed)
+            z = model(x)
+            found = capture.pull_back(z, vectors, independent=True)
+            name = "0.parametrizations.weight"
+            (parameter,) = capture.blocks[name].layout.names
+            (expected,) = torch.autograd.grad(z, model.get_parameter(parameter), vectors[0])
+            dense.assert_same(found[name].to_dense(), expected.reshape(1, -1), 1e-12)
+            with torch.no_grad():
+                model.get_parameter(parameter).add_(normal(4, 3, seed=9))
+    assert not told  # It costs nothing where rows are only ever added up.
 
 
 def test_rows_of_samples_that_are_coupled_along_the_first_dimension_alone():

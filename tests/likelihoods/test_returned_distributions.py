@@ -139,6 +139,37 @@ def test_classes_of_a_distribution(made_of, events):
     torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.parametrize("likelihood", [(), ({0: "categorical", 1: "gaussian"},)])
+def test_a_policy_beside_its_value(likelihood):
+    """The distribution comes first, as the tensor in its place would, or is a head."""
+    labels = torch.arange(12) % 3
+
+    def loss(policy: distributions.Categorical, value: Tensor) -> Tensor:
+        return -policy.log_prob(labels).mean() + 0.5 * (value - Y.sum(1)).square().mean()
+
+    def of_logits(logits: Tensor, value: Tensor) -> Tensor:
+        return loss(distributions.Categorical(logits=logits), value)
+
+    def returned(m: Tensor, v: Tensor) -> tuple[distributions.Categorical, Tensor]:
+        return distributions.Categorical(logits=m), v.sum(1)
+
+    ends = []
+    for model, own in (
+        (Forecast(returned), loss),
+        (Forecast(lambda m, v: (m, v.sum(1))), of_logits),
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore" if not likelihood else "error")
+            ends.append(trained(model, lambda out: own(*out), *likelihood)[0])  # noqa: B023
+    torch.testing.assert_close(*ends)
+
+
+def test_a_distribution_of_several_tensors_is_no_head():
+    model = Forecast(lambda m, v: (distributions.Normal(m, v.exp()), v))
+    with pytest.raises(ValueError, match="a head 0, .* under that key"):
+        trained(model, lambda out: nll(out[0]), {0: "gaussian", 1: "gaussian"})
+
+
 def test_a_lone_deviation_is_part_of_the_output():
     """Expanded by the distribution, it comes through the output as its mean does."""
     model = nn.Linear(4, 3).double()

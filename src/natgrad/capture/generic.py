@@ -43,6 +43,10 @@ def floating_tensors(value: Any) -> Iterator[Tensor]:
             yield from floating_tensors(item)
 
 
+class NotRunAgain(ValueError):
+    """A module computes something else when it runs again; the message says why."""
+
+
 class GenericKind(LayerKind):
     """A module's own parameters as one dense block, or one block each where they are many.
 
@@ -182,9 +186,11 @@ def _pull_back_per_sample(
             for value, part in zip(flat_inputs, parted, strict=True)
         ]
         args, kwargs = torch.utils._pytree.tree_unflatten(values, spec)
-        state = {**parameters, **{name: buffer.clone() for name, buffer in buffers.items()}}
+        held = {name: buffer.clone() for name, buffer in buffers.items()}
         # Uses of the same parameters by layers inside are theirs to count.
-        result = functional_call(module, state, args, kwargs, tie_weights=False)
+        result = functional_call(module, {**parameters, **held}, args, kwargs, tie_weights=False)
+        if any(one._version for one in held.values()):
+            raise NotRunAgain("it changes its buffers")  # To others now than in the pass.
         tensors = tuple(floating_tensors(result))
         return tuple(tensors[i] for i in which)
 
@@ -217,7 +223,7 @@ def _pull_back_per_sample(
             ]
         )
         if not torch.equal(_random_state(device), before):
-            raise ValueError("it draws random numbers")  # Others now than in the pass.
+            raise NotRunAgain("it draws random numbers")  # Others now than in the pass.
     return found
 
 

@@ -29,8 +29,8 @@ def select_output(
 ) -> Tensor | dict[Any, Tensor] | None:
     """Pick the tensor the likelihood looks at, or several heads, out of a model's output.
 
-    By default that is its ``logits`` or its first tensor, but not a number, as of the model's own
-    loss. Of a distribution it is what that was made of.
+    By default that is its ``logits`` or its first tensor or distribution, but not a number, as of
+    the model's own loss. Of a distribution it is what that was made of.
 
     Raises:
         TypeError: If ``select`` returns something else than a tensor.
@@ -56,8 +56,10 @@ def select_output(
         _check_told(output)
         output = tuple(output.values())
     if isinstance(output, (tuple, list)):
-        tensors = [item for item in output if isinstance(item, Tensor)]
-        return next((one for one in tensors if one.dim()), tensors[0] if tensors else None)
+        own = (one for one in output if isinstance(one, (Tensor, Distribution)))
+        made = (_parameters(one) if isinstance(one, Distribution) else one for one in own)
+        found = [one for one in made if one is not None]
+        return min(found, key=lambda one: isinstance(one, Tensor) and not one.dim(), default=None)
     return None
 
 
@@ -143,6 +145,8 @@ def _pick(output: Any, key: Any) -> Tensor:
         found = getattr(output, key) if is_attribute else output[key]
     except (AttributeError, KeyError, IndexError, TypeError):
         found = None
+    if isinstance(found, Distribution):
+        found = _parameters(found)
     if isinstance(output, Tensor) or not isinstance(found, Tensor):
         raise ValueError(
             f"The likelihood has a head {key!r}, but the model's output, a "

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from natgrad.capture.blocks import Block, Use
-from natgrad.capture.generic import DENSE_LIMIT, GenericKind
+from natgrad.capture.generic import DENSE_LIMIT, GenericKind, NotRunAgain
 from natgrad.capture.graph import graph_hash
 from natgrad.capture.kinds import LayerCall, LayerKind
 from natgrad.capture.product_kinds import WatchedParameter, is_product
@@ -415,7 +415,7 @@ class RowSources:
             raise error
         first = str(error).partition("\n")[0].partition(". ")[0]  # Errors of torch may fill pages.
         reason = f"has no rows by its module ({type(error).__name__}: {first})"
-        self.take_directly(name, reason, always_told=True)
+        self.take_directly(name, reason, always_told=not isinstance(error, NotRunAgain))
 
     def take_directly(self, name: str, reason: str, always_told: bool = False) -> None:
         """Take the rows of a block at the parameters, and say why if it matters."""
