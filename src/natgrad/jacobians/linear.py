@@ -460,7 +460,11 @@ class LinearJacobian(LayerJacobian):
         matrices = self.layout.matrix(vectors.T)
         applied = self._apply(matrices)  # (c, G, N·T, d_out)
         applied = applied.unflatten(2, (self.samples, self.positions))
-        return torch.einsum("nktgo,cgnto->nkc", self.output_gradients, applied).flatten(0, 1)
+        if self.directions > 1:
+            return torch.einsum("nktgo,cgnto->nkc", self.output_gradients, applied).flatten(0, 1)
+        # A batch of products of a row with a few columns would have these rearranged first.
+        applied = applied.permute(0, 2, 3, 1, 4).flatten(2)  # (c, N, T·G·d_out)
+        return torch.linalg.vecdot(self.output_gradients.flatten(1), applied).T
 
     def rmatvec(self, weights: Tensor) -> Tensor:
         """Return ``Jᵀ w``: combine ``δ`` over ``K`` first, then one weight-gradient product."""
