@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from math import prod
@@ -77,9 +77,10 @@ class RowBuilder:
         mixed = list(dict.fromkeys(one for name in coupled for one in own[name]))
         alone = samples > 1 and not independent
         # Rows that a module fails to make are had at its parameters, through the same graph.
-        again = bool(self.sources.direct) or any(map(self.sources.reruns, own))
+        direct = [] if alone else list(self.sources.direct)
+        again = len(self.sources.direct) > len(direct) or any(map(self.sources.reruns, own))
         keep = retain_graph or again or (alone and bool(mixed))
-        self._fill(calls, output, vectors, False, keep)
+        at_parameters = self._fill(calls, output, vectors, False, keep, self._held(direct))
         if alone:
             self._fill(mixed, output, vectors, True, retain_graph or again)
         rows: dict[str, LayerJacobian | None] = dict.fromkeys(own)
@@ -99,8 +100,11 @@ class RowBuilder:
                         rows[name] = joint if own_row else joint.summed_up()
                 except Exception as error:
                     self.sources.distrust(name, error)
-        if self.sources.direct:
-            rows.update(self._rows_of_parameters(output, vectors, alone))
+        rows.update(self._rows_of_parameters(direct, at_parameters, len(output), alone))
+        late = [name for name in self.sources.direct if name not in direct]
+        if late:
+            at_parameters = self.pull(output, self._held(late), vectors, alone, True)
+            rows.update(self._rows_of_parameters(late, at_parameters, len(output), alone))
         release(calls)
         present = {name: found for name, found in rows.items() if found is not None}
         return Jacobians(self.layout, present, samples, directions)
@@ -112,10 +116,12 @@ class RowBuilder:
         vectors: Tensor,
         alone: bool,
         retain_graph: bool,
-    ) -> None:
-        """Pull vectors back to the outputs of calls."""
-        edges = [edge for one in calls for edge in one.edges]
-        found, sources = iter(self.pull(output, edges, vectors, alone, retain_graph)), self.sources
+        parameters: Sequence[Tensor] = (),
+    ) -> Gradients:
+        """Pull vectors back to the outputs of calls; return what arrives at some parameters."""
+        targets = [*(edge for one in calls for edge in one.edges), *parameters]
+        found = iter(self.pull(output, targets, vectors, alone, retain_graph))
+        sources = self.sources
         for one in calls:
             one.apart = one.spread(found)
             one.gradients = one.gradients if alone else one.apart
@@ -124,23 +130,27 @@ class RowBuilder:
         reached = any(place in sources.unreached for place, _ in there)
         if not alone and (reached or (silent and bool(torch.stack(silent).any()))):
             sources.checked = False  # What their rows are can be found out now.
+        return list(found)
+
+    def _held(self, blocks: Iterable[str]) -> list[Tensor]:
+        """Return the parameters of some blocks."""
+        of = self.sources.blocks
+        return [self.sources.parameter(n) for name in blocks for n in of[name].layout.names]
 
     def _rows_of_parameters(
-        self, output: Tensor, vectors: Tensor, alone: bool
+        self, blocks: Iterable[str], gradients: Gradients, batch: int, alone: bool
     ) -> dict[str, LayerJacobian | None]:
-        """Return the rows of blocks that are had at the parameters."""
-        layouts = {name: self.sources.blocks[name].layout for name in self.sources.direct}
-        held = [self.sources.parameter(n) for layout in layouts.values() for n in layout.names]
-        found = iter(self.pull(output, held, vectors, alone, True))
-        samples = len(output) if alone else 1
+        """Return the rows of blocks from the gradients at their parameters, :meth:`_held`."""
+        found, samples = iter(gradients), batch if alone else 1
         result: dict[str, LayerJacobian | None] = {}
-        for name, layout in layouts.items():
+        for name in blocks:
+            layout = self.sources.blocks[name].layout
             rows = flat_rows(layout, [next(found) for _ in layout.names])
             if rows is None:
                 result[name] = None
                 continue
             jacobian = DenseJacobian(layout, rows.unflatten(0, (samples, -1)))
-            result[name] = jacobian if alone or len(output) == 1 else jacobian.summed_up()
+            result[name] = jacobian if alone or batch == 1 else jacobian.summed_up()
         return result
 
     def user_rows(
