@@ -175,6 +175,43 @@ def test_gradients_of_other_passes_that_are_only_looked_at_are_no_part(name, loo
     assert looked[1] == plain[1]
 
 
+@pytest.mark.parametrize("when", ["before", "inside", "after"])
+@pytest.mark.parametrize("name", list(METHODS))
+def test_gradients_at_inputs_by_the_pass_that_trains_are_no_part(name, when):
+    """As saliency maps are, and implicit derivatives in a hook of the backward pass itself."""
+
+    def train(looks: bool) -> Tensor:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+        optimizer = METHODS[name](model, "categorical")
+        hidden: list[Tensor] = []
+        model[1].register_forward_hook(lambda module, given, made: hidden.insert(0, made))
+        for step in range(3):
+            optimizer.zero_grad()
+            x = normal(12, 4, seed=step).requires_grad_()
+            out = model(x)
+            loss = functional.cross_entropy(out, torch.arange(12) % 3)
+
+            squares, looking = out.square().sum(), [not looks]
+
+            def look(_: Tensor | None = None) -> None:
+                if not any(looking):  # noqa: B023
+                    looking.append(True)  # noqa: B023
+                    torch.autograd.grad(squares, x, retain_graph=True)  # noqa: B023
+
+            if when == "before":
+                look()
+            elif when == "inside":
+                hidden[0].register_hook(look)
+            loss.backward(retain_graph=True)
+            if when == "after":
+                look()
+            optimizer.step()
+        return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+    assert torch.equal(train(True), train(False))
+
+
 def test_a_loss_whose_gradients_are_only_asked_for_is_told_of():
     model = nn.Sequential(nn.Linear(4, 3)).double()
     optimizer, parameters = natgrad.KFAC(model, "categorical"), list(model.parameters())

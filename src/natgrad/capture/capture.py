@@ -26,7 +26,6 @@ from natgrad.capture.forward_pass import (
     watch_losses,
 )
 from natgrad.capture.generic import GenericKind
-from natgrad.capture.graph import purpose_of
 from natgrad.capture.hooks import (
     FirstHook,
     ModelHook,
@@ -318,7 +317,7 @@ class Capture:
                 if self.recording:
                     recorded.edges.append(inside or get_gradient_edge(made))
                 if watching:
-                    call_with_gradient(inside or made, user_hook(recorded, index))
+                    call_with_gradient(inside or made, user_hook(current, recorded, index))
 
     def _watch_products(self) -> None:
         """Record products in this pass: all while rows are to be checked, then those of rows."""
@@ -349,7 +348,7 @@ class Capture:
                 return
 
     def _open_pass(self) -> ForwardPass:
-        opened = self._running.open = ForwardPass(self.rows, has_edges=self.recording)
+        opened = self._running.open = ForwardPass(self.rows, self.model, has_edges=self.recording)
         self.passes.append(opened)
         number = WAITING_PASSES[self.model.training]
         while len(self.passes) > number:
@@ -668,11 +667,11 @@ def _after_model(capture: Capture, module: nn.Module, args: Any, output: Any) ->
                 "waited for it"
             )
             return
+        if recorded.is_for_inputs:
+            return
         # With create_graph=True the user may differentiate the output itself (as in a
         # physics-informed loss); whether training backpropagates is seen at the step.
         retained = torch.is_grad_enabled()
-        if retained and not found.shards and purpose_of(found.model, recorded.source) == "inputs":
-            return
         source, returned = recorded.source, recorded.returned
         assert source is not None
         changed = returned is not None and source._version != recorded.version

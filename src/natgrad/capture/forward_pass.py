@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from natgrad.capture.hooks import is_pulling_back, own_backward
+from natgrad.capture.graph import purpose_of
+from natgrad.capture.hooks import is_pulling_back, own_backward, present_pass
 from natgrad.capture.model_output import losses, side_by_side
 from natgrad.capture.row_sources import RecordedCall
 from natgrad.capture.rows import RowBuilder
@@ -25,6 +26,7 @@ class ForwardPass:
 
     Attributes:
         rows: What makes rows of it, and knows the layers as they were.
+        model: The model.
         calls: Recorded layer calls in order.
         has_edges: Whether vectors can be pulled back to them.
         source: The model output the likelihood looks at.
@@ -44,9 +46,11 @@ class ForwardPass:
         parts: Key → the heads themselves.
         losses: Losses that the model returned beside them.
         numbers: How often every part of a layer was called.
+        looked: The number of the last backward pass, and whether it was for inputs alone.
     """
 
     rows: RowBuilder
+    model: nn.Module
     calls: list[RecordedCall] = field(default_factory=list)
     has_edges: bool = True
     source: Tensor | None = None
@@ -65,12 +69,26 @@ class ForwardPass:
     parts: dict[Any, Tensor] = field(default_factory=dict)
     losses: list[Tensor] = field(default_factory=list)
     numbers: Counter[tuple[nn.Module, str]] = field(default_factory=Counter)
+    looked: tuple[int, bool] = (-1, False)
 
     @property
     def samples(self) -> int:
         """Number of samples ``N``: the output's first dimension."""
         assert self.output is not None
         return int(self.output.shape[0])
+
+    @property
+    def is_for_inputs(self) -> bool:
+        """Whether the present backward pass asks for gradients at inputs, or in between, alone.
+
+        So do saliency maps, and implicit derivatives in a hook of the pass that trains. In shards,
+        whose parameters are lent, it is not known.
+        """
+        task = present_pass()
+        if self.looked[0] != task and not self.rows.shards:
+            unfinished = self.source is None  # The model itself differentiates, as for forces.
+            self.looked = task, unfinished or purpose_of(self.model, self.source) == "inputs"
+        return self.looked[1]
 
     def join_dropped(self) -> None:
         """Let what was dropped stand where the present backward pass brings nothing.
@@ -140,15 +158,20 @@ def _turned(heads: Mapping[Any, torch.Size], dim: int) -> dict[Any, torch.Size]:
     }
 
 
-def user_hook(recorded: RecordedCall, index: int) -> Callable[[Tensor | None], None]:
+def user_hook(
+    current: ForwardPass, recorded: RecordedCall, index: int
+) -> Callable[[Tensor | None], None]:
     """Return what keeps the gradient that the user's backward pass brings to an output."""
-    waiting = weakref.ref(recorded)  # Its edges hold the hook: rows would wait for the collector.
+    # Edges hold the hook: rows would wait for the collector.
+    waiting, of = weakref.ref(recorded), weakref.ref(current)
 
     def keep(gradient: Tensor | None) -> None:
         if gradient is None:  # Of an output that the loss does not use, where nodes have several.
             return
-        found = waiting()
-        if found is not None and not is_pulling_back(gradient):
+        found, whole = waiting(), of()
+        if found is None or whole is None or is_pulling_back(gradient):
+            return
+        if not whole.is_for_inputs:
             found.user_gradients[index] = gradient.detach().reshape(found.shapes[index])
 
     return keep

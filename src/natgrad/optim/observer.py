@@ -226,8 +226,6 @@ class Observer:
     def _on_backward(self, recorded: ForwardPass) -> None:
         """Take rows at the start of the user's backward pass."""
         purpose = "lent" if self.capture.shards else purpose_of(self.capture.model, recorded.source)
-        if purpose == "inputs":
-            return
         self.left_gradients |= purpose == "train"
         if self.capture.shards and self.rows_due:
             with whole_parameters(self.capture.model):
