@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from natgrad.capture.contraction import contraction
+from natgrad.capture.products import contraction
 from tests.cases import normal
 
 SIZES = dict(zip("gabijklm", (2, 3, 4, 5, 2, 3, 2, 4), strict=True))

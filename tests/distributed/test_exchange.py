@@ -11,9 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from natgrad.distributed.exchange import Sum, Symmetric, gathered
-from natgrad.distributed.place import Place, PlacedGenerator, drawn
-from natgrad.distributed.triangles import packed_triangles, unpacked_triangles
+from natgrad.distributed.exchange import (
+    Sum,
+    Symmetric,
+    gathered,
+    packed_triangles,
+    unpacked_triangles,
+)
+from natgrad.distributed.replicas import Place, PlacedGenerator, drawn
 from natgrad.jacobians.positions import Draw, random_samples
 from natgrad.statistics.triangles import LowerTriangles
 from tests import processes

@@ -54,7 +54,7 @@ from natgrad.capture.product_kinds import is_product, watched_parameters
 from natgrad.capture.products import RecordProducts
 from natgrad.capture.row_check import RowCheck
 from natgrad.capture.row_sources import RecordedCall, RowSources
-from natgrad.capture.rows import RowBuilder
+from natgrad.capture.rows import RowBuilder, release
 from natgrad.distributed.shards import whole
 from natgrad.jacobians import Jacobians
 from natgrad.layouts import ParameterLayout
@@ -407,7 +407,10 @@ class Capture:
             self.sources.begin_pass(recorded.calls, recorded.output)
         if not self.sources.knows(recorded.calls):
             turned = recorded.turned if may_turn else None
-            self.row_check.check(recorded.calls, recorded.output, turned, recorded.like_inputs)
+            try:
+                self.row_check.check(recorded.calls, recorded.output, turned, recorded.like_inputs)
+            finally:
+                release(recorded.calls)
 
     def pull_back(
         self,

@@ -18,7 +18,6 @@ from natgrad.capture.rows import (
     RowsUnavailable,
     flat_rows,
     joined,
-    release,
 )
 from natgrad.capture.samples import (
     SampleAxis,
@@ -91,18 +90,6 @@ class RowCheck:
                 they cannot.
             likely: Whether they lie there if nothing speaks against it.
         """
-        try:
-            self._check(recorded, output, turned, likely)
-        finally:
-            release(recorded)
-
-    def _check(
-        self,
-        recorded: Sequence[RecordedCall],
-        output: Tensor,
-        turned: Callable[[], Tensor | None] | None,
-        likely: bool,
-    ) -> None:
         sources, calls = self.sources, self.sources.available(recorded)
         if not (len(output) and output.requires_grad):
             return

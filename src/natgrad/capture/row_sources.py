@@ -189,9 +189,9 @@ class RowSources:
 
     def note_inputs(self, recorded: Sequence[RecordedCall]) -> None:
         """Note whether the inputs of calls are data; once they were not, they no longer count."""
-        for call in (one.call for one in recorded):
-            key = call.module, call.key
-            self._of_data[key] = call.of_data and self._of_data.get(key, True)
+        for one in recorded:
+            key = one.call.module, one.call.key
+            self._of_data[key] = one.call.of_data and self._of_data.get(key, True)
 
     def reading_data(self) -> set[str] | None:
         """Return the blocks whose inputs are data, in all calls that rows were made of.
@@ -267,8 +267,8 @@ class RowSources:
 
     def look_at_modes(self) -> None:
         """Run no module again that has become random or coupled since, as in training mode."""
-        for name in [one for one in self._rerun if one not in self.direct]:
-            reason = _only_at_parameters(self.blocks[name])
+        for name in self._rerun:
+            reason = None if name in self.direct else _only_at_parameters(self.blocks[name])
             if reason is not None:
                 self.direct[name] = self.inseparable[name] = reason
 
@@ -342,14 +342,16 @@ class RowSources:
         used = self.used(calls)
         if self.checked:
             return used
-        kept = set(map(id, used))
-        return [one for one in calls if id(one) in kept or is_product(one.kind)]
+        kept = set(used)
+        return [one for one in calls if one in kept or is_product(one.kind)]
 
     def used(self, calls: Sequence[RecordedCall]) -> list[RecordedCall]:
         """Return those calls that rows of some block are made of."""
-        own = {n: of for n, of in self.by_block(calls).items() if n not in self.unavailable}
-        wanted = {id(one) for of in own.values() for one in of}
-        return [one for one in calls if id(one) in wanted]
+        wanted: set[RecordedCall] = set()
+        for name, of in self.by_block(calls).items():
+            if name not in self.unavailable:
+                wanted.update(of)
+        return [one for one in calls if one in wanted]
 
     def by_block(self, calls: Sequence[RecordedCall]) -> dict[str, list[RecordedCall]]:
         """Return the calls of every block, in order of their layers' first call."""

@@ -16,7 +16,7 @@ from natgrad.curvature.cost import Cost, Workload
 from natgrad.curvature.sharing import SharedWork, Sharing, SummedRows
 from natgrad.curvature.structure import Part, Structure
 from natgrad.distributed import Replicas
-from natgrad.distributed.place import WHOLE_BATCH, Place
+from natgrad.distributed.replicas import WHOLE_BATCH, Place
 from natgrad.jacobians import Draw, Jacobians, LinearJacobian
 from natgrad.jacobians.collection import in_type
 from natgrad.layouts import BlockLayout, ParameterLayout
@@ -395,7 +395,7 @@ class Curvature:
                 average = self._over_all(name, self._settled(name))
                 trace = self.structure.trace(self.parts[name], average)
                 traces.append(trace.to(self.layout.device, torch.float64))
-                size += sum(block.numel for block in self.parts[name].blocks.values())
+                size += self.parts[name].layout.numel
         if self.shared is not None and self.shared.is_spread:
             own = {"trace": torch.stack(traces).sum() if traces else None, "size": [size]}
             each = self.shared.grid.row.gathered(own, self.layout.device)
@@ -435,8 +435,8 @@ class Curvature:
         """Invert parts in this process, small ones together."""
         together: list[str] = []
         for name in names:
-            size = sum(block.numel for block in self.parts[name].blocks.values())
-            batched = size <= BATCHED_PARAMETERS or self.layout.device.type != "cpu"
+            small = self.parts[name].layout.numel <= BATCHED_PARAMETERS
+            batched = small or self.layout.device.type != "cpu"
             if batched and self._direct:
                 together.append(name)
             else:

@@ -10,12 +10,15 @@ damping is in units of squared inputs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
+from natgrad import linalg
 from natgrad.curvature.cost import Cost, Workload
 from natgrad.curvature.kfac import check_factors, zero_factors
 from natgrad.curvature.structure import Part, Structure, register_structure
@@ -31,8 +34,8 @@ from natgrad.jacobians import (
 from natgrad.jacobians.layer import added
 from natgrad.jacobians.positions import enough_rows
 from natgrad.jacobians.tied import SumJacobian, is_other_way_round
+from natgrad.layouts import BlockLayout
 from natgrad.operators import KroneckerOperator, Operator
-from natgrad.operators.input_factor import InputFactorOperator
 from natgrad.statistics import KroneckerStatistics, Statistics
 
 
@@ -145,3 +148,34 @@ class ForwardOnly(Structure):
 
     def _is_diagonal(self, part: Part) -> bool:
         return part.block.one_hot or part.block.large_factors(self.max_factor_size)[0]
+
+
+@dataclass(frozen=True, eq=False)
+class InputFactorOperator(KroneckerOperator):
+    """``I ⊗ A``: damping it is damping A, ``(I ⊗ A + λI)⁻¹ = I ⊗ (A + λI)⁻¹``, by Cholesky."""
+
+    @classmethod
+    def of(cls, layout: BlockLayout, inputs: Tensor) -> Self:
+        """Return ``I ⊗ A``.
+
+        Args:
+            layout: Layout of the layer's block.
+            inputs: A, ``(G, d, d)``, right in its lower triangles, or its diagonal ``(G, d)``.
+        """
+        return cls(layout, inputs, inputs.new_ones(layout.groups, layout.d_out))
+
+    @classmethod
+    def inverses(cls, operators: Sequence[Self], dampings: Sequence[float]) -> list[Operator]:
+        """Return the inverses of several; factors of one shape are factorised together."""
+        if min(dampings) == 0:
+            return super().inverses(operators, dampings)
+        shifted = [
+            one.inputs + damping
+            if one.inputs.dim() == 2
+            else linalg.add_to_diagonal(one.inputs, damping)
+            for one, damping in zip(operators, dampings, strict=True)
+        ]
+        dense = iter(linalg.map_stacked(linalg.inverse, [x for x in shifted if x.dim() == 3]))
+        inverted = [next(dense) if x.dim() == 3 else x.reciprocal() for x in shifted]
+        pairs = zip(operators, inverted, strict=True)
+        return [replace(one, inputs=inverse, lower=False) for one, inverse in pairs]

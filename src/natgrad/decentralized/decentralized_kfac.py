@@ -145,7 +145,6 @@ class DecentralizedKFAC(KFAC):
         loss, _ = self._evaluated(closure)
         preconditioner = self.preconditioner
         preconditioner.audit()
-        preconditioner.newly_untrusted()
         gradients = self._gradients(preconditioned=True)
         is_due = preconditioner.observer.update_due
         checks = scalar_checks(gradients.values(), loss)

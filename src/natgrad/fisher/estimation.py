@@ -15,12 +15,12 @@ from natgrad.capture.evaluation import evaluated
 from natgrad.capture.model_output import unwrap
 from natgrad.curvature import Curvature, Structure, as_structure
 from natgrad.distributed import Replicas
-from natgrad.distributed.place import PlacedGenerator
+from natgrad.distributed.replicas import PlacedGenerator
 from natgrad.distributed.shards import mesh_groups
 from natgrad.fisher.batches import Batch, batches_of
 from natgrad.fisher.types import FisherType, as_fisher_type
 from natgrad.jacobians import Jacobians, LinearJacobian, SumJacobian
-from natgrad.jacobians.scaled import ScaledRows
+from natgrad.jacobians.collection import ScaledRows
 from natgrad.likelihoods import Likelihood, LikelihoodLike, as_likelihood
 from natgrad.operators import FisherMatrix
 
@@ -108,7 +108,7 @@ def update_from_output(
             partial=partial,
             independent=independent,
         )
-        for place, rows in _linear_rows(jacobians):
+        for place, rows in _linear_rows(jacobians) if active else ():
             if place in active:
                 rows.active_positions = active[place]
         if scaled is not None:

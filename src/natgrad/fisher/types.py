@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from natgrad.arguments import check_choice, check_integer
-from natgrad.distributed.place import drawn
+from natgrad.distributed.replicas import drawn
 from natgrad.likelihoods import Likelihood
 from natgrad.likelihoods.base import per_sample
 
@@ -80,7 +80,7 @@ class FisherType(ABC):
         """Return scales t and coordinates u of scaled rows, ``(N·K,)`` each, or None.
 
         A type that returns them has its damping added in the units of ``TJJᵀT/count`` by the
-        structures that keep exact rows (:class:`natgrad.jacobians.scaled.ScaledRows`). The
+        structures that keep exact rows (:class:`natgrad.jacobians.collection.ScaledRows`). The
         arguments are those of :meth:`vectors`.
         """
         return None

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad.jacobians.collection import Jacobians
+from natgrad.jacobians.collection import Jacobians, ScaledRows
 from natgrad.jacobians.dense import DenseJacobian
 from natgrad.jacobians.embedding import EmbeddingJacobian
 from natgrad.jacobians.layer import LayerJacobian
 from natgrad.jacobians.linear import LinearJacobian, tensor_identity
-from natgrad.jacobians.scaled import ScaledRows
 from natgrad.jacobians.tied import SumJacobian
 from natgrad.layouts import BlockLayout, ParameterLayout
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from natgrad.distributed.place import WHOLE_BATCH, Place
+from natgrad.distributed.replicas import WHOLE_BATCH, Place
 from natgrad.layouts import BlockLayout
 
 

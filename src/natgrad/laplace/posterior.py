@@ -43,11 +43,11 @@ from natgrad.laplace.prior import (
     checked_mean,
     checked_precisions,
 )
-from natgrad.laplace.saved import load_statistics, saved_statistics
 from natgrad.laplace.subnetwork import checked_masks, named_parameters
 from natgrad.laplace.uncertain import UncertainMatrix
 from natgrad.likelihoods import Gaussian, Likelihood, LikelihoodLike, as_likelihood
 from natgrad.operators import FisherMatrix
+from natgrad.statistics.rows import RowStatistics
 
 Precision = float | Mapping[str, float]
 
@@ -500,3 +500,28 @@ class Laplace(LinearizedPosterior):
         self._masks = state["masks"]
         self._set_noise(state["noise"])
         self._take(curvature, Observations(**state["observations"]))
+
+
+def saved_statistics(curvature: Curvature) -> dict[str, Any]:
+    """Return part name → what is summed up in it."""
+    state = {}
+    for name, entry in curvature.state_dict().items():
+        estimate = curvature.estimates[name]
+        own = estimate.average
+        # A checkpoint of training leaves rows out, as they are of one batch; here they are all.
+        rows = own.rows() if isinstance(own, RowStatistics) else None
+        kept = {key: entry[key] for key in ("average", "draws", "sizes", "matrices")}
+        state[name] = {**kept, "rows": rows, "absent": estimate.absent}
+    return state
+
+
+def load_statistics(curvature: Curvature, state: Mapping[str, Any]) -> None:
+    """Restore what :func:`saved_statistics` returned, which must have the same parts and sizes."""
+    plain = {n: {**entry, "inverse": None, "damping": 0.0} for n, entry in state.items()}
+    estimates = curvature.restored(plain)
+    for name, estimate in estimates.items():
+        entry, average = state[name], estimate.average
+        if isinstance(average, RowStatistics) and entry["rows"] is not None:
+            average = average.with_rows([entry["rows"]], curvature.parts[name].layout)
+        estimates[name] = dataclasses.replace(estimate, average=average, absent=entry["absent"])
+    curvature.estimates = estimates

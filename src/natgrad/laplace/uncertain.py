@@ -14,9 +14,41 @@ from torch import Tensor
 from natgrad.laplace.subnetwork import uncertain_entries
 from natgrad.layouts import BlockLayout
 from natgrad.operators import DenseOperator, FisherMatrix, Operator
-from natgrad.operators.embedded import EmbeddedOperator
+from natgrad.operators.combined import DerivedOperator
+from natgrad.operators.submatrix import spread
 
 Damping = float | dict[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddedOperator(DerivedOperator):
+    """``E F Eᵀ`` with the columns of the identity that an index picks, E.
+
+    Attributes:
+        layout: How vectors are cut into parameters.
+        operator: F.
+        index: Which entries F is about, ``(P',)``.
+    """
+
+    index: Tensor
+
+    def multiply(self, columns: Tensor) -> Tensor:
+        """Return ``E F Eᵀ V``."""
+        return spread(self.operator.multiply(columns[self.index]), self.index, self.layout.numel)
+
+    def trace(self) -> Tensor:
+        """Return ``tr F``."""
+        return self.operator.trace()
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal, zero at other entries."""
+        column = self.operator.diagonal().unsqueeze(1)
+        return spread(column, self.index, self.layout.numel)[:, 0]
+
+    def eigenvalues(self) -> Tensor:
+        """Return those of F, and zeros."""
+        values = self.operator.eigenvalues()
+        return torch.cat([values, values.new_zeros(self.layout.numel - len(values))])
 
 
 @dataclass(frozen=True)

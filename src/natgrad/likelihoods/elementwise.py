@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor
 
-from natgrad.distributed.place import drawn
+from natgrad.distributed.replicas import drawn
 from natgrad.likelihoods.base import (
     FOREIGN,
     Likelihood,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from natgrad.capture.model_output import Selection
-from natgrad.distributed.place import drawn
+from natgrad.distributed.replicas import drawn
 from natgrad.likelihoods.base import FOREIGN, Likelihood, Reduction, full_precision, per_sample
 from natgrad.likelihoods.elementwise import ReduceOutputs, alike, plausible_scale
 

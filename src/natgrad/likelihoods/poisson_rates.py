@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from natgrad.distributed.place import drawn
+from natgrad.distributed.replicas import drawn
 from natgrad.likelihoods.base import Reduction
 from natgrad.likelihoods.elementwise import NOT_NEGATIVE, ReduceOutputs
 from natgrad.likelihoods.mean_outputs import MeanOutputs

@@ -282,13 +282,9 @@ class KroneckerOperator(Operator):
 
     def _named(self, *values: Tensor | None) -> dict[str, Tensor]:
         """Return weight and bias under their names, in their shapes and the factors' type."""
-        present = [value for value in values if value is not None]
-        return {
-            name: value.reshape(shape).to(self.inputs.dtype)
-            for name, shape, value in zip(
-                self.layout.names, self.layout.shapes, present, strict=True
-            )
-        }
+        named = zip(self.layout.names, self.layout.shapes, values, strict=False)  # A bias or none.
+        return {name: value.reshape(shape).to(self.inputs.dtype)
+                for name, shape, value in named if value is not None}  # fmt: skip
 
     @cached_property
     def _split(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -299,7 +295,7 @@ class KroneckerOperator(Operator):
         """
         (a,), (b,) = self.factors
         d = self.layout.d_in
-        core, border, corner, b = (self.cast(x) for x in (a[:d, :d], a[:d, -1], a[-1:, -1], b))
+        core, border, corner, b = map(self.cast, (a[:d, :d], a[:d, -1], a[-1:, -1], b))
         core = core if core.device.type == "cpu" else core.contiguous()
         return core, border.contiguous(), corner, b
 

@@ -9,9 +9,9 @@ matrix ``JJᵀ`` only,
 and for a gradient ``∇L = Jᵀu`` with known ``u`` the push-through form
 ``Jᵀ (JJᵀ/count + λI)⁻¹ u``, which divides by nothing small and has a limit at λ = 0.
 
-Rows may come with scales t (:class:`natgrad.jacobians.scaled.ScaledRows`): damping is then added to
-the Gram matrix of the scaled rows ``TJ``, ``T = diag(t)``, that is λ/t² instead of λ to each row of
-``JJᵀ/count``.
+Rows may come with scales t (:class:`natgrad.jacobians.collection.ScaledRows`): damping is then
+added to the Gram matrix of the scaled rows ``TJ``, ``T = diag(t)``, that is λ/t² instead of λ to
+each row of ``JJᵀ/count``.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from torch import Tensor
 
 from natgrad import linalg
 from natgrad.jacobians import CHUNK_ELEMENTS, Jacobians, LayerJacobian
-from natgrad.jacobians.collection import in_type
-from natgrad.jacobians.scaled import ScaledRows
+from natgrad.jacobians.collection import ScaledRows, in_type
 from natgrad.layouts import ParameterLayout
 from natgrad.operators.operator import GradientSource, Operator
 from natgrad.statistics.rows import Pieces

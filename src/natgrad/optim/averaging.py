@@ -15,7 +15,7 @@ from torch.optim.swa_utils import update_bn
 
 from natgrad.arguments import check_integer, check_range
 from natgrad.capture.model_output import unwrap
-from natgrad.optim.copying import CopiedByState
+from natgrad.optim.checkpoints import CopiedByState
 
 
 @dataclass

@@ -1,8 +1,9 @@
-"""State dicts that hold more than torch.optim's: for its hooks, and for distributed checkpoints."""
+"""State dicts that hold more than torch.optim's, for checkpoints of all kinds and for copies."""
 
 from __future__ import annotations
 
 import copy
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, cast
@@ -218,3 +219,35 @@ def only_initialises(optimizer: torch.optim.Optimizer) -> bool:
         return False
     gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
     return bool(gradients) and not any(bool(gradient.any()) for gradient in gradients)
+
+
+class CopiedByState:
+    """Copies and pickles an object as the arguments it was made with and its state dict.
+
+    A copy so watches the copy of its model and goes on exactly as the original does. Hooks cannot
+    be copied. Model and optimizer belong in one copy: ``copy.deepcopy((model, optimizer))``.
+    """
+
+    _arguments: tuple[tuple[Any, ...], dict[str, Any]]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Keep the arguments."""
+        instance = super().__new__(cls)
+        instance._arguments = args, kwargs
+        return instance
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle by arguments and state."""
+        return _rebuild, (type(self), *self._arguments, cast(Any, self).state_dict())
+
+
+def _rebuild(
+    kind: type[Any], args: tuple[Any, ...], kwargs: dict[str, Any], state: dict[str, Any]
+) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # The original has said it all.
+        result = kind(*args, **kwargs)
+        if hasattr(result, "regroup"):
+            result.regroup(state["param_groups"])  # Groups may have been added.
+    result.load_state_dict(state)
+    return result

@@ -18,8 +18,7 @@ from natgrad.curvature import Structure
 from natgrad.curvature.sharing import SharedWork
 from natgrad.fisher import FisherType
 from natgrad.likelihoods import LikelihoodLike
-from natgrad.optim.checkpoints import only_initialises
-from natgrad.optim.copying import CopiedByState
+from natgrad.optim.checkpoints import CopiedByState, only_initialises
 from natgrad.optim.gradient_rows import batch_scale
 from natgrad.optim.grouped_optimizer import GroupedOptimizer
 from natgrad.optim.method import DEFAULT, Method, ShowsMethod
@@ -272,8 +271,7 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
         # The loss and its gradients, of which some may turn out to have no rows.
         reevaluation = self._reevaluation(closure)
         loss, backpropagates = self._evaluated(closure)
-        preconditioner.audit()
-        lost = preconditioner.newly_untrusted()
+        lost = preconditioner.audit()
         if observer.update_due and observer.warmup == 0 and not self._needs_batch_fisher:
             self._lend(preconditioner.is_blind)
         gradients = self._gradients(preconditioned=True)

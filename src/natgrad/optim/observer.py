@@ -15,17 +15,17 @@ from torch import Tensor, nn
 
 from natgrad import linalg
 from natgrad.capture import Capture, ForwardPass
+from natgrad.capture.forward_pass import LayerGradients
 from natgrad.capture.graph import purpose_of
 from natgrad.capture.hooks import outside_graphs, own_backward
 from natgrad.capture.model_output import Selection
 from natgrad.curvature import Curvature
 from natgrad.distributed import Replicas
-from natgrad.distributed.place import PlacedGenerator
+from natgrad.distributed.replicas import PlacedGenerator
 from natgrad.distributed.shards import whole_parameters
 from natgrad.fisher import FisherType, RowReceiver, draw_in_step, update_from_output
 from natgrad.likelihoods import Likelihood
 from natgrad.optim.audit import Findings, GradientAudit
-from natgrad.optim.layer_gradients import LayerGradients
 from natgrad.optim.options import Refresh
 from natgrad.optim.step.isotropic_rate import IsotropyProbe
 from natgrad.optim.step.quadratic_model import BatchFisher, RowReceivers
@@ -214,7 +214,11 @@ class Observer:
         due, sources = self.rows_due, self.capture.sources
         if due and self.steps and self.steps % CHECK_INTERVAL == 0 and not self.seen:
             sources.forget()
-        self._begin_audit()
+        # Gradients are collected if rows were checked since, or will be in this pass.
+        stale = not sources.checked or sources.checks != self._audited
+        audited = due and self.warmup == 0 and not self.capture.shards
+        if audited and stale and not self.audit.active:
+            self.audit.begin()
         self.capture.recording = due or self.isotropy_probe is not None
         watched = self.row_modules
         if self.keeps_batch_fisher and self.probe_layer is not None:
@@ -239,13 +243,15 @@ class Observer:
         self.begin_anew()
         if not self.seen:
             self._before = self.likelihood, self.compared
+        recordings = [one.recorded for one in self.seen]
         if not any(one.told for one in self.seen):
             trains = any(not one.asked for one in self.seen)
-            if asked and trains and not self.sees(recorded):
+            if asked and trains and recorded not in recordings:
                 return  # A look at gradients beside those that train.
             if not asked and not trains:
                 self._forget_looks(recorded)
-        place = [one.recorded for one in self.seen].index(recorded) if self.sees(recorded) else None
+                recordings = []
+        place = recordings.index(recorded) if recorded in recordings else None
         assert recorded.output is not None
         has_samples = recorded.output.numel() > 0
         if recorded.has_edges and place is None and has_samples:
@@ -341,12 +347,6 @@ class Observer:
             self.capture.tell(sentence)
         self._untold = []
 
-    def complete(self) -> None:
-        """Let gradients at the layers' outputs be those of all backward passes of the step."""
-        for one in self.seen:
-            if one.gradients is not None:
-                one.gradients.complete()
-
     def _begin_sums(self) -> None:
         """Let the sums over processes be on their way while the user's backward pass runs.
 
@@ -358,18 +358,6 @@ class Observer:
         if self.last_pass and not self.fisher.from_user_gradients:
             assert self.curvature.shared is not None
             self.curvature.shared.begin_sums()
-
-    def sees(self, recorded: ForwardPass) -> bool:
-        """Return whether a pass is among those of the step."""
-        return any(one.recorded is recorded for one in self.seen)
-
-    def _begin_audit(self) -> None:
-        """Collect gradients if rows were checked since, or will be in this pass."""
-        sources = self.capture.sources
-        stale = not sources.checked or sources.checks != self._audited
-        wanted = self.rows_due and self.warmup == 0 and not self.capture.shards
-        if wanted and stale and not self.audit.active:
-            self.audit.begin()
 
     def findings(self, forgiven: Set[str]) -> Findings:
         """Return what the audit of this step found.
@@ -524,7 +512,7 @@ class Observer:
             )  # fmt: skip
         if not self.rows_due or self.fisher.from_user_gradients:
             return
-        with self._unawaited():
+        with linalg.unawaited() as failures:
             update_from_output(
                 self._receiver(),
                 self.capture,
@@ -538,6 +526,7 @@ class Observer:
                 cotangent=one.recorded.cotangent,
                 partial=one.partial,
             )
+        self.failures += failures
 
     def _as_now(self, random: Tensor | None = None) -> Callable[[], None]:
         """Return what restores what rows are kept in, any number of times.
@@ -570,12 +559,6 @@ class Observer:
             probe._gradients, probe._norms = list(probe._gradients), list(probe._norms)
         return batch, probe
 
-    @contextmanager
-    def _unawaited(self) -> Iterator[None]:
-        with linalg.unawaited() as failures:
-            yield
-        self.failures += failures
-
     def _receiver(self) -> RowReceiver:
         """Return what takes the rows of a pass of this step."""
         self.before_change()
@@ -592,16 +575,23 @@ class Observer:
         if self.batch_fisher is None:
             self.batch_fisher = BatchFisher(self.capture.layout, self.exact_batch_fisher)
 
-    def take_user_rows(self) -> None:
-        """Take the rows that the user's own backward pass left, for Fisher types made of them."""
+    def complete(self) -> None:
+        """Let gradients at the layers' outputs be those of all backward passes of the step.
+
+        Take the rows that these left, for Fisher types made of them.
+        """
+        for one in self.seen:
+            if one.gradients is not None:
+                one.gradients.complete()
         if not (self.fisher.from_user_gradients and self.rows_due):
             return
         for one in self.seen:
             if one.recorded.cotangent is None or one.recorded.output is None or one.is_empty:
                 continue
-            with self._unawaited():
+            with linalg.unawaited() as failures:
                 rows = self.capture.user_jacobians(one.recorded, 1.0 / one.scale, one.partial)
                 self._receiver().observe(rows, one.count)
+            self.failures += failures
 
     def coordinates(self) -> Tensor | None:
         """Return ``u`` with ``∇L = Jᵀu`` where the passes of this step made rows and gradient.
@@ -730,10 +720,7 @@ class ModelWatch:
         self._kinds = self._present_kinds()
         self._entries = list(self._present())  # Held, so that no other object gets their identity.
         self._identities = list(map(id, self._entries))
-        self._names = self._present_names()
-
-    def _present_names(self) -> list[str]:
-        return list(chain.from_iterable(self._tables))
+        self._names = list(chain.from_iterable(self._tables))
 
     def _present(self) -> Iterator[Any]:
         return chain.from_iterable(map(dict.values, self._tables))
@@ -750,7 +737,9 @@ class ModelWatch:
         if self.sees_frozen():
             return True
         same = list(map(id, self._present())) == self._identities
-        if same and self._present_names() == self._names:  # Pruning renames parameters.
+        if (
+            same and list(chain.from_iterable(self._tables)) == self._names
+        ):  # Pruning renames parameters.
             return False
         # ``torch.func.functional_call`` lends plain tensors for one pass.
         return all(isinstance(one, (nn.Parameter, nn.Module, NoneType)) for one in self._present())

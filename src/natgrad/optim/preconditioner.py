@@ -32,7 +32,7 @@ from natgrad.layouts import inner_product
 from natgrad.likelihoods import LikelihoodLike, as_likelihood
 from natgrad.operators import GradientSource
 from natgrad.optim.audit import Trust
-from natgrad.optim.copying import CopiedByState
+from natgrad.optim.checkpoints import CopiedByState
 from natgrad.optim.fused.kronecker_gradients import FusedGradient
 from natgrad.optim.fused.own_backward import OwnBackwards
 from natgrad.optim.gradient_rows import GradientRows
@@ -273,13 +273,6 @@ class Preconditioner(CopiedByState):
         several = coupled or self._in_pieces
         return self.capture.shards and self.curvature.is_divided and not several
 
-    def newly_untrusted(self) -> dict[str, str]:
-        """Return those untrusted parameters that had rows until now, which they lose."""
-        new = {n: why for n, why in self.untrusted.items() if n not in self.capture.excluded}
-        if new:
-            self.find_layers()
-        return new
-
     # The step.
 
     def zeroed_flags(self) -> dict[str, Tensor]:
@@ -301,8 +294,7 @@ class Preconditioner(CopiedByState):
 
         With a gradient that is not finite nothing is changed, curvature included.
         """
-        self.audit()
-        new = self.newly_untrusted()
+        new = self.audit()
         if new:
             warnings.warn(
                 "Preconditioner leaves the plain gradients of these parameters: "
@@ -404,7 +396,6 @@ class Preconditioner(CopiedByState):
         self._open()
         self.observer.see_retained()
         self.observer.complete()
-        self.observer.take_user_rows()
         if not self.observer.update_due:
             return
         self._joined = True
@@ -427,10 +418,13 @@ class Preconditioner(CopiedByState):
         self._open()
         self._updated = True
 
-    def audit(self) -> None:
+    def audit(self) -> dict[str, str]:
         """Compare the gradients of the step with what the passes seen explain; mostly nothing.
 
         Parameters whose rows do not explain them, or that have none, are untrusted from now on.
+
+        Returns:
+            Those of them that had rows until now, which they lose, with the reasons.
         """
         reasons = self.blocks_without_rows()
         if reasons:
@@ -440,6 +434,11 @@ class Preconditioner(CopiedByState):
             self.trust.without_explanation(found, self.covered)
         if not self.replicas.are_alone and self.observer.rows_due:
             self.trust.unite(self.replicas, self.device)
+        untrusted = self.trust.untrusted.items()
+        new = {n: why for n, why in untrusted if n not in self.capture.excluded}
+        if new:
+            self.find_layers()
+        return new
 
     def blocks_without_rows(self) -> dict[str, str]:
         """Return block name → why the Fisher type has no rows for it."""

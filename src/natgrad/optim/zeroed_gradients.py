@@ -139,20 +139,18 @@ class ZeroedGradients:
 
     def _changed(self, parameters: Mapping[str, nn.Parameter], names: Iterable[str]) -> set[str]:
         """Return parameters whose gradients were treated otherwise than at the step before."""
-        before, self._marks = self._marks, {}
+        before, self._marks, changed = self._marks, {}, set()
         for name in names:
             parameter: Any = parameters[name]
             if parameter.grad is not None and not parameter.grad.is_inference():
                 version, known = parameter.grad._version, before.get(name)
                 hooks = parameter._backward_hooks, parameter._post_accumulate_grad_hooks
-                self._marks[name] = _Mark(
-                    self._passes,
-                    sum(len(one) for one in hooks if one),
-                    version,
-                    version - (0 if known is None else known.version),
-                )
-        pairs = ((name, before.get(name), mark) for name, mark in self._marks.items())
-        return {name for name, known, mark in pairs if known is not None and mark.differs(known)}
+                number = sum(len(one) for one in hooks if one)
+                changes = version - (0 if known is None else known.version)
+                mark = self._marks[name] = _Mark(self._passes, number, version, changes)
+                if known is not None and mark.differs(known):
+                    changed.add(name)
+        return changed
 
     def held(
         self,

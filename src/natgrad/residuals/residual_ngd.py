@@ -17,13 +17,12 @@ from natgrad.capture.model_output import unwrap
 from natgrad.curvature import Curvature, Structure, as_structure
 from natgrad.curvature.full import ExactRows
 from natgrad.distributed import Replicas
-from natgrad.distributed.place import Place
+from natgrad.distributed.replicas import Place
 from natgrad.jacobians import DenseJacobian, Jacobians, LayerJacobian
 from natgrad.linalg import FactorizationError
 from natgrad.operators import GradientSource, Operator
 from natgrad.operators.rows import RowsInverse
-from natgrad.optim.checkpoints import CheckpointedOptimizer, only_initialises
-from natgrad.optim.copying import CopiedByState
+from natgrad.optim.checkpoints import CheckpointedOptimizer, CopiedByState, only_initialises
 from natgrad.optim.observer import ModelWatch
 from natgrad.residuals.corrected_step import (
     CURVED_DECAY,

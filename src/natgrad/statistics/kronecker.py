@@ -78,12 +78,12 @@ class KroneckerStatistics(Statistics):
 
     def is_finite(self) -> Tensor:
         """Return whether the diagonals are finite: Σ x xᵀ is exactly if its diagonal is."""
-        flags = [torch.isfinite(_diagonal(f)).all() for f in self._factors()]
-        return torch.stack([*flags, torch.isfinite(self.count)]).all()
-
-    def _factors(self) -> list[Factor]:
-        both = [(one.inputs, one.outputs) for one in self._products()]
-        return [factor for pair in both for factor in pair if factor is not None]
+        flags = [torch.isfinite(self.count)]
+        for one in self._products():
+            for factor in (one.inputs, one.outputs):
+                if factor is not None:
+                    flags.append(torch.isfinite(_diagonal(factor)).all())
+        return torch.stack(flags).all()
 
     def _products(self) -> list[KroneckerStatistics]:
         return [self, *([] if self.further is None else self.further._products())]
@@ -103,7 +103,7 @@ class KroneckerStatistics(Statistics):
         """Return the trace of the mean B ⊗ A, groups summed."""
         traces = []
         for one in self._whole_products():
-            a, b = (_diagonal(factor).sum(-1) for factor in (one.inputs, one.outputs))
+            a, b = _diagonal(one.inputs).sum(-1), _diagonal(one.outputs).sum(-1)
             traces.append((a * b * _reciprocal(one.positions)).sum())
         return torch.stack(traces).sum() * self._per_count(traces[0].dtype)
 
@@ -117,11 +117,10 @@ class KroneckerStatistics(Statistics):
 
     def mean_factors(self) -> tuple[Tensor, Tensor]:
         """Return ``(A, B)``, right in their lower triangles."""
-        pairs = [(whole(one.inputs), whole(one.outputs)) for one in self._whole_products()]
         inputs: Tensor | None = None
         outputs: Tensor | None = None
-        for (v, w), (a, b) in zip(self._weights(), pairs, strict=True):
-            inputs = added(inputs, _each(v, a))
+        for (v, w), one in zip(self._weights(), self._whole_products(), strict=True):
+            inputs, b = added(inputs, _each(v, whole(one.inputs))), whole(one.outputs)
             outputs = added(outputs, b if w is None else _each(w, b))
         assert inputs is not None and outputs is not None
         return inputs, outputs * self._per_count(outputs.dtype)

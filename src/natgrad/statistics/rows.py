@@ -15,8 +15,8 @@ from natgrad import linalg
 from natgrad.distributed.exchange import Symmetric
 from natgrad.distributed.replicas import Replicas
 from natgrad.jacobians import CHUNK_ELEMENTS, Jacobians, LayerJacobian
+from natgrad.jacobians.collection import ScaledRows
 from natgrad.jacobians.packing import pack, unpack
-from natgrad.jacobians.scaled import ScaledRows
 from natgrad.jacobians.shares import Shares
 from natgrad.layouts import ParameterLayout
 from natgrad.statistics.statistics import Statistics

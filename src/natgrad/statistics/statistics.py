@@ -38,8 +38,10 @@ class Statistics(Record):
         """
         if decay == 0:
             return other
-        names = [field.name for field in dataclasses.fields(self)]
-        values = {n: _sum(getattr(self, n), getattr(other, n), decay) for n in names}
+        values = {}
+        for field in dataclasses.fields(self):
+            own, others = getattr(self, field.name), getattr(other, field.name)
+            values[field.name] = _sum(own, others, decay)
         return type(self)(**values)
 
     def joined(self, other: Self) -> Self:

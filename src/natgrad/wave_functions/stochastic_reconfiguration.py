@@ -16,8 +16,7 @@ from natgrad.jacobians import Jacobians
 from natgrad.linalg import FactorizationError
 from natgrad.operators import DenseOperator, GradientSource, Operator
 from natgrad.operators.rows import RowsOperator
-from natgrad.optim.checkpoints import CheckpointedOptimizer, only_initialises
-from natgrad.optim.copying import CopiedByState
+from natgrad.optim.checkpoints import CheckpointedOptimizer, CopiedByState, only_initialises
 from natgrad.optim.observer import ModelWatch
 from natgrad.solvers import IterativeSolver, Solver, as_solver
 from natgrad.wave_functions.amplitude import LogAmplitude

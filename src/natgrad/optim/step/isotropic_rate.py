@@ -17,7 +17,7 @@ from torch import Tensor
 
 from natgrad.capture import Capture
 from natgrad.distributed import Replicas
-from natgrad.distributed.place import WHOLE_BATCH, Place, PlacedGenerator, drawn
+from natgrad.distributed.replicas import WHOLE_BATCH, Place, PlacedGenerator, drawn
 from natgrad.fisher import ExactFisher
 from natgrad.jacobians import Jacobians
 from natgrad.jacobians.collection import in_type

@@ -193,11 +193,8 @@ class LengthState:
         if not slope > 0:
             return self
         log_slope = averaged(self.log_slope, math.log(slope), rule.memory)
-        return replace(
-            self,
-            log_slope=log_slope,
-            mean_slope=averaged(self.mean_slope or None, slope, USUAL),
-        )
+        mean_slope = averaged(self.mean_slope or None, slope, USUAL)
+        return replace(self, log_slope=log_slope, mean_slope=mean_slope)
 
     @property
     def is_steady(self) -> bool:
@@ -267,11 +264,14 @@ class LengthState:
         if self.log_bend is not None:
             begun = math.exp(self.log_bend) * self.share_of_alpha - ratio
             shared = averaged(shared, begun, memory)
+        variance = self.ratio_variance
+        if self.ratio is not None:
+            variance = USUAL * variance + (1 - USUAL) * (ratio - self.ratio) ** 2 / 2
         found = replace(
             self,
             stretch=self._stretched(rule, ratio, rate),
             ratio=ratio,
-            ratio_variance=self._noisier(ratio),
+            ratio_variance=variance,
             pairs=self.pairs + (self.ratio is not None),
             usual_ratio=usual,
             ratios=self.ratios + 1,
@@ -292,7 +292,8 @@ class LengthState:
             return self
         variance = self.ratio_variance / (1 - USUAL**self.pairs)
         error = math.sqrt(variance / min(self.ratios, (1 + USUAL) / (1 - USUAL)))
-        least, most = ((self.usual_ratio + sign * 2 * error) / bend for sign in (-1, 1))
+        least = (self.usual_ratio - 2 * error) / bend
+        most = (self.usual_ratio + 2 * error) / bend
         if least > HARMFUL and not self._decrement_falls():
             reach = max(LEAST_LENGTH, self._reach_times(rule, HARMFUL - least))
             return replace(self, reach=reach)
@@ -345,12 +346,6 @@ class LengthState:
         of_alpha = math.log(bend / self.share_of_alpha)
         return replace(self, log_bend=averaged(self.log_bend, of_alpha, rule.memory))
 
-    def _noisier(self, ratio: float) -> float:
-        """Return σ² with another q."""
-        if self.ratio is None:
-            return self.ratio_variance
-        return USUAL * self.ratio_variance + (1 - USUAL) * (ratio - self.ratio) ** 2 / 2
-
     def _stretched(self, rule: MeasuredLength, ratio: float, rate: float) -> float:
         """Return ζ after a step with a ratio of slopes."""
         ratio = min(LARGEST_RATIO, max(-LARGEST_RATIO, ratio))
@@ -392,7 +387,10 @@ class LengthState:
             rate: η.
             change: The second largest ``‖v_W‖/‖W‖`` of all weights W without momentum.
         """
-        fast, slow = (self.caution * min(rule.growth, g) for g in (math.inf, self._wanted()))
+        # By what factor steps have been too short of late, 5 % at least.
+        left = max(1.0 + self.later_ratio, 1.0 / LONGEST)
+        wanted = max(SLOW_GROWTH, min(self.rate, 1.0) / left)
+        fast, slow = self.caution * rule.growth, self.caution * min(rule.growth, wanted)
         caution = min(1.0, max(slow, min(fast, self.ceiling)))
         usual = USUAL * self.usual_slope + (1 - USUAL) * slope if self.usual_slope else slope
         return replace(
@@ -407,11 +405,6 @@ class LengthState:
             usual_slope=usual,
             steps=self.steps + 1,
         )
-
-    def _wanted(self) -> float:
-        """Return by what factor steps have been too short of late, 5 % at least."""
-        left = max(1.0 + self.later_ratio, 1.0 / LONGEST)
-        return max(SLOW_GROWTH, min(self.rate, 1.0) / left)
 
     def is_troubled(self) -> bool:
         """Return whether more than a tenth of the steps were taken back, and several."""
@@ -550,12 +543,11 @@ class Lengths:
         kept = max((group["momentum"] for group in grouped.groups), default=0.0)
         slope = max(rates, default=0.0) * length * inner + kept * max(0.0, -along)
         self.state = state.taken(rule, slope, rate, length * change)
-        self._tell_if_slow(rate)
-        self._tell_if_heavy(kept)
+        self._tell_of_schedules(rate, kept)
         return length
 
-    def _tell_if_slow(self, rate: float) -> None:
-        """Say once where all learning rates so far would suit another optimizer."""
+    def _tell_of_schedules(self, rate: float, momentum: float) -> None:
+        """Say once where learning rates, or momentum as OneCycleLR sets it, suit another rule."""
         self._largest_rate = max(self._largest_rate, rate)
         if self.state.steps == SLOW_STEPS and self._largest_rate < SLOW_RATE:
             warnings.warn(
@@ -564,9 +556,6 @@ class Lengths:
                 f"its default of {self.lr}, and let a scheduler multiply it, not set it",
                 stacklevel=6,
             )
-
-    def _tell_if_heavy(self, momentum: float) -> None:
-        """Say once where momentum is that of another optimizer, as OneCycleLR sets it."""
         if self.state.steps == HEAVY_STEPS and momentum > self._most_momentum:
             warnings.warn(
                 f"a scheduler has set the momentum of {self.optimizer} to {momentum:.3g}, as "

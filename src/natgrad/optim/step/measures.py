@@ -193,10 +193,8 @@ def _nested(numbers: list[float], shape: Sequence[int]) -> Any:
 def all_finite(measures: Any) -> bool:
     """Return whether a number, or every one of nested lists and dicts of them, is finite."""
     if isinstance(measures, dict):
-        return all(all_finite(value) for value in measures.values())
-    if isinstance(measures, list):
-        return all(all_finite(value) for value in measures)
-    return math.isfinite(measures)
+        measures = list(measures.values())
+    return all(map(all_finite, measures)) if isinstance(measures, list) else math.isfinite(measures)
 
 
 def scalar_checks(

@@ -68,7 +68,7 @@ class PreconditionedGroups:
     @property
     def largest_rate(self) -> float:
         """η of the group that is trained fastest."""
-        return max((rate_of(group) for group in self.groups), default=0.0)
+        return max(map(rate_of, self.groups), default=0.0)
 
     @property
     def penalties(self) -> dict[str, float]:
@@ -153,7 +153,7 @@ class PreconditionedGroups:
     def with_penalty(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return gradients of the loss with the penalty on the weights."""
         penalties = self.penalties
-        if not any(name in penalties for name in gradients):
+        if penalties.keys().isdisjoint(gradients):
             return gradients
         pairs = {n: in_form_of(self.parameters[n], g) for n, g in gradients.items()}
         return {
@@ -327,9 +327,11 @@ class GroupUpdate:
     rate: float
     decay: float = 0.0
 
-    def apply(self) -> None:
-        """Update the parameters."""
-        self._go(1.0, self.decay)
+    def apply(self, share: float = 1.0, decays: bool = True) -> None:
+        """Update the parameters by a share t, ``(1 − tw)θ − trv``, or without decay ``θ − trv``."""
+        if decays and self.decay > 0:
+            torch._foreach_mul_(self.parameters, 1.0 - share * self.decay)
+        torch._foreach_add_(self.parameters, self.directions, alpha=-share * self.rate)
 
     def move(self, start: Mapping[str, Tensor], share: float, decays: bool = False) -> None:
         """Set the parameters to where a share t of the update leads from a start.
@@ -337,17 +339,12 @@ class GroupUpdate:
         Args:
             start: Parameter name → θ.
             share: t; the start itself is set bit for bit.
-            decays: Whether it is ``(1 − tw)θ − trv``, or without decay ``θ − trv``.
+            decays: As in :meth:`apply`.
         """
         for name, parameter in zip(self.names, self.parameters, strict=True):
             parameter.copy_(start[name])
         if share:
-            self._go(share, self.decay if decays else 0.0)
-
-    def _go(self, share: float, decay: float) -> None:
-        if decay > 0:
-            torch._foreach_mul_(self.parameters, 1.0 - share * decay)
-        torch._foreach_add_(self.parameters, self.directions, alpha=-share * self.rate)
+            self.apply(share, decays)
 
     def slope(self, gradients: Mapping[str, Tensor]) -> Tensor:
         """Return ``r⟨v, ∇L⟩`` in float64: by how much the loss falls to first order.
@@ -361,7 +358,9 @@ class GroupUpdate:
 
 def _parted(group: dict[str, Any]) -> list[dict[str, Any]]:
     """Return a group's parameters in shards and its others apart: no operation takes both."""
-    parts = [[p for p in group["params"] if is_sharded(p) is kind] for kind in (True, False)]
+    parts: tuple[list[Any], list[Any]] = [], []
+    for p in group["params"]:
+        parts[not is_sharded(p)].append(p)
     return [{**group, "params": params} for params in parts if params]
 
 

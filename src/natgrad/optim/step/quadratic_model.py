@@ -10,6 +10,7 @@ curvature (2015), sections 6.4 and 7.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,55 +62,51 @@ class BatchFisher:
         """Note a pass without rows, of which other processes have some."""
         self._passes += 1
 
-    @property
-    def count(self) -> Tensor:
-        """What F's mean divides by, a scalar in float64."""
-        return torch.as_tensor(self._count, dtype=torch.float64, device=self.layout.device)
-
-    def gram(self, directions: Sequence[dict[str, Tensor]]) -> Tensor:
-        """Return what the rows of samples add to ``count · VᵀFV``, ``(k, k)`` in float64.
+    def sums(self, directions: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
+        """Return what processes add up to have ``VᵀFV`` of the batch of all.
 
         Args:
             directions: k directions, parameter name → tensor; zero where a name is missing.
-        """
-        size = len(directions)
-        total = torch.zeros(size, size, dtype=torch.float64, device=self.layout.device)
-        for _, rows in self._rows:
-            own = rows.of_blocks([n for n, block in rows.items() if not block.summed], rows.layout)
-            products = _products(own, directions)
-            total += products @ products.T
-        return total
 
-    def products(self, directions: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Return ``J V``, ``(k, K)``, for every row that is a sum over samples, by pass and block.
-
-        That of the samples of all processes is the sum of theirs.
+        Returns:
+            "gram", what the rows of samples add to ``count · VᵀFV``, ``(k, k)``; "count"; and
+            "products", ``J V``, ``(k, K)``, for every row that is a sum over samples, by pass and
+            block, of which the same holds. All in float64.
         """
-        found: dict[str, Tensor] = {}
-        for i, (number, rows) in enumerate(self._rows):
-            chunk = sum(other == number for other, _ in self._rows[:i])
-            for name in [name for name, block in rows.items() if block.summed]:
+        size, device = len(directions), self.layout.device
+        gram, products = torch.zeros(size, size, dtype=torch.float64, device=device), {}
+        chunks: Counter[int] = Counter()
+        for number, rows in self._rows:
+            alone = []
+            for name, block in rows.items():
+                if not block.summed:
+                    alone.append(name)
+                    continue
                 own = rows.of_blocks([name], rows.layout)
-                own.samples, own.directions = rows[name].samples, rows[name].directions
-                found[f"{number} {chunk} {name}"] = _products(own, directions)
-        return found
+                own.samples, own.directions = block.samples, block.directions
+                products[f"{number} {chunks[number]} {name}"] = _products(own, directions)
+            chunks[number] += 1
+            found = _products(rows.of_blocks(alone, rows.layout), directions)
+            gram += found @ found.T
+        count = torch.as_tensor(self._count, dtype=torch.float64, device=device)
+        return {"gram": gram, "count": count, "products": products}
 
 
 def _products(rows: Jacobians, directions: Sequence[Mapping[str, Tensor]]) -> Tensor:
-    """Return ``J V``, ``(k, N·K)`` in float64."""
-    return torch.stack([_product(rows, direction).double() for direction in directions])
-
-
-def _product(rows: Jacobians, direction: Mapping[str, Tensor]) -> Tensor:
-    """Return ``J v``, ``(N·K,)``, layer by layer: no vector of all parameters is made."""
-    total = rows.layout.zeros(rows.rows)
-    for block in rows.values():
-        pieces = [
-            direction[name].reshape(-1).to(total.dtype) if name in direction else total.new_zeros(n)
-            for name, n in zip(block.layout.names, block.layout.sizes, strict=True)
-        ]
-        total = total + block.matvec(torch.cat(pieces).unsqueeze(1))[:, 0]
-    return total
+    """Return ``J V``, ``(k, N·K)`` in float64, layer by layer: V is in no single matrix."""
+    found = []
+    for direction in directions:
+        total = rows.layout.zeros(rows.rows)
+        for block in rows.values():
+            pieces = [
+                direction[n].reshape(-1).to(total.dtype)
+                if n in direction
+                else total.new_zeros(size)
+                for n, size in zip(block.layout.names, block.layout.sizes, strict=True)
+            ]
+            total = total + block.matvec(torch.cat(pieces).unsqueeze(1))[:, 0]
+        found.append(total.double())
+    return torch.stack(found)
 
 
 def fisher_gram(
@@ -126,10 +123,7 @@ def fisher_gram(
     size, device = len(directions), next(iter(directions[0].values())).device
     zeros = torch.zeros(size, size, dtype=torch.float64, device=device)
     own: dict[str, Any] = {"gram": zeros, "count": zeros[0, 0], "products": {}}
-    if batch is not None:
-        own = {"gram": batch.gram(directions), "count": batch.count}
-        own["products"] = batch.products(directions)
-    found = replicas.summed(own, device)
+    found = replicas.summed(own if batch is None else batch.sums(directions), device)
     total: Tensor = found["gram"]
     count: Tensor = found["count"]
     for products in found["products"].values():
@@ -138,24 +132,21 @@ def fisher_gram(
 
 
 class RowReceivers:
-    """Hands rows to several receivers.
+    """Hands rows to two receivers.
 
     Args:
-        *receivers: The receivers.
+        first: The one.
+        second: The other.
+
+    Attributes:
+        additive: Whether rows may come in chunks: only if both are content with that.
+        by_layer: Whether neither multiplies rows of different layers.
     """
 
-    def __init__(self, *receivers: RowReceiver) -> None:
-        self.receivers = receivers
-
-    @property
-    def additive(self) -> bool:
-        """Whether rows may come in chunks: only if all receivers are content with that."""
-        return all(one.additive for one in self.receivers)
-
-    @property
-    def by_layer(self) -> bool:
-        """Whether no receiver multiplies rows of different layers."""
-        return all(one.by_layer for one in self.receivers)
+    def __init__(self, first: RowReceiver, second: RowReceiver) -> None:
+        self.receivers = first, second
+        self.additive: bool = first.additive and second.additive
+        self.by_layer: bool = first.by_layer and second.by_layer
 
     def observe(
         self, jacobians: Jacobians, count: Tensor | float, *, continued: bool = False
