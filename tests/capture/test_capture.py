@@ -1400,3 +1400,37 @@ def test_blocks_and_uncovered():
         assert capture.blocks["embedding.weight"].kind == "Embedding+Linear"
     with Capture(nn.Linear(2, 2)) as capture:
         assert len(capture.blocks) == 1
+
+
+class ScaledLayers(nn.Module):
+    """Layers with a bare parameter between them, and a count of the passes that come back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.scale = nn.Parameter(torch.ones(4))
+        self.passes = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.scale * self.first(x).tanh()
+        hidden.register_hook(self.count)
+        return self.last(hidden)
+
+    def count(self, gradient: Tensor) -> None:
+        self.passes += 1
+
+
+def test_layers_and_bare_parameters_are_reached_in_one_pass():
+    model, x, passes = ScaledLayers().double(), normal(5, 3), []
+    with Capture(model) as capture:
+        for seed in range(6):  # Some of them look at where rows are had, too.
+            before, out, vectors = model.passes, model(x), normal(1, 5, 2, seed=seed)
+            (expected,) = torch.autograd.grad(out, model.scale, vectors[0], retain_graph=True)
+            after = model.passes
+            found = capture.pull_back(out, vectors, independent=True)
+            passes.append(model.passes - after)
+            assert after == before + 1
+        (name,) = capture.sources.direct
+    assert capture.blocks[name].layout.names == ("scale",)
+    torch.testing.assert_close(found[name].to_dense()[0], expected, rtol=1e-12, atol=1e-13)
+    assert min(passes) == 1
