@@ -308,7 +308,7 @@ class RowCheck:
                 if problem is not True:
                     yield name, 1, problem
                 split = all(one.axis is not None for one in of) and not self._turned
-                if sources.reruns(name) and split and name not in sources.direct:
+                if name in sources.rerun and split and name not in sources.direct:
                     problem = self._explains(name, of, truth, samples)
                     if problem is not True:
                         yield name, samples, problem
@@ -319,7 +319,7 @@ class RowCheck:
         """Take other rows of a block than those that do not sum to its gradient."""
         sources = self.sources
         modules = {one.call.module for one in calls}
-        if samples > 1 and sources.reruns(name):
+        if samples > 1 and name in sources.rerun:
             sources.whole |= modules  # Its samples are coupled inside.
             sources.tell_coupled({one.place: None for one in calls})
         elif isinstance(problem, Exception):

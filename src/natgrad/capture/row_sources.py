@@ -110,6 +110,7 @@ class RowSources:
         unavailable: Block name → why it has no rows at all.
         products: Block name → its uses by products.
         uses: Block name → the uses that make up its rows.
+        rerun: Blocks whose modules are run again to make their rows.
         axes: Where the samples of a call lie; None where they are coupled.
         mixed: Calls of matrices ``(T, d)`` of which some position belongs to several samples.
         unreached: Calls that no vector has reached yet.
@@ -151,7 +152,7 @@ class RowSources:
         self.products: dict[str, tuple[Use, ...]] = {one.block: one.uses for one in watched}
         self.uses: dict[str, tuple[Use, ...]] = {name: b.uses for name, b in blocks.items()}
         self._users: dict[nn.Module, list[tuple[str, Use]]] = {}
-        self._rerun: list[str] = []
+        self.rerun: list[str] = []
         self.index_uses()
         self.axes: dict[Place, SampleAxis | None] = {}
         self.mixed: set[Place] = set()
@@ -222,7 +223,7 @@ class RowSources:
     def index_uses(self) -> None:
         """Follow a change of ``uses``."""
         self._users.clear()
-        self._rerun = [
+        self.rerun = [
             name
             for name, uses in self.uses.items()
             if any(isinstance(use.kind, GenericKind) for use in uses)
@@ -242,7 +243,7 @@ class RowSources:
             for name, block in self.blocks.items()
             if (name in self.products) == products
             and block.layout.numel > DENSE_LIMIT
-            and self.reruns(name)
+            and name in self.rerun
             and name not in self.direct
             # What serves all samples has one row where rows are only ever added up.
             and (self.tells_coupled or not all(_is_constant(use.module) for use in block.uses))
@@ -267,7 +268,7 @@ class RowSources:
 
     def look_at_modes(self) -> None:
         """Run no module again that has become random or coupled since, as in training mode."""
-        for name in self._rerun:
+        for name in self.rerun:
             reason = None if name in self.direct else _only_at_parameters(self.blocks[name])
             if reason is not None:
                 self.direct[name] = self.inseparable[name] = reason
@@ -275,7 +276,7 @@ class RowSources:
     def knows(self, recorded: Sequence[RecordedCall]) -> bool:
         """Return whether there is nothing to find out about a pass, as in most of them."""
         # Modules that are run again may have become random or coupled since.
-        known = self.checked and not (self.look_due or self._rerun)
+        known = self.checked and not (self.look_due or self.rerun)
         return known and all(one.place in self.axes for one in recorded)
 
     def begin_pass(self, recorded: Sequence[RecordedCall], output: Tensor) -> None:
@@ -328,10 +329,6 @@ class RowSources:
     def explained(self) -> list[str]:
         """Return the blocks whose rows are compared with gradients."""
         return [n for n in self.blocks if n not in self.direct and n not in self.unavailable]
-
-    def reruns(self, name: str) -> bool:
-        """Return whether a block's modules are run again to make its rows."""
-        return name in self._rerun
 
     def available(self, recorded: Sequence[RecordedCall]) -> list[RecordedCall]:
         """Return the calls of layers, and products, whose outputs' gradients can be had.
@@ -434,7 +431,7 @@ class RowSources:
 
     def tell_uncalled(self) -> None:
         """Say which layers of known kinds are not called, if it has not been said of each."""
-        uncalled = [n for n, why in self.direct.items() if why == UNCALLED and not self.reruns(n)]
+        uncalled = [n for n, why in self.direct.items() if why == UNCALLED and n not in self.rerun]
         if uncalled and not self.tells_coupled:
             named = ", ".join(map(repr, uncalled))
             self.on_finding(

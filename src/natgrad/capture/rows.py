@@ -78,7 +78,8 @@ class RowBuilder:
         alone = samples > 1 and not independent
         # Rows that a module fails to make are had at its parameters, through the same graph.
         direct = [] if alone else list(self.sources.direct)
-        again = len(self.sources.direct) > len(direct) or any(map(self.sources.reruns, own))
+        rerun = not own.keys().isdisjoint(self.sources.rerun)
+        again = len(self.sources.direct) > len(direct) or rerun
         keep = retain_graph or again or (alone and bool(mixed))
         at_parameters = self._fill(calls, output, vectors, False, keep, self._held(direct))
         if alone:
@@ -119,7 +120,8 @@ class RowBuilder:
         parameters: Sequence[Tensor] = (),
     ) -> Gradients:
         """Pull vectors back to the outputs of calls; return what arrives at some parameters."""
-        targets = [*(edge for one in calls for edge in one.edges), *parameters]
+        targets: list[GradientEdge | Tensor] = [edge for one in calls for edge in one.edges]
+        targets += parameters
         found = iter(self.pull(output, targets, vectors, alone, retain_graph))
         sources = self.sources
         for one in calls:

@@ -241,14 +241,16 @@ class Curvature:
             if present.batch is not None:
                 join = present.batch.followed_by if continued else present.batch.joined
                 batch = join(found)
-            samples, positions = (0, 0) if continued else _sizes_of(rows)
-            present = replace(
-                present,
-                batch=batch,
-                draws=draws,
-                samples=present.samples + samples,
-                positions=present.positions + positions,
-            )
+            present = replace(present, batch=batch, draws=draws)
+            if not continued:
+                block = next(iter(rows.values()))
+                each = block.positions if isinstance(block, LinearJacobian) else 1
+                samples, positions = block.samples, block.samples * each
+                present = replace(
+                    present,
+                    samples=present.samples + samples,
+                    positions=present.positions + positions,
+                )
             self._keep_if_finite(present, name, found.is_finite())
         jacobians.moments.clear()
 
@@ -675,13 +677,6 @@ class Curvature:
         return Estimate(
             average, None, inverse, entry["damping"], entry["draws"], mean_positions=mean
         )
-
-
-def _sizes_of(rows: Jacobians) -> tuple[int, int]:
-    """Return how many samples a part has rows of, and how many positions of samples."""
-    block = next(iter(rows.values()))
-    each = block.positions if isinstance(block, LinearJacobian) else 1
-    return block.samples, block.samples * each
 
 
 def _packed(part: Part, estimate: Estimate) -> dict[str, Any]:

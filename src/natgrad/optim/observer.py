@@ -162,7 +162,6 @@ class Observer:
         self._others_go_on = False  # which make further passes after the last one of this.
         #: Whether some process knows curvature, of those that share work; some keep none at all.
         self.known_together = False
-        capture.on_forward = self._on_forward
         capture.on_backward = self._on_backward
 
     # What is due.
@@ -210,7 +209,8 @@ class Observer:
 
     # Passes.
 
-    def _on_forward(self) -> None:
+    def begin_pass(self) -> None:
+        """Choose what is recorded of a forward pass that begins."""
         due, sources = self.rows_due, self.capture.sources
         if due and self.steps and self.steps % CHECK_INTERVAL == 0 and not self.seen:
             sources.forget()

@@ -203,7 +203,7 @@ class Preconditioner(CopiedByState):
         if self.observer.left_gradients and not inside_backward():
             if all(p.grad is None for p in self.parameters.values()):  # Reset by the model itself.
                 self.discard()
-        self.observer._on_forward()
+        self.observer.begin_pass()
         if not self.capture.shards:
             self.zeroed.begin(self.parameters, self.capture.layout.offsets)
 

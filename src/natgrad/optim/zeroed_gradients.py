@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -178,7 +179,7 @@ class ZeroedGradients:
 
     def note(self, flags: Iterable[str], values: Iterable[Any]) -> None:
         """Remember parameters whose gradients had such entries, by the flags on the host."""
-        self.names.update(n for n, value in zip(flags, values, strict=True) if value)
+        self.names.update(itertools.compress(flags, values))
 
 
 def as_check(flags: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -81,7 +81,11 @@ def measure(
             column = curvature.layout.to_column({n: whole(value) for n, value in natural.items()})
             measures["quadratic"] = (column * curvature.matrix().multiply(column)).sum()
     bounded = rule.measured is not None or _bounds_changes(grouped)
-    weights = _weights(natural, grouped) if bounded else []
+    # Every group's weights: biases and the like are vectors.
+    weights = [
+        [n for n in names if n in natural and natural[n].dim() > 1]
+        for names in (grouped.group_names if bounded else ())
+    ]
     if any(weights):
         held: dict[str, Tensor] = {name: grouped.parameters[name] for name in natural}
         if grouped.replicas.are_alone:  # In tensor parallelism nobody averages shards.
@@ -135,12 +139,6 @@ def second_largest_change(measures: Measures, rates: Sequence[float]) -> float:
     pairs = zip(rates, measures.get("changes", ()), strict=False)
     changes = sorted(rate * change for rate, pair in pairs for change in pair)
     return changes[-2] if changes else 0.0
-
-
-def _weights(natural: dict[str, Tensor], grouped: PreconditionedGroups) -> list[list[str]]:
-    """Return the names of every group's weights: biases and the like are vectors."""
-    return [[n for n in names if n in natural and natural[n].dim() > 1]
-            for names in grouped.group_names]  # fmt: skip
 
 
 def _squares(parameters: Mapping[str, Tensor], weights: list[list[str]]) -> Tensor:
