@@ -293,7 +293,7 @@ class ConvolutionInputs:
         return total
 
     def products(self, matrices: Tensor) -> Tensor:
-        """Return ``V a``, ``(c, G, N·T, d_out)``, for matrices ``(c, G, d_out, d_in)``."""
+        """Return ``V a``, ``(c, G, N, T, d_out)``, for matrices ``(c, G, d_out, d_in)``."""
         c, groups, d_out, _ = matrices.shape
         rows = []
         for call in self.calls:
@@ -306,7 +306,7 @@ class ConvolutionInputs:
             )
             rows.append(found.movedim(1, -1).reshape(self.samples, -1, groups, c, d_out))
         joined = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
-        return joined.flatten(0, 1).permute(2, 1, 0, 3)
+        return joined.permute(3, 2, 0, 1, 4)
 
 
 _CONVOLVE: tuple[Any, ...] = (

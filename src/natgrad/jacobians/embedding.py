@@ -80,7 +80,7 @@ class EmbeddingJacobian(LinearJacobian):
         return pairs * float(self.rows) * other.rows * (self.layout.d_out + 1)
 
     def _apply(self, matrices: Tensor) -> Tensor:
-        return matrices[..., self.indices.reshape(-1)].mT
+        return matrices[..., self.indices].movedim(2, -1)
 
     def _contract(self, gradients: Tensor) -> Tensor:
         result = gradients.new_zeros(gradients.shape[0], 1, self.layout.d_in, self.layout.d_out)

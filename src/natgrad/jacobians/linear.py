@@ -39,7 +39,7 @@ class LinearJacobian(LayerJacobian):
         inputs: Layer inputs, ``(N, T, G, d_in)``, or a function that makes them when first needed,
             of all samples and positions (for None) or some (convolutions build their patches only
             then). It may have methods ``products``, of all inputs with matrices
-            ``(c, G, d_out, d_in)``, as ``(c, G, N·T, d_out)``, ``sample_gradients``, with ``δ`` of
+            ``(c, G, d_out, d_in)``, as ``(c, G, N, T, d_out)``, ``sample_gradients``, with ``δ`` of
             some samples, and ``mean``, over positions, as ``(N, 1, G, d_in)``.
         output_gradients: ``δ``, ``(N, K, T, G, d_out)``.
         bias_value: The input a bias sees: 1 for ordinary layers.
@@ -307,15 +307,16 @@ class LinearJacobian(LayerJacobian):
         return products
 
     def _apply(self, matrices: Tensor) -> Tensor:
-        """Return ``V a`` of shape ``(c, G, N·T, d_out)`` for matrices ``(c, G, d_out, d_in+)``."""
+        """Return ``V a`` of shape ``(c, G, N, T, d_out)`` for matrices ``(c, G, d_out, d_in+)``."""
         d_in = self.layout.d_in
         result: Tensor
         if self.layout.has_weight and hasattr(self._inputs, "products"):
             result = self._inputs.products(matrices[..., :d_in])
         else:
             result = self.inputs.permute(2, 0, 1, 3).flatten(1, 2) @ matrices[..., :d_in].mT
+            result = result.unflatten(2, (self.samples, self.positions))
         if self.layout.has_bias:
-            result = result + self.bias_value * matrices[..., d_in].unsqueeze(-2)
+            result = result + self.bias_value * matrices[..., None, None, :, d_in]
         return result
 
     def _contract(self, gradients: Tensor) -> Tensor:
@@ -457,14 +458,14 @@ class LinearJacobian(LayerJacobian):
 
     def matvec(self, vectors: Tensor) -> Tensor:
         """Return ``J v``: one product with the inputs, one reduction with ``δ``."""
-        matrices = self.layout.matrix(vectors.T)
-        applied = self._apply(matrices)  # (c, G, N·T, d_out)
-        applied = applied.unflatten(2, (self.samples, self.positions))
+        if self._needs_no_patches:
+            return self.layout.flat(self.per_sample_gradients()).flatten(0, 1) @ vectors
+        applied = self._apply(self.layout.matrix(vectors.T))  # (c, G, N, T, d_out)
         if self.directions > 1:
             return torch.einsum("nktgo,cgnto->nkc", self.output_gradients, applied).flatten(0, 1)
         # A batch of products of a row with a few columns would have these rearranged first.
-        applied = applied.permute(0, 2, 3, 1, 4).flatten(2)  # (c, N, T·G·d_out)
-        return torch.linalg.vecdot(self.output_gradients.flatten(1), applied).T
+        weighted = applied.permute(0, 2, 3, 1, 4) * self.output_gradients[:, 0]
+        return weighted.sum((2, 3, 4)).T
 
     def rmatvec(self, weights: Tensor) -> Tensor:
         """Return ``Jᵀ w``: combine ``δ`` over ``K`` first, then one weight-gradient product."""
