@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 from collections.abc import Callable
@@ -210,6 +211,75 @@ def test_gradients_at_inputs_by_the_pass_that_trains_are_no_part(name, when):
         return nn.utils.parameters_to_vector(model.parameters()).detach()
 
     assert torch.equal(train(True), train(False))
+
+
+class Refined(nn.Module):
+    """Classes given the probabilities that the last pass gave, as a rollout does with states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.norm = nn.Linear(7, 5), nn.BatchNorm1d(5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, before: Tensor) -> Tensor:
+        hidden = self.norm(self.body(torch.cat([x, before.softmax(1)], 1)))
+        return self.head(torch.tanh(hidden))
+
+
+def rolled_out(model: nn.Module, x: Tensor, losses: str) -> tuple[Tensor, Tensor]:
+    """Return the logits that the loss is of, and the loss, after three passes in a row."""
+    logits = [torch.zeros(len(x), 3, dtype=x.dtype)]
+    for _ in range(3):
+        logits.append(model(x, logits[-1]))
+    z = torch.cat(logits[1:] if losses == "all" else logits[-1:])
+    return z, functional.cross_entropy(z, torch.arange(len(z)) % 3)
+
+
+@pytest.mark.parametrize("losses", ["all", "last"])
+def test_outputs_that_are_inputs_of_later_passes_count_as_the_loss_sees_them(losses):
+    """What later passes bring to an output is a part of their rows, and no loss of its own."""
+    torch.manual_seed(0)
+    model = Refined().double().eval()  # Batch statistics are constants in rows.
+    optimizer = natgrad.ExactNGD(
+        model, "categorical", fisher="exact", lr=1.0, damping=0.1, momentum=0.0, kl_clip=None
+    )
+    for step in range(2):
+        x, twin = normal(4, 4, seed=step), copy.deepcopy(model)
+        z, loss = rolled_out(twin, x, losses)
+        own = list(twin.parameters())
+
+        def flat(value: Tensor) -> Tensor:
+            found = torch.autograd.grad(value, own, retain_graph=True)  # noqa: B023
+            return torch.cat([one.flatten() for one in found])
+
+        jacobian = torch.stack([flat(entry) for entry in z.flatten()]).unflatten(0, z.shape)
+        p = z.detach().softmax(1)
+        curvature = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
+        fisher = torch.einsum("ncp,ncd,ndq->pq", jacobian, curvature, jacobian) / len(z)
+        damped = fisher + 0.1 * torch.eye(len(fisher), dtype=z.dtype)
+        expected = nn.utils.parameters_to_vector(own) - torch.linalg.solve(damped, flat(loss))
+        optimizer.zero_grad()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="(?s).*(no loss of|does not come through)")
+            rolled_out(model, x, losses)[1].backward()
+            optimizer.step()
+        torch.testing.assert_close(nn.utils.parameters_to_vector(model.parameters()), expected)
+
+
+@pytest.mark.parametrize("name", ["kfac", "ekfac", "singd", "fngd"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_classes_are_seen_in_a_rollout(name, dtype):
+    torch.manual_seed(0)
+    model = Refined().to(dtype)  # Batch statistics are differentiated in gradients.
+    optimizer, x = METHODS[name](model), normal(12, 4).to(dtype)
+    for _ in range(3):
+        optimizer.zero_grad()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="(?s).*(no loss of|does not come through)")
+            loss = rolled_out(model, x, "all")[1]
+            loss.backward()
+            optimizer.step()
+    assert isinstance(optimizer.preconditioner.observer.likelihood, natgrad.Categorical)
 
 
 def test_a_loss_whose_gradients_are_only_asked_for_is_told_of():

@@ -8,7 +8,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ from natgrad.capture.product_kinds import is_product, watched_parameters
 from natgrad.capture.products import RecordProducts
 from natgrad.capture.row_check import RowCheck
 from natgrad.capture.row_sources import RecordedCall, RowSources
-from natgrad.capture.rows import RowBuilder, release
+from natgrad.capture.rows import RowBuilder, RowsUnavailable, batched_gradients, release
 from natgrad.distributed.shards import whole
 from natgrad.jacobians import Jacobians
 from natgrad.layouts import ParameterLayout
@@ -381,6 +381,32 @@ class Capture:
         last.output = last.samples_first(output)
         return last
 
+    def take_gradient(self, recorded: ForwardPass, cotangent: Tensor) -> None:
+        """Keep the gradient of the loss at a pass's own output.
+
+        An output that is an input of a later pass, as in a rollout, also receives what that brings
+        to it, which is a part of the rows of the later pass.
+
+        Args:
+            recorded: The pass.
+            cotangent: What the backward pass brings to its output, laid out as that.
+        """
+        own, source = recorded.without_later(cotangent), recorded.source
+        recorded.cotangent = recorded.samples_first(own)
+        others = [one for one in self.passes if one is not recorded and one.source is not None]
+        if source is None or not (recorded.has_edges and others) or self.shards:
+            return
+        places = [cast(Tensor, one.source) for one in others]
+        try:
+            brought = batched_gradients(
+                source, places, own.unsqueeze(0), True, fixed_statistics=False
+            )
+        except RowsUnavailable:
+            return
+        for one, gradient in zip(others, brought, strict=True):
+            if gradient is not None:
+                one.brought_by_later(gradient[0])
+
     def settle(self, recorded: ForwardPass) -> None:
         """Check the rows of a pass, and bring the samples of its output to the first dimension.
 
@@ -689,7 +715,7 @@ def _after_model(capture: Capture, module: nn.Module, args: Any, output: Any) ->
                 recorded.output = recorded.samples_first(returned)
         recorded.task = present_pass()
         recorded.retained = retained
-        recorded.cotangent = recorded.samples_first(whole(cotangent.detach()).reshape(source.shape))
+        found.take_gradient(recorded, whole(cotangent.detach()).reshape(source.shape))
         if found.on_backward is not None and not retained:
             found.on_backward(recorded)
 

@@ -47,6 +47,7 @@ class ForwardPass:
         losses: Losses that the model returned beside them.
         numbers: How often every part of a layer was called.
         looked: The number of the last backward pass, and whether it was for inputs alone.
+        later: The number of a backward pass, and what it brings to the output through later passes.
     """
 
     rows: RowBuilder
@@ -70,6 +71,7 @@ class ForwardPass:
     losses: list[Tensor] = field(default_factory=list)
     numbers: Counter[tuple[nn.Module, str]] = field(default_factory=Counter)
     looked: tuple[int, bool] = (-1, False)
+    later: tuple[int, Tensor | None] = (-1, None)
 
     @property
     def samples(self) -> int:
@@ -89,6 +91,20 @@ class ForwardPass:
             unfinished = self.source is None  # The model itself differentiates, as for forces.
             self.looked = task, unfinished or purpose_of(self.model, self.source) == "inputs"
         return self.looked[1]
+
+    def brought_by_later(self, gradient: Tensor) -> None:
+        """Note what the present backward pass brings to the output through a later pass."""
+        task, before = present_pass(), self.later
+        total = gradient if before[0] != task or before[1] is None else before[1] + gradient
+        self.later = task, total
+
+    def without_later(self, cotangent: Tensor) -> Tensor:
+        """Return what is left of the output's gradient without that, up to rounding."""
+        task, later = self.later
+        if later is None or task != present_pass():
+            return cotangent
+        own, rounding = cotangent - later, torch.finfo(cotangent.dtype).eps ** 0.75
+        return torch.where(own.abs() <= rounding * later.abs().max(), 0.0, own)
 
     def join_dropped(self) -> None:
         """Let what was dropped stand where the present backward pass brings nothing.
