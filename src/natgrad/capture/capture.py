@@ -480,25 +480,14 @@ class Capture:
             vectors = torch.stack([found.samples_first(one) for one in vectors])
         self._check(found)
 
-        def pull(retain_graph: bool) -> Jacobians:
-            assert found.output is not None
-            return self.rows.pull_back(
-                found.calls,
-                found.output,
-                vectors.to(output.dtype),
-                retain_graph=retain_graph,
-                partial=partial,
-                independent=independent,
-            )
-
-        sources = self.sources
-        if not (sources.checked and (sources.silent or sources.unreached)):
-            return pull(retain_graph)
-        rows = pull(True)
-        if sources.checked:
-            return rows
-        self._check(found)  # Some layers are reached for the first time.
-        return pull(retain_graph)
+        pull, vectors, sources = self.rows.pull_back, vectors.to(output.dtype), self.sources
+        given: dict[str, Any] = {"partial": partial, "independent": independent}
+        if sources.checked and (sources.silent or sources.unreached):
+            rows = pull(found.calls, found.output, vectors, retain_graph=True, **given)
+            if sources.checked:
+                return rows
+            self._check(found)  # Some layers are reached for the first time.
+        return pull(found.calls, found.output, vectors, retain_graph=retain_graph, **given)
 
     def user_jacobians(
         self,
@@ -521,9 +510,9 @@ class Capture:
         """
         maker, calls = recorded.rows, recorded.calls
         rows = maker.user_rows(calls, recorded.samples, scale, partial, separate)
-        present = {name: block.layout for name, block in self.blocks.items()}
-        then = maker.sources.blocks
-        return rows.of_blocks([n for n in rows if present.get(n) == then[n].layout], self.layout)
+        now, then = self.blocks, maker.sources.blocks
+        same = [n for n in rows if n in now and now[n].layout == then[n].layout]
+        return rows.of_blocks(same, self.layout)
 
 
 class _Running(threading.local):

@@ -95,9 +95,10 @@ def own_backward(output: Tensor, *, fixed_statistics: bool = True) -> Iterator[T
 
 
 @contextmanager
-def without_hooks(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Switch off hooks that users have put on the gradients of parameters."""
-    tables = [one._backward_hooks for one in parameters if one._backward_hooks]
+def without_hooks(targets: Iterable[Any]) -> Iterator[None]:
+    """Switch off hooks that users have put on the gradients of parameters among some targets."""
+    found = [one._backward_hooks for one in targets if isinstance(one, Tensor)]
+    tables = [table for table in found if table]
     kept = [dict(table) for table in tables]
     for table in tables:
         table.clear()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -235,7 +235,8 @@ class RowCheck:
             held = [sources.parameter(n) for n in names] if at_all else []
             vector = at_samples(random, samples)
             found = self.rows.pull(output, [*edges, *held], vector, False, True)
-            if not _finite(found):
+            sums = [t.detach().float().abs().sum().cpu() for t in found if t is not None]
+            if sums and not bool(torch.isfinite(torch.stack(sums)).all()):
                 return None
             remaining = iter(found)
             for one in calls:
@@ -401,8 +402,3 @@ def _magnitude(calls: Sequence[RecordedCall]) -> Tensor | float:
 
 def _any(gradient: Tensor | None) -> bool:
     return gradient is not None and bool(gradient.any())
-
-
-def _finite(tensors: Iterable[Tensor | None]) -> bool:
-    sums = [t.detach().float().abs().sum() for t in tensors if t is not None]
-    return not sums or bool(torch.isfinite(torch.stack([s.cpu() for s in sums])).all())

@@ -361,7 +361,7 @@ def batched_gradients(
     def backward(cotangent: Tensor, batched: bool, keep: bool) -> tuple[Tensor | None, ...]:
         try:
             with (
-                without_hooks(one for one in targets if isinstance(one, Tensor)),
+                without_hooks(targets),
                 own_backward(output, fixed_statistics=fixed_statistics) as root,
                 torch.enable_grad(),
             ):

@@ -90,12 +90,10 @@ class PreconditionedGroups:
     def initial_state(self, parameter: nn.Parameter, momentum: float) -> dict[str, Any]:
         """Return the state of a parameter before the first step of a run with momentum."""
         zero = torch.zeros_like(parameter)
-        if self.rule.measured is not None:
+        if self.rule.measured is not None or (self.rule.uses_model and momentum > 0):
             return {"previous_step": zero}
         if momentum == 0:
             return {}
-        if self.rule.uses_model:
-            return {"previous_step": zero}
         steps = {"momentum_steps": 0} if self.rule.averaged_momentum else {}
         return {"momentum_buffer": zero, **steps}
 
