@@ -156,21 +156,47 @@ class DepthwiseTwice(nn.Module):
 @pytest.mark.parametrize("bias", [False, True])
 def test_gradients_of_samples_of_depthwise_convolutions_need_no_patches(bias, monkeypatch):
     """Which take many times the memory of the images."""
-    model, x = seeded(lambda: DepthwiseTwice(bias), 0), normal(3, 2, 4, 7, 6)
-    check(model, x)
-    monkeypatch.setattr(ConvolutionInputs, "__call__", lambda *_: pytest.fail("patches are made"))
+    torch.manual_seed(0)
+    model = DepthwiseTwice(bias).double()
+    x = normal(3, 2, 4, 7, 6).float().double()  # To be the same in single precision.
+    model.load_state_dict({k: v.float().double() for k, v in model.state_dict().items()})
     z, jac = dense.jacobian(model, x)
-    vectors = normal(2, *z.shape, seed=5)
+    vectors = normal(1, *z.shape, seed=5).float()
+    expected = dense.rows(jac, vectors.double())
+    monkeypatch.setattr(ConvolutionInputs, "__call__", lambda *_: pytest.fail("patches are made"))
+    model.float()
     with Capture(model) as capture:
-        (found,) = capture.pull_back(model(x), vectors).values()
-    rows_of_samples = dense.rows(jac, vectors)
-    expected = found.layout.matrix(rows_of_samples)
-    torch.testing.assert_close(found.per_sample_gradients(), expected, rtol=1e-12, atol=1e-13)
-    later = found.per_sample_gradients(1, 3)
-    torch.testing.assert_close(later, expected[1:], rtol=1e-12, atol=1e-13)
-    torch.testing.assert_close(
-        found.diagonal(), rows_of_samples.square().sum((0, 1)), rtol=1e-12, atol=1e-13
-    )
+        (found,) = capture.pull_back(model(x.float()), vectors).values()
+    v, w = normal(expected.shape[2], 3, seed=7), normal(3, 3, seed=8)
+    for one, other in (
+        (found.to_dense(), expected[:, 0]),
+        (found.layout.flat(found.per_sample_gradients(1, 3)), expected[1:]),
+        (found.matvec(v.float()), expected[:, 0] @ v),
+        (found.rmatvec(w.float()), expected[:, 0].T @ w),
+        (found.diagonal(), expected.square().sum((0, 1))),
+    ):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
+
+
+@given(convolutions(), st.integers(1, 2))
+def test_gradients_of_samples_without_patches_are_those_of_patches(case, directions):
+    model, x, _ = case
+    layer = model.layer
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch on padding="same"
+        out = layer(x)
+    kind = kinds.find_kind(layer)
+    names = tuple(name for name, _ in layer.named_parameters())
+    layout = kind.layout(layer, names, names)
+    inputs = ConvolutionInputs([kinds.LayerCall(layer, "", (x,), (out,))], layout, len(x))
+    patches = inputs(None, None)  # (N, T, G, d_in)
+    delta = normal(len(x), directions, patches.shape[1], layout.groups, layout.d_out)
+    expected = torch.einsum("nktgo,ntgi->nkgoi", delta, patches)
+    torch.testing.assert_close(inputs.sample_gradients(delta, 0), expected)
+    last = inputs.sample_gradients(delta[-1:], len(x) - 1)
+    torch.testing.assert_close(last, expected[-1:])
+    mean = patches.mean(1, keepdim=True)
+    torch.testing.assert_close(inputs.mean(), mean)
 
 
 @st.composite

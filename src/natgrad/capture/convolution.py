@@ -250,10 +250,17 @@ class ConvolutionInputs:
         """Return the mean patch of every sample, ``(N, 1, G, d_in)``, without making any."""
         total, number = 0.0, 0
         for call in self.calls:
-            windows = _windows(call, at_least_float32(call.inputs[0]))
-            places = tuple(range(2, 1 + windows.dim() // 2))
-            number += windows.shape[2 : 2 + len(places)].numel() * (len(windows) // self.samples)
-            sums = windows.sum(places).unflatten(0, (self.samples, -1)).sum(1)
+            module = _convolution(call)
+            sums = _padded(module, at_least_float32(call.inputs[0]))
+            steps = module.kernel_size, module.stride, module.dilation
+            places = _positions(sums.shape[2:], *steps)
+            number += prod(places) * (len(sums) // self.samples)
+            for kernel, stride, dilation, count in zip(*steps, places, strict=True):
+                # One dimension of the images makes way for one of the patch, behind the others.
+                starts, reach = range(0, kernel * dilation, dilation), stride * (count - 1) + 1
+                ranges = (sums[:, :, start : start + reach : stride] for start in starts)
+                sums = torch.stack([one.sum(2) for one in ranges], -1)
+            sums = sums.unflatten(0, (self.samples, -1)).sum(1)
             total = total + sums.view(self.samples, 1, self.layout.groups, -1)
         mean = cast(Tensor, total) / number
         return mean if self.layout.has_weight else mean[..., :0]

@@ -349,8 +349,12 @@ class LinearJacobian(LayerJacobian):
 
     @property
     def _needs_no_patches(self) -> bool:
-        """Whether inputs are read by so few outputs that gradients are best made without copies."""
-        plain = self.layout.has_weight and self.layout.d_out == 1
+        """Whether inputs are read by so few outputs that gradients are best made without copies.
+
+        In double precision they would be loops over channels whose rounding differs from run to
+        run.
+        """
+        plain = self.layout.has_weight and self.layout.d_out == 1 and self.dtype != torch.float64
         return plain and hasattr(self._inputs, "sample_gradients")
 
     def _input_second_moment(self, weights: Tensor | None, diagonal: bool) -> Tensor:
