@@ -63,6 +63,56 @@ def test_steps(kind, name):
     torch.testing.assert_close(found, wanted)
 
 
+class Squeezed(nn.Module):
+    def __init__(self, outputs: int, squeezes: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, outputs)).double()
+        self.squeezes = squeezes
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.layers(x)
+        return out.squeeze() if self.squeezes else out
+
+
+@pytest.mark.parametrize("kind", METHODS)
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_a_last_batch_of_one_that_is_squeezed(kind, outputs):
+    """``out.squeeze()`` takes the dimension of its samples away, too."""
+    ends = []
+    for squeezes in (True, False):
+        model = Squeezed(outputs, squeezes)
+        optimizer = kind(model, nn.BCEWithLogitsLoss() if outputs == 1 else "categorical")
+        for x in (X[:5], X[5:10], X[10:11], X[11:]):
+            y = torch.arange(len(x)) % 3
+            z = model(x)
+            optimizer.zero_grad()
+            if outputs == 1:
+                labels = (y > 0).double().reshape(z.shape)
+                functional.binary_cross_entropy_with_logits(z, labels).backward()
+            else:
+                functional.cross_entropy(z, y.reshape(z.shape[:-1])).backward()
+            optimizer.step()
+        ends.append(nn.utils.parameters_to_vector(model.parameters()).detach())
+    torch.testing.assert_close(*ends)
+
+
+@pytest.mark.parametrize("kind", [natgrad.KFAC, natgrad.ExactNGD])
+def test_targets_of_a_squeezed_batch_may_be_told(kind):
+    ends = []
+    for squeezes in (True, False):
+        model, criterion = Squeezed(3, squeezes), nn.CrossEntropyLoss()
+        optimizer = kind(model, criterion)
+        for x in (X[:5], X[5:6]):
+            optimizer.zero_grad()
+            z = model(x)
+            y = (torch.arange(len(x)) % 3).reshape(z.shape[:-1])
+            optimizer.loss(criterion, z, y).backward()
+            optimizer.step()
+        ends.append(nn.utils.parameters_to_vector(model.parameters()).detach())
+    torch.testing.assert_close(*ends)
+
+
 @pytest.mark.parametrize("kind", METHODS)
 def test_steps_of_a_head(kind):
     def loss(out: tuple[Tensor, Tensor]) -> Tensor:

@@ -41,6 +41,7 @@ from natgrad.capture.hooks import (
 from natgrad.capture.kinds import LayerCall, LayerKind, is_parameter
 from natgrad.capture.model_output import (
     check_watched,
+    is_squeezed,
     losses,
     samples_lie_second,
     select_output,
@@ -140,6 +141,8 @@ class Capture:
         self.on_finding: Callable[[str], None] = _warn
         #: Whether the user's own output gradients are recorded, and for which blocks.
         self.watching: frozenset[nn.Module] | bool = False
+        #: How many dimensions the last output had that had one for the samples.
+        self.output_dims: int | None = None
         self._running = _Running()
         self._suspended = False
         self._told: set[str] = set()
@@ -649,7 +652,8 @@ def _after_model(capture: Capture, module: nn.Module, args: Any, output: Any) ->
             "dimension of samples: let the model return its values(), or pass output=lambda out: "
             "out.values()"
         )
-    if not selected.dim():
+    squeezed = not heads and is_squeezed(args, selected, capture.output_dims)
+    if not (selected.dim() or squeezed):
         raise ValueError(
             "the output that the likelihood looks at is a single number, as a loss is: let the "
             "model return what the loss is computed of, too, and pass output=lambda out: ... to "
@@ -662,9 +666,11 @@ def _after_model(capture: Capture, module: nn.Module, args: Any, output: Any) ->
             "torch.view_as_real"
         )
     time_first = capture.sources.time_first and selected.dim() > 1
-    current.source = selected
+    current.source, current.is_squeezed = selected, squeezed
     current.like_inputs = samples_lie_second(args, heads or {None: selected})
-    current.lay_samples(int(time_first) if capture.batch_dim is None else capture.batch_dim)
+    if not squeezed:
+        capture.output_dims = selected.dim()
+        current.lay_samples(int(time_first) if capture.batch_dim is None else capture.batch_dim)
     current.output = current.samples_first(whole(selected))
     if capture.on_backward is None:
         return None

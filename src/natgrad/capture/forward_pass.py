@@ -33,6 +33,7 @@ class ForwardPass:
         returned: An alias of it with the graph it had when the model returned it.
         version: How often it had been changed in place by then.
         batch_dim: The dimension of it that holds the samples.
+        is_squeezed: Whether it is of one sample and has lost the dimension of samples.
         like_inputs: Whether it is the second one that has as many as the inputs, not the first.
         output: The same with samples in the first dimension.
         cotangent: Gradient of the user's loss with respect to it, once backpropagated.
@@ -58,6 +59,7 @@ class ForwardPass:
     returned: Tensor | None = None
     version: int = 0
     batch_dim: int = 0
+    is_squeezed: bool = False
     like_inputs: bool = False
     output: Tensor | None = None
     cotangent: Tensor | None = None
@@ -119,6 +121,9 @@ class ForwardPass:
     def samples_first(self, tensor: Tensor) -> Tensor:
         """Return a tensor laid out like the model's output with samples in the first dimension."""
         dim = self.batch_dim
+        if self.is_squeezed:
+            assert self.source is not None
+            return tensor.unsqueeze(0) if tensor.dim() <= self.source.dim() else tensor
         if self.heads is not None:
             return tensor if dim == 0 else self._heads_turned(tensor, _turned(self.heads, dim), dim)
         return tensor.movedim(dim, 0) if dim and tensor.dim() > dim else tensor

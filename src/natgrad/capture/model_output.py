@@ -160,12 +160,30 @@ def samples_lie_second(inputs: Any, heads: Mapping[Any, Tensor]) -> bool:
 
     So do those of several members, draws or times, one behind the other.
     """
+    samples = _samples_of(inputs)
+    return samples is not None and all(
+        one.dim() > 2 and one.shape[1] == samples != one.shape[0] for one in heads.values()
+    )
+
+
+def is_squeezed(inputs: Any, output: Tensor, dims: int | None) -> bool:
+    """Return whether the output of one sample lacks a dimension that it has of several.
+
+    ``output.squeeze()`` does so to a last batch of one.
+
+    Args:
+        inputs: What the model was given.
+        output: What it returned.
+        dims: How many dimensions its output had before; None where it had none.
+    """
+    return output.dim() + 1 == dims and 1 not in output.shape and _samples_of(inputs) == 1
+
+
+def _samples_of(inputs: Any) -> int | None:
+    """Return the size that the first dimensions of all inputs share; None if they do not."""
     given = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
     numbers = {one.size(0) for one in given if isinstance(one, Tensor) and one.dim()}
-    if len(numbers) != 1:
-        return False
-    (samples,) = numbers
-    return all(one.dim() > 2 and one.shape[1] == samples != one.shape[0] for one in heads.values())
+    return numbers.pop() if len(numbers) == 1 else None
 
 
 def side_by_side(heads: Mapping[Any, Tensor]) -> Tensor:
