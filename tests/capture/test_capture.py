@@ -1378,6 +1378,20 @@ def test_modules_that_change_their_buffers_are_not_run_again():
     assert not told  # It costs nothing where rows are only ever added up.
 
 
+@pytest.mark.parametrize("padding", [1, (2, 1), "same", "valid"])
+def test_convolutions_are_as_they_are_now(padding):
+    """Programs change the geometry of a layer that is made, as dilated backbones do."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(1, 2, 3, padding=1, stride=2)
+    pool = nn.AdaptiveAvgPool2d(2)
+    model = nn.Sequential(layer, nn.Tanh(), pool, nn.Flatten(), nn.Linear(8, 2)).double()
+    layer.stride, layer.dilation, layer.padding = (1, 1), (2, 1), padding
+    x = normal(3, 1, 5, 4)
+    check(model, x)
+    with Capture(model) as capture:
+        watched_by_layers(capture, model, x)
+
+
 def test_rows_of_samples_that_are_coupled_along_the_first_dimension_alone():
     class Centred(nn.Module):
         def __init__(self) -> None:

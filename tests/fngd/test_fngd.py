@@ -108,6 +108,15 @@ def own_layers() -> nn.Module:
     )
 
 
+def dilated() -> nn.Module:
+    """Convolutions that are changed when they are made, as in dilated backbones."""
+    model = convolutions()
+    model[0].stride, model[0].dilation, model[0].padding = (1, 1), (2, 2), (1, 1)
+    model[2].dilation = (2, 1)
+    model[4].dilation, model[5] = (1, 2), nn.Sequential(nn.AdaptiveAvgPool2d((3, 2)), nn.Flatten())
+    return model
+
+
 def one_dimension() -> nn.Module:
     return nn.Sequential(
         nn.Conv1d(2, 3, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(12, CLASSES)
@@ -122,6 +131,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int, int], Tensor]]] 
     "mlp": (mlp, lambda n, seed: normal(n, 4, seed=seed)),
     "own_layers": (own_layers, lambda n, seed: normal(n, 4, seed=seed)),
     "convolutions": (convolutions, lambda n, seed: normal(n, 2, 6, 5, seed=seed)),
+    "dilated": (dilated, lambda n, seed: normal(n, 2, 6, 5, seed=seed)),
     "one_dimension": (one_dimension, lambda n, seed: normal(n, 2, 4, seed=seed)),
     "sentence": (Sentence, tokens),
     "reused": (Reused, lambda n, seed: normal(n, 4, seed=seed)),
@@ -245,6 +255,20 @@ def test_second_phase_is_the_weighted_sum_with_frozen_coefficients(name: str, sh
                 dense.assert_same(direction[n], weighted(rows, n, c), 1e-9)
     expected = 0 if share == "mean" else len([b for b in blocks(model) if "norm" not in b[0]])
     assert len(weighs_all(optimizer)) == expected
+
+
+def test_a_convolution_that_is_changed_later_is_as_it_is_now() -> None:
+    model = make("convolutions")
+    optimizer = natgrad.FNGD(model, coefficient_steps=1, share="position", **PLAIN)
+    x, y = batch("convolutions")
+    rows, names = sample_gradients(model, x, y), ["4.weight", "4.bias"]
+    coefficients = dense_coefficients(rows, names, 0.1)
+    step(model, optimizer, x, y)
+    model[4].dilation = (1, 1)
+    rows = sample_gradients(model, x, y)
+    direction = step(model, optimizer, x, y)
+    for name in names:
+        dense.assert_same(direction[name], weighted(rows, name, coefficients), 1e-9)
 
 
 @pytest.mark.parametrize("share", ["iteration", "sample"])

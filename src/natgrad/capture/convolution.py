@@ -332,9 +332,27 @@ def _convolution(call: LayerCall) -> nn.Conv2d:
     return cast(nn.Conv2d, call.options.get("convolution", call.module))
 
 
+def padding_of(module: nn.Conv2d) -> list[int]:
+    """Return how a module pads its inputs now, as :func:`torch.nn.functional.pad` takes it.
+
+    Programs change ``padding`` and ``dilation`` of a layer that is made, as for dilated backbones.
+    torch's own list of amounts stays as it was then, and is in use where not zeros are added.
+    """
+    given: Any = module.padding
+    if module.padding_mode != "zeros":
+        return module._reversed_padding_repeated_twice
+    if given == "same":
+        pairs = zip(module.dilation, module.kernel_size, strict=True)
+        totals = [step * (size - 1) for step, size in reversed(list(pairs))]
+        return [amount for total in totals for amount in (total // 2, total - total // 2)]
+    if not isinstance(given, tuple):
+        given = (0 if given == "valid" else given,) * len(module.kernel_size)
+    return [amount for each in reversed(given) for amount in (each, each)]
+
+
 def _padded(module: nn.Conv2d, images: Tensor) -> Tensor:
     """Return images with the padding that a module gives them."""
-    padding = module._reversed_padding_repeated_twice
+    padding = padding_of(module)
     if not any(padding):
         return images
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode

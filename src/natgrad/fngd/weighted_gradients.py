@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from natgrad.capture.blocks import Use
-from natgrad.capture.convolution import ConvolutionKind
+from natgrad.capture.convolution import ConvolutionKind, padding_of
 from natgrad.capture.embedding import EmbeddingKind
 from natgrad.capture.hooks import ModelHook, inside_backward, leave_with, outside_graphs
 from natgrad.capture.kinds import LayerKind
@@ -130,12 +130,16 @@ class WeightedConvolution(WeightedProduct):
     """Conv1d, Conv2d and Conv3d with zero padding."""
 
     def __init__(self, module: nn.Module) -> None:
-        convolution = cast(nn.Conv2d, module)
-        padding = convolution._reversed_padding_repeated_twice[::-2]
-        self.has_bias: bool = convolution.bias is not None
-        self.options: tuple[Any, ...] = (
-            list(convolution.stride), list(padding), list(convolution.dilation), False,
-            [0] * len(padding), convolution.groups,
+        self.module: nn.Conv2d = cast(nn.Conv2d, module)
+        self.has_bias: bool = self.module.bias is not None
+
+    @property
+    def options(self) -> tuple[Any, ...]:
+        """The geometry of the module as it is now."""
+        one, padding = self.module, padding_of(self.module)[::-2]
+        return (
+            list(one.stride), list(padding), list(one.dilation), False, [0] * len(padding),
+            one.groups,
         )  # fmt: skip
 
     def input_gradient(self, inputs: Tensor, weight: Tensor, delta: Tensor) -> Tensor:
@@ -186,7 +190,7 @@ def find_product(module: nn.Module, kind: LayerKind) -> WeightedProduct | None:
         has_bias = isinstance(getattr(module, "bias", None), Tensor)  # Own layers may have none.
         return WeightedLinear(has_bias, transposed=type(kind) is TransposedLinearKind)
     if type(kind) is ConvolutionKind:
-        padding = cast(nn.Conv2d, module)._reversed_padding_repeated_twice
+        padding = padding_of(cast(nn.Conv2d, module))
         symmetric = list(padding[::2]) == list(padding[1::2])
         plain = cast(nn.Conv2d, module).padding_mode == "zeros"
         return WeightedConvolution(module) if plain and symmetric else None
