@@ -213,6 +213,37 @@ def test_gradients_at_inputs_by_the_pass_that_trains_are_no_part(name, when):
     assert torch.equal(train(True), train(False))
 
 
+@pytest.mark.filterwarnings("ignore:Using backward")
+@pytest.mark.parametrize("way", ["backward", "grad"])
+@pytest.mark.parametrize("name", ["kfac", "kfac_exact", "ekfac", "exact_ngd", "singd"])
+def test_second_derivatives_of_the_loss_are_no_gradient_of_it(name, way):
+    """As those by which curvature is drawn, from a gradient whose graph was kept."""
+
+    def train(looks: bool) -> Tensor:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+        optimizer, parameters = METHODS[name](model, "categorical"), list(model.parameters())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="(?s).*(natgrad|trains these)")
+            for step in range(3):
+                optimizer.zero_grad()
+                x = normal(12, 4, seed=step)
+                loss = functional.cross_entropy(model(x), torch.arange(12) % 3)
+                if way == "backward":
+                    loss.backward(create_graph=looks)
+                    found = [one.grad for one in parameters]
+                else:
+                    found = torch.autograd.grad(loss, parameters, create_graph=looks)
+                if looks:
+                    torch.autograd.grad(found, parameters, [torch.ones_like(p) for p in parameters])
+                for parameter, gradient in zip(parameters, found, strict=True):
+                    parameter.grad = gradient.detach()
+                optimizer.step()
+        return nn.utils.parameters_to_vector(parameters).detach()
+
+    torch.testing.assert_close(train(True), train(False))
+
+
 class Refined(nn.Module):
     """Classes given the probabilities that the last pass gave, as a rollout does with states."""
 

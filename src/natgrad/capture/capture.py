@@ -691,7 +691,7 @@ def _after_model(capture: Capture, module: nn.Module, args: Any, output: Any) ->
                 "waited for it"
             )
             return
-        if recorded.is_for_inputs:
+        if recorded.purpose == "inputs":
             return
         # With create_graph=True the user may differentiate the output itself (as in a
         # physics-informed loss); whether training backpropagates is seen at the step.
@@ -709,8 +709,10 @@ def _after_model(capture: Capture, module: nn.Module, args: Any, output: Any) ->
             with torch.enable_grad():
                 recorded.output = recorded.samples_first(returned)
         recorded.task = present_pass()
-        recorded.retained = retained
-        found.take_gradient(recorded, whole(cotangent.detach()).reshape(source.shape))
+        # What is asked for after a pass with create_graph=True are second derivatives of its loss.
+        if not (recorded.retained and recorded.purpose == "ask"):
+            recorded.retained = retained
+            found.take_gradient(recorded, whole(cotangent.detach()).reshape(source.shape))
         if found.on_backward is not None and not retained:
             found.on_backward(recorded)
 

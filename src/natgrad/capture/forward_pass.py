@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from natgrad.capture.graph import purpose_of
+from natgrad.capture.graph import Purpose, purpose_of
 from natgrad.capture.hooks import is_pulling_back, own_backward, present_pass
 from natgrad.capture.model_output import losses, side_by_side
 from natgrad.capture.row_sources import Gradients, RecordedCall
@@ -47,7 +47,7 @@ class ForwardPass:
         parts: Key → the heads themselves.
         losses: Losses that the model returned beside them.
         numbers: How often every part of a layer was called.
-        looked: The number of the last backward pass, and whether it was for inputs alone.
+        looked: The number of the last backward pass, and what it was for.
         later: The number of a backward pass, and what it brings to the output through later passes.
     """
 
@@ -72,7 +72,7 @@ class ForwardPass:
     parts: dict[Any, Tensor] = field(default_factory=dict)
     losses: list[Tensor] = field(default_factory=list)
     numbers: Counter[tuple[nn.Module, str]] = field(default_factory=Counter)
-    looked: tuple[int, bool] = (-1, False)
+    looked: tuple[int, Purpose] = (-1, "lent")
     later: tuple[int, Tensor | None] = (-1, None)
 
     @property
@@ -82,16 +82,17 @@ class ForwardPass:
         return int(self.output.shape[0])
 
     @property
-    def is_for_inputs(self) -> bool:
-        """Whether the present backward pass asks for gradients at inputs, or in between, alone.
+    def purpose(self) -> Purpose:
+        """What the present backward pass is for.
 
-        So do saliency maps, and implicit derivatives in a hook of the pass that trains. In shards,
-        whose parameters are lent, it is not known.
+        Gradients at inputs, or in between, alone are those of saliency maps, and of implicit
+        derivatives in a hook of the pass that trains. In shards, whose parameters are lent, nothing
+        is known.
         """
         task = present_pass()
         if self.looked[0] != task and not self.rows.shards:
             unfinished = self.source is None  # The model itself differentiates, as for forces.
-            self.looked = task, unfinished or purpose_of(self.model, self.source) == "inputs"
+            self.looked = task, "inputs" if unfinished else purpose_of(self.model, self.source)
         return self.looked[1]
 
     def brought_by_later(self, gradient: Tensor) -> None:
@@ -240,7 +241,7 @@ def user_hook(
         found, whole = waiting(), of()
         if found is None or whole is None or is_pulling_back(gradient):
             return
-        if not whole.is_for_inputs:
+        if whole.purpose != "inputs":
             found.user_gradients[index] = gradient.detach().reshape(found.shapes[index])
 
     return keep

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from natgrad import linalg
 from natgrad.capture import Capture, ForwardPass
 from natgrad.capture.forward_pass import LayerGradients
-from natgrad.capture.graph import purpose_of
 from natgrad.capture.hooks import outside_graphs, own_backward
 from natgrad.capture.model_output import Selection
 from natgrad.curvature import Curvature
@@ -229,7 +228,7 @@ class Observer:
     @outside_graphs
     def _on_backward(self, recorded: ForwardPass) -> None:
         """Take rows at the start of the user's backward pass."""
-        purpose = "lent" if self.capture.shards else purpose_of(self.capture.model, recorded.source)
+        purpose = recorded.purpose
         self.left_gradients |= purpose == "train"
         if self.capture.shards and self.rows_due:
             with whole_parameters(self.capture.model):
@@ -256,7 +255,9 @@ class Observer:
         has_samples = recorded.output.numel() > 0
         if recorded.has_edges and place is None and has_samples:
             self.capture.settle(recorded)
-        if self.audit.active and has_samples:
+        if asked and recorded.retained:
+            self.audit.drop()  # It would find second derivatives, which are no gradient.
+        elif self.audit.active and has_samples:
             self.audit.explain(recorded, asked)
         recorded.join_dropped()
         if place is not None:
