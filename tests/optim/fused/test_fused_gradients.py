@@ -260,33 +260,27 @@ def test_first_order_groups_keep_plain_gradients() -> None:
     assert "0" not in optimizer.preconditioner.own_backward
 
 
-def test_autocast_and_low_precision_products() -> None:
-    torch.manual_seed(0)
+@pytest.mark.parametrize("seed", range(4))
+def test_autocast_and_low_precision_products(seed) -> None:
+    """One step: later ones are of units that are switched on in one of both runs alone."""
+    torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 48))
-    plain = copy.deepcopy(model)
-    runs = []
+    plain, x = copy.deepcopy(model), normal(8, 32, seed=seed).float()
+    start = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    steps = []
     for run, options in (
         (model, {"fused": True, "product_dtype": torch.bfloat16}),
         (plain, {}),
     ):
-        optimizer = make_optimizer(natgrad.KFAC, run, **{**OPTIONS, "inverses": 1000}, **options)
-        for seed in range(3):
-            optimizer.zero_grad()
-            x = normal(8, 32, seed=seed).float()
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = functional.cross_entropy(run(x), torch.arange(8))
-            loss.backward()
-            optimizer.step()
-        runs.append(torch.cat([p.detach().flatten() for p in run.parameters()]))
+        optimizer = make_optimizer(natgrad.KFAC, run, **OPTIONS, **options)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = functional.cross_entropy(run(x), torch.arange(8))
+        loss.backward()
+        optimizer.step()
+        steps.append(nn.utils.parameters_to_vector(run.parameters()).detach() - start)
     # bfloat16 keeps 8 bits: relative errors of about 2⁻⁸ in every direction.
-    start = torch.cat([p.detach().flatten() for p in make_float().parameters()])
-    assert (runs[0] - runs[1]).norm() < 0.03 * (runs[1] - start).norm()
+    assert (steps[0] - steps[1]).norm() < 0.015 * steps[1].norm()
     assert model[0].weight.dtype == torch.float32
-
-
-def make_float() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 48))
 
 
 def test_copies_go_on_alike() -> None:
