@@ -709,8 +709,8 @@ def _after_model(capture: Capture, module: nn.Module, args: Any, output: Any) ->
             with torch.enable_grad():
                 recorded.output = recorded.samples_first(returned)
         recorded.task = present_pass()
-        # What is asked for after a pass with create_graph=True are second derivatives of its loss.
-        if not (recorded.retained and recorded.purpose == "ask"):
+        # What is asked for after a pass with create_graph=True, without it, are second derivatives.
+        if retained or not (recorded.retained and recorded.purpose == "ask"):
             recorded.retained = retained
             found.take_gradient(recorded, whole(cotangent.detach()).reshape(source.shape))
         if found.on_backward is not None and not retained:
