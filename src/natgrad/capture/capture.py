@@ -543,11 +543,7 @@ def _warn(sentence: str) -> None:
 
 
 def _check_usable(model: nn.Module) -> None:
-    """Refuse models that cannot be watched, and parameters that cannot be worked with.
-
-    Raises:
-        ValueError: If there are some; the message names one.
-    """
+    """Refuse models that cannot be watched, and parameters that cannot be worked with."""
     if isinstance(model, torch.jit.RecursiveScriptModule):  # Which takes no hooks.
         raise ValueError(
             "the model itself is a program that torch.jit made, which cannot be watched: hand it "

@@ -439,16 +439,7 @@ def _transposed_inputs(
     chosen: Tensor | None,
     positions: Tensor | None,
 ) -> Tensor:
-    """Return patches ``(N, T, G, d_in)``, output positions from the last to the first.
-
-    Args:
-        calls: The calls.
-        spatial: Shapes of their outputs' positions.
-        layout: The block's layout.
-        samples: ``N``.
-        chosen: Which samples; all for None.
-        positions: Which positions; all for None.
-    """
+    """Return patches ``(N, T, G, d_in)`` of some samples and positions, the last position first."""
     rows = []
     count = samples if chosen is None else len(chosen)
     for call, shape in zip(calls, spatial, strict=True):

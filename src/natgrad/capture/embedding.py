@@ -170,13 +170,7 @@ class EmbeddingBagKind(EmbeddingKind):
 
 
 def _slots(tokens: Tensor, offsets: Tensor, include_last: bool) -> tuple[Tensor, Tensor]:
-    """Return which places ``(B, T)`` of bags hold a token, and which one.
-
-    Args:
-        tokens: All bags' tokens, one bag after the other.
-        offsets: Where each begins.
-        include_last: Whether offsets end with the number of tokens.
-    """
+    """Return which places ``(B, T)`` of bags hold a token, and which one."""
     ends = offsets.new_tensor([len(tokens)])
     borders = offsets if include_last else torch.cat([offsets, ends])
     sizes = borders.diff()

@@ -78,11 +78,7 @@ def _parameters(distribution: Distribution) -> Tensor | dict[Any, Tensor] | None
 
 
 def _check_told(output: Mapping[Any, Any]) -> None:
-    """Make sure that it is plain which tensor the loss in a mapping is of.
-
-    Raises:
-        ValueError: If there are several.
-    """
+    """Refuse a mapping in which it is not plain which tensor the loss is of."""
     tensors = {key: one for key, one in output.items() if isinstance(one, Tensor)}
     several = [repr(key) for key, one in tensors.items() if one.dim() and one.requires_grad]
     if len(several) > 1 and not next(iter(tensors.values())).dim():

@@ -112,14 +112,7 @@ class RecordProducts(TorchFunctionMode):
     ) -> bool:
         """Look at ``x wᵀ + b`` (``by_rows``) or ``x w + b``, and return whether w is a parameter.
 
-        Args:
-            output: The product, its features in the dimension ``features``.
-            inputs: x, likewise.
-            weight: w.
-            bias: b, or None.
-            by_rows: Whether rows of w, not columns, belong to outputs.
-            ends: Where the inputs of every matrix of a stack end.
-            features: -1 or, of ``w x``, -2.
+        Inputs of every matrix of a stack end at ``ends``; ``features`` is -1 or, of ``w x``, -2.
         """
         place, added = self._place(weight), False
         if place is not None and isinstance(inputs, Tensor) and inputs.dim() >= -features:

@@ -230,11 +230,7 @@ def _is_made_of(later: Tensor, earlier: Tensor) -> bool:
 
 
 def _of_samples(tensor: Tensor, call: LayerCall, samples: int) -> Tensor:
-    """Return ``(B, ...)`` as ``(N, r, ...)``.
-
-    Raises:
-        ValueError: If the batch is no multiple of the number of samples.
-    """
+    """Return ``(B, ...)`` as ``(N, r, ...)``; refuse a batch that is no multiple of N."""
     if tensor.shape[0] % samples:
         raise ValueError(
             f"a {type(call.module).__name__} saw a batch of {tensor.shape[0]} sequences, which is "
@@ -277,12 +273,7 @@ class _Network:
         self.expected: tuple[Tensor | None, list[Tensor]] | None = None
 
     def rows(self, top: Tensor | None, last: Sequence[Tensor | None]) -> dict[str, _Rows]:
-        """Return inputs and δ of every linear map, by the end of its parameters' names.
-
-        Args:
-            top: Gradient of the output sequence, ``(K, T, B, d)``.
-            last: Gradients of the final states, ``(K, L·ways, B, ·)``.
-        """
+        """Return inputs and δ of every linear map, from gradients of outputs and final states."""
         dtype = torch.float32
         for one in (top, *last):
             dtype = dtype if one is None else torch.promote_types(dtype, one.dtype)
@@ -336,11 +327,7 @@ class _Network:
         return runs, sequence
 
     def _compare(self, runs: list[_Run], sequence: Tensor) -> None:
-        """Compare what was computed with what the layer returned.
-
-        Raises:
-            ValueError: If it differs by more than rounding.
-        """
+        """Refuse an output of the layer that is not, but for rounding, what was computed."""
         if self.expected is None:
             return
         outputs, finals = self.expected
@@ -442,15 +429,9 @@ class _Run(ABC):
     def forward(
         self, through: Tensor, fed: Tensor, states: Sequence[Tensor]
     ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-        """Take one step.
+        """Take a step from ``W_ih x + b_ih`` and ``W_hh h + b_hh``, ``(B, g·h)`` each.
 
-        Args:
-            through: ``W_ih x + b_ih``, ``(B, g·h)``.
-            fed: ``W_hh h + b_hh``.
-            states: States before it.
-
-        Returns:
-            The states after it, and what :meth:`prepare` needs.
+        Return the states after it, and what :meth:`prepare` needs.
         """
 
     @abstractmethod
@@ -477,12 +458,7 @@ class _Run(ABC):
     def pull_back(
         self, outputs: Tensor | None, finals: Sequence[Tensor | None]
     ) -> list[tuple[str, Tensor, Tensor]]:
-        """Return inputs ``(T, B, d)`` and δ ``(K, T, B, d)`` of each linear map, by its name.
-
-        Args:
-            outputs: Gradients of the outputs, ``(K, T, B, h_out)``.
-            finals: Gradients of the final states, ``(K, B, ·)`` each.
-        """
+        """Return inputs ``(T, B, d)`` and δ ``(K, T, B, d)`` of each linear map, by its name."""
         weights, x = self.weights, self.x
         directions = next((len(g) for g in (outputs, *finals) if g is not None), 0)
         to_states = x.new_empty(directions, *x.shape[:2], len(weights.states))

@@ -210,17 +210,10 @@ class RowCheck:
         chosen: Tensor,
         compares: bool = True,
     ) -> Probed | None:
-        """Pull vectors that are zero but at chosen samples back to the outputs of calls.
+        """Pull vectors that are zero but at chosen samples ``(P, N)`` back to the outputs of calls.
 
-        Args:
-            calls: The calls of a pass.
-            output: Its output, with samples in the first dimension.
-            chosen: Sets of samples, ``(P, N)``.
-            compares: Whether the last one is pulled back to parameters, too, and the gradients that
-                it leaves at the calls are kept.
-
-        Returns:
-            What was found; None if a gradient is not finite.
+        With ``compares`` the last one goes to parameters, too, and the gradients that it leaves at
+        the calls are kept. None if a gradient is not finite.
         """
         sources, last = self.sources, len(chosen) - 1
         tried = {name for name, _ in sources.tried(calls)}
@@ -295,11 +288,7 @@ class RowCheck:
     def _unexplained(
         self, calls: Sequence[RecordedCall], truth: Mapping[str, Tensor | None], samples: int
     ) -> Iterator[tuple[str, int, bool | Exception]]:
-        """Yield the blocks whose rows do not sum to their gradients, or cannot be made.
-
-        Yields:
-            The block, the samples of which rows were made, 1 for the batch as one, and the problem.
-        """
+        """Yield blocks whose rows do not sum to their gradients, their samples, and the problem."""
         sources = self.sources
         of_block = sources.by_block(calls)
         with self.rows.forming(calls):

@@ -120,14 +120,7 @@ def lanczos(
 
 
 def _are_found(basis: Tensor, backs: Tensor, rank: int, tolerance: float) -> bool:
-    """Return whether the leading pairs on a space have small residuals ``σ‖Zᵀu − σv‖``.
-
-    Args:
-        basis: Its orthonormal basis, ``(G, k, d²)``.
-        backs: ``ZᵀZ`` times that.
-        rank: Number of pairs.
-        tolerance: Largest residual, relative to the largest ``σ²``.
-    """
+    """Return whether the leading pairs on a space have small residuals ``σ‖Zᵀu − σv‖``."""
     squares, right = torch.linalg.eigh(symmetric_part(basis @ backs.mT))
     squares, right = squares[:, -rank:], right[..., -rank:].mT
     residual = (right @ backs - squares.unsqueeze(-1) * (right @ basis)).norm(dim=-1)

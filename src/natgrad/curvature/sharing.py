@@ -465,12 +465,7 @@ class SharedWork:
     def _natural_shards(
         self, gradients: Mapping[str, Tensor], of_parts: OfParts
     ) -> dict[str, Tensor]:
-        """Return natural gradients in shards, each layer's made of its whole gradient by its owner.
-
-        Args:
-            gradients: Parameter name → gradient in shards.
-            of_parts: Makes natural gradients of some parts of whole gradients.
-        """
+        """Return natural gradients in shards, made by each layer's owner of its whole gradient."""
         owners, parts, group = self.owners, self.curvature.parts, self.replicas.group
         by_parameter = {n: owners[name] for name in owners for n in parts[name].layout.offsets}
         shards = {name: gradients[name] for name in by_parameter}

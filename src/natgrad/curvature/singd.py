@@ -409,14 +409,7 @@ class InverseFactors(Structure):
         bracket: StructuredMatrix,
         steps: int,
     ) -> tuple[StructuredMatrix, StructuredMatrix]:
-        """Return ``(K (I − β₁m), m)``.
-
-        Args:
-            factor: K.
-            old: The last m; None for zero.
-            bracket: Its change, doubled.
-            steps: Steps taken so far.
-        """
+        """Return ``(K (I − β₁m), m)`` for twice the change of m and the last m, None for zero."""
         share = 1.0 if self.max_change is None else 1.0 - self.factor_momentum
         momentum = bracket.scaled(0.5 * share)
         if old is not None:

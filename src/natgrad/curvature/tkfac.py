@@ -218,13 +218,10 @@ def _partial_traces(rows: LayerJacobian, large: tuple[bool, bool]) -> tuple[Tens
 
 
 def _with_trace(factor: Tensor, trace: Tensor, total: Tensor) -> Tensor:
-    """Scale a factor of each group to a given trace ``(G,)``.
+    """Scale a factor, a sum of weighted second moments, of each group to a given trace ``(G,)``.
 
-    Args:
-        factor: A sum of weighted second moments.
-        trace: What its trace shall be.
-        total: The trace of the exact rows. Beside it the factor may be nothing but rounding, where
-            *reduce* sums output gradients that cancel; it is then replaced by the identity.
+    Beside the trace of the exact rows it may be nothing but rounding, where *reduce* sums output
+    gradients that cancel; it is then replaced by the identity.
     """
     size, shape = factor.shape[-1], (-1, *[1] * (factor.dim() - 1))
     present = factor_diagonal(factor).sum(-1)

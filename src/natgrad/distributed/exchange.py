@@ -327,13 +327,7 @@ def is_padded(sizes: Sequence[int]) -> bool:
 
 
 def _broadcast(own: Tensor, sizes: Sequence[int], group: Any) -> list[Tensor]:
-    """Return the pieces of all processes, each sent by the one that has it.
-
-    Args:
-        own: What this process has.
-        sizes: The numbers of elements of all.
-        group: The process group.
-    """
+    """Return the pieces of all processes, each sent by the one that has it."""
     rank, found = torch.distributed.get_rank(group), []
     for sender, size in enumerate(sizes):
         piece = own[:size] if sender == rank else own.new_empty(size)

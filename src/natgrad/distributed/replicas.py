@@ -321,11 +321,7 @@ def _refuse_stages() -> None:
 
 
 def _wrapper_around(model: nn.Module) -> Any:
-    """Return the wrapper whose forward pass runs and holds a model; None if none does.
-
-    Raises:
-        ValueError: If it is no module, which begins after those who watch the model.
-    """
+    """Return the wrapper whose forward pass runs and holds a model; refuse what is no module."""
     if hasattr(model, "set_requires_gradient_sync") and not hasattr(model, "unshard"):
         raise ValueError(
             "the model is replicated by replicate() of torch.distributed._composable, which shows "

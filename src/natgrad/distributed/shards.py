@@ -97,11 +97,7 @@ def _group_of(mesh: Any) -> Any:
 
 
 def _check_pieces(model: nn.Module, before: int) -> bool:
-    """Return whether layers are in tensor parallelism, in the dimension after some of the mesh.
-
-    Raises:
-        ValueError: If that is over several meshes, or several dimensions of one.
-    """
+    """Return whether layers are in tensor parallelism, in one dimension of one mesh at most."""
     meshes = set()
     for name, parameter in model.named_parameters():
         cut: Any = parameter

@@ -417,10 +417,7 @@ def _shared_work(
 
 
 def _in_shards(tensors: Sequence[tuple[int, Sequence[int]]], ranks: int) -> int:
-    """Return the bytes that the first of some processes has of tensors cut along their rows.
-
-    Tensors are given as bytes of an entry, and shape.
-    """
+    """Return the bytes that the first of some processes has of tensors cut along their rows."""
     rows = [(entry, -(-shape[0] // ranks) if shape else 1, shape) for entry, shape in tensors]
     return sum(entry * count * prod(shape[1:]) for entry, count, shape in rows)
 

@@ -303,17 +303,7 @@ def _take_batch(
     generators: dict[torch.device, PlacedGenerator],
     seed: int,
 ) -> float:
-    """Hand the rows of a batch on, and return the number of its data points.
-
-    Args:
-        curvature: What takes the rows.
-        capture: The hooks on the model.
-        likelihood: What its outputs mean.
-        fisher: Which vectors are pulled back.
-        batch: The share of this process in the batch; None for no more.
-        generators: Sources of randomness so far, by device.
-        seed: Seed of further ones.
-    """
+    """Hand the rows of this process's share in a batch on; return the number of its data points."""
     replicas, home = curvature.replicas, capture.layout.device
     if batch is None:
         replicas.placed(0, [False], home)

@@ -83,10 +83,7 @@ _scratch = _Scratch()
 
 
 def _scaled_copy(rows: Tensor, factors: Tensor) -> Tensor:
-    """Return rows ``(n·r, ...)`` times one factor per sample, ``(n,)``.
-
-    On the CPU they are valid until the thread's next call.
-    """
+    """Return rows ``(n·r, ...)`` times one factor per sample; on the CPU until the next call."""
     samples = len(factors)
     by_sample, column = rows.reshape(samples, -1), factors.to(rows.dtype).view(-1, 1)
     if rows.device.type != "cpu":

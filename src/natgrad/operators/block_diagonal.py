@@ -124,10 +124,7 @@ class FisherMatrix(Operator):
         return replace(self, parts=dict(zip(self.parts, inverses, strict=True)))
 
     def _dampings(self, damping: float | Mapping[str, float]) -> dict[str, float]:
-        """Return part name → λ.
-
-        A damping that is negative or not finite, or none for a part, is a ValueError.
-        """
+        """Return part name → λ; refuse what is negative or not finite, and parts without any."""
         by_name = damping if isinstance(damping, Mapping) else dict.fromkeys(self.parts, damping)
         for one in by_name.values():
             check_damping(one)

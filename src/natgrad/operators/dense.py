@@ -142,11 +142,7 @@ def spectral_root(matrix: Operator, damping: float) -> SpectralOperator:
 
 
 def _inverse_roots(values: Tensor, damping: float) -> Tensor:
-    """Return ``1/√(e + damping)``, with 0 for eigenvalues e below it by rounding.
-
-    Raises:
-        FactorizationError: If a damped one is not positive.
-    """
+    """Return ``1/√(e + damping)``, with 0 for eigenvalues e below it by rounding."""
     cut = torch.where(values.abs() <= linalg.rounding(values), values.clamp(min=0.0), values)
     if not bool((cut + damping > 0).all()):
         raise linalg.FactorizationError("the damped matrix is not positive definite")

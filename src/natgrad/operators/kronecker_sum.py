@@ -180,9 +180,6 @@ class KroneckerSumOperator(Operator):
         """Return ``K_b``, ``K_a`` that turn the damped sum into a diagonal matrix, and 1 over it.
 
         ``KᵀX̂_1K = I`` and ``KᵀX_2K`` diagonal on each side.
-
-        Raises:
-            FactorizationError: If the damped sum is not positive definite.
         """
         if self.rank > 2:
             raise FactorizationError("factored damping inverts sums of one or two products")
@@ -196,15 +193,7 @@ class KroneckerSumOperator(Operator):
 
 
 def _joint_basis(factors: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``K`` with ``Kᵀ(X_1 + shift I)K = I``, and ``KᵀX_2K`` as its diagonal, 0 for one X.
-
-    Args:
-        factors: ``X``, ``(R, G, d, d)`` with R at most 2.
-        shift: What is added to the first, ``(G,)``.
-
-    Raises:
-        FactorizationError: If the first is then not positive definite.
-    """
+    """Return ``K`` with ``Kᵀ(X_1 + shift I)K = I``, and ``KᵀX_2K`` as its diagonal, 0 for one X."""
     values, vectors = linalg.eigh(factors[0])
     damped = values + shift.unsqueeze(-1)
     if not bool((damped > 0).all()):

@@ -155,11 +155,7 @@ def _of_parts(operator: Operator, index: Tensor) -> tuple[Operator, Tensor]:
 
 
 def _chosen(operator: Operator, choice: Any) -> tuple[Tensor, VectorLayout]:
-    """Return which entries are meant, and how they are laid out.
-
-    Raises:
-        ValueError: If a name is unknown, or an index out of range or there twice.
-    """
+    """Return which entries are meant, and how they are laid out."""
     names = [choice] if isinstance(choice, str) else choice
     named = isinstance(names, Collection) and not isinstance(names, Tensor)
     if named and len(names) and all(isinstance(one, str) for one in names):

@@ -72,15 +72,7 @@ class CheckpointedOptimizer(EagerOptimizer):
 
     @abstractmethod
     def _checked(self, own: Mapping[str, Any], state_dict: Mapping[str, Any]) -> Callable[[], None]:
-        """Return what restores a state of :meth:`_own_state`, changing nothing yet.
-
-        Args:
-            own: The state.
-            state_dict: The whole state dict.
-
-        Raises:
-            ValueError: If it comes from another structure, model or library.
-        """
+        """Return what restores a state of :meth:`_own_state`; refuse that of another model."""
 
     def _carrier(self) -> torch.Tensor:
         """Return the parameter in whose state distributed checkpoints keep what is natgrad's."""
@@ -150,11 +142,7 @@ class CheckpointedOptimizer(EagerOptimizer):
 
 
 def _order(group: dict[str, Any], present: Mapping[str, Any]) -> None:
-    """Bring a saved group's parameters into the order of the present group, by their names.
-
-    Raises:
-        ValueError: If it holds others.
-    """
+    """Bring a saved group's parameters into the order of the present group, by their names."""
     saved, own = group.get("param_names"), present.get("param_names")
     if not saved or not own or saved == own:
         return

@@ -311,14 +311,7 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
         change: Callable[[], float],
         batch: BatchFisher | None,
     ) -> None:
-        """Take a step that is held against the loss.
-
-        Args:
-            plan: The step.
-            names: Parameters that it moves.
-            change: Returns by how much the loss has changed.
-            batch: The Fisher matrix of the batch, where damping adapts.
-        """
+        """Take a step that is held against the change of the loss."""
         preconditioner = self.preconditioner
         before = {name: preconditioner.parameters[name].clone() for name in names}
         rule, grouped = self.levenberg_marquardt, self._grouped()
@@ -356,13 +349,7 @@ class NaturalGradient(ShowsMethod, GroupedOptimizer, CopiedByState):
     def _plan(
         self, covered: dict[str, Tensor], rest: dict[str, Tensor], loss: float | Tensor | None
     ) -> StepPlan | None:
-        """Return the step to take; None if it is skipped.
-
-        Args:
-            covered: Parameter name → gradient of the preconditioned parameters.
-            rest: Likewise of all others.
-            loss: The closure's loss.
-        """
+        """Return the step for gradients of preconditioned and of other parameters, if any."""
         grouped, preconditioner, rule = self._grouped(), self.preconditioner, self.step_rule
         has_rows = preconditioner.observer.keeps_batch_fisher
         if has_rows and self._needs_batch_fisher and not self._has_batch_fisher():

@@ -284,12 +284,8 @@ class Observer:
         """Let a further backward pass through an output count as it does in ``.grad``.
 
         Every loss may have a pass of its own, which shows the events that it counts alone. Nobody
-        is asked in other processes, which need not have as many.
-
-        Args:
-            place: Where among the passes of the step it is.
-            asked: Whether it only returns gradients, as to compare those of several losses. They
-                count if no pass leaves some in ``.grad``.
+        is asked in other processes, which need not have as many. Passes that only return gradients
+        (``asked``), as to compare those of several losses, count if none leaves some in ``.grad``.
         """
         present = self.seen[place]
         recorded, total = present.recorded, present.recorded.cotangent
@@ -443,12 +439,7 @@ class Observer:
         self.generator.place = present
 
     def _draw_in_step(self, recorded: ForwardPass, samples: int | None = None) -> None:
-        """Draw as other processes do for a pass in which nothing counts here.
-
-        Args:
-            recorded: The pass, or one whose outputs are of that form.
-            samples: How many of the samples of its output are of the batch; all by default.
-        """
+        """Draw as other processes do for a pass in which nothing counts here."""
         assert recorded.output is not None
         if self.rows_due and not self.replicas.are_alone:
             likelihood = self.likelihood.of_shapes(recorded.heads)
@@ -530,11 +521,7 @@ class Observer:
         self.failures += failures
 
     def _as_now(self, random: Tensor | None = None) -> Callable[[], None]:
-        """Return what restores what rows are kept in, any number of times.
-
-        Args:
-            random: State of the generator then; by default the present one.
-        """
+        """Return what restores what rows are kept in, any number of times."""
         estimates = self.curvature.snapshot()
         random = self.generator.get_state() if random is None else random
         failures, batch, probe = list(self.failures), *self._copies()

@@ -127,16 +127,7 @@ class AdaptivePoints:
         return needy
 
     def _add(self, name: str, count: int, there: int) -> int:
-        """Add points to a part, in place of others where there may be no more.
-
-        Args:
-            name: The part.
-            count: How many points.
-            there: How many there are.
-
-        Returns:
-            How many there are then.
-        """
+        """Add points to a part, in place of others beyond the most; return their number then."""
         residual, candidates = self.residuals[name], self._drawn(name, CANDIDATES * count)
         sizes, begin = self._of_all(self._sizes(candidates))
         density = sizes / sizes.mean() + 1

@@ -435,12 +435,7 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
         return step, slope, slope - damping * float(step @ rest)
 
     def _precondition(self, gradient: Callable[[], Tensor], coordinates: Tensor | None) -> Tensor:
-        """Return ``(F + λI)⁻¹Jᵀu``.
-
-        Args:
-            gradient: Computes ``Jᵀu``, flat; in sample space that is not needed.
-            coordinates: u, what this process has of it, where all rows were had at once.
-        """
+        """Return ``(F + λI)⁻¹Jᵀu``; where u is known, in sample space, without ``Jᵀu``."""
         layout, natural = self.rows.layout, None
         if coordinates is not None:
             own = coordinates.reshape(-1, 1)
@@ -472,14 +467,7 @@ class ResidualNGD(CheckpointedOptimizer, CopiedByState):
     def _deviation(
         self, start: Tensor, here: _Linearised, moved: Tensor, ahead: list[Tensor]
     ) -> Tensor:
-        """Return ``(F + λI)⁻¹Jᵀ(ρ(θ + d) − ρ − Jd)``: what takes back what d does beyond its model.
-
-        Args:
-            start: θ.
-            here: ρ and J.
-            moved: d.
-            ahead: ``ρ(θ + d)`` in the chunks of the rows.
-        """
+        """Return ``(F + λI)⁻¹Jᵀ(ρ(θ + d) − ρ − Jd)``, against what d does beyond its model."""
         if here.rows is not None:
             (values, rows), (after,) = here.rows, ahead
             beyond = after - values - rows.matvec(moved)

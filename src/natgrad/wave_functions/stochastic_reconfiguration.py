@@ -355,16 +355,7 @@ class StochasticReconfiguration(CheckpointedOptimizer, CopiedByState):
         directions: Tensor,
         noise: float,
     ) -> tuple[Tensor, int]:
-        """Move the parameters within the distance trusted; return the step and trials.
-
-        Args:
-            configurations: Where the energy is looked at.
-            shares: Their weights.
-            present: ψ and H there, before the step.
-            space: The energy in the tangents.
-            directions: The tangents' parameters, ``(P, k)``.
-            noise: Root of the inverse number of samples, 0 for sums without noise.
-        """
+        """Move the parameters within the distance trusted; return the step and trials."""
         layout = self.amplitude.layout
         before = {name: p.clone() for name, p in self.amplitude.parameters.items()}
         rounding = 10 * torch.finfo(layout.dtype).eps * abs(space.energy)
