@@ -35,12 +35,7 @@ def check_kind(name: str, value: object, kind: type) -> None:
 
 
 def check_parameters(parameters: Mapping[str, Tensor], shards: bool = False) -> None:
-    """Raise a ValueError, by name, for trainable parameters that there is no real matrix of.
-
-    Args:
-        parameters: Name → parameter.
-        shards: Whether they may be spread over processes.
-    """
+    """Raise a ValueError for trainable parameters of no real matrix; ``shards`` may be."""
     for name, parameter in parameters.items():
         if parameter.is_complex():
             raise ValueError(

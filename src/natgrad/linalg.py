@@ -25,11 +25,7 @@ def check_memory(
     what: str = "the exact curvature of this batch",
     advice: str = "use a smaller batch, fisher='mc', or structure 'kfac'",
 ) -> None:
-    """Make sure that ``count`` matrices of ``side × side`` fit the device's memory.
-
-    Raises:
-        ValueError: If they need more than all of it.
-    """
+    """Raise a ValueError unless ``count`` matrices of ``side × side`` fit the device's memory."""
     needed = count * side**2 * dtype.itemsize
     if needed < 2**30:
         return
@@ -247,14 +243,9 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def symmetric_pseudo_solve(values: Tensor, vectors: Tensor, rhs: Tensor) -> Tensor:
-    """Apply the pseudo-inverse ``(V E Vᵀ)⁻¹`` on the range of a positive matrix.
+    """Apply the pseudo-inverse of a positive ``V E Vᵀ`` on its range to ``(..., d, k)``.
 
     Eigenvalues below ``d · eps · max`` count as zero.
-
-    Args:
-        values: Eigenvalues ``E``, ``(..., d)``.
-        vectors: Eigenvectors ``V``, ``(..., d, d)``.
-        rhs: ``(..., d, k)``.
     """
     return vectors @ (inverse_on_range(values).unsqueeze(-1) * (vectors.mT @ rhs))
 

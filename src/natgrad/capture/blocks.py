@@ -57,15 +57,7 @@ class Block:
 def find_blocks(
     model: nn.Module, excluded: Collection[str] = ()
 ) -> tuple[dict[str, Block], dict[str, str]]:
-    """Group a model's trainable parameters into blocks.
-
-    Args:
-        model: The model.
-        excluded: Names of parameters to leave out.
-
-    Returns:
-        Block name → block, and parameter name → why no block covers it.
-    """
+    """Return a model's blocks by name, and parameter name → why no block covers it."""
     # A parameter without entries has nothing to train: it is in no block, and not missing.
     names = {
         p: n

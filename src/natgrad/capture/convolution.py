@@ -266,14 +266,11 @@ class ConvolutionInputs:
         return mean if self.layout.has_weight else mean[..., :0]
 
     def sample_gradients(self, output_gradients: Tensor, start: int) -> Tensor:
-        """Return ``Σ_t δ_nkt a_ntᵀ`` without patches, ``(n, K, G, d_out, d_in)``.
+        """Return ``Σ_t δ_nkt a_ntᵀ`` without patches, ``(n, K, G, d_out, d_in)``, from a sample on.
 
-        Each channel of each sample is convolved with its ``δ``. Patches take the memory of the
-        images times the entries of a kernel, and pay only where many outputs read them.
-
-        Args:
-            output_gradients: ``δ`` of the samples from ``start`` on, ``(n, K, T, G, d_out)``.
-            start: The first of these samples.
+        Each channel of each sample is convolved with its ``δ``, ``(n, K, T, G, d_out)``. Patches
+        take the memory of the images times the entries of a kernel, and pay only where many outputs
+        read them.
         """
         n, groups = len(output_gradients), self.layout.groups
         total, first = output_gradients.new_zeros(()), 0

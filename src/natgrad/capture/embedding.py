@@ -91,10 +91,7 @@ class LookupKind(EmbeddingKind):
 def looked_up(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Return which rows of its weight a module returns, and times what, ``(..., 2)`` in float64.
 
-    Args:
-        module: A module whose output is affine in its weight ``(V, d)``, row by row.
-        args: What it is called with.
-        kwargs: What it is called with by name.
+    Its output is affine in its weight ``(V, d)``, row by row.
     """
     weight = module.get_parameter("weight")
     numbers = torch.arange(len(weight), dtype=torch.float64, device=weight.device)

@@ -63,10 +63,8 @@ def refuse_inference_mode() -> None:
 def output_rows(capture: Capture, inputs: Any) -> tuple[Tensor, Jacobians]:
     """Return a model's outputs ``(N, …)``, detached, and the Jacobian rows of every one of them.
 
-    The rows have one direction per output of a sample.
-
-    Raises:
-        ValueError: If the output depends on no trainable parameter, or has no samples.
+    The rows have one direction per output of a sample. No samples, or an output that depends on no
+    trainable parameter, are a ValueError.
     """
     with evaluated(capture, inputs) as output:
         if output.dim() == 0 or len(output) == 0:
@@ -157,11 +155,7 @@ def _tensors(inputs: Any) -> list[Tensor]:
 
 
 def count_samples(inputs: Any) -> int:
-    """Return the length of the first dimension of every tensor in some inputs.
-
-    Raises:
-        ValueError: If there is no tensor, or their first dimensions differ or are empty.
-    """
+    """Return the first dimension of all tensors in inputs; a ValueError if it is not one."""
     tensors = _tensors(inputs)
     sizes = {len(tensor) if tensor.dim() else 0 for tensor in tensors}
     if len(sizes) != 1 or 0 in sizes:

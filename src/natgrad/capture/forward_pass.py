@@ -130,11 +130,7 @@ class ForwardPass:
         return tensor.movedim(dim, 0) if dim and tensor.dim() > dim else tensor
 
     def lay_samples(self, dim: int) -> None:
-        """Note that samples, taken to lie in the first dimension, lie in another one.
-
-        Raises:
-            ValueError: If the model's output, or one of its heads, has no such dimension.
-        """
+        """Note that samples lie in another dimension than the first, which outputs must have."""
         assert self.source is not None
         shapes = [self.source.shape] if self.heads is None else list(self.heads.values())
         lacking = [tuple(one) for one in shapes if len(one) <= dim]

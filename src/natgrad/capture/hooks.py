@@ -17,23 +17,14 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def remove_hooks(handles: list[Any]) -> None:
-    """Take hooks away, once.
-
-    Args:
-        handles: What torch returned for them; none are left.
-    """
+    """Take hooks away, once: none of the handles are left."""
     for handle in handles:
         handle.remove()
     handles.clear()
 
 
 def leave_with(owner: object, handles: list[Any]) -> None:
-    """Take hooks out of a model when whom they belong to is gone.
-
-    Args:
-        owner: The object that the hooks are bound to, weakly.
-        handles: What torch returned for them.
-    """
+    """Take hooks out of a model when whom they belong to, held weakly by them, is gone."""
     weakref.finalize(owner, remove_hooks, handles).atexit = False
 
 

@@ -93,11 +93,9 @@ class BlockRecord:
             yield call, gradient
 
     def linear(self, rows: list[tuple[Tensor, Tensor]], bias_value: float = 1.0) -> LinearJacobian:
-        """Return the rows of a linear map of inputs ``(N, T, G, d)``.
+        """Return the rows of a linear map of inputs ``(N, T, G, d)`` and δ ``(N, K, T, G, d_out)``.
 
-        Args:
-            rows: Inputs and output gradients ``(N, K, T, G, d_out)``, call by call.
-            bias_value: What the bias is multiplied by.
+        They come call by call; the bias is multiplied by ``bias_value``.
         """
         inputs, gradients = rows[0]
         if len(rows) > 1:
@@ -207,11 +205,7 @@ def find_kind(module: nn.Module) -> LayerKind | None:
 
 
 def fold_inputs(inputs: Tensor, samples: int, features: int) -> Tensor:
-    """Reshape ``(N·r, ..., d)`` to ``(N, T, d)``, folding everything between into positions.
-
-    Raises:
-        ValueError: If the leading dimension is not a multiple of the number of samples.
-    """
+    """Reshape ``(N·r, ..., d)`` to ``(N, T, d)``, folding everything between into positions."""
     _check_fold(inputs.shape[0], samples)
     return inputs.reshape(samples, -1, features)
 

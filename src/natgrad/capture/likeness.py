@@ -56,17 +56,12 @@ def kind_by_trial(module: nn.Module) -> LayerKind | None:
 
 
 def kind_alike(module: nn.Module, inputs: Tensor, output: Tensor) -> LayerKind | None:
-    """Return the kind of layer that a module computes as, or None.
+    """Return the kind of layer that a module, by one call of it, computes as, or None.
 
     Known are ``x Wᵀ + b`` and ``x W + b`` of a matrix, layer norm and RMS norm over the last
     dimension or over the channels of images, and group norm, each up to terms without the
     parameters (``1 + weight``, a frozen part). The module runs again a few times, on copies of its
     buffers and without its hooks.
-
-    Args:
-        module: A module of unknown kind.
-        inputs: What one call was given.
-        output: What it returned.
     """
     own = whole_values(module)
     if "weight" not in own or not set(own) <= {"weight", "bias"} or not inputs.dim():

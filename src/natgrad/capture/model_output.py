@@ -101,9 +101,6 @@ def require_output(output: Any, select: Callable[[Any], Any] | None) -> Tensor:
     """Pick the tensor the likelihood looks at out of a model's output, which must hold one.
 
     Several heads are laid side by side.
-
-    Raises:
-        ValueError: If it holds none.
     """
     chosen = select_output(output, select)
     if chosen is None:
@@ -163,14 +160,9 @@ def samples_lie_second(inputs: Any, heads: Mapping[Any, Tensor]) -> bool:
 
 
 def is_squeezed(inputs: Any, output: Tensor, dims: int | None) -> bool:
-    """Return whether the output of one sample lacks a dimension that it has of several.
+    """Return whether the output of one sample lacks a dimension of the ``dims`` it has of several.
 
     ``output.squeeze()`` does so to a last batch of one.
-
-    Args:
-        inputs: What the model was given.
-        output: What it returned.
-        dims: How many dimensions its output had before; None where it had none.
     """
     return output.dim() + 1 == dims and 1 not in output.shape and _samples_of(inputs) == 1
 
@@ -234,11 +226,7 @@ def substituted(output: Any, new: Mapping[int, Tensor]) -> Any:
 def check_watched(
     select: Callable[[Any], Any] | None, output: Any, copies: Sequence[Tensor]
 ) -> None:
-    """Make sure that the heads of an output are the tensors whose gradients are watched.
-
-    Raises:
-        ValueError: If one is computed from the model's output instead of being part of it.
-    """
+    """Refuse heads that are computed from the model's output, whose gradients are not watched."""
     heads = select_output(output, select)
     assert isinstance(heads, dict)
     for (key, found), watched in zip(heads.items(), copies, strict=True):

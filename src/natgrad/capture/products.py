@@ -407,13 +407,7 @@ class Contraction:
 
 
 def contraction(equation: str, input_dims: int, weight_dims: int) -> Contraction | None:
-    """Return how an Einstein sum of inputs and a parameter is a product; None where it is none.
-
-    Args:
-        equation: ``"x indices, W indices -> y indices"``, as of :func:`torch.einsum`.
-        input_dims: Number of dimensions of x.
-        weight_dims: That of W, 2 or 3.
-    """
+    """Return how an Einstein sum ``"x indices, W indices -> y indices"`` is a product, if it is."""
     left, arrow, y = equation.replace(" ", "").partition("->")
     x, comma, w = left.partition(",")
     rest = input_dims - len(x.replace("...", ""))

@@ -31,13 +31,7 @@ class SampleAxis:
     outer: bool = True
 
     def samples_first(self, tensor: Tensor, samples: int, lead: int = 0) -> Tensor:
-        """Return a tensor with the entries of its samples in order along the first dimension.
-
-        Args:
-            tensor: The tensor.
-            samples: ``N``.
-            lead: How many dimensions come before those of the layer's tensor.
-        """
+        """Return a tensor with its N samples in order first, behind ``lead`` dimensions."""
         dim = lead + self.dim
         if not self.outer and tensor.shape[dim] != samples:
             pairs = tensor.unflatten(dim, (-1, samples)).transpose(dim, dim + 1)
@@ -91,12 +85,8 @@ def find_axis(
 ) -> SampleAxis | None:
     """Return where samples lie in a layer's output, or None where they are coupled.
 
-    Args:
-        reached: Where vectors that are zero but at chosen samples were pulled back to,
-            ``(P, *output.shape)``.
-        chosen: The samples, ``(P, N)``.
-        dims: Dimensions that may hold them, the likeliest first.
-        known: Where they were before, which is likelier still.
+    Vectors that are zero but at chosen samples, ``(P, N)``, have reached ``(P, *output.shape)``.
+    The likeliest is where they were before, then the dimensions in their order.
     """
     samples = chosen.shape[1]
     first = known or SampleAxis()
@@ -117,13 +107,9 @@ def find_axis(
 def is_ragged(reached: Tensor, chosen: Tensor, limit: int) -> bool:
     """Return whether every position belongs to one sample, though samples are not equally large.
 
-    So do tokens that are routed to an expert, and the nodes of unlike graphs.
-
-    Args:
-        reached: Where vectors that are zero but at chosen samples were pulled back to,
-            ``(P, T, d)``.
-        chosen: The samples, ``(P, N)``.
-        limit: Of how many pairs of a position and a sample at a time.
+    So do tokens that are routed to an expert, and the nodes of unlike graphs. Vectors that are zero
+    but at chosen samples, ``(P, N)``, have reached ``(P, T, d)``; ``limit`` pairs of a position and
+    a sample are looked at at a time.
     """
     touched = reached.any(2).float().T
     without = (~chosen).unique(dim=1).to(touched)

@@ -71,13 +71,6 @@ class Elements:
 
 
 def factored_elements(block: BlockLayout, samples: int, directions: int, positions: int) -> int:
-    """Return the elements of a layer's factored rows: inputs (indices, if one-hot) and gradients.
-
-    Args:
-        block: Layout of the layer's block.
-        samples: Samples.
-        directions: Pulled-back vectors per sample ``K``.
-        positions: Positions ``T`` of a sample that share the weight.
-    """
+    """Return the elements of a layer's factored rows: inputs (or indices) and gradients."""
     inputs = 1 if block.one_hot else max(1, block.d_in)
     return samples * positions * block.groups * (inputs + directions * block.d_out)

@@ -44,14 +44,9 @@ OfParts = Callable[[Sequence[str], GradientSource], dict[str, Tensor]]
 
 
 def holders_of(sharing: Sharing | float, number: int) -> int:
-    """Return how many processes keep what is known of a layer.
+    """Return how many of some processes keep what is known of a layer.
 
-    Args:
-        sharing: What processes share.
-        number: How many there are.
-
-    Raises:
-        ValueError: If a fraction of them is no whole number that divides theirs.
+    A fraction of them must be a whole number that divides theirs.
     """
     if sharing == "auto":
         return max(d for d in range(1, min(number, HOLDERS) + 1) if number % d == 0)
@@ -124,12 +119,7 @@ class SummedRows:
 def rounds_of(
     shares: Sequence[Sequence[str]], parts: Mapping[str, Part]
 ) -> Iterator[list[list[str]]]:
-    """Yield the parts whose inverses are sent together, of every process some.
-
-    Args:
-        shares: Those that every process inverts.
-        parts: All parts by name.
-    """
+    """Yield the parts whose inverses are sent together, of every process some."""
     rest = [list(names) for names in shares]
     while any(rest):
         taken: list[list[str]] = []
@@ -384,15 +374,10 @@ class SharedWork:
     def take_inverses(
         self, shares: Sequence[Sequence[str]], made: Collection[str], damping: Damping
     ) -> None:
-        """Take the inverses that the processes of this column have made.
+        """Take the inverses that processes of this column have made, of what each was to invert.
 
         One's own, too: lying in memory in another order they would round otherwise. Large ones come
         in several rounds, so that no process has all of its own twice.
-
-        Args:
-            shares: What every process was to invert.
-            made: Parts that this process has just inverted.
-            damping: λ, one value or one per block name.
         """
         curvature = self.curvature
         if len(shares) == 1:
@@ -436,9 +421,8 @@ class SharedWork:
     def of_all(self, own: dict[str, Any], like: Sequence[Any] | None = None) -> dict[str, Any]:
         """Return the entries of all columns, in which all processes take part.
 
-        Args:
-            own: Those of the parts of this process.
-            like: Those of every column, as tensors on the meta device, where all know that.
+        Where all know them, those of every column are told as tensors on the meta device
+        (``like``).
         """
         if not self.is_spread:
             return own
@@ -448,12 +432,7 @@ class SharedWork:
         return result
 
     def natural_gradient(self, source: GradientSource, of_parts: OfParts) -> dict[str, Tensor]:
-        """Return natural gradients, each made where its inverse is.
-
-        Args:
-            source: The gradient, perhaps in shards.
-            of_parts: Makes those of some parts.
-        """
+        """Return natural gradients, perhaps in shards, each made where its inverse is."""
         if any(is_sharded(gradient) for gradient in source.gradients.values()):
             return self._natural_shards(source.gradients, of_parts)
         found = of_parts(self.own_parts(), source)

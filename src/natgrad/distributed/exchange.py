@@ -275,11 +275,8 @@ def swapped(
 ) -> list[list[Tensor]]:
     """Return the tensors that each process has sent to this one, in one message a type.
 
-    Args:
-        sent: Those for each process.
-        coming: What each has for this one, as tensors on the meta device.
-        dtypes: All types that any process sends, in the same order everywhere.
-        group: The process group.
+    Those to come are told as tensors on the meta device, and all types that any process sends in
+    the same order everywhere.
     """
     found = {}
     device = next((t.device for each in sent for t in each), torch.device("cpu"))
@@ -307,13 +304,7 @@ def _cut(outline: Any, flat: dict[torch.dtype, Tensor]) -> Any:
 
 
 def laid_end_to_end(own: Tensor, lengths: Sequence[int], group: Any) -> Tensor:
-    """Return the rows ``(n_r, ...)`` of all processes, one after the other.
-
-    Args:
-        own: Those of this process.
-        lengths: How many each has, in the order of ranks.
-        group: The process group.
-    """
+    """Return the rows ``(n_r, ...)`` of all processes, in the order of ranks."""
     padded = own.new_zeros(max(lengths), *own.shape[1:])
     padded[: len(own)] = own
     found = [torch.empty_like(padded) for _ in lengths]

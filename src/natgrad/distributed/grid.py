@@ -54,10 +54,7 @@ class Grid:
     def sum(self, value: Any, device: torch.device, column: int) -> Sum:
         """Begin to add up what all processes have, for those of a column.
 
-        Args:
-            value: What this one has, see :mod:`natgrad.distributed.exchange`.
-            device: Where tensors lie.
-            column: The column; others have their own value back, or a part of the sum.
+        Others have their own value back, or a part of the sum.
         """
         stages: list[tuple[Any, int | None]] = []
         if not self.row.are_alone:
@@ -67,13 +64,7 @@ class Grid:
         return Sum(value, self.replicas.group, device, self.replicas.outlines, stages)
 
     def gathered(self, value: Any, device: torch.device, column: int) -> list[Any]:
-        """Return what all processes have, in the order of ranks, in those of a column.
-
-        Args:
-            value: What this one has.
-            device: Where tensors lie.
-            column: The column; others have nothing back.
-        """
+        """Return what all have, in the order of ranks, in processes of a column; else nothing."""
         of_row = self.row.gathered(value, device, column)
         if column != self.replicas.rank // self.height:
             return []

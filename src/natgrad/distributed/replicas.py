@@ -292,12 +292,7 @@ class Replicas:
 
 
 def check_alone(model: nn.Module, what: str) -> None:
-    """Raise a ValueError for a model of several processes, of which each would see its own data.
-
-    Args:
-        model: The model, perhaps inside DistributedDataParallel.
-        what: What is made of one process's data.
-    """
+    """Raise a ValueError for a model of several processes, of which each would see its own data."""
     if not Replicas.of(model).are_alone:
         raise ValueError(
             f"{what} is made of the data of one process, and the model is in "

@@ -116,12 +116,7 @@ def _check_pieces(model: nn.Module, before: int) -> bool:
 def everyone_beside(model: nn.Module, group: Any) -> Any:
     """Return all processes, of which those of a group have other samples than this one.
 
-    Args:
-        model: The model, in tensor parallelism.
-        group: The processes that have the same pieces as this one.
-
-    Raises:
-        ValueError: If they are not one of each mesh of pieces.
+    The group has the same pieces of a model in tensor parallelism, one process of each mesh.
     """
     cut: Any = next(parameter for parameter in model.parameters() if is_sharded(parameter))
     ranks = set(torch.distributed.get_process_group_ranks(group))
@@ -171,14 +166,9 @@ def in_form_of(value: Tensor, other: Tensor) -> Tensor:
 def at_owners(
     values: Mapping[str, Tensor], owners: Mapping[str, int], group: Any
 ) -> dict[str, Tensor]:
-    """Return those values whole that this process owns.
+    """Return those values whole that this process owns, by each name's rank in the group.
 
     Every shard is sent once; of replicas of shards by those that the owner's is made of.
-
-    Args:
-        values: Name → tensor, the same names in all processes.
-        owners: Name → rank in the group.
-        group: The process group.
     """
     rank, world = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
     sent: list[list[Tensor]] = [[] for _ in range(world)]
@@ -204,14 +194,7 @@ def at_owners(
 def from_owners(
     wholes: Mapping[str, Tensor], like: Mapping[str, Tensor], owners: Mapping[str, int], group: Any
 ) -> dict[str, Tensor]:
-    """Return values, of which one process each has the whole, in shards like others.
-
-    Args:
-        wholes: Name → value of those that this process owns.
-        like: Name → tensor of the value's shape and type, the same names in all processes.
-        owners: Name → rank in the group.
-        group: The process group.
-    """
+    """Return values, of which one process each has the whole, in shards like others."""
     rank, world = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
     sent: list[list[Tensor]] = [[] for _ in range(world)]
     coming: list[list[Tensor]] = [[] for _ in range(world)]
@@ -305,11 +288,8 @@ def left_whole(model: nn.Module) -> list[Any]:
 def whole_parameters(model: nn.Module, shards_again: bool = False) -> Iterator[None]:
     """Have a model's parameters whole, and keep them so through backward passes inside.
 
-    Such passes neither reduce gradients nor shard parameters again.
-
-    Args:
-        model: The model.
-        shards_again: Whether to do that at the end, as where no backward pass follows that does.
+    Such passes neither reduce gradients nor shard parameters again; where no backward pass follows
+    that does, ``shards_again`` does it at the end.
     """
     units: list[Any] = [module for module in model.modules() if hasattr(module, "unshard")]
     before = []

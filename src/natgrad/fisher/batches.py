@@ -21,11 +21,7 @@ Batch = tuple[Any, Any]
 
 
 def batches_of(data: Any) -> Iterator[Batch]:
-    """Iterate over the batches of a pair or an iterable of pairs (inputs, targets).
-
-    Raises:
-        ValueError: If it is something else.
-    """
+    """Iterate over the batches of a pair (inputs, targets) or an iterable; else a ValueError."""
     pair = isinstance(data, (tuple, list)) and len(data) == 2
     if pair and (data[1] is None or isinstance(data[1], (Tensor, Mapping))):
         yield data[0], data[1]
@@ -54,11 +50,7 @@ def batches_of(data: Any) -> Iterator[Batch]:
 
 
 def batches_with_samples(data: Any) -> Iterator[Batch]:
-    """Iterate over those batches that have samples.
-
-    Raises:
-        ValueError: If data are no such pairs.
-    """
+    """Iterate over those batches that have samples; a ValueError if data are no such pairs."""
     for inputs, target in batches_of(data):
         values = inputs.values() if isinstance(inputs, Mapping) else inputs
         tensors = [inputs] if isinstance(inputs, Tensor) else values

@@ -121,13 +121,8 @@ def draw_in_step(
 ) -> None:
     """Draw the random numbers of a batch of which no sample of this process counts.
 
-    Other processes need them, and the next batch begins after them everywhere.
-
-    Args:
-        likelihood: What the output means.
-        fisher: Which vectors are pulled back.
-        output: The output of this process, ``(N, ...)``, detached; N may be 0.
-        generator: Source of randomness, which knows the place of its samples.
+    Other processes need them, and the next batch begins after them everywhere. The output is ``(N,
+    ...)``, detached, where N may be 0; the generator knows the place of its samples.
     """
     if not fisher.draws:
         return
@@ -142,11 +137,7 @@ def draw_in_step(
 
 
 def partial_samples(weights: Tensor) -> Tensor | None:
-    """Return of which samples some event does not count, ``(N,)``; None for none.
-
-    Args:
-        weights: Event weights, ``(N, E)`` or ``(N, E, C)``.
-    """
+    """Return of which samples some of the events do not count, ``(N,)``; None for none."""
     found = (weights == 0).flatten(1).any(1)
     return found if bool(found.any()) else None
 
@@ -254,19 +245,9 @@ def curvature_of(
     process_group: Any = None,
     known: Curvature | None = None,
 ) -> Curvature:
-    """Return the sums over some data that :func:`fisher_matrix` makes its matrix of.
+    """Return the sums over some data that :func:`fisher_matrix`, of the same arguments, takes.
 
-    Args:
-        model: As there, and so are the other arguments.
-        data: The data.
-        likelihood: What the outputs mean.
-        structure: Which entries are kept.
-        fisher: Which vectors are pulled back.
-        seed: Seed of sampled labels.
-        output: Picks the tensor the likelihood looks at out of the model's output.
-        batch_dim: Its dimension that holds the samples.
-        process_group: Processes whose data it is.
-        known: Sums over earlier data, which these are added to, in place; by default none.
+    They are added to those over earlier data (``known``), in place, if there are some.
 
     Raises:
         ValueError: If the data is empty or no target counts, or a parameter cannot be covered.
@@ -347,11 +328,7 @@ def _take_batch(
 def batches_together(
     batches: Iterator[Batch], replicas: Replicas, capture: Capture
 ) -> Iterator[Batch | None]:
-    """Yield a process's own batches, and None while others still have some.
-
-    Raises:
-        ValueError: If it has none left, others do, and the model runs in all of them together only.
-    """
+    """Yield a process's own batches, and None while others have some, if the model allows."""
     while True:
         batch = next(batches, None)
         have = [batch is not None]

@@ -567,9 +567,7 @@ class LinearJacobian(LayerJacobian):
 def mean_inputs(inputs: Tensor, active: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Return every sample's mean input ``(N, 1, G, d)``, and which samples have any, ``(N, 1)``.
 
-    Args:
-        inputs: ``a``, ``(N, T, G, d)``.
-        active: Which positions count, ``(N, T)`` of 0 and 1; None for all.
+    Only active positions count, ``(N, T)`` of 0 and 1; all for None.
     """
     if active is None:
         return inputs.mean(1, keepdim=True), None

@@ -73,12 +73,9 @@ class Shares:
         right: Mapping[str, LayerJacobian],
         others: Shares,
     ) -> Tensor:
-        """Return ``J J'ᵀ``, ``(R, R')``; made once, as processes may want it again on their own.
+        """Return ``J J'ᵀ``, ``(R, R')`` of all rows, from those of this process in either.
 
-        Args:
-            left: The rows of this process in J.
-            right: Those in J', which may be the same.
-            others: The shares of J'.
+        It is made once, as processes may want it again on their own.
         """
         symmetric = left is right
         for known, gram in self._grams:

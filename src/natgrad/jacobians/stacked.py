@@ -45,12 +45,9 @@ class StackedJacobian(LinearJacobian):
         *,
         partial: Tensor | None = None,
     ) -> StackedJacobian:
-        """Lay the positions of every map side by side.
+        """Lay the positions of every map, one group each, side by side.
 
-        Args:
-            layout: The block's layout, one group per map.
-            pieces: Group → inputs ``(N, t, d_in)`` and output gradients ``(N, K, t, d_out)``.
-            partial: As for :class:`LinearJacobian`.
+        Groups come with inputs ``(N, t, d_in)`` and output gradients ``(N, K, t, d_out)``.
         """
         lengths = {group: sum(a.shape[1] for a, _ in of) for group, of in pieces.items()}
         a, d = next(iter(pieces.values()))[0]

@@ -115,11 +115,7 @@ class CoarseLevel:
         return [n for n in self.blocks if any(n in rows for _, rows in self.pieces)]
 
     def fixed_basis(self, leading: Callable[[str], Tensor]) -> Vectors:
-        """Return the vectors of a linear space.
-
-        Args:
-            leading: Block name → leading eigenvector of its Kronecker product, ``(P_l, 1)``.
-        """
+        """Return the vectors of a linear space, perhaps leading eigenvectors ``(P_l, 1)``."""
         if self.space == "spectral":
             return {name: leading(name) for name in self.reached}
         sizes = {name: self.blocks[name].numel for name in self.reached}
@@ -163,16 +159,9 @@ class CoarseLevel:
         fixed: Callable[[], CoarseSystem],
         smoother: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """Return the solutions of both levels.
+        """Return the solutions of both levels, of ``g`` and ``M⁻¹g``, ``(P, k)``, by ``V ↦ M⁻¹V``.
 
         It is ``M⁻¹g`` where there is no coarse system, or none that is finite.
-
-        Args:
-            gradient: ``g``, ``(P, k)``.
-            solution: ``M⁻¹g``.
-            damping: λ.
-            fixed: Returns the system of a linear space.
-            smoother: ``V ↦ M⁻¹V``.
         """
         try:
             if self.is_linear:
@@ -451,12 +440,7 @@ class CorrectedInverse(FisherMatrix):
 
 
 def leading_eigenvector(operator: Operator, smallest: bool = False) -> Tensor:
-    """Return the eigenvector of a Kronecker product with the largest eigenvalue, ``(P_l, 1)``.
-
-    Args:
-        operator: ``B ⊗ A``, or its inverse.
-        smallest: Take the smallest eigenvalue instead, as for an inverse.
-    """
+    """Return the eigenvector ``(P_l, 1)`` of the largest or smallest eigenvalue of a product."""
     if isinstance(operator, EigenKroneckerOperator):
         scale = -operator.scale if smallest else operator.scale
         index = int(scale.argmax())

@@ -141,12 +141,7 @@ class KroneckerSumOperator(Operator):
             return self._leading().direct_inverse(damping)
 
     def inverse_root(self, damping: float) -> Operator:
-        """Return the root of what :meth:`direct_inverse` inverts.
-
-        Raises:
-            FactorizationError: If the damped matrix is not positive definite.
-            ValueError: If the dense block is needed and does not fit memory.
-        """
+        """Return the root of what :meth:`direct_inverse` inverts, with its errors."""
         if self.factored_damping:
             inverse = self.direct_inverse(damping)
             linalg.check_memory(self.layout.numel, 3, self.dtype, self.device)

@@ -141,17 +141,10 @@ def as_given(product: Tensor, vector: Tensor) -> Tensor:
 def product_with(
     multiply: Product, vector: Any, shape: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
-    """Return the product of a matrix with a vector, or with columns, which are checked.
+    """Return the product of a matrix ``(R, P)`` with real ``(P,)`` or ``(P, k)``, checked.
 
-    Args:
-        multiply: From ``(P, k)`` to ``(R, k)``.
-        vector: ``(P,)`` or ``(P, k)``, of any real type.
-        shape: ``(R, P)``.
-        dtype: Type of what ``multiply`` takes.
-
-    Raises:
-        TypeError: If it is no tensor of real numbers.
-        ValueError: If it has another shape.
+    Columns of ``dtype`` are multiplied, from ``(P, k)`` to ``(R, k)``; a TypeError or ValueError
+    tells what is none.
     """
     check_columns(vector, shape[1])
     own = vector.to(dtype)
@@ -163,12 +156,7 @@ def product_with(
 
 
 def check_columns(vector: Any, size: int) -> None:
-    """Raise an error unless something is a vector of a length, or columns of it.
-
-    Raises:
-        TypeError: If it is no tensor of real numbers.
-        ValueError: If it has another shape.
-    """
+    """Raise a TypeError or ValueError unless something is a real vector of a length, or columns."""
     check_real([vector])
     if vector.dim() not in (1, 2) or vector.shape[0] != size:
         raise ValueError(

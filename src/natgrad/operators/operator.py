@@ -420,11 +420,7 @@ def map_by_columns(
 ) -> dict[str, Tensor]:
     """Return ``{name: J' H Jᵀ}`` of one block, applying ``H`` to some rows of ``J`` at a time.
 
-    Args:
-        name: Block name.
-        rows: ``J``; a block missing here or in ``other`` contributes nothing.
-        other: ``J'``.
-        inverse: ``H``.
+    A block that ``J`` or ``J'`` lacks contributes nothing.
     """
     if name not in rows or name not in other:
         return {}
@@ -443,15 +439,7 @@ def map_jointly(
     inverse: Operator,
     layout: ParameterLayout,
 ) -> dict[str, Tensor]:
-    """Return block name → ``J'_l [H Jᵀ]_l`` of several blocks, some rows of ``J`` at a time.
-
-    Args:
-        names: Blocks that both have rows of.
-        rows: ``J``.
-        other: ``J'``.
-        inverse: ``H``.
-        layout: The parameters ``H`` is about.
-    """
+    """Return block name → ``J'_l [H Jᵀ]_l`` of blocks with rows, some rows of ``J`` at a time."""
     pieces: dict[str, list[Tensor]] = {name: [] for name in names}
     step = max(1, CHUNK_ELEMENTS // max(1, layout.numel * rows.directions))
     for start in range(0, rows.samples if names else 0, step):

@@ -322,11 +322,7 @@ class RowsInverse(Operator):
         return self.layout.to_dict((known + self._solve(rest, scales))[:, 0])
 
     def of_coordinates(self, coordinates: Tensor) -> dict[str, Tensor] | None:
-        """Return the natural gradient of ``Jᵀu``, parameter name → tensor, by push-through.
-
-        Args:
-            coordinates: u, ``(R, 1)``; None is returned where rows have weights or scales.
-        """
+        """Return the natural gradient of ``Jᵀu``; None where rows have weights or scales."""
         pieces = self.operator.pieces
         if len(pieces) != 1 or pieces[0][0] != 1.0 or scaled_rows(pieces) is not None:
             return None

@@ -95,12 +95,7 @@ class GradientAudit:
         return add
 
     def explain(self, recorded: ForwardPass, asked: bool = False) -> None:
-        """Note what the gradient at a pass's output explains, at the start of its backward pass.
-
-        Args:
-            recorded: The pass.
-            asked: Whether the gradients are only asked for.
-        """
+        """Note what the gradient at a pass's output explains, at the start of its backward pass."""
         if recorded.output is None or recorded.cotangent is None:
             return
         held = self._captured()
@@ -140,9 +135,8 @@ class GradientAudit:
     def end(self, alone: bool) -> Findings:
         """Stop collecting, and return what was found; nothing if no pass was explained.
 
-        Args:
-            alone: Whether ``.grad`` holds no gradients of other processes, which may use other
-                layers.
+        Not ``alone``, gradients of other processes, which may use other layers, are in ``.grad``,
+        too.
         """
         looks = not self._found[False]
         found, explained, asked = self._found[looks], self._explained[looks], self._asked
@@ -233,15 +227,7 @@ class Trust:
         self._named: set[str] = set()  # Parameters with some gradient from elsewhere, once told.
 
     def without_rows(self, reasons: Mapping[str, str], covered: Collection[str]) -> None:
-        """Leave the parameters of blocks that have no rows.
-
-        Args:
-            reasons: Block name → why it has none.
-            covered: Names of the parameters that are preconditioned so far.
-
-        Raises:
-            ValueError: If no parameter would be left.
-        """
+        """Leave parameters of blocks without rows, for a reason; a ValueError if none is left."""
         by_reason: dict[str, list[str]] = {}
         for name, reason in reasons.items():
             by_reason.setdefault(reason, []).extend(self.capture.blocks[name].layout.names)
@@ -249,12 +235,7 @@ class Trust:
             self._leave(names, reason, covered)
 
     def without_explanation(self, found: Findings, covered: Collection[str]) -> None:
-        """Say which gradients come from elsewhere for a part, and leave those that mostly do.
-
-        Args:
-            found: What an audit found.
-            covered: Names of the parameters that are preconditioned so far.
-        """
+        """Say which gradients come from elsewhere for a part, and leave those that mostly do."""
         mixed = [name for name in found.mixed if name not in self._named]
         self._named.update(mixed)
         if mixed:

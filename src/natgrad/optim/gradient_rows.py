@@ -54,8 +54,7 @@ class GradientRows:
     def watch(self, others: Collection[str]) -> None:
         """Have the gradients of the layers recorded at every step, and those of a probe.
 
-        Args:
-            others: Blocks whose ``.grad`` is something else than the sum of their rows.
+        Those of others are something else than the sum of their rows.
         """
         observer, capture = self.observer, self.observer.capture
         observer.row_modules = frozenset(self.layers.values())

@@ -357,11 +357,7 @@ class Observer:
             self.curvature.shared.begin_sums()
 
     def findings(self, forgiven: Set[str]) -> Findings:
-        """Return what the audit of this step found.
-
-        Args:
-            forgiven: Parameters whose backward pass makes another gradient on purpose.
-        """
+        """Return what the audit of this step found, but for gradients changed on purpose."""
         self._audited = self.capture.sources.checks
         self.audit.forgive(forgiven)
         return self.audit.end(self.replicas.are_alone)

@@ -288,13 +288,7 @@ class Fallback:
 
 
 def check_options(optimizer: str, given: Collection[str], defaults: dict[str, Any]) -> None:
-    """Raise a TypeError for an option that an optimizer does not have.
-
-    Args:
-        optimizer: Its name.
-        given: Names of the options it is made with.
-        defaults: Its own options and their defaults, some of which have options of their own.
-    """
+    """Raise a TypeError for an option that an optimizer, or one of its options, does not have."""
     length = "step_rule=natgrad.StepRule(length=natgrad.MeasuredLength({}))"
     places: list[tuple[object, str]] = [(MeasuredLength(), length)]
     for option, default in {**defaults, "fallback": Fallback()}.items():

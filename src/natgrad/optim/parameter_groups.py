@@ -18,11 +18,7 @@ NOTES = {"params", "modules", "param_names", "name", "initial_lr", "first_lr"}
 
 
 def read_groups(params: Iterable[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
-    """Return parameter groups whose members can be read again and again, and copied.
-
-    Raises:
-        TypeError: If one is not a mapping.
-    """
+    """Return parameter groups, all mappings, whose members can be read again, and copied."""
     groups = list(params or [])
     for group in groups:
         if not isinstance(group, Mapping):

@@ -69,12 +69,7 @@ class ZeroedGradients:
         self._passes = self._steps = 0
 
     def begin(self, parameters: Mapping[str, nn.Parameter], names: Collection[str]) -> None:
-        """Collect the gradients of a forward pass to come, if that is due.
-
-        Args:
-            parameters: Name → parameter.
-            names: Those that are preconditioned.
-        """
+        """Collect preconditioned gradients of a forward pass to come, if that is due."""
         self._passes += 1
         if not self.due or self._handles:
             return
@@ -116,10 +111,7 @@ class ZeroedGradients:
     ) -> dict[str, Tensor]:
         """Return parameter name → 1.0 where entries were set to zero, on the device.
 
-        Args:
-            parameters: Name → parameter.
-            names: Those that are preconditioned, the same in all processes.
-            alone: Whether no other process takes this step, which would see other changes.
+        The names are the same in all processes; not ``alone``, these see other changes.
         """
         collected = self._nonzero[not self._nonzero[False]]
         due, flags = self.due, {}
@@ -159,13 +151,7 @@ class ZeroedGradients:
         gradients: Mapping[str, Tensor],
         flags: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
-        """Return directions that are zero where gradients were set to zero.
-
-        Args:
-            directions: Parameter name → natural gradient.
-            gradients: Parameter name → gradient.
-            flags: What :meth:`compared` returned.
-        """
+        """Return directions that are zero where gradients were, as :meth:`compared` told."""
         result = dict(directions)
         for name in directions.keys() & gradients.keys():
             gradient, direction = gradients[name], directions[name]

@@ -62,11 +62,7 @@ def register_activation(module_type: type[nn.Module], derivatives: ActivationDer
 
 
 def activation_derivatives(module: nn.Module) -> ActivationDerivatives:
-    """Return how a module's derivatives are computed.
-
-    Raises:
-        TypeError: If the module's type is not known.
-    """
+    """Return how a module's derivatives are computed; a TypeError if its type is not known."""
     found = _DERIVATIVES.get(type(module))
     if found is None:
         known = ", ".join(sorted(kind.__name__ for kind in _DERIVATIVES))

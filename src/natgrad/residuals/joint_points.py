@@ -22,13 +22,9 @@ class JointPoints:
 
     @classmethod
     def of(cls, *sizes: Mapping[str, tuple[int, int]]) -> Self:
-        """Return the points of processes that have told of theirs.
+        """Return the points of processes that have told part → points and residuals at each, or 0.
 
-        Args:
-            sizes: Of every process, part → points and residuals at each; 0 where that is unknown.
-
-        Raises:
-            ValueError: If processes have other parts, or a part has no points.
+        That processes have other parts, or a part no points, is a ValueError.
         """
         names, counts, widths = list(sizes[0]), [], dict.fromkeys(sizes[0], 0)
         for one in sizes:

@@ -133,12 +133,7 @@ class Residual:
 
 
 def as_residuals(residuals: Residual | Mapping[str, Residual]) -> dict[str, Residual]:
-    """Return named parts; a lone one is called ``"residual"``.
-
-    Raises:
-        TypeError: If something else than a :class:`Residual` is among them.
-        ValueError: If there is none.
-    """
+    """Return named parts; a lone one is called ``"residual"``. None, or others, are an error."""
     if not isinstance(residuals, (Residual, Mapping)):
         raise TypeError(
             "residuals must be a natgrad.Residual or a dict of them by name, got "

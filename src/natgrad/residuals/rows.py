@@ -97,14 +97,8 @@ class ResidualRows(ABC):
     def agree(self, flag: bool = False) -> bool:
         """Learn how many points each process has, as all do together before a step.
 
-        Args:
-            flag: What the others are to know of.
-
-        Returns:
-            Whether a flag is up in any of them.
-
-        Raises:
-            ValueError: If they have other parts or weights, or none has points of a part.
+        Return whether a flag is up in any of them. That they have other parts or weights, or none
+        has points of a part, is a ValueError.
         """
         if self.replicas.are_alone:
             return flag

@@ -56,20 +56,12 @@ class StackRows:
         return stack
 
     def directions(self, point: Tensor) -> Tensor:
-        """Return the first derivatives of the coordinates themselves, ``(F, D)``.
-
-        Args:
-            point: ``(D,)``.
-        """
+        """Return the first derivatives of a point's coordinates themselves, ``(F, D)``."""
         unit = torch.eye(len(point), dtype=point.dtype, device=point.device)
         return unit[list(self.first)]
 
     def products(self, first: Tensor) -> Tensor | None:
-        """Return what φ'' is multiplied by in the rows of second order, or None without any.
-
-        Args:
-            first: First derivatives of z, ``(N, F, d)``.
-        """
+        """Return what φ'' is multiplied by in rows of second order, if any, of z' ``(N, F, d)``."""
         parts = []
         if self.second or len(self.laplacian) < len(self.first):
             rows = first.unbind(1)  # Differentiates faster than indexing does.

@@ -64,13 +64,7 @@ class KroneckerStatistics(Statistics):
     def of(
         cls, count: Tensor, sums: KroneckerSums, about_mean: bool = False
     ) -> KroneckerStatistics:
-        """Return the statistics of sums over a batch.
-
-        Args:
-            count: What the mean divides by.
-            sums: The sums.
-            about_mean: Whether diagonals of inputs are kept about their means.
-        """
+        """Return statistics of sums over a batch, diagonals of inputs perhaps about means."""
         further = None if sums.further is None else cls.of(count, sums.further, about_mean)
         total = sums.input_sum if about_mean else None
         own = sums.inputs, sums.positions, sums.outputs

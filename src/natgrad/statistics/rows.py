@@ -153,11 +153,7 @@ class RowStatistics(Statistics):
     ) -> Self:
         """Return sums with the rows of all processes, each of which keeps its own.
 
-        Args:
-            own: The statistics of this process's share of the batch; None if it has none.
-            found: What :meth:`outlined_rows` returned in each process; None without any.
-            replicas: The processes.
-            part: What the rows are about.
+        They are found by what :meth:`outlined_rows` returned in each process.
         """
         pieces, layout = list(self.pieces), part.layout
         for number in range(max(len(one or ()) for one in found)):

@@ -16,11 +16,7 @@ from natgrad.layouts import BlockLayout, ParameterLayout
 def values_of(
     layout: ParameterLayout, source: nn.Module | Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return the tensors of a layout's parameters, by name.
-
-    Raises:
-        ValueError: If one does not fit, or is in shards.
-    """
+    """Return the tensors of a layout's parameters, by name; a ValueError if one does not fit."""
     model = unwrap(source) if isinstance(source, nn.Module) else None
     values = source if model is None else dict(model.named_parameters())
     assert isinstance(values, Mapping)

@@ -36,16 +36,7 @@ class LayerProduct:
     """How one layer's backward pass is computed from a, δ and the weight."""
 
     def input_gradient(self, inputs: Tensor, weight: Tensor, delta: Tensor) -> Tensor:
-        """Return the gradient at the input, of the input's shape.
-
-        Args:
-            inputs: ``a``.
-            weight: The layer's weight.
-            delta: ``δ``.
-
-        Raises:
-            NotImplementedError: If inputs have no gradient, as indices of a table.
-        """
+        """Return the gradient at the input; NotImplementedError for indices of a table."""
         raise NotImplementedError
 
     def plain_gradients(self, inputs: Tensor, delta: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -186,13 +177,7 @@ class OwnBackwards(dict[str, OwnBackward]):
     def inner_product(
         self, natural: dict[str, Tensor], gradients: dict[str, Tensor], replicas: Replicas
     ) -> Tensor:
-        """Return ``⟨Δ, ∇L⟩``; estimated for layers whose ``.grad`` holds Δ already.
-
-        Args:
-            natural: Δ, parameter name → tensor.
-            gradients: ``.grad`` of the same parameters.
-            replicas: Processes over which it is averaged.
-        """
+        """Return ``⟨Δ, ∇L⟩``; estimated for layers whose ``.grad`` holds Δ already."""
         terms, held = [], self.held
         if natural:
             overlaps = torch.stack([one.overlap(natural) for one in self.values()])

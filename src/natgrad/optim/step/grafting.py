@@ -40,14 +40,9 @@ class AdamMoments:
         self.eps: float = eps
 
     def following(self, state: dict[str, Any], gradient: Tensor) -> dict[str, Any]:
-        """Return the moments after one more gradient.
+        """Return ``graft_steps``, ``graft_mean`` and ``graft_square`` after one more gradient.
 
-        Args:
-            state: The moments before; any mapping without them counts as the start.
-            gradient: The gradient.
-
-        Returns:
-            ``graft_steps``, ``graft_mean`` and ``graft_square``; nothing is changed in place.
+        Nothing is changed in place; a state without them counts as the start.
         """
         (beta1, beta2), old = self.betas, {**self.initial(gradient), **state}
         return {

@@ -51,16 +51,7 @@ class IsotropyProbe:
         self, capture: Capture, likelihood: Likelihood, output: Tensor, weights: Tensor,
         count: float, place: Place = WHOLE_BATCH,
     ) -> None:  # fmt: skip
-        """Draw signs for the rows of one forward pass and pull them back.
-
-        Args:
-            capture: The capture that recorded the pass.
-            likelihood: The likelihood.
-            output: The pass's output, with its graph.
-            weights: Event weights, ``(N, E)``.
-            count: Their sum.
-            place: Which samples of the batch the pass is of.
-        """
+        """Draw signs for the rows of one forward pass and pull them back."""
         self._generator.place = place
         with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
             vectors = ExactFisher().vectors(likelihood, output.detach(), weights)
@@ -116,9 +107,6 @@ class IsotropyProbe:
         """Return α and an estimate of the deviation from isotropy; None if nothing was seen.
 
         The values of different draws scatter by ``√(2/R)`` times the deviation, for R rows.
-
-        Args:
-            precondition: Parameter name → gradient ↦ natural gradients.
         """
         if not self._gradients or self._count == 0:
             return None
@@ -133,11 +121,7 @@ class IsotropyProbe:
 
 
 def is_isotropic(lr: Any) -> bool:
-    """Return whether a learning rate is the word that asks for 1/α.
-
-    Raises:
-        ValueError: If it is another word.
-    """
+    """Return whether a learning rate is the word that asks for 1/α; another is a ValueError."""
     if isinstance(lr, str) and lr != "isotropic":
         raise ValueError(f"lr must be a number or 'isotropic', got {lr!r}")
     return isinstance(lr, str)

@@ -207,12 +207,9 @@ class LengthState:
         return 2.0 / FEW_EVENTS * math.sqrt(self.few)
 
     def length(self, slope: float, change: float = 0.0, lengthened: float = 1.0) -> float:
-        """Return γζραν^{−p} for a direction with ``⟨Δ, g⟩`` = slope; α is at most 1/c.
+        """Return γζραν^{−p} for ``⟨Δ, g⟩`` = slope and ν^{−p} = lengthened; α is at most 1/c.
 
-        Args:
-            slope: ``⟨Δ, g⟩``.
-            change: The second largest ``η‖Δ_W‖/‖W‖`` of all weights W.
-            lengthened: ν^{−p}.
+        The second largest ``η‖Δ_W‖/‖W‖`` of all weights W is ``change``.
         """
         if self.log_decrement is None or self.log_slope is None or slope <= 0:
             return 0.0
@@ -222,12 +219,7 @@ class LengthState:
         return length if length * change <= LARGEST_CHANGE else LARGEST_CHANGE / change
 
     def share_kept(self, rule: MeasuredLength, slope: float) -> float:
-        """Return the share of the last step that stays, 1 for all of it.
-
-        Args:
-            rule: The rule.
-            slope: ``⟨v, g⟩`` with the last step v and the present gradient.
-        """
+        """Return the share of the last step v that stays, 1 for all, by slope = ``⟨v, g⟩`` now."""
         ratio, noise = self._ratio(slope), NOISE * math.sqrt(self.ratio_variance)
         most = max(rule.overshoot, min(rule.overshoot + noise, LARGEST_OVERSHOOT))
         return 1.0 / (1.0 + ratio) if ratio > most else 1.0
@@ -247,13 +239,10 @@ class LengthState:
     def answered(
         self, rule: MeasuredLength, slope: float, rate: float, left: float = 1.0
     ) -> LengthState:
-        """Return the state after the present gradient answered to the last step, which stays.
+        """Return the state after the present gradient answered to the last step v, which stays.
 
-        Args:
-            rule: The rule.
-            slope: ``⟨v, g⟩`` with the last step v and the present gradient.
-            rate: η.
-            left: R/R_max, the share that is left of what the loss can fall by.
+        By slope = ``⟨v, g⟩``, rate = η and left = R/R_max, the share left of what the loss can fall
+        by.
         """
         if self.slope is None:
             return self
@@ -334,12 +323,7 @@ class LengthState:
         return rate * self.caution * self.stretch * self.reach
 
     def crossed(self, rule: MeasuredLength, curvature: float) -> LengthState:
-        """Return the state after another batch measured the curvature along the last step.
-
-        Args:
-            rule: The rule.
-            curvature: ``h = cvᵀF_b v`` with the last step v.
-        """
+        """Return the state after another batch measured ``h = cvᵀF_b v`` along the last step v."""
         if self.slope is None or not (self.slope > 0 and curvature > 0 and self.share_of_alpha > 0):
             return self  # At a rate of 0 only momentum moves.
         bend = curvature / max(self.slope, self.usual_slope)
@@ -379,13 +363,9 @@ class LengthState:
     def taken(
         self, rule: MeasuredLength, slope: float, rate: float, change: float = 0.0
     ) -> LengthState:
-        """Return the state after a step, at a rate η, that has a slope to first order.
+        """Return the state after a step, at a rate η, that is to lower the loss by a slope.
 
-        Args:
-            rule: The rule.
-            slope: By how much the step is to lower the loss.
-            rate: η.
-            change: The second largest ``‖v_W‖/‖W‖`` of all weights W without momentum.
+        The second largest ``‖v_W‖/‖W‖`` of all weights W without momentum is ``change``.
         """
         # By what factor steps have been too short of late, 5 % at least.
         left = max(1.0 + self.later_ratio, 1.0 / LONGEST)
@@ -438,13 +418,7 @@ class Deviance:
         return self.left / (1.0 - self.left) if self.left < 0.5 else 1.0
 
     def measured(self, present: float, memory: float, square: float = 0.0) -> Deviance:
-        """Return the state after a measurement.
-
-        Args:
-            present: R of a batch.
-            memory: Weight of the past.
-            square: ``‖∇L‖²`` of the batch; 0 if unknown.
-        """
+        """Return the state after R was measured on a batch, and ``‖∇L‖²``, 0 if unknown."""
         if not 0 < present < UNKNOWN:
             return self
         found = averaged(self.log_present, math.log(present), memory)

@@ -112,12 +112,9 @@ def _products(rows: Jacobians, directions: Sequence[Mapping[str, Tensor]]) -> Te
 def fisher_gram(
     batch: BatchFisher | None, directions: Sequence[dict[str, Tensor]], replicas: Replicas
 ) -> Tensor:
-    """Return ``VᵀFV`` for the batch of all processes, ``(k, k)`` in float64; 0 for no rows.
+    """Return ``VᵀFV`` of k directions for the batch of all processes, ``(k, k)`` in float64.
 
-    Args:
-        batch: The share of this process; None if none of its samples counts.
-        directions: k directions, the same in all processes.
-        replicas: The processes.
+    It is 0 for no rows; the share of a process is None if none of its samples counts.
     """
     directions = [{n: whole(value) for n, value in one.items()} for one in directions]
     size, device = len(directions), next(iter(directions[0].values())).device
@@ -157,12 +154,7 @@ class RowReceivers:
 
 
 def group_grams(directions: Sequence[dict[str, Tensor]], groups: Sequence[Sequence[str]]) -> Tensor:
-    """Return every group's ``VᵀV``, ``(G, k, k)`` in float64; see :func:`inner_product`.
-
-    Args:
-        directions: k directions, parameter name → tensor; zero where a name is missing.
-        groups: Parameter names of each group.
-    """
+    """Return every group's ``VᵀV``, ``(G, k, k)`` in float64, zero where a name is missing."""
     size = len(directions)
     device = next((v.device for direction in directions for v in direction.values()), None)
     result = torch.zeros(len(groups), size, size, dtype=torch.float64, device=device)
