@@ -277,3 +277,15 @@ def rounding(values: Tensor) -> Tensor:
         return values.new_zeros(*values.shape[:-1], 1)
     largest = values.abs().amax(-1, keepdim=True)
     return values.shape[-1] * torch.finfo(values.dtype).eps * largest
+
+
+def rotate(left: Tensor | None, matrices: Tensor, right: Tensor | None) -> Tensor:
+    """Return ``U_Lᵀ M U_R``; None stands for the identity."""
+    rotated = matrices if left is None else left.mT @ matrices
+    return rotated if right is None else rotated @ right
+
+
+def rotate_back(left: Tensor | None, matrices: Tensor, right: Tensor | None) -> Tensor:
+    """Return ``U_L M U_Rᵀ``; None stands for the identity."""
+    rotated = matrices if left is None else left @ matrices
+    return rotated if right is None else rotated @ right.mT

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from natgrad import linalg
-from natgrad.arguments import check_damping
 from natgrad.derivatives.passes import (
     Pass,
     Passes,
@@ -46,6 +45,7 @@ class _LossMatrix(Operator):
     layout: ParameterLayout
     passes: Passes
     count: float
+    semidefinite: ClassVar[bool] = False
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
@@ -73,11 +73,6 @@ class _LossMatrix(Operator):
     def _products(self, one: Pass, columns: Tensor) -> list[Tensor]:
         """Return a batch's part of every product, of sums over data points."""
         raise NotImplementedError
-
-    def logdet(self, damping: float = 0.0) -> Tensor:
-        """Return ``log det(· + damping I)``; −inf where singular, NaN where not definite."""
-        check_damping(damping)
-        return linalg.log_determinant(self.eigenvalues(), damping, positive=False)
 
     def to_dense(self) -> Tensor:
         """Return the matrix, by P products."""

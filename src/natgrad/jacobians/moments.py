@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from natgrad import linalg
 from natgrad.jacobians.embedding import EmbeddingJacobian
 from natgrad.jacobians.layer import LayerJacobian
 from natgrad.jacobians.linear import LinearJacobian
@@ -40,7 +41,7 @@ def second_moments(
         device=jacobian.device,
     )
     for start, stop in jacobian.chunks():
-        rows = _rotated(basis_b, jacobian.per_sample_gradients(start, stop), basis_a)
+        rows = linalg.rotate(basis_b, jacobian.per_sample_gradients(start, stop), basis_a)
         total += rows.square().sum((0, 1))
     return total
 
@@ -76,9 +77,3 @@ def _embedding_moments(jacobian: EmbeddingJacobian, basis_b: Tensor | None) -> T
     result = delta.new_zeros(vocabulary, delta.shape[3])
     result.index_add_(0, tokens % vocabulary, sums.square().sum(1))
     return result.T.unsqueeze(0)
-
-
-def _rotated(left: Tensor | None, matrices: Tensor, right: Tensor | None) -> Tensor:
-    """Return U_Lᵀ M U_R; None stands for the identity."""
-    rotated = matrices if left is None else left.mT @ matrices
-    return rotated if right is None else rotated @ right

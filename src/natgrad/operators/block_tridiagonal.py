@@ -23,6 +23,7 @@ from natgrad import linalg
 from natgrad.arguments import check_damping
 from natgrad.jacobians import Jacobians
 from natgrad.layouts import BlockLayout, ParameterLayout
+from natgrad.operators.combined import DerivedOperator
 from natgrad.operators.dense import SpectralOperator
 from natgrad.operators.operator import GradientSource, Operator
 from natgrad.operators.rows import (
@@ -297,7 +298,7 @@ class BlockTridiagonalOperator(Operator):
 
 
 @dataclass(frozen=True, eq=False)
-class _Solver(Operator):
+class _Solver(DerivedOperator):
     """``(F + λI)⁻¹`` by what was factorised."""
 
     layout: ParameterLayout
@@ -306,16 +307,6 @@ class _Solver(Operator):
     lu: tuple[Tensor, Tensor] | None = None
     elimination: BlockElimination | None = None
     spectra: tuple[tuple[Tensor, Tensor], ...] = ()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the entries."""
-        return self.layout.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where they are."""
-        return self.layout.device
 
     def multiply(self, columns: Tensor) -> Tensor:
         """Return the product with ``(P, k)``."""

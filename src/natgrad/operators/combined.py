@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -51,6 +52,7 @@ class ScaledOperator(DerivedOperator):
     """
 
     factor: float
+    semidefinite: ClassVar[bool] = False
 
     def multiply(self, columns: Tensor) -> Tensor:
         """Return ``c F V``."""
@@ -74,7 +76,7 @@ class ScaledOperator(DerivedOperator):
         if self.factor > 0:
             scale = self.layout.numel * math.log(self.factor)
             return self.operator.logdet(damping / self.factor) + scale
-        return linalg.log_determinant(self.eigenvalues(), damping, positive=False)
+        return super().logdet(damping)
 
     def to_dense(self) -> Tensor:
         """Return the matrix."""
@@ -130,6 +132,7 @@ class SumOperator(Operator):
 
     layout: VectorLayout
     terms: tuple[Operator, ...]
+    semidefinite: ClassVar[bool] = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -181,11 +184,6 @@ class SumOperator(Operator):
     def diagonal(self) -> Tensor:
         """Return the sum of the diagonals."""
         return torch.stack([term.diagonal() for term in self.terms]).sum(0)
-
-    def logdet(self, damping: float = 0.0) -> Tensor:
-        """Return ``log det(F + damping I)``; −inf where singular, NaN where not definite."""
-        check_damping(damping)
-        return linalg.log_determinant(self.eigenvalues(), damping, positive=False)
 
     def to_dense(self) -> Tensor:
         """Return the matrix."""

@@ -41,8 +41,8 @@ class EigenKroneckerOperator(Operator):
     def multiply(self, columns: Tensor) -> Tensor:
         """Return the product with ``(P, k)``."""
         matrices = self.layout.matrix(columns.T)
-        rotated = rotate(self.output_basis, matrices, self.input_basis) * self.scale
-        return self.layout.flat(rotate_back(self.output_basis, rotated, self.input_basis)).T
+        rotated = linalg.rotate(self.output_basis, matrices, self.input_basis) * self.scale
+        return self.layout.flat(linalg.rotate_back(self.output_basis, rotated, self.input_basis)).T
 
     def trace(self) -> Tensor:
         """Return the trace, ``Σ s`` in orthogonal bases."""
@@ -121,18 +121,6 @@ def eigenbasis(factors: Sequence[Tensor]) -> list[tuple[Tensor | None, Tensor]]:
 def eigenvalues(factor: Tensor) -> Tensor:
     """Return the eigenvalues of a factor, negatives cut to 0."""
     return eigenbasis([factor])[0][1]
-
-
-def rotate(left: Tensor | None, matrices: Tensor, right: Tensor | None) -> Tensor:
-    """Return ``U_Lᵀ M U_R``; None stands for the identity."""
-    rotated = matrices if left is None else left.mT @ matrices
-    return rotated if right is None else rotated @ right
-
-
-def rotate_back(left: Tensor | None, matrices: Tensor, right: Tensor | None) -> Tensor:
-    """Return ``U_L M U_Rᵀ``; None stands for the identity."""
-    rotated = matrices if left is None else left @ matrices
-    return rotated if right is None else rotated @ right.mT
 
 
 #: Eigenvectors ``(G, d, d)`` of the input and of the output factor; None is the identity.

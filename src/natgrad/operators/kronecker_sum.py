@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from natgrad import linalg
-from natgrad.arguments import check_damping
 from natgrad.layouts import BlockLayout
 from natgrad.linalg import FactorizationError
 from natgrad.operators.dense import DenseOperator, SpectralOperator
@@ -39,6 +39,7 @@ class KroneckerSumOperator(Operator):
     outputs: Tensor
     factored_damping: bool = False
     leading_only: bool = False
+    semidefinite: ClassVar[bool] = False
 
     @property
     def rank(self) -> int:
@@ -106,10 +107,7 @@ class KroneckerSumOperator(Operator):
 
     def logdet(self, damping: float = 0.0) -> Tensor:
         """Return ``log det(F + damping I)``; −inf where singular, NaN where not definite."""
-        check_damping(damping)
-        if self.rank == 1:
-            return self._leading().logdet(damping)
-        return linalg.log_determinant(self.eigenvalues(), damping, positive=False)
+        return self._leading().logdet(damping) if self.rank == 1 else super().logdet(damping)
 
     def with_damped_inputs(self, share: Tensor) -> KroneckerSumOperator:
         """Return ``Σ_r B_r ⊗ (A_r + share · (tr A_r/d_a) I)``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -81,6 +81,8 @@ class Operator(Record, ABC):
     """
 
     layout: VectorLayout
+    #: Whether negative eigenvalues are rounding, as of a Fisher matrix.
+    semidefinite: ClassVar[bool] = True
 
     # What a structured matrix implements.
 
@@ -246,13 +248,13 @@ class Operator(Record, ABC):
         return submatrix_of(self, rows, columns)
 
     def logdet(self, damping: float = 0.0) -> Tensor:
-        """Return ``log det(F + damping I)``; −inf where that is singular.
+        """Return ``log det(F + damping I)``; −inf where singular, NaN where not definite.
 
         Without damping eigenvalues up to ``d · eps`` times the largest are taken for rounding, d
         being the size of the matrix that they are eigenvalues of: a part's, a unit's, a factor's.
         """
         check_damping(damping)
-        return linalg.log_determinant(self.eigenvalues(), damping)
+        return linalg.log_determinant(self.eigenvalues(), damping, positive=self.semidefinite)
 
     def det(self, damping: float = 0.0) -> Tensor:
         """Return ``det(F + damping I)``, with its sign; it soon leaves the range of numbers."""

@@ -5,13 +5,11 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from natgrad import linalg
-from natgrad.arguments import check_damping
 from natgrad.layouts import ParameterLayout
 from natgrad.operators.block_diagonal import FisherMatrix
 from natgrad.operators.combined import DerivedOperator
@@ -62,6 +60,7 @@ class SubmatrixOperator(DerivedOperator):
     """
 
     index: Tensor
+    semidefinite: ClassVar[bool] = False
 
     def multiply(self, columns: Tensor) -> Tensor:
         """Return the product with ``(P', k)``."""
@@ -72,11 +71,6 @@ class SubmatrixOperator(DerivedOperator):
     def diagonal(self) -> Tensor:
         """Return the diagonal."""
         return self.operator.diagonal()[self.index]
-
-    def logdet(self, damping: float = 0.0) -> Tensor:
-        """Return ``log det(F[i, i] + damping I)``; −inf where singular, NaN where not definite."""
-        check_damping(damping)
-        return linalg.log_determinant(self.eigenvalues(), damping, positive=False)
 
 
 @dataclass(frozen=True, eq=False)

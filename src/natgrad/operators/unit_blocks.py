@@ -18,6 +18,7 @@ from natgrad import linalg
 from natgrad.arguments import check_damping
 from natgrad.jacobians import CHUNK_ELEMENTS, Jacobians, LinearJacobian
 from natgrad.layouts import BlockLayout
+from natgrad.operators.combined import DerivedOperator
 from natgrad.operators.operator import Operator, map_by_columns
 
 #: Largest factorisation of one layer, in entries (2^31 float32 = 8 GiB).
@@ -278,7 +279,7 @@ class UnitRowsOperator(Operator):
 
 
 @dataclass(frozen=True, eq=False)
-class _UnitRowsInverse(Operator):
+class _UnitRowsInverse(DerivedOperator):
     """``(F + λI)⁻¹`` by factorised Gram matrices, chunk by chunk of units.
 
     Attributes:
@@ -294,11 +295,6 @@ class _UnitRowsInverse(Operator):
     damping: float
     factors: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the entries."""
-        return self.operator.dtype
 
     def multiply(self, columns: Tensor) -> Tensor:
         """Solve unit by unit, batched."""
