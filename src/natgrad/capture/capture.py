@@ -210,7 +210,11 @@ class Capture:
         modules = self.model.named_modules()
         programs = {n: m for n, m in modules if isinstance(m, torch.jit.ScriptModule)}
         own = [n for n, m in programs.items() if any(p.requires_grad for p in m.parameters())]
-        outer = [repr(n) if n else "the model" for n in own if _parent(n) not in programs]
+        outer = [
+            repr(n) if n else "the model"
+            for n in own
+            if not n or n.rpartition(".")[0] not in programs
+        ]
         if outer:
             self.tell(
                 f"a program that torch.jit made ({', '.join(outer)}) has no layers to be watched: "
@@ -531,11 +535,6 @@ class _Running(threading.local):
         self.open: ForwardPass | None = None
         self.modes: list[tuple[nn.Module, TorchFunctionMode]] = []
         self.products: RecordProducts | None = None
-
-
-def _parent(name: str) -> str | None:
-    """Return the qualified name of the module that holds another; None for the model."""
-    return name.rpartition(".")[0] if name else None
 
 
 def _warn(sentence: str) -> None:

@@ -147,7 +147,8 @@ def attention_by_products() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def _tensors(inputs: Any) -> list[Tensor]:
+def tensors_of(inputs: Any) -> list[Tensor]:
+    """Return the tensors among the inputs of a model."""
     if isinstance(inputs, Tensor):
         return [inputs]
     values = inputs.values() if isinstance(inputs, Mapping) else inputs
@@ -156,7 +157,7 @@ def _tensors(inputs: Any) -> list[Tensor]:
 
 def count_samples(inputs: Any) -> int:
     """Return the first dimension of all tensors in inputs; a ValueError if it is not one."""
-    tensors = _tensors(inputs)
+    tensors = tensors_of(inputs)
     sizes = {len(tensor) if tensor.dim() else 0 for tensor in tensors}
     if len(sizes) != 1 or 0 in sizes:
         raise ValueError(

@@ -236,7 +236,7 @@ def watched_parameters(model: nn.Module, blocks: Mapping[str, Block]) -> list[Wa
         layout = block.layout
         if not all(isinstance(use.kind, _WATCHED_KINDS) for use in block.uses):
             continue
-        known = not _is_free(block)
+        known = not all(isinstance(use.kind, GenericKind) for use in block.uses)
         weight = named[layout.names[0]]
         held = [holders[named[n]] for n in layout.names]
         module, names = held[0][0], tuple(local for _, local in held)
@@ -269,11 +269,6 @@ def watched_parameters(model: nn.Module, blocks: Mapping[str, Block]) -> list[Wa
         if uses:
             found.append(WatchedParameter(name, module, names, uses, not known))
     return found
-
-
-def _is_free(block: Block) -> bool:
-    """Return whether a block's parameters stand in no formula of a layer."""
-    return all(isinstance(use.kind, GenericKind) for use in block.uses)
 
 
 def _padded(tensor: Tensor, before: int, size: int) -> Tensor:

@@ -210,8 +210,8 @@ class RowBuilder:
             found = batched_gradients(output, targets, vectors, retain_graph)
             return self._whole(found) if self.shards else found
         directions, samples = vectors.shape[:2]
-        elements = directions * (self._elements + sum(_size(one) for one in targets))
-        step = max(1, min(samples, SPLIT_ELEMENTS // max(1, elements)))
+        entries = self._elements + sum(t.numel() for t in targets if isinstance(t, Tensor))
+        step = max(1, min(samples, SPLIT_ELEMENTS // max(1, directions * entries)))
         pieces = []
         for start in range(0, samples, step):
             numbers = torch.arange(start, min(start + step, samples), device=output.device)
@@ -327,10 +327,6 @@ def joined(pieces: Sequence[Tensor | None]) -> Tensor | None:
     """Return those of the pieces that are there as one; None if none is."""
     present = [piece for piece in pieces if piece is not None]
     return torch.cat(present) if present else None
-
-
-def _size(target: GradientEdge | Tensor) -> int:
-    return target.numel() if isinstance(target, Tensor) else 0
 
 
 class RowsUnavailable(RuntimeError):

@@ -135,7 +135,8 @@ class ForwardOnly(Structure):
     def cost(self, part: Part, workload: Workload) -> Cost:
         """Return the cost of one factor per group."""
         block = part.block
-        size, diagonal = block.d_augmented, self._is_diagonal(part)
+        size = block.d_augmented
+        diagonal = block.one_hot or block.large_factors(self.max_factor_size)[0]
         rows = workload.samples * workload.positions.get(part.name, 1)
         enough = enough_rows(block, self.rows_per_unit) or rows
         entries = block.groups * (size if diagonal else size**2)
@@ -145,9 +146,6 @@ class ForwardOnly(Structure):
         prefix = "" if block.groups == 1 else f"{block.groups} of "
         memory = 2 * part.dtype.itemsize * entries
         return Cost(prefix + shape, memory, refresh, float(entries) * block.d_out)
-
-    def _is_diagonal(self, part: Part) -> bool:
-        return part.block.one_hot or part.block.large_factors(self.max_factor_size)[0]
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad.capture.evaluation import count_samples
+from natgrad.capture.evaluation import count_samples, tensors_of
 from natgrad.experiments.data import Dataset
 from natgrad.experiments.factories import FactoryError, find, located, make
 from natgrad.experiments.objectives import Encoding
@@ -131,7 +131,7 @@ class LoaderBatches(Batches):
     def describe(self) -> dict[str, Any]:
         """Return what is known of the data, in JSON values; samples are those measured."""
         inputs = self._measured[0][0]
-        shapes = [list(one.shape[1:]) for one in _tensors(inputs)]
+        shapes = [list(one.shape[1:]) for one in tensors_of(inputs)]
         return {
             "name": self.specification,
             "title": self.specification,
@@ -249,11 +249,6 @@ def _first(batches: Iterator[Batch], samples: int) -> tuple[list[Batch], bool]:
         if count >= samples:
             return found, False
     return found, True
-
-
-def _tensors(inputs: Any) -> list[Tensor]:
-    values = inputs.values() if isinstance(inputs, Mapping) else inputs
-    return [inputs] if isinstance(inputs, Tensor) else [v for v in values if isinstance(v, Tensor)]
 
 
 def _shown(value: Any) -> str:

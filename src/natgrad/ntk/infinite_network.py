@@ -223,19 +223,16 @@ class InfiniteNetwork(NetworkInFunctionSpace):
                 "training inputs only: use natgrad.ntk.LinearizedNetwork, which takes damping and "
                 "test inputs"
             )
+        hidden = self.architecture.widths[1:-1]
         alpha = isotropic_constant(
             "unit_wise",
             self.architecture.depth,
             self.samples,
             outputs=self.architecture.outputs,
-            width=self._hidden_width(),
+            width=sum(hidden) // max(1, len(hidden)),
             active_fraction=self.architecture.activation.active_fraction,
         )
         return alpha * torch.eye(self.samples, dtype=torch.float64, device=self.outputs.device)
-
-    def _hidden_width(self) -> int:
-        hidden = self.architecture.widths[1:-1]
-        return sum(hidden) // max(1, len(hidden))
 
 
 def _warn_if_singular(kernel: Tensor, x: Tensor) -> None:

@@ -33,17 +33,13 @@ def values_of(
     return found
 
 
-def block_layouts(model: nn.Module) -> dict[str, BlockLayout]:
-    """Return block name → how its parameters are laid out."""
-    with Capture(model) as capture:
-        return {name: block.layout for name, block in capture.blocks.items()}
-
-
 def weight_blocks(
     model: nn.Module, layers: Collection[str] | None = None
 ) -> dict[str, BlockLayout]:
     """Return the blocks with weight matrices, all of them or those of some names."""
-    found = {n: b for n, b in block_layouts(model).items() if weight_names(b)}
+    with Capture(model) as capture:
+        blocks = {name: block.layout for name, block in capture.blocks.items()}
+    found = {name: block for name, block in blocks.items() if weight_names(block)}
     if layers is None:
         return found
     unknown = sorted(set(layers) - set(found))
